@@ -1,0 +1,10 @@
+#!/usr/bin/env bash
+# Train. Sets up on first use; all arguments pass through (./run_train.sh --help).
+#   NGPU         processes on this machine (default: the GPUs present, else 1)
+#   CONFIG_FILE  the TOML file (default: ./train_configs/debug_model.toml)
+#   LOG_RANK     the ranks that log to the console (default: 0)
+set -euo pipefail
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+. "$root/scripts/setup.sh"
+set_up "$root"
+exec "$PYTHON" -m titanlite.launch "$@"

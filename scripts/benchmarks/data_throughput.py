@@ -1,0 +1,143 @@
+"""Measure the data pipeline alone: tokens per second of one process, and how many times that is what a run needs.
+
+    python scripts/benchmarks/data_throughput.py --metrics outputs/metrics.jsonl
+
+The settings are the debug model's (seq_len 256, 8 sequences a step), so the ratio to a debug run's ``tps`` says how
+far the data are from holding training back.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from titanlite.data import DataLoader, build_source, load_tokenizer
+from titanlite.errors import ConfigError
+
+SEQ_LEN = 256
+BATCH = 8
+WINDOWS = 7
+WINDOW_S = 1.0
+
+
+def measure(dataset: str, path: str | None, tokenizer_path: str) -> float:
+    """Median tokens per second over windows of one second each, after one window of warm-up."""
+    source = build_source(dataset, path=path, seed=0)
+    loader = DataLoader(
+        source,
+        load_tokenizer(tokenizer_path),
+        seq_len=SEQ_LEN,
+        global_batch_size=BATCH,
+        local_batch_size=BATCH,
+        dp_rank=0,
+        dp_degree=1,
+    )
+    try:
+        rates = [_window(loader) for _ in range(WINDOWS + 1)]
+    finally:
+        loader.close()
+    return statistics.median(rates[1:])
+
+
+def _window(loader: DataLoader) -> float:
+    tokens = 0
+    begin = time.perf_counter()
+    while (elapsed := time.perf_counter() - begin) < WINDOW_S:
+        tokens += next(loader).inputs.numel()
+    return tokens / elapsed
+
+
+def run_tps(metrics: Path) -> float:
+    """The median ``tps`` of a run, without its first row, whose window includes compilation.
+
+    Raises:
+        ConfigError: the file cannot be read, or has fewer than two rows with ``tps``.
+    """
+    try:
+        rows = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"--metrics {metrics}: cannot be read ({error}); give a run's metrics.jsonl"
+        ) from error
+    rates = [row["tps"] for row in rows if row.get("tps") is not None][1:]
+    if not rates:
+        raise ConfigError(
+            f"--metrics {metrics}: needs at least two rows with tps; let the run go on for longer"
+        )
+    return statistics.median(rates)
+
+
+def report(results: list[dict[str, Any]]) -> dict[str, Any]:
+    """The results in the format of docs/benchmarks/*.json."""
+    try:
+        triton: str | None = metadata.version("triton")
+    except metadata.PackageNotFoundError:
+        triton = None
+    commit = subprocess.run(
+        ["git", "describe", "--always", "--dirty"],
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return {
+        "name": "data_throughput",
+        "date": time.strftime("%Y-%m-%d", time.gmtime()),
+        "commit": commit.stdout.strip() or None,
+        "device": f"CPU ({platform.machine()}, {torch.get_num_threads()} threads)",
+        "torch": torch.__version__,
+        "triton": triton,
+        "command": f"python scripts/benchmarks/data_throughput.py {' '.join(sys.argv[1:])}".strip(),
+        "results": results,
+    }
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--dataset", default="pystdlib", help="as training.dataset")
+    parser.add_argument("--dataset_path", help="as training.dataset_path")
+    parser.add_argument("--tokenizer_path", default="", help="as model.tokenizer_path")
+    parser.add_argument("--metrics", type=Path, help="metrics.jsonl of a run on one device to compare with")
+    parser.add_argument(
+        "--output", type=Path, help="write the results here (docs/benchmarks/data_throughput.json)"
+    )
+    args = parser.parse_args(argv)
+    try:
+        needed = run_tps(args.metrics) if args.metrics else None
+        rate = measure(args.dataset, args.dataset_path, args.tokenizer_path)
+    except ConfigError as error:
+        print(f"data_throughput.py: {error}", file=sys.stderr)
+        return 2
+    result: dict[str, Any] = {
+        "system": "titanlite",
+        "config": args.dataset,
+        "seq_len": SEQ_LEN,
+        "batch": BATCH,
+        "tokens_per_s": round(rate),
+        "run_tps": needed,
+        "ratio": round(rate / needed, 2) if needed else None,
+    }
+    print(
+        f"{args.dataset}: {rate:,.0f} tokens/s"
+        + (f", {rate / needed:.1f} x the run's {needed:,.0f}" if needed else "")
+    )
+    if args.output:
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        args.output.write_text(json.dumps(report([result]), indent=2) + "\n", encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,42 @@
+"""What ``run_train.sh``, ``titanlite`` and ``python -m titanlite.train`` share: options in, messages and exit status
+out. Nothing here imports torch."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from titanlite.config import JobConfig, load_config
+from titanlite.environment import CONFIG_FILE, LAUNCH_DIR
+from titanlite.errors import ConfigError, TrainingError
+
+EXIT_CONFIG = 2
+
+
+def read_config(argv: Sequence[str], default_file: str | None = None) -> JobConfig:
+    """The configuration, from the arguments and the file that CONFIG_FILE names; bad input ends the process."""
+    return guarded(lambda: load_config(argv, os.environ.get(CONFIG_FILE) or default_file))
+
+
+def guarded(function: Callable[[], JobConfig]) -> JobConfig:
+    try:
+        return function()
+    except (ConfigError, TrainingError) as e:
+        sys.exit(report(e))
+
+
+def report(error: ConfigError | TrainingError) -> int:
+    """Show the message of an expected error, without a traceback; returns the exit status.
+
+    All workers of a run meet the same errors: under the launcher each leaves its message in a file, and the launcher
+    shows one.
+    """
+    folder = os.environ.get(LAUNCH_DIR)
+    message = f"titanlite: error: {error}"
+    if folder:
+        Path(folder, f"error-{os.environ.get('RANK', '0')}").write_text(message)
+    else:
+        print(message, file=sys.stderr)
+    return EXIT_CONFIG if isinstance(error, ConfigError) else 1

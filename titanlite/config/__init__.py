@@ -1,0 +1,16 @@
+"""The configuration: ``schema`` says what there is, ``load`` reads it, ``check`` holds it against itself."""
+
+from titanlite.config.check import Degrees, check_config, global_batch_size, resolve_degrees
+from titanlite.config.load import dump_toml, import_module, load_config
+from titanlite.config.schema import JobConfig
+
+__all__ = [
+    "Degrees",
+    "JobConfig",
+    "check_config",
+    "dump_toml",
+    "global_batch_size",
+    "import_module",
+    "load_config",
+    "resolve_degrees",
+]

@@ -1,0 +1,306 @@
+"""From the command line and TOML files to one validated :class:`JobConfig`.
+
+Precedence: command line > TOML file > its ``base = "other.toml"`` > defaults. Every message names the key, where
+it came from, the rule, and the nearest valid name. Nothing here imports torch, so that ``--help`` and bad input
+answer at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib
+import os
+import re
+import sys
+import textwrap
+import typing
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import tomli
+
+from titanlite.config.options import Option, options_of
+from titanlite.config.schema import JobConfig
+from titanlite.errors import ConfigError
+from titanlite.registry import nearest
+
+Options = dict[str, dict[str, Option]]
+Values = dict[str, tuple[Any, str]]  # "section.key" -> (value, where it came from)
+
+
+def load_config(argv: Sequence[str], default_file: str | None = None) -> JobConfig:
+    """The configuration that a command line asks for.
+
+    Args:
+        argv: the arguments, without the program's name. ``--help`` prints and exits.
+        default_file: the TOML file where the arguments name none.
+
+    Raises:
+        ConfigError: an unknown section or key, a wrong type or value, an unreadable file.
+    """
+    config_class = _config_class(argv, default_file)
+    options = options_of(config_class)
+    arguments = _read_arguments(options, argv)
+    file = arguments.get("job.config_file", (default_file, ""))[0]
+    values = {**(_read_file(options, file) if file else {}), **arguments}
+    sections = {}
+    for section, keys in options.items():
+        given = {key: values[opt.name][0] for key, opt in keys.items() if opt.name in values}
+        sections[section] = typing.get_type_hints(config_class)[section](**given)
+    config = config_class(**sections)
+    if file:
+        config.job.config_file = file
+    config.origins = {name: origin for name, (_, origin) in values.items()}
+    return config
+
+
+def dump_toml(config: JobConfig) -> str:
+    """The configuration as TOML that loads again; unset options are left out."""
+    import tomli_w
+
+    sections = {
+        section: {key: value for key, value in keys.items() if value is not None}
+        for section, keys in dataclasses.asdict(config).items()
+    }
+    # The file is a whole configuration: it must not send its reader to the one that it came from.
+    sections["job"].pop("config_file", None)
+    return "# The effective configuration of this run; it loads again as CONFIG_FILE.\n\n" + tomli_w.dumps(sections)
+
+
+# ---- the TOML file and its bases
+
+
+def _parse_toml(path: Path, named_by: str) -> tuple[dict[str, Any], str]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ConfigError(f"{named_by}: there is no file {path} (relative to {Path.cwd()})") from None
+    except (OSError, UnicodeDecodeError) as e:
+        raise ConfigError(f"{named_by}: {path} cannot be read: {e}") from None
+    try:
+        return tomli.loads(text), text
+    except tomli.TOMLDecodeError as e:
+        found = re.search(r"^(.*) \(at line (\d+), column (\d+)\)$", str(e))
+        where, what = (f"{path}, line {found[2]}, column {found[3]}", found[1]) if found else (str(path), str(e))
+        raise ConfigError(f"{where}: not valid TOML: {what}") from None
+
+
+def _lines_of(text: str) -> dict[str, int]:
+    """The line of each ``[section]`` and ``section.key``, for messages."""
+    lines, section = {}, ""
+    for number, line in enumerate(text.splitlines(), 1):
+        if header := re.match(r"\s*\[\s*([\w.\-\"']+)\s*\]", line):
+            section = header[1].strip("\"'")
+            lines.setdefault(section, number)
+        elif key := re.match(r"\s*([\w.\-\"']+)\s*=", line):
+            lines.setdefault(f"{section}.{key[1].strip(chr(34) + chr(39))}".lstrip("."), number)
+    return lines
+
+
+def _file_chain(file: str) -> list[tuple[Path, dict[str, Any], str]]:
+    """The file and its bases, the furthest base first."""
+    chain: list[tuple[Path, dict[str, Any], str]] = []
+    path, named_by = Path(file), f'job.config_file = "{file}"'
+    while True:
+        if any(path.resolve() == seen.resolve() for seen, _, _ in chain):
+            circle = " -> ".join(str(p) for p, _, _ in [*chain, (path, {}, "")])
+            raise ConfigError(f"{named_by}: the base files go in a circle: {circle}")
+        tree, text = _parse_toml(path, named_by)
+        chain.append((path, tree, text))
+        base = tree.pop("base", None)
+        if base is None:
+            return chain[::-1]
+        named_by = f"{path}, line {_lines_of(text).get('base', '?')}: base = {base!r}"
+        if not isinstance(base, str):
+            raise ConfigError(f"{named_by}: must be a string, the path of a TOML file relative to this one")
+        path = path.parent / base
+
+
+def _read_file(options: Options, file: str) -> Values:
+    values: Values = {}
+    for path, tree, text in _file_chain(file):
+        lines = _lines_of(text)
+
+        def where(name: str, path: Path = path, lines: dict[str, int] = lines) -> str:
+            return f"{path}, line {lines[name]}" if name in lines else str(path)
+
+        for section, table in tree.items():
+            if not isinstance(table, dict):
+                keys = [opt.name for opt in _all(options) if opt.key == section]
+                hint = f'; "{section}" belongs to the section [{keys[0].split(".")[0]}]' if keys else ""
+                raise ConfigError(f"{where(section)}: the key {section} stands outside of any section{hint}")
+            if section not in options:
+                raise ConfigError(f"{where(section)}: unknown section [{section}]{_near_section(options, section)}")
+            for key, value in table.items():
+                name = f"{section}.{key}"
+                option = options[section].get(key) or _unknown(options, section, key, where(name))
+                values[name] = (option.convert(value, where(name)), where(name))
+    return values
+
+
+# ---- the command line
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"the command line: {message}")
+
+
+class _HelpFormatter(argparse.HelpFormatter):
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=6, width=110)
+
+    def _split_lines(self, text: str, width: int) -> list[str]:
+        return textwrap.wrap(text, width)
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, list):
+        return ",".join(value) or "(empty)"
+    return {None: "unset", "": "(empty)"}.get(value, str(value))
+
+
+def _parser(options: Options) -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="titanlite",
+        usage="./run_train.sh [--section.key=value ...]   (or: python -m titanlite.train, titanlite)",
+        description="Pre-train a language model. Every option is also a key of the TOML file that CONFIG_FILE or "
+        "--job.config_file names; the command line wins. Lists are separated by commas. A boolean option is "
+        'switched on by its name and off by "=false" or --section.no-key.',
+        formatter_class=_HelpFormatter,
+        allow_abbrev=False,
+        add_help=False,
+        argument_default=argparse.SUPPRESS,
+    )
+    parser.add_argument("-h", "--help", action="help", help="Show this text and exit.")
+    for section, keys in options.items():
+        group = parser.add_argument_group(f"[{section}]")
+        for opt in keys.values():
+            kind = "{true,false}" if opt.base is bool else opt.base.__name__
+            meta = "{" + ",".join(opt.choices) + "}" if opt.choices and opt.base is not list else kind
+            rule = f" Must be {opt.rule.text}." if opt.rule else ""
+            text = f"{opt.help}{rule} Default: {_shown(opt.default)}.".replace("%", "%%")
+            if opt.base is bool:
+                group.add_argument(f"--{opt.name}", dest=opt.name, nargs="?", const="true", metavar=meta, help=text)
+                group.add_argument(
+                    f"--{section}.no-{opt.key}", dest=opt.name, action="store_const", const="false", help=argparse.SUPPRESS
+                )
+            else:
+                group.add_argument(f"--{opt.name}", dest=opt.name, metavar=meta, help=text)
+    return parser
+
+
+def _read_arguments(options: Options, argv: Sequence[str]) -> Values:
+    namespace = _parser(options).parse_args([_checked(options, arg) for arg in argv])
+    by_name = {opt.name: opt for opt in _all(options)}
+    values: Values = {}
+    for name, text in vars(namespace).items():
+        where = f"the argument --{name}"
+        values[name] = (by_name[name].parse(text, where), where)
+    return values
+
+
+def _checked(options: Options, arg: str) -> str:
+    """The argument with its key in the schema's spelling (seq-len is seq_len).
+
+    An unknown one is refused here with its nearest name; argparse would only list the whole usage.
+    """
+    if not arg.startswith("--") or arg == "--help":
+        return arg
+    name, equals, value = arg[2:].partition("=")
+    section, _, key = name.partition(".")
+    if section not in options:
+        flat = "" if key else f"; options are written --section.key, for example --{_find_key(options, name)}"
+        raise ConfigError(f"the argument {arg}: unknown section [{section}]{_near_section(options, section)}{flat}")
+    spelled = key.replace("-", "_")
+    bare = spelled.removeprefix("no_")
+    if spelled not in options[section]:
+        if bare == spelled or bare not in options[section] or options[section][bare].base is not bool:
+            _unknown(options, section, key, f"the argument {arg}")
+        spelled = f"no-{bare}"
+    return f"--{section}.{spelled}{equals}{value}"
+
+
+# ---- names
+
+
+def _all(options: Options) -> list[Option]:
+    return [opt for keys in options.values() for opt in keys.values()]
+
+
+def _near_section(options: Options, section: str) -> str:
+    return f"{nearest(section, options)}; the sections are {', '.join(options)}"
+
+
+def _find_key(options: Options, key: str) -> str:
+    matches = [opt.name for opt in _all(options) if opt.key == key.replace("-", "_")]
+    return matches[0] if matches else "training.steps"
+
+
+def _unknown(options: Options, section: str, key: str, where: str) -> NoReturn:
+    elsewhere = [opt.name for opt in _all(options) if opt.key == key]
+    hint = f' (did you mean "{elsewhere[0]}"?)' if elsewhere else nearest(key, options[section])
+    raise ConfigError(f"{where}: unknown key {section}.{key}{hint}; [{section}] has {', '.join(options[section])}")
+
+
+# ---- keys added by third-party code
+
+
+def _config_class(argv: Sequence[str], default_file: str | None) -> type[JobConfig]:
+    """JobConfig, extended by the module that ``experimental.custom_args_module`` names.
+
+    The module's name has to be found before the options are known, so the sources are read for it alone first.
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--job.config_file", dest="file", default=default_file)
+    parser.add_argument("--experimental.custom_args_module", dest="module", default=None)
+    known, _ = parser.parse_known_args(list(argv))
+    where = "the argument --experimental.custom_args_module"
+    if known.module is None and known.file:
+        for path, tree, _ in _file_chain(known.file):
+            section = tree.get("experimental")
+            if isinstance(section, Mapping) and isinstance(section.get("custom_args_module"), str):
+                known.module, where = section["custom_args_module"], str(path)
+    if not known.module:
+        return JobConfig
+    custom = getattr(import_module(known.module, "experimental.custom_args_module", where), "JobConfig", None)
+    if not (isinstance(custom, type) and dataclasses.is_dataclass(custom)):
+        raise ConfigError(
+            f'experimental.custom_args_module = "{known.module}" ({where}): the module must define a dataclass '
+            "JobConfig whose fields are sections (dataclasses with defaults)"
+        )
+    return _merge(custom)
+
+
+def _merge(custom: type) -> type[JobConfig]:
+    """JobConfig with the sections of ``custom`` added; a section of both has the keys of both."""
+    ours, theirs = typing.get_type_hints(JobConfig), typing.get_type_hints(custom)
+    merged: dict[str, type] = {}
+    for section in {**ours, **theirs}:
+        parts = [side[section] for side in (theirs, ours) if section in side]
+        if len(parts) == 2 and not issubclass(parts[0], parts[1]):
+            merged[section] = dataclasses.dataclass(type(parts[1].__name__, tuple(parts), {"__module__": parts[0].__module__}))
+        else:
+            merged[section] = parts[0]
+    fields = [(section, cls, dataclasses.field(default_factory=cls)) for section, cls in merged.items()]
+    made = dataclasses.make_dataclass("JobConfig", fields, bases=(JobConfig,))
+    made.__annotations__ = dict(merged)
+    return made
+
+
+def import_module(name: str, key: str, where: str) -> Any:
+    """Import what an option names; a module that is not there is a :class:`ConfigError`."""
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as e:
+        if e.name is None or not (name + ".").startswith(e.name + "."):
+            raise  # the module is there, and what it imports is not: that is its own error
+        raise ConfigError(
+            f'{key} = "{name}" ({where}): there is no such module; it must be importable from {os.getcwd()} or installed'
+        ) from None

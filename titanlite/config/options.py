@@ -1,0 +1,144 @@
+"""The schema as a flat table of options: name, type, rule, default and help text of each key."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import inspect
+import sys
+import types
+import typing
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, Literal
+
+from titanlite.config.schema import Rule
+from titanlite.errors import ConfigError
+
+_KINDS = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    str: "a string",
+}
+
+
+@dataclass(frozen=True)
+class Option:
+    """One key of one section.
+
+    ``base`` is ``bool``, ``int``, ``float``, ``str`` or ``list``; ``choices`` are the only values allowed (of
+    each item, for a list); ``None`` is a value only where ``optional``.
+    """
+
+    section: str
+    key: str
+    base: type
+    optional: bool
+    choices: tuple[Any, ...]
+    rule: Rule | None
+    default: Any
+    help: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.section}.{self.key}"
+
+    def expected(self) -> str:
+        """What a value must be, completing "must be ..."."""
+        if self.base is list:
+            each = f", each one of {_quoted(self.choices)}" if self.choices else ""
+            return f"a list of strings{each}"
+        if self.choices:
+            return f"one of {_quoted(self.choices)}"
+        return _KINDS[self.base] + (f", {self.rule.text}" if self.rule else "")
+
+    def convert(self, value: Any, origin: str) -> Any:
+        """A TOML value in this option's type, or a :class:`ConfigError` with the rule."""
+        items = value.split(",") if self.base is list and isinstance(value, str) else value
+        if self.base is list and isinstance(items, list):
+            good = all(isinstance(item, str) for item in items)
+            items = [item.strip() for item in items if item.strip()] if good else items
+            if good and (not self.choices or all(item in self.choices for item in items)):
+                return items
+        elif self.base is float and type(value) in (int, float):
+            if self.rule is None or self.rule.holds(value):
+                return float(value)
+        elif (
+            type(value) is self.base
+            and (not self.choices or value in self.choices)
+            and (self.rule is None or self.rule.holds(value))
+        ):
+            return value
+        shown = f'"{value}"' if isinstance(value, str) else str(value).lower() if value is True or value is False else value
+        raise ConfigError(f"{self.name} = {shown} ({origin}): must be {self.expected()}")
+
+    def parse(self, text: str, origin: str) -> Any:
+        """A command-line string in this option's type."""
+        value: Any = text
+        if self.optional and text.lower() == "none":
+            return None
+        if self.base is bool:
+            value = {"true": True, "1": True, "false": False, "0": False}.get(text.lower(), text)
+        elif self.base in (int, float):
+            try:
+                value = self.base(text)
+            except ValueError:
+                pass
+        return self.convert(value, origin)
+
+
+def _quoted(values: tuple[Any, ...]) -> str:
+    return ", ".join(f'"{v}"' for v in values)
+
+
+def _option(section: str, field: dataclasses.Field[Any], hint: Any, text: str) -> Option:
+    optional = False
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        (hint,) = (arg for arg in typing.get_args(hint) if arg is not type(None))
+        optional = True
+    rule = None
+    if typing.get_origin(hint) is typing.Annotated:
+        hint, rule = typing.get_args(hint)
+    base, choices = hint, ()
+    if typing.get_origin(base) is list:
+        base, (item,) = list, typing.get_args(base)
+        choices = typing.get_args(item) if typing.get_origin(item) is Literal else ()
+    elif typing.get_origin(base) is Literal:
+        base, choices = str, typing.get_args(base)
+    default = field.default if field.default is not dataclasses.MISSING else field.default_factory()  # type: ignore[misc]
+    return Option(section, field.name, base, optional, choices, rule, default, text)
+
+
+@cache
+def _help_texts(module: str) -> dict[tuple[str, str], str]:
+    """The string under each field of each class of a module, by (class, field)."""
+    texts = {}
+    for cls in ast.parse(inspect.getsource(sys.modules[module])).body:
+        if not isinstance(cls, ast.ClassDef):
+            continue
+        for before, after in zip(cls.body, cls.body[1:], strict=False):
+            if (
+                isinstance(before, ast.AnnAssign)
+                and isinstance(before.target, ast.Name)
+                and isinstance(after, ast.Expr)
+                and isinstance(after.value, ast.Constant)
+            ):
+                texts[cls.name, before.target.id] = " ".join(str(after.value.value).split())
+    return texts
+
+
+def section_options(section: str, cls: type) -> dict[str, Option]:
+    """The options of one section's dataclass, by key; inherited ones included."""
+    hints = typing.get_type_hints(cls, include_extras=True)
+    texts: dict[str, str] = {}
+    for parent in reversed(cls.__mro__[:-1]):
+        texts.update({key: text for (owner, key), text in _help_texts(parent.__module__).items() if owner == parent.__name__})
+    return {f.name: _option(section, f, hints[f.name], texts.get(f.name, "")) for f in dataclasses.fields(cls)}
+
+
+@cache
+def options_of(config_class: type) -> dict[str, dict[str, Option]]:
+    """``{section: {key: option}}`` of a JobConfig class."""
+    hints = typing.get_type_hints(config_class)
+    return {f.name: section_options(f.name, hints[f.name]) for f in dataclasses.fields(config_class)}

@@ -1,0 +1,56 @@
+"""``fused_rmsnorm``: RMSNorm as one generated kernel forward and one backward, also where the model is not compiled."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from titanlite.config import JobConfig
+from titanlite.converters.registry import register_converter
+from titanlite.errors import ConfigError
+
+
+def _rms_norm(x: Tensor, weight: Tensor | None, eps: float | None) -> Tensor:
+    return F.rms_norm(x, (x.shape[-1],), weight, eps)
+
+
+@cache
+def _compiled_rms_norm() -> Any:
+    return torch.compile(_rms_norm, fullgraph=True, dynamic=False)
+
+
+class FusedRMSNorm(nn.RMSNorm):
+    """``nn.RMSNorm`` over the last dimension, through torch.compile; the same parameter under the same name."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        # Inside a compiled block this is inlined: the block's own graph fuses it further.
+        return _compiled_rms_norm()(x, self.weight, self.eps)
+
+
+@register_converter("fused_rmsnorm")
+class FusedNormConverter:
+    def __init__(self, config: JobConfig, mesh: DeviceMesh) -> None:
+        pass
+
+    def convert(self, model: nn.Module) -> str:
+        count = 0
+        for parent in list(model.modules()):
+            for name, norm in list(parent.named_children()):
+                if type(norm) is nn.RMSNorm and len(norm.normalized_shape) == 1:
+                    with torch.device("meta"):
+                        fused = FusedRMSNorm(norm.normalized_shape, norm.eps, norm.elementwise_affine)
+                    fused.weight = norm.weight
+                    fused.train(norm.training)
+                    setattr(parent, name, fused)
+                    count += 1
+        if not count:
+            raise ConfigError('model.converters = "fused_rmsnorm": the model has no nn.RMSNorm to convert; leave it out')
+        return f"{count} RMSNorm layers fused"
+
+    def post_optimizer_hook(self, model: nn.Module) -> None:
+        pass

@@ -1,0 +1,39 @@
+"""What a converter is, and the registry of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from titanlite.config import JobConfig
+from titanlite.errors import ConfigError
+from titanlite.registry import Registry
+
+
+class ModelConverter(Protocol):
+    """Changes a model after it is built on the meta device and before it is sharded."""
+
+    def convert(self, model: nn.Module) -> str:
+        """Change ``model`` in place; returns what was done, for the log. Nothing to convert is a
+        :class:`~titanlite.errors.ConfigError`."""
+        ...
+
+    def post_optimizer_hook(self, model: nn.Module) -> None:
+        """Called after every optimizer step."""
+        ...
+
+
+_registry: Registry[Callable[[JobConfig, DeviceMesh], ModelConverter]] = Registry("converter", "model.converters")
+register_converter = _registry.register
+
+
+def build_converters(config: JobConfig, mesh: DeviceMesh) -> dict[str, ModelConverter]:
+    """The converters that ``model.converters`` lists, by name, in its order."""
+    names = config.model.converters
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ConfigError(f'model.converters = "{",".join(names)}": {twice[0]} stands there twice; name it once')
+    return {name: _registry.get(name)(config, mesh) for name in names}

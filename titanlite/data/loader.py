@@ -1,0 +1,211 @@
+"""The loader: packs documents into sequences, the same global batches on any number of processes.
+
+The k-th global batch of B sequences depends on the source, its seed, B and seq_len alone. The documents are dealt to V
+virtual shards (V divides B), each an endless stream of BOS + document + EOS. Slot b of every global batch is the next
+sequence of shard b mod V. A rank owns a contiguous range of slots, and reads those shards that its slots need.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from titanlite.data.packing import BEGINNING, Place, ShardStream, fill
+from titanlite.data.prefetch import Prefetcher
+from titanlite.data.sources import Position, Source
+from titanlite.data.tokenizer import Tokenizer
+from titanlite.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One optimizer step of one data-parallel rank.
+
+    Attributes:
+        inputs: int64 [n_microbatches, local_batch_size, seq_len].
+        labels: the same shape; ``labels[..., i]`` is the token after ``inputs[..., i]``.
+    """
+
+    inputs: torch.Tensor
+    labels: torch.Tensor
+
+
+class DataLoader:
+    """An endless iterator of :class:`Batch`, prepared ahead by a thread.
+
+    Args:
+        seq_len: tokens per sequence.
+        global_batch_size: sequences per optimizer step, over all ranks.
+        local_batch_size: sequences per forward pass of this rank.
+        dp_rank, dp_degree: this process's place among the data-parallel ranks.
+        pin_memory: put batches in page-locked memory, for asynchronous copies to a GPU.
+        prefetch: batches to keep ready.
+
+    Raises:
+        ConfigError: the batch sizes do not divide; also from ``next()``, where reading or packing fails.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        tokenizer: Tokenizer,
+        *,
+        seq_len: int,
+        global_batch_size: int,
+        local_batch_size: int,
+        dp_rank: int,
+        dp_degree: int,
+        pin_memory: bool = False,
+        prefetch: int = 2,
+    ) -> None:
+        _check_sizes(seq_len, global_batch_size, local_batch_size, dp_degree)
+        self._source = source
+        self._tokenizer = tokenizer
+        self._seq_len = seq_len
+        self._shape = (-1, local_batch_size, seq_len)
+        self._pin_memory = pin_memory
+        self._prefetch = prefetch
+        self._num_shards = source.num_shards(global_batch_size)
+        self._sequences_per_shard = global_batch_size // self._num_shards
+        owned = global_batch_size // dp_degree
+        slots = range(dp_rank * owned, (dp_rank + 1) * owned)
+        self._slots = [(slot % self._num_shards, slot // self._num_shards) for slot in slots]
+        self._identity: dict[str, str | int] = {
+            **source.identity,
+            "num_shards": self._num_shards,
+            "global_batch_size": global_batch_size,
+            "seq_len": seq_len,
+            "vocab_size": tokenizer.vocab_size,
+        }
+        shards = sorted({shard for shard, _ in self._slots})
+        self._handed_out = _Progress(0, dict.fromkeys(shards, BEGINNING))
+        self._ahead: Prefetcher[tuple[Batch, _Progress]] | None = None
+        self._closed = False
+
+    def __iter__(self) -> DataLoader:
+        return self
+
+    def __next__(self) -> Batch:
+        if self._closed:
+            raise RuntimeError("the loader was closed")
+        # Started here and not on construction, so that a position can be loaded first.
+        if self._ahead is None:
+            self._ahead = Prefetcher(self._batches(self._handed_out), self._prefetch)
+        batch, self._handed_out = self._ahead.get()
+        return batch
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position after the last batch that ``next()`` returned, of the shards that this rank reads.
+
+        Plain strings and integers: ``step``, ``identity``, and ``shards``, which maps a shard's number (a string) to
+        [epoch, part, document, token]. Owners of the same shard give the same entry; see :func:`merge_states`.
+        """
+        shards = {str(shard): [p.epoch, *p.position, p.token] for shard, p in self._handed_out.shards.items()}
+        return {"step": self._handed_out.step, "identity": dict(self._identity), "shards": shards}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue where ``state``, merged from all ranks of any number, was saved.
+
+        Raises:
+            ConfigError: it was saved with another corpus, seed, tokenizer size, global batch size or seq_len.
+        """
+        _check_identity(state["identity"], self._identity)
+        missing = [shard for shard in self._handed_out.shards if str(shard) not in state["shards"]]
+        if missing:
+            raise ValueError(
+                f"the state lacks the data shards {missing}: merge the states of all ranks first"
+            )
+        if self._ahead is not None:
+            self._ahead.close()
+            self._ahead = None
+        saved = {
+            shard: [int(number) for number in state["shards"][str(shard)]]
+            for shard in self._handed_out.shards
+        }
+        places = {shard: Place(n[0], Position(n[1], n[2]), n[3]) for shard, n in saved.items()}
+        self._handed_out = _Progress(int(state["step"]), places)
+
+    def close(self) -> None:
+        """End the thread; ``state_dict()`` still works afterwards."""
+        self._closed = True
+        if self._ahead is not None:
+            self._ahead.close()
+
+    def _batches(self, begin: _Progress) -> Iterator[tuple[Batch, _Progress]]:
+        """Every step from ``begin`` on, with the progress that holds after it."""
+        streams = {
+            shard: ShardStream(self._source, shard, self._num_shards, self._seq_len, place)
+            for shard, place in begin.shards.items()
+        }
+        step = begin.step
+        while True:
+            fill(streams.values(), self._tokenizer, self._sequences_per_shard)
+            rows = {shard: stream.take(self._sequences_per_shard) for shard, stream in streams.items()}
+            step += 1
+            progress = _Progress(step, {shard: stream.place for shard, stream in streams.items()})
+            yield self._assemble([rows[shard][sequence] for shard, sequence in self._slots]), progress
+
+    def _assemble(self, rows: list[NDArray[np.int32]]) -> Batch:
+        """Rows of seq_len + 1 tokens, in the order of the slots, to the inputs and labels of the microbatches."""
+        tokens = torch.from_numpy(np.stack(rows).astype(np.int64))
+        inputs = tokens[:, :-1].reshape(self._shape).contiguous()
+        labels = tokens[:, 1:].reshape(self._shape).contiguous()
+        if self._pin_memory:
+            inputs, labels = inputs.pin_memory(), labels.pin_memory()
+        return Batch(inputs, labels)
+
+
+def merge_states(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """One state of all shards from the ``state_dict()`` of every rank, all after the same step."""
+    merged = {**states[0], "shards": {}}
+    for state in states:
+        if (state["step"], state["identity"]) != (merged["step"], merged["identity"]):
+            raise ValueError(f"states of different steps or runs: {state} and {states[0]}")
+        merged["shards"].update(state["shards"])
+    return merged
+
+
+@dataclass(frozen=True)
+class _Progress:
+    """How many steps were made, and where each shard is after them."""
+
+    step: int
+    shards: dict[int, Place]
+
+
+def _check_sizes(seq_len: int, global_batch_size: int, local_batch_size: int, dp_degree: int) -> None:
+    sizes = {
+        "training.seq_len": seq_len,
+        "training.local_batch_size": local_batch_size,
+        "training.global_batch_size": global_batch_size,
+    }
+    for option, size in sizes.items():
+        if size < 1:
+            raise ConfigError(f"{option} = {size}: must be at least 1")
+    unit = local_batch_size * dp_degree
+    if global_batch_size % unit:
+        nearest = " or ".join(
+            str(n) for n in (global_batch_size // unit * unit, -(-global_batch_size // unit) * unit) if n
+        )
+        raise ConfigError(
+            f"training.global_batch_size = {global_batch_size}: must be a multiple of training.local_batch_size x the "
+            f"data-parallel degree = {local_batch_size} x {dp_degree} = {unit}; use {nearest}"
+        )
+
+
+def _check_identity(saved: dict[str, Any], own: dict[str, str | int]) -> None:
+    changed = [
+        f"{key} was {saved.get(key)}, is {own.get(key)}"
+        for key in {**saved, **own}
+        if saved.get(key) != own.get(key)
+    ]
+    if changed:
+        raise ConfigError(
+            f"the checkpoint's place in the data does not fit this run: {', '.join(changed)}; restore what has changed, "
+            'or start the data afresh with the checkpoint\'s weights: checkpoint.exclude_from_loading = ["dataloader"]'
+        )

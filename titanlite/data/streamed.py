@@ -1,0 +1,163 @@
+"""Sources streamed through the ``datasets`` library: local parquet files, and named sets on the Hugging Face hub."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from titanlite.data.files import find_files, require_path, unreadable
+from titanlite.data.sources import SOURCES, Position, Source, SourceOptions
+from titanlite.errors import ConfigError, TrainingError
+
+if TYPE_CHECKING:
+    from datasets import IterableDataset
+
+logger = logging.getLogger(__name__)
+
+# What `datasets` calls the format of each kind of local file that a hub set is published in.
+_FORMATS = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".json.gz": "json", ".jsonl.gz": "json"}
+_PROBE_TIMEOUT_S = 10.0
+
+
+class StreamedSource(Source):
+    """Documents read front to back, in the order of the files; only the hand-out to shards mixes them.
+
+    With V shards over F files, V <= F: shard i reads the files i, i + V, i + 2V, ... With V > F several shards read
+    the same file, and each keeps its own documents of it (the others are read past), so a set with at least as
+    many files as the global batch has sequences streams best. A resumed run reads past what it had consumed of the
+    current file, not of those before it.
+    """
+
+    def __init__(self, options: SourceOptions, stream: IterableDataset, files: list[Path]) -> None:
+        super().__init__(options)
+        self._stream = stream
+        self._files = files
+        self._num_parts = int(stream.num_shards)
+        self.identity["files"] = self._num_parts
+
+    def num_shards(self, at_most: int) -> int:
+        """``at_most``: the number of documents of a stream is not known beforehand."""
+        return at_most
+
+    def documents(
+        self, shard: int, num_shards: int, epoch: int, start: Position
+    ) -> Iterator[tuple[Position, str]]:
+        groups = min(num_shards, self._num_parts)
+        group, member = shard % groups, shard // groups
+        members = len(range(group, num_shards, groups))
+        for part in range(group, self._num_parts, groups):
+            if part < start.part:
+                continue
+            first = start.document if part == start.part else 0
+            for row, record in self._records(part, first):
+                if row % members == member:
+                    text = self._text_of(record, part, row)
+                    if text is not None:
+                        yield Position(part, row), text
+
+    def _records(self, part: int, first: int) -> Iterator[tuple[int, dict[str, object]]]:
+        try:
+            stream = self._stream.shard(num_shards=self._num_parts, index=part)
+            yield from enumerate(stream.skip(first), start=first)
+        except Exception as error:  # whatever the reader of that format, or of the network, raises
+            problem = f"{self._name_of(part)}: reading failed ({type(error).__name__}: {_first_line(error)})"
+            if self._files:
+                raise ConfigError(
+                    f"{problem}; replace the file or leave it out of training.dataset_path"
+                ) from error
+            raise TrainingError(
+                f"{problem}; start the run again to continue from its last checkpoint, or use a local copy "
+                "through training.dataset_path"
+            ) from error
+
+    def _text_of(self, record: dict[str, object], part: int, row: int) -> str | None:
+        field = self.options.text_field
+        text = record.get(field)
+        if isinstance(text, str):
+            return text
+        known = ", ".join(record)
+        problem = (
+            f'the field "{field}" is not a string'
+            if field in record
+            else f'no field "{field}" (it has: {known})'
+        )
+        self.corrupt(f"{self._name_of(part)}, row {row + 1}", problem)
+        return None
+
+    def _name_of(self, part: int) -> str:
+        return (
+            str(self._files[part])
+            if self._files
+            else f"{self.options.name}, file {part} of {self._num_parts}"
+        )
+
+
+@SOURCES.register("parquet")
+def _parquet(options: SourceOptions) -> Source:
+    path = require_path("parquet", options.path, "a folder of .parquet files, a file, or a glob")
+    return _stream_files(options, find_files(path, (".parquet",)), "parquet")
+
+
+@SOURCES.register("c4")
+def _c4(options: SourceOptions) -> Source:
+    return _hub_or_copy(options, "allenai/c4", "en")
+
+
+@SOURCES.register("fineweb_edu")
+def _fineweb_edu(options: SourceOptions) -> Source:
+    return _hub_or_copy(options, "HuggingFaceFW/fineweb-edu", "sample-10BT")
+
+
+def _hub_or_copy(options: SourceOptions, repo: str, subset: str) -> Source:
+    if options.path:
+        files = find_files(options.path, tuple(_FORMATS))
+        formats = {fmt for file in files for suffix, fmt in _FORMATS.items() if file.name.endswith(suffix)}
+        if len(formats) != 1:
+            raise ConfigError(
+                f'training.dataset_path = "{options.path}": a local copy of {repo} must be either parquet or JSON '
+                f"lines, not {' and '.join(sorted(formats)) or 'other files'}; narrow it with a glob"
+            )
+        return _stream_files(options, files, formats.pop())
+    return StreamedSource(options, _open_hub(options.name, repo, subset), [])
+
+
+def _stream_files(options: SourceOptions, files: list[Path], file_format: str) -> Source:
+    from datasets import load_dataset
+
+    for file in files:
+        try:
+            file.open("rb").close()
+        except OSError as error:
+            raise unreadable(file, error) from error
+    names = [str(file) for file in files]
+    try:
+        stream = load_dataset(file_format, data_files={"train": names}, split="train", streaming=True)
+    except Exception as error:  # datasets reads the first file's header and raises what its reader raises
+        raise ConfigError(
+            f'training.dataset_path = "{options.path}": cannot be read as {file_format} '
+            f"({type(error).__name__}: {_first_line(error)}); replace the damaged file"
+        ) from error
+    return StreamedSource(options, stream, files)
+
+
+def _open_hub(name: str, repo: str, subset: str) -> IterableDataset:
+    from datasets import load_dataset
+    from huggingface_hub import HfApi
+
+    logger.info(f"{name}: streaming {repo} ({subset}) from the Hugging Face hub")
+    try:
+        # One request first: load_dataset alone retries for 20 seconds and more on a machine without a network.
+        HfApi().dataset_info(repo, timeout=_PROBE_TIMEOUT_S)
+        return load_dataset(repo, subset, split="train", streaming=True)
+    except Exception as error:  # the hub library's own, and those of the HTTP library under it
+        raise ConfigError(
+            f'training.dataset = "{name}": {repo} cannot be read from the Hugging Face hub '
+            f"({type(error).__name__}: {_first_line(error)}); check the network, or set training.dataset_path "
+            'to a local copy, or use training.dataset = "pystdlib", which needs no network'
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or ["no message"])[0]

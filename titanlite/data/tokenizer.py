@@ -1,0 +1,149 @@
+"""Tokenizers: the small one shipped here, any Hugging Face ``tokenizer.json``, or Llama 3's ``tokenizer.model``."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tokenizers
+from numpy.typing import NDArray
+
+from titanlite.data.tiktoken import load_tiktoken
+from titanlite.errors import ConfigError
+
+SHIPPED = Path(__file__).parent / "assets" / "tokenizer.json"
+
+# (BOS, EOS) of the families in use, looked up where no tokenizer_config.json says which they are. Order matters:
+# GPT-2's <|endoftext|> also appears in vocabularies that have a better pair.
+_KNOWN_PAIRS = (
+    ("<|begin_of_text|>", "<|end_of_text|>"),
+    ("<s>", "</s>"),
+    ("<bos>", "<eos>"),
+    ("<|startoftext|>", "<|endoftext|>"),
+    ("<|endoftext|>", "<|endoftext|>"),
+)
+
+
+class Tokenizer:
+    """Text to token ids and back; special tokens are never added, and never read out of the text.
+
+    Attributes:
+        vocab_size: size of the id space, special tokens included: every id is below it.
+        bos_id, eos_id: the tokens put before and after each document; equal in families that have only one.
+        path: the file it was read from.
+    """
+
+    def __init__(self, backend: tokenizers.Tokenizer, bos_id: int, eos_id: int, path: str) -> None:
+        self._backend = backend
+        self.vocab_size: int = max(backend.get_vocab(with_added_tokens=True).values()) + 1
+        self.bos_id = bos_id
+        self.eos_id = eos_id
+        self.path = path
+        # Published files may ask for truncation or padding; both would silently change the corpus.
+        backend.no_truncation()
+        backend.no_padding()
+        # A document that contains "<|end_of_text|>" as text must not end a document.
+        backend.encode_special_tokens = True
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of ``text``."""
+        ids: list[int] = self._backend.encode(text, add_special_tokens=False).ids
+        return ids
+
+    def encode_batch(self, texts: Sequence[str]) -> list[NDArray[np.int32]]:
+        """One int32 array of ids per text; runs on all cores and without the interpreter's lock."""
+        encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [np.asarray(encoding.ids, dtype=np.int32) for encoding in encodings]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of ``ids``, special tokens included."""
+        text: str = self._backend.decode([int(i) for i in ids], skip_special_tokens=False)
+        return text
+
+
+def load_tokenizer(path: str = "") -> Tokenizer:
+    """Read a tokenizer.
+
+    Args:
+        path: a ``tokenizer.json``, a Llama 3 ``tokenizer.model``, or a folder with one of them (``tokenizer.json``
+            is preferred); empty for the tokenizer shipped with titanlite (2,048 tokens).
+
+    Raises:
+        ConfigError: the file is missing, in no known format, or names no BOS and EOS token.
+    """
+    file = _find(path)
+    if file.suffix == ".model":
+        backend = load_tiktoken(file)
+    else:
+        try:
+            backend = tokenizers.Tokenizer.from_file(str(file))
+        except Exception as error:  # the library raises bare Exception
+            raise ConfigError(
+                f'model.tokenizer_path = "{path}": {file} is not a Hugging Face tokenizer.json ({error}); '
+                "download it again, or leave model.tokenizer_path empty for the shipped tokenizer"
+            ) from error
+    bos, eos = _document_tokens(backend, file)
+    return Tokenizer(backend, bos, eos, str(file))
+
+
+def _find(path: str) -> Path:
+    if not path:
+        return SHIPPED
+    given = Path(path).expanduser()
+    if given.is_file():
+        return given
+    names = ("tokenizer.json", "tokenizer.model", "original/tokenizer.model")
+    for name in names:
+        if (given / name).is_file():
+            return given / name
+    what = (
+        f"the folder has no {', '.join(names[:-1])} or {names[-1]}"
+        if given.is_dir()
+        else "there is no such file"
+    )
+    raise ConfigError(
+        f'model.tokenizer_path = "{path}": {what} (a path is relative to the current folder, {Path.cwd()}); '
+        "get it with: python scripts/download_tokenizer.py --repo_id meta-llama/Llama-3.1-8B --hf_token=..., "
+        "or leave model.tokenizer_path empty for the shipped tokenizer"
+    )
+
+
+def _document_tokens(backend: tokenizers.Tokenizer, file: Path) -> tuple[int, int]:
+    """The ids of BOS and EOS: from ``tokenizer_config.json`` beside the file, else from well-known names."""
+    config = _read_config(file.parent / "tokenizer_config.json")
+    named = [_token_name(config.get(key)) for key in ("bos_token", "eos_token")]
+    known = next(
+        (p for p in _KNOWN_PAIRS if all(backend.token_to_id(t) is not None for t in p)), (None, None)
+    )
+    bos, eos = (name or fallback for name, fallback in zip(named, known))
+    # Families with one document separator name only that one.
+    bos, eos = bos or eos, eos or bos
+    ids = [backend.token_to_id(token) if token else None for token in (bos, eos)]
+    if ids[0] is None or ids[1] is None:
+        raise ConfigError(
+            f"model.tokenizer_path: {file} has no token known to begin or end a document "
+            f"(looked for {bos or 'BOS'} and {eos or 'EOS'}); name them in a tokenizer_config.json beside it: "
+            '{"bos_token": "...", "eos_token": "..."}'
+        )
+    return ids[0], ids[1]
+
+
+def _read_config(file: Path) -> dict[str, Any]:
+    if not file.is_file():
+        return {}
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConfigError(
+            f"model.tokenizer_path: {file} is not JSON ({error}); repair, re-download or delete it"
+        ) from error
+    return config if isinstance(config, dict) else {}
+
+
+def _token_name(entry: object) -> str | None:
+    if isinstance(entry, dict):
+        entry = entry.get("content")
+    return entry if isinstance(entry, str) else None

@@ -1,0 +1,61 @@
+"""Activation checkpointing: keep less in forward, compute it again in backward."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from titanlite.config.schema import ActivationCheckpoint
+
+# What the "op" policy keeps: results that cost much to compute and, of matmuls, every second one, which halves their
+# memory for a quarter more compute (torchtitan's policy of June 2025).
+_ATTENTION = {
+    torch.ops.aten._scaled_dot_product_efficient_attention.default,
+    torch.ops.aten._scaled_dot_product_flash_attention.default,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+}
+_COMMUNICATION = {torch.ops._c10d_functional.reduce_scatter_tensor.default}
+
+
+def apply_activation_checkpoint(blocks: nn.ModuleDict, options: ActivationCheckpoint) -> str:
+    """Wrap the forward of each block that ``options`` selects; returns what was done, in words.
+
+    The forward is replaced on the instance: no wrapper module, so names in state dicts stay as they are.
+    """
+    if options.mode == "none":
+        return "none"
+    if options.mode == "selective" and options.selective_ac_option == "op":
+        for block in blocks.values():
+            context = partial(create_selective_checkpoint_contexts, _op_policy())
+            _wrap(block, context_fn=context)
+        return f"selective per op, {len(blocks)} blocks"
+    every = int(options.selective_ac_option) if options.mode == "selective" else 1
+    chosen = [block for i, block in enumerate(blocks.values()) if i % every == 0]
+    for block in chosen:
+        _wrap(block)
+    return f"{options.mode}, {len(chosen)} of {len(blocks)} blocks"
+
+
+def _wrap(block: nn.Module, **kwargs: Any) -> None:
+    block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False, **kwargs)  # type: ignore[method-assign]
+
+
+def _op_policy() -> Any:
+    seen: dict[str, int] = defaultdict(int)
+
+    def policy(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+        if op is torch.ops.aten.mm.default:
+            phase = "recompute" if context.is_recompute else "forward"
+            seen[phase] += 1
+            keep = seen[phase] % 2 == 1
+        else:
+            keep = op in _ATTENTION or op in _COMMUNICATION
+        return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
+
+    return policy

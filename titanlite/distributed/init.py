@@ -1,0 +1,91 @@
+"""Initial weights as a function of seed, parameter name and element index alone.
+
+Every element is drawn from its own counter: SplitMix64 (Steele, Lea, Flood: "Fast Splittable Pseudorandom Number
+Generators", OOPSLA 2014) at position ``index`` of a stream keyed by seed and name, turned into a normal by the inverse
+of its distribution function in float64. A rank computes just the elements of its shard, on its own device, so the
+weights are the same under any sharding, and building a large model costs each rank only its part.
+(``torch.manual_seed`` with DTensor does not give this: every CPU shard gets the same values.)
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+_CHUNK = 1 << 22  # elements computed at a time: about 200 MB of temporaries
+
+
+def _signed(value: int) -> int:
+    """A 64-bit pattern as the int64 that holds it; torch has no arithmetic on uint64."""
+    return value - (1 << 64) if value >= 1 << 63 else value
+
+
+_GAMMA = _signed(0x9E3779B97F4A7C15)
+_MIX1 = _signed(0xBF58476D1CE4E5B9)
+_MIX2 = _signed(0x94D049BB133111EB)
+
+
+def _shift_right(z: Tensor, bits: int) -> Tensor:
+    """The logical shift; int64's own copies the sign."""
+    return (z >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def uniform(key: int, index: Tensor) -> Tensor:
+    """The values of stream ``key`` at ``index`` (int64): float64 of the same shape, strictly between 0 and 1."""
+    z = (index + 1) * _GAMMA + _signed(key)
+    z = (z ^ _shift_right(z, 30)) * _MIX1
+    z = (z ^ _shift_right(z, 27)) * _MIX2
+    z = z ^ _shift_right(z, 31)
+    return (_shift_right(z, 12).double() + 0.5) * 2.0**-52  # 52 bits and a half: exact, and never 0 or 1
+
+
+def stream_key(seed: int, name: str) -> int:
+    return int.from_bytes(hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest(), "little")
+
+
+class WeightInit:
+    """Fills the parameters of ``model``, whole or sharded, from ``seed``; implements ``models.llama3.model.Init``."""
+
+    def __init__(self, model: nn.Module, seed: int) -> None:
+        self._names = {id(param): name for name, param in model.named_parameters()}
+        self._seed = seed
+
+    def trunc_normal(self, param: nn.Parameter, std: float, bound: float = 3.0) -> None:
+        """Normal with standard deviation ``std``, cut off at ``bound`` standard deviations."""
+        low = 0.5 * (1 + math.erf(-bound / math.sqrt(2)))
+        self._fill(param, std, low, 1 - 2 * low)
+
+    def normal(self, param: nn.Parameter, std: float) -> None:
+        self._fill(param, std, 0.0, 1.0)
+
+    def ones(self, param: nn.Parameter) -> None:
+        param.fill_(1.0)
+
+    def _fill(self, param: nn.Parameter, std: float, low: float, width: float) -> None:
+        local, offset = _local_shard(param)
+        key = stream_key(self._seed, self._names[id(param)])
+        strides = [math.prod(param.shape[d + 1 :]) for d in range(param.dim())]
+        columns = torch.zeros(local.shape[1:], dtype=torch.int64, device=local.device)
+        for d in range(1, param.dim()):
+            index = torch.arange(local.shape[d], device=local.device) + offset[d]
+            columns += (index * strides[d]).view([-1 if e == d else 1 for e in range(1, param.dim())])
+        step = max(1, _CHUNK // max(1, columns.numel()))
+        for start in range(0, local.shape[0], step):
+            rows = torch.arange(start, min(start + step, local.shape[0]), device=local.device) + offset[0]
+            index = (rows * strides[0]).view(-1, *[1] * columns.dim()) + columns
+            u = uniform(key, index) * width + low
+            local[start : start + step] = torch.erfinv(2 * u - 1) * (math.sqrt(2) * std)
+
+
+def _local_shard(param: nn.Parameter) -> tuple[Tensor, tuple[int, ...]]:
+    """This rank's part of a parameter and its offset in the whole."""
+    data = param.detach()
+    if not isinstance(data, DTensor):
+        return data, (0,) * data.dim()
+    _, offset = compute_local_shape_and_global_offset(data.shape, data.device_mesh, data.placements)
+    return data.to_local(), tuple(offset)

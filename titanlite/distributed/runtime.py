@@ -1,0 +1,169 @@
+"""The process's place among the others: device, process groups, seeds, timeouts, garbage, and the wish to stop."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import logging
+import os
+import platform
+import random
+import signal
+import threading
+import time
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from types import FrameType
+
+import torch
+import torch.distributed as dist
+from torch.distributed.distributed_c10d import _set_pg_timeout
+
+from titanlite.config.schema import Comm
+from titanlite.environment import LAUNCH_DIR, LAUNCHER_PID
+from titanlite.errors import ConfigError
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """This process. ``control`` is a gloo group for small messages between hosts, beside the device's own."""
+
+    rank: int
+    local_rank: int
+    world_size: int
+    device: torch.device
+    why_device: str
+    control: dist.ProcessGroup
+
+    def agree_max(self, *values: int) -> list[int]:
+        """The largest of each value over all processes; a few hundred microseconds, no device involved."""
+        tensor = torch.tensor(values, dtype=torch.int64)
+        if self.world_size > 1:
+            dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self.control)
+        return tensor.tolist()
+
+    def synchronize(self) -> None:
+        """Wait for the device's queued work."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+
+def start_runtime(comm: Comm) -> Runtime:
+    """Pick the device, join the process group that torchrun's environment describes, else a world of one process."""
+    rank = int(os.environ.get("RANK", 0))
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    device, why = _pick_device(local_rank)
+    timeout = timedelta(seconds=comm.init_timeout_seconds)
+    if comm.trace_buf_size > 0 and device.type == "cuda":
+        os.environ.setdefault("TORCH_NCCL_TRACE_BUFFER_SIZE", str(comm.trace_buf_size))
+        os.environ.setdefault("TORCH_FR_BUFFER_SIZE", str(comm.trace_buf_size))
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    # A single process needs no rendezvous, so no port either.
+    store = dist.HashStore() if world_size == 1 else None
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
+    control = dist.new_group(backend="gloo", timeout=timeout)
+    return Runtime(rank, local_rank, world_size, device, why, control)
+
+
+def stop_runtime() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def set_train_timeout(comm: Comm) -> None:
+    """Shorten the timeout of collectives, once the slow first step is over."""
+    timeout = timedelta(seconds=comm.train_timeout_seconds)
+    for group in {*dist.distributed_c10d._world.pg_map}:
+        _set_pg_timeout(timeout, group)
+
+
+def _pick_device(local_rank: int) -> tuple[torch.device, str]:
+    if not torch.cuda.is_available():
+        return torch.device("cpu"), "no GPU that this build of torch can use was found"
+    count = torch.cuda.device_count()
+    if local_rank >= count:
+        raise ConfigError(f"NGPU: process {local_rank} of this machine has no GPU of its own, there are {count}")
+    device = torch.device("cuda", local_rank)
+    torch.cuda.set_device(device)
+    return device, f"GPU {local_rank} of the {count} found"
+
+
+def set_seed(seed: int | None, deterministic: bool, runtime: Runtime) -> int:
+    """Seed every generator alike on all processes; an unset seed is drawn by rank 0. Returns the seed."""
+    if seed is None:
+        seed = runtime.agree_max(random.SystemRandom().randrange(1 << 31) if runtime.rank == 0 else -1)[0]
+    random.seed(seed)
+    torch.manual_seed(seed)
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+        torch.backends.cudnn.benchmark = False
+    return seed
+
+
+class GarbageCollection:
+    """Collects on its own clock, so that all ranks pause at the same step and not at any other."""
+
+    def __init__(self, every: int, debug: bool) -> None:
+        self._every, self._debug = every, debug
+        gc.disable()
+        self._collect(0)
+
+    def run(self, step: int) -> None:
+        if step > 1 and step % self._every == 0:
+            self._collect(step)
+
+    def _collect(self, step: int) -> None:
+        start = time.perf_counter()
+        # Generation 1, what training leaves behind each step; the oldest grows with the model and takes long to scan.
+        found = gc.collect(1)
+        if self._debug:
+            logger.info("garbage collection at step %d: %d objects, %.3f s", step, found, time.perf_counter() - start)
+
+    def close(self) -> None:
+        gc.enable()
+
+
+class StopRequest:
+    """Whether somebody asked this process to stop: a first SIGTERM, SIGINT or SIGHUP, or the launcher's file.
+
+    The run then ends in order after the current step. A second signal ends the process at once.
+    """
+
+    def __init__(self) -> None:
+        folder = os.environ.get(LAUNCH_DIR)
+        self._file = Path(folder, "stop") if folder else None
+        self._signal = 0
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+                signal.signal(number, self._on_signal)
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if self.requested():
+            os._exit(128 + number)
+        self._signal = number
+
+    def requested(self) -> bool:
+        return self._signal != 0 or (self._file is not None and self._file.exists())
+
+
+def end_with_launcher() -> None:
+    """Make sure that this worker does not outlive a launcher that was killed."""
+    pid = os.environ.get(LAUNCHER_PID)
+    if pid is None:
+        return
+    if platform.system() == "Linux":
+        PR_SET_PDEATHSIG = 1
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+    def watch() -> None:
+        while os.getppid() == int(pid):
+            time.sleep(1)
+        os._exit(1)
+
+    # Elsewhere than on Linux only the polling does it; there too it catches a launcher that died before prctl.
+    threading.Thread(target=watch, name="launcher-watch", daemon=True).start()

@@ -1,0 +1,1 @@
+"""What a run tells: FLOPs and MFU, memory, the console, metrics.jsonl and TensorBoard."""

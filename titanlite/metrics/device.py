@@ -1,0 +1,79 @@
+"""What the device can do, and what it holds."""
+
+from __future__ import annotations
+
+import os
+import resource
+import sys
+from typing import NamedTuple
+
+import torch
+
+GIB = 1024**3
+
+# Dense bf16 FLOP/s from the vendors' data sheets (half of the figure "with sparsity"), by a part of the device's name;
+# the first that fits counts. A device that is not here has no MFU: it is never guessed.
+_PEAKS: tuple[tuple[str, float], ...] = (
+    ("H100 NVL", 835.5e12),
+    ("H100 PCIe", 756.5e12),
+    ("H100", 989.5e12),
+    ("H200 NVL", 835.5e12),
+    ("H200", 989.5e12),
+    ("GH200", 989.5e12),
+    ("B200", 2250e12),
+    ("A100", 312e12),
+    ("L40S", 362.05e12),
+    ("RTX 4090", 165.2e12),
+    ("MI250X", 191.5e12),  # one of the two dies, which is what a process sees
+    ("MI300X", 1307.4e12),
+    ("MI325X", 1307.4e12),
+)
+
+
+def device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"CPU, {torch.get_num_threads()} threads"
+
+
+def peak_flops(name: str) -> float | None:
+    """The dense bf16 peak in FLOP/s of the device called ``name``; None where it is not known."""
+    return next((peak for part, peak in _PEAKS if part in name), None)
+
+
+class Memory(NamedTuple):
+    """Peaks since the last reset, in bytes, out of ``total``; ``reserved`` and the counts are CUDA's alone."""
+
+    active: int
+    total: int
+    reserved: int | None = None
+    alloc_retries: int | None = None
+    ooms: int | None = None
+
+
+def total_memory(device: torch.device) -> int:
+    """Bytes of the device; on the CPU, of the machine."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def peak_memory(device: torch.device) -> Memory:
+    """On CUDA, the allocator's peak since :func:`reset_peak_memory`; on the CPU, the peak resident set of the process."""
+    total = total_memory(device)
+    if device.type != "cuda":
+        unit = 1 if sys.platform == "darwin" else 1024
+        return Memory(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit, total)
+    stats = torch.cuda.memory_stats(device)
+    return Memory(
+        active=stats.get("active_bytes.all.peak", 0),
+        total=total,
+        reserved=stats.get("reserved_bytes.all.peak", 0),
+        alloc_retries=stats.get("num_alloc_retries", 0),
+        ooms=stats.get("num_ooms", 0),
+    )
+
+
+def reset_peak_memory(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)

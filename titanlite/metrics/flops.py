@@ -1,0 +1,26 @@
+"""Model FLOPs, counted as the PaLM paper does (Chowdhery et al. 2022, appendix B)."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class ModelSize(NamedTuple):
+    """What FLOPs follow from. ``embedding_params`` are those that are only looked up, never multiplied."""
+
+    params: int
+    embedding_params: int
+    layers: int
+    heads: int
+    head_dim: int
+
+
+def flops_per_token(size: ModelSize, seq_len: int) -> int:
+    """Floating-point operations of forward and backward per token: ``6 (N - N_embedding) + 12 L H Q T``.
+
+    Each weight multiplies and adds once in forward and twice in backward; attention's two matmuls do the same over all
+    ``seq_len`` positions. Causal attention needs half of these; as in the paper and in torchtitan, no discount is made,
+    and recomputation is not counted.
+    """
+    dense = 6 * (size.params - size.embedding_params)
+    return dense + 12 * size.layers * size.heads * size.head_dim * seq_len

@@ -1,0 +1,59 @@
+"""Looks at the loss and the gradient norm of every step without making the device wait."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class _Pending(NamedTuple):
+    step: int
+    values: Tensor  # float32 [2]: loss, gradient norm
+    arrived: torch.cuda.Event | None
+
+
+class LossWatch:
+    """Copies each step's values to the host beside the device's work, and looks at those that have arrived.
+
+    At most ``depth`` steps are in flight: on a GPU a bad step is seen up to that many steps later, on the CPU at once.
+    """
+
+    def __init__(self, depth: int = 2) -> None:
+        self._pending: deque[_Pending] = deque()
+        self._depth = depth
+        self.last_good: tuple[int, float, float] | None = None
+        self.bad: tuple[int, float, float] | None = None
+
+    def add(self, step: int, loss: Tensor, grad_norm: Tensor) -> None:
+        values = torch.stack((loss.detach().float(), grad_norm.detach().float()))
+        if values.device.type == "cpu":
+            self._pending.append(_Pending(step, values, None))
+        else:
+            host = torch.empty(2, dtype=torch.float32, pin_memory=True)
+            host.copy_(values, non_blocking=True)
+            event = torch.cuda.Event()
+            event.record()
+            self._pending.append(_Pending(step, host, event))
+        self._look(self._depth)
+
+    def drain(self) -> None:
+        """Wait for all that is in flight."""
+        self._look(0)
+
+    def _look(self, in_flight: int) -> None:
+        while self._pending:
+            step, values, arrived = self._pending[0]
+            if arrived is not None and not arrived.query():
+                if len(self._pending) <= in_flight:
+                    return
+                arrived.synchronize()
+            self._pending.popleft()
+            loss, grad_norm = values.tolist()
+            if math.isfinite(loss) and math.isfinite(grad_norm):
+                self.last_good = (step, loss, grad_norm)
+            elif self.bad is None:
+                self.bad = (step, loss, grad_norm)

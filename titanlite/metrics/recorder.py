@@ -1,0 +1,95 @@
+"""From what happens between two logged steps to one row for every sink, and to the summary at the end."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from titanlite.metrics.device import GIB, device_name, peak_flops, peak_memory, reset_peak_memory
+from titanlite.metrics.sinks import Row, Sink
+
+
+@dataclass
+class Recorder:
+    """Times the windows between logged steps.
+
+    Args:
+        flops_per_token: model FLOPs of forward and backward.
+        log_freq: the window, in steps; the first and the last step are logged too.
+        last_step: the step after which the run ends.
+        tokens_seen: tokens of all devices before the first step.
+    """
+
+    sinks: Sequence[Sink]
+    device: torch.device
+    flops_per_token: int
+    log_freq: int
+    last_step: int
+    tokens_seen: int = 0
+    rows: list[Row] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self._peak = peak_flops(device_name(self.device))
+        self.restart()
+
+    def restart(self) -> None:
+        """Begin a window now."""
+        self._steps = self._tokens = 0
+        self._data_loading = 0.0
+        self._start = time.perf_counter()
+        reset_peak_memory(self.device)
+
+    def step_done(self, device_tokens: int, all_tokens: int, data_loading_s: float) -> None:
+        """Count a step: the tokens of this device and of all, and the seconds that it waited for its batch."""
+        self._steps += 1
+        self._tokens += device_tokens
+        self._data_loading += data_loading_s
+        self.tokens_seen += all_tokens
+
+    def is_due(self, step: int) -> bool:
+        return step == 1 or step % self.log_freq == 0 or step == self.last_step
+
+    def log(self, step: int, *, loss: float, max_loss: float, grad_norm: float, lr: float) -> None:
+        """Close the window at ``step`` and write its row. Reading ``loss`` has waited for the device."""
+        elapsed = time.perf_counter() - self._start
+        tps = self._tokens / elapsed
+        memory = peak_memory(self.device)
+        flops = tps * self.flops_per_token
+        reserved = memory.reserved
+        row: Row = {
+            "step": step,
+            "loss": loss,
+            "max_loss": max_loss,
+            "grad_norm": grad_norm,
+            "lr": lr,
+            "tps": tps,
+            "tflops": flops / 1e12,
+            "mfu": None if self._peak is None else 100 * flops / self._peak,
+            "memory_gib": memory.active / GIB,
+            "memory_pct": 100 * memory.active / memory.total,
+            "step_time_s": elapsed / self._steps,
+            "data_loading_s": self._data_loading / self._steps,
+            "data_loading_pct": 100 * self._data_loading / elapsed,
+            "tokens_seen": self.tokens_seen,
+            "reserved_gib": None if reserved is None else reserved / GIB,
+            "reserved_pct": None if reserved is None else 100 * reserved / memory.total,
+            "num_alloc_retries": memory.alloc_retries,
+            "num_ooms": memory.ooms,
+        }
+        for sink in self.sinks:
+            sink.write(row)
+        self.rows.append(row)
+        self.restart()
+
+    def median(self, key: str) -> float | None:
+        """The median of a key over the steady windows: all but the first, which holds compilation and warm-up."""
+        values = [row[key] for row in self.rows[1:] if row[key] is not None]
+        return statistics.median(values) if values else None
+
+    def close(self) -> None:
+        for sink in self.sinks:
+            sink.close()

@@ -1,0 +1,131 @@
+"""Where logged steps go: the console, metrics.jsonl, TensorBoard."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import Any, Protocol
+
+from titanlite.environment import LOG_RANK
+from titanlite.errors import ConfigError
+
+Row = dict[str, Any]  # one logged step: the keys of metrics.jsonl, None where unknown
+
+_COLORS = {"red": 31, "green": 32, "orange": 33, "blue": 34, "magenta": 35, "cyan": 36}
+
+
+class Sink(Protocol):
+    def write(self, row: Row) -> None: ...
+    def close(self) -> None: ...
+
+
+def init_logging(rank: int) -> None:
+    """Log to stdout as torchtitan does; ranks that LOG_RANK (default 0) does not name only warn."""
+    chosen = os.environ.get(LOG_RANK, "0").split(",")
+    if not all(part.strip().isdecimal() for part in chosen):
+        raise ConfigError(f"LOG_RANK={os.environ[LOG_RANK]}: must be rank numbers separated by commas, for example 0,1")
+    handler = logging.StreamHandler(sys.stdout)
+    handler.setFormatter(
+        logging.Formatter(f"[rank{rank}]:[titan] %(asctime)s - %(name)s - %(levelname)s - %(message)s")
+    )
+    root = logging.getLogger()
+    root.handlers[:] = [handler]
+    root.setLevel(logging.INFO if rank in map(int, chosen) else logging.WARNING)
+
+
+def is_terminal() -> bool:
+    return sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
+
+
+def _duration(seconds: float) -> str:
+    minutes, hours = int(seconds / 60), int(seconds / 3600)
+    return f"{hours}h{minutes % 60:02}m" if hours else f"{minutes}m{int(seconds) % 60:02}s"
+
+
+class ConsoleSink:
+    """The log line of one step.
+
+    Args:
+        colored: color the fields.
+        steps: the last step, for progress and time left on an interactive terminal; None leaves them out.
+    """
+
+    def __init__(self, colored: bool, steps: int | None) -> None:
+        self._codes = _COLORS if colored else {}
+        self._steps = steps
+        self._logger = logging.getLogger()
+
+    def _paint(self, color: str, text: str) -> str:
+        return f"\033[{self._codes[color]}m{text}\033[0m" if color in self._codes else text
+
+    def write(self, row: Row) -> None:
+        mfu = "n/a" if row["mfu"] is None else f"{row['mfu']:.2f}%"
+        fields = [
+            self._paint("red", f"step: {row['step']:2}"),
+            self._paint("green", f"loss: {row['loss']:7.4f}"),
+            self._paint("orange", f"grad_norm: {row['grad_norm']:7.4f}"),
+            self._paint("blue", f"memory: {row['memory_gib']:5.2f}GiB({row['memory_pct']:.2f}%)"),
+            self._paint("cyan", f"tps: {round(row['tps']):,}"),
+            self._paint("magenta", f"tflops: {row['tflops']:,.2f}"),
+            self._paint("magenta", f"mfu: {mfu}"),
+        ]
+        if self._steps is not None:
+            left = _duration((self._steps - row["step"]) * row["step_time_s"])
+            fields.append(f"{row['step'] / self._steps:.0%}, {left} left")
+        self._logger.info("  ".join(fields))
+
+    def close(self) -> None:
+        pass
+
+
+class JsonlSink:
+    """metrics.jsonl: a JSON object per line, written through at once, so that a killed run keeps its rows."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("a", encoding="utf-8")
+
+    def write(self, row: Row) -> None:
+        self._file.write(json.dumps(row) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+_TENSORBOARD_TAGS = {
+    "loss": "loss_metrics/global_avg_loss",
+    "max_loss": "loss_metrics/global_max_loss",
+    "grad_norm": "grad_norm",
+    "lr": "lr",
+    "tps": "throughput(tps)",
+    "tflops": "tflops",
+    "mfu": "mfu(%)",
+    "step_time_s": "time_metrics/end_to_end(s)",
+    "data_loading_s": "time_metrics/data_loading(s)",
+    "data_loading_pct": "time_metrics/data_loading(%)",
+    "memory_gib": "memory/max_active(GiB)",
+    "memory_pct": "memory/max_active(%)",
+    "reserved_gib": "memory/max_reserved(GiB)",
+    "reserved_pct": "memory/max_reserved(%)",
+    "num_alloc_retries": "memory/num_alloc_retries",
+    "num_ooms": "memory/num_ooms",
+}
+
+
+class TensorBoardSink:
+    def __init__(self, folder: Path) -> None:
+        # Imported where used: it takes half a second.
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(log_dir=str(folder), flush_secs=10)  # type: ignore[no-untyped-call]
+
+    def write(self, row: Row) -> None:
+        for key, tag in _TENSORBOARD_TAGS.items():
+            if row[key] is not None:
+                self._writer.add_scalar(tag, row[key], row["step"])  # type: ignore[no-untyped-call]
+
+    def close(self) -> None:
+        self._writer.close()  # type: ignore[no-untyped-call]

@@ -1,0 +1,71 @@
+"""What a model family must provide, and the registry of families.
+
+A family is a package ``models.<name>`` whose module ``spec`` calls :func:`register_model`; third-party code does the
+same from the module that ``experimental.custom_import`` names.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from titanlite.config import JobConfig
+from titanlite.errors import ConfigError
+from titanlite.metrics.flops import ModelSize
+from titanlite.registry import Registry, nearest
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """A model family, as builders.
+
+    Attributes:
+        flavors: the sizes, by name; what an entry is, only the family knows.
+        configure: ``(flavor, vocab_size, seq_len)`` -> the flavor completed for a tokenizer and a sequence length.
+        build: a configured flavor -> the module, called under the meta device. Its ``init_weights(init)`` fills every
+            parameter through :class:`titanlite.distributed.init.WeightInit`, and every buffer. ``forward`` maps token
+            ids [batch, seq_len] to logits [batch, seq_len, vocab_size].
+        parallelize: ``(model, mesh, config)`` shards the module in place, and returns what it did, for the log.
+        size: a built module -> the numbers that FLOPs follow from.
+    """
+
+    name: str
+    flavors: Mapping[str, Any]
+    configure: Callable[[Any, int, int], Any]
+    build: Callable[[Any], nn.Module]
+    parallelize: Callable[[nn.Module, DeviceMesh, JobConfig], dict[str, str]]
+    size: Callable[[nn.Module], ModelSize]
+
+    def flavor(self, name: str) -> Any:
+        """A flavor, or a :class:`ConfigError` that lists the known ones."""
+        if name not in self.flavors:
+            raise ConfigError(
+                f'model.flavor = "{name}": {self.name} has no such flavor{nearest(name, self.flavors)}; '
+                f"it has {', '.join(self.flavors)}"
+            )
+        return self.flavors[name]
+
+
+_registry: Registry[ModelSpec] = Registry("model", "model.name")
+
+
+def register_model(spec: ModelSpec) -> None:
+    _registry.add(spec.name, spec)
+
+
+def get_model_spec(name: str) -> ModelSpec:
+    """The family ``name``, imported from ``models.<name>`` if it is not registered yet."""
+    if name not in _registry.names():
+        import models
+
+        for found in pkgutil.iter_modules(models.__path__):
+            # Import the one asked for; of a name that is not there, all, so that the message can list them.
+            if found.name == name or name not in [m.name for m in pkgutil.iter_modules(models.__path__)]:
+                importlib.import_module(f"models.{found.name}.spec")
+    return _registry.get(name)

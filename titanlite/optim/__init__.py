@@ -1,0 +1,14 @@
+"""Optimizers, learning-rate schedules and the loss; each a function in a registry."""
+
+from titanlite.optim.loss import cross_entropy_loss
+from titanlite.optim.optimizers import build_optimizer, register_optimizer
+from titanlite.optim.schedules import Schedule, build_schedule, register_decay
+
+__all__ = [
+    "Schedule",
+    "build_optimizer",
+    "build_schedule",
+    "cross_entropy_loss",
+    "register_decay",
+    "register_optimizer",
+]

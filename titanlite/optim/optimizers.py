@@ -1,0 +1,42 @@
+"""Optimizers by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from titanlite.config.schema import Optimizer
+from titanlite.registry import Registry
+
+Builder = Callable[[Iterable[nn.Parameter], Optimizer], torch.optim.Optimizer]
+_registry: Registry[Builder] = Registry("optimizer", "optimizer.name")
+register_optimizer = _registry.register
+
+
+def build_optimizer(params: Iterable[nn.Parameter], options: Optimizer) -> torch.optim.Optimizer:
+    """The optimizer that ``[optimizer]`` describes; its learning rate is set anew each step by the schedule."""
+    return _registry.get(options.name)([p for p in params if p.requires_grad], options)
+
+
+def _adam_options(options: Optimizer) -> dict[str, Any]:
+    return {
+        "lr": options.lr,
+        "betas": (options.beta1, options.beta2),
+        "eps": options.eps,
+        "weight_decay": options.weight_decay,
+        "fused": options.implementation == "fused",
+        "foreach": options.implementation == "foreach",
+    }
+
+
+@register_optimizer("AdamW")
+def _adamw(params: Iterable[nn.Parameter], options: Optimizer) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(params, **_adam_options(options))
+
+
+@register_optimizer("Adam")
+def _adam(params: Iterable[nn.Parameter], options: Optimizer) -> torch.optim.Optimizer:
+    return torch.optim.Adam(params, **_adam_options(options))

@@ -1,0 +1,82 @@
+"""Learning-rate schedules: linear warm-up, then constant, then decay. A schedule is a pure function of the step, so
+that resuming a run needs no state."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from titanlite.config.schema import LRScheduler
+from titanlite.registry import Registry
+
+logger = logging.getLogger(__name__)
+
+# From the progress of the decay, 0 to 1, to what is left of the way down to lr_min, 1 to 0.
+_decays: Registry[Callable[[float], float]] = Registry("decay type", "lr_scheduler.decay_type")
+register_decay = _decays.register
+_decays.add("linear", lambda progress: 1 - progress)
+_decays.add("sqrt", lambda progress: 1 - math.sqrt(progress))
+_decays.add("cosine", lambda progress: 0.5 * (1 + math.cos(math.pi * progress)))
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The learning rate of every step.
+
+    Attributes:
+        warmup_steps: steps of linear rise: step s of them runs at ``s / warmup_steps`` of the peak.
+        stable_steps: steps at the peak after that.
+        decay_steps: the steps that follow; the decay would reach ``lr_min`` one step after the last of them, so that no
+            step runs at a learning rate of zero.
+    """
+
+    peak_lr: float
+    warmup_steps: int
+    stable_steps: int
+    decay_steps: int
+    decay: Callable[[float], float]
+    lr_min: float
+
+    def lr(self, step: int) -> float:
+        """The learning rate of ``step``, counted from 1."""
+        if step <= self.warmup_steps:
+            return self.peak_lr * step / self.warmup_steps
+        past = step - self.warmup_steps - self.stable_steps
+        if past <= 0:
+            return self.peak_lr
+        left = self.decay(min(past / (self.decay_steps + 1), 1.0))
+        return self.peak_lr * (self.lr_min + (1 - self.lr_min) * left)
+
+    def apply(self, optimizer: torch.optim.Optimizer, step: int) -> float:
+        """Set the learning rate of ``step`` on every parameter group; returns it."""
+        lr = self.lr(step)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        return lr
+
+
+def build_schedule(options: LRScheduler, peak_lr: float, steps: int) -> Schedule:
+    """The schedule that ``[lr_scheduler]`` describes for a run of ``steps`` steps."""
+    warmup = options.warmup_steps
+    if warmup >= steps:
+        logger.warning(
+            "lr_scheduler.warmup_steps = %d is not less than training.steps = %d: the learning rate never passes its peak",
+            warmup,
+            steps,
+        )
+    after_warmup = max(0, steps - warmup)
+    decay = after_warmup if options.decay_ratio is None else round(steps * options.decay_ratio)
+    if decay > after_warmup:
+        logger.warning(
+            "lr_scheduler: %d warm-up steps and %d of decay are more than training.steps = %d: decay over %d",
+            warmup,
+            decay,
+            steps,
+            after_warmup,
+        )
+        decay = after_warmup
+    return Schedule(peak_lr, warmup, after_warmup - decay, decay, _decays.get(options.decay_type), options.lr_min)

@@ -1,0 +1,70 @@
+"""The run folder: one job, one folder, one writer."""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import os
+import time
+from pathlib import Path
+
+from titanlite.errors import ConfigError
+
+logger = logging.getLogger(__name__)
+
+CONFIG = "config.toml"
+METRICS = "metrics.jsonl"
+
+
+class RunFolder:
+    """``job.dump_folder``, locked for as long as this process lives.
+
+    Raises:
+        ConfigError: the folder cannot be written, or another run is using it.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = (self.path / ".lock").open("a")
+        except OSError as e:
+            raise ConfigError(
+                f'job.dump_folder = "{path}": the run folder cannot be written: {e.strerror or e}; choose another with '
+                "--job.dump_folder"
+            ) from None
+        self._take_lock()
+
+    def _take_lock(self) -> None:
+        # A worker of a run that was killed a moment ago may still be ending.
+        for attempt in range(6):
+            try:
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                time.sleep(0.5 if attempt < 5 else 0)
+            else:
+                self._lock.truncate(0)
+                self._lock.write(f"{os.getpid()}\n")
+                self._lock.flush()
+                return
+        holder = (self.path / ".lock").read_text().strip()
+        raise ConfigError(
+            f'job.dump_folder = "{self.path}": another run (process {holder}) is writing to this folder; wait for it, '
+            "or choose another folder with --job.dump_folder"
+        )
+
+    def set_earlier_aside(self, names: list[str]) -> None:
+        """Move what an earlier run left here to ``earlier/<time of its start>``, so that nothing is mixed or lost."""
+        left = [self.path / name for name in names if (self.path / name).exists()]
+        if not left:
+            return
+        when = time.strftime("%Y%m%d-%H%M%S", time.localtime(min(p.stat().st_mtime for p in left)))
+        aside = self.path / "earlier" / when
+        number = 1
+        while aside.exists():
+            number += 1
+            aside = aside.with_name(f"{when}-{number}")
+        aside.mkdir(parents=True)
+        for path in left:
+            path.rename(aside / path.name)
+        logger.info("%s held an earlier run: its %s are now in %s", self.path, ", ".join(p.name for p in left), aside)

@@ -1,0 +1,320 @@
+"""The trainer. Read this first: set-up in named steps, then the loop.
+
+``python -m titanlite.train`` is one process of a run: alone a world of one, or started by the launcher or torchrun.
+"""
+
+# ruff: noqa: E402
+from __future__ import annotations
+
+import sys
+
+from titanlite.command_line import read_config, report
+
+# Read first, imported after: --help and bad input answer before torch takes its seconds.
+CONFIG = read_config(sys.argv[1:]) if __name__ == "__main__" else None
+
+import logging
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from titanlite.config import (
+    JobConfig,
+    check_config,
+    dump_toml,
+    global_batch_size,
+    import_module,
+    resolve_degrees,
+)
+from titanlite.converters import build_converters
+from titanlite.data import DataLoader, build_source, load_tokenizer
+from titanlite.distributed import runtime
+from titanlite.distributed.compile import compiled
+from titanlite.distributed.init import WeightInit
+from titanlite.distributed.mesh import build_mesh
+from titanlite.errors import ConfigError, TrainingError
+from titanlite.metrics.device import GIB, device_name, peak_flops, peak_memory, total_memory
+from titanlite.metrics.flops import flops_per_token
+from titanlite.metrics.loss_watch import LossWatch
+from titanlite.metrics.recorder import Recorder
+from titanlite.metrics.report import summary, table
+from titanlite.metrics.sinks import (
+    ConsoleSink,
+    JsonlSink,
+    Sink,
+    TensorBoardSink,
+    init_logging,
+    is_terminal,
+)
+from titanlite.model_spec import get_model_spec
+from titanlite.optim import build_optimizer, build_schedule, cross_entropy_loss
+from titanlite.profiling import profiler
+from titanlite.run_folder import CONFIG as CONFIG_TOML
+from titanlite.run_folder import METRICS, RunFolder
+
+logger = logging.getLogger()
+
+
+class Trainer:
+    """One process's share of a training run."""
+
+    def __init__(self, config: JobConfig) -> None:
+        self.config = config
+        self.about: dict[str, str] = {}  # what the header will say
+        self._start_process()
+        self._prepare_run_folder()
+        self._build_data()
+        self._build_model()
+        self._build_optimizer()
+        self._build_recorder()
+        self.step = 0
+
+    def _start_process(self) -> None:
+        config = self.config
+        init_logging(int(os.environ.get("RANK", 0)))
+        check_config(config, int(os.environ.get("WORLD_SIZE", 1)))
+        if config.experimental.custom_import:
+            key = "experimental.custom_import"
+            import_module(config.experimental.custom_import, key, config.origin(key))
+        self.spec = get_model_spec(config.model.name)
+        self.flavor = self.spec.flavor(config.model.flavor)
+        self.runtime = runtime.start_runtime(config.comm)
+        self.stop_request = runtime.StopRequest()
+        self.gc = runtime.GarbageCollection(config.training.gc_freq, config.training.gc_debug)
+        self.seed = runtime.set_seed(config.training.seed, config.training.deterministic, self.runtime)
+        config.training.seed = self.seed
+        self.degrees = resolve_degrees(config.parallelism, self.runtime.world_size)
+        self.mesh = build_mesh(self.degrees, self.runtime.device.type)
+        self.about["device"] = f"{device_name(self.runtime.device)} ({self.runtime.why_device})"
+        self.about["processes"] = f"{self.runtime.world_size}"
+        self.about["seed"] = f"{self.seed}" + (", deterministic" if config.training.deterministic else "")
+
+    def _prepare_run_folder(self) -> None:
+        self.run_path = Path(self.config.job.dump_folder)
+        if self.runtime.rank == 0:
+            self.run_folder = RunFolder(self.run_path)
+            self.run_folder.set_earlier_aside([CONFIG_TOML, METRICS, self.config.metrics.save_tb_folder])
+            (self.run_path / CONFIG_TOML).write_text(dump_toml(self.config))
+
+    def _build_data(self) -> None:
+        training, data = self.config.training, self.config.data
+        self.tokenizer = load_tokenizer(self.config.model.tokenizer_path)
+        self.global_batch_size = global_batch_size(self.config, self.degrees.data_parallel)
+        self.loader = DataLoader(
+            build_source(
+                training.dataset,
+                path=training.dataset_path,
+                text_field=data.text_field,
+                on_corrupt=data.on_corrupt,
+                seed=self.seed,
+            ),
+            self.tokenizer,
+            seq_len=training.seq_len,
+            global_batch_size=self.global_batch_size,
+            local_batch_size=training.local_batch_size,
+            dp_rank=self.mesh.get_local_rank("dp_shard"),
+            dp_degree=self.degrees.data_parallel,
+            pin_memory=self.runtime.device.type == "cuda",
+        )
+        self.about["data"] = f"{training.dataset}{f' ({training.dataset_path})' if training.dataset_path else ''}"
+        self.about["tokenizer"] = f"{self.tokenizer.path}, {self.tokenizer.vocab_size} tokens"
+        self.about["tokens per step"] = (
+            f"{self.global_batch_size * training.seq_len:,} = {self.global_batch_size} sequences x {training.seq_len}"
+        )
+
+    def _build_model(self) -> None:
+        config, device = self.config, self.runtime.device
+        before = peak_memory(device).active
+        args = self.spec.configure(self.flavor, self.tokenizer.vocab_size, config.training.seq_len)
+        with torch.device("meta"):
+            model = self.spec.build(args)
+        self.size = self.spec.size(model)
+        self._check_memory()
+        self.converters = build_converters(config, self.mesh)
+        for name, converter in self.converters.items():
+            self.about[f"converter {name}"] = converter.convert(model)
+        if config.model.print_after_conversion:
+            logger.info("the model after conversion:\n%s", model)
+        self.about.update(self.spec.parallelize(model, self.mesh, config))
+        model.to_empty(device=device)
+        model.init_weights(WeightInit(model, self.seed))  # type: ignore[operator]
+        self.model: nn.Module = model.train()
+        self.loss_fn: Callable[[Tensor, Tensor], Tensor] = cross_entropy_loss
+        if config.training.compile and "loss" in config.compile.components:
+            self.loss_fn = compiled(cross_entropy_loss, config.compile)
+        self.flops_per_token = flops_per_token(self.size, config.training.seq_len)
+        self.about["model"] = f"{config.model.name} {config.model.flavor}, {self.size.params:,} parameters"
+        self.about["flops per token"] = f"{self.flops_per_token:,}"
+        self.about["memory"] = f"{before / GIB:.2f} GiB before building, {peak_memory(device).active / GIB:.2f} after"
+
+    def _check_memory(self) -> None:
+        """Refuse what cannot fit, before the machine is brought to its knees: float32 weights, gradients and two
+        moments are 16 bytes per parameter, whatever else a step needs."""
+        per_process = 16 * self.size.params / self.degrees.data_parallel_shard
+        device = self.runtime.device
+        sharing = 1 if device.type == "cuda" else int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        total = total_memory(device)
+        if per_process * sharing > total:
+            raise ConfigError(
+                f'model.flavor = "{self.config.model.flavor}": its {self.size.params:,} parameters need at least '
+                f"{per_process * sharing / GIB:.1f} GiB here (16 bytes each for weights, gradients and optimizer state, "
+                f"{sharing} of {self.degrees.data_parallel_shard} shards), and this "
+                f"{'GPU' if device.type == 'cuda' else 'machine'} has {total / GIB:.1f} GiB: use more devices (NGPU), or "
+                "a smaller flavor"
+            )
+
+    def _build_optimizer(self) -> None:
+        config = self.config
+        self.optimizer = build_optimizer(self.model.parameters(), config.optimizer)
+        self.schedule = build_schedule(config.lr_scheduler, config.optimizer.lr, config.training.steps)
+
+    def _build_recorder(self) -> None:
+        config = self.config
+        terminal = is_terminal()
+        steps = config.training.steps
+        sinks: list[Sink] = [
+            ConsoleSink(terminal and not config.metrics.disable_color_printing, steps if terminal else None)
+        ]
+        first, everywhere = self.runtime.rank == 0, config.metrics.save_for_all_ranks
+        if first:
+            sinks.append(JsonlSink(self.run_path / METRICS))
+        if config.metrics.enable_tensorboard and (first or everywhere):
+            folder = self.run_path / config.metrics.save_tb_folder
+            sinks.append(TensorBoardSink(folder / f"rank_{self.runtime.rank}" if everywhere else folder))
+        self.recorder = Recorder(sinks, self.runtime.device, self.flops_per_token, config.metrics.log_freq, steps)
+        self.loss_watch = LossWatch()
+
+    # ---- the loop
+
+    def train(self) -> None:
+        config = self.config
+        self._log_header()
+        self.recorder.restart()
+        with profiler(config.profiling, self.run_path, self.runtime.rank) as profiler_step:
+            while self.step < config.training.steps:
+                self.step += 1
+                loss, grad_norm, lr = self.train_step()
+                self.loss_watch.add(self.step, loss, grad_norm)
+                if self.recorder.is_due(self.step):
+                    self._log_step(loss, grad_norm, lr)
+                if self.step == 1:
+                    runtime.set_train_timeout(config.comm)
+                self.gc.run(self.step)
+                profiler_step()
+                if self._should_stop():
+                    break
+        self._log_summary()
+
+    def train_step(self) -> tuple[Tensor, Tensor, float]:
+        """One optimizer step; returns this rank's mean loss and the global gradient norm (both on the device), and the
+        learning rate."""
+        waited = time.perf_counter()
+        batch = next(self.loader)
+        waited = time.perf_counter() - waited
+        device, microbatches = self.runtime.device, batch.inputs.shape[0]
+        losses = []
+        for inputs, labels in zip(batch.inputs, batch.labels, strict=True):
+            logits = self.model(inputs.to(device, non_blocking=True))
+            loss = self.loss_fn(logits, labels.to(device, non_blocking=True)) / microbatches
+            del logits  # before backward: it is the largest activation
+            loss.backward()
+            losses.append(loss.detach())
+        grad_norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.training.max_norm, foreach=True)
+        lr = self.schedule.apply(self.optimizer, self.step)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        for converter in self.converters.values():
+            converter.post_optimizer_hook(self.model)
+        tokens = batch.inputs.numel()
+        self.recorder.step_done(tokens, tokens * self.degrees.data_parallel, waited)
+        return torch.stack(losses).sum(), grad_norm.full_tensor(), lr  # type: ignore[attr-defined]
+
+    def _log_step(self, loss: Tensor, grad_norm: Tensor, lr: float) -> None:
+        mean, largest = loss / self.degrees.data_parallel, loss.clone()
+        if self.runtime.world_size > 1:
+            dist.all_reduce(mean)
+            dist.all_reduce(largest, dist.ReduceOp.MAX)
+        self.recorder.log(
+            self.step, loss=mean.item(), max_loss=largest.item(), grad_norm=grad_norm.item(), lr=lr
+        )
+
+    def _should_stop(self) -> bool:
+        """Whether the run ends after this step, the same on every rank. A loss that is not finite ends it with an
+        error on all of them, in the words of the first rank that saw it."""
+        if self.step == self.config.training.steps:
+            self.loss_watch.drain()
+        bad, rank = self.loss_watch.bad, self.runtime.rank
+        order = 0 if bad is None else (1 << 40) - (bad[0] << 20) - rank  # the earliest step, then the lowest rank
+        stop, first = self.runtime.agree_max(int(self.stop_request.requested()), order)
+        if first:
+            step, source = divmod((1 << 40) - first, 1 << 20)
+            message = [self._describe_bad_step(step)]
+            dist.broadcast_object_list(message, src=source, group=self.runtime.control)
+            raise TrainingError(message[0])
+        if stop:
+            logger.info("asked to stop: ending after step %d", self.step)
+        return bool(stop)
+
+    def _describe_bad_step(self, step: int) -> str:
+        _, loss, grad_norm = self.loss_watch.bad or (0, 0.0, 0.0)
+        good = self.loss_watch.last_good
+        last = f"the last good values were loss {good[1]:.4f}, grad_norm {good[2]:.4f} at step {good[0]}" if good else (
+            "there was no good step before it"
+        )
+        return (
+            f"step {step}, rank {self.runtime.rank}: loss {loss}, grad_norm {grad_norm} is not finite; {last}. Lower "
+            "optimizer.lr or training.max_norm, lengthen lr_scheduler.warmup_steps, or look at the data of that step"
+        )
+
+    # ---- what the user reads
+
+    def _log_header(self) -> None:
+        training = self.config.training
+        precision = (
+            f"{training.mixed_precision_param} forward and backward, {training.mixed_precision_reduce} reduction, "
+            "float32 weights"
+        )
+        if self.config.job.print_args:
+            logger.info("the effective configuration:\n%s", dump_toml(self.config))
+        if peak_flops(device_name(self.runtime.device)) is None:
+            self.about["mfu"] = "n/a: the peak of this device is not known"
+        places = {"steps": f"{training.steps}", "precision": precision, "run folder": f"{self.run_path}"}
+        logger.info(table(self.config.job.description, {**self.about, **places}))
+
+    def _log_summary(self) -> None:
+        places = {"metrics": f"{self.run_path / METRICS}"}
+        if self.config.metrics.enable_tensorboard:
+            places["look at it"] = f"tensorboard --logdir {self.run_path / self.config.metrics.save_tb_folder}"
+        places["run it again"] = f"CONFIG_FILE={self.run_path / CONFIG_TOML} ./run_train.sh"
+        logger.info(summary(self.recorder, places))
+
+    def close(self) -> None:
+        self.loader.close()
+        self.recorder.close()
+        self.gc.close()
+
+
+def main(config: JobConfig | None = None) -> int:
+    """Train as the command line, or ``config``, says; returns the exit status."""
+    config = config or CONFIG or read_config(sys.argv[1:])
+    runtime.end_with_launcher()
+    trainer = None
+    try:
+        trainer = Trainer(config)
+        trainer.train()
+    except (ConfigError, TrainingError) as e:
+        return report(e)
+    finally:
+        if trainer is not None:
+            trainer.close()
+        runtime.stop_runtime()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
