@@ -62,13 +62,9 @@ def download(repo_id: str, token: str | None, local_dir: str, tokenizer_path: st
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repo_id", required=True, help="such as meta-llama/Llama-3.1-8B")
-    parser.add_argument(
-        "--hf_token", default=os.environ.get("HF_TOKEN"), help="default: the variable HF_TOKEN"
-    )
+    parser.add_argument("--hf_token", default=os.environ.get("HF_TOKEN"), help="default: the variable HF_TOKEN")
     parser.add_argument("--local_dir", default="./assets/tokenizer", help="where to put the files")
-    parser.add_argument(
-        "--tokenizer_path", default="original", help="the repository's folder of tokenizer.model"
-    )
+    parser.add_argument("--tokenizer_path", default="original", help="the repository's folder of tokenizer.model")
     args = parser.parse_args(argv)
     try:
         files = download(args.repo_id, args.hf_token, args.local_dir, args.tokenizer_path)

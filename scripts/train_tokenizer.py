@@ -56,14 +56,10 @@ def _texts(source: Source) -> Iterator[str]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--source", choices=["pystdlib", "text"], default="pystdlib")
     parser.add_argument("--path", help="with --source text: a folder of .txt files, a file, or a glob")
-    parser.add_argument(
-        "--vocab-size", type=int, default=2048, help="special tokens included; a multiple of 128"
-    )
+    parser.add_argument("--vocab-size", type=int, default=2048, help="special tokens included; a multiple of 128")
     parser.add_argument("--output", type=Path, default=SHIPPED)
     args = parser.parse_args(argv)
     try:

@@ -33,10 +33,16 @@ def report(error: ConfigError | TrainingError) -> int:
     All workers of a run meet the same errors: under the launcher each leaves its message in a file, and the launcher
     shows one.
     """
-    folder = os.environ.get(LAUNCH_DIR)
+    status = EXIT_CONFIG if isinstance(error, ConfigError) else 1
     message = f"titanlite: error: {error}"
+    folder = os.environ.get(LAUNCH_DIR)
     if folder:
-        Path(folder, f"error-{os.environ.get('RANK', '0')}").write_text(message)
+        Path(folder, f"error-{os.environ.get('RANK', '0')}.{status}").write_text(message)
     else:
         print(message, file=sys.stderr)
-    return EXIT_CONFIG if isinstance(error, ConfigError) else 1
+    return status
+
+
+def reported(folder: str | None) -> list[Path]:
+    """The messages that workers have left in the launcher's folder, the first one first; the suffix is the status."""
+    return sorted(Path(folder).glob("error-*"), key=lambda path: path.stat().st_mtime_ns) if folder else []

@@ -18,11 +18,15 @@ import tempfile
 import uuid
 from pathlib import Path
 from types import FrameType
+from typing import TYPE_CHECKING
 
-from titanlite.command_line import EXIT_CONFIG, read_config, report
-from titanlite.config import JobConfig, check_config
+from titanlite.command_line import read_config, report, reported
+from titanlite.config import check_config
 from titanlite.environment import CONFIG_FILE, LAUNCH_DIR, LAUNCHER_PID, NGPU
 from titanlite.errors import ConfigError
+
+if TYPE_CHECKING:
+    from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 HERE = Path(__file__).parent
 # Beside the package in a clone, inside it in a wheel.
@@ -40,7 +44,7 @@ def main() -> None:
         sys.exit(report(e))
     if processes == 1:
         os.execv(sys.executable, [sys.executable, "-m", "titanlite.train", *argv])
-    sys.exit(_run_workers(processes, argv, config))
+    sys.exit(_run_workers(processes, argv))
 
 
 def _default_file() -> str:
@@ -72,7 +76,7 @@ def _cpus() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _run_workers(processes: int, argv: list[str], config: JobConfig) -> int:
+def _run_workers(processes: int, argv: list[str]) -> int:
     """Run the trainer in ``processes`` processes; returns the exit status."""
     import logging
 
@@ -99,7 +103,7 @@ def _run_workers(processes: int, argv: list[str], config: JobConfig) -> int:
         try:
             elastic_launch(launch, sys.executable)("-u", "-m", "titanlite.train", *argv)
         except ChildFailedError as e:
-            return _explain(Path(folder), e)
+            return _explain(folder, *e.get_first_failure())
         except SignalException as e:
             print(f"titanlite: the workers were ended by {e.sigval.name}", file=sys.stderr)
             return 128 + e.sigval
@@ -120,16 +124,11 @@ def _stop_in_order(stop_file: Path) -> None:
         signal.signal(number, on_signal)
 
 
-def _explain(folder: Path, error: object) -> int:
+def _explain(folder: str, rank: int, failure: ProcessFailure) -> int:
     """Show why the workers failed: their own message where they left one, else who ended how."""
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-
-    assert isinstance(error, ChildFailedError)
-    messages = sorted(folder.glob("error-*"), key=lambda path: path.stat().st_mtime)
-    rank, failure = error.get_first_failure()
-    if messages:
-        print(messages[0].read_text(), file=sys.stderr)
-        return EXIT_CONFIG if failure.exitcode == EXIT_CONFIG else 1
+    for path in reported(folder):
+        print(path.read_text(), file=sys.stderr)
+        return int(path.suffix[1:])
     how = f"status {failure.exitcode}" if failure.exitcode >= 0 else signal.Signals(-failure.exitcode).name
     print(f"titanlite: error: rank {rank} (process {failure.pid}) ended with {how}; the others were ended", file=sys.stderr)
     return 1

@@ -40,7 +40,7 @@ class RunFolder:
         for attempt in range(6):
             try:
                 fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
+            except BlockingIOError:
                 time.sleep(0.5 if attempt < 5 else 0)
             else:
                 self._lock.truncate(0)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 
-from titanlite.command_line import read_config, report
+from titanlite.command_line import read_config, report, reported
 
 # Read first, imported after: --help and bad input answer before torch takes its seconds.
 CONFIG = read_config(sys.argv[1:]) if __name__ == "__main__" else None
@@ -37,6 +37,7 @@ from titanlite.distributed import runtime
 from titanlite.distributed.compile import compiled
 from titanlite.distributed.init import WeightInit
 from titanlite.distributed.mesh import build_mesh
+from titanlite.environment import LAUNCH_DIR
 from titanlite.errors import ConfigError, TrainingError
 from titanlite.metrics.device import GIB, device_name, peak_flops, peak_memory, total_memory
 from titanlite.metrics.flops import flops_per_token
@@ -67,10 +68,11 @@ class Trainer:
         self.config = config
         self.about: dict[str, str] = {}  # what the header will say
         self._start_process()
-        self._prepare_run_folder()
         self._build_data()
         self._build_model()
         self._build_optimizer()
+        self.run_path = Path(config.job.dump_folder)
+        self.runtime.on_rank_zero(self._prepare_run_folder)  # last: what was refused before leaves it untouched
         self._build_recorder()
         self.step = 0
 
@@ -93,13 +95,6 @@ class Trainer:
         self.about["device"] = f"{device_name(self.runtime.device)} ({self.runtime.why_device})"
         self.about["processes"] = f"{self.runtime.world_size}"
         self.about["seed"] = f"{self.seed}" + (", deterministic" if config.training.deterministic else "")
-
-    def _prepare_run_folder(self) -> None:
-        self.run_path = Path(self.config.job.dump_folder)
-        if self.runtime.rank == 0:
-            self.run_folder = RunFolder(self.run_path)
-            self.run_folder.set_earlier_aside([CONFIG_TOML, METRICS, self.config.metrics.save_tb_folder])
-            (self.run_path / CONFIG_TOML).write_text(dump_toml(self.config))
 
     def _build_data(self) -> None:
         training, data = self.config.training, self.config.data
@@ -173,6 +168,11 @@ class Trainer:
         self.optimizer = build_optimizer(self.model.parameters(), config.optimizer)
         self.schedule = build_schedule(config.lr_scheduler, config.optimizer.lr, config.training.steps)
 
+    def _prepare_run_folder(self) -> None:
+        self.run_folder = RunFolder(self.run_path)
+        self.run_folder.set_earlier_aside([CONFIG_TOML, METRICS, self.config.metrics.save_tb_folder])
+        (self.run_path / CONFIG_TOML).write_text(dump_toml(self.config))
+
     def _build_recorder(self) -> None:
         config = self.config
         terminal = is_terminal()
@@ -200,13 +200,15 @@ class Trainer:
                 self.step += 1
                 loss, grad_norm, lr = self.train_step()
                 self.loss_watch.add(self.step, loss, grad_norm)
-                if self.recorder.is_due(self.step):
+                due = self.recorder.is_due(self.step)
+                stop = self._should_stop(wait=due)
+                if due or stop:
                     self._log_step(loss, grad_norm, lr)
                 if self.step == 1:
                     runtime.set_train_timeout(config.comm)
                 self.gc.run(self.step)
                 profiler_step()
-                if self._should_stop():
+                if stop:
                     break
         self._log_summary()
 
@@ -243,10 +245,10 @@ class Trainer:
             self.step, loss=mean.item(), max_loss=largest.item(), grad_norm=grad_norm.item(), lr=lr
         )
 
-    def _should_stop(self) -> bool:
-        """Whether the run ends after this step, the same on every rank. A loss that is not finite ends it with an
-        error on all of them, in the words of the first rank that saw it."""
-        if self.step == self.config.training.steps:
+    def _should_stop(self, wait: bool) -> bool:
+        """Whether somebody asked the run to end after this step, the same on every rank. A loss that is not finite ends
+        it with an error on all of them, in the words of the first rank that saw it; ``wait`` for this step's own."""
+        if wait:
             self.loss_watch.drain()
         bad, rank = self.loss_watch.bad, self.runtime.rank
         order = 0 if bad is None else (1 << 40) - (bad[0] << 20) - rank  # the earliest step, then the lowest rank
@@ -309,6 +311,10 @@ def main(config: JobConfig | None = None) -> int:
         trainer.train()
     except (ConfigError, TrainingError) as e:
         return report(e)
+    except Exception:
+        if reported(os.environ.get(LAUNCH_DIR)):
+            return 1  # another rank has said why the run ends; that its connections broke is no news
+        raise
     finally:
         if trainer is not None:
             trainer.close()

@@ -27,11 +27,10 @@ from titanlite.errors import ConfigError
 SEQ_LEN = 256
 BATCH = 8
 WINDOWS = 7
-WINDOW_S = 1.0
 
 
-def measure(dataset: str, path: str | None, tokenizer_path: str) -> float:
-    """Median tokens per second over windows of one second each, after one window of warm-up."""
+def measure(dataset: str, path: str | None, tokenizer_path: str, window_s: float) -> float:
+    """Median tokens per second over windows of ``window_s`` seconds each, after one window of warm-up."""
     source = build_source(dataset, path=path, seed=0)
     loader = DataLoader(
         source,
@@ -43,16 +42,16 @@ def measure(dataset: str, path: str | None, tokenizer_path: str) -> float:
         dp_degree=1,
     )
     try:
-        rates = [_window(loader) for _ in range(WINDOWS + 1)]
+        rates = [_window(loader, window_s) for _ in range(WINDOWS + 1)]
     finally:
         loader.close()
     return statistics.median(rates[1:])
 
 
-def _window(loader: DataLoader) -> float:
+def _window(loader: DataLoader, window_s: float) -> float:
     tokens = 0
     begin = time.perf_counter()
-    while (elapsed := time.perf_counter() - begin) < WINDOW_S:
+    while (elapsed := time.perf_counter() - begin) < window_s:
         tokens += next(loader).inputs.numel()
     return tokens / elapsed
 
@@ -66,18 +65,14 @@ def run_tps(metrics: Path) -> float:
     try:
         rows = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
     except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"--metrics {metrics}: cannot be read ({error}); give a run's metrics.jsonl"
-        ) from error
+        raise ConfigError(f"--metrics {metrics}: cannot be read ({error}); give a run's metrics.jsonl") from error
     rates = [row["tps"] for row in rows if row.get("tps") is not None][1:]
     if not rates:
-        raise ConfigError(
-            f"--metrics {metrics}: needs at least two rows with tps; let the run go on for longer"
-        )
+        raise ConfigError(f"--metrics {metrics}: needs at least two rows with tps; let the run go on for longer")
     return statistics.median(rates)
 
 
-def report(results: list[dict[str, Any]]) -> dict[str, Any]:
+def report(results: list[dict[str, Any]], arguments: list[str]) -> dict[str, Any]:
     """The results in the format of docs/benchmarks/*.json."""
     try:
         triton: str | None = metadata.version("triton")
@@ -97,26 +92,23 @@ def report(results: list[dict[str, Any]]) -> dict[str, Any]:
         "device": f"CPU ({platform.machine()}, {torch.get_num_threads()} threads)",
         "torch": torch.__version__,
         "triton": triton,
-        "command": f"python scripts/benchmarks/data_throughput.py {' '.join(sys.argv[1:])}".strip(),
+        "command": f"python scripts/benchmarks/data_throughput.py {' '.join(arguments)}".strip(),
         "results": results,
     }
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dataset", default="pystdlib", help="as training.dataset")
     parser.add_argument("--dataset_path", help="as training.dataset_path")
     parser.add_argument("--tokenizer_path", default="", help="as model.tokenizer_path")
+    parser.add_argument("--window_s", type=float, default=1.0, help=f"seconds of each of the {WINDOWS} windows")
     parser.add_argument("--metrics", type=Path, help="metrics.jsonl of a run on one device to compare with")
-    parser.add_argument(
-        "--output", type=Path, help="write the results here (docs/benchmarks/data_throughput.json)"
-    )
+    parser.add_argument("--output", type=Path, help="write the results here (docs/benchmarks/data_throughput.json)")
     args = parser.parse_args(argv)
     try:
         needed = run_tps(args.metrics) if args.metrics else None
-        rate = measure(args.dataset, args.dataset_path, args.tokenizer_path)
+        rate = measure(args.dataset, args.dataset_path, args.tokenizer_path, args.window_s)
     except ConfigError as error:
         print(f"data_throughput.py: {error}", file=sys.stderr)
         return 2
@@ -130,12 +122,13 @@ def main(argv: list[str] | None = None) -> int:
         "ratio": round(rate / needed, 2) if needed else None,
     }
     print(
-        f"{args.dataset}: {rate:,.0f} tokens/s"
-        + (f", {rate / needed:.1f} x the run's {needed:,.0f}" if needed else "")
+        f"{args.dataset}: {rate:,.0f} tokens/s" + (f", {rate / needed:.1f} x the run's {needed:,.0f}" if needed else "")
     )
     if args.output:
         args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(json.dumps(report([result]), indent=2) + "\n", encoding="utf-8")
+        args.output.write_text(
+            json.dumps(report([result], sys.argv[1:] if argv is None else argv), indent=2) + "\n", encoding="utf-8"
+        )
     return 0
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -23,7 +25,13 @@ TOKENIZER = load_tokenizer()
 
 
 def make_loader(source: Source, **changes: Any) -> DataLoader:
-    arguments = {"seq_len": SEQ_LEN, "global_batch_size": 8, "local_batch_size": 8, "dp_rank": 0, "dp_degree": 1}
+    arguments = {
+        "seq_len": SEQ_LEN,
+        "global_batch_size": 8,
+        "local_batch_size": 8,
+        "dp_rank": 0,
+        "dp_degree": 1,
+    }
     return DataLoader(source, TOKENIZER, **(arguments | changes))
 
 
@@ -93,7 +101,8 @@ def test_shapes_types_and_shift(corpus: Path) -> None:
     batch = next(loader)
     assert batch.inputs.shape == batch.labels.shape == (4, 2, SEQ_LEN)
     assert batch.inputs.dtype == batch.labels.dtype == torch.int64
-    assert batch.inputs.is_contiguous() and batch.labels.is_contiguous()
+    assert batch.inputs.is_contiguous()
+    assert batch.labels.is_contiguous()
     assert torch.equal(batch.inputs[..., 1:], batch.labels[..., :-1])
     assert batch.inputs[0, 0, 0] == TOKENIZER.bos_id
     loader.close()
@@ -163,14 +172,16 @@ def test_resume_steps_cover_an_epoch_border(corpus: Path) -> None:
         next(loader)
         epochs.append({place[0] for place in loader.state_dict()["shards"].values()})
     loader.close()
-    assert epochs[12] == {0} and max(epochs[89]) >= 2
+    assert epochs[12] == {0}
+    assert max(epochs[89]) >= 2
     assert any(len(epochs[step - 1]) == 2 for step in (39, 40, 41, 42, 43))
 
 
 def test_epochs_differ_in_order_and_not_in_documents(corpus: Path) -> None:
     source = build_source("json", path=str(corpus), seed=7)
     first, second = ([text for _, text in source.documents(3, 8, epoch, START)] for epoch in (0, 1))
-    assert first != second and sorted(first) == sorted(second)
+    assert first != second
+    assert sorted(first) == sorted(second)
 
 
 def test_loading_into_a_started_loader_starts_over(corpus: Path) -> None:
@@ -212,13 +223,25 @@ def test_close_ends_the_thread_promptly(corpus: Path) -> None:
         next(loader)
 
 
+def test_a_process_that_does_not_close_ends_with_its_own_status() -> None:
+    script = (
+        "from titanlite.data import *\n"
+        "loader = DataLoader(build_source('pystdlib', seed=0), load_tokenizer(), seq_len=256, global_batch_size=8,\n"
+        "                    local_batch_size=8, dp_rank=0, dp_degree=1, prefetch=50)\n"
+        "next(loader)\n"
+        "raise SystemExit(5)\n"
+    )
+    root = Path(__file__).parents[2]
+    done = subprocess.run([sys.executable, "-c", script], cwd=root, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (5, "")
+
+
 def test_errors_of_the_thread_are_raised_by_next(corpus: Path) -> None:
     corpus.write_text(corpus.read_text() + '{"text": 5}\n')
     loader = world(corpus, 1, 8)[0]
     for _ in range(2):
         with pytest.raises(ConfigError, match=r'corpus\.jsonl, line 141: the field "text" is not a string'):
-            for _ in range(60):
-                next(loader)
+            global_batches([loader], 60)
     loader.close()
 
 
@@ -288,5 +311,6 @@ def test_state_of_one_rank_alone_is_refused(corpus: Path) -> None:
 def test_default_source_trains_the_debug_model_shape() -> None:
     loader = make_loader(build_source("pystdlib", seed=0), seq_len=256)
     tokens = next(loader).inputs
-    assert tokens.shape == (1, 8, 256) and int(tokens.max()) < TOKENIZER.vocab_size
+    assert tokens.shape == (1, 8, 256)
+    assert int(tokens.max()) < TOKENIZER.vocab_size
     loader.close()

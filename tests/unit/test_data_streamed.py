@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import gzip
+import itertools
 import json
 import time
 from pathlib import Path
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import torch
+from datasets import Dataset
 
 from titanlite.data import START, DataLoader, Source, build_source, load_tokenizer, merge_states
 from titanlite.errors import ConfigError
 
 
-def write_parquet(file: Path, texts: list[str | None], column: str = "text") -> None:
-    pq.write_table(pa.table({"url": ["u"] * len(texts), column: texts}), file, row_group_size=5)
+def write_parquet(file: Path, texts: list[str | None]) -> None:
+    Dataset.from_dict({"url": ["u"] * len(texts), "text": texts}).to_parquet(str(file), batch_size=5)
 
 
 @pytest.fixture
@@ -37,7 +37,7 @@ def test_every_document_is_in_one_shard_in_file_order(folder: Path, count: int) 
     assert source.num_shards(count) == count
     dealt = shards(source, count)
     everything = [f"document {file}.{row}" for file in range(3) for row in range(17)]
-    assert sorted(sum(dealt, [])) == sorted(everything)
+    assert sorted(itertools.chain(*dealt)) == sorted(everything)
     assert all(part == sorted(part, key=everything.index) for part in dealt)
     assert min(len(part) for part in dealt) > 0
 
@@ -46,7 +46,7 @@ def test_every_document_is_in_one_shard_in_file_order(folder: Path, count: int) 
 def test_documents_continue_from_a_position(folder: Path, count: int) -> None:
     source = build_source("parquet", path=str(folder), seed=0)
     everything = list(source.documents(0, count, 0, START))
-    for number in (1, 9, len(everything) - 1):
+    for number in (1, len(everything) // 2, len(everything) - 1):
         assert list(source.documents(0, count, 0, everything[number][0])) == everything[number:]
 
 
@@ -57,15 +57,19 @@ def test_loader_on_a_stream_resumes_over_epochs(folder: Path) -> None:
         source = build_source("parquet", path=str(folder), seed=0)
         return [
             DataLoader(
-                source, tokenizer, seq_len=16, global_batch_size=4, local_batch_size=2, dp_rank=r, dp_degree=degree
+                source,
+                tokenizer,
+                seq_len=16,
+                global_batch_size=4,
+                local_batch_size=2,
+                dp_rank=r,
+                dp_degree=degree,
             )
             for r in range(degree)
         ]
 
     def steps(loaders: list[DataLoader], count: int) -> torch.Tensor:
-        return torch.stack(
-            [torch.cat([next(loader).inputs.flatten(0, 1) for loader in loaders]) for _ in range(count)]
-        )
+        return torch.stack([torch.cat([next(loader).inputs.flatten(0, 1) for loader in loaders]) for _ in range(count)])
 
     one, two, resumed = world(1), world(2), world(1)
     expected = steps(one, 30)
@@ -83,7 +87,8 @@ def test_corrupt_rows(folder: Path) -> None:
     with pytest.raises(ConfigError, match=r'1\.parquet, row 2: the field "text" is not a string'):
         shards(build_source("parquet", path=str(folder), seed=0), 1)
     source = build_source("parquet", path=str(folder), on_corrupt="skip", seed=0)
-    assert len(shards(source, 1)[0]) == 17 * 2 + 2 and source.skipped == 1
+    assert len(shards(source, 1)[0]) == 17 * 2 + 2
+    assert source.skipped == 1
 
 
 def test_missing_text_field(folder: Path) -> None:

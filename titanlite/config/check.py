@@ -80,11 +80,11 @@ def global_batch_size(config: JobConfig, data_parallel: int) -> int:
     if wanted == -1:
         return per_microbatch
     if wanted % per_microbatch:
+        below = wanted // per_microbatch * per_microbatch
         raise ConfigError(
-            f"training.global_batch_size = {wanted} ({config.origin('training.global_batch_size')}): must be a multiple "
-            f"of training.local_batch_size x the data-parallel degree = {config.training.local_batch_size} x "
-            f"{data_parallel} = {per_microbatch}; the nearest are {max(wanted // per_microbatch, 1) * per_microbatch} "
-            f"and {(wanted // per_microbatch + 1) * per_microbatch}"
+            f"training.global_batch_size = {wanted} ({config.origin('training.global_batch_size')}): must be a "
+            f"multiple of training.local_batch_size x the data-parallel degree = {config.training.local_batch_size} x "
+            f"{data_parallel} = {per_microbatch}, for example {below or per_microbatch}"
         )
     return wanted
 

@@ -16,6 +16,7 @@ import sys
 import textwrap
 import typing
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -23,6 +24,7 @@ import tomli
 
 from titanlite.config.options import Option, options_of
 from titanlite.config.schema import JobConfig
+from titanlite.environment import CONFIG_FILE
 from titanlite.errors import ConfigError
 from titanlite.registry import nearest
 
@@ -43,8 +45,8 @@ def load_config(argv: Sequence[str], default_file: str | None = None) -> JobConf
     config_class = _config_class(argv, default_file)
     options = options_of(config_class)
     arguments = _read_arguments(options, argv)
-    file = arguments.get("job.config_file", (default_file, ""))[0]
-    values = {**(_read_file(options, file) if file else {}), **arguments}
+    file, origin = arguments.get("job.config_file", (default_file, CONFIG_FILE))
+    values = {**(_read_file(options, file, origin) if file else {}), **arguments}
     sections = {}
     for section, keys in options.items():
         given = {key: values[opt.name][0] for key, opt in keys.items() if opt.name in values}
@@ -89,9 +91,10 @@ def _parse_toml(path: Path, named_by: str) -> tuple[dict[str, Any], str]:
 
 def _lines_of(text: str) -> dict[str, int]:
     """The line of each ``[section]`` and ``section.key``, for messages."""
-    lines, section = {}, ""
+    lines: dict[str, int] = {}
+    section = ""
     for number, line in enumerate(text.splitlines(), 1):
-        if header := re.match(r"\s*\[\s*([\w.\-\"']+)\s*\]", line):
+        if header := re.match(r"\s*\[\[?\s*([\w.\-\"']+)\s*\]", line):
             section = header[1].strip("\"'")
             lines.setdefault(section, number)
         elif key := re.match(r"\s*([\w.\-\"']+)\s*=", line):
@@ -99,10 +102,10 @@ def _lines_of(text: str) -> dict[str, int]:
     return lines
 
 
-def _file_chain(file: str) -> list[tuple[Path, dict[str, Any], str]]:
+def _file_chain(file: str, origin: str) -> list[tuple[Path, dict[str, Any], str]]:
     """The file and its bases, the furthest base first."""
     chain: list[tuple[Path, dict[str, Any], str]] = []
-    path, named_by = Path(file), f'job.config_file = "{file}"'
+    path, named_by = Path(file), f'job.config_file = "{file}" ({origin})'
     while True:
         if any(path.resolve() == seen.resolve() for seen, _, _ in chain):
             circle = " -> ".join(str(p) for p, _, _ in [*chain, (path, {}, "")])
@@ -118,16 +121,18 @@ def _file_chain(file: str) -> list[tuple[Path, dict[str, Any], str]]:
         path = path.parent / base
 
 
-def _read_file(options: Options, file: str) -> Values:
+def _place(path: Path, lines: Mapping[str, int], name: str) -> str:
+    return f"{path}, line {lines[name]}" if name in lines else str(path)
+
+
+def _read_file(options: Options, file: str, origin: str) -> Values:
     values: Values = {}
-    for path, tree, text in _file_chain(file):
-        lines = _lines_of(text)
-
-        def where(name: str, path: Path = path, lines: dict[str, int] = lines) -> str:
-            return f"{path}, line {lines[name]}" if name in lines else str(path)
-
+    for path, tree, text in _file_chain(file, origin):
+        where = partial(_place, path, _lines_of(text))
         for section, table in tree.items():
             if not isinstance(table, dict):
+                if section in options:
+                    raise ConfigError(f"{where(section)}: {section} is a section: it must be written [{section}]")
                 keys = [opt.name for opt in _all(options) if opt.key == section]
                 hint = f'; "{section}" belongs to the section [{keys[0].split(".")[0]}]' if keys else ""
                 raise ConfigError(f"{where(section)}: the key {section} stands outside of any section{hint}")
@@ -136,6 +141,10 @@ def _read_file(options: Options, file: str) -> Values:
             for key, value in table.items():
                 name = f"{section}.{key}"
                 option = options[section].get(key) or _unknown(options, section, key, where(name))
+                if name == "job.config_file":
+                    raise ConfigError(
+                        f'{where(name)}: a file builds on another with base = "other.toml", not with {name}'
+                    )
                 values[name] = (option.convert(value, where(name)), where(name))
     return values
 
@@ -187,7 +196,11 @@ def _parser(options: Options) -> argparse.ArgumentParser:
             if opt.base is bool:
                 group.add_argument(f"--{opt.name}", dest=opt.name, nargs="?", const="true", metavar=meta, help=text)
                 group.add_argument(
-                    f"--{section}.no-{opt.key}", dest=opt.name, action="store_const", const="false", help=argparse.SUPPRESS
+                    f"--{section}.no-{opt.key}",
+                    dest=opt.name,
+                    action="store_const",
+                    const="false",
+                    help=argparse.SUPPRESS,
                 )
             else:
                 group.add_argument(f"--{opt.name}", dest=opt.name, metavar=meta, help=text)
@@ -204,25 +217,30 @@ def _read_arguments(options: Options, argv: Sequence[str]) -> Values:
     return values
 
 
+def _underscored(arg: str) -> str:
+    """The argument with its name in the schema's spelling: seq-len is seq_len."""
+    name, equals, value = arg.partition("=")
+    return f"--{name[2:].replace('-', '_')}{equals}{value}" if name.startswith("--") else arg
+
+
 def _checked(options: Options, arg: str) -> str:
-    """The argument with its key in the schema's spelling (seq-len is seq_len).
+    """The argument as the parser knows it.
 
     An unknown one is refused here with its nearest name; argparse would only list the whole usage.
     """
     if not arg.startswith("--") or arg == "--help":
         return arg
-    name, equals, value = arg[2:].partition("=")
+    name, equals, value = _underscored(arg)[2:].partition("=")
     section, _, key = name.partition(".")
     if section not in options:
         flat = "" if key else f"; options are written --section.key, for example --{_find_key(options, name)}"
         raise ConfigError(f"the argument {arg}: unknown section [{section}]{_near_section(options, section)}{flat}")
-    spelled = key.replace("-", "_")
-    bare = spelled.removeprefix("no_")
-    if spelled not in options[section]:
-        if bare == spelled or bare not in options[section] or options[section][bare].base is not bool:
+    if key not in options[section]:
+        bare = key.removeprefix("no_")
+        if bare == key or bare not in options[section] or options[section][bare].base is not bool:
             _unknown(options, section, key, f"the argument {arg}")
-        spelled = f"no-{bare}"
-    return f"--{section}.{spelled}{equals}{value}"
+        key = f"no-{bare}"
+    return f"--{section}.{key}{equals}{value}"
 
 
 # ---- names
@@ -237,7 +255,7 @@ def _near_section(options: Options, section: str) -> str:
 
 
 def _find_key(options: Options, key: str) -> str:
-    matches = [opt.name for opt in _all(options) if opt.key == key.replace("-", "_")]
+    matches = [opt.name for opt in _all(options) if opt.key == key]
     return matches[0] if matches else "training.steps"
 
 
@@ -255,22 +273,24 @@ def _config_class(argv: Sequence[str], default_file: str | None) -> type[JobConf
 
     The module's name has to be found before the options are known, so the sources are read for it alone first.
     """
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--job.config_file", dest="file", default=default_file)
-    parser.add_argument("--experimental.custom_args_module", dest="module", default=None)
-    known, _ = parser.parse_known_args(list(argv))
-    where = "the argument --experimental.custom_args_module"
-    if known.module is None and known.file:
-        for path, tree, _ in _file_chain(known.file):
+    name = "experimental.custom_args_module"
+    parser = _Parser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--job.config_file", dest="file")
+    parser.add_argument(f"--{name}", dest="module")
+    known, _ = parser.parse_known_args([_underscored(arg) for arg in argv])
+    where = f"the argument --{name}"
+    file, origin = (default_file, CONFIG_FILE) if known.file is None else (known.file, "the argument --job.config_file")
+    if known.module is None and file:
+        for path, tree, text in _file_chain(file, origin):
             section = tree.get("experimental")
             if isinstance(section, Mapping) and isinstance(section.get("custom_args_module"), str):
-                known.module, where = section["custom_args_module"], str(path)
+                known.module, where = section["custom_args_module"], _place(path, _lines_of(text), name)
     if not known.module:
         return JobConfig
-    custom = getattr(import_module(known.module, "experimental.custom_args_module", where), "JobConfig", None)
+    custom = getattr(import_module(known.module, name, where), "JobConfig", None)
     if not (isinstance(custom, type) and dataclasses.is_dataclass(custom)):
         raise ConfigError(
-            f'experimental.custom_args_module = "{known.module}" ({where}): the module must define a dataclass '
+            f'{name} = "{known.module}" ({where}): the module must define a dataclass '
             "JobConfig whose fields are sections (dataclasses with defaults)"
         )
     return _merge(custom)
@@ -283,7 +303,9 @@ def _merge(custom: type) -> type[JobConfig]:
     for section in {**ours, **theirs}:
         parts = [side[section] for side in (theirs, ours) if section in side]
         if len(parts) == 2 and not issubclass(parts[0], parts[1]):
-            merged[section] = dataclasses.dataclass(type(parts[1].__name__, tuple(parts), {"__module__": parts[0].__module__}))
+            merged[section] = dataclasses.dataclass(
+                type(parts[1].__name__, tuple(parts), {"__module__": parts[0].__module__})
+            )
         else:
             merged[section] = parts[0]
     fields = [(section, cls, dataclasses.field(default_factory=cls)) for section, cls in merged.items()]
@@ -296,11 +318,14 @@ def import_module(name: str, key: str, where: str) -> Any:
     """Import what an option names; a module that is not there is a :class:`ConfigError`."""
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
+    missing = ConfigError(
+        f'{key} = "{name}" ({where}): there is no such module; it must be importable from {os.getcwd()} or installed'
+    )
+    if name.startswith("."):
+        raise missing
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as e:
         if e.name is None or not (name + ".").startswith(e.name + "."):
             raise  # the module is there, and what it imports is not: that is its own error
-        raise ConfigError(
-            f'{key} = "{name}" ({where}): there is no such module; it must be importable from {os.getcwd()} or installed'
-        ) from None
+        raise missing from None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import dataclasses
 import inspect
 import sys
@@ -70,7 +71,9 @@ class Option:
             and (self.rule is None or self.rule.holds(value))
         ):
             return value
-        shown = f'"{value}"' if isinstance(value, str) else str(value).lower() if value is True or value is False else value
+        shown = (
+            f'"{value}"' if isinstance(value, str) else str(value).lower() if value is True or value is False else value
+        )
         raise ConfigError(f"{self.name} = {shown} ({origin}): must be {self.expected()}")
 
     def parse(self, text: str, origin: str) -> Any:
@@ -81,10 +84,8 @@ class Option:
         if self.base is bool:
             value = {"true": True, "1": True, "false": False, "0": False}.get(text.lower(), text)
         elif self.base in (int, float):
-            try:
+            with contextlib.suppress(ValueError):
                 value = self.base(text)
-            except ValueError:
-                pass
         return self.convert(value, origin)
 
 
@@ -133,7 +134,9 @@ def section_options(section: str, cls: type) -> dict[str, Option]:
     hints = typing.get_type_hints(cls, include_extras=True)
     texts: dict[str, str] = {}
     for parent in reversed(cls.__mro__[:-1]):
-        texts.update({key: text for (owner, key), text in _help_texts(parent.__module__).items() if owner == parent.__name__})
+        texts.update(
+            {key: text for (owner, key), text in _help_texts(parent.__module__).items() if owner == parent.__name__}
+        )
     return {f.name: _option(section, f, hints[f.name], texts.get(f.name, "")) for f in dataclasses.fields(cls)}
 
 

@@ -117,16 +117,11 @@ class DataLoader:
         _check_identity(state["identity"], self._identity)
         missing = [shard for shard in self._handed_out.shards if str(shard) not in state["shards"]]
         if missing:
-            raise ValueError(
-                f"the state lacks the data shards {missing}: merge the states of all ranks first"
-            )
+            raise ValueError(f"the state lacks the data shards {missing}: merge the states of all ranks first")
         if self._ahead is not None:
             self._ahead.close()
             self._ahead = None
-        saved = {
-            shard: [int(number) for number in state["shards"][str(shard)]]
-            for shard in self._handed_out.shards
-        }
+        saved = {shard: [int(number) for number in state["shards"][str(shard)]] for shard in self._handed_out.shards}
         places = {shard: Place(n[0], Position(n[1], n[2]), n[3]) for shard, n in saved.items()}
         self._handed_out = _Progress(int(state["step"]), places)
 
@@ -200,12 +195,11 @@ def _check_sizes(seq_len: int, global_batch_size: int, local_batch_size: int, dp
 
 def _check_identity(saved: dict[str, Any], own: dict[str, str | int]) -> None:
     changed = [
-        f"{key} was {saved.get(key)}, is {own.get(key)}"
-        for key in {**saved, **own}
-        if saved.get(key) != own.get(key)
+        f"{key} was {saved.get(key)}, is {own.get(key)}" for key in {**saved, **own} if saved.get(key) != own.get(key)
     ]
     if changed:
         raise ConfigError(
-            f"the checkpoint's place in the data does not fit this run: {', '.join(changed)}; restore what has changed, "
-            'or start the data afresh with the checkpoint\'s weights: checkpoint.exclude_from_loading = ["dataloader"]'
+            f"the checkpoint's place in the data does not fit this run: {', '.join(changed)}; restore that, "
+            "or start the data afresh with the checkpoint's weights: "
+            'checkpoint.exclude_from_loading = ["dataloader"]'
         )

@@ -71,6 +71,10 @@ class JsonSource(RandomAccessSource):
             return f'no field "{field}" (it has: {", ".join(record) or "none"})', None
         if not isinstance(record[field], str):
             return f'the field "{field}" is not a string', None
+        try:
+            record[field].encode("utf-8")
+        except UnicodeEncodeError:
+            return f'the field "{field}" has half of a surrogate pair, which is no character', None
         return "", record[field]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import queue
 import threading
 from collections.abc import Iterator
@@ -24,6 +25,8 @@ class Prefetcher(Generic[T]):
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._run, args=(items,), name="titanlite-data", daemon=True)
         self._thread.start()
+        # A thread still inside PyTorch or the tokenizer while the interpreter goes away aborts the process.
+        atexit.register(self.close)
 
     def get(self) -> T:
         """The next item; waits for it. After an error every call raises it again."""
@@ -37,6 +40,7 @@ class Prefetcher(Generic[T]):
         """End the thread: at once where it waits for room, else after the item it is at."""
         self._stop.set()
         self._thread.join(_JOIN_S)
+        atexit.unregister(self.close)
 
     def _run(self, items: Iterator[T]) -> None:
         try:
@@ -44,7 +48,7 @@ class Prefetcher(Generic[T]):
                 self._put(item, None)
                 if self._stop.is_set():
                     return
-        except BaseException as error:  # noqa: BLE001  # it belongs to the consumer's thread, whatever it is
+        except BaseException as error:  # it belongs to the consumer's thread, whatever it is
             self._put(None, error)
 
     def _put(self, item: T | None, error: BaseException | None) -> None:

@@ -76,9 +76,7 @@ class Source(ABC):
         """Into how many shards to deal the documents: a divisor of ``at_most``, the global batch size."""
 
     @abstractmethod
-    def documents(
-        self, shard: int, num_shards: int, epoch: int, start: Position
-    ) -> Iterator[tuple[Position, str]]:
+    def documents(self, shard: int, num_shards: int, epoch: int, start: Position) -> Iterator[tuple[Position, str]]:
         """One shard's documents in one epoch, each with its position, from ``start`` (inclusive) to the end.
 
         Raises:
@@ -92,9 +90,7 @@ class Source(ABC):
                 f'{where}: {problem}; correct the file, or leave out such documents with data.on_corrupt = "skip"'
             )
         if self.skipped == 0:
-            logger.warning(
-                f'{where}: {problem}; left out, and so is every other one (data.on_corrupt = "skip")'
-            )
+            logger.warning(f'{where}: {problem}; left out, and so is every other one (data.on_corrupt = "skip")')
         self.skipped += 1
 
 
@@ -121,9 +117,7 @@ class RandomAccessSource(Source):
         most = max(1, self.num_documents // _MIN_DOCUMENTS)
         return max(d for d in range(1, min(at_most, most) + 1) if at_most % d == 0)
 
-    def documents(
-        self, shard: int, num_shards: int, epoch: int, start: Position
-    ) -> Iterator[tuple[Position, str]]:
+    def documents(self, shard: int, num_shards: int, epoch: int, start: Position) -> Iterator[tuple[Position, str]]:
         members = self._shuffled[shard::num_shards]
         order = members[_permutation(len(members), self.options.seed, epoch, shard)]
         for place in range(start.document, len(order)):

@@ -26,8 +26,8 @@ class StreamedSource(Source):
 
     With V shards over F files, V <= F: shard i reads the files i, i + V, i + 2V, ... With V > F several shards read
     the same file, and each keeps its own documents of it (the others are read past), so a set with at least as
-    many files as the global batch has sequences streams best. A resumed run reads past what it had consumed of the
-    current file, not of those before it.
+    many files as the global batch has sequences streams best. Shards of unequal size begin their next epochs at
+    different times. A resumed run reads past what it had consumed of the current file, not of those before it.
     """
 
     def __init__(self, options: SourceOptions, stream: IterableDataset, files: list[Path]) -> None:
@@ -41,9 +41,7 @@ class StreamedSource(Source):
         """``at_most``: the number of documents of a stream is not known beforehand."""
         return at_most
 
-    def documents(
-        self, shard: int, num_shards: int, epoch: int, start: Position
-    ) -> Iterator[tuple[Position, str]]:
+    def documents(self, shard: int, num_shards: int, epoch: int, start: Position) -> Iterator[tuple[Position, str]]:
         groups = min(num_shards, self._num_parts)
         group, member = shard % groups, shard // groups
         members = len(range(group, num_shards, groups))
@@ -64,9 +62,7 @@ class StreamedSource(Source):
         except Exception as error:  # whatever the reader of that format, or of the network, raises
             problem = f"{self._name_of(part)}: reading failed ({type(error).__name__}: {_first_line(error)})"
             if self._files:
-                raise ConfigError(
-                    f"{problem}; replace the file or leave it out of training.dataset_path"
-                ) from error
+                raise ConfigError(f"{problem}; replace the file or leave it out of training.dataset_path") from error
             raise TrainingError(
                 f"{problem}; start the run again to continue from its last checkpoint, or use a local copy "
                 "through training.dataset_path"
@@ -78,20 +74,12 @@ class StreamedSource(Source):
         if isinstance(text, str):
             return text
         known = ", ".join(record)
-        problem = (
-            f'the field "{field}" is not a string'
-            if field in record
-            else f'no field "{field}" (it has: {known})'
-        )
+        problem = f'the field "{field}" is not a string' if field in record else f'no field "{field}" (it has: {known})'
         self.corrupt(f"{self._name_of(part)}, row {row + 1}", problem)
         return None
 
     def _name_of(self, part: int) -> str:
-        return (
-            str(self._files[part])
-            if self._files
-            else f"{self.options.name}, file {part} of {self._num_parts}"
-        )
+        return str(self._files[part]) if self._files else f"{self.options.name}, file {part} of {self._num_parts}"
 
 
 @SOURCES.register("parquet")

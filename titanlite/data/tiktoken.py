@@ -1,4 +1,4 @@
-"""Llama 3's ``tokenizer.model`` (tiktoken's file format) as a ``tokenizers`` BPE, so that one library encodes everything.
+"""Llama 3's ``tokenizer.model`` (tiktoken's file format) as a ``tokenizers`` BPE: one library encodes everything.
 
 The vocabulary, the split pattern and the special tokens are those published with Llama 3
 (https://github.com/meta-llama/llama3, ``llama/tokenizer.py``).

@@ -99,11 +99,7 @@ def _find(path: str) -> Path:
     for name in names:
         if (given / name).is_file():
             return given / name
-    what = (
-        f"the folder has no {', '.join(names[:-1])} or {names[-1]}"
-        if given.is_dir()
-        else "there is no such file"
-    )
+    what = f"the folder has no {', '.join(names[:-1])} or {names[-1]}" if given.is_dir() else "there is no such file"
     raise ConfigError(
         f'model.tokenizer_path = "{path}": {what} (a path is relative to the current folder, {Path.cwd()}); '
         "get it with: python scripts/download_tokenizer.py --repo_id meta-llama/Llama-3.1-8B --hf_token=..., "
@@ -115,9 +111,7 @@ def _document_tokens(backend: tokenizers.Tokenizer, file: Path) -> tuple[int, in
     """The ids of BOS and EOS: from ``tokenizer_config.json`` beside the file, else from well-known names."""
     config = _read_config(file.parent / "tokenizer_config.json")
     named = [_token_name(config.get(key)) for key in ("bos_token", "eos_token")]
-    known = next(
-        (p for p in _KNOWN_PAIRS if all(backend.token_to_id(t) is not None for t in p)), (None, None)
-    )
+    known = next((p for p in _KNOWN_PAIRS if all(backend.token_to_id(t) is not None for t in p)), (None, None))
     bos, eos = (name or fallback for name, fallback in zip(named, known))
     # Families with one document separator name only that one.
     bos, eos = bos or eos, eos or bos

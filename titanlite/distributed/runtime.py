@@ -11,6 +11,7 @@ import random
 import signal
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -45,10 +46,18 @@ class Runtime:
             dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self.control)
         return tensor.tolist()
 
-    def synchronize(self) -> None:
-        """Wait for the device's queued work."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+    def on_rank_zero(self, function: Callable[[], None]) -> None:
+        """Run ``function`` on rank 0 alone; its :class:`ConfigError` is everybody's, so that all ranks end alike."""
+        message: list[str | None] = [None]
+        if self.rank == 0:
+            try:
+                function()
+            except ConfigError as e:
+                message = [str(e)]
+        if self.world_size > 1:
+            dist.broadcast_object_list(message, src=0, group=self.control)
+        if message[0] is not None:
+            raise ConfigError(message[0])
 
 
 def start_runtime(comm: Comm) -> Runtime:

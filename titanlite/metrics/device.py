@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import resource
 import sys
 from typing import NamedTuple
@@ -11,8 +12,8 @@ import torch
 
 GIB = 1024**3
 
-# Dense bf16 FLOP/s from the vendors' data sheets (half of the figure "with sparsity"), by a part of the device's name;
-# the first that fits counts. A device that is not here has no MFU: it is never guessed.
+# Dense bf16 FLOP/s from the vendors' data sheets (half of the figure "with sparsity"), by whole words of the device's
+# name; the first that fits counts. A device that is not here has no MFU: it is never guessed.
 _PEAKS: tuple[tuple[str, float], ...] = (
     ("H100 NVL", 835.5e12),
     ("H100 PCIe", 756.5e12),
@@ -30,6 +31,10 @@ _PEAKS: tuple[tuple[str, float], ...] = (
 )
 
 
+# Less than the device whose name they carry.
+_LESSER = re.compile(r"\bMIG\b|\bLaptop\b|\bRTX 4090 D\b")
+
+
 def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
@@ -38,7 +43,9 @@ def device_name(device: torch.device) -> str:
 
 def peak_flops(name: str) -> float | None:
     """The dense bf16 peak in FLOP/s of the device called ``name``; None where it is not known."""
-    return next((peak for part, peak in _PEAKS if part in name), None)
+    if _LESSER.search(name):
+        return None
+    return next((peak for words, peak in _PEAKS if re.search(rf"\b{words}\b", name)), None)
 
 
 class Memory(NamedTuple):
@@ -59,7 +66,7 @@ def total_memory(device: torch.device) -> int:
 
 
 def peak_memory(device: torch.device) -> Memory:
-    """On CUDA, the allocator's peak since :func:`reset_peak_memory`; on the CPU, the peak resident set of the process."""
+    """On CUDA, the allocator's peak since :func:`reset_peak_memory`; on the CPU, the process's peak resident set."""
     total = total_memory(device)
     if device.type != "cuda":
         unit = 1 if sys.platform == "darwin" else 1024

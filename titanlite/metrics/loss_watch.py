@@ -20,6 +20,10 @@ class LossWatch:
     """Copies each step's values to the host beside the device's work, and looks at those that have arrived.
 
     At most ``depth`` steps are in flight: on a GPU a bad step is seen up to that many steps later, on the CPU at once.
+
+    Attributes:
+        bad: the first step whose values are not finite, as (step, loss, gradient norm).
+        last_good: the last step before it.
     """
 
     def __init__(self, depth: int = 2) -> None:
@@ -53,7 +57,9 @@ class LossWatch:
                 arrived.synchronize()
             self._pending.popleft()
             loss, grad_norm = values.tolist()
+            if self.bad is not None:
+                continue
             if math.isfinite(loss) and math.isfinite(grad_norm):
                 self.last_good = (step, loss, grad_norm)
-            elif self.bad is None:
+            else:
                 self.bad = (step, loss, grad_norm)

@@ -64,7 +64,7 @@ def build_schedule(options: LRScheduler, peak_lr: float, steps: int) -> Schedule
     warmup = options.warmup_steps
     if warmup >= steps:
         logger.warning(
-            "lr_scheduler.warmup_steps = %d is not less than training.steps = %d: the learning rate never passes its peak",
+            "lr_scheduler.warmup_steps = %d is not less than training.steps = %d: the learning rate never decays",
             warmup,
             steps,
         )

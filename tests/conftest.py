@@ -1,0 +1,76 @@
+"""Shared by all tests: runs of the real command, in processes of their own."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+@dataclass
+class Run:
+    """A finished run of the trainer."""
+
+    status: int
+    output: str
+    folder: Path
+
+    def rows(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()]
+
+    def losses(self) -> list[float]:
+        return [row["loss"] for row in self.rows()]
+
+
+# The smallest run that is still a run: a few steps of the debug model on short sequences.
+TINY = {
+    "training.steps": 3,
+    "training.seq_len": 32,
+    "training.local_batch_size": 4,
+    "training.seed": 0,
+    "metrics.log_freq": 1,
+    "metrics.enable_tensorboard": "false",
+    "activation_checkpoint.mode": "none",
+    "lr_scheduler.warmup_steps": 2,
+}
+
+
+def environment(**extra: str) -> dict[str, str]:
+    kept = {k: v for k, v in os.environ.items() if k not in ("NGPU", "CONFIG_FILE", "LOG_RANK", "RANK", "WORLD_SIZE")}
+    return {**kept, "PYTHONPATH": str(ROOT), "CONFIG_FILE": "", **extra}
+
+
+def command(folder: Path, options: dict[str, Any], base: dict[str, Any] | None = None) -> list[str]:
+    given = {**(TINY if base is None else base), "job.dump_folder": folder, **options}
+    return [sys.executable, "-m", "titanlite.launch", *(f"--{key}={value}" for key, value in given.items())]
+
+
+@pytest.fixture
+def train(tmp_path: Path) -> Any:
+    """``train(ngpu=1, name="run", **options)`` runs the trainer on the CPU and returns a :class:`Run`.
+
+    Options are keys with ``__`` for the dot: ``training__steps=5``.
+    """
+
+    def run(ngpu: int = 1, name: str = "run", env: dict[str, str] | None = None, timeout: float = 300, **options: Any) -> Run:
+        folder = tmp_path / name
+        done = subprocess.run(
+            command(folder, {key.replace("__", "."): value for key, value in options.items()}),
+            env=environment(NGPU=str(ngpu), **(env or {})),
+            cwd=tmp_path,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=timeout,
+        )
+        return Run(done.returncode, done.stdout, folder)
+
+    return run
