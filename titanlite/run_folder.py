@@ -42,6 +42,11 @@ class RunFolder:
                 fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 time.sleep(0.5 if attempt < 5 else 0)
+            except OSError as e:
+                raise ConfigError(
+                    f'job.dump_folder = "{self.path}": this file system has no locks ({e.strerror or e}); choose a '
+                    "folder on another with --job.dump_folder"
+                ) from None
             else:
                 self._lock.truncate(0)
                 self._lock.write(f"{os.getpid()}\n")

@@ -14,6 +14,7 @@ from titanlite.command_line import read_config, report, reported
 CONFIG = read_config(sys.argv[1:]) if __name__ == "__main__" else None
 
 import logging
+import math
 import os
 import time
 from collections.abc import Callable
@@ -59,6 +60,7 @@ from titanlite.run_folder import CONFIG as CONFIG_TOML
 from titanlite.run_folder import METRICS, RunFolder
 
 logger = logging.getLogger()
+_LATEST = 1 << 62
 
 
 class Trainer:
@@ -192,25 +194,28 @@ class Trainer:
     # ---- the loop
 
     def train(self) -> None:
-        config = self.config
         self._log_header()
         self.recorder.restart()
-        with profiler(config.profiling, self.run_path, self.runtime.rank) as profiler_step:
-            while self.step < config.training.steps:
-                self.step += 1
-                loss, grad_norm, lr = self.train_step()
-                self.loss_watch.add(self.step, loss, grad_norm)
-                due = self.recorder.is_due(self.step)
-                stop = self._should_stop(wait=due)
-                if due or stop:
-                    self._log_step(loss, grad_norm, lr)
-                if self.step == 1:
-                    runtime.set_train_timeout(config.comm)
-                self.gc.run(self.step)
+        with profiler(self.config.profiling, self.run_path, self.runtime.rank) as profiler_step:
+            stop = False
+            while self.step < self.config.training.steps and not stop:
+                stop = self.advance()
                 profiler_step()
-                if stop:
-                    break
         self._log_summary()
+
+    def advance(self) -> bool:
+        """One step and all that goes with it; returns whether the run was asked to end here."""
+        self.step += 1
+        loss, grad_norm, lr = self.train_step()
+        self.loss_watch.add(self.step, loss, grad_norm)
+        due = self.recorder.is_due(self.step)
+        stop = self._should_stop(wait=due)
+        if due or stop:
+            self._log_step(loss, grad_norm, lr)
+        if self.step == 1:
+            runtime.set_train_timeout(self.config.comm)
+        self.gc.run(self.step)
+        return stop
 
     def train_step(self) -> tuple[Tensor, Tensor, float]:
         """One optimizer step; returns this rank's mean loss and the global gradient norm (both on the device), and the
@@ -250,17 +255,23 @@ class Trainer:
         it with an error on all of them, in the words of the first rank that saw it; ``wait`` for this step's own."""
         if wait:
             self.loss_watch.drain()
-        bad, rank = self.loss_watch.bad, self.runtime.rank
-        order = 0 if bad is None else (1 << 40) - (bad[0] << 20) - rank  # the earliest step, then the lowest rank
-        stop, first = self.runtime.agree_max(int(self.stop_request.requested()), order)
+        stop, first = self.runtime.agree_max(int(self.stop_request.requested()), self._bad_step_order())
         if first:
-            step, source = divmod((1 << 40) - first, 1 << 20)
+            step, source = (_LATEST - first) >> 21, (_LATEST - first) & 0xFFFFF
             message = [self._describe_bad_step(step)]
             dist.broadcast_object_list(message, src=source, group=self.runtime.control)
             raise TrainingError(message[0])
         if stop:
             logger.info("asked to stop: ending after step %d", self.step)
         return bool(stop)
+
+    def _bad_step_order(self) -> int:
+        """0, or a number that is the larger the better this rank explains the failure: the earliest step, then a loss
+        of its own (a gradient norm is bad on all ranks at once), then the lowest rank."""
+        if self.loss_watch.bad is None:
+            return 0
+        step, loss, _ = self.loss_watch.bad
+        return _LATEST - ((step << 21) + (math.isfinite(loss) << 20) + self.runtime.rank)
 
     def _describe_bad_step(self, step: int) -> str:
         _, loss, grad_norm = self.loss_watch.bad or (0, 0.0, 0.0)

@@ -10,16 +10,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
-import subprocess
 import sys
 import time
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import torch
+import results
+
 
 from titanlite.data import DataLoader, build_source, load_tokenizer
 from titanlite.errors import ConfigError
@@ -72,31 +70,6 @@ def run_tps(metrics: Path) -> float:
     return statistics.median(rates)
 
 
-def report(results: list[dict[str, Any]], arguments: list[str]) -> dict[str, Any]:
-    """The results in the format of docs/benchmarks/*.json."""
-    try:
-        triton: str | None = metadata.version("triton")
-    except metadata.PackageNotFoundError:
-        triton = None
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"],
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    return {
-        "name": "data_throughput",
-        "date": time.strftime("%Y-%m-%d", time.gmtime()),
-        "commit": commit.stdout.strip() or None,
-        "device": f"CPU ({platform.machine()}, {torch.get_num_threads()} threads)",
-        "torch": torch.__version__,
-        "triton": triton,
-        "command": f"python scripts/benchmarks/data_throughput.py {' '.join(arguments)}".strip(),
-        "results": results,
-    }
-
-
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dataset", default="pystdlib", help="as training.dataset")
@@ -125,10 +98,7 @@ def main(argv: list[str] | None = None) -> int:
         f"{args.dataset}: {rate:,.0f} tokens/s" + (f", {rate / needed:.1f} x the run's {needed:,.0f}" if needed else "")
     )
     if args.output:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(
-            json.dumps(report([result], sys.argv[1:] if argv is None else argv), indent=2) + "\n", encoding="utf-8"
-        )
+        results.write("data_throughput", [result], args.output)
     return 0
 
 

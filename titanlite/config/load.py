@@ -84,9 +84,9 @@ def _parse_toml(path: Path, named_by: str) -> tuple[dict[str, Any], str]:
     try:
         return tomli.loads(text), text
     except tomli.TOMLDecodeError as e:
-        found = re.search(r"^(.*) \(at line (\d+), column (\d+)\)$", str(e))
-        where, what = (f"{path}, line {found[2]}, column {found[3]}", found[1]) if found else (str(path), str(e))
-        raise ConfigError(f"{where}: not valid TOML: {what}") from None
+        found = re.search(r"\(at (line \d+), column \d+\)$", str(e))
+        line = found[1] if found else f"line {len(text.splitlines())}"  # else it is "at end of document"
+        raise ConfigError(f"{path}, {line}: not valid TOML: {e}") from None
 
 
 def _lines_of(text: str) -> dict[str, int]:

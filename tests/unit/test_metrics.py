@@ -1,0 +1,360 @@
+"""What a run tells: FLOPs, peaks, the log line, metrics.jsonl, TensorBoard, the summary, and bad losses."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import re
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from titanlite.errors import ConfigError
+from titanlite.metrics.device import peak_flops, peak_memory, total_memory
+from titanlite.metrics.flops import ModelSize, flops_per_token
+from titanlite.metrics.loss_watch import LossWatch
+from titanlite.metrics.recorder import Recorder
+from titanlite.metrics.report import summary
+from titanlite.metrics.sinks import ConsoleSink, JsonlSink, Row, Sink, TensorBoardSink, init_logging
+
+CPU = torch.device("cpu")
+
+
+def row(**values: object) -> Row:
+    return {
+        "step": 10,
+        "loss": 10.70694,
+        "max_loss": 11.0,
+        "grad_norm": 1.23449,
+        "lr": 8e-4,
+        "tps": 7033.6,
+        "tflops": 407.349,
+        "mfu": 41.188,
+        "memory_gib": 30.987,
+        "memory_pct": 32.6151,
+        "step_time_s": 1.165,
+        "data_loading_s": 0.01,
+        "data_loading_pct": 0.86,
+        "tokens_seen": 81920,
+        "reserved_gib": 40.0,
+        "reserved_pct": 42.5,
+        "num_alloc_retries": 1,
+        "num_ooms": 2,
+        **values,
+    }
+
+
+# ---- FLOPs and peaks
+
+
+def test_flops_by_hand() -> None:
+    size = ModelSize(params=1000, embedding_params=100, layers=2, heads=4, head_dim=8)
+    assert flops_per_token(size, seq_len=16) == 6 * 900 + 12 * 2 * 4 * 8 * 16 == 17688
+
+
+@pytest.mark.parametrize(
+    ("name", "tera"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989.5),
+        ("NVIDIA H100 PCIe", 756.5),
+        ("NVIDIA H100 NVL", 835.5),
+        ("NVIDIA H200", 989.5),
+        ("NVIDIA H200 NVL", 835.5),
+        ("NVIDIA GH200 480GB", 989.5),
+        ("NVIDIA B200", 2250),
+        ("NVIDIA A100-SXM4-80GB", 312),
+        ("NVIDIA A100-PCIE-40GB", 312),
+        ("NVIDIA A100 80GB PCIe", 312),
+        ("NVIDIA L40S", 362.05),
+        ("NVIDIA GeForce RTX 4090", 165.2),
+        ("AMD Instinct MI300X", 1307.4),
+        ("NVIDIA GB200", None),
+        ("NVIDIA H20", None),
+        ("NVIDIA H800", None),
+        ("NVIDIA L40", None),
+        ("NVIDIA A10G", None),
+        ("NVIDIA GeForce RTX 4090 D", None),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None),
+        ("CPU, 2 threads", None),
+        ("", None),
+    ],
+)
+def test_peaks(name: str, tera: float | None) -> None:
+    assert peak_flops(name) == (None if tera is None else pytest.approx(tera * 1e12))
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads Linux's /proc")
+def test_memory_of_the_cpu_is_the_process_in_the_machine() -> None:
+    held = b"x" * (64 * 2**20)
+    resident = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    found = peak_memory(CPU)
+    assert len(held) < 0.98 * resident <= found.active <= found.total == total_memory(CPU)
+    assert (found.reserved, found.alloc_retries, found.ooms) == (None, None, None)
+
+
+# ---- the console
+
+
+def line_of(sink: ConsoleSink, values: Row, caplog: pytest.LogCaptureFixture) -> str:
+    caplog.clear()
+    with caplog.at_level(logging.INFO):
+        sink.write(values)
+    return caplog.messages[0]
+
+
+def test_log_line(caplog: pytest.LogCaptureFixture) -> None:
+    sink = ConsoleSink(colored=False, steps=None)
+    assert line_of(sink, row(), caplog) == (
+        "step: 10  loss: 10.7069  grad_norm:  1.2345  memory: 30.99GiB(32.62%)  tps: 7,034  tflops: 407.35  mfu: 41.19%"
+    )
+    assert line_of(sink, row(step=3, loss=2.5, mfu=None, tps=999.4, tflops=1234.5, memory_gib=0.5), caplog) == (
+        "step:  3  loss:  2.5000  grad_norm:  1.2345  memory:  0.50GiB(32.62%)  tps: 999  tflops: 1,234.50  mfu: n/a"
+    )
+
+
+def test_log_line_has_seven_fields_two_spaces_apart(caplog: pytest.LogCaptureFixture) -> None:
+    number = r"\s{1,2}[\d,.]+"
+    fields = [rf"step:{number}", rf"loss:{number}", rf"grad_norm:{number}", rf"memory:{number}GiB\([\d.]+%\)"]
+    fields += [rf"tps:{number}", rf"tflops:{number}", rf"mfu:{number}%"]
+    assert re.fullmatch("  ".join(fields), line_of(ConsoleSink(colored=False, steps=None), row(), caplog))
+
+
+def test_colors_change_nothing_but_the_color(caplog: pytest.LogCaptureFixture) -> None:
+    plain = line_of(ConsoleSink(colored=False, steps=None), row(), caplog)
+    colored = line_of(ConsoleSink(colored=True, steps=None), row(), caplog)
+    assert "\033" not in plain
+    assert len(re.findall(r"\033\[3[1-6]m[^\033]+\033\[0m", colored)) == 7
+    assert re.sub(r"\033\[\d+m", "", colored) == plain
+
+
+@pytest.mark.parametrize(
+    ("values", "end"),
+    [
+        ({"step": 10, "step_time_s": 1.0}, "10%, 1m30s left"),
+        ({"step": 50, "step_time_s": 100.0}, "50%, 1h23m left"),
+        ({"step": 100}, "100%, 0m00s left"),
+    ],
+)
+def test_progress_on_a_terminal(values: Row, end: str, caplog: pytest.LogCaptureFixture) -> None:
+    assert line_of(ConsoleSink(colored=False, steps=100), row(**values), caplog).endswith(f"  mfu: 41.19%  {end}")
+
+
+@pytest.fixture
+def root_logger() -> Iterator[logging.Logger]:
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    yield root
+    root.handlers[:], root.level = handlers, level
+
+
+@pytest.mark.parametrize(
+    ("rank", "log_rank", "shown"), [(0, None, True), (1, None, False), (1, "0,1", True), (0, "1", False)]
+)
+def test_only_the_chosen_ranks_log(
+    rank: int,
+    log_rank: str | None,
+    shown: bool,
+    root_logger: logging.Logger,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.delenv("LOG_RANK", raising=False)
+    if log_rank is not None:
+        monkeypatch.setenv("LOG_RANK", log_rank)
+    init_logging(rank)
+    root_logger.info("hello")
+    root_logger.warning("look out")
+    prefix = rf"\[rank{rank}\]:\[titan\] \d{{4}}-\d\d-\d\d \d\d:\d\d:\d\d,\d{{3}} - root"
+    expected = rf"{prefix} - INFO - hello\n" * shown + rf"{prefix} - WARNING - look out\n"
+    assert re.fullmatch(expected, capsys.readouterr().out)
+
+
+def test_log_rank_must_be_ranks(root_logger: logging.Logger, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOG_RANK", "first")
+    with pytest.raises(ConfigError, match="LOG_RANK=first: must be rank numbers"):
+        init_logging(0)
+
+
+# ---- metrics.jsonl and TensorBoard
+
+
+def test_jsonl_appends_and_is_written_through(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    rows = [row(step=1, mfu=None), row(step=2)]
+    for written, values in enumerate(rows, 1):
+        sink = JsonlSink(path)
+        sink.write(values)
+        assert [json.loads(line) for line in path.read_text().splitlines()] == rows[:written]
+        sink.close()
+
+
+TAGS = {
+    "loss_metrics/global_avg_loss": "loss",
+    "loss_metrics/global_max_loss": "max_loss",
+    "grad_norm": "grad_norm",
+    "lr": "lr",
+    "throughput(tps)": "tps",
+    "tflops": "tflops",
+    "mfu(%)": "mfu",
+    "time_metrics/end_to_end(s)": "step_time_s",
+    "time_metrics/data_loading(s)": "data_loading_s",
+    "time_metrics/data_loading(%)": "data_loading_pct",
+    "memory/max_active(GiB)": "memory_gib",
+    "memory/max_active(%)": "memory_pct",
+    "memory/max_reserved(GiB)": "reserved_gib",
+    "memory/max_reserved(%)": "reserved_pct",
+    "memory/num_alloc_retries": "num_alloc_retries",
+    "memory/num_ooms": "num_ooms",
+}
+
+
+@pytest.mark.parametrize("unknown", [set(), {"mfu", "reserved_gib", "reserved_pct", "num_alloc_retries", "num_ooms"}])
+def test_tensorboard_reads_back(tmp_path: Path, unknown: set[str]) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    sink = TensorBoardSink(tmp_path)
+    rows = [{**row(step=step, loss=7.5 - step), **dict.fromkeys(unknown)} for step in (1, 10)]
+    for values in rows:
+        sink.write(values)
+    sink.close()
+    events = EventAccumulator(str(tmp_path)).Reload()
+    assert set(events.Tags()["scalars"]) == {tag for tag, key in TAGS.items() if key not in unknown}
+    for tag in events.Tags()["scalars"]:
+        read = [(event.step, event.value) for event in events.Scalars(tag)]
+        assert read == [(values["step"], pytest.approx(values[TAGS[tag]], rel=1e-6)) for values in rows]
+
+
+# ---- the recorder
+
+
+class Kept(list[Row]):
+    def write(self, row: Row) -> None:
+        self.append(row)
+
+    def close(self) -> None:
+        self.clear()
+
+
+def recorder(*sinks: Sink, **options: int) -> Recorder:
+    return Recorder(sinks, CPU, **{"flops_per_token": 1_000_000, "log_freq": 10, "last_step": 25, **options})
+
+
+def log(recorder: Recorder, step: int, loss: float = 1.0) -> Row:
+    recorder.log(step, loss=loss, max_loss=2.0, grad_norm=3.0, lr=4.0)
+    return recorder.rows[-1]
+
+
+def test_logged_are_the_first_every_nth_and_the_last_step() -> None:
+    assert [step for step in range(1, 26) if recorder().is_due(step)] == [1, 10, 20, 25]
+    assert [step for step in range(1, 4) if recorder(log_freq=1, last_step=3).is_due(step)] == [1, 2, 3]
+
+
+def test_a_window_holds_its_own_steps_alone() -> None:
+    kept = Kept()
+    made = recorder(kept, tokens_seen=1000)
+    made.step_done(64, 256, data_loading_s=5.0)
+    log(made, 1)
+    start = time.perf_counter()
+    for _ in range(4):
+        made.step_done(64, 256, data_loading_s=0.01)
+        time.sleep(0.02)
+    found = log(made, 5)
+    elapsed = time.perf_counter() - start
+    assert kept == made.rows
+    assert found["tokens_seen"] == 1000 + 5 * 256
+    assert 0.08 <= 4 * found["step_time_s"] <= elapsed * 1.5
+    assert found["tps"] * found["step_time_s"] == pytest.approx(64)
+    assert found["tflops"] == pytest.approx(found["tps"] * 1e6 / 1e12)
+    assert found["data_loading_s"] == pytest.approx(0.01)
+    assert found["data_loading_pct"] == pytest.approx(100 * 0.01 / found["step_time_s"])
+    assert (found["step"], found["loss"], found["max_loss"], found["grad_norm"], found["lr"]) == (5, 1.0, 2.0, 3.0, 4.0)
+    made.close()
+    assert not kept
+
+
+def test_a_row_has_the_keys_that_are_promised() -> None:
+    made = recorder()
+    made.step_done(1, 1, 0.0)
+    promised = (
+        "step loss max_loss grad_norm lr tps tflops mfu memory_gib memory_pct step_time_s data_loading_s tokens_seen"
+    )
+    found = json.loads(json.dumps(log(made, 1)))
+    assert set(promised.split()) <= found.keys()
+    assert set(TAGS.values()) <= found.keys()
+    assert [key for key in promised.split() if found[key] is None] == ["mfu"]
+    assert found["memory_gib"] == pytest.approx(peak_memory(CPU).active / 2**30, rel=0.1)
+    assert found["memory_pct"] == pytest.approx(100 * found["memory_gib"] * 2**30 / total_memory(CPU))
+
+
+def test_mfu_is_over_the_bf16_peak(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("titanlite.metrics.recorder.device_name", lambda device: "NVIDIA H100 80GB HBM3")
+    made = recorder()
+    made.step_done(64, 64, 0.0)
+    found = log(made, 1)
+    assert found["mfu"] == pytest.approx(100 * found["tflops"] / 989.5)
+
+
+def test_medians_leave_out_the_first_window() -> None:
+    made = recorder()
+    assert made.median("tps") is None
+    made.rows.append(row(tps=1.0, mfu=None))
+    assert made.median("tps") is None
+    made.rows += [row(tps=tps, mfu=None) for tps in (10.0, 30.0, 20.0)]
+    assert made.median("tps") == 20.0
+    assert made.median("mfu") is None
+
+
+def test_summary() -> None:
+    made = recorder()
+    assert summary(made, {}) == "no step was done"
+    made.tokens_seen = 12345
+    made.rows += [
+        row(step=1, loss=9.0, tps=1.0, memory_gib=3.0, memory_pct=30.0),
+        row(step=10, tps=1000.0, mfu=40.0, memory_gib=2.0),
+        row(step=20, loss=4.5, tps=2000.6, mfu=41.0, memory_gib=2.0),
+    ]
+    title, *lines = summary(made, {"metrics": "outputs/metrics.jsonl"}).splitlines()
+    assert title == "training stopped early"
+    assert [re.split(r"\s{2,}", line.strip()) for line in lines] == [
+        ["steps", "1 to 20 of 25"],
+        ["tokens", "12,345"],
+        ["loss", "9.0000 -> 4.5000"],
+        ["median tps per device", "1,500"],
+        ["median mfu", "40.50%"],
+        ["peak memory", "3.00 GiB (30.00%)"],
+        ["metrics", "outputs/metrics.jsonl"],
+    ]
+    made.rows.append(row(step=25))
+    assert summary(made, {}).startswith("training finished\n")
+
+
+# ---- bad losses
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("where", ["loss", "grad_norm"])
+def test_the_first_bad_step_and_the_last_good_one_before_it(bad: float, where: str) -> None:
+    watch = LossWatch()
+    watch.add(1, torch.tensor(3.0), torch.tensor(1.0))
+    watch.add(2, torch.tensor(2.5, dtype=torch.bfloat16, requires_grad=True), torch.tensor(0.5))
+    assert (watch.last_good, watch.bad) == ((2, 2.5, 0.5), None)
+    values = {"loss": 2.0, "grad_norm": 0.25, where: bad}
+    watch.add(3, torch.tensor(values["loss"]), torch.tensor(values["grad_norm"]))
+    watch.add(4, torch.tensor(math.nan), torch.tensor(1.0))
+    watch.add(5, torch.tensor(1.0), torch.tensor(1.0))
+    watch.drain()
+    assert watch.bad == pytest.approx((3, values["loss"], values["grad_norm"]), nan_ok=True)
+    assert watch.last_good == (2, 2.5, 0.5)
+
+
+def test_a_bad_first_step_has_nothing_good_before_it() -> None:
+    watch = LossWatch()
+    watch.add(1, torch.tensor(math.nan), torch.tensor(1.0))
+    assert watch.last_good is None
+    assert watch.bad is not None

@@ -1,0 +1,181 @@
+"""The trainer as its users meet it: whole runs of the real command."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from titanlite.config import load_config
+
+# A converter that makes rank ``RANK`` compute a loss of ``VALUE`` at step ``STEP``.
+POISON = """
+import os
+from titanlite.converters import register_converter
+
+@register_converter("poison")
+class Poison:
+    def __init__(self, config, mesh):
+        self.calls = 0
+    def convert(self, model):
+        model.register_forward_hook(self.hook)
+        return "poisoned"
+    def hook(self, model, inputs, logits):
+        self.calls += 1
+        if self.calls == int(os.environ["STEP"]) and os.environ.get("RANK", "0") == os.environ["BAD_RANK"]:
+            return logits * float(os.environ["VALUE"])
+    def post_optimizer_hook(self, model):
+        pass
+"""
+
+
+def test_the_run_folder_describes_the_run(train: Any) -> None:
+    run = train(metrics__enable_tensorboard="true", training__steps=5, metrics__log_freq=2)
+    assert run.status == 0, run.output
+    rows = run.rows()
+    assert [row["step"] for row in rows] == [1, 2, 4, 5]
+    assert rows[-1]["tokens_seen"] == 5 * 4 * 32
+    assert rows[0]["loss"] == pytest.approx(8.1, abs=0.3)  # about ln(2048) plus the spread of the output projection
+    events = EventAccumulator(str(run.folder / "tb"))
+    events.Reload()
+    assert [e.step for e in events.Scalars("loss_metrics/global_avg_loss")] == [1, 2, 4, 5]
+    assert [e.value for e in events.Scalars("lr")] == pytest.approx([row["lr"] for row in rows])
+
+
+def test_the_effective_configuration_runs_again_to_the_same_losses(train: Any, tmp_path: Path) -> None:
+    drawn = train(name="drawn", training__deterministic="true", training__seed="none")
+    assert drawn.status == 0, drawn.output
+    config = load_config([], str(drawn.folder / "config.toml"))
+    assert config.training.seed is not None
+    assert config.training.seq_len == 32
+    again = train(
+        name="again", env={"CONFIG_FILE": str(drawn.folder / "config.toml")}, training__seed=config.training.seed
+    )
+    assert again.losses() == drawn.losses()  # JSON keeps every bit of a float
+
+
+@pytest.mark.parametrize("ngpu", [1, 2])
+def test_deterministic_runs_are_byte_identical(train: Any, ngpu: int) -> None:
+    runs = [train(ngpu, name=f"run{i}", training__deterministic="true", training__steps=6) for i in range(2)]
+    texts = [re.findall(r'"loss": [^,]+, "max_loss": [^,]+, "grad_norm": [^,]+', (r.folder / "metrics.jsonl").read_text()) for r in runs]
+    assert len(texts[0]) == 6
+    assert texts[0] == texts[1]
+
+
+def test_other_seeds_give_other_losses(train: Any) -> None:
+    assert train(name="a", training__seed=1).losses() != train(name="b", training__seed=2).losses()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"activation_checkpoint__mode": "full"},
+        {"activation_checkpoint__mode": "selective", "activation_checkpoint__selective_ac_option": "2"},
+        {"activation_checkpoint__mode": "selective", "activation_checkpoint__selective_ac_option": "op"},
+    ],
+    ids=["full", "selective 2", "selective op"],
+)
+def test_activation_checkpointing_changes_no_bit(train: Any, options: dict[str, Any]) -> None:
+    plain = train(name="plain", training__deterministic="true")
+    other = train(name="other", training__deterministic="true", **options)
+    assert other.status == 0, other.output
+    assert other.losses() == plain.losses()
+    assert f"activation checkpointing  {options['activation_checkpoint__mode']}" in other.output
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["none", "full", "selective"])
+def test_compiled_blocks_train_alike(train: Any, mode: str) -> None:
+    ac = {"activation_checkpoint__mode": mode, "activation_checkpoint__selective_ac_option": "op"}
+    common = {"training__mixed_precision_param": "float32", "training__steps": 5, **ac}
+    eager = train(name="eager", **common)
+    compiled = train(name="compiled", training__compile="true", timeout=600, **common)
+    assert compiled.status == 0, compiled.output
+    assert compiled.losses() == pytest.approx(eager.losses(), rel=1e-5)
+    assert "6 blocks, inductor" in compiled.output
+
+
+@pytest.mark.slow
+def test_a_converter_is_pluggable(train: Any) -> None:
+    common = {"training__mixed_precision_param": "float32", "training__steps": 5}
+    plain = train(name="plain", **common)
+    fused = train(name="fused", model__converters="fused_rmsnorm", timeout=600, **common)
+    assert fused.status == 0, fused.output
+    assert "13 RMSNorm layers fused" in fused.output
+    assert fused.losses() == pytest.approx(plain.losses(), rel=1e-5)
+    assert fused.losses() != plain.losses()  # it is another kernel
+
+
+@pytest.mark.parametrize(("ngpu", "bad_rank", "value"), [(1, 0, "nan"), (2, 1, "inf"), (2, 0, "nan")])
+def test_a_loss_that_is_not_finite_stops_the_run(
+    train: Any, tmp_path: Path, ngpu: int, bad_rank: int, value: str
+) -> None:
+    (tmp_path / "poison.py").write_text(POISON)
+    run = train(
+        ngpu,
+        env={"STEP": "4", "VALUE": value, "BAD_RANK": str(bad_rank)},
+        experimental__custom_import="poison",
+        model__converters="poison",
+        training__steps=10,
+    )
+    assert run.status == 1
+    assert run.output.count("titanlite: error:") == 1
+    assert f"step 4, rank {bad_rank}: loss nan" in run.output  # infinite logits too: infinity minus infinity
+    assert "Traceback" not in run.output
+    rows = run.rows()
+    assert [row["step"] for row in rows] == [1, 2, 3]
+    assert f"loss {rows[-1]['max_loss']:.4f}" in run.output or f"grad_norm {rows[-1]['grad_norm']:.4f} at step 3" in run.output
+
+
+def test_an_earlier_run_is_set_aside_not_mixed(train: Any) -> None:
+    first = train(training__steps=2).rows()
+    run = train(training__steps=4)
+    assert [row["step"] for row in run.rows()] == [1, 2, 3, 4]
+    (kept,) = run.folder.glob("earlier/*/metrics.jsonl")
+    assert [json.loads(line) for line in kept.read_text().splitlines()] == first
+
+
+def test_bad_input_leaves_an_earlier_run_alone(train: Any) -> None:
+    train(training__steps=2)
+    assert train(model__converters="nothing").status == 2
+    run = train(training__dataset="nothing")
+    assert run.status == 2
+    assert len(run.rows()) == 2
+    assert not (run.folder / "earlier").exists()
+
+
+def test_profiler_traces(train: Any) -> None:
+    run = train(profiling__enable_profiling="true", profiling__profile_freq=2, training__steps=4)
+    assert run.status == 0, run.output
+    traces = sorted(run.folder.glob("profile_traces/iteration_*/rank0_trace.json"))
+    assert [t.parent.name for t in traces] == ["iteration_2", "iteration_4"]
+    names = {event.get("name") for event in json.loads(traces[0].read_text())["traceEvents"]}
+    assert "aten::mm" in names
+
+
+def test_log_rank_chooses_who_speaks(train: Any) -> None:
+    run = train(2, env={"LOG_RANK": "1"}, metrics__enable_tensorboard="true", metrics__save_for_all_ranks="true")
+    assert "[rank1]:[titan]" in run.output
+    assert "[rank0]:[titan]" not in run.output
+    assert {p.name for p in (run.folder / "tb").iterdir()} == {"rank_0", "rank_1"}
+    assert train(env={"LOG_RANK": "x"}).status == 2
+
+
+def test_header_and_summary_say_what_matters(train: Any) -> None:
+    run = train(job__description="what this is", training__global_batch_size=8)
+    header, _, rest = run.output.partition("step:  1")
+    for part in ("what this is", "CPU", "bfloat16", "parameters", "256 = 8 sequences x 32", "flops per token", "GiB"):
+        assert part in header, part
+    for part in ("training finished", "1 to 3 of 3", "tokens", "median tps", "peak memory", "tensorboard", "run_train.sh"):
+        assert part in rest or part == "tensorboard", part
+
+
+def test_documents_the_gc_and_prints_the_configuration(train: Any) -> None:
+    run = train(training__gc_freq=2, training__gc_debug="true", job__print_args="true", model__print_after_conversion="true")
+    assert "garbage collection at step 2" in run.output
+    assert "[training]\n" in run.output
+    assert "TransformerBlock" in run.output
