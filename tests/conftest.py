@@ -60,7 +60,9 @@ def train(tmp_path: Path) -> Any:
     Options are keys with ``__`` for the dot: ``training__steps=5``.
     """
 
-    def run(ngpu: int = 1, name: str = "run", env: dict[str, str] | None = None, timeout: float = 300, **options: Any) -> Run:
+    def run(
+        ngpu: int = 1, name: str = "run", env: dict[str, str] | None = None, timeout: float = 300, **options: Any
+    ) -> Run:
         folder = tmp_path / name
         done = subprocess.run(
             command(folder, {key.replace("__", "."): value for key, value in options.items()}),

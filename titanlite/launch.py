@@ -59,7 +59,9 @@ def _process_count() -> int:
     if not asked.isdecimal() or int(asked) < 1:
         raise ConfigError(f"NGPU={asked}: must be the number of processes, at least 1")
     if gpus and int(asked) > gpus:
-        raise ConfigError(f"NGPU={asked}: this machine has {gpus} GPUs, and each process needs one; set NGPU={gpus} or less")
+        raise ConfigError(
+            f"NGPU={asked}: this machine has {gpus} GPUs, and each process needs one; set NGPU={gpus} or less"
+        )
     return int(asked)
 
 
@@ -130,7 +132,10 @@ def _explain(folder: str, rank: int, failure: ProcessFailure) -> int:
         print(path.read_text(), file=sys.stderr)
         return int(path.suffix[1:])
     how = f"status {failure.exitcode}" if failure.exitcode >= 0 else signal.Signals(-failure.exitcode).name
-    print(f"titanlite: error: rank {rank} (process {failure.pid}) ended with {how}; the others were ended", file=sys.stderr)
+    print(
+        f"titanlite: error: rank {rank} (process {failure.pid}) ended with {how}; the others were ended",
+        file=sys.stderr,
+    )
     return 1
 
 

@@ -159,10 +159,10 @@ class Trainer:
         if per_process * sharing > total:
             raise ConfigError(
                 f'model.flavor = "{self.config.model.flavor}": its {self.size.params:,} parameters need at least '
-                f"{per_process * sharing / GIB:.1f} GiB here (16 bytes each for weights, gradients and optimizer state, "
-                f"{sharing} of {self.degrees.data_parallel_shard} shards), and this "
-                f"{'GPU' if device.type == 'cuda' else 'machine'} has {total / GIB:.1f} GiB: use more devices (NGPU), or "
-                "a smaller flavor"
+                f"{per_process * sharing / GIB:.1f} GiB here (16 bytes each for weights, gradients and optimizer "
+                f"state, {sharing} of {self.degrees.data_parallel_shard} shards), and this "
+                f"{'GPU' if device.type == 'cuda' else 'machine'} has {total / GIB:.1f} GiB: use more devices (NGPU), "
+                "or a smaller flavor"
             )
 
     def _build_optimizer(self) -> None:
@@ -172,7 +172,8 @@ class Trainer:
 
     def _prepare_run_folder(self) -> None:
         self.run_folder = RunFolder(self.run_path)
-        self.run_folder.set_earlier_aside([CONFIG_TOML, METRICS, self.config.metrics.save_tb_folder])
+        metrics, profiling = self.config.metrics, self.config.profiling
+        self.run_folder.set_earlier_aside([CONFIG_TOML, METRICS, metrics.save_tb_folder, profiling.save_traces_folder])
         (self.run_path / CONFIG_TOML).write_text(dump_toml(self.config))
 
     def _build_recorder(self) -> None:
@@ -246,9 +247,7 @@ class Trainer:
         if self.runtime.world_size > 1:
             dist.all_reduce(mean)
             dist.all_reduce(largest, dist.ReduceOp.MAX)
-        self.recorder.log(
-            self.step, loss=mean.item(), max_loss=largest.item(), grad_norm=grad_norm.item(), lr=lr
-        )
+        self.recorder.log(self.step, loss=mean.item(), max_loss=largest.item(), grad_norm=grad_norm.item(), lr=lr)
 
     def _should_stop(self, wait: bool) -> bool:
         """Whether somebody asked the run to end after this step, the same on every rank. A loss that is not finite ends
@@ -276,8 +275,10 @@ class Trainer:
     def _describe_bad_step(self, step: int) -> str:
         _, loss, grad_norm = self.loss_watch.bad or (0, 0.0, 0.0)
         good = self.loss_watch.last_good
-        last = f"the last good values were loss {good[1]:.4f}, grad_norm {good[2]:.4f} at step {good[0]}" if good else (
-            "there was no good step before it"
+        last = (
+            f"the last good values were loss {good[1]:.4f}, grad_norm {good[2]:.4f} at step {good[0]}"
+            if good
+            else ("there was no good step before it")
         )
         return (
             f"step {step}, rank {self.runtime.rank}: loss {loss}, grad_norm {grad_norm} is not finite; {last}. Lower "

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 class Init(Protocol):
     """What fills parameters with their initial values (see ``titanlite.distributed.init``)."""
 
-    def trunc_normal(self, param: nn.Parameter, std: float, bound: float = 3.0) -> None: ...
-    def normal(self, param: nn.Parameter, std: float) -> None: ...
-    def ones(self, param: nn.Parameter) -> None: ...
+    def trunc_normal(self, param: Tensor, std: float, bound: float = 3.0) -> None: ...
+    def normal(self, param: Tensor, std: float) -> None: ...
+    def ones(self, param: Tensor) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -188,6 +188,7 @@ class Llama3(nn.Module):
         if not self.args.tie_embeddings:
             init.normal(self.tok_embeddings.weight, std=1.0)
         for i, layer in self.layers.items():
+            assert isinstance(layer, TransformerBlock)
             layer.init_weights(init, depth=int(i) + 1)
         init.ones(self.norm.weight)
         init.trunc_normal(self.output.weight, std=self.args.dim**-0.5)

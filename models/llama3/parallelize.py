@@ -19,9 +19,10 @@ def parallelize(model: nn.Module, mesh: DeviceMesh, config: JobConfig) -> dict[s
     if config.training.compile and "model" in config.compile.components:
         compile_blocks(model.layers, config.compile)
         done["compile"] = f"{len(model.layers)} blocks, {config.compile.backend}"
-    blocks: list[list[nn.Module]] = [[layer] for layer in model.layers.values()]
+    groups: list[list[nn.Module]] = [[layer] for layer in model.layers.values()]
     # A tied embedding belongs to both ends of the model: the root gathers it, once for forward and backward.
-    groups = blocks if model.args.tie_embeddings else [[model.tok_embeddings], *blocks, [model.norm, model.output]]
+    if not model.args.tie_embeddings:
+        groups = [[model.tok_embeddings], *groups, [model.norm, model.output]]
     apply_fsdp(model, mesh, config, groups=groups)
     done["FSDP2"] = f"{mesh['dp_shard'].size()} processes, {config.training.mixed_precision_param} parameters"
     return done

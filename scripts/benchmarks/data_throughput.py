@@ -18,7 +18,6 @@ from typing import Any
 
 import results
 
-
 from titanlite.data import DataLoader, build_source, load_tokenizer
 from titanlite.errors import ConfigError
 

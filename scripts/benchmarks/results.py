@@ -28,7 +28,11 @@ def write(name: str, results: list[dict[str, Any]], output: Path) -> None:
     except metadata.PackageNotFoundError:
         triton = None
     commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
+        ["git", "describe", "--always", "--dirty"],
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     content = {
         "name": name,

@@ -27,8 +27,11 @@ def start(folder: Path, world: int) -> list[dict[str, Any]]:
         "metrics.enable_tensorboard": "false",
     }
     subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}"]
-        + [str(worker), str(folder), str(BATCHES), *(f"--{key}={value}" for key, value in options.items())],
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}"),
+            *(worker, folder, str(BATCHES)),
+            *(f"--{key}={value}" for key, value in options.items()),
+        ],
         env=environment(),
         check=True,
         timeout=300,
@@ -55,7 +58,7 @@ def test_initial_weights_do_not_depend_on_the_sharding(starts: Any, world: int) 
 @pytest.mark.parametrize("part", ["inputs", "labels"])
 def test_global_batches_do_not_depend_on_the_number_of_processes(starts: Any, world: int, part: str) -> None:
     (one,) = starts[1]
-    joined = [sum((rank[part][k] for rank in starts[world]), []) for k in range(BATCHES)]
+    joined = [[row for rank in starts[world] for row in rank[part][k]] for k in range(BATCHES)]
     assert joined == one[part]
     assert len({json.dumps(batch) for batch in joined}) == BATCHES
 

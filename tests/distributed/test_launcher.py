@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -63,10 +64,8 @@ def started(tmp_path: Path) -> Any:
     yield start
     for run in runs:
         for pid in [*run.workers(), run.process.pid]:
-            try:
+            with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
         run.process.wait()
 
 
@@ -120,7 +119,15 @@ def test_a_run_folder_in_use_is_refused(started: Any, ngpu: int) -> None:
 
 
 def test_torchrun_alone_works(tmp_path: Path) -> None:
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "titanlite.train"]
+    torchrun = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node=2",
+        "-m",
+        "titanlite.train",
+    ]
     done = subprocess.run(
         [*torchrun, *command(tmp_path / "run", {})[3:]], env=environment(), capture_output=True, text=True, timeout=200
     )

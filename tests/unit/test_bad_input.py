@@ -20,11 +20,17 @@ CASES = {
         {"training__dataset": "text", "training__dataset_path": "nowhere.txt"},
         ["training.dataset_path", "nowhere.txt"],
     ),
-    "tokenizer": ({"model__tokenizer_path": "nowhere/tokenizer.model"}, ["model.tokenizer_path", "download_tokenizer.py"]),
+    "tokenizer": (
+        {"model__tokenizer_path": "nowhere/tokenizer.model"},
+        ["model.tokenizer_path", "download_tokenizer.py"],
+    ),
     "too large": ({"model__flavor": "405B"}, ['model.flavor = "405B"', "bytes each", "GiB"]),
     "run folder": ({"job__dump_folder": "/proc/nowhere"}, ["job.dump_folder", "cannot be written"]),
     "custom import": ({"experimental__custom_import": "no.such"}, ['experimental.custom_import = "no.such"']),
-    "not implemented": ({"checkpoint__enable_checkpoint": "true"}, ["checkpoint.enable_checkpoint", "does not implement"]),
+    "not implemented": (
+        {"checkpoint__enable_checkpoint": "true"},
+        ["checkpoint.enable_checkpoint", "does not implement"],
+    ),
 }
 
 

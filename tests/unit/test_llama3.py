@@ -93,7 +93,9 @@ def test_gradients_are_those_of_transformers() -> None:
     tokens = torch.randint(SCALED.vocab_size, (2, 64), generator=torch.Generator().manual_seed(1))
     ours(tokens).logsumexp(-1).sum().backward()
     theirs(tokens).logits.logsumexp(-1).sum().backward()
-    assert torch.allclose(ours.layers["0"].attention.wk.weight.grad, theirs.model.layers[0].self_attn.k_proj.weight.grad, atol=1e-4)
+    assert torch.allclose(
+        ours.layers["0"].attention.wk.weight.grad, theirs.model.layers[0].self_attn.k_proj.weight.grad, atol=1e-4
+    )
     assert torch.allclose(ours.tok_embeddings.weight.grad, theirs.model.embed_tokens.weight.grad, atol=1e-4)
 
 

@@ -27,24 +27,24 @@ def learning_rates(steps: int, peak: float = 1.0, **options: object) -> list[flo
     ("steps", "options", "expected"),
     [
         (4, {"warmup_steps": 0, "decay_ratio": 0.0}, [1, 1, 1, 1]),
-        (4, {"warmup_steps": 0}, [4 / 5, 3 / 5, 2 / 5, 1 / 5]),
-        (4, {"warmup_steps": 0, "decay_ratio": 1.0}, [4 / 5, 3 / 5, 2 / 5, 1 / 5]),
-        (4, {"warmup_steps": 0, "lr_min": 0.5}, [0.9, 0.8, 0.7, 0.6]),
+        (4, {"warmup_steps": 0}, [1, 3 / 4, 2 / 4, 1 / 4]),
+        (4, {"warmup_steps": 0, "decay_ratio": 1.0}, [1, 3 / 4, 2 / 4, 1 / 4]),
+        (4, {"warmup_steps": 0, "lr_min": 0.5}, [1, 7 / 8, 6 / 8, 5 / 8]),
         (4, {"warmup_steps": 0, "lr_min": 1.0}, [1, 1, 1, 1]),
-        (6, {"warmup_steps": 2}, [1 / 2, 1, 4 / 5, 3 / 5, 2 / 5, 1 / 5]),
-        (6, {"warmup_steps": 2, "decay_ratio": 0.5}, [1 / 2, 1, 1, 3 / 4, 2 / 4, 1 / 4]),
+        (6, {"warmup_steps": 2}, [1 / 2, 1, 1, 3 / 4, 2 / 4, 1 / 4]),
+        (6, {"warmup_steps": 2, "decay_ratio": 0.5}, [1 / 2, 1, 1, 1, 2 / 3, 1 / 3]),
         (6, {"warmup_steps": 2, "decay_ratio": 0.0}, [1 / 2, 1, 1, 1, 1, 1]),
-        (6, {"warmup_steps": 2, "decay_ratio": 1.0}, [1 / 2, 1, 4 / 5, 3 / 5, 2 / 5, 1 / 5]),
+        (6, {"warmup_steps": 2, "decay_ratio": 1.0}, [1 / 2, 1, 1, 3 / 4, 2 / 4, 1 / 4]),
         (3, {"warmup_steps": 4}, [1 / 4, 2 / 4, 3 / 4]),
         (3, {"warmup_steps": 4, "decay_ratio": 1.0}, [1 / 4, 2 / 4, 3 / 4]),
         (3, {"warmup_steps": 3}, [1 / 3, 2 / 3, 1]),
-        (1, {"warmup_steps": 0}, [1 / 2]),
-        (3, {"warmup_steps": 0, "decay_type": "cosine"}, [(2 + math.sqrt(2)) / 4, 1 / 2, (2 - math.sqrt(2)) / 4]),
-        (3, {"warmup_steps": 0, "decay_type": "sqrt"}, [1 / 2, 1 - math.sqrt(2) / 2, 1 - math.sqrt(3) / 2]),
+        (1, {"warmup_steps": 0}, [1]),
+        (4, {"warmup_steps": 0, "decay_type": "cosine"}, [1, (2 + math.sqrt(2)) / 4, 1 / 2, (2 - math.sqrt(2)) / 4]),
+        (4, {"warmup_steps": 0, "decay_type": "sqrt"}, [1, 1 / 2, 1 - math.sqrt(2) / 2, 1 - math.sqrt(3) / 2]),
         (
-            3,
+            4,
             {"warmup_steps": 0, "decay_type": "cosine", "lr_min": 0.2},
-            [0.2 + 0.2 * (2 + math.sqrt(2)), 0.6, 0.2 + 0.2 * (2 - math.sqrt(2))],
+            [1, 0.2 + 0.2 * (2 + math.sqrt(2)), 0.6, 0.2 + 0.2 * (2 - math.sqrt(2))],
         ),
     ],
 )
@@ -64,11 +64,12 @@ def test_shape(steps: int, warmup: int, ratio: float | None, kind: str, floor: f
     rates = learning_rates(steps, peak, warmup_steps=warmup, decay_ratio=ratio, decay_type=kind, lr_min=floor)
     after = max(steps - warmup, 0)
     decaying = after if ratio is None else min(round(ratio * steps), after)
-    rising, flat, falling = rates[:warmup], rates[warmup : steps - decaying], rates[steps - decaying :]
+    start = max(warmup, steps + 1 - decaying)
+    rising, flat, falling = rates[:warmup], rates[warmup:start], rates[start:]
     assert rising == pytest.approx([peak * (i + 1) / warmup for i in range(min(warmup, steps))], rel=1e-12)
-    assert flat == [peak] * (after - decaying)
+    assert flat == [peak] * len(flat)
     for i, rate in enumerate(falling, 1):
-        x = i / (decaying + 1)
+        x = i / decaying
         left = {"linear": 1 - x, "sqrt": 1 - x**0.5, "cosine": math.cos(math.pi * x / 2) ** 2}[kind]
         assert rate == pytest.approx(peak * (floor + (1 - floor) * left), rel=1e-9)
     assert all(0 < rate <= peak * (1 + 1e-12) for rate in rates)

@@ -61,7 +61,10 @@ def test_the_effective_configuration_runs_again_to_the_same_losses(train: Any, t
 @pytest.mark.parametrize("ngpu", [1, 2])
 def test_deterministic_runs_are_byte_identical(train: Any, ngpu: int) -> None:
     runs = [train(ngpu, name=f"run{i}", training__deterministic="true", training__steps=6) for i in range(2)]
-    texts = [re.findall(r'"loss": [^,]+, "max_loss": [^,]+, "grad_norm": [^,]+', (r.folder / "metrics.jsonl").read_text()) for r in runs]
+    texts = [
+        re.findall(r'"loss": [^,]+, "max_loss": [^,]+, "grad_norm": [^,]+', (r.folder / "metrics.jsonl").read_text())
+        for r in runs
+    ]
     assert len(texts[0]) == 6
     assert texts[0] == texts[1]
 
@@ -128,7 +131,10 @@ def test_a_loss_that_is_not_finite_stops_the_run(
     assert "Traceback" not in run.output
     rows = run.rows()
     assert [row["step"] for row in rows] == [1, 2, 3]
-    assert f"loss {rows[-1]['max_loss']:.4f}" in run.output or f"grad_norm {rows[-1]['grad_norm']:.4f} at step 3" in run.output
+    assert (
+        f"loss {rows[-1]['max_loss']:.4f}" in run.output
+        or f"grad_norm {rows[-1]['grad_norm']:.4f} at step 3" in run.output
+    )
 
 
 def test_an_earlier_run_is_set_aside_not_mixed(train: Any) -> None:
@@ -170,12 +176,22 @@ def test_header_and_summary_say_what_matters(train: Any) -> None:
     header, _, rest = run.output.partition("step:  1")
     for part in ("what this is", "CPU", "bfloat16", "parameters", "256 = 8 sequences x 32", "flops per token", "GiB"):
         assert part in header, part
-    for part in ("training finished", "1 to 3 of 3", "tokens", "median tps", "peak memory", "tensorboard", "run_train.sh"):
+    for part in (
+        "training finished",
+        "1 to 3 of 3",
+        "tokens",
+        "median tps",
+        "peak memory",
+        "tensorboard",
+        "run_train.sh",
+    ):
         assert part in rest or part == "tensorboard", part
 
 
 def test_documents_the_gc_and_prints_the_configuration(train: Any) -> None:
-    run = train(training__gc_freq=2, training__gc_debug="true", job__print_args="true", model__print_after_conversion="true")
+    run = train(
+        training__gc_freq=2, training__gc_debug="true", job__print_args="true", model__print_after_conversion="true"
+    )
     assert "garbage collection at step 2" in run.output
     assert "[training]\n" in run.output
     assert "TransformerBlock" in run.output

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from titanlite.config.schema import JobConfig, Parallelism
+from titanlite.config.schema import Float8, JobConfig, Parallelism
 from titanlite.errors import ConfigError
 
 # Keys of the schema that this version has no implementation for: the value at which each does nothing, and what
@@ -25,7 +26,10 @@ UNSUPPORTED: dict[str, tuple[Any, str]] = {
     "checkpoint.create_seed_checkpoint": (False, "set training.seed: the same seed gives the same weights"),
     "checkpoint.initial_load_path": (None, "leave it out"),
     "memory_estimation.enabled": (False, "leave it out"),
+    "memory_estimation.disable_fake_mode": (False, "leave it out"),
     "fault_tolerance.enable": (False, "leave it out"),
+    "fault_tolerance.semi_sync_method": (None, "leave it out"),
+    "mx.recipe_name": ("mxfp8", "leave it out"),
 }
 
 
@@ -101,7 +105,22 @@ def check_config(config: JobConfig, world_size: int) -> None:
                 f"{name} = {str(value).lower() if value is True else value} ({config.origin(name)}): this version of "
                 f"titanlite does not implement it; {instead}"
             )
+    _check_float8(config)
     global_batch_size(config, degrees.data_parallel)
+
+
+def _check_float8(config: JobConfig) -> None:
+    """Options of [float8] without the converter would train in bf16 in silence. ``filter_fqns`` alone asks for
+    nothing: published files carry it beside converters = []."""
+    if "float8" in config.model.converters:
+        return
+    for field in dataclasses.fields(Float8):
+        value, name = getattr(config.float8, field.name), f"float8.{field.name}"
+        if field.name != "filter_fqns" and value != field.default:
+            raise ConfigError(
+                f"{name} = {str(value).lower() if value is True else value} ({config.origin(name)}): has no effect "
+                "without the converter; add float8 to model.converters"
+            )
 
 
 def _check_tokenizer(config: JobConfig) -> None:

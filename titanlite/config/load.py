@@ -43,7 +43,7 @@ def load_config(argv: Sequence[str], default_file: str | None = None) -> JobConf
         ConfigError: an unknown section or key, a wrong type or value, an unreadable file.
     """
     config_class = _config_class(argv, default_file)
-    options = options_of(config_class)
+    options = options_of(config_class)  # type: ignore[arg-type]
     arguments = _read_arguments(options, argv)
     file, origin = arguments.get("job.config_file", (default_file, CONFIG_FILE))
     values = {**(_read_file(options, file, origin) if file else {}), **arguments}

@@ -107,7 +107,7 @@ def _option(section: str, field: dataclasses.Field[Any], hint: Any, text: str) -
         choices = typing.get_args(item) if typing.get_origin(item) is Literal else ()
     elif typing.get_origin(base) is Literal:
         base, choices = str, typing.get_args(base)
-    default = field.default if field.default is not dataclasses.MISSING else field.default_factory()  # type: ignore[misc]
+    default = field.default if field.default is not dataclasses.MISSING else field.default_factory()  # type: ignore[misc, operator]
     return Option(section, field.name, base, optional, choices, rule, default, text)
 
 

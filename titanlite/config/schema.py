@@ -6,8 +6,10 @@ its TOML files of that time load unchanged; what differs says so. This file is d
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import PurePath
 from typing import Annotated, Any, Literal, NamedTuple
 
 
@@ -24,7 +26,15 @@ PositiveOrAuto = Annotated[int, Rule("at least 1, or -1 to infer it", lambda v: 
 Fraction = Annotated[float, Rule("between 0 and 1", lambda v: 0 <= v <= 1)]
 Beta = Annotated[float, Rule("at least 0 and below 1", lambda v: 0 <= v < 1)]
 NotNegativeFloat = Annotated[float, Rule("0 or more", lambda v: v >= 0)]
-PositiveFloat = Annotated[float, Rule("more than 0", lambda v: v > 0)]
+PositiveFloat = Annotated[float, Rule("more than 0, and finite", lambda v: 0 < v < math.inf)]
+
+
+def _is_inner(value: str) -> bool:
+    path = PurePath(value)
+    return path.parts != () and not path.is_absolute() and ".." not in path.parts
+
+
+InnerFolder = Annotated[str, Rule("the relative path of a folder inside the run folder", _is_inner)]
 
 
 def _is_ac_option(value: str) -> bool:
@@ -49,13 +59,13 @@ class Job:
 class Profiling:
     enable_profiling: bool = False
     """Write torch.profiler traces (Chrome format), one per rank and period."""
-    save_traces_folder: str = "profile_traces"
+    save_traces_folder: InnerFolder = "profile_traces"
     """Where the traces go, under the run folder."""
     profile_freq: Positive = 10
     """The period of the traces, in steps; one step of each period is recorded, after three of warm-up."""
     enable_memory_snapshot: bool = False
     """Write snapshots of the device memory allocator."""
-    save_memory_snapshot_folder: str = "memory_snapshot"
+    save_memory_snapshot_folder: InnerFolder = "memory_snapshot"
     """Where the snapshots go, under the run folder."""
 
 
@@ -67,7 +77,7 @@ class Metrics:
     """Write TensorBoard events. (torchtitan's default is false.)"""
     disable_color_printing: bool = False
     """No colors on the console, even where it is a terminal."""
-    save_tb_folder: str = "tb"
+    save_tb_folder: InnerFolder = "tb"
     """Where TensorBoard events go, under the run folder."""
     save_for_all_ranks: bool = False
     """TensorBoard events from every rank (tb/rank_N), not from rank 0 alone."""
@@ -200,7 +210,7 @@ class Parallelism:
 class Checkpoint:
     enable_checkpoint: bool = False
     """Save checkpoints, and continue from the latest one in the run folder."""
-    folder: str = "checkpoint"
+    folder: InnerFolder = "checkpoint"
     """Where checkpoints go, under the run folder."""
     initial_load_path: str | None = None
     """A checkpoint to start from when the run folder has none."""

@@ -49,7 +49,9 @@ class FusedNormConverter:
                     setattr(parent, name, fused)
                     count += 1
         if not count:
-            raise ConfigError('model.converters = "fused_rmsnorm": the model has no nn.RMSNorm to convert; leave it out')
+            raise ConfigError(
+                'model.converters = "fused_rmsnorm": the model has no nn.RMSNorm to convert; leave it out'
+            )
         return f"{count} RMSNorm layers fused"
 
     def post_optimizer_hook(self, model: nn.Module) -> None:

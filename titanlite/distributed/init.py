@@ -55,18 +55,18 @@ class WeightInit:
         self._names = {id(param): name for name, param in model.named_parameters()}
         self._seed = seed
 
-    def trunc_normal(self, param: nn.Parameter, std: float, bound: float = 3.0) -> None:
+    def trunc_normal(self, param: Tensor, std: float, bound: float = 3.0) -> None:
         """Normal with standard deviation ``std``, cut off at ``bound`` standard deviations."""
         low = 0.5 * (1 + math.erf(-bound / math.sqrt(2)))
         self._fill(param, std, low, 1 - 2 * low)
 
-    def normal(self, param: nn.Parameter, std: float) -> None:
+    def normal(self, param: Tensor, std: float) -> None:
         self._fill(param, std, 0.0, 1.0)
 
-    def ones(self, param: nn.Parameter) -> None:
+    def ones(self, param: Tensor) -> None:
         param.fill_(1.0)
 
-    def _fill(self, param: nn.Parameter, std: float, low: float, width: float) -> None:
+    def _fill(self, param: Tensor, std: float, low: float, width: float) -> None:
         local, offset = _local_shard(param)
         key = stream_key(self._seed, self._names[id(param)])
         strides = [math.prod(param.shape[d + 1 :]) for d in range(param.dim())]
@@ -82,7 +82,7 @@ class WeightInit:
             local[start : start + step] = torch.erfinv(2 * u - 1) * (math.sqrt(2) * std)
 
 
-def _local_shard(param: nn.Parameter) -> tuple[Tensor, tuple[int, ...]]:
+def _local_shard(param: Tensor) -> tuple[Tensor, tuple[int, ...]]:
     """This rank's part of a parameter and its offset in the whole."""
     data = param.detach()
     if not isinstance(data, DTensor):

@@ -120,12 +120,12 @@ class TensorBoardSink:
         # Imported where used: it takes half a second.
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer = SummaryWriter(log_dir=str(folder), flush_secs=10)  # type: ignore[no-untyped-call]
+        self._writer = SummaryWriter(log_dir=str(folder), flush_secs=10)
 
     def write(self, row: Row) -> None:
         for key, tag in _TENSORBOARD_TAGS.items():
             if row[key] is not None:
-                self._writer.add_scalar(tag, row[key], row["step"])  # type: ignore[no-untyped-call]
+                self._writer.add_scalar(tag, row[key], row["step"])
 
     def close(self) -> None:
-        self._writer.close()  # type: ignore[no-untyped-call]
+        self._writer.close()

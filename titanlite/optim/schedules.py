@@ -29,14 +29,12 @@ class Schedule:
 
     Attributes:
         warmup_steps: steps of linear rise: step s of them runs at ``s / warmup_steps`` of the peak.
-        stable_steps: steps at the peak after that.
-        decay_steps: the steps that follow; the decay would reach ``lr_min`` one step after the last of them, so that no
-            step runs at a learning rate of zero.
+        decay_start: the last step at the peak. After it the learning rate reaches ``lr_min`` in ``decay_steps`` steps.
     """
 
     peak_lr: float
     warmup_steps: int
-    stable_steps: int
+    decay_start: int
     decay_steps: int
     decay: Callable[[float], float]
     lr_min: float
@@ -45,10 +43,9 @@ class Schedule:
         """The learning rate of ``step``, counted from 1."""
         if step <= self.warmup_steps:
             return self.peak_lr * step / self.warmup_steps
-        past = step - self.warmup_steps - self.stable_steps
-        if past <= 0:
+        if step <= self.decay_start:
             return self.peak_lr
-        left = self.decay(min(past / (self.decay_steps + 1), 1.0))
+        left = self.decay(min((step - self.decay_start) / self.decay_steps, 1.0))
         return self.peak_lr * (self.lr_min + (1 - self.lr_min) * left)
 
     def apply(self, optimizer: torch.optim.Optimizer, step: int) -> float:
@@ -79,4 +76,6 @@ def build_schedule(options: LRScheduler, peak_lr: float, steps: int) -> Schedule
             after_warmup,
         )
         decay = after_warmup
-    return Schedule(peak_lr, warmup, after_warmup - decay, decay, _decays.get(options.decay_type), options.lr_min)
+    # The decay would end one step after the run, as torchtitan's does, so that no step runs at a rate of zero.
+    start = max(steps + 1 - decay, warmup)
+    return Schedule(peak_lr, warmup, start, decay, _decays.get(options.decay_type), options.lr_min)
