@@ -125,7 +125,7 @@ def _check_float8(config: JobConfig) -> None:
 
 def _check_tokenizer(config: JobConfig) -> None:
     path = config.model.tokenizer_path
-    if path and not Path(path).exists():
+    if path and not Path(path).expanduser().exists():
         raise ConfigError(
             f'model.tokenizer_path = "{path}" ({config.origin("model.tokenizer_path")}): there is no such file or '
             f"folder (relative to {Path.cwd()}); fetch it with\n"

@@ -1,0 +1,40 @@
+"""The trainer on a real GPU."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
+
+
+def test_the_gpu_trains_as_the_cpu(train: Any) -> None:
+    options = {"training__mixed_precision_param": "float32", "training__steps": 5}
+    gpu = train(name="gpu", **options)
+    cpu = train(name="cpu", env={"CUDA_VISIBLE_DEVICES": ""}, **options)
+    assert gpu.status == 0, gpu.output
+    assert gpu.losses() == pytest.approx(cpu.losses(), rel=1e-4)
+    assert gpu.rows()[0]["reserved_gib"] > 0
+
+
+@pytest.mark.parametrize("mode", ["none", "full", "selective"])
+@pytest.mark.parametrize("compile", ["false", "true"])
+def test_compile_and_activation_checkpointing(train: Any, mode: str, compile: str) -> None:
+    options = {"activation_checkpoint__mode": mode, "activation_checkpoint__selective_ac_option": "op"}
+    plain = train(name="plain", training__steps=20)
+    run = train(name="run", training__compile=compile, training__steps=20, timeout=600, **options)
+    assert run.status == 0, run.output
+    assert run.losses() == pytest.approx(plain.losses(), rel=2e-2)  # bfloat16, other kernels
+
+
+def test_deterministic_runs_are_byte_identical(train: Any) -> None:
+    runs = [train(name=f"run{i}", training__deterministic="true", training__steps=10) for i in range(2)]
+    assert runs[0].losses() == runs[1].losses()
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(train: Any) -> None:
+    run = train(optimizer__lr=1e30, optimizer__weight_decay=0, training__steps=200, metrics__log_freq=100)
+    assert run.status == 1, run.output
+    assert "is not finite" in run.output
