@@ -80,6 +80,7 @@ class Trainer:
 
     def _start_process(self) -> None:
         config = self.config
+        self.stop_request = runtime.StopRequest()
         init_logging(int(os.environ.get("RANK", 0)))
         check_config(config, int(os.environ.get("WORLD_SIZE", 1)))
         if config.experimental.custom_import:
@@ -88,7 +89,6 @@ class Trainer:
         self.spec = get_model_spec(config.model.name)
         self.flavor = self.spec.flavor(config.model.flavor)
         self.runtime = runtime.start_runtime(config.comm)
-        self.stop_request = runtime.StopRequest()
         self.gc = runtime.GarbageCollection(config.training.gc_freq, config.training.gc_debug)
         self.seed = runtime.set_seed(config.training.seed, config.training.deterministic, self.runtime)
         config.training.seed = self.seed
