@@ -32,11 +32,10 @@ def apply_activation_checkpoint(blocks: nn.ModuleDict, options: ActivationCheckp
         return "none"
     if options.mode == "selective" and options.selective_ac_option == "op":
         for block in blocks.values():
-            context = partial(create_selective_checkpoint_contexts, _op_policy())
-            _wrap(block, context_fn=context)
+            _wrap(block, context_fn=_op_contexts)
         return f"selective per op, {len(blocks)} blocks"
     every = int(options.selective_ac_option) if options.mode == "selective" else 1
-    chosen = [block for i, block in enumerate(blocks.values()) if i % every == 0]
+    chosen = [block for number, block in enumerate(blocks.values(), 1) if number % every == 0]
     for block in chosen:
         _wrap(block)
     return f"{options.mode}, {len(chosen)} of {len(blocks)} blocks"
@@ -46,7 +45,8 @@ def _wrap(block: nn.Module, **kwargs: Any) -> None:
     block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False, **kwargs)  # type: ignore[method-assign]
 
 
-def _op_policy() -> Any:
+def _op_contexts() -> Any:
+    """The contexts of one forward and its recomputation: each pair counts its matmuls from the start."""
     seen: dict[str, int] = defaultdict(int)
 
     def policy(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
@@ -58,4 +58,4 @@ def _op_policy() -> Any:
             keep = op in _ATTENTION or op in _COMMUNICATION
         return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
 
-    return policy
+    return create_selective_checkpoint_contexts(policy)
