@@ -7,4 +7,5 @@ set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 . "$root/scripts/setup.sh"
 set_up "$root"
+export TITANLITE_COMMAND=$0  # what the summary tells to type
 exec "$PYTHON" -m titanlite.launch "$@"

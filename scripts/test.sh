@@ -16,4 +16,4 @@ if [ $# -eq 0 ]; then
     "$PYTHON" -m ruff format --check .
     "$PYTHON" -m mypy
 fi
-"$PYTHON" -m pytest "${select[@]}" "$@"
+"$PYTHON" -m pytest ${select[@]+"${select[@]}"} "$@"

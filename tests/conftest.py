@@ -66,7 +66,7 @@ def train(tmp_path: Path) -> Any:
         folder = tmp_path / name
         done = subprocess.run(
             command(folder, {key.replace("__", "."): value for key, value in options.items()}),
-            env=environment(NGPU=str(ngpu), **(env or {})),
+            env=environment(**{"NGPU": str(ngpu), **(env or {})}),
             cwd=tmp_path,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

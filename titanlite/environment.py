@@ -2,6 +2,7 @@
 
 NGPU = "NGPU"  # processes on this machine
 CONFIG_FILE = "CONFIG_FILE"  # the TOML file, where --job.config_file does not name one
+COMMAND = "TITANLITE_COMMAND"  # how the user started this, for messages
 LOG_RANK = "LOG_RANK"  # the ranks that log to the console, separated by commas
 
 # Set by the launcher for its workers: a folder through which it asks them to stop, and they tell it their errors.

@@ -82,15 +82,17 @@ def _run_workers(processes: int, argv: list[str]) -> int:
     """Run the trainer in ``processes`` processes; returns the exit status."""
     import logging
 
-    from torch.distributed.elastic.multiprocessing import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
-
     logging.disable(logging.CRITICAL)  # the agent repeats what the workers say themselves, in forty lines
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, _cpus() // processes)))
+    threads = str(max(1, _cpus() // processes))
+    os.environ.setdefault("OMP_NUM_THREADS", threads)
+    os.environ.setdefault("RAYON_NUM_THREADS", threads)  # the tokenizer's
     with tempfile.TemporaryDirectory(prefix="titanlite-") as folder:
         os.environ.update({LAUNCH_DIR: folder, LAUNCHER_PID: str(os.getpid())})
-        _stop_in_order(Path(folder, "stop"))
+        _stop_in_order(Path(folder, "stop"))  # before the imports: they take seconds, and a signal counts then too
+        from torch.distributed.elastic.multiprocessing import SignalException
+        from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+        from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
         launch = LaunchConfig(
             min_nodes=1,
             max_nodes=1,
@@ -113,17 +115,18 @@ def _run_workers(processes: int, argv: list[str]) -> int:
 
 
 def _stop_in_order(stop_file: Path) -> None:
-    from torch.distributed.elastic.multiprocessing import SignalException
-
     def on_signal(number: int, frame: FrameType | None) -> None:
         if stop_file.exists():
+            from torch.distributed.elastic.multiprocessing import SignalException
+
             raise SignalException(f"second signal {number}", signal.Signals(number))
         stop_file.touch()
         name = signal.Signals(number).name
         print(f"titanlite: {name}: the workers stop after this step; send it again to end them now", file=sys.stderr)
 
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        signal.signal(number, on_signal)
+        if signal.getsignal(number) is not signal.SIG_IGN:  # nohup
+            signal.signal(number, on_signal)
 
 
 def _explain(folder: str, rank: int, failure: ProcessFailure) -> int:

@@ -10,6 +10,7 @@ import importlib
 import pkgutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -64,6 +65,10 @@ def get_model_spec(name: str) -> ModelSpec:
     if name not in _registry.names():
         import models
 
+        # A folder models/ of the user's own may come first on the path; then both hold families.
+        ours = str(Path(__file__).parent.parent / "models")
+        if ours not in models.__path__:
+            models.__path__.append(ours)
         for found in pkgutil.iter_modules(models.__path__):
             # Import the one asked for; of a name that is not there, all, so that the message can list them.
             if found.name == name or name not in [m.name for m in pkgutil.iter_modules(models.__path__)]:

@@ -9,9 +9,11 @@ from __future__ import annotations
 import sys
 
 from titanlite.command_line import read_config, report, reported
+from titanlite.stop_request import StopRequest
 
 # Read first, imported after: --help and bad input answer before torch takes its seconds.
 CONFIG = read_config(sys.argv[1:]) if __name__ == "__main__" else None
+STOP = StopRequest() if __name__ == "__main__" else None
 
 import logging
 import math
@@ -23,6 +25,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from titanlite.config import (
     JobConfig,
@@ -38,13 +41,13 @@ from titanlite.distributed import runtime
 from titanlite.distributed.compile import compiled
 from titanlite.distributed.init import WeightInit
 from titanlite.distributed.mesh import build_mesh
-from titanlite.environment import LAUNCH_DIR
+from titanlite.environment import COMMAND, LAUNCH_DIR
 from titanlite.errors import ConfigError, TrainingError
 from titanlite.metrics.device import GIB, device_name, peak_flops, peak_memory, total_memory
 from titanlite.metrics.flops import flops_per_token
 from titanlite.metrics.loss_watch import LossWatch
 from titanlite.metrics.recorder import Recorder
-from titanlite.metrics.report import summary, table
+from titanlite.metrics.report import shown_path, summary, table
 from titanlite.metrics.sinks import (
     ConsoleSink,
     JsonlSink,
@@ -66,21 +69,23 @@ _LATEST = 1 << 62
 class Trainer:
     """One process's share of a training run."""
 
-    def __init__(self, config: JobConfig) -> None:
+    def __init__(self, config: JobConfig, stop_request: StopRequest | None = None) -> None:
         self.config = config
+        self.stop_request = stop_request or StopRequest()
         self.about: dict[str, str] = {}  # what the header will say
+        self.sinks: list[Sink] = []
         self._start_process()
+        self.run_path = Path(config.job.dump_folder).expanduser()
+        self.runtime.on_rank_zero(self._lock_run_folder)
         self._build_data()
         self._build_model()
         self._build_optimizer()
-        self.run_path = Path(config.job.dump_folder)
-        self.runtime.on_rank_zero(self._prepare_run_folder)  # last: what was refused before leaves it untouched
+        self.runtime.on_rank_zero(self._fill_run_folder)  # last: what was refused before leaves an earlier run alone
         self._build_recorder()
         self.step = 0
 
     def _start_process(self) -> None:
         config = self.config
-        self.stop_request = runtime.StopRequest()
         init_logging(int(os.environ.get("RANK", 0)))
         check_config(config, int(os.environ.get("WORLD_SIZE", 1)))
         if config.experimental.custom_import:
@@ -118,6 +123,7 @@ class Trainer:
             dp_degree=self.degrees.data_parallel,
             pin_memory=self.runtime.device.type == "cuda",
         )
+        self.runtime.check_same("the data or tokenizers", self.loader.identity)
         self.about["data"] = f"{training.dataset}{f' ({training.dataset_path})' if training.dataset_path else ''}"
         self.about["tokenizer"] = f"{self.tokenizer.path}, {self.tokenizer.vocab_size} tokens"
         self.about["tokens per step"] = (
@@ -170,26 +176,27 @@ class Trainer:
         self.optimizer = build_optimizer(self.model.parameters(), config.optimizer)
         self.schedule = build_schedule(config.lr_scheduler, config.optimizer.lr, config.training.steps)
 
-    def _prepare_run_folder(self) -> None:
+    def _lock_run_folder(self) -> None:
         self.run_folder = RunFolder(self.run_path)
+
+    def _fill_run_folder(self) -> None:
         metrics, profiling = self.config.metrics, self.config.profiling
         self.run_folder.set_earlier_aside([CONFIG_TOML, METRICS, metrics.save_tb_folder, profiling.save_traces_folder])
         (self.run_path / CONFIG_TOML).write_text(dump_toml(self.config))
+        self.sinks.append(JsonlSink(self.run_path / METRICS))
+        if metrics.enable_tensorboard and not metrics.save_for_all_ranks:
+            self.sinks.append(TensorBoardSink(self.run_path / metrics.save_tb_folder))
 
     def _build_recorder(self) -> None:
         config = self.config
         terminal = is_terminal()
         steps = config.training.steps
-        sinks: list[Sink] = [
-            ConsoleSink(terminal and not config.metrics.disable_color_printing, steps if terminal else None)
-        ]
-        first, everywhere = self.runtime.rank == 0, config.metrics.save_for_all_ranks
-        if first:
-            sinks.append(JsonlSink(self.run_path / METRICS))
-        if config.metrics.enable_tensorboard and (first or everywhere):
+        console = ConsoleSink(terminal and not config.metrics.disable_color_printing, steps if terminal else None)
+        self.sinks.insert(0, console)
+        if config.metrics.enable_tensorboard and config.metrics.save_for_all_ranks:
             folder = self.run_path / config.metrics.save_tb_folder
-            sinks.append(TensorBoardSink(folder / f"rank_{self.runtime.rank}" if everywhere else folder))
-        self.recorder = Recorder(sinks, self.runtime.device, self.flops_per_token, config.metrics.log_freq, steps)
+            self.sinks.append(TensorBoardSink(folder / f"rank_{self.runtime.rank}"))
+        self.recorder = Recorder(self.sinks, self.runtime.device, self.flops_per_token, config.metrics.log_freq, steps)
         self.loss_watch = LossWatch()
 
     # ---- the loop
@@ -198,7 +205,7 @@ class Trainer:
         self._log_header()
         self.recorder.restart()
         with profiler(self.config.profiling, self.run_path, self.runtime.rank) as profiler_step:
-            stop = False
+            stop = self._should_stop(wait=False)
             while self.step < self.config.training.steps and not stop:
                 stop = self.advance()
                 profiler_step()
@@ -232,7 +239,7 @@ class Trainer:
             del logits  # before backward: it is the largest activation
             loss.backward()
             losses.append(loss.detach())
-        grad_norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.training.max_norm, foreach=True)
+        grad_norm = self._clip_gradients()
         lr = self.schedule.apply(self.optimizer, self.step)
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -240,13 +247,23 @@ class Trainer:
             converter.post_optimizer_hook(self.model)
         tokens = batch.inputs.numel()
         self.recorder.step_done(tokens, tokens * self.degrees.data_parallel, waited)
-        return torch.stack(losses).sum(), grad_norm.full_tensor(), lr  # type: ignore[attr-defined]
+        return torch.stack(losses).sum(), grad_norm, lr
+
+    def _clip_gradients(self) -> Tensor:
+        """Scale the gradients down to ``training.max_norm``; returns their norm over all devices before that."""
+        params = [p for p in self.model.parameters() if p.grad is not None]
+        norm = nn.utils.get_total_norm([p.grad for p in params if p.grad is not None], foreach=True)
+        if isinstance(norm, DTensor):
+            norm = norm.full_tensor()  # once here, or every use of it would reduce it again
+        nn.utils.clip_grads_with_norm_(params, self.config.training.max_norm, norm, foreach=True)
+        return norm
 
     def _log_step(self, loss: Tensor, grad_norm: Tensor, lr: float) -> None:
         mean, largest = loss / self.degrees.data_parallel, loss.clone()
         if self.runtime.world_size > 1:
-            dist.all_reduce(mean)
-            dist.all_reduce(largest, dist.ReduceOp.MAX)
+            group = self.mesh.get_group("dp_shard")
+            dist.all_reduce(mean, group=group)
+            dist.all_reduce(largest, dist.ReduceOp.MAX, group=group)
         self.recorder.log(self.step, loss=mean.item(), max_loss=largest.item(), grad_norm=grad_norm.item(), lr=lr)
 
     def _should_stop(self, wait: bool) -> bool:
@@ -255,6 +272,9 @@ class Trainer:
         if wait:
             self.loss_watch.drain()
         stop, first = self.runtime.agree_max(int(self.stop_request.requested()), self._bad_step_order())
+        if stop and not wait:
+            self.loss_watch.drain()
+            (first,) = self.runtime.agree_max(self._bad_step_order())
         if first:
             step, source = (_LATEST - first) >> 21, (_LATEST - first) & 0xFFFFF
             message = [self._describe_bad_step(step)]
@@ -303,14 +323,18 @@ class Trainer:
     def _log_summary(self) -> None:
         places = {"metrics": f"{self.run_path / METRICS}"}
         if self.config.metrics.enable_tensorboard:
-            places["look at it"] = f"tensorboard --logdir {self.run_path / self.config.metrics.save_tb_folder}"
-        places["run it again"] = f"CONFIG_FILE={self.run_path / CONFIG_TOML} ./run_train.sh"
+            tensorboard = f"{shown_path(sys.executable)} -m tensorboard.main --logdir"
+            places["look at it"] = f"{tensorboard} {self.run_path / self.config.metrics.save_tb_folder}"
+        ngpu = f"NGPU={self.runtime.world_size} " if self.runtime.world_size > 1 else ""
+        command = os.environ.get(COMMAND, "titanlite")
+        places["run it again"] = f"{ngpu}CONFIG_FILE={self.run_path / CONFIG_TOML} {command}"
         logger.info(summary(self.recorder, places))
 
     def close(self) -> None:
         self.loader.close()
-        self.recorder.close()
         self.gc.close()
+        self.stop_request.close()
+        self.recorder.close()
 
 
 def main(config: JobConfig | None = None) -> int:
@@ -319,7 +343,7 @@ def main(config: JobConfig | None = None) -> int:
     runtime.end_with_launcher()
     trainer = None
     try:
-        trainer = Trainer(config)
+        trainer = Trainer(config, STOP)
         trainer.train()
     except (ConfigError, TrainingError) as e:
         return report(e)
@@ -328,9 +352,11 @@ def main(config: JobConfig | None = None) -> int:
             return 1  # another rank has said why the run ends; that its connections broke is no news
         raise
     finally:
-        if trainer is not None:
-            trainer.close()
-        runtime.stop_runtime()
+        try:
+            if trainer is not None:
+                trainer.close()
+        finally:
+            runtime.stop_runtime()
     return 0
 
 

@@ -70,6 +70,33 @@ def started(tmp_path: Path) -> Any:
 
 
 @pytest.mark.parametrize("ngpu", [1, 2])
+@pytest.mark.parametrize("delay", [1.0, 2.5])
+def test_a_signal_during_start_up_ends_the_run_in_order(started: Any, ngpu: int, delay: float) -> None:
+    run = started(ngpu)
+    time.sleep(delay)
+    run.process.send_signal(signal.SIGTERM)
+    assert run.process.wait(timeout=60) == 0
+    output = run.log.read_text()
+    assert "stopped before the first step" in output
+    assert "Traceback" not in output
+    assert run.workers() == []
+
+
+@pytest.mark.parametrize("ngpu", [1, 2])
+def test_nohup_survives_the_terminal(started: Any, ngpu: int) -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        run = started(ngpu)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    run.wait_for("step:  2")
+    for pid in [run.process.pid, *run.workers()]:
+        os.kill(pid, signal.SIGHUP)
+    run.wait_for("step: 10")
+    assert run.process.poll() is None
+
+
+@pytest.mark.parametrize("ngpu", [1, 2])
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_the_run_in_order(started: Any, ngpu: int, number: signal.Signals) -> None:
     run = started(ngpu)

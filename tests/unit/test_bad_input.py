@@ -8,6 +8,26 @@ from typing import Any
 import pytest
 
 CASES = {
+    "negative degree": (
+        {"parallelism__data_parallel_shard_degree": -2},
+        ["parallelism.data_parallel_shard_degree = -2", "the argument", "at least 1, or -1"],
+    ),
+    "degrees": ({"parallelism__data_parallel_shard_degree": 3}, ["data_parallel_shard_degree 3", "= 3", "1 processes"]),
+    "batch": (
+        {"training__local_batch_size": 4, "training__global_batch_size": 6},
+        ["training.global_batch_size = 6", "multiple", "4 x 1 = 4"],
+    ),
+    "toml": ({"job__config_file": "broken.toml"}, ["broken.toml, line 2", "not valid TOML"]),
+    "empty data": (
+        {"training__dataset": "text", "training__dataset_path": "empty.txt"},
+        ["training.dataset_path", "empty.txt"],
+    ),
+    "compile backend": (
+        {"training__compile": "true", "compile__backend": "inducter"},
+        ['compile.backend = "inducter"', 'did you mean "inductor"'],
+    ),
+    "log rank": ({}, ["LOG_RANK=x", "rank numbers"]),
+    "ngpu": ({}, ["NGPU=none", "at least 1"]),
     "model": ({"model__name": "lama3"}, ['model.name = "lama3"', 'did you mean "llama3"', "known: llama3"]),
     "flavor": ({"model__flavor": "9B"}, ['model.flavor = "9B"', "it has debugmodel, 1B, 3B, 8B, 70B, 405B"]),
     "converter": ({"model__converters": "fused_rmsnorn"}, ["model.converters", 'did you mean "fused_rmsnorm"']),
@@ -35,10 +55,12 @@ CASES = {
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_bad_input_is_one_message_and_status_2(train: Any, name: str) -> None:
+def test_bad_input_is_one_message_and_status_2(train: Any, tmp_path: Path, name: str) -> None:
     options, parts = CASES[name]
-    env = {"HF_HUB_OFFLINE": "1"} if name == "hub set offline" else {}
-    run = train(env=env, **options)
+    (tmp_path / "broken.toml").write_text("[training]\nsteps = = 3\n")
+    (tmp_path / "empty.txt").touch()
+    env = {"hub set offline": {"HF_HUB_OFFLINE": "1"}, "log rank": {"LOG_RANK": "x"}, "ngpu": {"NGPU": "none"}}
+    run = train(env=env.get(name), **options)
     assert run.status == 2, run.output
     errors = run.output.split("titanlite: error: ")
     assert len(errors) == 2

@@ -727,9 +727,9 @@ def test_global_batch_size(local: int, data_parallel: int, wanted: int, result: 
 def test_what_is_not_implemented_is_refused_and_its_inert_value_is_not(name: str) -> None:
     opt, (inert, instead) = BY_NAME[name], UNSUPPORTED[name]
     assert opt.default == inert
-    text = str(inert).lower()
+    text = ",".join(inert) if opt.base is list else str(inert).lower() if opt.base is bool else str(inert)
     check_config(load_config([f"--{name}={text}"]), 2)
-    asked = "2" if opt.base is int else str(another(opt)).lower()
+    asked = {int: "2", list: "a,b", bool: "true"}.get(opt.base) or str(another(opt))
     with pytest.raises(ConfigError) as error:
         check_config(load_config([f"--{name}={asked}"]), 2)
     for part in (f"{name} = ", f"the argument --{name}", "does not implement it", instead):

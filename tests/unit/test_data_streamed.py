@@ -32,14 +32,26 @@ def shards(source: Source, count: int) -> list[list[str]]:
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 4, 8])
-def test_every_document_is_in_one_shard_in_file_order(folder: Path, count: int) -> None:
+def test_every_document_is_in_one_shard_and_files_are_read_in_order(folder: Path, count: int) -> None:
     source = build_source("parquet", path=str(folder), seed=0)
     assert source.num_shards(count) == count
     dealt = shards(source, count)
     everything = [f"document {file}.{row}" for file in range(3) for row in range(17)]
     assert sorted(itertools.chain(*dealt)) == sorted(everything)
-    assert all(part == sorted(part, key=everything.index) for part in dealt)
+    for part in dealt:
+        files = [text.split(".")[0] for text in part]
+        assert len([file for file, _ in itertools.groupby(files)]) == len(set(files))
+        for file in set(files):
+            of_file = [text for text in part if text.startswith(f"{file}.")]
+            assert of_file == sorted(of_file, key=everything.index)
     assert min(len(part) for part in dealt) > 0
+
+
+def test_the_seed_decides_the_order_of_the_files(folder: Path) -> None:
+    orders = {tuple(shards(build_source("parquet", path=str(folder), seed=seed), 1)[0]) for seed in range(10)}
+    assert len(orders) > 1
+    again = [shards(build_source("parquet", path=str(folder), seed=3), 1) for _ in range(2)]
+    assert again[0] == again[1]
 
 
 @pytest.mark.parametrize("count", [1, 2, 4])
@@ -92,7 +104,7 @@ def test_corrupt_rows(folder: Path) -> None:
 
 
 def test_missing_text_field(folder: Path) -> None:
-    with pytest.raises(ConfigError, match=r'0\.parquet, row 1: no field "body" \(it has: url, text\)'):
+    with pytest.raises(ConfigError, match=r'\d\.parquet, row 1: no field "body" \(it has: url, text\)'):
         shards(build_source("parquet", path=str(folder), text_field="body", seed=0), 1)
 
 

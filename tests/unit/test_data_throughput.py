@@ -2,26 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
+import data_throughput
 import pytest
-
-
-def load_script() -> ModuleType:
-    file = Path(__file__).parents[2] / "scripts" / "benchmarks" / "data_throughput.py"
-    spec = importlib.util.spec_from_file_location("data_throughput", file)
-    assert spec
-    assert spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-data_throughput = load_script()
 
 
 def write_rows(file: Path, rates: list[Any]) -> None:
@@ -35,10 +21,10 @@ def test_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert data_throughput.main(arguments) == 0
     report = json.loads(output.read_text())
     assert set(report) == {"name", "date", "commit", "device", "torch", "triton", "command", "results"}
-    assert report["command"].endswith(str(output))
+    assert report["name"] == "data_throughput"
     (entry,) = report["results"]
     assert (entry["system"], entry["config"], entry["run_tps"]) == ("titanlite", "pystdlib", 3000.0)
-    assert entry["tokens_per_s"] > 20_000
+    assert entry["tokens_per_s"] > 20 * 4000  # the debug run consumes under 4000 on two cores
     assert entry["ratio"] == pytest.approx(entry["tokens_per_s"] / 3000, rel=0.01)
     assert "x the run's 3,000" in capsys.readouterr().out
 

@@ -247,7 +247,8 @@ def recorder(*sinks: Sink, **options: int) -> Recorder:
 
 def log(recorder: Recorder, step: int, loss: float = 1.0) -> Row:
     recorder.log(step, loss=loss, max_loss=2.0, grad_norm=3.0, lr=4.0)
-    return recorder.rows[-1]
+    assert recorder.last is not None
+    return recorder.last
 
 
 def test_logged_are_the_first_every_nth_and_the_last_step() -> None:
@@ -266,7 +267,7 @@ def test_a_window_holds_its_own_steps_alone() -> None:
         time.sleep(0.02)
     found = log(made, 5)
     elapsed = time.perf_counter() - start
-    assert kept == made.rows
+    assert [entry["step"] for entry in kept] == [1, 5]
     assert found["tokens_seen"] == 1000 + 5 * 256
     assert 0.08 <= 4 * found["step_time_s"] <= elapsed * 1.5
     assert found["tps"] * found["step_time_s"] == pytest.approx(64)
@@ -303,22 +304,24 @@ def test_mfu_is_over_the_bf16_peak(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_medians_leave_out_the_first_window() -> None:
     made = recorder()
     assert made.median("tps") is None
-    made.rows.append(row(tps=1.0, mfu=None))
+    made.remember(row(tps=1.0, mfu=None))
     assert made.median("tps") is None
-    made.rows += [row(tps=tps, mfu=None) for tps in (10.0, 30.0, 20.0)]
+    for tps in (10.0, 30.0, 20.0):
+        made.remember(row(tps=tps, mfu=None))
     assert made.median("tps") == 20.0
     assert made.median("mfu") is None
 
 
 def test_summary() -> None:
     made = recorder()
-    assert summary(made, {}) == "no step was done"
+    assert summary(made, {}) == "stopped before the first step"
     made.tokens_seen = 12345
-    made.rows += [
+    for logged in (
         row(step=1, loss=9.0, tps=1.0, memory_gib=3.0, memory_pct=30.0),
         row(step=10, tps=1000.0, mfu=40.0, memory_gib=2.0),
         row(step=20, loss=4.5, tps=2000.6, mfu=41.0, memory_gib=2.0),
-    ]
+    ):
+        made.remember(logged)
     title, *lines = summary(made, {"metrics": "outputs/metrics.jsonl"}).splitlines()
     assert title == "training stopped early"
     assert [re.split(r"\s{2,}", line.strip()) for line in lines] == [
@@ -330,7 +333,7 @@ def test_summary() -> None:
         ["peak memory", "3.00 GiB (30.00%)"],
         ["metrics", "outputs/metrics.jsonl"],
     ]
-    made.rows.append(row(step=25))
+    made.remember(row(step=25))
     assert summary(made, {}).startswith("training finished\n")
 
 

@@ -10,7 +10,8 @@ from titanlite.config.schema import Float8, JobConfig, Parallelism
 from titanlite.errors import ConfigError
 
 # Keys of the schema that this version has no implementation for: the value at which each does nothing, and what
-# to do instead. Asking for more than that is an error, never silently ignored.
+# to do instead. Asking for more than that is an error, never silently ignored. (Keys that only say how, such as
+# checkpoint.interval, ask for nothing by themselves, and files of the period carry them.)
 UNSUPPORTED: dict[str, tuple[Any, str]] = {
     "profiling.enable_memory_snapshot": (False, "take traces with profiling.enable_profiling"),
     "metrics.enable_wandb": (False, "read metrics.jsonl or TensorBoard"),
@@ -18,6 +19,13 @@ UNSUPPORTED: dict[str, tuple[Any, str]] = {
     "training.enable_cpu_offload": (False, "shard over more devices"),
     "parallelism.data_parallel_replicate_degree": (1, "shard with data_parallel_shard_degree"),
     "parallelism.enable_compiled_autograd": (False, "use training.compile"),
+    "parallelism.disable_loss_parallel": (False, "leave it out"),
+    "parallelism.pipeline_parallel_split_points": ([], "leave it out"),
+    "parallelism.pipeline_parallel_layers_per_stage": (None, "leave it out"),
+    "parallelism.pipeline_parallel_schedule": ("1F1B", "leave it out"),
+    "parallelism.pipeline_parallel_schedule_csv": ("", "leave it out"),
+    "parallelism.pipeline_parallel_microbatch_size": (1, "leave it out"),
+    "parallelism.context_parallel_rotate_method": ("allgather", "leave it out"),
     "parallelism.tensor_parallel_degree": (1, "shard with data_parallel_shard_degree"),
     "parallelism.enable_async_tensor_parallel": (False, "leave it out"),
     "parallelism.pipeline_parallel_degree": (1, "shard with data_parallel_shard_degree"),
@@ -25,9 +33,15 @@ UNSUPPORTED: dict[str, tuple[Any, str]] = {
     "checkpoint.enable_checkpoint": (False, "leave it out"),
     "checkpoint.create_seed_checkpoint": (False, "set training.seed: the same seed gives the same weights"),
     "checkpoint.initial_load_path": (None, "leave it out"),
+    "checkpoint.async_mode": ("disabled", "leave it out"),
+    "checkpoint.load_step": (-1, "leave it out"),
+    "checkpoint.exclude_from_loading": ([], "leave it out"),
+    "checkpoint.enable_first_step_checkpoint": (False, "leave it out"),
     "memory_estimation.enabled": (False, "leave it out"),
     "memory_estimation.disable_fake_mode": (False, "leave it out"),
     "fault_tolerance.enable": (False, "leave it out"),
+    "fault_tolerance.replica_id": (0, "leave it out"),
+    "fault_tolerance.group_size": (0, "leave it out"),
     "fault_tolerance.semi_sync_method": (None, "leave it out"),
     "mx.recipe_name": ("mxfp8", "leave it out"),
 }

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from functools import cache
-from typing import Any
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -19,17 +18,14 @@ def _rms_norm(x: Tensor, weight: Tensor | None, eps: float | None) -> Tensor:
     return F.rms_norm(x, (x.shape[-1],), weight, eps)
 
 
-@cache
-def _compiled_rms_norm() -> Any:
-    return torch.compile(_rms_norm, fullgraph=True, dynamic=False)
-
-
 class FusedRMSNorm(nn.RMSNorm):
     """``nn.RMSNorm`` over the last dimension, through torch.compile; the same parameter under the same name."""
 
+    kernel: Callable[[Tensor, Tensor | None, float | None], Tensor]
+
     def forward(self, x: Tensor) -> Tensor:
         # Inside a compiled block this is inlined: the block's own graph fuses it further.
-        return _compiled_rms_norm()(x, self.weight, self.eps)
+        return self.kernel(x, self.weight, self.eps)
 
 
 @register_converter("fused_rmsnorm")
@@ -38,12 +34,15 @@ class FusedNormConverter:
         pass
 
     def convert(self, model: nn.Module) -> str:
+        # Here and not on import, which would bring in the compiler for everybody.
+        kernel = torch.compile(_rms_norm, fullgraph=True, dynamic=False)
         count = 0
         for parent in list(model.modules()):
             for name, norm in list(parent.named_children()):
                 if type(norm) is nn.RMSNorm and len(norm.normalized_shape) == 1:
                     with torch.device("meta"):
                         fused = FusedRMSNorm(norm.normalized_shape, norm.eps, norm.elementwise_affine)
+                    fused.kernel = kernel
                     fused.weight = norm.weight
                     fused.train(norm.training)
                     setattr(parent, name, fused)

@@ -46,6 +46,9 @@ class DataLoader:
         pin_memory: put batches in page-locked memory, for asynchronous copies to a GPU.
         prefetch: batches to keep ready.
 
+    Attributes:
+        identity: plain values that all ranks must share for their batches to be one global batch.
+
     Raises:
         ConfigError: the batch sizes do not divide; also from ``next()``, where reading or packing fails.
     """
@@ -75,7 +78,7 @@ class DataLoader:
         owned = global_batch_size // dp_degree
         slots = range(dp_rank * owned, (dp_rank + 1) * owned)
         self._slots = [(slot % self._num_shards, slot // self._num_shards) for slot in slots]
-        self._identity: dict[str, str | int] = {
+        self.identity: dict[str, str | int] = {
             **source.identity,
             "num_shards": self._num_shards,
             "global_batch_size": global_batch_size,
@@ -106,7 +109,7 @@ class DataLoader:
         [epoch, part, document, token]. Owners of the same shard give the same entry; see :func:`merge_states`.
         """
         shards = {str(shard): [p.epoch, *p.position, p.token] for shard, p in self._handed_out.shards.items()}
-        return {"step": self._handed_out.step, "identity": dict(self._identity), "shards": shards}
+        return {"step": self._handed_out.step, "identity": dict(self.identity), "shards": shards}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue where ``state``, merged from all ranks of any number, was saved.
@@ -114,7 +117,7 @@ class DataLoader:
         Raises:
             ConfigError: it was saved with another corpus, seed, tokenizer size, global batch size or seq_len.
         """
-        _check_identity(state["identity"], self._identity)
+        _check_identity(state["identity"], self.identity)
         missing = [shard for shard in self._handed_out.shards if str(shard) not in state["shards"]]
         if missing:
             raise ValueError(f"the state lacks the data shards {missing}: merge the states of all ranks first")

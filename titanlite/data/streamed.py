@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from titanlite.data.files import find_files, require_path, unreadable
 from titanlite.data.sources import SOURCES, Position, Source, SourceOptions
 from titanlite.errors import ConfigError, TrainingError
@@ -22,12 +24,13 @@ _PROBE_TIMEOUT_S = 10.0
 
 
 class StreamedSource(Source):
-    """Documents read front to back, in the order of the files; only the hand-out to shards mixes them.
+    """Documents read front to back; the files, shuffled by the seed, are dealt to the shards.
 
-    With V shards over F files, V <= F: shard i reads the files i, i + V, i + 2V, ... With V > F several shards read
-    the same file, and each keeps its own documents of it (the others are read past), so a set with at least as
-    many files as the global batch has sequences streams best. Shards of unequal size begin their next epochs at
-    different times. A resumed run reads past what it had consumed of the current file, not of those before it.
+    With V shards over F files, V <= F: shard i reads the shuffled files i, i + V, i + 2V, ... With V > F several
+    shards read the same file, and each keeps its own documents of it (the others are read past), so a set with at
+    least as many files as the global batch has sequences streams best. Within a file the order stays. Shards of
+    unequal size begin their next epochs at different times. A resumed run reads past what it had consumed of the
+    current file, not of those before it.
     """
 
     def __init__(self, options: SourceOptions, stream: IterableDataset, files: list[Path]) -> None:
@@ -36,6 +39,7 @@ class StreamedSource(Source):
         self._files = files
         self._num_parts = int(stream.num_shards)
         self.identity["files"] = self._num_parts
+        self._order = np.random.default_rng(options.seed).permutation(self._num_parts).tolist()
 
     def num_shards(self, at_most: int) -> int:
         """``at_most``: the number of documents of a stream is not known beforehand."""
@@ -49,18 +53,19 @@ class StreamedSource(Source):
             if part < start.part:
                 continue
             first = start.document if part == start.part else 0
-            for row, record in self._records(part, first):
+            file = self._order[part]
+            for row, record in self._records(file, first):
                 if row % members == member:
-                    text = self._text_of(record, part, row)
+                    text = self._text_of(record, file, row)
                     if text is not None:
                         yield Position(part, row), text
 
-    def _records(self, part: int, first: int) -> Iterator[tuple[int, dict[str, object]]]:
+    def _records(self, file: int, first: int) -> Iterator[tuple[int, dict[str, object]]]:
         try:
-            stream = self._stream.shard(num_shards=self._num_parts, index=part)
+            stream = self._stream.shard(num_shards=self._num_parts, index=file)
             yield from enumerate(stream.skip(first), start=first)
         except Exception as error:  # whatever the reader of that format, or of the network, raises
-            problem = f"{self._name_of(part)}: reading failed ({type(error).__name__}: {_first_line(error)})"
+            problem = f"{self._name_of(file)}: reading failed ({type(error).__name__}: {_first_line(error)})"
             if self._files:
                 raise ConfigError(f"{problem}; replace the file or leave it out of training.dataset_path") from error
             raise TrainingError(
@@ -68,18 +73,18 @@ class StreamedSource(Source):
                 "through training.dataset_path"
             ) from error
 
-    def _text_of(self, record: dict[str, object], part: int, row: int) -> str | None:
+    def _text_of(self, record: dict[str, object], file: int, row: int) -> str | None:
         field = self.options.text_field
         text = record.get(field)
         if isinstance(text, str):
             return text
         known = ", ".join(record)
         problem = f'the field "{field}" is not a string' if field in record else f'no field "{field}" (it has: {known})'
-        self.corrupt(f"{self._name_of(part)}, row {row + 1}", problem)
+        self.corrupt(f"{self._name_of(file)}, row {row + 1}", problem)
         return None
 
-    def _name_of(self, part: int) -> str:
-        return str(self._files[part]) if self._files else f"{self.options.name}, file {part} of {self._num_parts}"
+    def _name_of(self, file: int) -> str:
+        return str(self._files[file]) if self._files else f"{self.options.name}, file {file} of {self._num_parts}"
 
 
 @SOURCES.register("parquet")

@@ -9,10 +9,18 @@ import torch
 from torch import nn
 
 from titanlite.config.schema import Compile
+from titanlite.errors import ConfigError
+from titanlite.registry import nearest
 
 
 def compiled(function: Callable[..., Any], options: Compile) -> Callable[..., Any]:
     """``torch.compile`` with the options of ``[compile]``."""
+    backends = torch.compiler.list_backends(exclude_tags=())
+    if options.backend not in backends:
+        raise ConfigError(
+            f'compile.backend = "{options.backend}": there is no such backend{nearest(options.backend, backends)}; '
+            f"known: {', '.join(backends)}"
+        )
     return torch.compile(
         function,
         mode=None if options.mode == "default" else options.mode,

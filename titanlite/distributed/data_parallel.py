@@ -26,6 +26,9 @@ def apply_fsdp(model: nn.Module, mesh: DeviceMesh, config: JobConfig, *, groups:
     policy = MixedPrecisionPolicy(
         param_dtype=DTYPES[config.training.mixed_precision_param],
         reduce_dtype=DTYPES[config.training.mixed_precision_reduce],
+        # Activations have the parameters' dtype already; what else a block is given, such as the rotary table, is in
+        # float32 because it has to be.
+        cast_forward_inputs=False,
     )
     reshard = config.parallelism.fsdp_reshard_after_forward
     groups = list(groups)

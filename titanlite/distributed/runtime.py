@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import hashlib
 import logging
 import os
 import platform
@@ -14,15 +15,13 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
-from pathlib import Path
-from types import FrameType
 
 import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from titanlite.config.schema import Comm
-from titanlite.environment import LAUNCH_DIR, LAUNCHER_PID
+from titanlite.environment import LAUNCHER_PID
 from titanlite.errors import ConfigError
 
 logger = logging.getLogger(__name__)
@@ -46,14 +45,24 @@ class Runtime:
             dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self.control)
         return tensor.tolist()
 
+    def check_same(self, what: str, value: object) -> None:
+        """Refuse to go on where ``value``, by its ``repr``, is not the same on all processes."""
+        digest = int.from_bytes(hashlib.sha256(repr(value).encode()).digest()[:7], "big")
+        largest, smallest = self.agree_max(digest, -digest)
+        if largest != -smallest:
+            raise ConfigError(f"{what} differ between the processes; rank {self.rank} has {value}: make them the same")
+
     def on_rank_zero(self, function: Callable[[], None]) -> None:
-        """Run ``function`` on rank 0 alone; its :class:`ConfigError` is everybody's, so that all ranks end alike."""
+        """Run ``function`` on rank 0 alone; its :class:`ConfigError` is everybody's, so that all ranks end alike. What
+        the operating system refuses, and a package that is missing, are reported in the same way."""
         message: list[str | None] = [None]
         if self.rank == 0:
             try:
                 function()
             except ConfigError as e:
                 message = [str(e)]
+            except (OSError, ImportError) as e:
+                message = [f"rank 0 could not prepare the run: {type(e).__name__}: {e}"]
         if self.world_size > 1:
             dist.broadcast_object_list(message, src=0, group=self.control)
         if message[0] is not None:
@@ -67,7 +76,7 @@ def start_runtime(comm: Comm) -> Runtime:
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     device, why = _pick_device(local_rank)
     timeout = timedelta(seconds=comm.init_timeout_seconds)
-    if comm.trace_buf_size > 0 and device.type == "cuda":
+    if device.type == "cuda":
         os.environ.setdefault("TORCH_NCCL_TRACE_BUFFER_SIZE", str(comm.trace_buf_size))
         os.environ.setdefault("TORCH_FR_BUFFER_SIZE", str(comm.trace_buf_size))
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
@@ -135,29 +144,6 @@ class GarbageCollection:
 
     def close(self) -> None:
         gc.enable()
-
-
-class StopRequest:
-    """Whether somebody asked this process to stop: a first SIGTERM, SIGINT or SIGHUP, or the launcher's file.
-
-    The run then ends in order after the current step. A second signal ends the process at once.
-    """
-
-    def __init__(self) -> None:
-        folder = os.environ.get(LAUNCH_DIR)
-        self._file = Path(folder, "stop") if folder else None
-        self._signal = 0
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-                signal.signal(number, self._on_signal)
-
-    def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if self.requested():
-            os._exit(128 + number)
-        self._signal = number
-
-    def requested(self) -> bool:
-        return self._signal != 0 or (self._file is not None and self._file.exists())
 
 
 def end_with_launcher() -> None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import statistics
 import time
+from array import array
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 
+from titanlite.errors import TrainingError
 from titanlite.metrics.device import GIB, device_name, peak_flops, peak_memory, reset_peak_memory
 from titanlite.metrics.sinks import Row, Sink
 
@@ -30,9 +32,12 @@ class Recorder:
     log_freq: int
     last_step: int
     tokens_seen: int = 0
-    rows: list[Row] = field(default_factory=list)
+    first: Row | None = None
+    last: Row | None = None
+    peak: Row | None = None  # the row of the highest memory
 
     def __post_init__(self) -> None:
+        self._steady = {"tps": array("d"), "mfu": array("d")}
         self._peak = peak_flops(device_name(self.device))
         self.restart()
 
@@ -81,13 +86,28 @@ class Recorder:
             "num_ooms": memory.ooms,
         }
         for sink in self.sinks:
-            sink.write(row)
-        self.rows.append(row)
+            try:
+                sink.write(row)
+            except OSError as e:
+                raise TrainingError(f"step {step}: {type(sink).__name__} cannot write its row: {e}") from e
+        self.remember(row)
         self.restart()
 
+    def remember(self, row: Row) -> None:
+        """Take a row into account for the summary."""
+        if self.first is None:
+            self.first = row
+        else:  # the first window holds compilation and warm-up: it is not steady
+            for key, values in self._steady.items():
+                if row[key] is not None:
+                    values.append(row[key])
+        self.last = row
+        if self.peak is None or row["memory_gib"] > self.peak["memory_gib"]:
+            self.peak = row
+
     def median(self, key: str) -> float | None:
-        """The median of a key over the steady windows: all but the first, which holds compilation and warm-up."""
-        values = [row[key] for row in self.rows[1:] if row[key] is not None]
+        """The median of ``tps`` or ``mfu`` over the steady windows."""
+        values = self._steady[key]
         return statistics.median(values) if values else None
 
     def close(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 
 from titanlite.metrics.recorder import Recorder
@@ -13,19 +14,24 @@ def table(title: str, rows: Mapping[str, str]) -> str:
     return "\n".join([title, *(f"    {name:<{width}}  {value}" for name, value in rows.items())])
 
 
+def shown_path(path: str) -> str:
+    """A path as one would type it: relative where it lies below the current folder."""
+    relative = os.path.relpath(path)
+    return path if relative.startswith("..") else os.path.join(".", relative)
+
+
 def summary(recorder: Recorder, places: Mapping[str, str]) -> str:
     """What the run did: steps, tokens, losses, medians over the steady windows, peak memory, and where things are."""
-    rows = recorder.rows
-    if not rows:
-        return "no step was done"
+    first, last, peak = recorder.first, recorder.last, recorder.peak
+    if first is None or last is None or peak is None:
+        return "stopped before the first step"
     tps, mfu = recorder.median("tps"), recorder.median("mfu")
-    peak = max(rows, key=lambda row: row["memory_gib"])
     return table(
-        "training finished" if rows[-1]["step"] == recorder.last_step else "training stopped early",
+        "training finished" if last["step"] == recorder.last_step else "training stopped early",
         {
-            "steps": f"{rows[0]['step']} to {rows[-1]['step']} of {recorder.last_step}",
+            "steps": f"{first['step']} to {last['step']} of {recorder.last_step}",
             "tokens": f"{recorder.tokens_seen:,}",
-            "loss": f"{rows[0]['loss']:.4f} -> {rows[-1]['loss']:.4f}",
+            "loss": f"{first['loss']:.4f} -> {last['loss']:.4f}",
             "median tps per device": "n/a (a single window)" if tps is None else f"{round(tps):,}",
             "median mfu": "n/a" if mfu is None else f"{mfu:.2f}%",
             "peak memory": f"{peak['memory_gib']:.2f} GiB ({peak['memory_pct']:.2f}%)",

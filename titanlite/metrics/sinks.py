@@ -7,7 +7,7 @@ import logging
 import os
 import sys
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TextIO
 
 from titanlite.environment import LOG_RANK
 from titanlite.errors import ConfigError
@@ -27,7 +27,7 @@ def init_logging(rank: int) -> None:
     chosen = os.environ.get(LOG_RANK, "0").split(",")
     if not all(part.strip().isdecimal() for part in chosen):
         raise ConfigError(f"LOG_RANK={os.environ[LOG_RANK]}: must be rank numbers separated by commas, for example 0,1")
-    handler = logging.StreamHandler(sys.stdout)
+    handler = _ConsoleHandler(sys.stdout or open(os.devnull, "w"))  # noqa: SIM115  (there is no stdout after >&-)
     handler.setFormatter(
         logging.Formatter(f"[rank{rank}]:[titan] %(asctime)s - %(name)s - %(levelname)s - %(message)s")
     )
@@ -36,8 +36,18 @@ def init_logging(rank: int) -> None:
     root.setLevel(logging.INFO if rank in map(int, chosen) else logging.WARNING)
 
 
+class _ConsoleHandler(logging.StreamHandler[TextIO]):
+    """A reader that goes away (``| head``) silences the console, not the run."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        if isinstance(sys.exc_info()[1], BrokenPipeError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+        else:
+            super().handleError(record)
+
+
 def is_terminal() -> bool:
-    return sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
+    return sys.stdout is not None and sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
 
 
 def _duration(seconds: float) -> str:
@@ -88,7 +98,7 @@ class JsonlSink:
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, row: Row) -> None:
-        self._file.write(json.dumps(row) + "\n")
+        self._file.write(json.dumps(row, allow_nan=False) + "\n")
         self._file.flush()
 
     def close(self) -> None:

@@ -1,0 +1,45 @@
+"""The wish to stop. Without torch, so that a signal counts from the first moment of a process on."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from titanlite.environment import LAUNCH_DIR
+
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+
+
+class StopRequest:
+    """Whether somebody asked this process to stop: a first SIGTERM, SIGINT or SIGHUP, or the launcher's file.
+
+    The run then ends in order after the current step. A second signal ends the process at once. A signal that was
+    ignored when the process started stays ignored: that is what ``nohup`` asks for.
+    """
+
+    def __init__(self) -> None:
+        folder = os.environ.get(LAUNCH_DIR)
+        self._file = Path(folder, "stop") if folder else None
+        self._signal = 0
+        self._before: dict[int, Any] = {}
+        if threading.current_thread() is threading.main_thread():
+            for number in _SIGNALS:
+                if signal.getsignal(number) is not signal.SIG_IGN:
+                    self._before[number] = signal.signal(number, self._on_signal)
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if self.requested():
+            os._exit(128 + number)
+        self._signal = number
+
+    def requested(self) -> bool:
+        return self._signal != 0 or (self._file is not None and self._file.exists())
+
+    def close(self) -> None:
+        """Put back the handlers that were there before."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
