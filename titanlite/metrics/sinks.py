@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -102,7 +103,9 @@ class JsonlSink:
         self._file.flush()
 
     def close(self) -> None:
-        self._file.close()
+        # What could not be written was an error then; closing would try it again.
+        with contextlib.suppress(OSError):
+            self._file.close()
 
 
 _TENSORBOARD_TAGS = {
