@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import json
+import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tomli
 
+from tests.conftest import ROOT
 from titanlite.config import check_config, load_config
 from titanlite.errors import ConfigError
 
-FILES = sorted((Path(__file__).parents[1] / "data" / "torchtitan_2025_06").glob("*.toml"))
+FOLDER = ROOT / "tests" / "data" / "torchtitan_2025_06"
+FILES = sorted(FOLDER.glob("*.toml"))
+TOKENIZER = ROOT / "titanlite" / "data" / "assets" / "tokenizer.json"
 
 
 def test_the_four_files_are_there() -> None:
@@ -53,3 +59,33 @@ def test_the_405b_file_asks_for_all_that_it_says() -> None:
     assert config.training.compile
     assert (config.parallelism.tensor_parallel_degree, config.parallelism.enable_async_tensor_parallel) == (8, True)
     assert config.activation_checkpoint.mode == "full"
+
+
+def test_the_debug_file_trains_once_its_files_are_there(train: Any, tmp_path: Path) -> None:
+    (tmp_path / "sample.jsonl").write_text(
+        "".join(json.dumps({"text": f"document {i} " * 20}) + "\n" for i in range(99))
+    )
+    run = train(
+        job__config_file=FOLDER / "debug_model.toml",
+        model__tokenizer_path=TOKENIZER,
+        training__dataset_path=tmp_path / "sample.jsonl",
+        timeout=200,
+    )
+    assert run.status == 0, run.output
+    assert "c4_test" in run.output
+    assert len(run.rows()) == 3
+
+
+def test_the_8b_file_is_refused_for_what_the_machine_lacks(train: Any, tmp_path: Path) -> None:
+    needed = 16 * 8_030_261_248
+    if os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") >= needed:
+        pytest.skip("this machine has the memory")
+    (tmp_path / "sample.jsonl").write_text(json.dumps({"text": "document " * 9000}) + "\n")
+    run = train(
+        job__config_file=FOLDER / "llama3_8b.toml",
+        model__tokenizer_path=TOKENIZER,
+        training__dataset_path=tmp_path / "sample.jsonl",
+        env={"CUDA_VISIBLE_DEVICES": ""},
+    )
+    assert run.status == 2
+    assert f"need at least {needed / 2**30:.1f} GiB" in run.output
