@@ -60,7 +60,9 @@ set_up() {
         say "installing titanlite and what it needs into $root/.venv, with uv (once, a few minutes)"
         [ -x "$PYTHON" ] || uv venv $quiet --python '>=3.10,<3.14' "$root/.venv"
         # auto: the build of torch that fits the GPU that is there, or the one for the CPU.
-        UV_TORCH_BACKEND=${UV_TORCH_BACKEND:-auto} uv pip install $quiet --python "$PYTHON" --editable "$target"
+        # It needs PyTorch's own index; where only a mirror of PyPI is reached, what that has is taken.
+        UV_TORCH_BACKEND=${UV_TORCH_BACKEND:-auto} uv pip install $quiet --python "$PYTHON" --editable "$target" ||
+            uv pip install $quiet --python "$PYTHON" --editable "$target"
     else
         [ -n "$python" ] || find_python
         say "installing titanlite and what it needs into $root/.venv, with $python and pip (once, a few minutes)"
