@@ -16,7 +16,6 @@ CONFIG = read_config(sys.argv[1:]) if __name__ == "__main__" else None
 STOP = StopRequest() if __name__ == "__main__" else None
 
 import logging
-import math
 import os
 import time
 from collections.abc import Callable
@@ -45,7 +44,7 @@ from titanlite.environment import COMMAND, LAUNCH_DIR
 from titanlite.errors import ConfigError, TrainingError
 from titanlite.metrics.device import GIB, device_name, peak_flops, peak_memory, total_memory
 from titanlite.metrics.flops import flops_per_token
-from titanlite.metrics.loss_watch import LossWatch
+from titanlite.metrics.loss_watch import LossWatch, rank_of_claim
 from titanlite.metrics.recorder import Recorder
 from titanlite.metrics.report import shown_path, summary, table
 from titanlite.metrics.sinks import (
@@ -63,7 +62,6 @@ from titanlite.run_folder import CONFIG as CONFIG_TOML
 from titanlite.run_folder import METRICS, RunFolder
 
 logger = logging.getLogger()
-_LATEST = 1 << 62
 
 
 class Trainer:
@@ -271,39 +269,18 @@ class Trainer:
         it with an error on all of them, in the words of the first rank that saw it; ``wait`` for this step's own."""
         if wait:
             self.loss_watch.drain()
-        stop, first = self.runtime.agree_max(int(self.stop_request.requested()), self._bad_step_order())
+        rank = self.runtime.rank
+        stop, claim = self.runtime.agree_max(int(self.stop_request.requested()), self.loss_watch.claim(rank))
         if stop and not wait:
             self.loss_watch.drain()
-            (first,) = self.runtime.agree_max(self._bad_step_order())
-        if first:
-            step, source = (_LATEST - first) >> 21, (_LATEST - first) & 0xFFFFF
-            message = [self._describe_bad_step(step)]
-            dist.broadcast_object_list(message, src=source, group=self.runtime.control)
+            (claim,) = self.runtime.agree_max(self.loss_watch.claim(rank))
+        if claim:
+            message = [self.loss_watch.describe(rank)]
+            dist.broadcast_object_list(message, src=rank_of_claim(claim), group=self.runtime.control)
             raise TrainingError(message[0])
         if stop:
             logger.info("asked to stop: ending after step %d", self.step)
         return bool(stop)
-
-    def _bad_step_order(self) -> int:
-        """0, or a number that is the larger the better this rank explains the failure: the earliest step, then a loss
-        of its own (a gradient norm is bad on all ranks at once), then the lowest rank."""
-        if self.loss_watch.bad is None:
-            return 0
-        step, loss, _ = self.loss_watch.bad
-        return _LATEST - ((step << 21) + (math.isfinite(loss) << 20) + self.runtime.rank)
-
-    def _describe_bad_step(self, step: int) -> str:
-        _, loss, grad_norm = self.loss_watch.bad or (0, 0.0, 0.0)
-        good = self.loss_watch.last_good
-        last = (
-            f"the last good values were loss {good[1]:.4f}, grad_norm {good[2]:.4f} at step {good[0]}"
-            if good
-            else ("there was no good step before it")
-        )
-        return (
-            f"step {step}, rank {self.runtime.rank}: loss {loss}, grad_norm {grad_norm} is not finite; {last}. Lower "
-            "optimizer.lr or training.max_norm, lengthen lr_scheduler.warmup_steps, or look at the data of that step"
-        )
 
     # ---- what the user reads
 

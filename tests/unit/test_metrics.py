@@ -17,7 +17,7 @@ import torch
 from titanlite.errors import ConfigError
 from titanlite.metrics.device import peak_flops, peak_memory, total_memory
 from titanlite.metrics.flops import ModelSize, flops_per_token
-from titanlite.metrics.loss_watch import LossWatch
+from titanlite.metrics.loss_watch import LossWatch, rank_of_claim
 from titanlite.metrics.recorder import Recorder
 from titanlite.metrics.report import summary
 from titanlite.metrics.sinks import ConsoleSink, JsonlSink, Row, Sink, TensorBoardSink, init_logging
@@ -361,3 +361,25 @@ def test_a_bad_first_step_has_nothing_good_before_it() -> None:
     watch.add(1, torch.tensor(math.nan), torch.tensor(1.0))
     assert watch.last_good is None
     assert watch.bad is not None
+
+
+def test_the_rank_that_explains_the_failure_best_wins() -> None:
+    def watch(step: int, loss: float, grad_norm: float) -> LossWatch:
+        made = LossWatch()
+        made.add(step, torch.tensor(loss), torch.tensor(grad_norm))
+        made.drain()
+        return made
+
+    nan = math.nan
+    for winner, ranks in (
+        (None, [(5, 1.0, 1.0), (5, 1.0, 1.0)]),
+        (1, [(5, 1.0, nan), (5, nan, nan), (5, nan, nan)]),
+        (2, [(6, nan, nan), (6, nan, nan), (5, 1.0, nan)]),
+        (0, [(7, 1.0, nan), (7, 1.0, nan)]),
+    ):
+        claims = [watch(*values).claim(rank) for rank, values in enumerate(ranks)]
+        if winner is None:
+            assert claims == [0, 0]
+        else:
+            assert rank_of_claim(max(claims)) == winner
+            assert f"rank {winner}: loss {ranks[winner][1]}" in watch(*ranks[winner]).describe(winner)

@@ -9,6 +9,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+_RANK_BITS = 20
+_NONE_IS_LATER = 1 << 62
+
+
+def rank_of_claim(claim: int) -> int:
+    """The rank that made the winning :meth:`LossWatch.claim`."""
+    return (_NONE_IS_LATER - claim) & ((1 << _RANK_BITS) - 1)
+
 
 class _Pending(NamedTuple):
     step: int
@@ -63,3 +71,25 @@ class LossWatch:
                 self.last_good = (step, loss, grad_norm)
             else:
                 self.bad = (step, loss, grad_norm)
+
+    def claim(self, rank: int) -> int:
+        """0, or a number that is the larger the better this rank explains a failure: the earliest step, then a loss of
+        its own that is not finite (a gradient norm is bad on all ranks at once), then the lowest rank."""
+        if self.bad is None:
+            return 0
+        step, loss, _ = self.bad
+        return _NONE_IS_LATER - ((step << (_RANK_BITS + 1)) + (math.isfinite(loss) << _RANK_BITS) + rank)
+
+    def describe(self, rank: int) -> str:
+        """The bad step in words, with the last good values."""
+        if self.bad is None:
+            return ""
+        step, loss, grad_norm = self.bad
+        last = "there was no good step before it"
+        if self.last_good is not None:
+            at, good_loss, good_norm = self.last_good
+            last = f"the last good values were loss {good_loss:.4f}, grad_norm {good_norm:.4f} at step {at}"
+        return (
+            f"step {step}, rank {rank}: loss {loss}, grad_norm {grad_norm} is not finite; {last}. Lower optimizer.lr "
+            "or training.max_norm, lengthen lr_scheduler.warmup_steps, or look at the data of that step"
+        )
