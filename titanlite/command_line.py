@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from titanlite.config import JobConfig, load_config
@@ -15,15 +15,11 @@ from titanlite.errors import ConfigError, TrainingError
 EXIT_CONFIG = 2
 
 
-def read_config(argv: Sequence[str], default_file: str | None = None) -> JobConfig:
+def read_config(argv: Sequence[str]) -> JobConfig:
     """The configuration, from the arguments and the file that CONFIG_FILE names; bad input ends the process."""
-    return guarded(lambda: load_config(argv, os.environ.get(CONFIG_FILE) or default_file))
-
-
-def guarded(function: Callable[[], JobConfig]) -> JobConfig:
     try:
-        return function()
-    except (ConfigError, TrainingError) as e:
+        return load_config(argv, os.environ.get(CONFIG_FILE) or None)
+    except ConfigError as e:
         sys.exit(report(e))
 
 

@@ -109,7 +109,7 @@ def _run_workers(processes: int, argv: list[str]) -> int:
         except ChildFailedError as e:
             return _explain(folder, *e.get_first_failure())
         except SignalException as e:
-            print(f"titanlite: the workers were ended by {e.sigval.name}", file=sys.stderr)
+            print(f"titanlite: the workers were ended with {e.sigval.name}", file=sys.stderr)
             return 128 + e.sigval
     return 0
 
@@ -119,7 +119,8 @@ def _stop_in_order(stop_file: Path) -> None:
         if stop_file.exists():
             from torch.distributed.elastic.multiprocessing import SignalException
 
-            raise SignalException(f"second signal {number}", signal.Signals(number))
+            # Whatever they are in: a rank that waits in a collective does not see a milder signal.
+            raise SignalException(f"second signal {number}", signal.SIGKILL)
         stop_file.touch()
         name = signal.Signals(number).name
         print(f"titanlite: {name}: the workers stop after this step; send it again to end them now", file=sys.stderr)

@@ -7,6 +7,7 @@ same from the module that ``experimental.custom_import`` names.
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import pkgutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -69,8 +70,9 @@ def get_model_spec(name: str) -> ModelSpec:
         ours = str(Path(__file__).parent.parent / "models")
         if ours not in models.__path__:
             models.__path__.append(ours)
-        for found in pkgutil.iter_modules(models.__path__):
-            # Import the one asked for; of a name that is not there, all, so that the message can list them.
-            if found.name == name or name not in [m.name for m in pkgutil.iter_modules(models.__path__)]:
-                importlib.import_module(f"models.{found.name}.spec")
+        packages = [found.name for found in pkgutil.iter_modules(models.__path__) if found.ispkg]
+        # The one asked for; of a name that is not there, all, so that the message can list them.
+        for package in [name] if name in packages else packages:
+            if importlib.util.find_spec(f"models.{package}.spec"):
+                importlib.import_module(f"models.{package}.spec")
     return _registry.get(name)

@@ -110,6 +110,17 @@ def test_a_signal_ends_the_run_in_order(started: Any, ngpu: int, number: signal.
     assert run.workers() == []
 
 
+def test_a_second_signal_ends_even_a_rank_that_hangs(started: Any) -> None:
+    run = started(2)
+    run.wait_for("step:  2")
+    os.kill(max(run.workers()), signal.SIGSTOP)  # the other one now waits in a collective
+    run.process.send_signal(signal.SIGTERM)
+    run.wait_for("send it again")
+    run.process.send_signal(signal.SIGTERM)
+    assert run.process.wait(timeout=10) == 128 + signal.SIGKILL
+    assert run.workers() == []
+
+
 def test_a_killed_launcher_leaves_no_worker(started: Any) -> None:
     run = started(2)
     run.wait_for("step:  2")

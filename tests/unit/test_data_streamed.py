@@ -115,7 +115,7 @@ def test_damaged_parquet_files(folder: Path) -> None:
         shards(build_source("parquet", path=str(folder), seed=0), 1)
     for file in folder.iterdir():
         file.write_bytes(b"nothing")
-    with pytest.raises(ConfigError, match=r"(0\.parquet: reading failed|cannot be read as parquet)"):
+    with pytest.raises(ConfigError, match=r"(\d\.parquet: reading failed|cannot be read as parquet)"):
         shards(build_source("parquet", path=str(folder), seed=0), 1)
 
 
@@ -127,7 +127,7 @@ def test_local_copies_of_hub_sets(tmp_path: Path, folder: Path) -> None:
         lines = [json.dumps({"text": f"{number}.{row}", "url": "u"}) for row in range(4)]
         with gzip.open(copy / f"c4-train.{number}.json.gz", "wt") as file:
             file.write("\n".join(lines))
-    assert shards(build_source("c4", path=str(copy), seed=0), 2) == [
+    assert sorted(shards(build_source("c4", path=str(copy), seed=0), 2)) == [
         [f"{number}.{row}" for row in range(4)] for number in range(2)
     ]
     with pytest.raises(ConfigError, match=r"must be either parquet or JSON lines, not json and parquet"):

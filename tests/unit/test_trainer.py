@@ -261,8 +261,10 @@ def test_a_reader_that_goes_away_does_not_end_the_run(tmp_path: Path) -> None:
 def test_a_models_folder_of_the_users_own_hides_nothing(train: Any, tmp_path: Path) -> None:
     (tmp_path / "models").mkdir()
     (tmp_path / "models" / "__init__.py").touch()
-    run = train()
+    (tmp_path / "models" / "something.py").touch()
+    run = train(training__steps=1)
     assert run.status == 0, run.output
+    assert "known: llama3" in train(model__name="something").output
 
 
 @pytest.mark.parametrize("ngpu", [1, 2])

@@ -106,7 +106,7 @@ class RandomAccessSource(Source):
             )
         self.num_documents = num_documents
         self.identity["documents"] = num_documents
-        self._shuffled = _permutation(num_documents, options.seed)
+        self._shuffled = permutation(num_documents, options.seed)
 
     @abstractmethod
     def read(self, index: int) -> str | None:
@@ -119,14 +119,14 @@ class RandomAccessSource(Source):
 
     def documents(self, shard: int, num_shards: int, epoch: int, start: Position) -> Iterator[tuple[Position, str]]:
         members = self._shuffled[shard::num_shards]
-        order = members[_permutation(len(members), self.options.seed, epoch, shard)]
+        order = members[permutation(len(members), self.options.seed, epoch, shard)]
         for place in range(start.document, len(order)):
             text = self.read(int(order[place]))
             if text is not None:
                 yield Position(0, place), text
 
 
-def _permutation(size: int, *key: int) -> NDArray[np.int64]:
+def permutation(size: int, *key: int) -> NDArray[np.int64]:
     """A permutation of range(size) that depends on ``key`` alone.
 
     Sorted raw draws of the bit generator, because numpy promises to keep those across its versions, and does not

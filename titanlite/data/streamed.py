@@ -7,10 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from titanlite.data.files import find_files, require_path, unreadable
-from titanlite.data.sources import SOURCES, Position, Source, SourceOptions
+from titanlite.data.sources import SOURCES, Position, Source, SourceOptions, permutation
 from titanlite.errors import ConfigError, TrainingError
 
 if TYPE_CHECKING:
@@ -39,7 +37,7 @@ class StreamedSource(Source):
         self._files = files
         self._num_parts = int(stream.num_shards)
         self.identity["files"] = self._num_parts
-        self._order = np.random.default_rng(options.seed).permutation(self._num_parts).tolist()
+        self._order = permutation(self._num_parts, options.seed).tolist()
 
     def num_shards(self, at_most: int) -> int:
         """``at_most``: the number of documents of a stream is not known beforehand."""

@@ -1,4 +1,4 @@
-"""The process's place among the others: device, process groups, seeds, timeouts, garbage, and the wish to stop."""
+"""The process's place among the others: device, process groups, seeds, timeouts and garbage."""
 
 from __future__ import annotations
 
