@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 from titanlite.config.schema import Float8, JobConfig, Parallelism
 from titanlite.errors import ConfigError
@@ -124,17 +124,42 @@ def check_config(config: JobConfig, world_size: int) -> None:
 
 
 def _check_float8(config: JobConfig) -> None:
-    """Options of [float8] without the converter would train in bf16 in silence. ``filter_fqns`` alone asks for
-    nothing: published files carry it beside converters = []."""
-    if "float8" in config.model.converters:
+    """Refuse options of [float8] that would have no effect."""
+    float8 = config.float8
+
+    def refuse(key: str, reason: str) -> NoReturn:
+        value, name = getattr(float8, key), f"float8.{key}"
+        shown = str(value).lower() if value is True else value
+        raise ConfigError(f"{name} = {shown} ({config.origin(name)}): {reason}")
+
+    if "float8" not in config.model.converters:
+        for field in dataclasses.fields(Float8):
+            # filter_fqns alone asks for nothing: published files carry it beside converters = [].
+            if field.name != "filter_fqns" and getattr(float8, field.name) != field.default:
+                refuse(field.name, "has no effect without the converter; add float8 to model.converters")
         return
-    for field in dataclasses.fields(Float8):
-        value, name = getattr(config.float8, field.name), f"float8.{field.name}"
-        if field.name != "filter_fqns" and value != field.default:
-            raise ConfigError(
-                f"{name} = {str(value).lower() if value is True else value} ({config.origin(name)}): has no effect "
-                "without the converter; add float8 to model.converters"
+    if float8.precompute_float8_dynamic_scale_for_fsdp and not float8.enable_fsdp_float8_all_gather:
+        refuse(
+            "precompute_float8_dynamic_scale_for_fsdp",
+            "has no effect unless weights are gathered in float8; set float8.enable_fsdp_float8_all_gather too",
+        )
+    for operand in ("input", "weight", "grad_output"):
+        scaling, scale = getattr(float8, f"scaling_type_{operand}"), getattr(float8, f"static_scale_{operand}")
+        if scaling != "dynamic" and float8.recipe_name not in (None, "tensorwise"):
+            refuse(
+                f"scaling_type_{operand}",
+                f'the scales of rows (float8.recipe_name = "{float8.recipe_name}") are dynamic; use tensorwise',
             )
+        if scaling == "static" and scale is None:
+            refuse(f"scaling_type_{operand}", f"needs the scale; set float8.static_scale_{operand}")
+        if scaling != "static" and scale is not None:
+            refuse(f"static_scale_{operand}", f'has no effect; set float8.scaling_type_{operand} = "static"')
+    if float8.enable_fsdp_float8_all_gather and float8.scaling_type_weight != "dynamic":
+        refuse(
+            "enable_fsdp_float8_all_gather",
+            f'weights gathered in float8 have dynamic scales, and float8.scaling_type_weight = "'
+            f'{float8.scaling_type_weight}"; use one or the other',
+        )
 
 
 def _check_tokenizer(config: JobConfig) -> None:

@@ -245,20 +245,37 @@ class ActivationCheckpoint:
     """"op": recompute all but the results of the expensive operations; "N": recompute every Nth block."""
 
 
+ScalingTypeName = Literal["dynamic", "delayed", "static"]
+
+
 @dataclass
 class Float8:
+    """Of the converter ``float8``; docs/float8.md says what each option costs."""
+
     enable_fsdp_float8_all_gather: bool = False
-    """Gather FSDP's parameters in float8."""
+    """Gather FSDP's weights in float8: one byte per element, quantized once per optimizer step."""
     precompute_float8_dynamic_scale_for_fsdp: bool = False
-    """Compute the scales of all parameters at once after the optimizer step."""
+    """Compute the scales of all gathered weights at once after the optimizer step, with one all-reduce."""
     force_recompute_fp8_weight_in_bwd: bool = False
-    """Quantize the weight again in backward instead of keeping it."""
+    """Keep no quantized weight between forward and backward: less memory, one more quantization."""
     recipe_name: Literal["tensorwise", "rowwise", "rowwise_with_gw_hp"] | None = None
     """The float8 recipe; unset is tensorwise."""
     filter_fqns: list[str] = field(default_factory=list)
-    """Layers to leave in high precision, by name."""
+    """Layers to leave in high precision, by whole parts of their names; auto_filter_small_kn: too small ones."""
     emulate: bool = False
-    """Compute float8 values with high-precision matmuls, on hardware without float8."""
+    """Multiply the quantized values in float32; where there are no float8 units this is done anyway."""
+    scaling_type_input: ScalingTypeName = "dynamic"
+    """Scale of the inputs: from the tensor itself, from the steps before (delayed), or a constant (static)."""
+    scaling_type_weight: ScalingTypeName = "dynamic"
+    """Scale of the weights."""
+    scaling_type_grad_output: ScalingTypeName = "dynamic"
+    """Scale of the gradients."""
+    static_scale_input: PositiveFloat | None = None
+    """What inputs are multiplied with under static scaling: 448 / (the largest value expected)."""
+    static_scale_weight: PositiveFloat | None = None
+    """The same for weights."""
+    static_scale_grad_output: PositiveFloat | None = None
+    """The same for gradients: 57344 / (the largest value expected)."""
 
 
 @dataclass

@@ -20,6 +20,8 @@ _ATTENTION = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
     torch.ops.aten._scaled_dot_product_cudnn_attention.default,
 }
+_MATMULS = {torch.ops.aten.mm.default, torch.ops.aten._scaled_mm.default}
+_SCALES = {torch.ops.aten.amax.default}  # of float8: a few numbers that take a pass over a tensor to compute
 _COMMUNICATION = {torch.ops._c10d_functional.reduce_scatter_tensor.default}
 
 
@@ -50,12 +52,12 @@ def _op_contexts() -> Any:
     seen: dict[str, int] = defaultdict(int)
 
     def policy(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-        if op is torch.ops.aten.mm.default:
+        if op in _MATMULS:
             phase = "recompute" if context.is_recompute else "forward"
             seen[phase] += 1
             keep = seen[phase] % 2 == 1
         else:
-            keep = op in _ATTENTION or op in _COMMUNICATION
+            keep = op in _ATTENTION or op in _COMMUNICATION or op in _SCALES
         return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
 
     return create_selective_checkpoint_contexts(policy)

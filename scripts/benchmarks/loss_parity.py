@@ -1,0 +1,105 @@
+"""Whether float8 changes what a model learns: the same training runs in bf16 and with each float8 recipe.
+
+    python scripts/benchmarks/loss_parity.py --output docs/benchmarks/loss_parity.json
+
+Each run is the trainer's own command on the debug model. Runs of the same seed have the same initial weights and the
+same data, so that their final losses (the mean over the last steps) are compared in pairs: the relative difference from
+bf16, averaged over the seeds, with its 95% interval from Student's t. Beside the result file goes a picture of the loss
+curves, where matplotlib is installed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import results
+
+ROOT = Path(__file__).parents[2]
+RECIPES = ("tensorwise", "rowwise", "rowwise_with_gw_hp")
+CONFIGS = ("bf16", *RECIPES)
+# The 97.5% quantile of Student's t by degrees of freedom: what a mean of n differences is multiplied with for 95%.
+T_975 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
+
+
+def train(config: str, seed: int, options: list[str]) -> list[float]:
+    """The loss of every step of one run."""
+    float8 = [] if config == "bf16" else ["--model.converters=float8", f"--float8.recipe_name={config}"]
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-m", "titanlite.launch", f"--job.dump_folder={folder}", f"--training.seed={seed}"]
+        fixed = ["--metrics.log_freq=1", "--metrics.enable_tensorboard=false"]
+        done = subprocess.run([*command, *fixed, *float8, *options], cwd=ROOT, capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(f"{config}, seed {seed}: the run ended with {done.returncode}\n{done.stderr[-2000:]}")
+        rows = (Path(folder) / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(row)["loss"] for row in rows]
+
+
+def paired_difference(losses: list[float], reference: list[float]) -> tuple[float, float]:
+    """The mean relative difference over the seeds in percent, and the half width of its 95% interval."""
+    differences = [100 * (a - b) / b for a, b in zip(losses, reference, strict=True)]
+    spread = statistics.stdev(differences) / math.sqrt(len(differences))
+    return statistics.mean(differences), T_975[len(differences) - 1] * spread
+
+
+def draw(curves: dict[str, list[list[float]]], path: Path) -> None:
+    """The curves, averaged over the seeds, and below them the difference from bf16."""
+    try:
+        import matplotlib
+    except ImportError:
+        print("no matplotlib, no picture: pip install -e .[plot]")
+        return
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, (above, below) = pyplot.subplots(2, 1, figsize=(8, 7), sharex=True, height_ratios=(2, 1))
+    mean = {config: [statistics.mean(step) for step in zip(*runs, strict=True)] for config, runs in curves.items()}
+    for config, losses in mean.items():
+        steps = range(1, len(losses) + 1)
+        above.plot(steps, losses, label=config, linewidth=1)
+        difference = [100 * (a - b) / b for a, b in zip(losses, mean["bf16"], strict=True)]
+        below.plot(steps, difference, label=config, linewidth=1)
+    above.set_ylabel("loss (nats)")
+    above.legend()
+    below.set_ylabel("difference from bf16 (%)")
+    below.set_xlabel("step")
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=3, help="seeds 1 to this number, from 2 to 10")
+    parser.add_argument("--last", type=int, default=20, help="steps that the final loss is the mean of")
+    parser.add_argument("--output", type=Path, help="write the results here (docs/benchmarks/loss_parity.json)")
+    args, options = parser.parse_known_args()
+    curves: dict[str, list[list[float]]] = {config: [] for config in CONFIGS}
+    for seed in range(1, args.seeds + 1):
+        for config in CONFIGS:
+            curves[config].append(train(config, seed, options))
+            print(f"seed {seed}, {config}: {statistics.mean(curves[config][-1][-args.last :]):.4f}", flush=True)
+    final = {config: [statistics.mean(run[-args.last :]) for run in runs] for config, runs in curves.items()}
+    rows: list[dict[str, Any]] = []
+    for config, losses in final.items():
+        row: dict[str, Any] = {"system": "titanlite", "config": config, "steps": len(curves[config][0])}
+        row |= {"final_loss": losses, "mean_final_loss": statistics.mean(losses), "losses": curves[config]}
+        if config != "bf16":
+            mean, half = paired_difference(losses, final["bf16"])
+            row |= {"difference_pct": mean, "interval_95_pct": [mean - half, mean + half]}
+            print(f"{config}: {mean:+.3f}% of bf16's loss, 95% interval {mean - half:+.3f}% to {mean + half:+.3f}%")
+        rows.append(row)
+    if args.output:
+        results.write("loss_parity", rows, args.output)
+        draw(curves, args.output.with_suffix(".png"))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

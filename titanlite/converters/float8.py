@@ -1,0 +1,151 @@
+"""``float8``: linear layers computed in float8. The library is ``titanlite.float8``; this reads its options from the
+configuration and says what became of each layer."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import re
+from collections import Counter
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from titanlite.config import JobConfig
+from titanlite.converters.registry import register_converter
+from titanlite.errors import ConfigError
+from titanlite.float8 import (
+    CastConfig,
+    Float8LinearConfig,
+    ScalingType,
+    convert_to_float8_training,
+    precompute_float8_dynamic_scale_for_fsdp,
+    sync_float8_amax_and_scale_history,
+    why_not_convertible,
+)
+from titanlite.float8.devices import architecture, has_native_float8, why_not
+from titanlite.registry import nearest
+
+logger = logging.getLogger()
+
+AUTO_FILTER = "auto_filter_small_kn"
+
+
+def too_small(recipe: str, k: int, n: int) -> bool:
+    """Whether a layer of ``k`` input and ``n`` output features is expected to lose by float8 on an H100.
+
+    For tensorwise and rowwise these are the thresholds that torchao's automatic filter takes from its H100 benchmarks
+    (torchao/float8/README.md, "Performance"). rowwise_with_gw_hp, which they leave out, has those of rowwise: two
+    matmuls gain instead of three, but only one copy of each operand is cast instead of two, and by a count of bytes and
+    FLOPs the two break even at nearly the same size (docs/float8.md, "Layers too small to gain").
+    """
+    if recipe == "tensorwise":
+        return k <= 4096 and n <= 1024
+    return n <= 2048 or k <= 1024 or (n <= 4096 and k <= 2048)
+
+
+def matches(entry: str, name: str) -> bool:
+    """Whether ``entry`` stands in the dotted ``name`` as whole components."""
+    return f".{entry}." in f".{name}."
+
+
+def library_config(config: JobConfig, emulate: bool) -> Float8LinearConfig:
+    """What [float8] asks for, in the library's terms."""
+    options = config.float8
+    casts: dict[str, Any] = {}
+    for operand, other in (("input", "grad_weight"), ("weight", "grad_input"), ("grad_output", "grad_weight")):
+        scaling = ScalingType(getattr(options, f"scaling_type_{operand}"))
+        if scaling is not ScalingType.DYNAMIC:
+            cast = CastConfig(scaling_type=scaling, static_scale=getattr(options, f"static_scale_{operand}"))
+            casts |= {f"cast_config_{operand}": cast, f"cast_config_{operand}_for_{other}": cast}
+    return dataclasses.replace(
+        Float8LinearConfig.from_recipe_name(options.recipe_name or "tensorwise"),
+        **casts,
+        emulate=emulate,
+        enable_fsdp_float8_all_gather=options.enable_fsdp_float8_all_gather,
+        force_recompute_fp8_weight_in_bwd=options.force_recompute_fp8_weight_in_bwd,
+    )
+
+
+@register_converter("float8")
+class Float8Converter:
+    def __init__(self, config: JobConfig, mesh: DeviceMesh) -> None:
+        options = config.float8
+        device = torch.device(mesh.device_type)
+        native = has_native_float8(device)
+        self.recipe = options.recipe_name or "tensorwise"
+        self.config = library_config(config, emulate=options.emulate or not native)
+        reason = why_not(
+            architecture(device),
+            set(self.config.dtypes),
+            emulate=self.config.emulate,
+            compiled=config.training.compile and "model" in config.compile.components,
+        )
+        if reason:
+            raise ConfigError(f'model.converters = "float8": {reason}')
+        if not native and not options.emulate:
+            logger.warning(
+                "float8 is emulated: %s has no float8 units; the same quantized values are multiplied in float32",
+                architecture(device),
+            )
+        self.filters = [entry for entry in options.filter_fqns if entry != AUTO_FILTER]
+        self.filter_small = AUTO_FILTER in options.filter_fqns
+        self.filters_origin = config.origin("float8.filter_fqns")
+        self.precompute = options.precompute_float8_dynamic_scale_for_fsdp
+        self.delayed = any(c.scaling_type is ScalingType.DELAYED for c in self.config.casts.values())
+
+    def convert(self, model: nn.Module) -> str:
+        linears = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+        for entry in self.filters:
+            if not any(matches(entry, name) for name in linears):
+                raise ConfigError(
+                    f'float8.filter_fqns = "{entry}" ({self.filters_origin}): matches no linear layer'
+                    f"{nearest(entry, {*linears, *(name.split('.')[-1] for name in linears)})}; an entry is a whole "
+                    "part of a dotted name, such as output or attention.wk"
+                )
+        kept = {name: reason for name, linear in linears.items() if (reason := self._why_kept(name, linear))}
+        if len(kept) == len(linears):
+            raise ConfigError(
+                'model.converters = "float8": there is nothing to convert\n'
+                + "\n".join(f"    {name}: {reason}" for name, reason in kept.items())
+            )
+        try:
+            convert_to_float8_training(model, module_filter_fn=lambda _, name: name not in kept, config=self.config)
+        except ValueError as e:
+            raise ConfigError(f'model.converters = "float8": {e}') from e
+        logger.info(conversion_table(linears, kept))
+        emulated = ", emulated" if self.config.emulate else ""
+        return f"{self.recipe}{emulated}, {len(linears) - len(kept)} of {len(linears)} linear layers"
+
+    def _why_kept(self, name: str, linear: nn.Linear) -> str | None:
+        """Why a layer stays in high precision; None if it does not."""
+        found = next((entry for entry in self.filters if matches(entry, name)), None)
+        if found is not None:
+            return f"filter_fqns: {found}"
+        if reason := why_not_convertible(linear):
+            return reason
+        if self.filter_small and too_small(self.recipe, linear.in_features, linear.out_features):
+            return AUTO_FILTER
+        return None
+
+    def post_optimizer_hook(self, model: nn.Module) -> None:
+        if self.delayed:
+            sync_float8_amax_and_scale_history(model)
+        if self.precompute:
+            precompute_float8_dynamic_scale_for_fsdp(model)
+
+
+def conversion_table(linears: dict[str, nn.Linear], kept: dict[str, str]) -> str:
+    """Each kind of layer (numbers in names stand as *), its features in and out, how many, and what became of them."""
+    kinds = Counter(
+        (re.sub(r"\b\d+\b", "*", name), f"{m.in_features} -> {m.out_features}", kept.get(name, "float8"))
+        for name, m in linears.items()
+    )
+    rows = [("layer", "features", "count", "computed in")]
+    for (kind, shape, state), count in kinds.items():
+        rows.append((kind, shape, str(count), state if state == "float8" else f"high precision ({state})"))
+    widths = [max(len(row[i]) for row in rows) for i in range(3)]
+    lines = ("    " + "  ".join([*(f"{row[i]:<{widths[i]}}" for i in range(3)), row[3]]) for row in rows)
+    return "\n".join(["linear layers", *lines])

@@ -1,0 +1,77 @@
+"""Turning a model's linear layers into float8 ones, in place."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable
+
+from torch import nn
+
+from titanlite.float8.config import Float8LinearConfig
+from titanlite.float8.fsdp import ShardedWeight
+from titanlite.float8.linear import Float8Linear, why_not_convertible
+
+
+def convert_to_float8_training(
+    module: nn.Module,
+    *,
+    module_filter_fn: Callable[[nn.Module, str], bool] | None = None,
+    config: Float8LinearConfig | None = None,
+) -> nn.Module:
+    """Turn the ``nn.Linear`` layers in ``module`` into :class:`Float8Linear`, in place; returns ``module``.
+
+    The layers stay the objects they are, with their parameters, ties, dtypes, devices, hooks and names. Layers that
+    cannot be computed in float8 (feature sizes that are not multiples of 16, subclasses with a forward of their own)
+    stay as they are; :func:`why_not_convertible` gives the reason.
+
+    Args:
+        module_filter_fn: called with each linear layer and its fully qualified name; False leaves it out.
+        config: how to compute; default: the recipe tensorwise.
+
+    Raises:
+        ValueError: nothing to convert, with the reasons; or converted before.
+    """
+    config = config or Float8LinearConfig()
+    convertible: list[nn.Linear] = []
+    reasons: dict[str, str] = {}
+    for name, linear in module.named_modules():
+        if not isinstance(linear, nn.Linear):
+            continue
+        if module_filter_fn is not None and not module_filter_fn(linear, name):
+            reasons[name] = "left out by module_filter_fn"
+        elif isinstance(linear, Float8Linear):
+            raise ValueError(f'convert_to_float8_training: "{name}" is a Float8Linear already; convert a layer once')
+        elif reason := why_not_convertible(linear):
+            reasons[name] = reason
+        else:
+            convertible.append(linear)
+    if not convertible:
+        found = "; ".join(f'"{name}": {reason}' for name, reason in reasons.items()) or "there are no linear layers"
+        raise ValueError(f"convert_to_float8_training: nothing to convert: {found}")
+    if config.enable_fsdp_float8_all_gather:
+        _wrap_weights(module, convertible, config)
+    for linear in convertible:
+        Float8Linear.from_float(linear, config)
+    return module
+
+
+def _wrap_weights(module: nn.Module, linears: list[nn.Linear], config: Float8LinearConfig) -> None:
+    """Prepare the weights for FSDP2 to gather in float8; layers that share a weight go on sharing it."""
+    owners: defaultdict[int, list[tuple[nn.Module, str]]] = defaultdict(list)
+    for name, owner in module.named_modules():
+        for key, param in owner.named_parameters(recurse=False):
+            owners[id(param)].append((owner, f"{name}.{key}"))
+    chosen = set(map(id, linears))
+    for linear in linears:
+        if isinstance(linear.weight, ShardedWeight):
+            continue  # shared with one before
+        for owner, name in owners[id(linear.weight)]:
+            if id(owner) not in chosen:
+                raise ValueError(
+                    f'enable_fsdp_float8_all_gather: the weight of a float8 layer is also "{name}", which cannot '
+                    "use it in float8; leave the layer out, or gather in high precision"
+                )
+        weight = linear.weight
+        wrapped = nn.Parameter(ShardedWeight(weight.detach(), config), requires_grad=weight.requires_grad)
+        for owner, _ in owners[id(weight)]:
+            owner.weight = wrapped

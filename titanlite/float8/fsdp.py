@@ -1,0 +1,246 @@
+"""Float8 all-gather for FSDP2: weights travel as one byte per element.
+
+A weight that FSDP2 shards is wrapped, before sharding, in a :class:`ShardedWeight`, whose ``fsdp_pre_all_gather`` and
+``fsdp_post_all_gather`` FSDP2 calls (its extension point for tensor subclasses). The shard is rounded to the dtype that
+FSDP2 would have gathered and quantized once per optimizer step; what is gathered becomes a :class:`Float8Tensor`.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.distributed.tensor import DTensor
+from torch.utils._pytree import tree_map_only
+
+from titanlite.float8.config import Float8LinearConfig
+from titanlite.float8.matmul import Operand
+from titanlite.float8.numerics import amax_of, amax_to_scale, quantize
+from titanlite.float8.tensor import Float8Tensor
+
+_aten = torch.ops.aten
+_VIEWS = {
+    _aten.detach.default,
+    _aten.alias.default,
+    _aten.view.default,
+    _aten.as_strided.default,
+    _aten.slice.Tensor,
+    _aten.split.Tensor,
+    _aten.copy_.default,
+}
+_COPIES = {
+    _aten.empty_like.default,
+    _aten.new_zeros.default,
+    _aten.clone.default,
+    _aten._to_copy.default,
+    _aten._pin_memory.default,
+}
+
+
+class _Writes:
+    """How often a storage was written to; shared by all that look at it. (Operations below autograd, where a tensor
+    subclass does its work, do not count in ``_version``.)"""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+
+class ShardedWeight(Tensor):
+    """A high-precision weight, or shard of one, that FSDP2 gathers in float8. Everything else sees the weight.
+
+    Args:
+        shard: the plain tensor, (rows, columns).
+        config: of the layer; its ``cast_config_weight`` says how to quantize.
+    """
+
+    shard: Tensor
+    config: Float8LinearConfig
+    writes: _Writes
+    sharded_over: DeviceMesh | None  # once FSDP2 has said so
+    _amax: tuple[Any, Tensor] | None
+    _quantized: tuple[Any, Operand] | None
+
+    @staticmethod
+    def __new__(cls, shard: Tensor, config: Float8LinearConfig, writes: _Writes | None = None) -> ShardedWeight:
+        self = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+            cls,
+            shard.shape,
+            strides=shard.stride(),
+            storage_offset=shard.storage_offset(),
+            dtype=shard.dtype,
+            device=shard.device,
+        )
+        self.shard, self.config, self.writes = shard, config, writes or _Writes()
+        self.sharded_over = None
+        self._amax = self._quantized = None
+        return self  # type: ignore[no-any-return]
+
+    def __tensor_flatten__(self) -> tuple[list[str], Float8LinearConfig]:
+        return ["shard"], self.config
+
+    @staticmethod
+    def __tensor_unflatten__(
+        tensors: dict[str, Tensor], config: Float8LinearConfig, size: Any, stride: Any
+    ) -> ShardedWeight:
+        return ShardedWeight(tensors["shard"], config)
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
+        return f"ShardedWeight({self.shard})"
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
+        seen: list[ShardedWeight] = []
+
+        def unwrap(weight: ShardedWeight) -> Tensor:
+            seen.append(weight)
+            return weight.shard
+
+        args, kwargs = tree_map_only(ShardedWeight, unwrap, (args, kwargs or {}))
+        out = func(*args, **kwargs)
+        if func._schema.is_mutable:
+            for weight in seen:
+                weight.writes.count += 1
+                if out is weight.shard:
+                    return weight
+        if func not in _VIEWS and func not in _COPIES:
+            return out
+        writes = seen[0].writes if func in _VIEWS else None
+        return tree_map_only(Tensor, lambda t: ShardedWeight(t, seen[0].config, writes), out)
+
+    # ---- FSDP2
+
+    @property
+    def _state(self) -> tuple[int, int]:
+        return self.writes.count, self.shard._version
+
+    @property
+    def scale_amax(self) -> Tensor:
+        """The amaxes that the scales are made of: of the whole weight, agreed by all shards, or of each row."""
+        if self._amax is None or self._amax[0] != self._state:
+            amax = _amax(self)
+            if not amax.ndim:  # of the whole tensor
+                assert self.sharded_over is not None
+                dist.all_reduce(amax, op=dist.ReduceOp.MAX, group=self.sharded_over.get_group())
+            self._amax = self._state, amax
+        return self._amax[1]
+
+    def quantized(self, dtype: torch.dtype) -> Operand:
+        """The shard as it is gathered, after rounding to ``dtype``; made once until the weight changes."""
+        state = (*self._state, dtype)
+        if self._quantized is None or self._quantized[0] != state:
+            cast = self.config.cast_config_weight
+            # Rounding keeps the order, so the rounded amax is the amax of the rounded.
+            scale = amax_to_scale(self.scale_amax.to(dtype), cast.dtype, self.config.round_scales_to_power_of_2)
+            self._quantized = state, Operand(quantize(self.shard.to(dtype), scale, cast.dtype), scale)
+        return self._quantized[1]
+
+    def fsdp_pre_all_gather(
+        self,
+        mesh: DeviceMesh,
+        outer_size: torch.Size,
+        outer_stride: tuple[int, ...],
+        module: nn.Module,
+        mp_policy: MixedPrecisionPolicy,
+    ) -> tuple[tuple[Tensor, ...], Any]:
+        """What to gather: the float8 bytes, and the scales where each shard has its own; and what need not be: the
+        scale they share. The bytes go as uint8, which every backend can send."""
+        self.sharded_over = mesh
+        shards, rows = mesh.size(), outer_size[0]
+        axiswise = self.config.cast_config_weight.is_axiswise
+        if self.shape[1:] != outer_size[1:] or (axiswise and rows % shards):
+            raise ValueError(
+                f"enable_fsdp_float8_all_gather: a weight of shape {tuple(outer_size)} over {shards} shards: must be "
+                "sharded by rows, and with rowwise scales each shard must have as many; leave this layer out, or "
+                "gather in high precision"
+            )
+        data, scale = self.quantized(mp_policy.param_dtype or self.dtype)
+        missing = -(-rows // shards) - self.shape[0]
+        payload = F.pad(data.view(torch.uint8), (0, 0, 0, missing)) if missing else data.view(torch.uint8)
+        assert scale is not None
+        return ((payload, scale), None) if axiswise else ((payload,), scale)
+
+    def fsdp_post_all_gather(
+        self,
+        all_gather_outputs: tuple[Tensor, ...],
+        metadata: Any,
+        param_dtype: torch.dtype,
+        *,
+        out: Tensor | None = None,
+    ) -> tuple[Tensor, tuple[Tensor, ...]] | None:
+        """The gathered weight; FSDP2 keeps it, frees its memory, and with ``out`` says that it has filled it again."""
+        payload = all_gather_outputs[0]
+        scale = all_gather_outputs[1] if metadata is None else metadata
+        if out is not None:
+            local = out._local_tensor if isinstance(out, DTensor) else out
+            assert isinstance(local, Float8Tensor)
+            local.scale = scale
+            return None
+        data = payload.view(self.config.cast_config_weight.dtype)
+        return Float8Tensor(data, scale, param_dtype), (payload,)
+
+
+def _amax(weight: ShardedWeight) -> Tensor:
+    """Of the local shard: float32, () or (rows, 1)."""
+    if weight.config.cast_config_weight.is_axiswise:
+        return amax_of(weight.shard, 1).float()
+    return amax_of(_not_empty(weight.shard)).float()
+
+
+def _not_empty(shard: Tensor) -> Tensor:
+    """What to take an amax of: with fewer rows than shards, some have none."""
+    return shard if shard.numel() else shard.new_zeros(1)
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
+
+
+def plain(tensor: Tensor) -> Tensor:
+    """``tensor`` without the wrapping, on the same memory: what belongs in a state dict."""
+    local = _local(tensor)
+    if not isinstance(local, ShardedWeight):
+        return tensor
+    inner = local.shard.detach()
+    if not isinstance(tensor, DTensor):
+        return inner
+    return DTensor.from_local(
+        inner,
+        tensor.device_mesh,
+        tensor.placements,
+        run_check=False,
+        shape=tensor.shape,
+        stride=tensor.stride(),
+    )
+
+
+@torch.no_grad()
+def precompute_float8_dynamic_scale_for_fsdp(module: nn.Module) -> None:
+    """Compute the scales of all float8 weights at once, instead of one by one as each is gathered: for tensorwise
+    scales with one all-reduce, for scales of rows with none. To be called after the optimizer step; changes no result.
+
+    Args:
+        module: holds layers converted with ``enable_fsdp_float8_all_gather`` and sharded by ``fully_shard``.
+    """
+    by_group: defaultdict[Any, list[ShardedWeight]] = defaultdict(list)
+    for param in module.parameters():
+        weight = _local(param)
+        if isinstance(weight, ShardedWeight) and weight.sharded_over is not None:
+            axiswise = weight.config.cast_config_weight.is_axiswise
+            by_group[None if axiswise else weight.sharded_over.get_group()].append(weight)
+    for group, weights in by_group.items():
+        if group is None:
+            amaxes = [_amax(weight) for weight in weights]
+        else:
+            together = torch.stack(torch._foreach_norm([_not_empty(w.shard) for w in weights], torch.inf)).float()
+            dist.all_reduce(together, op=dist.ReduceOp.MAX, group=group)
+            amaxes = list(together.unbind())
+        for weight, amax in zip(weights, amaxes, strict=True):
+            weight._amax = weight._state, amax

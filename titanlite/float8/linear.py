@@ -1,0 +1,293 @@
+"""The float8 linear layer: three matmuls, each on operands cast as its configuration says."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from titanlite.float8 import scaling
+from titanlite.float8.config import CastConfig, Float8LinearConfig
+from titanlite.float8.devices import must_emulate
+from titanlite.float8.fsdp import ShardedWeight, plain
+from titanlite.float8.matmul import Operand, cast, scaled_mm
+from titanlite.float8.numerics import dequantize
+from titanlite.float8.reuse import WeightCopies, remember, remembered
+from titanlite.float8.tensor import Float8Tensor
+
+
+class _Matmul(torch.autograd.Function):
+    """``x @ weight.T`` and its two gradients.
+
+    ``x`` is there for autograd alone: the output is computed from its cast, and what backward needs of it is saved as
+    the cast for grad_weight, one byte per element. ``weight`` is saved as it is, which costs nothing: it is a parameter
+    (and under FSDP2 freed and gathered again in between).
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        x_data: Tensor,
+        x_scale: Tensor | None,
+        w_data: Tensor,
+        w_scale: Tensor | None,
+        saved_data: Tensor | None,
+        saved_scale: Tensor | None,
+        layer: Float8Linear,
+        emulate: bool,
+    ) -> Tensor:
+        if saved_data is None:
+            saved_data, saved_scale = x_data, x_scale
+        ctx.save_for_backward(weight, saved_data, saved_scale)
+        ctx.layer, ctx.emulate, ctx.shape, ctx.dtype = layer, emulate, x.shape, x.dtype
+        out = scaled_mm(
+            Operand(x_data, x_scale),
+            Operand(w_data, w_scale).t(),
+            out_dtype=x.dtype,
+            fast_accum=layer.config.gemm_config_output.use_fast_accum,
+            emulate=emulate,
+        )
+        # Not a view in the eyes of autograd, as of F.linear: FSDP2 warns of modules that return one.
+        return torch.ops.aten._unsafe_view(out, [*x.shape[:-1], out.shape[-1]])
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        weight, saved_data, saved_scale = ctx.saved_tensors
+        layer, emulate = ctx.layer, ctx.emulate
+        if not torch.compiler.is_compiling():
+            layer._copies.backward_ran = True
+        grad_input = grad_weight = None
+        g_for_input, g_for_weight = layer._cast_grad_output(grad_output, emulate)
+        if ctx.needs_input_grad[0]:
+            grad_input = scaled_mm(
+                g_for_input,
+                layer._weight_for_grad_input(weight, emulate),
+                out_dtype=ctx.dtype,
+                fast_accum=layer.config.gemm_config_grad_input.use_fast_accum,
+                emulate=emulate,
+            ).view(ctx.shape)
+        if ctx.needs_input_grad[1]:
+            grad_weight = scaled_mm(
+                g_for_weight.t(),
+                Operand(saved_data, saved_scale),
+                out_dtype=ctx.dtype,
+                fast_accum=layer.config.gemm_config_grad_weight.use_fast_accum,
+                emulate=emulate,
+            )
+        return grad_input, grad_weight, *[None] * 8
+
+
+def why_not_convertible(module: nn.Module) -> str | None:
+    """Why ``module`` cannot become a Float8Linear; None if it can."""
+    if type(module) is Float8Linear:
+        return "is converted already"
+    if type(module) is not nn.Linear:
+        return f"is a {type(module).__name__}, whose own forward would be lost"
+    if module.in_features % 16 or module.out_features % 16:
+        return "features are not multiples of 16"
+    return None
+
+
+class Float8Linear(nn.Linear):
+    """``nn.Linear`` computed in float8; the same parameters under the same names.
+
+    Args:
+        config: how to cast the operands of its three matmuls.
+        The others: as of ``nn.Linear``. Both feature sizes must be multiples of 16.
+
+    The state dict is that of ``nn.Linear``, with the buffers ``fp8_amax_*``, ``fp8_amax_history_*`` and ``fp8_scale_*``
+    for operands with delayed scaling; a state dict without them loads, and scaling starts from the live amax.
+
+    Raises:
+        ValueError: feature sizes that float8 units cannot take.
+    """
+
+    config: Float8LinearConfig
+    _copies: WeightCopies
+
+    def __init__(self, *args: Any, config: Float8LinearConfig | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._start_float8(config or Float8LinearConfig())
+
+    @classmethod
+    def from_float(cls, module: nn.Linear, config: Float8LinearConfig | None = None) -> Float8Linear:
+        """Turn ``module`` itself into a Float8Linear: parameters, their ties, hooks and buffers stay; returns it.
+
+        Raises:
+            ValueError: if it cannot be; see :func:`why_not_convertible`.
+        """
+        reason = why_not_convertible(module)
+        if reason:
+            raise ValueError(f"{module}: {reason}")
+        module.__class__ = cls
+        assert isinstance(module, Float8Linear)
+        module._start_float8(config or Float8LinearConfig())
+        return module
+
+    def _start_float8(self, config: Float8LinearConfig) -> None:
+        if self.in_features % 16 or self.out_features % 16:
+            raise ValueError(
+                f"Float8Linear(in_features={self.in_features}, out_features={self.out_features}): float8 matmuls need "
+                "multiples of 16; leave this layer in high precision"
+            )
+        self.config = config
+        self.forget_copies()
+        scaling.add_buffers(self)
+
+    # ---- forward
+
+    def forward(self, input: Tensor) -> Tensor:
+        """``input`` [..., in_features] -> [..., out_features], in the dtype of ``input``, or of autocast."""
+        out = self.multiply(input)
+        return out if self.bias is None else out + self.bias.to(out.dtype)
+
+    def multiply(self, input: Tensor) -> Tensor:
+        """:meth:`forward` without the bias."""
+        if isinstance(input, DTensor):
+            raise TypeError(
+                "Float8Linear takes plain tensors, not a DTensor: parallelize it with titanlite.float8's "
+                "Float8ColwiseParallel or Float8RowwiseParallel"
+            )
+        if torch.is_autocast_enabled(input.device.type):
+            input = input.to(torch.get_autocast_dtype(input.device.type))
+        weight = self.weight.to_local() if isinstance(self.weight, DTensor) else self.weight
+        if input.numel() == 0:  # nothing to take an amax of
+            return F.linear(input, weight.to(input.dtype))
+        if isinstance(weight, ShardedWeight):
+            raise RuntimeError(
+                "enable_fsdp_float8_all_gather: FSDP2 has not gathered this weight; call fully_shard on the model, or "
+                "leave the flag out"
+            )
+        emulate = must_emulate(input.device, self.config.dtypes, self.config.emulate, torch.compiler.is_compiling())
+        with torch.no_grad():
+            x, saved = self._cast_input(input, emulate)
+            w = self._weight_for_output(weight, emulate)
+        if saved is x:
+            saved = Operand(None, None)  # type: ignore[arg-type]  # the compiler takes no tensor twice
+        out: Tensor = _Matmul.apply(input, weight, *x, *w, *saved, self, emulate)
+        return out
+
+    # ---- the operands
+
+    def _cast(self, x: Tensor, how: CastConfig, contracted: int, emulate: bool, scale: Tensor | None) -> Operand:
+        rounded = self.config.round_scales_to_power_of_2
+        return cast(x, how, contracted=contracted, power_of_2=rounded, scale=scale, emulate=emulate)
+
+    def _cast_twice(self, name: str, x: Tensor, emulate: bool) -> tuple[Operand, Operand]:
+        """``x`` (rows, features) for the matmul that contracts its features, and for grad_weight, which contracts its
+        rows; one and the same object where one cast serves both."""
+        first: CastConfig = getattr(self.config, f"cast_config_{name}")
+        second: CastConfig = getattr(self.config, f"cast_config_{name}_for_grad_weight")
+        scale = scaling.scale_of(self, name, first, x)
+        features = self._cast(x, first, 1, emulate, scale)
+        if first == second and not first.is_axiswise:
+            return features, features
+        return features, self._cast(x, second, 0, emulate, scale)
+
+    def _cast_input(self, input: Tensor, emulate: bool) -> tuple[Operand, Operand]:
+        key = (
+            self.config.cast_config_input,
+            self.config.cast_config_input_for_grad_weight,
+            self.config.round_scales_to_power_of_2,
+            emulate,
+        )
+        found: tuple[Operand, Operand] | None = remembered(input, key)
+        if found is not None:
+            return found
+        if isinstance(input, Float8Tensor):
+            casts = self._recast(input, self.config.cast_config_input_for_grad_weight, emulate)
+        else:
+            casts = self._cast_twice("input", input.reshape(-1, input.shape[-1]), emulate)
+        if not scaling.is_stateful(self.config.cast_config_input):  # else the scale is this layer's own
+            remember(input, key, casts)
+        return casts
+
+    def _cast_grad_output(self, grad_output: Tensor, emulate: bool) -> tuple[Operand, Operand]:
+        if isinstance(grad_output, Float8Tensor):
+            return self._recast(grad_output, self.config.cast_config_grad_output_for_grad_weight, emulate)
+        return self._cast_twice("grad_output", grad_output.reshape(-1, grad_output.shape[-1]), emulate)
+
+    def _recast(self, x: Float8Tensor, second: CastConfig, emulate: bool) -> tuple[Operand, Operand]:
+        """The operands of what arrived in float8: as it is, and for scales along the other dimension cast once more."""
+        arrived = x.operand()
+        if arrived.scale is not None and not arrived.scale.ndim and not second.is_axiswise:
+            return arrived, arrived
+        return arrived, self._cast(dequantize(*arrived), second, 0, emulate, None)  # type: ignore[arg-type]
+
+    def _weight_for_output(self, weight: Tensor, emulate: bool) -> Operand:
+        if isinstance(weight, Float8Tensor):
+            return weight.operand()
+        return self._weight_copy("output", weight, self.config.cast_config_weight, 1, emulate)
+
+    def _weight_for_grad_input(self, weight: Tensor, emulate: bool) -> Operand:
+        second = self.config.cast_config_weight_for_grad_input
+        if not isinstance(weight, Float8Tensor):
+            return self._weight_copy("grad_input", weight, second, 0, emulate)
+        return self._recast(weight, second, emulate)[1]
+
+    def _weight_copy(self, use: str, weight: Tensor, how: CastConfig, contracted: int, emulate: bool) -> Operand:
+        """The weight, cast: once per optimizer step in eager mode."""
+
+        def make() -> Operand:
+            scale = scaling.scale_of(self, "weight", how, weight)
+            return self._cast(weight, how, contracted, emulate, scale)
+
+        if torch.compiler.is_compiling() or self.config.force_recompute_fp8_weight_in_bwd or not self.training:
+            return make()
+        if not how.is_axiswise and how == self.config.cast_config_weight:
+            use = "output"
+        found: Operand = self._copies.get(self.weight, (use, emulate), make)
+        return found
+
+    # ---- what nn.Module does with it
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name == "weight":
+            self.forget_copies()
+
+    def forget_copies(self) -> None:
+        """Drop the quantized copies of the weight, after a write to it that nothing else shows."""
+        object.__setattr__(self, "_copies", WeightCopies())
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_copies": WeightCopies()}
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if not keep_vars:
+            destination[f"{prefix}weight"] = plain(destination[f"{prefix}weight"])
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        names = scaling.buffer_names(self)
+        if names and not any(f"{prefix}{name}" in state_dict for name in names):
+            missing_keys = args[2]  # a checkpoint of a model that had none: scaling begins anew
+            for name in names:
+                self.get_buffer(name).zero_()
+                missing_keys.remove(f"{prefix}{name}")
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Float8Linear:
+        before = {name: self.get_buffer(name) for name in scaling.buffer_names(self)}
+        super()._apply(fn, recurse)
+        for name, old in before.items():
+            new = self.get_buffer(name)
+            if old.is_meta and not new.is_meta:
+                new.zero_()  # to_empty leaves anything
+            elif new.dtype != old.dtype:
+                setattr(self, name, old.to(new.device))  # scales stay float32 when a model is cast
+        return self
+
+    def extra_repr(self) -> str:
+        casts = {name.removeprefix("cast_config_"): c.short_str() for name, c in self.config.casts.items()}
+        others = {
+            name: short
+            for name, short in casts.items()
+            if short != casts[name.split("_for_")[0]] or "_for_" not in name
+        }
+        return f"{super().extra_repr()}, " + ", ".join(f"{name}={short}" for name, short in others.items())

@@ -1,0 +1,88 @@
+"""Matmuls of float8 operands: on float8 units, or emulated in float32."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from titanlite.float8.config import CastConfig
+from titanlite.float8.numerics import amax_of, amax_to_scale, dequantize, quantize
+
+
+class Operand(NamedTuple):
+    """One side of a matmul.
+
+    Args:
+        data: 2-D; float8, or high precision where ``scale`` is None.
+        scale: float32 multiplier, broadcastable to ``data``: a scalar, or one per row or column.
+    """
+
+    data: Tensor
+    scale: Tensor | None
+
+    def t(self) -> Operand:
+        return Operand(self.data.t(), None if self.scale is None else self.scale.t() if self.scale.ndim else self.scale)
+
+
+def cast(
+    x: Tensor, config: CastConfig, *, contracted: int, power_of_2: bool, scale: Tensor | None = None, emulate: bool
+) -> Operand:
+    """``x`` (2-D) as ``config`` says, for a matmul that contracts dimension ``contracted``.
+
+    Args:
+        scale: the scale of delayed and static scaling; None: from the amax of ``x``.
+    """
+    if not config.is_cast:
+        return Operand(x.detach(), None)
+    if scale is None:
+        amax = amax_of(x, contracted if config.is_axiswise else None)
+        scale = amax_to_scale(amax, config.dtype, power_of_2)
+    data = quantize(x, scale, config.dtype)
+    if config.is_axiswise and contracted == 0 and not emulate:
+        data = data.t().contiguous().t()  # as the hardware wants it: what is summed over lies together
+    return Operand(data, scale)
+
+
+def scaled_mm(a: Operand, b: Operand, *, out_dtype: torch.dtype, fast_accum: bool, emulate: bool) -> Tensor:
+    """``a @ b`` in ``out_dtype``, accumulated in float32.
+
+    Args:
+        a: (m, k), scale () or (m, 1).
+        b: (k, n), scale () or (1, n). Both operands are float8, or neither.
+    """
+    if a.scale is None or b.scale is None:
+        return a.data.to(out_dtype) @ b.data.to(out_dtype)
+    if emulate:
+        return (dequantize(a.data, a.scale) @ dequantize(b.data, b.scale)).to(out_dtype)
+    a8, b8 = _padded(a.data), _padded(b.data.t()).t()
+    a_inverse, b_inverse = a.scale.reciprocal(), b.scale.reciprocal()
+    if not a.scale.ndim and not b.scale.ndim:
+        return torch._scaled_mm(
+            a8, b8, scale_a=a_inverse, scale_b=b_inverse, out_dtype=out_dtype, use_fast_accum=fast_accum
+        )
+    if fast_accum and out_dtype is torch.bfloat16:
+        return torch._scaled_mm(
+            a8,
+            b8,
+            scale_a=a_inverse.expand(a8.shape[0], 1).contiguous(),
+            scale_b=b_inverse.expand(1, b8.shape[1]).contiguous(),
+            out_dtype=out_dtype,
+            use_fast_accum=True,
+        )
+    # The kernel for scales of rows has no full accumulation and no other output dtype, so the matmul is done without
+    # scales, which are applied after it. float16 could overflow in between; bfloat16 loses nothing to powers of two.
+    one = a.scale.new_ones(())
+    between = torch.bfloat16 if out_dtype is torch.bfloat16 else torch.float32
+    product = torch._scaled_mm(a8, b8, scale_a=one, scale_b=one, out_dtype=between, use_fast_accum=fast_accum)
+    return (product.float() * a_inverse * b_inverse).to(out_dtype)
+
+
+def _padded(a: Tensor) -> Tensor:
+    """``a`` row-major, its contracted (last) dimension filled up with zeros to a multiple of 16, which is the rule."""
+    missing = -a.shape[1] % 16
+    if missing:
+        return F.pad(a.view(torch.uint8), (0, missing)).view(a.dtype)
+    return a.contiguous()
