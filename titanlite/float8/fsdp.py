@@ -165,7 +165,8 @@ class ShardedWeight(Tensor):
         missing = -(-rows // shards) - self.shape[0]
         payload = F.pad(data.view(torch.uint8), (0, 0, 0, missing)) if missing else data.view(torch.uint8)
         assert scale is not None
-        return ((payload, scale), None) if axiswise else ((payload,), scale)
+        # A world of one has all scales; FSDP2 (2.13) then also takes no more than one tensor.
+        return ((payload, scale), None) if axiswise and shards > 1 else ((payload,), scale)
 
     def fsdp_post_all_gather(
         self,

@@ -129,6 +129,22 @@ class Float8Linear(nn.Linear):
         module._start_float8(config or Float8LinearConfig())
         return module
 
+    def to_linear(self) -> nn.Linear:
+        """Turn this layer itself back into an ``nn.Linear``; returns it.
+
+        Raises:
+            ValueError: its weight is wrapped for FSDP2's float8 all-gather.
+        """
+        if plain(self.weight) is not self.weight:
+            raise ValueError(
+                "to_linear: the weight is wrapped for float8 all-gather; load the state dict into a new model"
+            )
+        for name in scaling.buffer_names(self):
+            delattr(self, name)
+        del self.config, self._copies
+        self.__class__ = nn.Linear  # type: ignore[assignment]
+        return self
+
     def _start_float8(self, config: Float8LinearConfig) -> None:
         if self.in_features % 16 or self.out_features % 16:
             raise ValueError(
@@ -156,6 +172,8 @@ class Float8Linear(nn.Linear):
         if torch.is_autocast_enabled(input.device.type):
             input = input.to(torch.get_autocast_dtype(input.device.type))
         weight = self.weight.to_local() if isinstance(self.weight, DTensor) else self.weight
+        if input.shape[-1] != weight.shape[-1]:
+            raise ValueError(f"Float8Linear: input of shape {tuple(input.shape)}, must be [..., {weight.shape[-1]}]")
         if input.numel() == 0:  # nothing to take an amax of
             return F.linear(input, weight.to(input.dtype))
         if isinstance(weight, ShardedWeight):

@@ -34,12 +34,17 @@ def cast(
 
     Args:
         scale: the scale of delayed and static scaling; None: from the amax of ``x``.
+        emulate: leave the memory layout as it falls, instead of as float8 units need it.
     """
     if not config.is_cast:
         return Operand(x.detach(), None)
     if scale is None:
         amax = amax_of(x, contracted if config.is_axiswise else None)
         scale = amax_to_scale(amax, config.dtype, power_of_2)
+    else:
+        x = torch.where(
+            x.isinf(), torch.nan, x
+        )  # which would saturate; the scale of an infinite amax sees to it itself
     data = quantize(x, scale, config.dtype)
     if config.is_axiswise and contracted == 0 and not emulate:
         data = data.t().contiguous().t()  # as the hardware wants it: what is summed over lies together
@@ -56,7 +61,8 @@ def scaled_mm(a: Operand, b: Operand, *, out_dtype: torch.dtype, fast_accum: boo
     if a.scale is None or b.scale is None:
         return a.data.to(out_dtype) @ b.data.to(out_dtype)
     if emulate:
-        return (dequantize(a.data, a.scale) @ dequantize(b.data, b.scale)).to(out_dtype)
+        with torch.autocast(a.data.device.type, enabled=False):
+            return (dequantize(a.data, a.scale) @ dequantize(b.data, b.scale)).to(out_dtype)
     a8, b8 = _padded(a.data), _padded(b.data.t()).t()
     a_inverse, b_inverse = a.scale.reciprocal(), b.scale.reciprocal()
     if not a.scale.ndim and not b.scale.ndim:

@@ -1,0 +1,374 @@
+"""Float8 inference: quantize the linear layers of a trained model.
+
+    quantize_(model, Float8DynamicActivationFloat8WeightConfig(granularity=PerRow()))
+
+The names are torchao's; the numbers are those of training, :mod:`titanlite.float8.numerics`: a scale is the multiplier
+``fp8_max / max(amax, EPS)``, in the machine's e4m3.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, TypeAlias
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from titanlite.float8.devices import default_dtypes, has_native_float8
+from titanlite.float8.linear import Float8Linear
+from titanlite.float8.matmul import Operand, scaled_mm
+from titanlite.float8.numerics import amax_of, amax_to_scale, dequantize, quantize
+
+logger = logging.getLogger("titanlite.float8")
+
+_HIGH_PRECISION = (torch.bfloat16, torch.float16, torch.float32)
+_WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module")  # torch.compile's and activation checkpointing's
+_READ_WEIGHTS_DIRECTLY = (nn.MultiheadAttention, nn.TransformerEncoderLayer)  # their fused kernels take the tensors
+
+# ---- what to do
+
+
+@dataclass(frozen=True)
+class PerTensor:
+    """One scale for the tensor."""
+
+
+@dataclass(frozen=True)
+class PerRow:
+    """One scale for each row: each output feature of a weight, each token of an activation."""
+
+
+Granularity: TypeAlias = PerTensor | PerRow
+
+
+@dataclass(frozen=True)
+class Float8DynamicActivationFloat8WeightConfig:
+    """Float8 matmuls; activations are scaled by the amax of the batch (PerTensor) or of each token (PerRow).
+
+    Args:
+        granularity: of activation and weight, or as torchao has it a pair of them, both the same.
+
+    Raises:
+        ValueError: any other granularity.
+    """
+
+    granularity: Granularity | tuple[Granularity, Granularity] = PerTensor()
+
+    def __post_init__(self) -> None:
+        given = self.granularity
+        if isinstance(given, (tuple, list)) and len(given) == 2 and given[0] == given[1]:
+            object.__setattr__(self, "granularity", given[0])
+        _check_granularity(self, ", or a pair (activation, weight) of the same")
+
+
+@dataclass(frozen=True)
+class Float8WeightOnlyConfig:
+    """Weights kept in float8 and dequantized to the input's dtype for an ordinary matmul: saves memory.
+
+    Args:
+        granularity: of the weight.
+
+    Raises:
+        ValueError: any other granularity.
+    """
+
+    granularity: Granularity = PerRow()
+
+    def __post_init__(self) -> None:
+        _check_granularity(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Float8StaticActivationFloat8WeightConfig:
+    """Float8 matmuls; activations are scaled by a constant, which saves the pass for their amax.
+
+    What exceeds ``activation_amax`` saturates: it enters the matmul as ``activation_amax``. So measure it, with
+    :func:`calibrate`, on data like those to come.
+
+    Args:
+        activation_amax: the largest magnitude of a layer's input: one for all layers, or by fully qualified name. The
+            scale is ``fp8_max / activation_amax``; torchao's ``act_quant_scale`` is ``activation_amax / fp8_max``.
+        granularity: of the weight.
+
+    Raises:
+        ValueError: an amax that is not positive and finite, none at all, or any other granularity.
+    """
+
+    activation_amax: float | Tensor | Mapping[str, float | Tensor]
+    granularity: Granularity = PerTensor()
+
+    def __post_init__(self) -> None:
+        _check_granularity(self)
+        given: Any = self.activation_amax
+        if isinstance(given, Mapping):
+            if not given:
+                raise ValueError("activation_amax={}: names no layer; run batches through the model under calibrate()")
+            numbers: Any = {fqn: _positive(value, f"activation_amax of {fqn!r}: ") for fqn, value in given.items()}
+        else:
+            numbers = _positive(given, "activation_amax=")
+        object.__setattr__(self, "activation_amax", numbers)
+
+
+QuantizationConfig: TypeAlias = (
+    Float8DynamicActivationFloat8WeightConfig | Float8WeightOnlyConfig | Float8StaticActivationFloat8WeightConfig
+)
+
+
+def _check_granularity(config: QuantizationConfig, alternative: str = "") -> None:
+    if not isinstance(config.granularity, (PerTensor, PerRow)):
+        given = f"{type(config).__name__}(granularity={config.granularity!r})"
+        raise ValueError(f"{given}: must be titanlite.float8's PerTensor() or PerRow(){alternative}")
+
+
+def _positive(value: Any, name: str) -> float:
+    try:
+        number = float(value)
+    except (TypeError, ValueError, RuntimeError):  # RuntimeError: a tensor of several numbers
+        number = float("nan")
+    if not 0 < number < float("inf"):
+        raise ValueError(f"{name}{value!r}: must be one positive finite number; calibrate() measures it")
+    return number
+
+
+def _amax_for(config: QuantizationConfig, fqn: str) -> float | None:
+    given: Any = getattr(config, "activation_amax", None)
+    return given.get(fqn) if isinstance(given, dict) else given
+
+
+# ---- the layer
+
+
+class _Matmul(torch.autograd.Function):
+    """``x @ weight.T`` in float8. Its gradient takes quantization for the identity, as training does."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, weight_scale: Tensor, x_scale: Tensor | None, emulate: bool
+    ) -> Tensor:
+        ctx.save_for_backward(weight, weight_scale)
+        if x_scale is None:
+            x_scale = amax_to_scale(amax_of(x, 1 if weight_scale.ndim else None), weight.dtype)
+        else:
+            x = x.masked_fill(x.isinf(), float("nan"))  # it would saturate to a plausible number
+        a = Operand(quantize(x, x_scale, weight.dtype), x_scale)
+        b = Operand(weight, weight_scale).t()
+        return scaled_mm(a, b, out_dtype=x.dtype, fast_accum=True, emulate=emulate)
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        return grad_output @ dequantize(*ctx.saved_tensors).to(grad_output.dtype), None, None, None, None
+
+
+class Float8InferenceLinear(nn.Linear):
+    """A linear layer with a float8 weight; made by :func:`quantize_`.
+
+    It has no ``weight``, lest something multiply with the float8 numbers and forget their scale. Its state dict holds
+    plain tensors: ``bias`` as it was, and these buffers, which keep their dtypes under ``.to(dtype)``:
+
+        weight_float8: (out_features, in_features), float8 e4m3.
+        weight_scale: float32 multiplier, () or (out_features, 1).
+        input_scale: float32 multiplier, (); only where it is static.
+    """
+
+    weight_float8: Tensor
+    weight_scale: Tensor
+    input_scale: Tensor | None
+    casts_input: bool
+
+    def forward(self, input: Tensor) -> Tensor:
+        """``input`` [..., in_features] of bfloat16, float16 or float32 -> [..., out_features] in its dtype (autocast's
+        where that is on).
+
+        A NaN or infinity makes all that it is scaled together with NaN: its row, or everything. Gradients go to the
+        input, through the dequantized weight and taking quantization for the identity, and to the bias.
+
+        Raises:
+            TypeError: another dtype.
+            ValueError: another number of features.
+        """
+        if torch.is_autocast_enabled(input.device.type):
+            input = input.to(torch.get_autocast_dtype(input.device.type))
+        if input.dtype not in _HIGH_PRECISION:
+            raise TypeError(f"input of {input.dtype}: must be bfloat16, float16 or float32")
+        if input.shape[-1:] != (self.in_features,):
+            raise ValueError(f"input of shape {tuple(input.shape)}: the last dimension must be {self.in_features}")
+        bias = None if self.bias is None else self.bias.to(input.dtype)
+        if not self.casts_input or input.numel() == 0:  # nothing to take an amax of
+            return F.linear(input, dequantize(self.weight_float8, self.weight_scale).to(input.dtype), bias)
+        rows, emulate = input.reshape(-1, self.in_features), not has_native_float8(input.device)
+        out: Tensor = _Matmul.apply(rows, self.weight_float8, self.weight_scale, self.input_scale, emulate)
+        out = out.view(*input.shape[:-1], self.out_features)
+        return out if bias is None else out + bias
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        # .to(dtype) is for the bias: a float8 number in another dtype would no longer go with its scale.
+        own = [self.weight_float8, self.weight_scale, self.input_scale]
+
+        def keep_dtype(t: Tensor) -> Tensor:
+            moved = fn(t)
+            return t.to(moved.device) if moved.dtype != t.dtype and any(t is o for o in own) else moved
+
+        return super()._apply(keep_dtype, recurse)
+
+    def extra_repr(self) -> str:
+        granularity = PerRow() if self.weight_scale.ndim else PerTensor()
+        scaled = "static" if self.input_scale is not None else "dynamic" if self.casts_input else "not cast"
+        return f"{super().extra_repr()}, weight={self.weight_float8.dtype} {granularity}, input={scaled}"
+
+
+# ---- from one to the other
+
+
+@dataclass(frozen=True)
+class QuantizationReport:
+    """What :func:`quantize_` did, by fully qualified names.
+
+    Args:
+        quantized: the layers now in float8.
+        left_out: those left in high precision, and why; without what ``filter_fn`` excluded.
+    """
+
+    quantized: tuple[str, ...]
+    left_out: dict[str, str]
+
+
+def quantize_(
+    model: nn.Module,
+    config: QuantizationConfig,
+    filter_fn: Callable[[nn.Module, str], bool] | None = None,
+    *,
+    strict: bool = False,
+) -> QuantizationReport:
+    """Quantize the linear layers of ``model``, ``nn.Linear`` and :class:`Float8Linear`, in place, for inference.
+
+    A layer stays the object it was, with its bias and hooks, and becomes a :class:`Float8InferenceLinear`: one byte per
+    element of the weight. The high-precision weight is gone, unless an embedding or the like is tied to it; layers tied
+    to each other stay so. Names are without the parts that torch.compile and activation checkpointing put into them.
+
+    Args:
+        filter_fn: asked ``filter_fn(layer, name)`` for every linear layer; None takes all.
+        strict: raise if a layer asked for cannot be quantized, instead of leaving it in high precision.
+
+    Raises:
+        TypeError: ``config`` is none of this module's.
+        ValueError: nothing to quantize; a layer quantized already; an amax for a layer that does not exist; with
+            ``strict``, a layer that cannot be quantized. The model is then as it was.
+    """
+    if not isinstance(config, QuantizationConfig):
+        raise TypeError(f"config={config!r}: must be one of titanlite.float8's, for example Float8WeightOnlyConfig()")
+    linears = dict(_linears(model))
+    given = getattr(config, "activation_amax", None)
+    unknown = [fqn for fqn in given if fqn not in linears] if isinstance(given, dict) else []
+    if unknown:
+        raise ValueError(f"activation_amax of {unknown}: no such linear layers; the model has {list(linears)}")
+    asked = {fqn: m for fqn, m in linears.items() if filter_fn is None or filter_fn(m, fqn)}
+    again = [fqn for fqn, m in asked.items() if isinstance(m, Float8InferenceLinear)]
+    if again:
+        raise ValueError(
+            f"{again} are quantized already: quantize a high-precision model, or exclude them by filter_fn"
+        )
+
+    readers = [m for m in model.modules() if isinstance(m, _READ_WEIGHTS_DIRECTLY)]
+    read_by = {id(child): type(m).__name__ for m in readers for child in m.children()}
+    reasons = {fqn: _why_not(m, read_by.get(id(m)), config, fqn) for fqn, m in asked.items()}
+    left_out = {fqn: reason for fqn, reason in reasons.items() if reason}
+    quantized = {fqn: m for fqn, m in asked.items() if fqn not in left_out}
+    listed = "; ".join(f"{fqn or 'the model itself'}: {reason}" for fqn, reason in left_out.items())
+    if strict and left_out:
+        raise ValueError(f"cannot be quantized: {listed}; exclude them by filter_fn, or leave strict out to skip them")
+    if not quantized:
+        found = f"of its {len(linears)} linear layers, filter_fn excluded {len(linears) - len(asked)}"
+        raise ValueError(f"there is nothing to quantize in {type(model).__name__}: {found}; {listed or 'take some'}")
+
+    tied: dict[int, dict[str, nn.Linear]] = {}
+    for fqn, module in quantized.items():
+        tied.setdefault(id(module.weight), {})[fqn] = module
+    for group in tied.values():  # one weight after the other, each freed before the next
+        _swap(group, config)
+    done = f"quantized {len(quantized)} of {len(linears)} linear layers to float8 ({config.granularity} weights)"
+    logger.log(logging.WARNING if left_out else logging.INFO, f"{done}{'; not ' if left_out else ''}{listed}")
+    return QuantizationReport(tuple(quantized), left_out)
+
+
+def _linears(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+            yield ".".join(part for part in name.split(".") if part not in _WRAPPERS), module
+
+
+def _why_not(module: nn.Linear, reader: str | None, config: QuantizationConfig, fqn: str) -> str | None:
+    """Why ``module`` cannot be quantized; None if it can. ``reader``: the parent that passes its forward by."""
+    weight = module._parameters.get("weight")
+    if reader:
+        return f"{reader} reads its weight directly"
+    if weight is None:
+        return "its weight is computed from other tensors (a parametrization, weight norm, pruning)"
+    if type(weight) is not nn.Parameter:
+        return f"its weight is a {type(weight).__name__}, not a plain tensor"
+    if type(module) not in (nn.Linear, Float8Linear) or "forward" in vars(module):
+        return f"is a {type(module).__name__} with a forward of its own"
+    if weight.is_meta:
+        return "its weight is on the meta device"
+    if weight.dtype not in _HIGH_PRECISION:
+        return f"its weight is {weight.dtype}, not bfloat16, float16 or float32"
+    sizes = f"{module.in_features} -> {module.out_features} features"
+    if not weight.numel():
+        return f"{sizes}: its weight is empty"
+    if not isinstance(config, Float8WeightOnlyConfig) and (module.in_features % 16 or module.out_features % 16):
+        return f"{sizes}: float8 matmuls need multiples of 16"
+    if isinstance(config, Float8StaticActivationFloat8WeightConfig) and _amax_for(config, fqn) is None:
+        return "has no activation_amax (did not run in calibration)"
+    return None
+
+
+def _swap(tied: dict[str, nn.Linear], config: QuantizationConfig) -> None:
+    """Quantize the layers, by name, that have one and the same weight."""
+    dtype = default_dtypes()[0]
+    weight = next(iter(tied.values())).weight.detach()
+    scale = amax_to_scale(amax_of(weight, 1 if isinstance(config.granularity, PerRow) else None), dtype)
+    data = quantize(weight, scale, dtype)
+    for fqn, module in tied.items():
+        if isinstance(module, Float8Linear):  # what training kept there
+            module.to_linear()
+        module.__class__ = Float8InferenceLinear
+        assert isinstance(module, Float8InferenceLinear)
+        del module.weight
+        module.register_buffer("weight_float8", data)
+        module.register_buffer("weight_scale", scale)
+        amax = _amax_for(config, fqn)
+        module.register_buffer("input_scale", None if amax is None else amax_to_scale(scale.new_tensor(amax), dtype))
+        module.casts_input = not isinstance(config, Float8WeightOnlyConfig)
+
+
+@contextmanager
+def calibrate(model: nn.Module) -> Iterator[dict[str, Tensor]]:
+    """Record the amax of every linear layer's input, over all batches run through ``model`` in this context::
+
+        with torch.inference_mode(), calibrate(model) as amax:
+            for batch in batches:
+                model(batch)
+        quantize_(model, Float8StaticActivationFloat8WeightConfig(activation_amax=amax))
+
+    Yields the record, by fully qualified name; it fills as the model runs. A compiled model runs uncompiled here:
+    compiled code does not see hooks that came later.
+    """
+    amax: dict[str, Tensor] = {}
+
+    def note(fqn: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        x: Tensor = args[0] if args else kwargs["input"]
+        if x.numel():
+            seen = amax_of(x).float()
+            amax[fqn] = torch.maximum(amax[fqn], seen) if fqn in amax else seen
+
+    hooks = [m.register_forward_pre_hook(partial(note, fqn), with_kwargs=True) for fqn, m in _linears(model)]
+    try:
+        with torch.compiler.set_stance("force_eager"):
+            yield amax
+    finally:
+        for hook in hooks:
+            hook.remove()
