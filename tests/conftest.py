@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -53,26 +54,32 @@ def command(folder: Path, options: dict[str, Any], base: dict[str, Any] | None =
     return [sys.executable, "-m", "titanlite.launch", *(f"--{key}={value}" for key, value in given.items())]
 
 
-@pytest.fixture
-def train(tmp_path: Path) -> Any:
-    """``train(ngpu=1, name="run", **options)`` runs the trainer on the CPU and returns a :class:`Run`.
+def run_trainer(
+    parent: Path,
+    ngpu: int = 1,
+    name: str = "run",
+    env: dict[str, str] | None = None,
+    timeout: float = 300,
+    **options: Any,
+) -> Run:
+    """One run of the trainer on the CPU, in the folder ``name`` of ``parent``.
 
     Options are keys with ``__`` for the dot: ``training__steps=5``.
     """
+    folder = parent / name
+    done = subprocess.run(
+        command(folder, {key.replace("__", "."): value for key, value in options.items()}),
+        env=environment(**{"NGPU": str(ngpu), **(env or {})}),
+        cwd=parent,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=timeout,
+    )
+    return Run(done.returncode, done.stdout, folder)
 
-    def run(
-        ngpu: int = 1, name: str = "run", env: dict[str, str] | None = None, timeout: float = 300, **options: Any
-    ) -> Run:
-        folder = tmp_path / name
-        done = subprocess.run(
-            command(folder, {key.replace("__", "."): value for key, value in options.items()}),
-            env=environment(**{"NGPU": str(ngpu), **(env or {})}),
-            cwd=tmp_path,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            timeout=timeout,
-        )
-        return Run(done.returncode, done.stdout, folder)
 
-    return run
+@pytest.fixture
+def train(tmp_path: Path) -> Any:
+    """:func:`run_trainer` in the test's own folder."""
+    return partial(run_trainer, tmp_path)

@@ -2,10 +2,12 @@
 
     python scripts/benchmarks/loss_parity.py --output docs/benchmarks/loss_parity.json
 
-Each run is the trainer's own command on the debug model. Runs of the same seed have the same initial weights and the
-same data, so that their final losses (the mean over the last steps) are compared in pairs: the relative difference from
-bf16, averaged over the seeds, with its 95% interval from Student's t. Beside the result file goes a picture of the loss
-curves, where matplotlib is installed.
+Each run is the trainer's own command on the debug model, at a lower learning rate than its file's: at that one, runs
+that differ by rounding alone end percents apart, and nothing finer could be seen. Runs of the same seed have the same
+initial weights and the same data, so that their final losses (the mean over the last steps) are compared in pairs: the
+relative difference from bf16, averaged over the seeds, with its 95% interval from Student's t. float32 runs along as a
+control: what it differs by is what rounding does to a run, whichever way. Beside the result file goes a picture of the
+loss curves, where matplotlib is installed.
 """
 
 from __future__ import annotations
@@ -24,18 +26,22 @@ import results
 
 ROOT = Path(__file__).parents[2]
 RECIPES = ("tensorwise", "rowwise", "rowwise_with_gw_hp")
-CONFIGS = ("bf16", *RECIPES)
+CONFIGS = {
+    "bf16": [],
+    "float32": ["--training.mixed_precision_param=float32"],
+    **{recipe: ["--model.converters=float8", f"--float8.recipe_name={recipe}"] for recipe in RECIPES},
+}
 # The 97.5% quantile of Student's t by degrees of freedom: what a mean of n differences is multiplied with for 95%.
 T_975 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
 
 
 def train(config: str, seed: int, options: list[str]) -> list[float]:
     """The loss of every step of one run."""
-    float8 = [] if config == "bf16" else ["--model.converters=float8", f"--float8.recipe_name={config}"]
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "titanlite.launch", f"--job.dump_folder={folder}", f"--training.seed={seed}"]
         fixed = ["--metrics.log_freq=1", "--metrics.enable_tensorboard=false"]
-        done = subprocess.run([*command, *fixed, *float8, *options], cwd=ROOT, capture_output=True, text=True)
+        given = [*command, *fixed, *CONFIGS[config], *options]
+        done = subprocess.run(given, cwd=ROOT, capture_output=True, text=True)
         if done.returncode:
             raise RuntimeError(f"{config}, seed {seed}: the run ended with {done.returncode}\n{done.stderr[-2000:]}")
         rows = (Path(folder) / "metrics.jsonl").read_text().splitlines()
@@ -78,17 +84,18 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=3, help="seeds 1 to this number, from 2 to 10")
     parser.add_argument("--last", type=int, default=20, help="steps that the final loss is the mean of")
+    parser.add_argument("--lr", type=float, default=5e-4, help="the learning rate")
     parser.add_argument("--output", type=Path, help="write the results here (docs/benchmarks/loss_parity.json)")
     args, options = parser.parse_known_args()
     curves: dict[str, list[list[float]]] = {config: [] for config in CONFIGS}
     for seed in range(1, args.seeds + 1):
         for config in CONFIGS:
-            curves[config].append(train(config, seed, options))
+            curves[config].append(train(config, seed, [f"--optimizer.lr={args.lr}", *options]))
             print(f"seed {seed}, {config}: {statistics.mean(curves[config][-1][-args.last :]):.4f}", flush=True)
     final = {config: [statistics.mean(run[-args.last :]) for run in runs] for config, runs in curves.items()}
     rows: list[dict[str, Any]] = []
     for config, losses in final.items():
-        row: dict[str, Any] = {"system": "titanlite", "config": config, "steps": len(curves[config][0])}
+        row: dict[str, Any] = {"system": "titanlite", "config": config, "steps": len(curves[config][0]), "lr": args.lr}
         row |= {"final_loss": losses, "mean_final_loss": statistics.mean(losses), "losses": curves[config]}
         if config != "bf16":
             mean, half = paired_difference(losses, final["bf16"])

@@ -68,21 +68,26 @@ def why_not(architecture: str, dtypes: set[torch.dtype], *, emulate: bool, compi
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-@cache
 def must_emulate(device: torch.device, dtypes: tuple[torch.dtype, ...], emulate: bool, compiled: bool) -> bool:
     """Whether to emulate: where asked to, and where ``device`` has no float8 units, which is said once.
 
     Raises:
         ValueError: what is asked for cannot be computed on ``device``; see :func:`why_not`.
     """
+    return _must_emulate(device, dtypes, emulate, compiled)
+
+
+@cache
+def _must_emulate(device: torch.device, dtypes: tuple[torch.dtype, ...], emulate: bool, compiled: bool) -> bool:
     name = architecture(device)
     reason = why_not(name, set(dtypes), emulate=emulate, compiled=compiled)
     if reason:
         raise ValueError(f"float8: {reason}")
-    if not emulate and not native_dtypes(name) and name not in _noticed:
+    native = bool(native_dtypes(name))
+    if not emulate and not native and name not in _noticed:
         _noticed.add(name)
         logger.warning("float8 is emulated on %s: the same quantized values, multiplied in float32", name)
-    return emulate or not native_dtypes(name)
+    return emulate or not native
 
 
 _noticed: set[str] = set()

@@ -257,9 +257,9 @@ class Float8Linear(nn.Linear):
 
         if torch.compiler.is_compiling() or self.config.force_recompute_fp8_weight_in_bwd or not self.training:
             return make()
-        if not how.is_axiswise and how == self.config.cast_config_weight:
-            use = "output"
-        found: Operand = self._copies.get(self.weight, (use, emulate), make)
+        # One copy serves both matmuls where they want the same.
+        key = "output" if not how.is_axiswise and how == self.config.cast_config_weight else use
+        found: Operand = self._copies.get(self.weight, (key, emulate), make, in_forward=use == "output")
         return found
 
     # ---- what nn.Module does with it

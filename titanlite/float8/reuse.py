@@ -59,9 +59,14 @@ class WeightCopies:
         self.copies: dict[Hashable, Any] = {}
         self.backward_ran = False
 
-    def get(self, weight: Tensor, key: Hashable, make: Callable[[], Any]) -> Any:
+    def get(self, weight: Tensor, key: Hashable, make: Callable[[], Any], *, in_forward: bool) -> Any:
+        """The copy under ``key``, which ``make`` makes if there is none.
+
+        Args:
+            in_forward: or in backward, where a gradient is not there yet, rather than thrown away.
+        """
         state = (weight._version, _optimizer_steps)
-        if state != self.state or (self.backward_ran and weight.grad is None):
+        if state != self.state or (in_forward and self.backward_ran and weight.grad is None):
             self.copies.clear()
             self.state, self.backward_ran = state, False
         if key not in self.copies:
