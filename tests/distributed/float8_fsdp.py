@@ -69,6 +69,24 @@ class Traffic:
         self.gathered = 0
 
 
+def losses_after_writes(model: nn.Module) -> list[float]:
+    """The loss as it is, after halving the weights in two ways that no optimizer is part of, and after undoing that."""
+    x = torch.randn(BATCH, TOKENS, DIM, generator=torch.Generator().manual_seed(1)).bfloat16()
+
+    def loss() -> float:
+        with torch.no_grad():
+            return model(x).float().square().mean().item()  # type: ignore[no-any-return]
+
+    losses = [loss()]
+    model.load_state_dict({name: value * 0.5 for name, value in model.state_dict().items()})
+    losses.append(loss())
+    for value in model.state_dict().values():  # as a checkpoint is loaded in place
+        value.to_local().mul_(0.5)
+    losses.append(loss())
+    model.load_state_dict({name: value * 4 for name, value in model.state_dict().items()})
+    return [*losses, loss()]
+
+
 def run(traffic: Traffic, recipe: str, gather: bool, precompute: bool, compiled: bool) -> dict[str, Any]:
     rank, world = dist.get_rank(), dist.get_world_size()
     torch.manual_seed(0)
@@ -109,6 +127,8 @@ def run(traffic: Traffic, recipe: str, gather: bool, precompute: bool, compiled:
         dist.all_reduce(total)
         losses.append((total / world).item())
         frames.append(counter.frame_count)
+    after_writes = losses_after_writes(model)
+    moments = [t for state in optimizer.state.values() for t in state.values() if t.ndim]
     state = model.state_dict()
     local = {name: value.to_local() for name, value in state.items()}  # type: ignore[attr-defined]
     return {
@@ -121,6 +141,8 @@ def run(traffic: Traffic, recipe: str, gather: bool, precompute: bool, compiled:
         # each block is gathered for forward and for backward of each microbatch
         "bytes_per_element": gathered / (2 * MICROBATCHES) / elements,
         "plain_state": all(type(value) is Tensor for value in local.values()),
+        "plain_moments": all(type(value.to_local()) is Tensor for value in moments),
+        "after_writes": after_writes,
         "weights": {name: value.double().sum().item() for name, value in local.items()},
     }
 

@@ -112,3 +112,17 @@ def test_compiled_once(results: Any) -> None:
 
 def test_state_dicts_are_plain(results: Any) -> None:
     assert all(result["plain_state"] for ranks in results.values() for result in ranks)
+    assert all(result["plain_moments"] for ranks in results.values() for result in ranks)
+
+
+def test_no_gathered_weight_is_stale(results: Any) -> None:
+    for result, *_ in results.values():
+        as_trained, halved, quartered, restored = result["after_writes"]
+        assert len({as_trained, halved, quartered}) == 3
+        assert restored == as_trained
+
+
+@each_case
+def test_writes_are_seen_alike_with_and_without(results: Any, world: int, compiled: bool) -> None:
+    off, on = (results[world, "tensorwise", mode, compiled][0] for mode in (OFF, PRECOMPUTED))
+    assert on["after_writes"] == off["after_writes"]

@@ -17,7 +17,8 @@ _MI350 = ("gfx950",)
 
 def default_dtypes() -> tuple[torch.dtype, torch.dtype]:
     """This machine's e4m3 and e5m2: the OCP formats, or on MI300 the fnuz ones."""
-    return FNUZ if torch.cuda.is_available() and _architecture(0) in _MI300 else OCP
+    # Only AMD is asked: asking starts the device, which on NVIDIA's would happen on import for nothing.
+    return FNUZ if torch.version.hip and torch.cuda.is_available() and _architecture(0) in _MI300 else OCP
 
 
 @cache

@@ -192,12 +192,7 @@ def _amax(weight: ShardedWeight) -> Tensor:
     """Of the local shard: float32, () or (rows, 1)."""
     if weight.config.cast_config_weight.is_axiswise:
         return amax_of(weight.shard, 1).float()
-    return amax_of(_not_empty(weight.shard)).float()
-
-
-def _not_empty(shard: Tensor) -> Tensor:
-    """What to take an amax of: with fewer rows than shards, some have none."""
-    return shard if shard.numel() else shard.new_zeros(1)
+    return amax_of(weight.shard).float()
 
 
 def _local(tensor: Tensor) -> Tensor:
@@ -240,7 +235,9 @@ def precompute_float8_dynamic_scale_for_fsdp(module: nn.Module) -> None:
         if group is None:
             amaxes = [_amax(weight) for weight in weights]
         else:
-            together = torch.stack(torch._foreach_norm([_not_empty(w.shard) for w in weights], torch.inf)).float()
+            # With fewer rows than shards, some shards are empty, and have no norm.
+            shards = [w.shard if w.shard.numel() else w.shard.new_zeros(1) for w in weights]
+            together = torch.stack(torch._foreach_norm(shards, torch.inf)).float()
             dist.all_reduce(together, op=dist.ReduceOp.MAX, group=group)
             amaxes = list(together.unbind())
         for weight, amax in zip(weights, amaxes, strict=True):

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
@@ -174,8 +173,6 @@ class Float8Linear(nn.Linear):
         weight = self.weight.to_local() if isinstance(self.weight, DTensor) else self.weight
         if input.shape[-1] != weight.shape[-1]:
             raise ValueError(f"Float8Linear: input of shape {tuple(input.shape)}, must be [..., {weight.shape[-1]}]")
-        if input.numel() == 0:  # nothing to take an amax of
-            return F.linear(input, weight.to(input.dtype))
         if isinstance(weight, ShardedWeight):
             raise RuntimeError(
                 "enable_fsdp_float8_all_gather: FSDP2 has not gathered this weight; call fully_shard on the model, or "

@@ -19,7 +19,9 @@ _EXPONENT_BITS = -0x00800000  # sign and exponent of a float32, as int32
 
 def amax_of(x: Tensor, dim: int | None = None) -> Tensor:
     """The largest magnitude of ``x`` in its dtype: of all elements, as a scalar tensor, or along ``dim``, which is kept
-    with size 1. NaN if there is one."""
+    with size 1. NaN if there is one, 0 of nothing."""
+    if x.numel() == 0:
+        return x.new_zeros(()) if dim is None else x.sum(dim, keepdim=True)
     magnitudes = x.detach().abs()
     return magnitudes.amax() if dim is None else magnitudes.amax(dim, keepdim=True)
 
