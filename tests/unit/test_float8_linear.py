@@ -417,14 +417,29 @@ def loaded(layer: nn.Linear) -> None:
     layer.load_state_dict({name: value * 0.5 for name, value in layer.state_dict().items()})
 
 
+def other_memory(layer: nn.Linear) -> None:
+    layer.weight.data = layer.weight.detach() * 0.5
+
+
+def by_vector(layer: nn.Linear) -> None:
+    nn.utils.vector_to_parameters(layer.weight.detach().flatten() * 0.5, [layer.weight])
+
+
+def rounded(layer: nn.Linear) -> None:
+    layer.to(torch.bfloat16).to(torch.float32)
+
+
 def told(layer: nn.Linear) -> None:
     layer.weight.data.mul_(0.5)
     assert isinstance(layer, Float8Linear)
     layer.forget_copies()
 
 
+CHANGES = [in_place, by_optimizer, by_hand, another_parameter, loaded, other_memory, by_vector, rounded, told]
+
+
 @each_recipe
-@pytest.mark.parametrize("change", [in_place, by_optimizer, by_hand, another_parameter, loaded, told])
+@pytest.mark.parametrize("change", CHANGES)
 def test_a_changed_weight_is_never_stale(recipe: str, change: Callable[[nn.Linear], None]) -> None:
     layer = Float8Linear(64, 32, bias=False, config=configured(recipe))
     x = torch.randn(8, 64, requires_grad=True)

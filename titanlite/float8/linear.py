@@ -275,8 +275,9 @@ class Float8Linear(nn.Linear):
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        if not keep_vars:
-            destination[f"{prefix}weight"] = plain(destination[f"{prefix}weight"])
+        if not keep_vars and plain(self.weight) is not self.weight:
+            # Of the weight itself, not of what detach made of it: writes to the state dict are then seen.
+            destination[f"{prefix}weight"] = plain(self.weight)
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args)
@@ -290,6 +291,7 @@ class Float8Linear(nn.Linear):
     def _apply(self, fn: Any, recurse: bool = True) -> Float8Linear:
         before = {name: self.get_buffer(name) for name in scaling.buffer_names(self)}
         super()._apply(fn, recurse)
+        self.forget_copies()
         for name, old in before.items():
             new = self.get_buffer(name)
             if old.is_meta and not new.is_meta:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils._python_dispatch import _disable_current_modes
 
@@ -48,14 +49,14 @@ def _count_step(*_: Any) -> None:
 class WeightCopies:
     """The quantized copies of a layer's weight, until the weight changes.
 
-    It counts as changed when it was written to (its version counter), when any ``torch.optim`` optimizer stepped (some
-    write through ``.data``, which no counter sees), and when its gradient was thrown away after a backward (a
-    hand-written update may have come between). Another tensor in its place, FSDP2's way to fill it again, which also
-    goes behind the version counter's back, is seen by the layer, which then begins anew.
+    It counts as changed when it was written to (its version counter) or given other memory, when any ``torch.optim``
+    optimizer stepped (some write through ``.data``, which no counter sees), and when its gradient was thrown away after
+    a backward (a hand-written update may have come between). Another tensor in its place, which is also FSDP2's way to
+    fill it again behind the version counter's back, is seen by the layer, which then begins anew.
     """
 
     def __init__(self) -> None:
-        self.state: tuple[int, int] | None = None
+        self.state: tuple[int, ...] | None = None
         self.copies: dict[Hashable, Any] = {}
         self.backward_ran = False
 
@@ -65,7 +66,9 @@ class WeightCopies:
         Args:
             in_forward: or in backward, where a gradient is not there yet, rather than thrown away.
         """
-        state = (weight._version, _optimizer_steps)
+        # A DTensor and its local tensor, each written to by other people, count their own writes.
+        local = weight._local_tensor if isinstance(weight, DTensor) else weight
+        state = (weight._version, local._version, local.untyped_storage()._cdata, _optimizer_steps)
         if state != self.state or (in_forward and self.backward_ran and weight.grad is None):
             self.copies.clear()
             self.state, self.backward_ran = state, False
