@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from models.llama3.model import Attention, FeedForward, Llama3, Llama3Args, rope_table
 from tests.conftest import ROOT
 from titanlite.config.schema import ActivationCheckpoint
-from titanlite.distributed.activation_checkpoint import apply_activation_checkpoint
+from titanlite.distributed.activation_checkpoint import _op_contexts, apply_activation_checkpoint
 from titanlite.distributed.init import WeightInit
 from titanlite.float8 import (
     CastConfig,
@@ -39,6 +39,7 @@ from titanlite.float8 import (
     sync_float8_amax_and_scale_history,
     why_not_convertible,
 )
+from titanlite.float8.fsdp import ShardedWeight
 from titanlite.float8.matmul import cast
 
 RECIPES = ["tensorwise", "rowwise", "rowwise_with_gw_hp"]
@@ -299,7 +300,7 @@ def test_inputs_are_saved_in_one_byte(recipe: str) -> None:
 def test_layers_that_share_an_input_save_it_once(recipe: str) -> None:
     torch.manual_seed(0)
     per_element = 2 if recipe == "rowwise_with_gw_hp" else 1.1
-    x = torch.randn(2, 64, ARGS.dim, dtype=torch.bfloat16, requires_grad=True)
+    x = torch.randn(2, 64, ARGS.dim, dtype=torch.bfloat16, requires_grad=True) * 1  # a result, as a norm's is
     attention = Attention(ARGS).bfloat16()
     trio = (attention.wq, attention.wk, attention.wv)
     convert_to_float8_training(attention, config=configured(recipe))
@@ -337,14 +338,64 @@ USES = {"tensorwise": 1, "rowwise": 2, "rowwise_with_gw_hp": 2}  # casts of a we
 @each_recipe
 def test_a_shared_input_is_cast_once(recipe: str, counter: Counter) -> None:
     a, b = (Float8Linear(64, 32, config=configured(recipe)) for _ in range(2))
-    x = torch.randn(16, 64)
+    x = torch.randn(16, 64, requires_grad=True) * 1
     first = a(x), b(x)
     assert counter.of(x) == USES[recipe]
     x.mul_(2)  # another input now
     second = a(x), b(x)
     assert counter.of(x) == 2 * USES[recipe]
+    with torch.no_grad():
+        a(x)
+    assert counter.of(x) == 2 * USES[recipe] + 1  # nothing is kept, and nothing made for a backward
     for one, two in zip(first, second, strict=True):
         assert not torch.equal(one, two)
+
+
+@each_recipe
+def test_a_batch_that_is_filled_again_is_never_stale(recipe: str) -> None:
+    """Communication, NumPy and ``.data`` write to tensors where no version counter sees it."""
+    layer = Float8Linear(64, 32, config=configured(recipe))
+    x = torch.randn(8, 64)
+    before = layer(x)
+    x.numpy()[:] *= 2
+    after = layer(x)
+    assert not torch.equal(after, before)
+    assert torch.equal(after, layer(x.clone()))
+
+
+@each_recipe
+def test_a_functional_call_leaves_nothing_behind(recipe: str) -> None:
+    layer = Float8Linear(64, 32, bias=False, config=configured(recipe))
+    fresh = copy.deepcopy(layer)
+    x = torch.randn(8, 64, requires_grad=True)
+    for _ in range(5):
+        other = {"weight": torch.randn(32, 64, requires_grad=True)}
+        out = torch.func.functional_call(layer, other, (x,))
+        plain = layer(x)
+        assert torch.equal(plain, fresh(x))
+        (grad,) = torch.autograd.grad(out.sum(), x)
+        swapped = copy.deepcopy(fresh)
+        swapped.load_state_dict(other)
+        (expected,) = torch.autograd.grad(swapped(x).sum(), x)
+        assert torch.equal(grad, expected)
+        (grad,) = torch.autograd.grad(plain.sum(), x)
+        (expected,) = torch.autograd.grad(fresh(x).sum(), x)
+        assert torch.equal(grad, expected)
+
+
+def test_there_is_no_second_derivative() -> None:
+    layer = Float8Linear(64, 32)
+    x = torch.randn(8, 64, requires_grad=True)
+    with pytest.raises(RuntimeError, match="create_graph=True"):
+        torch.autograd.grad(layer(x).sum(), x, create_graph=True)
+
+
+@each_recipe
+def test_a_frozen_weight_saves_no_input(recipe: str) -> None:
+    layer = Float8Linear(64, 32, bias=False, config=configured(recipe))
+    layer.weight.requires_grad_(False)
+    x = torch.randn(512, 64, requires_grad=True)
+    assert saved_bytes(lambda: layer(x), layer.weight) == 0
 
 
 @each_recipe
@@ -502,6 +553,25 @@ def test_activation_checkpointing_changes_nothing(recipe: str, options: tuple[An
     assert run_model(wrapped) == run_model(plain)
 
 
+@each_recipe
+def test_selective_checkpointing_of_a_region_that_begins_in_float8(recipe: str) -> None:
+    """What it saves and what it computes again must be the same operations, also where an input is cast once."""
+    torch.manual_seed(0)
+    first = nn.Linear(64, 64)
+    region = convert_to_float8_training(nn.Sequential(nn.Linear(64, 96), nn.GELU(), nn.Linear(96, 64)))
+    other = convert_to_float8_training(nn.Linear(64, 64))
+    grads = []
+    for options in ({}, {"context_fn": _op_contexts}):
+        h = first(torch.randn(32, 64, generator=torch.Generator().manual_seed(0)))
+        out = checkpoint(region, h, use_reentrant=False, **options) if options else region(h)
+        (out.square().sum() + other(h).square().sum()).backward()
+        params = [*first.parameters(), *region.parameters(), *other.parameters()]
+        grads.append([p.grad for p in params])
+        for p in params:
+            p.grad = None
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("recipe", [*RECIPES, "delayed"])
 def test_compiled_blocks(recipe: str) -> None:
     """One graph for a whole block, compiled once, and the losses of eager mode."""
@@ -643,6 +713,9 @@ def test_a_checkpoint_without_delayed_state_starts_from_the_live_amax() -> None:
     train(layer, 2, lambda: sync_float8_amax_and_scale_history(layer))
     layer.load_state_dict(bf16.state_dict())
     assert all(not b.any() for b in layer.buffers())
+    part = scaled_by(ScalingType.DELAYED)
+    part = dataclasses.replace(part, cast_config_weight=CastConfig(), cast_config_weight_for_grad_input=CastConfig())
+    layer.load_state_dict(convert_to_float8_training(small_model(), config=part).state_dict())  # of some operands
     state = layer.state_dict()
     del state["0.fp8_scale_input"]  # but half of it is damage
     with pytest.raises(RuntimeError, match="fp8_scale_input"):
@@ -731,6 +804,16 @@ def test_float8_all_gather_without_fsdp() -> None:
         lambda: model(torch.randn(4, 64).bfloat16()), "enable_fsdp_float8_all_gather", "fully_shard", error=RuntimeError
     )
     assert all(type(v) is Tensor for v in model.state_dict().values())
+
+
+def test_float8_all_gather_survives_the_replacement_of_a_weight() -> None:
+    config = configured("tensorwise", enable_fsdp_float8_all_gather=True)
+    model = convert_to_float8_training(small_model(), config=config)
+    model.load_state_dict(small_model().state_dict(), assign=True)
+    model[2].weight = nn.Parameter(torch.zeros(32, 96))
+    assert all(isinstance(model[i].weight.data, ShardedWeight) for i in (0, 2))
+    assert isinstance(Float8Linear(32, 32, config=config).weight.data, ShardedWeight)
+    refused(model[0].to_linear, "to_linear", "FSDP2")
 
 
 def test_float8_all_gather_of_a_weight_that_an_embedding_shares() -> None:

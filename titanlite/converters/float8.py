@@ -90,6 +90,7 @@ class Float8Converter:
                 "float8 is emulated: %s has no float8 units; the same quantized values are multiplied in float32",
                 architecture(device),
             )
+        self.shards = mesh["dp_shard"].size()
         self.filters = [entry for entry in options.filter_fqns if entry != AUTO_FILTER]
         self.filter_small = AUTO_FILTER in options.filter_fqns
         self.filters_origin = config.origin("float8.filter_fqns")
@@ -111,6 +112,7 @@ class Float8Converter:
                 'model.converters = "float8": there is nothing to convert\n'
                 + "\n".join(f"    {name}: {reason}" for name, reason in kept.items())
             )
+        self._check_shards({name: linear for name, linear in linears.items() if name not in kept})
         try:
             convert_to_float8_training(model, module_filter_fn=lambda _, name: name not in kept, config=self.config)
         except ValueError as e:
@@ -129,6 +131,18 @@ class Float8Converter:
         if self.filter_small and too_small(self.recipe, linear.in_features, linear.out_features):
             return AUTO_FILTER
         return None
+
+    def _check_shards(self, chosen: dict[str, nn.Linear]) -> None:
+        """Scales of rows are gathered with the rows: each process must have as many."""
+        if not (self.config.enable_fsdp_float8_all_gather and self.config.cast_config_weight.is_axiswise):
+            return
+        for name, linear in chosen.items():
+            if linear.out_features % self.shards:
+                raise ConfigError(
+                    f"float8.enable_fsdp_float8_all_gather = true: the {linear.out_features} rows of {name} over "
+                    f"{self.shards} shards: with recipe {self.recipe} each shard must have as many; add {name} to "
+                    "float8.filter_fqns, choose another degree, or leave the flag out"
+                )
 
     def post_optimizer_hook(self, model: nn.Module) -> None:
         if self.delayed:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from torch import nn
 
 from titanlite.float8.config import Float8LinearConfig
-from titanlite.float8.fsdp import ShardedWeight
+from titanlite.float8.fsdp import gathered_in_float8
 from titanlite.float8.linear import Float8Linear, why_not_convertible
 
 
@@ -63,15 +63,14 @@ def _wrap_weights(module: nn.Module, linears: list[nn.Linear], config: Float8Lin
             owners[id(param)].append((owner, f"{name}.{key}"))
     chosen = set(map(id, linears))
     for linear in linears:
-        if isinstance(linear.weight, ShardedWeight):
-            continue  # shared with one before
         for owner, name in owners[id(linear.weight)]:
             if id(owner) not in chosen:
                 raise ValueError(
                     f'enable_fsdp_float8_all_gather: the weight of a float8 layer is also "{name}", which cannot '
                     "use it in float8; leave the layer out, or gather in high precision"
                 )
+    for linear in linears:
         weight = linear.weight
-        wrapped = nn.Parameter(ShardedWeight(weight.detach(), config), requires_grad=weight.requires_grad)
+        wrapped = gathered_in_float8(weight, config)  # type: ignore[arg-type]  # torch types it as a Tensor
         for owner, _ in owners[id(weight)]:
             owner.weight = wrapped

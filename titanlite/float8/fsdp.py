@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_map_only
 from titanlite.float8.config import Float8LinearConfig
 from titanlite.float8.matmul import Operand
 from titanlite.float8.numerics import amax_of, amax_to_scale, quantize
+from titanlite.float8.reuse import optimizer_steps
 from titanlite.float8.tensor import Float8Tensor
 
 _aten = torch.ops.aten
@@ -118,8 +119,10 @@ class ShardedWeight(Tensor):
     # ---- FSDP2
 
     @property
-    def _state(self) -> tuple[int, int]:
-        return self.writes.count, self.shard._version
+    def _state(self) -> tuple[int, ...]:
+        # The steps are counted too: they are the same on all ranks, also where one wrote to an empty shard or did not,
+        # and all have to agree when to ask each other for their amaxes.
+        return self.writes.count, self.shard._version, optimizer_steps()
 
     @property
     def scale_amax(self) -> Tensor:
@@ -153,7 +156,7 @@ class ShardedWeight(Tensor):
         """What to gather: the float8 bytes, and the scales where each shard has its own; and what need not be: the
         scale they share. The bytes go as uint8, which every backend can send."""
         self.sharded_over = mesh
-        shards, rows = mesh.size(), outer_size[0]
+        shards, rows = 1 if self.shape == outer_size else mesh.size(), outer_size[0]
         axiswise = self.config.cast_config_weight.is_axiswise
         if self.shape[1:] != outer_size[1:] or (axiswise and rows % shards):
             raise ValueError(
@@ -199,22 +202,28 @@ def _local(tensor: Tensor) -> Tensor:
     return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
 
 
-def plain(tensor: Tensor) -> Tensor:
-    """``tensor`` without the wrapping, on the same memory: what belongs in a state dict."""
-    local = _local(tensor)
-    if not isinstance(local, ShardedWeight):
-        return tensor
-    inner = local.shard.detach()
+def _with_local(tensor: Tensor, local: Tensor) -> Tensor:
+    """``local``, or the DTensor like ``tensor`` that has it for its local tensor."""
     if not isinstance(tensor, DTensor):
-        return inner
-    return DTensor.from_local(
-        inner,
-        tensor.device_mesh,
-        tensor.placements,
-        run_check=False,
-        shape=tensor.shape,
-        stride=tensor.stride(),
-    )
+        return local
+    mesh, placements = tensor.device_mesh, tensor.placements
+    return DTensor.from_local(local, mesh, placements, run_check=False, shape=tensor.shape, stride=tensor.stride())
+
+
+def plain(tensor: Tensor) -> Tensor:
+    """``tensor`` detached and without the wrapping, on the same memory: what belongs in a state dict. Writes to it
+    count as writes to the original, for a DTensor too, whose own detach makes a local tensor that counts for itself."""
+    local = _local(tensor)
+    return _with_local(tensor, (local.shard if isinstance(local, ShardedWeight) else local).detach())
+
+
+def gathered_in_float8(param: nn.Parameter, config: Float8LinearConfig) -> nn.Parameter:
+    """``param``, wrapped for FSDP2 to gather it in float8, if it is not yet (or is what was gathered)."""
+    local = _local(param)
+    if isinstance(local, (ShardedWeight, Float8Tensor)):
+        return param
+    wrapped = _with_local(param, ShardedWeight(local.detach(), config))
+    return nn.Parameter(wrapped, requires_grad=param.requires_grad)
 
 
 @torch.no_grad()

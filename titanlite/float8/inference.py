@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from titanlite.float8.devices import default_dtypes, has_native_float8
-from titanlite.float8.linear import Float8Linear
+from titanlite.float8.linear import Float8Linear, refuse_double_backward
 from titanlite.float8.matmul import Operand, scaled_mm
 from titanlite.float8.numerics import amax_of, amax_to_scale, dequantize, quantize
 
@@ -161,6 +161,8 @@ class _Matmul(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        if not torch.compiler.is_compiling():
+            refuse_double_backward()
         return grad_output @ dequantize(*ctx.saved_tensors).to(grad_output.dtype), None, None, None, None
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -11,11 +11,25 @@ from torch.distributed.tensor import DTensor
 from titanlite.float8 import scaling
 from titanlite.float8.config import CastConfig, Float8LinearConfig
 from titanlite.float8.devices import must_emulate
-from titanlite.float8.fsdp import ShardedWeight, plain
+from titanlite.float8.fsdp import gathered_in_float8, plain
 from titanlite.float8.matmul import Operand, cast, scaled_mm
 from titanlite.float8.numerics import dequantize
 from titanlite.float8.reuse import WeightCopies, remember, remembered
 from titanlite.float8.tensor import Float8Tensor
+
+
+class Ranks(Protocol):
+    """The ranks of a row-parallel layer, each of which has a part of its input features.
+
+    What they communicate is part of the matmul: its backward takes the gradient in float8 as it arrives, which autograd
+    could not hand on.
+    """
+
+    def sum(self, output: Tensor) -> Tensor:
+        """The sum over the ranks, or this rank's share of it."""
+
+    def whole(self, grad: Tensor) -> Tensor | Operand:
+        """The gradient of the whole sum, made of the gradient of what :meth:`sum` returned."""
 
 
 class _Matmul(torch.autograd.Function):
@@ -39,11 +53,16 @@ class _Matmul(torch.autograd.Function):
         saved_scale: Tensor | None,
         layer: Float8Linear,
         emulate: bool,
+        ranks: Ranks | None,
     ) -> Tensor:
         if saved_data is None:
             saved_data, saved_scale = x_data, x_scale
-        ctx.save_for_backward(weight, saved_data, saved_scale)
-        ctx.layer, ctx.emulate, ctx.shape, ctx.dtype = layer, emulate, x.shape, x.dtype
+        if weight.requires_grad:
+            ctx.save_for_backward(weight, saved_data, saved_scale)
+        else:
+            ctx.save_for_backward(weight)
+        ctx.source = None if torch.compiler.is_compiling() else layer.weight
+        ctx.layer, ctx.emulate, ctx.ranks, ctx.shape, ctx.dtype = layer, emulate, ranks, x.shape, x.dtype
         out = scaled_mm(
             Operand(x_data, x_scale),
             Operand(w_data, w_scale).t(),
@@ -52,20 +71,23 @@ class _Matmul(torch.autograd.Function):
             emulate=emulate,
         )
         # Not a view in the eyes of autograd, as of F.linear: FSDP2 warns of modules that return one.
-        return torch.ops.aten._unsafe_view(out, [*x.shape[:-1], out.shape[-1]])
+        out = torch.ops.aten._unsafe_view(out, [*x.shape[:-1], out.shape[-1]])
+        return out if ranks is None else ranks.sum(out)
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        weight, saved_data, saved_scale = ctx.saved_tensors
+        weight, *saved = ctx.saved_tensors
         layer, emulate = ctx.layer, ctx.emulate
         if not torch.compiler.is_compiling():
             layer._copies.backward_ran = True
+            refuse_double_backward()
         grad_input = grad_weight = None
-        g_for_input, g_for_weight = layer._cast_grad_output(grad_output, emulate)
+        whole = grad_output if ctx.ranks is None else ctx.ranks.whole(grad_output)
+        g_for_input, g_for_weight = layer._cast_grad_output(whole, emulate, ctx.needs_input_grad[1])
         if ctx.needs_input_grad[0]:
             grad_input = scaled_mm(
                 g_for_input,
-                layer._weight_for_grad_input(weight, emulate),
+                layer._weight_for_grad_input(weight, ctx.source, emulate),
                 out_dtype=ctx.dtype,
                 fast_accum=layer.config.gemm_config_grad_input.use_fast_accum,
                 emulate=emulate,
@@ -73,12 +95,18 @@ class _Matmul(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             grad_weight = scaled_mm(
                 g_for_weight.t(),
-                Operand(saved_data, saved_scale),
+                Operand(*saved),
                 out_dtype=ctx.dtype,
                 fast_accum=layer.config.gemm_config_grad_weight.use_fast_accum,
                 emulate=emulate,
             )
-        return grad_input, grad_weight, *[None] * 8
+        return grad_input, grad_weight, *[None] * 9
+
+
+def refuse_double_backward() -> None:
+    """For the backward of a cast matmul, which is not differentiable itself: gradients of it would lack terms."""
+    if torch.is_grad_enabled():
+        raise RuntimeError("a float8 layer has no second derivative: leave out create_graph=True, or convert it back")
 
 
 def why_not_convertible(module: nn.Module) -> str | None:
@@ -132,12 +160,10 @@ class Float8Linear(nn.Linear):
         """Turn this layer itself back into an ``nn.Linear``; returns it.
 
         Raises:
-            ValueError: its weight is wrapped for FSDP2's float8 all-gather.
+            ValueError: it is sharded by FSDP2, or prepared to be gathered in float8.
         """
-        if plain(self.weight) is not self.weight:
-            raise ValueError(
-                "to_linear: the weight is wrapped for float8 all-gather; load the state dict into a new model"
-            )
+        if type(self) is not Float8Linear or self.config.enable_fsdp_float8_all_gather:
+            raise ValueError("to_linear: the layer belongs to FSDP2; load the state dict into a new model")
         for name in scaling.buffer_names(self):
             delattr(self, name)
         del self.config, self._copies
@@ -151,7 +177,7 @@ class Float8Linear(nn.Linear):
                 "multiples of 16; leave this layer in high precision"
             )
         self.config = config
-        self.forget_copies()
+        self.weight = self.weight  # prepared for FSDP2, if that is asked for
         scaling.add_buffers(self)
 
     # ---- forward
@@ -161,30 +187,33 @@ class Float8Linear(nn.Linear):
         out = self.multiply(input)
         return out if self.bias is None else out + self.bias.to(out.dtype)
 
-    def multiply(self, input: Tensor) -> Tensor:
-        """:meth:`forward` without the bias."""
+    def multiply(self, input: Tensor, ranks: Ranks | None = None) -> Tensor:
+        """:meth:`forward` without the bias.
+
+        Args:
+            ranks: that share the input features; the result is what their sum leaves this one with.
+        """
         if isinstance(input, DTensor):
             raise TypeError(
                 "Float8Linear takes plain tensors, not a DTensor: parallelize it with titanlite.float8's "
                 "Float8ColwiseParallel or Float8RowwiseParallel"
             )
-        if torch.is_autocast_enabled(input.device.type):
+        if torch.amp.is_autocast_available(input.device.type) and torch.is_autocast_enabled(input.device.type):
             input = input.to(torch.get_autocast_dtype(input.device.type))
         weight = self.weight.to_local() if isinstance(self.weight, DTensor) else self.weight
         if input.shape[-1] != weight.shape[-1]:
             raise ValueError(f"Float8Linear: input of shape {tuple(input.shape)}, must be [..., {weight.shape[-1]}]")
-        if isinstance(weight, ShardedWeight):
+        if self.config.enable_fsdp_float8_all_gather and not isinstance(weight, Float8Tensor):
             raise RuntimeError(
                 "enable_fsdp_float8_all_gather: FSDP2 has not gathered this weight; call fully_shard on the model, or "
                 "leave the flag out"
             )
         emulate = must_emulate(input.device, self.config.dtypes, self.config.emulate, torch.compiler.is_compiling())
-        with torch.no_grad():
-            x, saved = self._cast_input(input, emulate)
-            w = self._weight_for_output(weight, emulate)
+        x, saved = self._cast_input(input, emulate, torch.is_grad_enabled() and weight.requires_grad)
+        w = self._weight_for_output(weight, self.weight, emulate)
         if saved is x:
             saved = Operand(None, None)  # type: ignore[arg-type]  # the compiler takes no tensor twice
-        out: Tensor = _Matmul.apply(input, weight, *x, *w, *saved, self, emulate)
+        out: Tensor = _Matmul.apply(input, weight, *x, *w, *saved, self, emulate, ranks)
         return out
 
     # ---- the operands
@@ -193,78 +222,88 @@ class Float8Linear(nn.Linear):
         rounded = self.config.round_scales_to_power_of_2
         return cast(x, how, contracted=contracted, power_of_2=rounded, scale=scale, emulate=emulate)
 
-    def _cast_twice(self, name: str, x: Tensor, emulate: bool) -> tuple[Operand, Operand]:
-        """``x`` (rows, features) for the matmul that contracts its features, and for grad_weight, which contracts its
-        rows; one and the same object where one cast serves both."""
+    def _cast_twice(self, name: str, x: Tensor, emulate: bool, for_weight: bool) -> tuple[Operand, Operand]:
+        """``x`` (rows, features) for the matmul that contracts its features, and if ``for_weight`` for grad_weight,
+        which contracts its rows; one and the same object where one cast serves both."""
         first: CastConfig = getattr(self.config, f"cast_config_{name}")
         second: CastConfig = getattr(self.config, f"cast_config_{name}_for_grad_weight")
         scale = scaling.scale_of(self, name, first, x)
         features = self._cast(x, first, 1, emulate, scale)
-        if first == second and not first.is_axiswise:
+        if not for_weight or (first == second and not first.is_axiswise):
             return features, features
         return features, self._cast(x, second, 0, emulate, scale)
 
-    def _cast_input(self, input: Tensor, emulate: bool) -> tuple[Operand, Operand]:
+    def _cast_input(self, input: Tensor, emulate: bool, for_weight: bool) -> tuple[Operand, Operand]:
         key = (
             self.config.cast_config_input,
             self.config.cast_config_input_for_grad_weight,
             self.config.round_scales_to_power_of_2,
             emulate,
+            for_weight,
         )
         found: tuple[Operand, Operand] | None = remembered(input, key)
         if found is not None:
             return found
         if isinstance(input, Float8Tensor):
-            casts = self._recast(input, self.config.cast_config_input_for_grad_weight, emulate)
+            casts = self._recast(input.operand(), self.config.cast_config_input_for_grad_weight, emulate)
         else:
-            casts = self._cast_twice("input", input.reshape(-1, input.shape[-1]), emulate)
+            casts = self._cast_twice("input", input.detach().reshape(-1, input.shape[-1]), emulate, for_weight)
         if not scaling.is_stateful(self.config.cast_config_input):  # else the scale is this layer's own
             remember(input, key, casts)
         return casts
 
-    def _cast_grad_output(self, grad_output: Tensor, emulate: bool) -> tuple[Operand, Operand]:
-        if isinstance(grad_output, Float8Tensor):
+    def _cast_grad_output(
+        self, grad_output: Tensor | Operand, emulate: bool, for_weight: bool
+    ) -> tuple[Operand, Operand]:
+        if isinstance(grad_output, Operand):
             return self._recast(grad_output, self.config.cast_config_grad_output_for_grad_weight, emulate)
-        return self._cast_twice("grad_output", grad_output.reshape(-1, grad_output.shape[-1]), emulate)
+        return self._cast_twice("grad_output", grad_output.reshape(-1, grad_output.shape[-1]), emulate, for_weight)
 
-    def _recast(self, x: Float8Tensor, second: CastConfig, emulate: bool) -> tuple[Operand, Operand]:
+    def _recast(self, arrived: Operand, second: CastConfig, emulate: bool) -> tuple[Operand, Operand]:
         """The operands of what arrived in float8: as it is, and for scales along the other dimension cast once more."""
-        arrived = x.operand()
         if arrived.scale is not None and not arrived.scale.ndim and not second.is_axiswise:
             return arrived, arrived
         return arrived, self._cast(dequantize(*arrived), second, 0, emulate, None)  # type: ignore[arg-type]
 
-    def _weight_for_output(self, weight: Tensor, emulate: bool) -> Operand:
+    def _weight_for_output(self, weight: Tensor, source: Tensor, emulate: bool) -> Operand:
         if isinstance(weight, Float8Tensor):
             return weight.operand()
-        return self._weight_copy("output", weight, self.config.cast_config_weight, 1, emulate)
+        return self._weight_copy("output", weight, source, self.config.cast_config_weight, emulate)
 
-    def _weight_for_grad_input(self, weight: Tensor, emulate: bool) -> Operand:
+    def _weight_for_grad_input(self, weight: Tensor, source: Tensor | None, emulate: bool) -> Operand:
         second = self.config.cast_config_weight_for_grad_input
         if not isinstance(weight, Float8Tensor):
-            return self._weight_copy("grad_input", weight, second, 0, emulate)
-        return self._recast(weight, second, emulate)[1]
+            return self._weight_copy("grad_input", weight, source, second, emulate)
+        return self._recast(weight.operand(), second, emulate)[1]
 
-    def _weight_copy(self, use: str, weight: Tensor, how: CastConfig, contracted: int, emulate: bool) -> Operand:
-        """The weight, cast: once per optimizer step in eager mode."""
+    def _weight_copy(self, use: str, weight: Tensor, source: Tensor | None, how: CastConfig, emulate: bool) -> Operand:
+        """The weight, cast: once per optimizer step in eager mode.
+
+        Args:
+            source: the parameter that ``weight`` is, or is the local part of.
+        """
 
         def make() -> Operand:
             scale = scaling.scale_of(self, "weight", how, weight)
-            return self._cast(weight, how, contracted, emulate, scale)
+            return self._cast(weight, how, 1 if use == "output" else 0, emulate, scale)
 
-        if torch.compiler.is_compiling() or self.config.force_recompute_fp8_weight_in_bwd or not self.training:
+        kept = self.training and not self.config.force_recompute_fp8_weight_in_bwd
+        if not kept or source is None or torch.compiler.is_compiling() or source.is_inference():
             return make()
         # One copy serves both matmuls where they want the same.
         key = "output" if not how.is_axiswise and how == self.config.cast_config_weight else use
-        found: Operand = self._copies.get(self.weight, (key, emulate), make, in_forward=use == "output")
+        found: Operand = self._copies.get(source, (key, emulate), make, in_forward=use == "output")
         return found
 
     # ---- what nn.Module does with it
 
     def __setattr__(self, name: str, value: Any) -> None:
-        super().__setattr__(name, value)
         if name == "weight":
             self.forget_copies()
+            config = self.__dict__.get("config")  # nn.Linear's own constructor comes before it
+            if isinstance(value, nn.Parameter) and config is not None and config.enable_fsdp_float8_all_gather:
+                value = gathered_in_float8(value, config)
+        super().__setattr__(name, value)
 
     def forget_copies(self) -> None:
         """Drop the quantized copies of the weight, after a write to it that nothing else shows."""
@@ -275,18 +314,20 @@ class Float8Linear(nn.Linear):
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        if not keep_vars and plain(self.weight) is not self.weight:
+        if not keep_vars:
             # Of the weight itself, not of what detach made of it: writes to the state dict are then seen.
             destination[f"{prefix}weight"] = plain(self.weight)
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args)
-        names = scaling.buffer_names(self)
-        if names and not any(f"{prefix}{name}" in state_dict for name in names):
-            missing_keys = args[2]  # a checkpoint of a model that had none: scaling begins anew
-            for name in names:
-                self.get_buffer(name).zero_()
-                missing_keys.remove(f"{prefix}{name}")
+        self.forget_copies()
+        for operand in scaling.delayed_operands(self):
+            names = scaling.buffer_names(self, operand)
+            if not any(f"{prefix}{name}" in state_dict for name in names):
+                missing_keys = args[2]  # a checkpoint of a model that had none: scaling begins anew
+                for name in names:
+                    self.get_buffer(name).zero_()
+                    missing_keys.remove(f"{prefix}{name}")
 
     def _apply(self, fn: Any, recurse: bool = True) -> Float8Linear:
         before = {name: self.get_buffer(name) for name in scaling.buffer_names(self)}

@@ -80,8 +80,9 @@ def scaled_mm(a: Operand, b: Operand, *, out_dtype: torch.dtype, fast_accum: boo
             out_dtype=out_dtype,
             use_fast_accum=True,
         )
-    # The kernel for scales of rows has no full accumulation and no other output dtype, so the matmul is done without
-    # scales, which are applied after it. float16 could overflow in between; bfloat16 loses nothing to powers of two.
+    # With full accumulation, and for other outputs, the kernel for scales of rows is slow or missing, depending on the
+    # device: the matmul is done without scales, which are applied after it. float16 could overflow in between; bfloat16
+    # loses nothing to powers of two.
     one = a.scale.new_ones(())
     between = torch.bfloat16 if out_dtype is torch.bfloat16 else torch.float32
     product = torch._scaled_mm(a8, b8, scale_a=one, scale_b=one, out_dtype=between, use_fast_accum=fast_accum)

@@ -48,8 +48,10 @@ def add_buffers(layer: Float8Linear) -> None:
         layer.register_buffer(f"{SCALE}{operand}", torch.zeros((), device=device))
 
 
-def buffer_names(layer: Float8Linear) -> list[str]:
-    return [f"{prefix}{operand}" for operand in delayed_operands(layer) for prefix in (AMAX, HISTORY, SCALE)]
+def buffer_names(layer: Float8Linear, operand: str | None = None) -> list[str]:
+    """Of one operand, or of all."""
+    operands = delayed_operands(layer) if operand is None else [operand]
+    return [f"{prefix}{operand}" for operand in operands for prefix in (AMAX, HISTORY, SCALE)]
 
 
 def scale_of(layer: Float8Linear, operand: str, config: CastConfig, x: Tensor) -> Tensor | None:

@@ -1,108 +1,173 @@
 """Tensor and sequence parallelism for float8 layers, communicating float8 where the recipe allows.
 
-The styles of ``torch.distributed.tensor.parallel`` with the same names and arguments. What is gathered before a matmul
-travels in float8: the input of column-parallel layers, and the gradient of row-parallel ones. What is summed travels in
-high precision. One tensor scale is agreed by all ranks with an all-reduce of one number; scales of rows need none, as
-the rows are whole on their rank. Where the matmul that computes grad_weight wants the operand in high precision
-(``rowwise_with_gw_hp``), or its scale is not dynamic, it is gathered in high precision.
+The styles of ``torch.distributed.tensor.parallel`` for ``parallelize_module``, with ``Float8`` in their names. What is
+gathered before a matmul travels in float8: the input of column-parallel layers, and the gradient of row-parallel ones.
+What is summed travels in high precision. One tensor scale is agreed by all ranks with an all-reduce of one number;
+scales of rows need none, as the rows are whole on their rank, and are gathered with them. Where the matmul that
+computes grad_weight wants the operand in high precision (``rowwise_with_gw_hp``), or its scale is not dynamic, it is
+gathered in high precision.
 
-A sharded weight has the scale of its shard: that needs no communication and is more exact than one scale for all.
+A sharded weight has the scale of its shard, and so has what is sharded like it (the gradient of column-parallel layers,
+the input of row-parallel ones): that needs no communication and is more exact than one scale for all.
+
+Parallelize all blocks with one and the same mesh object: torch.compile lets them share their code only then.
 """
 
 from __future__ import annotations
 
-from functools import partial
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed._functional_collectives as funcol
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
+from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel.style import ParallelStyle
 
-from titanlite.float8.config import CastConfig, ScalingType
+from titanlite.float8.config import CastConfig, Float8LinearConfig, ScalingType
 from titanlite.float8.fsdp import ShardedWeight
 from titanlite.float8.linear import Float8Linear
+from titanlite.float8.matmul import Operand
 from titanlite.float8.numerics import amax_of, amax_to_scale, quantize
 from titanlite.float8.tensor import Float8Tensor
 
-
-def _travels(config: CastConfig, for_grad_weight: CastConfig) -> bool:
-    """Whether an operand can be gathered in float8: both of its matmuls then use those bytes."""
-    return config.scaling_type is ScalingType.DYNAMIC and for_grad_weight.scaling_type is ScalingType.DYNAMIC
+# The operators themselves: their names last, while those of the functions around them changed in torch 2.13.
+_c10d = torch.ops._c10d_functional
 
 
-def _gather(x: Tensor, config: CastConfig, power_of_2: bool, mesh: DeviceMesh, dim: int) -> Float8Tensor:
-    """``x``, sharded along ``dim``, whole and in float8 on every rank."""
-    group = mesh.get_group()
-    amax = amax_of(x, -1 if config.is_axiswise else None).float()
-    if not config.is_axiswise:
-        amax = funcol.all_reduce(amax, "max", group)
-    scale = amax_to_scale(amax, config.dtype, power_of_2)
-    data = funcol.all_gather_tensor(quantize(x, scale, config.dtype).view(torch.uint8), dim, group)
-    if config.is_axiswise:
-        scale = funcol.all_gather_tensor(scale, dim, group)
-    return Float8Tensor(funcol.wait_tensor(data).view(config.dtype), funcol.wait_tensor(scale), x.dtype)
+def _all_gather(x: Tensor, dim: int, size: int, group: str) -> Tensor:
+    """``x`` of all ranks along ``dim``; the caller waits for it with :func:`_joined`."""
+    return _c10d.all_gather_into_tensor(x.contiguous(), size, group)
 
 
+def _joined(gathered: Tensor, dim: int, size: int) -> Tensor:
+    """What :func:`_all_gather` returned, in the order of ``dim``. The ranks come one after the other in the first
+    dimension; to move them takes a copy, except for ``dim`` 0 and for a batch of one."""
+    whole = _c10d.wait_tensor(gathered)
+    return whole.unflatten(0, (size, whole.shape[0] // size)).movedim(0, dim).flatten(dim, dim + 1)
+
+
+def _reduce_scatter(x: Tensor, dim: int, size: int, group: str) -> Tensor:
+    """This rank's share, along ``dim``, of the sum of all ranks' ``x``."""
+    if x.shape[dim] % size:
+        raise ValueError(f"tensor parallelism: dimension {dim} of {tuple(x.shape)} cannot be shared by {size} ranks")
+    by_rank = x.unflatten(dim, (size, x.shape[dim] // size)).movedim(dim, 0).flatten(0, 1)
+    return _c10d.wait_tensor(_c10d.reduce_scatter_tensor(by_rank.contiguous(), "sum", size, group))
+
+
+def _gather_float8(
+    x: Tensor, dim: int, size: int, group: str, dtype: torch.dtype, axiswise: bool, power_of_2: bool
+) -> tuple[Tensor, Tensor]:
+    """``x``, sharded along ``dim``, whole and in float8 on every rank: its data and scales."""
+    amax = amax_of(x, -1 if axiswise else None).float()
+    if not axiswise:
+        amax = _c10d.wait_tensor(_c10d.all_reduce(amax, "max", group))
+    scale = amax_to_scale(amax, dtype, power_of_2)
+    # As uint8, which every backend can send.
+    data = _all_gather(quantize(x, scale, dtype).view(torch.uint8), dim, size, group)
+    if axiswise:
+        scale = _joined(_all_gather(scale, dim, size, group), dim, size)
+    return _joined(data, dim, size).view(dtype), scale
+
+
+# The compiler would trace the backward with a Float8Tensor for a gradient, taking it to be like the output.
+@torch.compiler.allow_in_graph  # type: ignore[untyped-decorator]
 class _GatherInput(torch.autograd.Function):
     """Forward gathers in float8; backward sums the gradients of all ranks and keeps this rank's share."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, config: CastConfig, power_of_2: bool, mesh: DeviceMesh, dim: int) -> Tensor:
-        ctx.mesh, ctx.dim = mesh, dim
-        return _gather(x, config, power_of_2, mesh, dim)
+    def forward(ctx: Any, x: Tensor, dim: int, size: int, group: str, *how: Any) -> Tensor:
+        ctx.where = dim, size, group
+        return Float8Tensor(*_gather_float8(x, dim, size, group, *how), x.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        shard = funcol.reduce_scatter_tensor(grad.contiguous(), "sum", ctx.dim, ctx.mesh.get_group())
-        return funcol.wait_tensor(shard), None, None, None, None
+        return _reduce_scatter(grad, *ctx.where), *[None] * 6
 
 
-class _ScatterOutput(torch.autograd.Function):
-    """Forward sums over the ranks and keeps this rank's share; backward gathers the gradient in float8."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, config: CastConfig, power_of_2: bool, mesh: DeviceMesh, dim: int) -> Tensor:
-        ctx.config, ctx.power_of_2, ctx.mesh, ctx.dim = config, power_of_2, mesh, dim
-        return funcol.wait_tensor(funcol.reduce_scatter_tensor(x.contiguous(), "sum", dim, mesh.get_group()))
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return _gather(grad, ctx.config, ctx.power_of_2, ctx.mesh, ctx.dim), None, None, None, None
+def _float8(config: Float8LinearConfig, operand: str) -> tuple[torch.dtype, bool, bool] | None:
+    """How an operand is gathered in float8; None where it cannot be, as one of its two matmuls does not use those
+    bytes."""
+    own: CastConfig = getattr(config, f"cast_config_{operand}")
+    other: CastConfig = getattr(config, f"cast_config_{operand}_for_grad_weight")
+    if own.scaling_type is not ScalingType.DYNAMIC or other.scaling_type is not ScalingType.DYNAMIC:
+        return None
+    return own.dtype, own.is_axiswise, config.round_scales_to_power_of_2
 
 
-def _gathered_input(x: Tensor, layer: Float8Linear, mesh: DeviceMesh, dim: int) -> Tensor:
-    """``x``, sharded along ``dim`` over ``mesh``, as what ``layer`` takes: in float8, or where its recipe does not
-    allow that, a replicated DTensor."""
-    config = layer.config
-    if _travels(config.cast_config_input, config.cast_config_input_for_grad_weight):
-        rounded = config.round_scales_to_power_of_2
-        whole: Tensor = _GatherInput.apply(x, config.cast_config_input, rounded, mesh, dim)
-        return whole
-    return DTensor.from_local(x, mesh, (Shard(dim),), run_check=False).redistribute(mesh, (Replicate(),))
+def _gathered_input(x: Tensor, layout: Shard, config: Float8LinearConfig, mesh: DeviceMesh) -> Tensor:
+    """``x``, sharded by ``layout`` over ``mesh``, whole: in float8, or where ``config`` does not allow that, as a
+    replicated DTensor."""
+    dim = _token_dim(layout, x)
+    if isinstance(x, DTensor):
+        if x.shape[dim] % mesh.size():
+            raise ValueError(f"tensor parallelism: dimension {dim} of {tuple(x.shape)} is not sharded evenly")
+        x = x.to_local()
+    if torch.is_autocast_enabled(x.device.type):
+        x = x.to(torch.get_autocast_dtype(x.device.type))
+    how = _float8(config, "input")
+    if how is None:
+        return DTensor.from_local(x, mesh, (Shard(dim),), run_check=False).redistribute(mesh, (Replicate(),))
+    whole: Tensor = _GatherInput.apply(x, dim, mesh.size(), mesh.get_group().group_name, *how)
+    return whole
 
 
-def _as_local(x: Tensor, layout: Placement, mesh: DeviceMesh) -> Tensor:
-    if not isinstance(x, DTensor):
-        return x
-    if x.placements != (layout,):
-        x = x.redistribute(mesh, (layout,))
-    return x.to_local()
+def _token_dim(layout: Shard, x: Tensor) -> int:
+    dim = layout.dim % x.ndim
+    if dim == x.ndim - 1:
+        raise ValueError(
+            f"tensor parallelism: {layout} of a tensor of shape {tuple(x.shape)} shards its features; must be another "
+            "dimension"
+        )
+    return dim
 
 
-def _dim(layout: Placement, x: Tensor) -> int:
-    assert isinstance(layout, Shard)
-    return layout.dim % x.ndim
+@dataclass(frozen=True)
+class _Summation:
+    """What row-parallel ranks do with their partial outputs: sum them, and take a share of that or the whole."""
+
+    layout: Placement
+    config: Float8LinearConfig
+    size: int
+    group: str
+
+    def sum(self, output: Tensor) -> Tensor:
+        if not isinstance(self.layout, Shard):
+            return _c10d.wait_tensor(_c10d.all_reduce(output, "sum", self.group))
+        return _reduce_scatter(output, _token_dim(self.layout, output), self.size, self.group)
+
+    def whole(self, grad: Tensor) -> Tensor | Operand:
+        if not isinstance(self.layout, Shard):
+            return grad
+        dim = _token_dim(self.layout, grad)
+        how = _float8(self.config, "grad_output")
+        if how is None:
+            return _joined(_all_gather(grad, dim, self.size, self.group), dim, self.size)
+        data, scale = _gather_float8(grad, dim, self.size, self.group, *how)
+        return Operand(data.flatten(0, -2), scale.flatten(0, -2) if scale.ndim else scale)
 
 
-def _shard(layer: Float8Linear, name: str, mesh: DeviceMesh, placement: Placement) -> None:
+def _float8_linear(style: ParallelStyle, module: nn.Module) -> Float8Linear:
+    if not isinstance(module, Float8Linear):
+        name = type(style).__name__
+        raise ValueError(
+            f"{name} on a {type(module).__name__}: is for Float8Linear; convert the layer, or use "
+            f"{name.replace('Float8', '')}"
+        )
+    return module
+
+
+def _shard(style: ParallelStyle, layer: Float8Linear, name: str, mesh: DeviceMesh, placement: Placement) -> None:
     """Replace a parameter by its shard, a DTensor; what wraps it for FSDP2 is put around the shard."""
     param = getattr(layer, name)
     wrapped = isinstance(param, ShardedWeight)
-    sharded = torch.distributed.tensor.distribute_tensor(
-        param.shard if wrapped else param.detach(), mesh, (placement,), src_data_rank=None
+    if isinstance(placement, Shard) and param.shape[placement.dim] % (16 * mesh.size()):
+        raise ValueError(
+            f"{type(style).__name__}: {name} of shape {tuple(param.shape)}, dimension {placement.dim} over "
+            f"{mesh.size()} ranks: float8 matmuls need a multiple of 16 on each; leave this layer in high precision"
+        )
+    sharded = distribute_tensor(
+        param.shard if wrapped else param.detach(), mesh, (placement,), src_data_rank=style.src_data_rank
     )
     if wrapped:
         local = ShardedWeight(sharded.to_local(), layer.config)
@@ -112,28 +177,13 @@ def _shard(layer: Float8Linear, name: str, mesh: DeviceMesh, placement: Placemen
     setattr(layer, name, nn.Parameter(sharded, requires_grad=param.requires_grad))
 
 
-def _bias(layer: Float8Linear, grad: Placement) -> Tensor:
-    """This rank's part of the bias; ``grad`` says what its gradient is of the whole one's."""
-    assert isinstance(layer.bias, DTensor)
-    return layer.bias.to_local(grad_placements=(grad,))
-
-
-def _check(style: ParallelStyle, module: nn.Module) -> Float8Linear:
-    if not isinstance(module, Float8Linear):
-        raise ValueError(
-            f"{type(style).__name__} on a {type(module).__name__}: is for Float8Linear; convert the layer, or use "
-            f"{type(style).__name__.removeprefix('Float8')}"
-        )
-    return module
-
-
 class Float8ColwiseParallel(ParallelStyle):
     """Shards a layer's output features.
 
     Args:
-        input_layouts: ``Replicate()``, or ``Shard(dim)`` of another dimension than the last: gathered along it, in
-            float8.
-        output_layouts: ``Shard(-1)``.
+        input_layouts: of a plain input: ``Replicate()``, or ``Shard(dim)`` of another dimension than the last: gathered
+            along it, in float8. A DTensor says so itself.
+        output_layouts: ``Shard(-1)``, or ``Replicate()``: gathered in high precision.
         use_local_output: return a plain tensor, else a DTensor.
     """
 
@@ -146,34 +196,57 @@ class Float8ColwiseParallel(ParallelStyle):
     ) -> None:
         super().__init__()
         self.input_layout = input_layouts or Replicate()
+        self.output_layout = output_layouts or Shard(-1)
         self.use_local_output = use_local_output
-        if (output_layouts or Shard(-1)) != Shard(-1):
-            raise ValueError(f"Float8ColwiseParallel(output_layouts={output_layouts}): can only be Shard(-1)")
+        if self.output_layout not in (Shard(-1), Replicate()):
+            raise ValueError(
+                f"Float8ColwiseParallel(output_layouts={output_layouts}): must be Shard(-1) or Replicate()"
+            )
         if self.input_layout != Replicate() and not isinstance(self.input_layout, Shard):
             raise ValueError(f"Float8ColwiseParallel(input_layouts={input_layouts}): must be Replicate() or Shard(dim)")
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
-        layer = _check(self, module)
-        _shard(layer, "weight", device_mesh, Shard(0))
+        layer = _float8_linear(self, module)
+        _shard(self, layer, "weight", device_mesh, Shard(0))
         if layer.bias is not None:
-            _shard(layer, "bias", device_mesh, Shard(0))
-        layer.forward = partial(self._forward, layer, device_mesh)  # type: ignore[method-assign]
+            _shard(self, layer, "bias", device_mesh, Shard(0))
+        layer.__class__ = _ColumnParallelLinear  # type: ignore[assignment]
+        assert isinstance(layer, _ColumnParallelLinear)
+        layer.style = self
         return layer
 
-    def _forward(self, layer: Float8Linear, mesh: DeviceMesh, x: Tensor) -> Tensor:
-        if not isinstance(x, Float8Tensor):
-            if self.input_layout == Replicate():
-                if not isinstance(x, DTensor):
-                    x = DTensor.from_local(x, mesh, (Replicate(),), run_check=False)
-            elif not (isinstance(x, DTensor) and x.placements == (Replicate(),)):
-                x = _as_local(x, self.input_layout, mesh)
-                x = _gathered_input(x, layer, mesh, _dim(self.input_layout, x))
-        if isinstance(x, DTensor):  # each rank has the gradient of its output features alone: to be summed
-            x = x.redistribute(mesh, (Replicate(),)).to_local(grad_placements=(Partial(),))
-        out = layer.multiply(x)
-        if layer.bias is not None:
-            out = out + _bias(layer, Shard(0)).to(out.dtype)
-        return out if self.use_local_output else DTensor.from_local(out, mesh, (Shard(-1),), run_check=False)
+
+class _ColumnParallelLinear(Float8Linear):
+    # The class of a layer is replaced, not its forward: compiled code would not be shared by blocks whose layers have
+    # each a forward of their own.
+    style: Float8ColwiseParallel
+
+    def forward(self, input: Tensor) -> Tensor:
+        assert isinstance(self.weight, DTensor)
+        mesh, style, x = self.weight.device_mesh, self.style, input
+        layout = x.placements[0] if isinstance(x, DTensor) else style.input_layout
+        if isinstance(x, Float8Tensor):
+            pass  # PrepareFloat8ModuleInput gathered it
+        elif isinstance(layout, Shard):
+            x = _gathered_input(x, layout, self.config, mesh)
+        elif not isinstance(x, DTensor):
+            x = DTensor.from_local(x, mesh, (Replicate(),), run_check=False)
+        if isinstance(x, DTensor):
+            if x.placements != (Replicate(),):
+                x = x.redistribute(mesh, (Replicate(),))
+            # Each rank has the gradient of its output features alone. Whoever made the DTensor sums them, once for all
+            # layers that take it.
+            x = x.to_local(grad_placements=(Partial(),))
+        out = self.multiply(x)
+        if self.bias is not None:
+            assert isinstance(self.bias, DTensor)
+            out = out + self.bias.to_local().to(out.dtype)
+        if style.use_local_output and style.output_layout == Shard(-1):
+            return out
+        whole = DTensor.from_local(out, mesh, (Shard(-1),), run_check=False)
+        if style.output_layout != Shard(-1):
+            whole = whole.redistribute(mesh, (style.output_layout,))
+        return whole.to_local() if style.use_local_output else whole
 
 
 class Float8RowwiseParallel(ParallelStyle):
@@ -204,28 +277,38 @@ class Float8RowwiseParallel(ParallelStyle):
             )
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
-        layer = _check(self, module)
-        _shard(layer, "weight", device_mesh, Shard(1))
+        layer = _float8_linear(self, module)
+        _shard(self, layer, "weight", device_mesh, Shard(1))
         if layer.bias is not None:
-            _shard(layer, "bias", device_mesh, Replicate())
-        layer.forward = partial(self._forward, layer, device_mesh)  # type: ignore[method-assign]
+            _shard(self, layer, "bias", device_mesh, Replicate())
+        layer.__class__ = _RowParallelLinear  # type: ignore[assignment]
+        assert isinstance(layer, _RowParallelLinear)
+        layer.style = self
+        layer.ranks = _Summation(
+            self.output_layout, layer.config, device_mesh.size(), device_mesh.get_group().group_name
+        )
         return layer
 
-    def _forward(self, layer: Float8Linear, mesh: DeviceMesh, x: Tensor) -> Tensor:
-        out = layer.multiply(_as_local(x, Shard(-1), mesh))
-        config = layer.config
-        layout = self.output_layout
-        if isinstance(layout, Shard) and _travels(
-            config.cast_config_grad_output, config.cast_config_grad_output_for_grad_weight
-        ):
-            rounded = config.round_scales_to_power_of_2
-            out = _ScatterOutput.apply(out, config.cast_config_grad_output, rounded, mesh, _dim(layout, out))
-        else:
-            out = DTensor.from_local(out, mesh, (Partial(),), run_check=False).redistribute(mesh, (layout,)).to_local()
-        if layer.bias is not None:
-            # Each rank adds it to its share of the tokens: its gradient is the sum over the ranks.
-            out = out + _bias(layer, Partial() if isinstance(layout, Shard) else Replicate()).to(out.dtype)
-        return out if self.use_local_output else DTensor.from_local(out, mesh, (layout,), run_check=False)
+
+class _RowParallelLinear(Float8Linear):
+    style: Float8RowwiseParallel
+    ranks: _Summation
+
+    def forward(self, input: Tensor) -> Tensor:
+        assert isinstance(self.weight, DTensor)
+        mesh, layout = self.weight.device_mesh, self.style.output_layout
+        x = input.redistribute(mesh, (Shard(-1),)).to_local() if isinstance(input, DTensor) else input
+        out = self.multiply(x, self.ranks)
+        if self.bias is not None:
+            assert isinstance(self.bias, DTensor)
+            if isinstance(layout, Shard):
+                # Each rank adds it to its share of the tokens: its gradient is the sum over the ranks, which
+                # redistribute does in backward (in forward it finds nothing to do).
+                bias = self.bias.redistribute(mesh, (Replicate(),)).to_local(grad_placements=(Partial(),))
+            else:
+                bias = self.bias.to_local()
+            out = out + bias.to(out.dtype)
+        return out if self.style.use_local_output else DTensor.from_local(out, mesh, (layout,), run_check=False)
 
 
 class PrepareFloat8ModuleInput(ParallelStyle):
@@ -234,7 +317,7 @@ class PrepareFloat8ModuleInput(ParallelStyle):
     Args:
         input_layouts: of each positional argument; None leaves one alone.
         desired_input_layouts: what the module needs.
-        use_local_output: accepted as in ``PrepareModuleInput``; what is gathered in float8 is no DTensor.
+        use_local_output: give the module plain tensors instead of DTensors. What is gathered in float8 is neither.
         fwd_config_submodule_fqn: the layer whose casts to use; by default those of the layers in the module, which must
             agree.
     """
@@ -260,31 +343,45 @@ class PrepareFloat8ModuleInput(ParallelStyle):
             )
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
-        layer = self._layer(module)
-        module.register_forward_pre_hook(lambda _, inputs: self._prepare(inputs, layer, device_mesh))
+        config = self._config(module)
+        module.register_forward_pre_hook(lambda _, inputs: self._prepare(inputs, config, device_mesh))
         return module
 
-    def _layer(self, module: nn.Module) -> Float8Linear:
+    def _config(self, module: nn.Module) -> Float8LinearConfig:
         if self.layer_name is not None:
-            return _check(self, module.get_submodule(self.layer_name))
-        layers = [m for m in module.modules() if isinstance(m, Float8Linear)]
-        if not layers:
+            return _float8_linear(self, module.get_submodule(self.layer_name)).config
+        configs = [m.config for m in module.modules() if isinstance(m, Float8Linear)]
+        if not configs:
             raise ValueError("PrepareFloat8ModuleInput: the module has no Float8Linear; use PrepareModuleInput")
-        if any(layer.config.cast_config_input != layers[0].config.cast_config_input for layer in layers):
+        if any(_input_casts(config) != _input_casts(configs[0]) for config in configs):
             raise ValueError(
                 "PrepareFloat8ModuleInput: the float8 layers of the module cast their input differently; name the one "
                 "to follow with fwd_config_submodule_fqn"
             )
-        return layers[0]
+        return configs[0]
 
-    def _prepare(self, inputs: tuple[Any, ...], layer: Float8Linear, mesh: DeviceMesh) -> tuple[Any, ...]:
-        prepared = list(inputs)
-        for i, (layout, desired) in enumerate(zip(self.input_layouts, self.desired_layouts, strict=True)):
-            if layout is None or desired is None or layout == desired:
-                continue
-            x = _as_local(inputs[i], layout, mesh)
-            if isinstance(layout, Shard) and desired == Replicate():
-                prepared[i] = _gathered_input(x, layer, mesh, _dim(layout, x))
-            else:
-                prepared[i] = DTensor.from_local(x, mesh, (layout,), run_check=False).redistribute(mesh, (desired,))
-        return tuple(prepared)
+    def _prepare(self, inputs: tuple[Any, ...], config: Float8LinearConfig, mesh: DeviceMesh) -> tuple[Any, ...]:
+        if len(inputs) != len(self.input_layouts):
+            raise ValueError(
+                f"PrepareFloat8ModuleInput: the module was given {len(inputs)} positional arguments, input_layouts "
+                f"has {len(self.input_layouts)}; give a None for each argument to leave alone"
+            )
+        return tuple(
+            x if layout is None or desired is None else self._prepared(x, layout, desired, config, mesh)
+            for x, layout, desired in zip(inputs, self.input_layouts, self.desired_layouts, strict=True)
+        )
+
+    def _prepared(
+        self, x: Tensor, layout: Placement, desired: Placement, config: Float8LinearConfig, mesh: DeviceMesh
+    ) -> Tensor:
+        layout = x.placements[0] if isinstance(x, DTensor) else layout
+        if isinstance(layout, Shard) and desired == Replicate():
+            x = _gathered_input(x, layout, config, mesh)
+        else:
+            x = x if isinstance(x, DTensor) else DTensor.from_local(x, mesh, (layout,), run_check=False)
+            x = x.redistribute(mesh, (desired,))
+        return x.to_local() if self.use_local_output and isinstance(x, DTensor) else x
+
+
+def _input_casts(config: Float8LinearConfig) -> tuple[Any, ...]:
+    return config.cast_config_input, config.cast_config_input_for_grad_weight, config.round_scales_to_power_of_2

@@ -1,0 +1,66 @@
+"""Fill the tables in the docs from the result files: what stands between ``<!-- name -->`` and ``<!-- /name -->``.
+
+python scripts/benchmarks/tables.py            # writes them
+python scripts/benchmarks/tables.py --check    # only says which are out of date, with status 1
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "docs" / "benchmarks"
+
+
+def loss_parity(results: list[dict[str, Any]]) -> list[list[str]]:
+    rows = [["config", "final losses", "mean", "difference from bf16", "95% interval"]]
+    for r in results:
+        losses = ", ".join(f"{loss:.4f}" for loss in r["final_loss"])
+        low, high = r.get("interval_95_pct", (None, None))
+        interval = "" if low is None else f"{low:+.3f}% to {high:+.3f}%"
+        difference = "" if low is None else f"{r['difference_pct']:+.3f}%"
+        rows.append([r["config"], losses, f"{r['mean_final_loss']:.4f}", difference, interval])
+    return rows
+
+
+TABLES: dict[str, Callable[[list[dict[str, Any]]], list[list[str]]]] = {"loss_parity": loss_parity}
+
+
+def filled(text: str) -> str:
+    """``text`` with its tables as the result files have them."""
+    for name, build in TABLES.items():
+        opening, closing = f"<!-- {name} -->\n", f"<!-- /{name} -->"
+        if opening not in text:
+            continue
+        content = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+        head, *rows = build(content["results"])
+        lines = ["| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows)]
+        about = f"{content['device']}, torch {content['torch']}, {content['date']}: `{content['command']}`"
+        table = "\n".join([*lines, "", about, ""])
+        before, after = text.split(opening)[0], text.split(closing)[1]
+        text = before + opening + table + closing + after
+    return text
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write nothing")
+    args = parser.parse_args()
+    old = []
+    for path in sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")]):
+        text = path.read_text(encoding="utf-8")
+        if filled(text) != text:
+            old.append(path)
+            if not args.check:
+                path.write_text(filled(text), encoding="utf-8")
+    print("\n".join(f"{'out of date' if args.check else 'filled'}: {path.relative_to(ROOT)}" for path in old))
+    return int(args.check and bool(old))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
