@@ -192,6 +192,15 @@ def test_bad_input_ends_with_status_2_and_one_message(train: Any, options: dict[
     assert "Traceback" not in run.output
 
 
+def test_rows_that_do_not_divide_are_refused_before_they_are_gathered(train: Any) -> None:
+    options = {"float8__recipe_name": "rowwise", "float8__enable_fsdp_float8_all_gather": "true"}
+    run = train(ngpu=3, model__converters="float8", **options)
+    assert run.status == 2, run.output
+    assert "float8.enable_fsdp_float8_all_gather" in run.output
+    assert "256 rows of layers.0.attention.wq over 3 shards" in run.output
+    assert "Traceback" not in run.output
+
+
 # ---- runs
 
 STEPS = {"training__steps": 6, "training__seq_len": 64}

@@ -90,7 +90,7 @@ class Float8Converter:
                 "float8 is emulated: %s has no float8 units; the same quantized values are multiplied in float32",
                 architecture(device),
             )
-        self.shards = mesh["dp_shard"].size()
+        self.mesh = mesh
         self.filters = [entry for entry in options.filter_fqns if entry != AUTO_FILTER]
         self.filter_small = AUTO_FILTER in options.filter_fqns
         self.filters_origin = config.origin("float8.filter_fqns")
@@ -136,11 +136,12 @@ class Float8Converter:
         """Scales of rows are gathered with the rows: each process must have as many."""
         if not (self.config.enable_fsdp_float8_all_gather and self.config.cast_config_weight.is_axiswise):
             return
+        shards = self.mesh["dp_shard"].size()
         for name, linear in chosen.items():
-            if linear.out_features % self.shards:
+            if linear.out_features % shards:
                 raise ConfigError(
                     f"float8.enable_fsdp_float8_all_gather = true: the {linear.out_features} rows of {name} over "
-                    f"{self.shards} shards: with recipe {self.recipe} each shard must have as many; add {name} to "
+                    f"{shards} shards: with recipe {self.recipe} each shard must have as many; add {name} to "
                     "float8.filter_fqns, choose another degree, or leave the flag out"
                 )
 
