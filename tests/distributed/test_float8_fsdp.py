@@ -13,6 +13,9 @@ import pytest
 from tests.conftest import environment
 from tests.distributed.float8_fsdp import DIM, HIDDEN, MICROBATCHES, STEPS
 
+# What all tests look at is trained once, in the set-up of the first; on a busy machine that takes minutes.
+pytestmark = pytest.mark.timeout(1500)
+
 RECIPES = ["tensorwise", "rowwise", "rowwise_with_gw_hp"]
 LINEARS = 6
 OFF, ON, PRECOMPUTED = (False, False), (True, False), (True, True)
@@ -38,7 +41,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[Any, Any]:
     for world, modes in ((1, [False]), (2, [False, True]), (4, [False])):
         worker = [str(Path(__file__).with_name("float8_fsdp.py")), str(folder), json.dumps(variants(modes))]
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}"]
-        subprocess.run([*launcher, *worker], env=environment(), check=True, timeout=500)
+        subprocess.run([*launcher, *worker], env=environment(), check=True, timeout=900)
         for rank in {0, world - 1}:
             for result in json.loads((folder / f"{world}-{rank}.json").read_text()):
                 v = result["variant"]
