@@ -22,6 +22,7 @@ from titanlite.float8 import (
     convert_to_float8_training,
 )
 from titanlite.float8.matmul import cast
+from titanlite.float8.numerics import round_down_to_power_of_2
 
 torchao = pytest.importorskip("torchao.float8")
 
@@ -128,7 +129,9 @@ def test_where_torchao_rounds_up() -> None:
     below = torch.nextafter(2.0 ** torch.arange(-120, 121).float(), torch.tensor(0.0))
     rounded = torch.exp2(torch.floor(torch.log2(below)))  # what torchao computes
     assert (rounded > below).any()
-    assert torch.equal(exact_power_below(below), 2.0 ** torch.arange(-121, 120).float())
+    expected = 2.0 ** torch.arange(-121, 120).float()
+    assert torch.equal(exact_power_below(below), expected)
+    assert torch.equal(round_down_to_power_of_2(below), expected)
 
 
 # ---- layers: outputs and gradients

@@ -33,7 +33,6 @@ _VIEWS = {
     _aten.as_strided.default,
     _aten.slice.Tensor,
     _aten.split.Tensor,
-    _aten.copy_.default,
 }
 _COPIES = {
     _aten.empty_like.default,
@@ -193,9 +192,7 @@ class ShardedWeight(Tensor):
 
 def _amax(weight: ShardedWeight) -> Tensor:
     """Of the local shard: float32, () or (rows, 1)."""
-    if weight.config.cast_config_weight.is_axiswise:
-        return amax_of(weight.shard, 1).float()
-    return amax_of(weight.shard).float()
+    return amax_of(weight.shard, 1 if weight.config.cast_config_weight.is_axiswise else None).float()
 
 
 def _local(tensor: Tensor) -> Tensor:

@@ -42,9 +42,8 @@ def cast(
         amax = amax_of(x, contracted if config.is_axiswise else None)
         scale = amax_to_scale(amax, config.dtype, power_of_2)
     else:
-        x = torch.where(
-            x.isinf(), torch.nan, x
-        )  # which would saturate; the scale of an infinite amax sees to it itself
+        # An infinity would saturate to a plausible number; at the scale of its own amax it is NaN anyway.
+        x = torch.where(x.isinf(), torch.nan, x)
     data = quantize(x, scale, config.dtype)
     if config.is_axiswise and contracted == 0 and not emulate:
         data = data.t().contiguous().t()  # as the hardware wants it: what is summed over lies together

@@ -56,9 +56,8 @@ class Float8Tensor(Tensor):
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         x = args[0]
-        if func in (_aten.detach.default, _aten.alias.default):
-            return Float8Tensor(x.data8, x.scale, x.dtype)
-        if func is _aten.view.default and list(args[1]) == list(x.shape):
+        same = func is _aten.view.default and list(args[1]) == list(x.shape)
+        if same or func in (_aten.detach.default, _aten.alias.default):
             return Float8Tensor(x.data8, x.scale, x.dtype)
         if func is _aten.as_strided.default and list(args[2]) == list(x.stride()) and not any(args[3:]):
             return Float8Tensor(x.data8[: args[1][0]], x.scale, x.dtype)  # FSDP2 cuts off its padding

@@ -25,7 +25,7 @@ from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Sha
 from torch.distributed.tensor.parallel.style import ParallelStyle
 
 from titanlite.float8.config import CastConfig, Float8LinearConfig, ScalingType
-from titanlite.float8.fsdp import ShardedWeight
+from titanlite.float8.fsdp import plain
 from titanlite.float8.linear import Float8Linear
 from titanlite.float8.matmul import Operand
 from titanlite.float8.numerics import amax_of, amax_to_scale, quantize
@@ -158,22 +158,14 @@ def _float8_linear(style: ParallelStyle, module: nn.Module) -> Float8Linear:
 
 
 def _shard(style: ParallelStyle, layer: Float8Linear, name: str, mesh: DeviceMesh, placement: Placement) -> None:
-    """Replace a parameter by its shard, a DTensor; what wraps it for FSDP2 is put around the shard."""
+    """Replace a parameter by its shard, a DTensor; the layer prepares a new weight for FSDP2 by itself."""
     param = getattr(layer, name)
-    wrapped = isinstance(param, ShardedWeight)
     if isinstance(placement, Shard) and param.shape[placement.dim] % (16 * mesh.size()):
         raise ValueError(
             f"{type(style).__name__}: {name} of shape {tuple(param.shape)}, dimension {placement.dim} over "
             f"{mesh.size()} ranks: float8 matmuls need a multiple of 16 on each; leave this layer in high precision"
         )
-    sharded = distribute_tensor(
-        param.shard if wrapped else param.detach(), mesh, (placement,), src_data_rank=style.src_data_rank
-    )
-    if wrapped:
-        local = ShardedWeight(sharded.to_local(), layer.config)
-        sharded = DTensor.from_local(
-            local, mesh, (placement,), run_check=False, shape=sharded.shape, stride=sharded.stride()
-        )
+    sharded = distribute_tensor(plain(param), mesh, (placement,), src_data_rank=style.src_data_rank)
     setattr(layer, name, nn.Parameter(sharded, requires_grad=param.requires_grad))
 
 
