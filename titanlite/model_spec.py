@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
-from torch.distributed.device_mesh import DeviceMesh
 
 from titanlite.config import JobConfig
+from titanlite.distributed.mesh import Mesh
 from titanlite.errors import ConfigError
 from titanlite.metrics.flops import ModelSize
 from titanlite.registry import Registry, nearest
@@ -33,7 +33,13 @@ class ModelSpec:
         build: a configured flavor -> the module, called under the meta device. Its ``init_weights(init)`` fills every
             parameter through :class:`titanlite.distributed.init.WeightInit`, and every buffer. ``forward`` maps token
             ids [batch, seq_len] to logits [batch, seq_len, vocab_size].
-        parallelize: ``(model, mesh, config)`` shards the module in place, and returns what it did, for the log.
+        check_degrees: ``(configured flavor, mesh)``; raises :class:`ConfigError` where the degrees of parallelism do
+            not fit the flavor. Called before anything is built.
+        chain: a built module -> the names of its children, and of the entries of its ``ModuleDict``, in the order of
+            the forward: where pipeline parallelism can cut it. Names in one tuple stay together. In the part that a
+            pipeline stage has, the other children are None, and ``forward`` takes and returns hidden states
+            [batch, seq_len, dim] where it has not the model's ends.
+        parallelize: ``(module or part of it, mesh, config)`` shards it in place, and returns what it did, for the log.
         size: a built module -> the numbers that FLOPs follow from.
     """
 
@@ -41,7 +47,9 @@ class ModelSpec:
     flavors: Mapping[str, Any]
     configure: Callable[[Any, int, int], Any]
     build: Callable[[Any], nn.Module]
-    parallelize: Callable[[nn.Module, DeviceMesh, JobConfig], dict[str, str]]
+    check_degrees: Callable[[Any, Mesh], None]
+    chain: Callable[[nn.Module], list[tuple[str, ...]]]
+    parallelize: Callable[[nn.Module, Mesh, JobConfig], dict[str, str]]
     size: Callable[[nn.Module], ModelSize]
 
     def flavor(self, name: str) -> Any:

@@ -11,7 +11,7 @@ from typing import Any
 
 from titanlite.environment import LAUNCH_DIR
 
-_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 class StopRequest:
@@ -27,12 +27,14 @@ class StopRequest:
         self._signal = 0
         self._before: dict[int, Any] = {}
         if threading.current_thread() is threading.main_thread():
-            for number in _SIGNALS:
+            for number in STOP_SIGNALS:
                 if signal.getsignal(number) is not signal.SIG_IGN:
                     self._before[number] = signal.signal(number, self._on_signal)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)  # the launcher blocks them until here
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if self.requested():
+        # The launcher's file does not count: Slurm and systemd signal the launcher and its workers, all once.
+        if self._signal:
             os._exit(128 + number)
         self._signal = number
 

@@ -18,14 +18,13 @@ STOP = StopRequest() if __name__ == "__main__" else None
 import logging
 import os
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch import Tensor
 
+from titanlite.build import build_loss, build_model, build_pipeline
 from titanlite.config import (
     JobConfig,
     check_config,
@@ -34,10 +33,12 @@ from titanlite.config import (
     import_module,
     resolve_degrees,
 )
-from titanlite.converters import build_converters
-from titanlite.data import DataLoader, build_source, load_tokenizer
+from titanlite.data import Batch, DataLoader, build_source, load_tokenizer
 from titanlite.distributed import runtime
-from titanlite.distributed.compile import compiled
+from titanlite.distributed.compile import CompileWatch
+from titanlite.distributed.context_parallel import ContextParallel
+from titanlite.distributed.data_parallel import allocate, reduce_gradients_after
+from titanlite.distributed.gradients import clip_gradients
 from titanlite.distributed.init import WeightInit
 from titanlite.distributed.mesh import build_mesh
 from titanlite.environment import COMMAND, LAUNCH_DIR
@@ -56,10 +57,11 @@ from titanlite.metrics.sinks import (
     is_terminal,
 )
 from titanlite.model_spec import get_model_spec
-from titanlite.optim import build_optimizer, build_schedule, cross_entropy_loss
+from titanlite.optim import build_optimizer, build_schedule
 from titanlite.profiling import profiler
 from titanlite.run_folder import CONFIG as CONFIG_TOML
 from titanlite.run_folder import METRICS, RunFolder
+from titanlite.stacks import keep_stacks, show_traceback
 
 logger = logging.getLogger()
 
@@ -103,6 +105,9 @@ class Trainer:
 
     def _build_data(self) -> None:
         training, data = self.config.training, self.config.data
+        self.context = None
+        if self.degrees.context_parallel > 1:
+            self.context = ContextParallel(self.mesh.cp, self.config.parallelism.context_parallel_rotate_method)
         self.tokenizer = load_tokenizer(self.config.model.tokenizer_path)
         self.global_batch_size = global_batch_size(self.config, self.degrees.data_parallel)
         self.loader = DataLoader(
@@ -117,7 +122,7 @@ class Trainer:
             seq_len=training.seq_len,
             global_batch_size=self.global_batch_size,
             local_batch_size=training.local_batch_size,
-            dp_rank=self.mesh.get_local_rank("dp_shard"),
+            dp_rank=self.mesh.data_parallel_rank,
             dp_degree=self.degrees.data_parallel,
             pin_memory=self.runtime.device.type == "cuda",
         )
@@ -132,22 +137,17 @@ class Trainer:
         config, device = self.config, self.runtime.device
         before = peak_memory(device).active
         args = self.spec.configure(self.flavor, self.tokenizer.vocab_size, config.training.seq_len)
-        with torch.device("meta"):
-            model = self.spec.build(args)
-        self.size = self.spec.size(model)
+        built = build_model(self.spec, args, config, self.mesh)
+        self.model_parts, self.size, self.converters = built.parts, built.size, built.converters
         self._check_memory()
-        self.converters = build_converters(config, self.mesh)
-        for name, converter in self.converters.items():
-            self.about[f"converter {name}"] = converter.convert(model)
-        if config.model.print_after_conversion:
-            logger.info("the model after conversion:\n%s", model)
-        self.about.update(self.spec.parallelize(model, self.mesh, config))
-        model.to_empty(device=device)
-        model.init_weights(WeightInit(model, self.seed))  # type: ignore[operator]
-        self.model: nn.Module = model.train()
-        self.loss_fn: Callable[[Tensor, Tensor], Tensor] = cross_entropy_loss
-        if config.training.compile and "loss" in config.compile.components:
-            self.loss_fn = compiled(cross_entropy_loss, config.compile)
+        self.compile_watch = CompileWatch()
+        self.loss_fn = build_loss(config, self.mesh)
+        self.pipeline = build_pipeline(built, self.loss_fn, config, self.mesh, device)
+        self.about.update(built.about)
+        for part in self.model_parts:  # nothing was allocated before
+            allocate(part, device, config)
+            part.init_weights(WeightInit(part, self.seed))  # type: ignore[operator]
+            part.train()
         self.flops_per_token = flops_per_token(self.size, config.training.seq_len)
         self.about["model"] = f"{config.model.name} {config.model.flavor}, {self.size.params:,} parameters"
         self.about["flops per token"] = f"{self.flops_per_token:,}"
@@ -156,7 +156,7 @@ class Trainer:
     def _check_memory(self) -> None:
         """Refuse what cannot fit, before the machine is brought to its knees: float32 weights, gradients and two
         moments are 16 bytes per parameter, whatever else a step needs."""
-        per_process = 16 * self.size.params / self.degrees.data_parallel_shard
+        per_process = 16 * self.size.params / self.degrees.model_shards
         device = self.runtime.device
         sharing = 1 if device.type == "cuda" else int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         total = total_memory(device)
@@ -164,14 +164,15 @@ class Trainer:
             raise ConfigError(
                 f'model.flavor = "{self.config.model.flavor}": its {self.size.params:,} parameters need at least '
                 f"{per_process * sharing / GIB:.1f} GiB here (16 bytes each for weights, gradients and optimizer "
-                f"state, {sharing} of {self.degrees.data_parallel_shard} shards), and this "
+                f"state, {sharing} of {self.degrees.model_shards} shards), and this "
                 f"{'GPU' if device.type == 'cuda' else 'machine'} has {total / GIB:.1f} GiB: use more devices (NGPU), "
                 "or a smaller flavor"
             )
 
     def _build_optimizer(self) -> None:
         config = self.config
-        self.optimizer = build_optimizer(self.model.parameters(), config.optimizer)
+        parameters = [p for part in self.model_parts for p in part.parameters()]
+        self.optimizer = build_optimizer(parameters, config.optimizer)
         self.schedule = build_schedule(config.lr_scheduler, config.optimizer.lr, config.training.steps)
 
     def _lock_run_folder(self) -> None:
@@ -213,6 +214,7 @@ class Trainer:
         """One step and all that goes with it; returns whether the run was asked to end here."""
         self.step += 1
         loss, grad_norm, lr = self.train_step()
+        self.compile_watch.step_done(self.step)
         self.loss_watch.add(self.step, loss, grad_norm)
         due = self.recorder.is_due(self.step)
         stop = self._should_stop(wait=due)
@@ -229,39 +231,46 @@ class Trainer:
         waited = time.perf_counter()
         batch = next(self.loader)
         waited = time.perf_counter() - waited
-        device, microbatches = self.runtime.device, batch.inputs.shape[0]
-        losses = []
-        for inputs, labels in zip(batch.inputs, batch.labels, strict=True):
-            logits = self.model(inputs.to(device, non_blocking=True))
-            loss = self.loss_fn(logits, labels.to(device, non_blocking=True)) / microbatches
-            del logits  # before backward: it is the largest activation
-            loss.backward()
-            losses.append(loss.detach())
-        grad_norm = self._clip_gradients()
+        loss = self._forward_backward(batch)
+        parameters = (p for part in self.model_parts for p in part.parameters())
+        grad_norm = clip_gradients(parameters, self.config.training.max_norm, self.mesh)
         lr = self.schedule.apply(self.optimizer, self.step)
         self.optimizer.step()
         self.optimizer.zero_grad()
         for converter in self.converters.values():
-            converter.post_optimizer_hook(self.model)
-        tokens = batch.inputs.numel()
-        self.recorder.step_done(tokens, tokens * self.degrees.data_parallel, waited)
-        return torch.stack(losses).sum(), grad_norm, lr
+            for part in self.model_parts:
+                converter.post_optimizer_hook(part)
+        tokens = self.global_batch_size * self.config.training.seq_len
+        self.recorder.step_done(tokens / self.runtime.world_size, tokens, waited)
+        return loss, grad_norm, lr
 
-    def _clip_gradients(self) -> Tensor:
-        """Scale the gradients down to ``training.max_norm``; returns their norm over all devices before that."""
-        params = [p for p in self.model.parameters() if p.grad is not None]
-        norm = nn.utils.get_total_norm([p.grad for p in params if p.grad is not None], foreach=True)
-        if isinstance(norm, DTensor):
-            norm = norm.full_tensor()  # once here, or every use of it would reduce it again
-        nn.utils.clip_grads_with_norm_(params, self.config.training.max_norm, norm, foreach=True)
-        return norm
+    def _forward_backward(self, batch: Batch) -> Tensor:
+        """Leave the gradients of this rank's mean loss in the parameters; returns that loss, 0 on a rank that has not
+        the last pipeline stage."""
+        inputs, labels = batch.inputs, batch.labels
+        if self.context is not None:
+            inputs, labels = self.context.shard(inputs, -1), self.context.shard(labels, -1)
+        if self.pipeline is not None:
+            return self.pipeline.step(inputs.flatten(0, 1), labels.flatten(0, 1))
+        (model,), device, count = self.model_parts, self.runtime.device, inputs.shape[0]
+        losses = []
+        for i in range(count):
+            reduce_gradients_after(model, last=i == count - 1)
+            logits = model(inputs[i].to(device, non_blocking=True))
+            loss = self.loss_fn(logits, labels[i].to(device, non_blocking=True)) / count
+            del logits  # before backward: it is the largest activation
+            loss.backward()
+            losses.append(loss.detach())
+        return torch.stack(losses).sum()
 
     def _log_step(self, loss: Tensor, grad_norm: Tensor, lr: float) -> None:
-        mean, largest = loss / self.degrees.data_parallel, loss.clone()
+        # Ranks that tensor parallelism gives the same sequence have the same loss; of the stages only the last has one.
+        degrees, has_loss = self.degrees, self.pipeline is None or self.pipeline.is_last
+        mean = loss / (degrees.data_parallel * degrees.context_parallel * degrees.tensor_parallel)
+        largest = loss.clone() if has_loss else torch.full_like(loss, -torch.inf)
         if self.runtime.world_size > 1:
-            group = self.mesh.get_group("dp_shard")
-            dist.all_reduce(mean, group=group)
-            dist.all_reduce(largest, dist.ReduceOp.MAX, group=group)
+            dist.all_reduce(mean)
+            dist.all_reduce(largest, dist.ReduceOp.MAX)
         self.recorder.log(self.step, loss=mean.item(), max_loss=largest.item(), grad_norm=grad_norm.item(), lr=lr)
 
     def _should_stop(self, wait: bool) -> bool:
@@ -302,7 +311,10 @@ class Trainer:
         if self.config.metrics.enable_tensorboard:
             tensorboard = f"{shown_path(sys.executable)} -m tensorboard.main --logdir"
             places["look at it"] = f"{tensorboard} {self.run_path / self.config.metrics.save_tb_folder}"
-        ngpu = f"NGPU={self.runtime.world_size} " if self.runtime.world_size > 1 else ""
+        machines = os.environ.get("GROUP_WORLD_SIZE", "1")
+        ngpu = f"NGPU={os.environ['LOCAL_WORLD_SIZE']} " if self.runtime.world_size > 1 else ""
+        if machines != "1":
+            ngpu = f"NNODES={machines} RDZV_ENDPOINT=... {ngpu}"
         command = os.environ.get(COMMAND, "titanlite")
         places["run it again"] = f"{ngpu}CONFIG_FILE={self.run_path / CONFIG_TOML} {command}"
         logger.info(summary(self.recorder, places))
@@ -310,6 +322,7 @@ class Trainer:
     def close(self) -> None:
         self.loader.close()
         self.gc.close()
+        self.compile_watch.close()
         self.stop_request.close()
         self.recorder.close()
 
@@ -318,6 +331,8 @@ def main(config: JobConfig | None = None) -> int:
     """Train as the command line, or ``config``, says; returns the exit status."""
     config = config or CONFIG or read_config(sys.argv[1:])
     runtime.end_with_launcher()
+    if STOP is not None:
+        keep_stacks()
     trainer = None
     try:
         trainer = Trainer(config, STOP)
@@ -327,7 +342,10 @@ def main(config: JobConfig | None = None) -> int:
     except Exception:
         if reported(os.environ.get(LAUNCH_DIR)):
             return 1  # another rank has said why the run ends; that its connections broke is no news
-        raise
+        if STOP is None:
+            raise  # called by somebody's own program
+        show_traceback()
+        return 1
     finally:
         try:
             if trainer is not None:

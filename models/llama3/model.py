@@ -8,6 +8,7 @@ of wq and wk.)
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -84,13 +85,19 @@ def apply_rope(x: Tensor, rope: Tensor) -> Tensor:
     return (xf * cos + torch.cat((-x2, x1), dim=-1) * sin).to(x.dtype)
 
 
+def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Of q [batch, heads, seq_len, head_dim] to k and v [batch, kv_heads, seq_len, head_dim]."""
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
+
+
 class Attention(nn.Module):
-    """Causal grouped-query attention."""
+    """Causal grouped-query attention. What ``attend`` does can be replaced on an instance."""
+
+    attend: Callable[[Tensor, Tensor, Tensor], Tensor] = staticmethod(causal_attention)
 
     def __init__(self, args: Llama3Args) -> None:
         super().__init__()
         self.head_dim = args.head_dim
-        self.grouped = args.n_kv_heads != args.n_heads
         self.wq = nn.Linear(args.dim, args.n_heads * args.head_dim, bias=False)
         self.wk = nn.Linear(args.dim, args.n_kv_heads * args.head_dim, bias=False)
         self.wv = nn.Linear(args.dim, args.n_kv_heads * args.head_dim, bias=False)
@@ -102,9 +109,7 @@ class Attention(nn.Module):
         q = apply_rope(self.wq(x).view(batch, seq_len, -1, self.head_dim), rope)
         k = apply_rope(self.wk(x).view(batch, seq_len, -1, self.head_dim), rope)
         v = self.wv(x).view(batch, seq_len, -1, self.head_dim)
-        out = F.scaled_dot_product_attention(
-            q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=True, enable_gqa=self.grouped
-        )
+        out = self.attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
         return self.wo(out.transpose(1, 2).reshape(batch, seq_len, -1))
 
     def init_weights(self, init: Init, out_std: float) -> None:
@@ -160,6 +165,10 @@ class Llama3(nn.Module):
     embedding is also the output projection, so it takes the latter.
     """
 
+    # In a part of the model the ends may be None and layers be missing; it takes the hidden states of the part before.
+    tok_embeddings: nn.Embedding | None
+    norm: nn.RMSNorm | None
+    output: nn.Linear | None
     rope: Tensor
 
     def __init__(self, args: Llama3Args) -> None:
@@ -173,22 +182,33 @@ class Llama3(nn.Module):
             self.output.weight = self.tok_embeddings.weight
         self.register_buffer("rope", torch.empty(2, args.max_seq_len, args.head_dim), persistent=False)
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """``tokens`` int64 [batch, seq_len] -> logits [batch, seq_len, vocab_size]."""
-        rope = self.rope[:, : tokens.shape[1]]
-        x = self.tok_embeddings(tokens)
+    def forward(self, x: Tensor, positions: Tensor | None = None) -> Tensor:
+        """Token ids to logits.
+
+        Args:
+            x: int64 [batch, seq_len].
+            positions: of the tokens in their sequence; int64 [seq_len], by default 0, 1, 2, ...
+
+        Returns:
+            [batch, seq_len, vocab_size], in the dtype of the parameters.
+        """
+        rope = self.rope[:, : x.shape[1]] if positions is None else self.rope[:, positions]
+        if self.tok_embeddings is not None:
+            x = self.tok_embeddings(x)
         for layer in self.layers.values():
             x = layer(x, rope)
-        return self.output(self.norm(x))
+        return x if self.norm is None or self.output is None else self.output(self.norm(x))
 
     @torch.no_grad()
     def init_weights(self, init: Init) -> None:
         """Fill every parameter and buffer; they may be sharded, and hold anything before."""
         self.rope.copy_(rope_table(self.args, self.rope.shape[1]))
-        if not self.args.tie_embeddings:
+        if self.tok_embeddings is not None and not self.args.tie_embeddings:
             init.normal(self.tok_embeddings.weight, std=1.0)
         for i, layer in self.layers.items():
             assert isinstance(layer, TransformerBlock)
             layer.init_weights(init, depth=int(i) + 1)
-        init.ones(self.norm.weight)
-        init.trunc_normal(self.output.weight, std=self.args.dim**-0.5)
+        if self.norm is not None:
+            init.ones(self.norm.weight)
+        if self.output is not None:
+            init.trunc_normal(self.output.weight, std=self.args.dim**-0.5)

@@ -1,28 +1,131 @@
-"""How a Llama 3 is spread over devices: activation checkpointing, compile per block, FSDP2, in this order."""
+"""How a Llama 3 is spread over devices: tensor and context parallelism, activation checkpointing, compile per block,
+FSDP2, in this order. Each function takes the whole model or, under pipeline parallelism, one part of it."""
 
 from __future__ import annotations
 
-from torch import nn
-from torch.distributed.device_mesh import DeviceMesh
+from functools import partial
 
-from models.llama3.model import Llama3
+import torch
+from torch import nn
+from torch.distributed.tensor import Replicate, Shard
+from torch.distributed.tensor.parallel import SequenceParallel, parallelize_module
+from torch.distributed.tensor.parallel.style import ParallelStyle
+
+from models.llama3.model import Llama3, Llama3Args, TransformerBlock
 from titanlite.config import JobConfig
 from titanlite.distributed.activation_checkpoint import apply_activation_checkpoint
 from titanlite.distributed.compile import compile_blocks
+from titanlite.distributed.context_parallel import ContextParallel
 from titanlite.distributed.data_parallel import apply_fsdp
+from titanlite.distributed.mesh import Mesh
+from titanlite.distributed.tensor_parallel import (
+    VocabParallelEmbedding,
+    column_parallel,
+    enable_async_tensor_parallel,
+    gathered_input,
+    row_parallel,
+)
+from titanlite.errors import ConfigError
 
 
-def parallelize(model: nn.Module, mesh: DeviceMesh, config: JobConfig) -> dict[str, str]:
+def parallelize(model: nn.Module, mesh: Mesh, config: JobConfig) -> dict[str, str]:
     """Apply what ``config`` asks for to ``model`` in place; returns what was done, for the log."""
     assert isinstance(model, Llama3)
-    done = {"activation checkpointing": apply_activation_checkpoint(model.layers, config.activation_checkpoint)}
+    done = {}
+    if mesh.tp.size() > 1:
+        done["tensor parallelism"] = apply_tensor_parallel(model, mesh, config)
+    positions = None
+    if mesh.cp.size() > 1:
+        method = config.parallelism.context_parallel_rotate_method
+        context = ContextParallel(mesh.cp, method)
+        for layer in model.layers.values():
+            assert isinstance(layer, TransformerBlock)
+            layer.attention.attend = context.attention  # type: ignore[method-assign, assignment]
+        positions = context.positions(model.args.max_seq_len)
+        done["context parallelism"] = f"{mesh.cp.size()} processes, {method}"
+    elif mesh.pp.size() > 1:
+        positions = torch.arange(model.args.max_seq_len, device=mesh.device_type)
+    if positions is not None:
+        # Bound here: they are the same in every step, and a later stage cannot tell them from what it is given.
+        model.forward = partial(model.forward, positions=positions)  # type: ignore[method-assign]
+    done["activation checkpointing"] = apply_activation_checkpoint(model.layers, config.activation_checkpoint)
     if config.training.compile and "model" in config.compile.components:
         compile_blocks(model.layers, config.compile)
         done["compile"] = f"{len(model.layers)} blocks, {config.compile.backend}"
-    groups: list[list[nn.Module]] = [[layer] for layer in model.layers.values()]
-    # A tied embedding belongs to both ends of the model: the root gathers it, once for forward and backward.
-    if not model.args.tie_embeddings:
-        groups = [[model.tok_embeddings], *groups, [model.norm, model.output]]
-    apply_fsdp(model, mesh, config, groups=groups)
-    done["FSDP2"] = f"{mesh['dp_shard'].size()} processes, {config.training.mixed_precision_param} parameters"
+    ends: tuple[list[nn.Module | None], ...] = [model.tok_embeddings], [model.norm, model.output]
+    before, after = ([module for module in end if module is not None] for end in ends)
+    groups: list[list[nn.Module]] = [before, *([layer] for layer in model.layers.values()), after]
+    if model.args.tie_embeddings:
+        # A tied embedding belongs to both ends of the model: the root gathers it, once for forward and backward.
+        groups = groups[1:-1]
+    done["FSDP2"] = apply_fsdp(model, mesh, config, groups=filter(None, groups))
     return done
+
+
+def check_degrees(args: Llama3Args, mesh: Mesh) -> None:
+    """Refuse degrees that do not divide this model.
+
+    Raises:
+        ConfigError: with the sizes.
+    """
+    tp, pp = mesh.tp.size(), mesh.pp.size()
+    for what in ("n_heads", "n_kv_heads", "ffn_dim", "vocab_size"):
+        size = getattr(args, what)
+        if size % tp:
+            raise ConfigError(
+                f"parallelism.tensor_parallel_degree = {tp}: must divide the model's {what} = {size}; choose another "
+                "degree or flavor"
+            )
+    if args.tie_embeddings and pp > 1:
+        raise ConfigError(
+            f"parallelism.pipeline_parallel_degree = {pp}: this flavor's embedding is also its output projection "
+            "(tied), and its two uses would be on different processes; shard with data_parallel_shard_degree, or "
+            "choose another flavor"
+        )
+
+
+def apply_tensor_parallel(model: Llama3, mesh: Mesh, config: JobConfig) -> str:
+    """Attention heads, the hidden features of feed-forward and the vocabulary are sharded; between them, in norms and
+    the residual stream, the sequence is (Korthikanti et al., "Reducing Activation Recomputation in Large Transformer
+    Models", 2022)."""
+    tp = mesh.tp
+    plan: dict[str, ParallelStyle] = {}
+    if model.tok_embeddings is not None:
+        plan["tok_embeddings"] = VocabParallelEmbedding()
+    if model.output is not None:
+        plan["norm"] = SequenceParallel()
+        vocabulary = Replicate() if config.parallelism.disable_loss_parallel else Shard(-1)
+        plan["output"] = column_parallel(model.output, input_layouts=Shard(1), output_layouts=vocabulary)
+    try:
+        parallelize_module(model, tp, plan)
+        for layer in model.layers.values():
+            assert isinstance(layer, TransformerBlock)
+            a, f = layer.attention, layer.feed_forward
+            parallelize_module(
+                layer,
+                tp,
+                {
+                    "attention_norm": SequenceParallel(),
+                    "attention": gathered_input([a.wq, a.wk, a.wv], arguments=2),
+                    "attention.wq": column_parallel(a.wq),
+                    "attention.wk": column_parallel(a.wk),
+                    "attention.wv": column_parallel(a.wv),
+                    "attention.wo": row_parallel(a.wo, output_layouts=Shard(1)),
+                    "ffn_norm": SequenceParallel(),
+                    "feed_forward": gathered_input([f.w1, f.w3], arguments=1),
+                    "feed_forward.w1": column_parallel(f.w1),
+                    "feed_forward.w3": column_parallel(f.w3),
+                    "feed_forward.w2": row_parallel(f.w2, output_layouts=Shard(1)),
+                },
+            )
+    except ValueError as e:
+        raise ConfigError(f"parallelism.tensor_parallel_degree = {tp.size()}: {e}") from e
+    if model.args.tie_embeddings:  # both ends shard the vocabulary, each a copy of its own until here
+        assert model.tok_embeddings is not None
+        assert model.output is not None
+        model.tok_embeddings.weight = model.output.weight
+    if config.parallelism.enable_async_tensor_parallel:
+        enable_async_tensor_parallel(tp)
+    loss = "whole logits" if config.parallelism.disable_loss_parallel else "loss parallel"
+    overlapped = ", asynchronous" if config.parallelism.enable_async_tensor_parallel else ""
+    return f"{tp.size()} processes, sequence parallel, {loss}{overlapped}"

@@ -7,7 +7,7 @@ from dataclasses import replace
 from torch import nn
 
 from models.llama3.model import Llama3, Llama3Args, RopeScaling
-from models.llama3.parallelize import parallelize
+from models.llama3.parallelize import check_degrees, parallelize
 from titanlite.errors import ConfigError
 from titanlite.metrics.flops import ModelSize
 from titanlite.model_spec import ModelSpec, register_model
@@ -46,6 +46,7 @@ def configure(args: Llama3Args, vocab_size: int, seq_len: int) -> Llama3Args:
 def model_size(model: nn.Module) -> ModelSize:
     assert isinstance(model, Llama3)
     args = model.args
+    assert model.tok_embeddings is not None
     return ModelSize(
         params=sum(p.numel() for p in model.parameters()),
         # A tied embedding is the output projection too, and that is a matmul.
@@ -53,7 +54,14 @@ def model_size(model: nn.Module) -> ModelSize:
         layers=args.n_layers,
         heads=args.n_heads,
         head_dim=args.head_dim,
+        dim=args.dim,
+        vocab_size=args.vocab_size,
     )
+
+
+def chain(model: nn.Module) -> list[tuple[str, ...]]:
+    assert isinstance(model, Llama3)
+    return [("tok_embeddings",), *((f"layers.{i}",) for i in model.layers), ("output", "norm")]
 
 
 register_model(
@@ -62,6 +70,8 @@ register_model(
         flavors=FLAVORS,
         configure=configure,
         build=Llama3,
+        check_degrees=check_degrees,
+        chain=chain,
         parallelize=parallelize,
         size=model_size,
     )

@@ -23,10 +23,10 @@ SOURCES = {name_of(path): path for top in ("titanlite", "models") for path in (R
 
 GROUND = (
     *("errors", "registry", "environment", "float8", "config", "data"),
-    *("optim", "checkpoint", "metrics", "profiling", "run_folder", "stop_request"),
+    *("optim", "checkpoint", "metrics", "profiling", "run_folder", "stacks", "stop_request"),
 )
 MIDDLE = ("converters", "distributed", "model_spec")
-TOP = ("train", "launch")
+TOP = ("build", "train", "launch")
 
 
 class Import(NamedTuple):

@@ -1,7 +1,8 @@
 """The configuration: ``schema`` says what there is, ``load`` reads it, ``check`` holds it against itself."""
 
-from titanlite.config.check import Degrees, check_config, global_batch_size, resolve_degrees
+from titanlite.config.check import check_config
 from titanlite.config.load import dump_toml, import_module, load_config
+from titanlite.config.parallelism import Degrees, global_batch_size, pipeline_microbatches, resolve_degrees
 from titanlite.config.schema import JobConfig
 
 __all__ = [
@@ -12,5 +13,6 @@ __all__ = [
     "global_batch_size",
     "import_module",
     "load_config",
+    "pipeline_microbatches",
     "resolve_degrees",
 ]

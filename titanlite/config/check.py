@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NoReturn
 
-from titanlite.config.schema import Float8, JobConfig, Parallelism
+from titanlite.config.parallelism import check_parallelism, global_batch_size, resolve_degrees
+from titanlite.config.schema import Float8, JobConfig
 from titanlite.errors import ConfigError
 
 # Keys of the schema that this version has no implementation for: the value at which each does nothing, and what
@@ -16,20 +17,7 @@ UNSUPPORTED: dict[str, tuple[Any, str]] = {
     "profiling.enable_memory_snapshot": (False, "take traces with profiling.enable_profiling"),
     "metrics.enable_wandb": (False, "read metrics.jsonl or TensorBoard"),
     "optimizer.early_step_in_backward": (False, "leave it out"),
-    "training.enable_cpu_offload": (False, "shard over more devices"),
-    "parallelism.data_parallel_replicate_degree": (1, "shard with data_parallel_shard_degree"),
     "parallelism.enable_compiled_autograd": (False, "use training.compile"),
-    "parallelism.disable_loss_parallel": (False, "leave it out"),
-    "parallelism.pipeline_parallel_split_points": ([], "leave it out"),
-    "parallelism.pipeline_parallel_layers_per_stage": (None, "leave it out"),
-    "parallelism.pipeline_parallel_schedule": ("1F1B", "leave it out"),
-    "parallelism.pipeline_parallel_schedule_csv": ("", "leave it out"),
-    "parallelism.pipeline_parallel_microbatch_size": (1, "leave it out"),
-    "parallelism.context_parallel_rotate_method": ("allgather", "leave it out"),
-    "parallelism.tensor_parallel_degree": (1, "shard with data_parallel_shard_degree"),
-    "parallelism.enable_async_tensor_parallel": (False, "leave it out"),
-    "parallelism.pipeline_parallel_degree": (1, "shard with data_parallel_shard_degree"),
-    "parallelism.context_parallel_degree": (1, "shorten training.seq_len"),
     "checkpoint.enable_checkpoint": (False, "leave it out"),
     "checkpoint.create_seed_checkpoint": (False, "set training.seed: the same seed gives the same weights"),
     "checkpoint.initial_load_path": (None, "leave it out"),
@@ -37,7 +25,6 @@ UNSUPPORTED: dict[str, tuple[Any, str]] = {
     "checkpoint.load_step": (-1, "leave it out"),
     "checkpoint.exclude_from_loading": ([], "leave it out"),
     "checkpoint.enable_first_step_checkpoint": (False, "leave it out"),
-    "memory_estimation.enabled": (False, "leave it out"),
     "memory_estimation.disable_fake_mode": (False, "leave it out"),
     "fault_tolerance.enable": (False, "leave it out"),
     "fault_tolerance.replica_id": (0, "leave it out"),
@@ -47,69 +34,20 @@ UNSUPPORTED: dict[str, tuple[Any, str]] = {
 }
 
 
-class Degrees(NamedTuple):
-    """The size of each dimension of parallelism; their product is the number of processes."""
+def check_config(config: JobConfig, world_size: int, *, train: bool = True) -> None:
+    """Refuse what this machine or this version cannot do; the missing file first, which is the user's to fetch.
 
-    data_parallel_replicate: int
-    data_parallel_shard: int
-    context_parallel: int
-    tensor_parallel: int
-    pipeline_parallel: int
-
-    @property
-    def data_parallel(self) -> int:
-        """The number of processes that read different data."""
-        return self.data_parallel_replicate * self.data_parallel_shard
-
-
-def resolve_degrees(parallelism: Parallelism, world_size: int) -> Degrees:
-    """The degrees with -1 inferred, or a :class:`ConfigError` that shows the arithmetic."""
-    given = {
-        "data_parallel_replicate_degree": parallelism.data_parallel_replicate_degree,
-        "data_parallel_shard_degree": parallelism.data_parallel_shard_degree,
-        "context_parallel_degree": parallelism.context_parallel_degree,
-        "tensor_parallel_degree": parallelism.tensor_parallel_degree,
-        "pipeline_parallel_degree": parallelism.pipeline_parallel_degree,
-    }
-    others = 1
-    for name, degree in given.items():
-        others *= degree if name != "data_parallel_shard_degree" else 1
-    shown = " x ".join(f"{name} {degree}" for name, degree in given.items())
-    if given["data_parallel_shard_degree"] == -1:
-        if world_size % others:
+    Args:
+        train: or only estimate what training would need, which opens no files.
+    """
+    if train:
+        _check_tokenizer(config)
+        if config.memory_estimation.enabled:
+            key = "memory_estimation.enabled"
             raise ConfigError(
-                f"[parallelism] {shown}: the degrees other than data_parallel_shard_degree multiply to {others}, which "
-                f"does not divide the {world_size} processes (NGPU={world_size})"
+                f"{key} = true ({config.origin(key)}): the trainer makes no estimates; start run_train.sh, or "
+                "python -m titanlite.estimate with WORLD_SIZE set to the number of devices"
             )
-        given["data_parallel_shard_degree"] = world_size // others
-    product = others * given["data_parallel_shard_degree"]
-    if product != world_size:
-        raise ConfigError(
-            f"[parallelism] {shown} = {product}, but there are {world_size} processes: set NGPU={product}, or "
-            "data_parallel_shard_degree = -1 to take what the other degrees leave"
-        )
-    return Degrees(*given.values())
-
-
-def global_batch_size(config: JobConfig, data_parallel: int) -> int:
-    """Sequences per optimizer step, or a :class:`ConfigError` where the microbatches do not fill it."""
-    per_microbatch = config.training.local_batch_size * data_parallel
-    wanted = config.training.global_batch_size
-    if wanted == -1:
-        return per_microbatch
-    if wanted % per_microbatch:
-        below = wanted // per_microbatch * per_microbatch
-        raise ConfigError(
-            f"training.global_batch_size = {wanted} ({config.origin('training.global_batch_size')}): must be a "
-            f"multiple of training.local_batch_size x the data-parallel degree = {config.training.local_batch_size} x "
-            f"{data_parallel} = {per_microbatch}, for example {below or per_microbatch}"
-        )
-    return wanted
-
-
-def check_config(config: JobConfig, world_size: int) -> None:
-    """Refuse what this machine or this version cannot do; the missing file first, which is the user's to fetch."""
-    _check_tokenizer(config)
     degrees = resolve_degrees(config.parallelism, world_size)
     for name, (inert, instead) in UNSUPPORTED.items():
         section, key = name.split(".")
@@ -121,6 +59,7 @@ def check_config(config: JobConfig, world_size: int) -> None:
             )
     _check_float8(config)
     global_batch_size(config, degrees.data_parallel)
+    check_parallelism(config, degrees)
 
 
 def _check_float8(config: JobConfig) -> None:

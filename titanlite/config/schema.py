@@ -193,17 +193,19 @@ class Parallelism:
     pipeline_parallel_split_points: list[str] = field(default_factory=list)
     """The modules that begin a stage, for example layers.2,layers.4."""
     pipeline_parallel_layers_per_stage: Positive | None = None
-    """Layers per pipeline stage, where no split points are given."""
+    """Layers per pipeline stage, where no split points are given. Neither: stages of about the same work."""
     pipeline_parallel_schedule: str = "1F1B"
-    """The pipeline schedule: 1F1B, GPipe, Interleaved1F1B, LoopedBFS, InterleavedZeroBubble, ZBVZeroBubble."""
+    """The pipeline schedule: 1F1B, GPipe, Interleaved1F1B, LoopedBFS, InterleavedZeroBubble, ZBVZeroBubble; or
+    PipelineScheduleMulti, which pipeline_parallel_schedule_csv describes."""
     pipeline_parallel_schedule_csv: str = ""
-    """A CSV file with a schedule, for pipeline_parallel_schedule = "PipelineScheduleMulti" and its kin."""
+    """A CSV file with a schedule: a row per process, a cell per time slot, such as 0F1 (stage 0, forward,
+    microbatch 1), 0B1 (backward), or 0I1 and 0W1 (its two halves)."""
     pipeline_parallel_microbatch_size: Positive = 1
     """Sequences per pipeline microbatch."""
     context_parallel_degree: Positive = 1
     """Devices over which each sequence is split; 1 is off."""
     context_parallel_rotate_method: Literal["allgather", "alltoall"] = "allgather"
-    """How context parallelism exchanges keys and values."""
+    """How context parallelism exchanges keys and values: all at once, or one process's at a time (less memory)."""
 
 
 @dataclass

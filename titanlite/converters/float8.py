@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.device_mesh import DeviceMesh
 
 from titanlite.config import JobConfig
 from titanlite.converters.registry import register_converter
+from titanlite.distributed.mesh import Mesh
 from titanlite.errors import ConfigError
 from titanlite.float8 import (
     CastConfig,
@@ -71,7 +71,7 @@ def library_config(config: JobConfig, emulate: bool) -> Float8LinearConfig:
 
 @register_converter("float8")
 class Float8Converter:
-    def __init__(self, config: JobConfig, mesh: DeviceMesh) -> None:
+    def __init__(self, config: JobConfig, mesh: Mesh) -> None:
         options = config.float8
         device = torch.device(mesh.device_type)
         native = has_native_float8(device)
@@ -136,7 +136,7 @@ class Float8Converter:
         """Scales of rows are gathered with the rows: each process must have as many."""
         if not (self.config.enable_fsdp_float8_all_gather and self.config.cast_config_weight.is_axiswise):
             return
-        shards = self.mesh["dp_shard"].size()
+        shards = self.mesh.fsdp.size()
         for name, linear in chosen.items():
             if linear.out_features % shards:
                 raise ConfigError(
@@ -147,7 +147,7 @@ class Float8Converter:
 
     def post_optimizer_hook(self, model: nn.Module) -> None:
         if self.delayed:
-            sync_float8_amax_and_scale_history(model)
+            sync_float8_amax_and_scale_history(model, group=self.mesh.stage.get_group())
         if self.precompute:
             precompute_float8_dynamic_scale_for_fsdp(model)
 

@@ -7,10 +7,10 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
 
 from titanlite.config import JobConfig
 from titanlite.converters.registry import register_converter
+from titanlite.distributed.mesh import Mesh
 from titanlite.errors import ConfigError
 
 
@@ -30,7 +30,7 @@ class FusedRMSNorm(nn.RMSNorm):
 
 @register_converter("fused_rmsnorm")
 class FusedNormConverter:
-    def __init__(self, config: JobConfig, mesh: DeviceMesh) -> None:
+    def __init__(self, config: JobConfig, mesh: Mesh) -> None:
         pass
 
     def convert(self, model: nn.Module) -> str:

@@ -6,9 +6,9 @@ from collections.abc import Callable
 from typing import Protocol
 
 from torch import nn
-from torch.distributed.device_mesh import DeviceMesh
 
 from titanlite.config import JobConfig
+from titanlite.distributed.mesh import Mesh
 from titanlite.errors import ConfigError
 from titanlite.registry import Registry
 
@@ -26,11 +26,11 @@ class ModelConverter(Protocol):
         ...
 
 
-_registry: Registry[Callable[[JobConfig, DeviceMesh], ModelConverter]] = Registry("converter", "model.converters")
+_registry: Registry[Callable[[JobConfig, Mesh], ModelConverter]] = Registry("converter", "model.converters")
 register_converter = _registry.register
 
 
-def build_converters(config: JobConfig, mesh: DeviceMesh) -> dict[str, ModelConverter]:
+def build_converters(config: JobConfig, mesh: Mesh) -> dict[str, ModelConverter]:
     """The converters that ``model.converters`` lists, by name, in its order."""
     names = config.model.converters
     twice = sorted({name for name in names if names.count(name) > 1})

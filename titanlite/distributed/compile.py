@@ -2,15 +2,59 @@
 
 from __future__ import annotations
 
+import logging
+import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
+from torch._dynamo.callback import CallbackArgs, CallbackTrigger, callback_handler
 
 from titanlite.config.schema import Compile
 from titanlite.errors import ConfigError
 from titanlite.registry import nearest
+
+logger = logging.getLogger()
+
+_COMPILATIONS = (CallbackTrigger.DYNAMO, CallbackTrigger.LAZY_BACKWARD)
+
+
+class CompileWatch:
+    """Says how long compilation took, and warns of any that comes after the first step.
+
+    Attributes:
+        graphs: compiled since the last step, each for forward, and once more for backward.
+    """
+
+    def __init__(self) -> None:
+        self.graphs, self._seconds, self._began = 0, 0.0, 0.0
+        callback_handler.register_start_callback(self._start)
+        callback_handler.register_end_callback(self._end)
+
+    def _start(self, args: CallbackArgs) -> None:
+        self._began = time.perf_counter()
+
+    def _end(self, args: CallbackArgs) -> None:
+        if args.callback_trigger in _COMPILATIONS:
+            self.graphs += 1
+            self._seconds += time.perf_counter() - self._began
+
+    def step_done(self, step: int) -> None:
+        if self.graphs and step == 1:
+            logger.info("compiled %d graphs in %.1f s", self.graphs, self._seconds)
+        elif self.graphs:
+            logger.warning(
+                "step %d compiled %d graphs again, in %.1f s; TORCH_LOGS=recompiles says why",
+                step,
+                self.graphs,
+                self._seconds,
+            )
+        self.graphs, self._seconds = 0, 0.0
+
+    def close(self) -> None:
+        callback_handler.remove_start_callback(self._start)
+        callback_handler.remove_end_callback(self._end)
 
 
 def compiled(function: Callable[..., Any], options: Compile) -> Callable[..., Any]:

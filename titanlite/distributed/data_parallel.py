@@ -1,38 +1,85 @@
-"""FSDP2: parameters, gradients and optimizer state sharded over the mesh's ``dp_shard`` dimension."""
+"""FSDP2: parameters, gradients and optimizer state sharded over processes, and HSDP: replicas of such groups."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable
 
 import torch
 from torch import nn
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
 from titanlite.config import JobConfig
+from titanlite.distributed.mesh import Mesh
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-def apply_fsdp(model: nn.Module, mesh: DeviceMesh, config: JobConfig, *, groups: Iterable[list[nn.Module]]) -> None:
-    """Shard ``model`` in place.
+def apply_fsdp(model: nn.Module, mesh: Mesh, config: JobConfig, *, groups: Iterable[list[nn.Module]]) -> str:
+    """Shard ``model`` in place; returns what was done, in words.
 
     Args:
-        mesh: with a dimension ``dp_shard``; of size 1 it still brings the mixed precision, so that one device computes
-            what many do.
+        mesh: on one process FSDP2 still brings the mixed precision, so that one device computes what many do.
         groups: modules gathered together, in the order of the forward; the last one is needed again at the start of
-            the backward, so it is kept gathered unless ``fsdp_reshard_after_forward`` is "always".
+            the backward, so it is kept gathered unless ``fsdp_reshard_after_forward`` is "always". Under pipeline
+            parallelism all are kept by default, else each microbatch would gather them again.
     """
+    training, reshard = config.training, config.parallelism.fsdp_reshard_after_forward
     policy = MixedPrecisionPolicy(
-        param_dtype=DTYPES[config.training.mixed_precision_param],
-        reduce_dtype=DTYPES[config.training.mixed_precision_reduce],
+        param_dtype=DTYPES[training.mixed_precision_param],
+        reduce_dtype=DTYPES[training.mixed_precision_reduce],
         # Activations have the parameters' dtype already; what else a block is given, such as the rotary table, is in
         # float32 because it has to be.
         cast_forward_inputs=False,
     )
-    reshard = config.parallelism.fsdp_reshard_after_forward
+    offload = CPUOffloadPolicy() if training.enable_cpu_offload and mesh.device_type != "cpu" else OffloadPolicy()
+    # Under tensor parallelism the logits are a view, the local part of a DTensor. FSDP2 warns of writes to it in place;
+    # there are none, the loss makes a float32 copy.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
+    keep_all = reshard == "never" or (reshard == "default" and mesh.pp.size() > 1)
     groups = list(groups)
     for i, modules in enumerate(groups):
-        keep = reshard == "never" or (reshard == "default" and i == len(groups) - 1)
-        fully_shard(modules, mesh=mesh["dp_shard"], mp_policy=policy, reshard_after_forward=not keep)
-    fully_shard(model, mesh=mesh["dp_shard"], mp_policy=policy, reshard_after_forward=reshard == "always")
+        keep = keep_all or (reshard == "default" and i == len(groups) - 1)
+        fully_shard(
+            modules,
+            mesh=mesh.data_parallel,
+            mp_policy=policy,
+            offload_policy=offload,
+            reshard_after_forward=not keep,
+        )
+    fully_shard(
+        model,
+        mesh=mesh.data_parallel,
+        mp_policy=policy,
+        offload_policy=offload,
+        reshard_after_forward=reshard == "always",
+    )
+    return describe(mesh, config)
+
+
+def describe(mesh: Mesh, config: JobConfig) -> str:
+    replicas = mesh.degrees.data_parallel_replicate
+    shards = f"{mesh.fsdp.size()} shards" + (f" x {replicas} replicas" if replicas > 1 else "")
+    where = ""
+    if config.training.enable_cpu_offload:
+        where = ", in host memory" + (" (all there is here)" if mesh.device_type == "cpu" else "")
+    return f"{shards}, {config.training.mixed_precision_param} parameters{where}"
+
+
+def allocate(model: nn.Module, device: torch.device, config: JobConfig) -> None:
+    """Give a sharded model that is on the meta device its memory, not yet filled: buffers on ``device``, parameters too
+    or, under ``training.enable_cpu_offload``, in host memory."""
+    if not config.training.enable_cpu_offload:
+        model.to_empty(device=device)
+        return
+    model.to_empty(device="cpu")
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            module._buffers[name] = buffer.to(device)
+
+
+def reduce_gradients_after(model: nn.Module, last: bool) -> None:
+    """Whether the coming backward, the ``last`` of a step, is followed by the reduction of the gradients; those of the
+    microbatches before stay on their device, whole and in float32."""
+    assert isinstance(model, FSDPModule)
+    model.set_requires_gradient_sync(last)

@@ -2,12 +2,69 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from titanlite.config import Degrees
 
 
-def build_mesh(degrees: Degrees, device_type: str) -> DeviceMesh:
-    """A mesh with the dimension ``dp_shard``, over which FSDP2 shards; on one process too, so that there is one code
-    path and one precision."""
-    return init_device_mesh(device_type, (degrees.data_parallel_shard,), mesh_dim_names=("dp_shard",))
+@dataclass(frozen=True)
+class Mesh:
+    """The processes of a run, by what they share.
+
+    Ranks are numbered with tensor parallelism innermost, then context, data (shard, then replicate) and pipeline
+    parallelism: what communicates most is closest. A dimension that is not used has size 1, so that there is one code
+    path.
+
+    Attributes:
+        degrees: the size of each dimension.
+        world: all processes, (pp, dp_replicate, fsdp, tp); the other meshes are slices of it.
+        fsdp: over which FSDP2 shards: data_parallel_shard x context; each sequence is whole only over the latter, but
+            parameters are the same in both.
+        data_parallel: what ``fully_shard`` takes: ``fsdp``, or with replicas (HSDP) dp_replicate x fsdp.
+        tp, cp, pp: of tensor, context and pipeline parallelism.
+        stage: all processes that hold the same pipeline stages.
+    """
+
+    degrees: Degrees
+    world: DeviceMesh
+    fsdp: DeviceMesh
+    data_parallel: DeviceMesh
+    tp: DeviceMesh
+    cp: DeviceMesh
+    pp: DeviceMesh
+    stage: DeviceMesh
+
+    @property
+    def device_type(self) -> str:
+        return self.world.device_type
+
+    @property
+    def data_parallel_rank(self) -> int:
+        """Which of the ``degrees.data_parallel`` parts of the data this process reads; those that share a sequence, or
+        a layer, read the same."""
+        replica, shard = self.world.get_local_rank("dp_replicate"), self.fsdp.get_local_rank()
+        return replica * self.degrees.data_parallel_shard + shard // self.degrees.context_parallel
+
+
+def build_mesh(degrees: Degrees, device_type: str) -> Mesh:
+    """The mesh of all processes; on one process too."""
+    d = degrees
+    fsdp = d.data_parallel_shard * d.context_parallel
+    world = init_device_mesh(
+        device_type,
+        (d.pipeline_parallel, d.data_parallel_replicate, fsdp, d.tensor_parallel),
+        mesh_dim_names=("pp", "dp_replicate", "fsdp", "tp"),
+    )
+    return Mesh(
+        degrees=degrees,
+        world=world,
+        fsdp=world["fsdp"],
+        data_parallel=world["dp_replicate", "fsdp"] if d.data_parallel_replicate > 1 else world["fsdp"],
+        tp=world["tp"],
+        # Apart from the world's own dimensions: FSDP2 wants a plain slice of the mesh that tensor parallelism slices.
+        cp=world["fsdp"]._unflatten(0, (d.data_parallel_shard, d.context_parallel), ("dp_shard", "cp"))["cp"],
+        pp=world["pp"],
+        stage=world["dp_replicate", "fsdp", "tp"]._flatten("stage"),
+    )

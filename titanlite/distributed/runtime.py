@@ -80,9 +80,10 @@ def start_runtime(comm: Comm) -> Runtime:
         os.environ.setdefault("TORCH_NCCL_TRACE_BUFFER_SIZE", str(comm.trace_buf_size))
         os.environ.setdefault("TORCH_FR_BUFFER_SIZE", str(comm.trace_buf_size))
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    # A single process needs no rendezvous, so no port either.
-    store = dist.HashStore() if world_size == 1 else None  # type: ignore[attr-defined]
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
+    if not dist.is_initialized():  # else the caller has joined it already, for several runs one after the other
+        # A single process needs no rendezvous, so no port either.
+        store = dist.HashStore() if world_size == 1 else None  # type: ignore[attr-defined]
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
     control = dist.new_group(backend="gloo", timeout=timeout)
     return Runtime(rank, local_rank, world_size, device, why, control)
 

@@ -70,8 +70,10 @@ def scale_of(layer: Float8Linear, operand: str, config: CastConfig, x: Tensor) -
 
 
 @torch.no_grad()
-def sync_float8_amax_and_scale_history(model: nn.Module, fp8_layers: list[Float8Linear] | None = None) -> None:
-    """End a step of delayed scaling: agree on this step's amaxes over all processes (one all-reduce for all layers),
+def sync_float8_amax_and_scale_history(
+    model: nn.Module, fp8_layers: list[Float8Linear] | None = None, *, group: dist.ProcessGroup | None = None
+) -> None:
+    """End a step of delayed scaling: agree on this step's amaxes over the processes (one all-reduce for all layers),
     put them into the histories, and compute the scales of the next step. To be called after backward.
 
     An amax that is not finite or of nothing (zero, or a layer not used) leaves its history as it is: one bad step does
@@ -79,6 +81,7 @@ def sync_float8_amax_and_scale_history(model: nn.Module, fp8_layers: list[Float8
 
     Args:
         fp8_layers: the layers, where the caller has them already; None finds them in ``model``.
+        group: of the processes that hold these layers, by default all.
     """
     layers = float8_layers(model) if fp8_layers is None else fp8_layers
     states = [(layer, operand) for layer in layers for operand in delayed_operands(layer)]
@@ -87,7 +90,7 @@ def sync_float8_amax_and_scale_history(model: nn.Module, fp8_layers: list[Float8
     amaxes = [layer.get_buffer(f"{AMAX}{operand}") for layer, operand in states]
     amax = torch.stack(amaxes)
     if dist.is_available() and dist.is_initialized():
-        dist.all_reduce(amax, op=dist.ReduceOp.MAX)
+        dist.all_reduce(amax, op=dist.ReduceOp.MAX, group=group)
     seen = amax.isfinite() & (amax > 0)
     for i, (layer, operand) in enumerate(states):
         history = layer.get_buffer(f"{HISTORY}{operand}")

@@ -6,13 +6,16 @@ from typing import NamedTuple
 
 
 class ModelSize(NamedTuple):
-    """What FLOPs follow from. ``embedding_params`` are those that are only looked up, never multiplied."""
+    """What FLOPs, and the sizes of what passes between pipeline stages, follow from. ``embedding_params`` are those
+    that are only looked up, never multiplied; ``dim`` is the width of the hidden states."""
 
     params: int
     embedding_params: int
     layers: int
     heads: int
     head_dim: int
+    dim: int
+    vocab_size: int
 
 
 def flops_per_token(size: ModelSize, seq_len: int) -> int:

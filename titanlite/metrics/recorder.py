@@ -43,13 +43,15 @@ class Recorder:
 
     def restart(self) -> None:
         """Begin a window now."""
-        self._steps = self._tokens = 0
+        self._steps = 0
+        self._tokens = 0.0
         self._data_loading = 0.0
         self._start = time.perf_counter()
         reset_peak_memory(self.device)
 
-    def step_done(self, device_tokens: int, all_tokens: int, data_loading_s: float) -> None:
-        """Count a step: the tokens of this device and of all, and the seconds that it waited for its batch."""
+    def step_done(self, device_tokens: float, all_tokens: int, data_loading_s: float) -> None:
+        """Count a step: the tokens of this device (its share, where several work on the same) and of all, and the
+        seconds that it waited for its batch."""
         self._steps += 1
         self._tokens += device_tokens
         self._data_loading += data_loading_s

@@ -1,0 +1,110 @@
+"""The combinations that the tests of parallelism prove: what each is, and what it is tried with.
+
+docs/parallelism.md has a table of them, made from here by scripts/composition.py.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+BATCH, SEQ_LEN = 8, 32
+
+SCHEDULES = ["1F1B", "GPipe", "Interleaved1F1B", "LoopedBFS", "InterleavedZeroBubble", "ZBVZeroBubble"]
+# Run with neither checkpointing nor compile.
+SPLIT_BACKWARD = ["PP 2 InterleavedZeroBubble", "PP 2 ZBVZeroBubble", "PP 2 CSV"]
+
+
+@dataclass(frozen=True)
+class Way:
+    """A way to spread the model over ``shard * replicate * cp * tp * pp`` processes, of the same global batch."""
+
+    replicate: int = 1
+    shard: int = 1
+    cp: int = 1
+    tp: int = 1
+    pp: int = 1
+    options: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def processes(self) -> int:
+        return self.replicate * self.shard * self.cp * self.tp * self.pp
+
+    def all_options(self) -> dict[str, Any]:
+        return {
+            "parallelism.data_parallel_replicate_degree": self.replicate,
+            "parallelism.data_parallel_shard_degree": self.shard,
+            "parallelism.context_parallel_degree": self.cp,
+            "parallelism.tensor_parallel_degree": self.tp,
+            "parallelism.pipeline_parallel_degree": self.pp,
+            "training.local_batch_size": BATCH // (self.replicate * self.shard),
+            **self.options,
+        }
+
+
+def _schedule(name: str) -> dict[str, Any]:
+    return {"parallelism.pipeline_parallel_schedule": name}
+
+
+_ALLTOALL = {"parallelism.context_parallel_rotate_method": "alltoall"}
+
+WAYS = {
+    "FSDP 2": Way(shard=2),
+    "HSDP 2 x 2": Way(replicate=2, shard=2),
+    "TP 2": Way(tp=2),
+    "FSDP 2 x TP 2": Way(shard=2, tp=2),
+    **{f"PP 2 {name}": Way(pp=2, options=_schedule(name)) for name in SCHEDULES},
+    "PP 2 CSV": Way(pp=2, options=_schedule("PipelineScheduleMulti")),
+    "CP 2 allgather": Way(cp=2),
+    "CP 2 alltoall": Way(cp=2, options=_ALLTOALL),
+    "FSDP 2 x CP 2": Way(shard=2, cp=2),
+    "CP 2 x TP 2": Way(cp=2, tp=2, options=_ALLTOALL),
+    "PP 2 x TP 2": Way(pp=2, tp=2),
+    "PP 2 x FSDP 2": Way(pp=2, shard=2, options=_schedule("Interleaved1F1B")),
+    "PP 2 x CP 2": Way(pp=2, cp=2),
+    "FSDP 2 x TP 2 x PP 2": Way(shard=2, tp=2, pp=2),
+}
+
+_FLOAT8 = {"training.mixed_precision_param": "bfloat16", "model.converters": "float8"}
+
+
+def _recipe(name: str) -> dict[str, Any]:
+    return {**_FLOAT8, "float8.recipe_name": name}
+
+
+def _checkpointing(mode: str, option: str = "2") -> dict[str, Any]:
+    return {"activation_checkpoint.mode": mode, "activation_checkpoint.selective_ac_option": option}
+
+
+# What each way is tried with, beside float32: options on top of the way's own.
+VARIANTS: dict[str, dict[str, Any]] = {
+    "bfloat16": {"training.mixed_precision_param": "bfloat16"},
+    "tensorwise": _recipe("tensorwise"),
+    "rowwise": _recipe("rowwise"),
+    "rowwise_with_gw_hp": _recipe("rowwise_with_gw_hp"),
+    "float8 delayed": {
+        **_FLOAT8,
+        **{f"float8.scaling_type_{o}": "delayed" for o in ("input", "weight", "grad_output")},
+    },
+    "float8 all-gather": {
+        **_FLOAT8,
+        "float8.enable_fsdp_float8_all_gather": "true",
+        "float8.precompute_float8_dynamic_scale_for_fsdp": "true",
+    },
+    "AC full": _checkpointing("full"),
+    "AC selective 2": _checkpointing("selective", "2"),
+    "AC selective op": _checkpointing("selective", "op"),
+    # The graphs and guards are the compiler's own; only the last step, code for the machine, is left out.
+    "compile": {"training.compile": "true", "compile.backend": "aot_eager"},
+    "compile, rowwise, AC selective op": {
+        **_recipe("rowwise"),
+        **_checkpointing("selective", "op"),
+        "training.compile": "true",
+        "compile.backend": "aot_eager",
+    },
+}
+
+
+def composes(way: str, variant: str) -> bool:
+    """Whether a variant is one that this way can be combined with; the others are refused."""
+    return not (way in SPLIT_BACKWARD and ("AC" in variant or "compile" in variant))

@@ -1,0 +1,133 @@
+"""A worker: trains in one way of parallelism after the other, and writes down what each did.
+
+torchrun ... parallel.py OUT CASES, where CASES is a JSON file: {name: {option: value}}
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch._dynamo.utils import counters
+from torch.distributed.distributed_c10d import _resolve_process_group
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from models.llama3.model import Llama3Args
+from models.llama3.spec import FLAVORS
+from titanlite.config import load_config
+from titanlite.distributed.mesh import Mesh
+from titanlite.train import Trainer
+
+# As small as all dimensions allow, with grouped queries.
+FLAVORS["tiny"] = Llama3Args(dim=64, n_layers=4, n_heads=4, n_kv_heads=2, ffn_dim=128, vocab_size=0)
+
+_KINDS = {
+    "all_gather": ("_allgather_base_", "all_gather_into_tensor", "allgather_into_tensor_coalesced_"),
+    "reduce_scatter": ("_reduce_scatter_base_", "reduce_scatter_tensor", "reduce_scatter_tensor_coalesced_"),
+    "all_reduce": ("allreduce_", "all_reduce"),
+    "all_to_all": ("alltoall_base_", "all_to_all_single"),
+    "send": ("send",),
+    "recv": ("recv_",),
+    "broadcast": ("broadcast_", "broadcast"),
+}
+KINDS = {op: kind for kind, ops in _KINDS.items() for op in ops}
+
+
+class Traffic(TorchDispatchMode):
+    """Counts the collectives of each dimension of the mesh: calls, and bytes of the smaller side.
+
+    Dimensions that hold the same ranks share a group, and DTensor may use that of an earlier run: so a dimension is
+    told by its ranks, and by the operators: tensor and context parallelism call the functional ones, and FSDP2 reduces
+    by reduce-scatter alone.
+    """
+
+    def __init__(self, mesh: Mesh) -> None:
+        super().__init__()
+        meshes = {name: mesh.world[name] for name in ("dp_replicate", "fsdp", "tp", "pp")} | {"cp": mesh.cp}
+        ranks = {name: (*m.mesh.tolist(),) for name, m in meshes.items() if m.size() > 1}
+        self.functional = {ranks[name]: name for name in ("tp", "cp") if name in ranks}
+        self.others = {ranks[name]: name for name in ("dp_replicate", "fsdp", "pp") if name in ranks}
+        self.calls: defaultdict[str, int] = defaultdict(int)
+        self.bytes: defaultdict[str, int] = defaultdict(int)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace in ("c10d", "_c10d_functional") and func._opname in KINDS:
+            tensors, group = [], "?"
+            for leaf in tree_leaves((args, kwargs or {})):
+                if isinstance(leaf, Tensor):
+                    tensors.append(leaf)
+                elif isinstance(leaf, str) and leaf.isdecimal():
+                    group = self.functional.get(ranks_of(_resolve_process_group(leaf)), "?")
+                elif isinstance(leaf, torch.ScriptObject) and "ProcessGroup" in leaf._type().qualified_name():
+                    group = self._other(dist.ProcessGroup.unbox(leaf), KINDS[func._opname])
+            key = f"{group}/{KINDS[func._opname]}"
+            self.calls[key] += 1
+            self.bytes[key] += min(t.numel() * t.element_size() for t in tensors)
+        return func(*args, **(kwargs or {}))
+
+    def _other(self, group: dist.ProcessGroup, kind: str) -> str:
+        found = self.others.get(ranks_of(group), "")
+        if found and (kind != "all_reduce" or found == "dp_replicate"):
+            return found
+        return "world" if group.group_name == dist.group.WORLD.group_name else "control"  # type: ignore[union-attr]
+
+
+def ranks_of(group: dist.ProcessGroup) -> tuple[int, ...]:
+    return (*dist.get_process_group_ranks(group),)
+
+
+def run(name: str, options: dict[str, Any], folder: Path) -> dict[str, Any]:
+    run_folder = folder / name.replace(" ", "_")
+    trainer = Trainer(load_config([f"--{k}={v}" for k, v in {**options, "job.dump_folder": run_folder}.items()]))
+    config = trainer.config
+    compiled_graphs = []
+    traffic = Traffic(trainer.mesh)
+    try:
+        for step in range(1, config.training.steps + 1):
+            if step == 3 and not config.training.compile:
+                with traffic:
+                    trainer.advance()
+            else:
+                trainer.advance()
+            compiled_graphs.append(counters["stats"]["unique_graphs"])
+        parameters = [p for part in trainer.model_parts for p in part.parameters()]
+        local = [p.to_local() if isinstance(p, DTensor) else p for p in parameters]
+        report = {
+            "elements": sum(p.numel() for p in local),
+            "model_elements": trainer.size.params,
+            "parts": [[name for name, _ in part.named_parameters()] for part in trainer.model_parts],
+            "calls": traffic.calls,
+            "bytes": traffic.bytes,
+            "graphs": compiled_graphs,
+        }
+    finally:
+        trainer.close()
+    dist.barrier()
+    if trainer.runtime.rank == 0:
+        report["rows"] = [json.loads(line) for line in (run_folder / "metrics.jsonl").read_text().splitlines()]
+    torch._dynamo.reset()
+    counters.clear()
+    return report
+
+
+def main() -> None:
+    folder, cases = Path(sys.argv[1]), json.loads(Path(sys.argv[2]).read_text())
+    reports = {}
+    for name, options in cases.items():
+        try:
+            reports[name] = run(name, options, folder)
+        except Exception as e:
+            raise RuntimeError(f"{name}: {options}") from e
+    (folder / f"rank-{dist.get_rank()}.json").write_text(json.dumps(reports))
+    dist.destroy_process_group()
+
+
+main()

@@ -1,0 +1,230 @@
+"""Every way of parallelism against one process: the same weights, the same tokens, the same losses, and the memory and
+the communication that the dimensions imply."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.conftest import TINY, environment
+from tests.distributed.combinations import BATCH, SEQ_LEN, VARIANTS, WAYS, composes
+
+STEPS = 10
+ONE = "one process"
+COMMON = {
+    **TINY,
+    "training.steps": STEPS,
+    "training.seq_len": SEQ_LEN,
+    "training.local_batch_size": BATCH,
+    "training.global_batch_size": BATCH,
+    "training.mixed_precision_param": "float32",
+}
+SMALL = {"model.flavor": "tiny"}  # parallel.py registers it
+DIM, LAYERS = 64, 4
+# A schedule of our own: the last stage splits the backward of two microbatches.
+CSV = """0F0,0F1,0F2,0F3,,,0B0,0B1,0B2,0B3
+,1F0,1F1,1I0,1F2,1W0,1F3,1B1,1I2,1B3,1W2
+"""
+
+
+Reports = dict[str, list[dict[str, Any]]]  # of each rank, by case
+
+
+class Cluster:
+    """Runs cases, those of one number of processes in the same processes, and keeps what they reported."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.csv = folder / "schedule.csv"
+        self.csv.write_text(CSV)
+        self.reports: Reports = {}
+
+    def run(self, processes: int, cases: dict[str, dict[str, Any]]) -> None:
+        folder = self.folder / f"{processes}-{len(self.reports)}"
+        folder.mkdir()
+        listed = {name: {**COMMON, **options} for name, options in cases.items()}
+        for options in listed.values():
+            if options.get("parallelism.pipeline_parallel_schedule") == "PipelineScheduleMulti":
+                options["parallelism.pipeline_parallel_schedule_csv"] = str(self.csv)
+                options["parallelism.pipeline_parallel_microbatch_size"] = 2
+        (folder / "cases.json").write_text(json.dumps(listed))
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+        done = subprocess.run(
+            [*torchrun, Path(__file__).with_name("parallel.py"), folder, folder / "cases.json"],
+            env=environment(OMP_NUM_THREADS="1"),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=1200,
+        )
+        assert done.returncode == 0, done.stdout[-8000:]
+        ranks = [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in range(processes)]
+        for name in cases:
+            self.reports[name] = [rank[name] for rank in ranks]
+
+
+def by_processes(cases: dict[str, dict[str, Any]], ways: dict[str, str]) -> dict[int, dict[str, dict[str, Any]]]:
+    """The cases of each number of processes; ``ways`` says which way a case is of."""
+    grouped: dict[int, dict[str, dict[str, Any]]] = {}
+    for name, options in cases.items():
+        grouped.setdefault(WAYS[ways[name]].processes, {})[name] = {**WAYS[ways[name]].all_options(), **options}
+    return grouped
+
+
+def cases_of(variants: list[str]) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
+    """The cases of some variants in all ways that they compose with, by name, and the way of each."""
+    pairs = [(way, variant) for variant in variants for way in WAYS if composes(way, variant)]
+    options = {f"{way}, {variant}": {**VARIANTS[variant], **SMALL} for way, variant in pairs}
+    return options, {f"{way}, {variant}": way for way, variant in pairs}
+
+
+def in_every_way(folder: Path, options: dict[str, Any]) -> Reports:
+    cluster = Cluster(folder)
+    cluster.run(1, {ONE: options})
+    for processes, cases in by_processes(dict.fromkeys(WAYS, options), {way: way for way in WAYS}).items():
+        cluster.run(processes, cases)
+    return cluster.reports
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Reports:
+    """A tiny model in float32, in every way."""
+    return in_every_way(tmp_path_factory.mktemp("small"), SMALL)
+
+
+@pytest.fixture(scope="module")
+def debug(tmp_path_factory: pytest.TempPathFactory) -> Reports:
+    """The debug model in float32, in every way."""
+    return in_every_way(tmp_path_factory.mktemp("debug"), {})
+
+
+def column(report: list[dict[str, Any]], key: str) -> list[float]:
+    return [row[key] for row in report[0]["rows"]]
+
+
+def check_parity(one: list[dict[str, Any]], many: list[dict[str, Any]]) -> None:
+    assert len(column(many, "loss")) == STEPS
+    assert column(many, "loss") == pytest.approx(column(one, "loss"), rel=1e-5)
+    assert column(many, "grad_norm")[0] == pytest.approx(column(one, "grad_norm")[0], rel=1e-5)
+    assert column(many, "grad_norm") == pytest.approx(column(one, "grad_norm"), rel=1e-3)
+    assert column(many, "tokens_seen") == column(one, "tokens_seen")
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_losses_are_those_of_one_process(small: Reports, way: str) -> None:
+    check_parity(small[ONE], small[way])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", WAYS)
+def test_losses_of_the_debug_model_are_those_of_one_process(debug: Reports, way: str) -> None:
+    check_parity(debug[ONE], debug[way])
+
+
+# ---- that it is real
+
+
+def names_of(report: dict[str, Any]) -> list[str]:
+    return [name for part in report["parts"] for name in part]
+
+
+class Share:
+    """What a rank must hold and send in a step, by the degrees alone."""
+
+    def __init__(self, name: str, report: dict[str, Any]) -> None:
+        self.way = WAYS[name]
+        self.parts = report["parts"]
+        names = names_of(report)
+        self.layers = len({n.split(".")[1] for n in names if n.startswith("layers.")})
+        self.embedding, self.output = (any(end in n for n in names) for end in ("tok_embeddings", "output"))
+        self.norms = 2 * self.layers + self.output
+        per_microbatch = 2 if "CSV" in name else 1
+        self.microbatches = BATCH // self.way.shard // per_microbatch if self.way.pp > 1 else 1
+        self.hidden = per_microbatch * SEQ_LEN // (self.way.cp * self.way.tp) * DIM * 4  # bytes
+        self.stages = [0, 1]  # the rank of each
+        if "ZBV" in name:
+            self.stages = [0, 1, 1, 0]
+        elif any(word in str(self.way.options) for word in ("Interleaved", "Looped")):
+            self.stages = [0, 1, 0, 1]
+
+    def fsdp(self) -> Counter[str]:
+        """Each block and each end of the model is gathered. Forward gathers them, backward again all but the last,
+        which is kept. Under a pipeline all are kept for all microbatches; where a rank has two stages, between the
+        forwards and the backwards of one it turns to the other, except for the last stage."""
+        if self.way.shard * self.way.cp == 1:
+            return Counter()
+        groups = [len({re.sub(r"^(layers\.\d+|output|norm).*", r"\1", n) for n in part}) for part in self.parts]
+        groups[-1] -= self.output  # its norm goes with it
+        total = sum(groups)
+        if self.way.pp == 1:
+            gathered = 2 * total - 1
+        elif len(groups) == 1:
+            gathered = total
+        else:
+            gathered = 2 * total - (groups[-1] if self.output else 0)
+        calls = Counter({"fsdp/all_gather": gathered, "fsdp/reduce_scatter": total})
+        if self.way.replicate > 1:
+            calls["dp_replicate/all_reduce"] = total
+        return calls
+
+    def tensor(self) -> Counter[str]:
+        """Each of a block's two halves gathers its input and scatters its output, in backward the other way round; so
+        do the ends. Weights of norms see a part of the sequence each: their gradients are summed. The loss takes two
+        all-reduces."""
+        if self.way.tp == 1:
+            return Counter()
+        each = self.microbatches * (4 * self.layers + self.embedding + self.output)
+        summed = self.norms + 2 * self.microbatches * self.output
+        return Counter({"tp/all_gather": each, "tp/reduce_scatter": each, "tp/all_reduce": summed})
+
+    def context(self) -> Counter[str]:
+        """Keys and values of a block, in forward and in backward, and their gradients: at once, or round the ring."""
+        blocks = self.microbatches * self.layers
+        if self.way.cp == 1:
+            return Counter()
+        if "alltoall" in str(self.way.options):
+            return Counter({"cp/all_to_all": blocks * (2 * (self.way.cp - 1) + self.way.cp - 1)})
+        return Counter({"cp/all_gather": 2 * blocks, "cp/reduce_scatter": blocks})
+
+    def pipeline(self, rank: int) -> Counter[str]:
+        if self.way.pp == 1:
+            return Counter()
+        across = [ends for ends in itertools.pairwise(self.stages) if ends[0] != ends[1]]
+        count = self.microbatches * sum((before == rank) + (after == rank) for before, after in across)
+        return Counter({"pp/send": count, "pp/recv": count})
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_collectives_are_those_of_the_degrees(small: Reports, way: str) -> None:
+    for rank, report in enumerate(small[way]):
+        share = Share(way, report)
+        pp_rank = rank // (len(small[way]) // share.way.pp)
+        expected = share.fsdp() + share.tensor() + share.context() + share.pipeline(pp_rank)
+        # The norm of the gradients, and the mean and largest loss; and whether anybody wants to stop.
+        assert report["calls"] == expected + Counter({"world/all_reduce": 3, "control/all_reduce": 1})
+        if "fsdp/reduce_scatter" in expected:
+            assert report["bytes"]["fsdp/reduce_scatter"] == 4 * report["elements"]
+        if "pp/send" in expected:
+            assert report["bytes"]["pp/send"] == expected["pp/send"] * share.hidden
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_each_rank_holds_its_share_of_the_parameters(small: Reports, way: str) -> None:
+    w, reports = WAYS[way], small[way]
+    whole = reports[0]["model_elements"]
+    norms = (2 * LAYERS + 1) * DIM  # tensor parallelism leaves them whole
+    assert sum(report["elements"] for report in reports) == w.replicate * (whole + (w.tp - 1) * norms)
+    every = sorted(names_of(small[ONE][0]))
+    each = len(reports) // w.pp
+    for first in range(each):
+        assert sorted(name for report in reports[first::each] for name in names_of(report)) == every
+    if w.pp == 1:
+        assert len({report["elements"] for report in reports}) == 1

@@ -1,0 +1,95 @@
+"""From a configuration to the sharded model and what a step computes, on the meta device: nothing is allocated before
+:func:`titanlite.distributed.data_parallel.allocate`."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from titanlite.config import JobConfig, pipeline_microbatches
+from titanlite.converters import ModelConverter, build_converters
+from titanlite.distributed.compile import compiled
+from titanlite.distributed.mesh import Mesh
+from titanlite.distributed.pipeline import Pipeline, boundary_of, part_of
+from titanlite.distributed.pipeline_plan import Plan, plan_pipeline
+from titanlite.distributed.tensor_parallel import VocabParallelCrossEntropy
+from titanlite.metrics.flops import ModelSize
+from titanlite.model_spec import ModelSpec
+from titanlite.optim import cross_entropy_loss
+
+logger = logging.getLogger()
+
+
+@dataclass
+class BuiltModel:
+    """This process's share of a model.
+
+    Attributes:
+        parts: one module, or those of this process's pipeline stages.
+        size: of the whole model.
+        plan: of the pipeline; None without one.
+        about: what was done, in words.
+    """
+
+    parts: list[nn.Module]
+    size: ModelSize
+    converters: dict[str, ModelConverter]
+    plan: Plan | None = None
+    about: dict[str, str] = field(default_factory=dict)
+
+    def parameters(self) -> list[nn.Parameter]:
+        return [param for part in self.parts for param in part.parameters()]
+
+
+def build_model(spec: ModelSpec, args: Any, config: JobConfig, mesh: Mesh) -> BuiltModel:
+    """The model on the meta device, converted, cut into pipeline stages and sharded.
+
+    Args:
+        args: a flavor that ``spec.configure`` has completed.
+    """
+    spec.check_degrees(args, mesh)
+    with torch.device("meta"):
+        model = spec.build(args)
+    built = BuiltModel([model], spec.size(model), build_converters(config, mesh))
+    for name, converter in built.converters.items():
+        built.about[f"converter {name}"] = converter.convert(model)
+    if config.model.print_after_conversion:
+        logger.info("the model after conversion:\n%s", model)
+    if mesh.pp.size() > 1:
+        built.plan = plan_pipeline(model, spec.chain(model), config, mesh.pp.size())
+        own = built.plan.of(mesh.pp.get_local_rank())
+        built.parts = [part_of(model, built.plan.stages[stage]) for stage in own]
+        built.about["pipeline"] = f"{config.parallelism.pipeline_parallel_schedule}, {built.plan}"
+    for part in built.parts:
+        built.about.update(spec.parallelize(part, mesh, config))
+    return built
+
+
+def build_loss(config: JobConfig, mesh: Mesh) -> Callable[[Tensor, Tensor], Tensor]:
+    """The mean loss of logits, as the model puts them out on this process, and labels."""
+    loss_fn: Callable[[Tensor, Tensor], Tensor] = cross_entropy_loss
+    if mesh.tp.size() > 1 and not config.parallelism.disable_loss_parallel:
+        loss_fn = VocabParallelCrossEntropy(mesh.tp)
+    if config.training.compile and "loss" in config.compile.components:
+        loss_fn = compiled(loss_fn, config.compile)
+    return loss_fn
+
+
+def build_pipeline(
+    built: BuiltModel,
+    loss_fn: Callable[[Tensor, Tensor], Tensor],
+    config: JobConfig,
+    mesh: Mesh,
+    device: torch.device,
+) -> Pipeline | None:
+    """The schedule of this process's stages; None without pipeline parallelism."""
+    if built.plan is None:
+        return None
+    count = pipeline_microbatches(config, mesh.degrees.data_parallel)
+    boundary = boundary_of(built.size, mesh, config)
+    return Pipeline(built.plan, built.parts, boundary, mesh, device, config, count, loss_fn)

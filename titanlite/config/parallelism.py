@@ -1,0 +1,237 @@
+"""The degrees of parallelism, and which options do not go together: checked before anything is built."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from titanlite.config.schema import JobConfig, Parallelism
+from titanlite.errors import ConfigError
+from titanlite.registry import nearest
+
+# How many pipeline stages a process has under each schedule, and whether the backward is split into two parts, of the
+# inputs and of the weights, that run at different times.
+SINGLE_STAGE_SCHEDULES = ("1F1B", "GPipe")
+LOOPED_SCHEDULES = ("Interleaved1F1B", "LoopedBFS", "InterleavedZeroBubble")
+V_SCHEDULES = ("ZBVZeroBubble",)
+CSV_SCHEDULE = "PipelineScheduleMulti"
+SPLIT_BACKWARD_SCHEDULES = ("InterleavedZeroBubble", "ZBVZeroBubble")
+
+
+class Degrees(NamedTuple):
+    """The size of each dimension of parallelism; their product is the number of processes."""
+
+    data_parallel_replicate: int
+    data_parallel_shard: int
+    context_parallel: int
+    tensor_parallel: int
+    pipeline_parallel: int
+
+    @property
+    def data_parallel(self) -> int:
+        """The number of processes that read different data."""
+        return self.data_parallel_replicate * self.data_parallel_shard
+
+    @property
+    def model_shards(self) -> int:
+        """The number of processes that share one copy of the weights, gradients and optimizer state."""
+        return self.data_parallel_shard * self.context_parallel * self.tensor_parallel * self.pipeline_parallel
+
+
+def resolve_degrees(parallelism: Parallelism, world_size: int) -> Degrees:
+    """The degrees with -1 inferred, or a :class:`ConfigError` that shows the arithmetic."""
+    given = {
+        "data_parallel_replicate_degree": parallelism.data_parallel_replicate_degree,
+        "data_parallel_shard_degree": parallelism.data_parallel_shard_degree,
+        "context_parallel_degree": parallelism.context_parallel_degree,
+        "tensor_parallel_degree": parallelism.tensor_parallel_degree,
+        "pipeline_parallel_degree": parallelism.pipeline_parallel_degree,
+    }
+    others = 1
+    for name, degree in given.items():
+        others *= degree if name != "data_parallel_shard_degree" else 1
+    shown = " x ".join(f"{name} {degree}" for name, degree in given.items())
+    if given["data_parallel_shard_degree"] == -1:
+        if world_size % others:
+            raise ConfigError(
+                f"[parallelism] {shown}: the degrees other than data_parallel_shard_degree multiply to {others}, which "
+                f"does not divide the {world_size} processes (NGPU={world_size})"
+            )
+        given["data_parallel_shard_degree"] = world_size // others
+    product = others * given["data_parallel_shard_degree"]
+    if product != world_size:
+        raise ConfigError(
+            f"[parallelism] {shown} = {product}, but there are {world_size} processes: set NGPU={product}, or "
+            "data_parallel_shard_degree = -1 to take what the other degrees leave"
+        )
+    return Degrees(*given.values())
+
+
+def global_batch_size(config: JobConfig, data_parallel: int) -> int:
+    """Sequences per optimizer step, or a :class:`ConfigError` where the microbatches do not fill it."""
+    per_microbatch = config.training.local_batch_size * data_parallel
+    wanted = config.training.global_batch_size
+    if wanted == -1:
+        return per_microbatch
+    if wanted % per_microbatch:
+        below = wanted // per_microbatch * per_microbatch
+        raise ConfigError(
+            f"training.global_batch_size = {wanted} ({config.origin('training.global_batch_size')}): must be a "
+            f"multiple of training.local_batch_size x the data-parallel degree = {config.training.local_batch_size} x "
+            f"{data_parallel} = {per_microbatch}, for example {below or per_microbatch}"
+        )
+    return wanted
+
+
+def pipeline_microbatches(config: JobConfig, data_parallel: int) -> int:
+    """Microbatches of one optimizer step that go through the pipeline, of all that this process's batch has: those
+    that accumulate gradients too, so that there is one bubble per step and not one per local batch."""
+    return (
+        global_batch_size(config, data_parallel)
+        // data_parallel
+        // config.parallelism.pipeline_parallel_microbatch_size
+    )
+
+
+def check_parallelism(config: JobConfig, degrees: Degrees) -> None:
+    """Refuse what does not go together, or would have no effect, with the two options and the reason."""
+    _check_sequence(config, degrees)
+    _check_tensor_parallel(config, degrees)
+    _check_pipeline(config, degrees)
+    p, t, f = config.parallelism, config.training, config.float8
+    if degrees.context_parallel == 1 and p.context_parallel_rotate_method != "allgather":
+        _no_effect(config, "context_parallel_rotate_method", "context_parallel_degree")
+    if t.enable_cpu_offload and f.enable_fsdp_float8_all_gather:
+        raise ConfigError(
+            "training.enable_cpu_offload = true and float8.enable_fsdp_float8_all_gather = true: weights in host memory"
+            " would be quantized again, with an all-reduce each, whenever they are gathered; use one or the other"
+        )
+
+
+def _no_effect(config: JobConfig, key: str, without: str) -> None:
+    value, name = getattr(config.parallelism, key), f"parallelism.{key}"
+    shown = "true" if value is True else f'"{value}"' if isinstance(value, str) else value
+    raise ConfigError(
+        f"{name} = {shown} ({config.origin(name)}): has no effect with parallelism.{without} = 1; set that, "
+        "or leave this out"
+    )
+
+
+def _check_sequence(config: JobConfig, degrees: Degrees) -> None:
+    """Context parallelism cuts a sequence into two chunks per process, tensor parallelism each of those processes'
+    shares again."""
+    cp, tp, seq_len = degrees.context_parallel, degrees.tensor_parallel, config.training.seq_len
+    unit = (2 * cp if cp > 1 else 1) * tp
+    if seq_len % unit:
+        parts = ["2 x context_parallel_degree"] * (cp > 1) + ["tensor_parallel_degree"] * (tp > 1)
+        numbers = [f"2 x {cp}"] * (cp > 1) + [f"{tp}"] * (tp > 1)
+        raise ConfigError(
+            f"training.seq_len = {seq_len} ({config.origin('training.seq_len')}): must be a multiple of "
+            f"{' x '.join(parts)} = {' x '.join(numbers)} = {unit}, for example {-(-seq_len // unit) * unit}"
+        )
+
+
+def _check_tensor_parallel(config: JobConfig, degrees: Degrees) -> None:
+    p = config.parallelism
+    if degrees.tensor_parallel == 1:
+        for key in ("disable_loss_parallel", "enable_async_tensor_parallel"):
+            if getattr(p, key):
+                _no_effect(config, key, "tensor_parallel_degree")
+    if p.enable_async_tensor_parallel and not (config.training.compile and "model" in config.compile.components):
+        raise ConfigError(
+            "parallelism.enable_async_tensor_parallel = true "
+            f"({config.origin('parallelism.enable_async_tensor_parallel')}): it is the compiler that overlaps the "
+            "communication with the matmuls; set training.compile too"
+        )
+
+
+def _check_pipeline(config: JobConfig, degrees: Degrees) -> None:
+    p, pp = config.parallelism, degrees.pipeline_parallel
+    inert: dict[str, Any] = {
+        "pipeline_parallel_split_points": [],
+        "pipeline_parallel_layers_per_stage": None,
+        "pipeline_parallel_schedule": "1F1B",
+        "pipeline_parallel_schedule_csv": "",
+        "pipeline_parallel_microbatch_size": 1,
+    }
+    if pp == 1:
+        for key, value in inert.items():
+            if getattr(p, key) != value:
+                _no_effect(config, key, "pipeline_parallel_degree")
+        return
+
+    def refuse(key: str, reason: str) -> None:
+        name = f"parallelism.{key}"
+        value = getattr(p, key)
+        shown = f'"{value}"' if isinstance(value, str) else value
+        raise ConfigError(f"{name} = {shown} ({config.origin(name)}): {reason}")
+
+    schedule = p.pipeline_parallel_schedule
+    known = (*SINGLE_STAGE_SCHEDULES, *LOOPED_SCHEDULES, *V_SCHEDULES, CSV_SCHEDULE)
+    if schedule not in known:
+        refuse(
+            "pipeline_parallel_schedule",
+            f"there is no such schedule{nearest(schedule, known)}; known: {', '.join(known)}",
+        )
+    csv = p.pipeline_parallel_schedule_csv
+    if csv and schedule != CSV_SCHEDULE:
+        refuse("pipeline_parallel_schedule_csv", f'needs parallelism.pipeline_parallel_schedule = "{CSV_SCHEDULE}"')
+    if schedule == CSV_SCHEDULE and not csv:
+        refuse("pipeline_parallel_schedule", "needs the schedule; set parallelism.pipeline_parallel_schedule_csv")
+    if csv and not Path(csv).expanduser().is_file():
+        refuse("pipeline_parallel_schedule_csv", f"there is no such file (relative to {Path.cwd()})")
+    if p.pipeline_parallel_split_points and p.pipeline_parallel_layers_per_stage is not None:
+        refuse(
+            "pipeline_parallel_layers_per_stage",
+            f"the stages are given already, by parallelism.pipeline_parallel_split_points = "
+            f"{p.pipeline_parallel_split_points}; use one or the other",
+        )
+    if schedule in SPLIT_BACKWARD_SCHEDULES and (why := whole_backward(config)):
+        refuse("pipeline_parallel_schedule", why)
+    _check_microbatches(config, degrees)
+
+
+def whole_backward(config: JobConfig) -> str | None:
+    """Why the gradients of inputs and of weights cannot be computed at different times; None if they can."""
+    compiled = config.training.compile and "model" in config.compile.components
+    reasons = {
+        "training.compile": (compiled, "a compiled block"),
+        "activation_checkpoint.mode": (config.activation_checkpoint.mode != "none", "a recomputed block"),
+    }
+    for name, (on, what) in reasons.items():
+        if on:
+            section, key = name.split(".")
+            value = str(getattr(getattr(config, section), key)).lower()
+            return (
+                f"runs the gradients of inputs and of weights at different times, which {what} cannot ({name} = "
+                f"{value}, {config.origin(name)}); choose another schedule, or turn that off"
+            )
+    return None
+
+
+def _check_microbatches(config: JobConfig, degrees: Degrees) -> None:
+    p, pp = config.parallelism, degrees.pipeline_parallel
+    local, size = config.training.local_batch_size, p.pipeline_parallel_microbatch_size
+    if local % size:
+        raise ConfigError(
+            f"parallelism.pipeline_parallel_microbatch_size = {size} "
+            f"({config.origin('parallelism.pipeline_parallel_microbatch_size')}): must divide "
+            f"training.local_batch_size = {local}"
+        )
+    count, schedule = pipeline_microbatches(config, degrees.data_parallel), p.pipeline_parallel_schedule
+    shown = (
+        f"{count} microbatches per step (training.local_batch_size = {local}, microbatches of {size}, "
+        f"training.global_batch_size = {global_batch_size(config, degrees.data_parallel)} over {degrees.data_parallel})"
+    )
+    least = 2 * pp - 1 if schedule in V_SCHEDULES else pp if schedule == "1F1B" else 1
+    if count < least:
+        raise ConfigError(
+            f'parallelism.pipeline_parallel_schedule = "{schedule}" over {pp} processes: needs at least {least} '
+            f"microbatches, and there are {shown}; raise training.local_batch_size or training.global_batch_size"
+        )
+    rounds = max(1, count // pp)
+    if schedule in ("Interleaved1F1B", "InterleavedZeroBubble") and count % rounds:
+        raise ConfigError(
+            f'parallelism.pipeline_parallel_schedule = "{schedule}" over {pp} processes: takes the microbatches in '
+            f"{count} // {pp} = {rounds} rounds of the same size, and there are {shown}; a multiple of {pp} always fits"
+        )

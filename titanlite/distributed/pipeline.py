@@ -1,0 +1,148 @@
+"""Pipeline parallelism: the parts of a model as stages of PyTorch's schedules."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.pipelining import PipelineStage
+from torch.distributed.pipelining.schedules import (
+    PipelineScheduleMulti,
+    PipelineScheduleSingle,
+    _PipelineScheduleRuntime,
+    get_schedule_class,
+)
+
+from titanlite.config import JobConfig
+from titanlite.distributed.data_parallel import DTYPES
+from titanlite.distributed.mesh import Mesh
+from titanlite.distributed.pipeline_plan import Plan
+from titanlite.errors import ConfigError
+from titanlite.metrics.flops import ModelSize
+
+logging.getLogger("torch.distributed.pipelining").setLevel(logging.WARNING)  # it announces each stage
+
+
+def part_of(model: nn.Module, names: Sequence[str]) -> nn.Module:
+    """A module that shares with ``model`` those children, and entries of its ``ModuleDict``, that ``names`` holds; the
+    other children are None in it."""
+    part = copy.copy(model)
+    part._modules, part._buffers = dict(model._modules), dict(model._buffers)
+    for child_name, child in model.named_children():
+        if isinstance(child, nn.ModuleDict):
+            kept = {key: module for key, module in child.items() if f"{child_name}.{key}" in names}
+            part._modules[child_name] = nn.ModuleDict(kept)
+        elif child_name not in names:
+            part._modules[child_name] = None
+    return part
+
+
+@dataclass(frozen=True)
+class Boundary:
+    """What a stage takes and puts out, of one microbatch, for buffers of the right size without a trial run."""
+
+    tokens: tuple[int, ...]
+    hidden: tuple[int, ...]
+    logits: tuple[int, ...]
+    dtype: torch.dtype
+
+    def input(self, stage: int) -> Tensor:
+        if stage == 0:
+            return torch.empty(self.tokens, dtype=torch.int64, device="meta")
+        return torch.empty(self.hidden, dtype=self.dtype, device="meta", requires_grad=True)
+
+    def output(self, stage: int, stages: int) -> Tensor:
+        shape = self.logits if stage == stages - 1 else self.hidden
+        return torch.empty(shape, dtype=self.dtype, device="meta", requires_grad=True)
+
+
+def boundary_of(size: ModelSize, mesh: Mesh, config: JobConfig) -> Boundary:
+    """Of a model whose hidden states are sharded over the sequence, and whose logits over the vocabulary, by tensor
+    parallelism."""
+    sequences, tp = config.parallelism.pipeline_parallel_microbatch_size, mesh.tp.size()
+    seq_len = config.training.seq_len // mesh.cp.size()
+    vocab_size = size.vocab_size // (1 if config.parallelism.disable_loss_parallel else tp)
+    return Boundary(
+        tokens=(sequences, seq_len),
+        hidden=(sequences, seq_len // tp, size.dim),
+        logits=(sequences, seq_len, vocab_size),
+        dtype=DTYPES[config.training.mixed_precision_param],
+    )
+
+
+class Pipeline:
+    """This process's stages and the schedule that runs them.
+
+    Args:
+        parts: the modules of the stages ``plan.of(rank)``, in order.
+        microbatches: of one step; all go through the pipeline in one run, with one reduction of gradients.
+        loss_fn: of the output and the labels of a microbatch.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        parts: Sequence[nn.Module],
+        boundary: Boundary,
+        mesh: Mesh,
+        device: torch.device,
+        config: JobConfig,
+        microbatches: int,
+        loss_fn: Callable[[Tensor, Tensor], Tensor],
+    ) -> None:
+        count, own = len(plan.stages), plan.of(mesh.pp.get_local_rank())
+        self.is_first, self.is_last = 0 in own, count - 1 in own
+        self._device = device
+        stages = [
+            PipelineStage(
+                part,
+                stage,
+                count,
+                device,
+                input_args=boundary.input(stage),
+                output_args=boundary.output(stage, count),
+                group=mesh.pp.get_group(),
+            )
+            for stage, part in zip(own, parts, strict=True)
+        ]
+        # The loss of each microbatch is divided here, in place of another pass over the gradients.
+        options: dict[str, Any] = {
+            "n_microbatches": microbatches,
+            "loss_fn": lambda output, labels: loss_fn(output, labels) / microbatches,
+            "scale_grads": False,
+        }
+        schedule, csv = config.parallelism.pipeline_parallel_schedule, config.parallelism.pipeline_parallel_schedule_csv
+        self._schedule: PipelineScheduleSingle | PipelineScheduleMulti
+        try:
+            if csv:
+                self._schedule = _PipelineScheduleRuntime(stages, **options)
+                self._schedule._load_csv(str(Path(csv).expanduser()))
+            else:
+                kind = get_schedule_class(schedule)
+                single = issubclass(kind, PipelineScheduleSingle)
+                self._schedule = kind(stages[0] if single else stages, **options)
+        except (ValueError, RuntimeError, AssertionError) as e:
+            raise ConfigError(
+                f'parallelism.pipeline_parallel_schedule = "{schedule}"{f", {csv}" if csv else ""}: {e}'
+            ) from e
+
+    def step(self, inputs: Tensor, labels: Tensor) -> Tensor:
+        """Forward and backward of all microbatches; returns the mean loss, 0 where the last stage is elsewhere.
+
+        Args:
+            inputs, labels: int64 [sequences, seq_len], in the order of the microbatches.
+        """
+        losses: list[Tensor] = []
+        inputs_here = (inputs.to(self._device, non_blocking=True),) if self.is_first else ()
+        if self.is_last:
+            labels = labels.to(self._device, non_blocking=True)
+            self._schedule.step(*inputs_here, target=labels, losses=losses, return_outputs=False)
+            return torch.stack([loss.detach() for loss in losses]).sum()
+        self._schedule.step(*inputs_here, return_outputs=False)
+        return torch.zeros((), device=self._device)

@@ -1,0 +1,176 @@
+"""Where a pipeline cuts the model, and which rank has which stages."""
+
+from __future__ import annotations
+
+import csv
+import itertools
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import nn
+
+from titanlite.config import JobConfig
+from titanlite.config.parallelism import (
+    CSV_SCHEDULE,
+    LOOPED_SCHEDULES,
+    SINGLE_STAGE_SCHEDULES,
+    V_SCHEDULES,
+    whole_backward,
+)
+from titanlite.errors import ConfigError
+from titanlite.registry import nearest
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which stages there are, and where.
+
+    Attributes:
+        stages: the names of the modules of each.
+        ranks: the rank in ``mesh.pp`` that has each.
+    """
+
+    stages: list[list[str]]
+    ranks: list[int]
+
+    def of(self, rank: int) -> list[int]:
+        """The numbers of the stages that ``rank`` has, in order."""
+        return [stage for stage, owner in enumerate(self.ranks) if owner == rank]
+
+    def __str__(self) -> str:
+        """Which rank has which modules."""
+        names = [s[0] if len(s) == 1 else f"{s[0]} to {s[-1]}" for s in self.stages]
+        shown = (
+            f"rank {rank}: " + " and ".join(names[stage] for stage in self.of(rank)) for rank in sorted({*self.ranks})
+        )
+        return "; ".join(shown)
+
+
+Chain = Sequence[tuple[str, ...]]
+
+
+def plan_pipeline(model: nn.Module, chain: Chain, config: JobConfig, ranks: int) -> Plan:
+    """Which stages there are, and on which of ``ranks`` ranks.
+
+    Args:
+        chain: the names of the modules of ``model`` in the order of the forward, each with those that must not be
+            apart from it.
+
+    Raises:
+        ConfigError: the stages asked for cannot be dealt to the ranks, or do not fit the schedule.
+    """
+    p = config.parallelism
+    schedule = p.pipeline_parallel_schedule
+    owners: list[int] = []
+    if schedule == CSV_SCHEDULE:
+        owners = _owners_in_csv(config, ranks)
+        wanted, why = len(owners), f"the schedule in {p.pipeline_parallel_schedule_csv} has"
+    else:
+        each = 1 if schedule in SINGLE_STAGE_SCHEDULES else 2
+        wanted, why = each * ranks, f'"{schedule}" over {ranks} processes has'
+    stages = _asked_for(chain, config)
+    if stages is None:
+        if wanted > len(chain):
+            raise ConfigError(
+                f"parallelism.pipeline_parallel_degree = {ranks}: {why} {wanted} stages, and the model has no more "
+                f"than {len(chain)} modules in a row; use fewer processes"
+            )
+        costs = [sum(matmul_elements(model, name) for name in names) for names in chain]
+        stages = [[name for i in stage for name in chain[i]] for stage in balanced(costs, wanted)]
+    looped = schedule in LOOPED_SCHEDULES
+    if len(stages) % ranks or (not looped and len(stages) != wanted) or (looped and len(stages) < 2 * ranks):
+        given = "split_points" if p.pipeline_parallel_split_points else "layers_per_stage"
+        raise ConfigError(
+            f"parallelism.pipeline_parallel_{given} makes {len(stages)} stages "
+            f"({'; '.join(', '.join(stage) for stage in stages)}): {why} {wanted}"
+            f"{' or another multiple of the processes' if looped else ''}; change it, or leave it out for stages of "
+            "about the same work"
+        )
+    if owners:
+        return Plan(stages, owners)
+    if schedule in V_SCHEDULES:
+        return Plan(stages, [min(stage, 2 * ranks - 1 - stage) for stage in range(2 * ranks)])
+    return Plan(stages, [stage % ranks for stage in range(len(stages))])
+
+
+def _asked_for(chain: Chain, config: JobConfig) -> list[list[str]] | None:
+    """The stages that the configuration describes; None where it leaves them to us."""
+    p = config.parallelism
+    points, each = p.pipeline_parallel_split_points, p.pipeline_parallel_layers_per_stage
+    begins = [names[0] for names in chain]
+    if each is not None:
+        points = [name for name in begins if "." in name][each::each]
+    elif not points:
+        return None
+    origin = config.origin("parallelism.pipeline_parallel_split_points")
+    for point in points:
+        if point not in begins[1:]:
+            raise ConfigError(
+                f'parallelism.pipeline_parallel_split_points = "{point}" ({origin}): no stage can begin there'
+                f"{nearest(point, begins[1:])}; can be {begins[1]} to {begins[-1]}"
+            )
+    cuts = [0, *(begins.index(point) for point in points), len(chain)]
+    if cuts != sorted({*cuts}):
+        raise ConfigError(
+            f"parallelism.pipeline_parallel_split_points = {points} ({origin}): must be in the order of the model"
+        )
+    return [[name for names in chain[a:b] for name in names] for a, b in itertools.pairwise(cuts)]
+
+
+def matmul_elements(model: nn.Module, name: str) -> int:
+    """The elements of the weights that a module multiplies with, to which its work is proportional."""
+    return sum(m.weight.numel() for m in model.get_submodule(name).modules() if isinstance(m, nn.Linear))
+
+
+def balanced(costs: Sequence[int], stages: int) -> list[range]:
+    """``costs`` in order, cut into ``stages`` parts of which none is empty, so that the costliest part is as cheap as
+    can be, and of those ways the one where the squares of the parts add up to the least."""
+    n, total = len(costs), [0]
+    for cost in costs:
+        total.append(total[-1] + cost)
+    # best[j]: of cutting the first j modules into the parts so far: (costliest, sum of squares, the cuts).
+    best: list[tuple[int, int, tuple[int, ...]] | None] = [(0, 0, (0,)), *[None] * n]
+    for part in range(1, stages + 1):
+        found: list[tuple[int, int, tuple[int, ...]] | None] = [None] * (n + 1)
+        for j in range(part, n - (stages - part) + 1):
+            ways = []
+            for i in range(part - 1, j):
+                before, cost = best[i], total[j] - total[i]
+                if before is not None:
+                    ways.append((max(before[0], cost), before[1] + cost**2, (*before[2], j)))
+            found[j] = min(ways)
+        best = found
+    last = best[n]
+    assert last is not None
+    return [range(a, b) for a, b in itertools.pairwise(last[2])]
+
+
+_CELL = re.compile(r"^(\d+)([FBIW])(\d+)$")
+
+
+def _owners_in_csv(config: JobConfig, ranks: int) -> list[int]:
+    """The rank of each stage in a schedule of the user's own."""
+    path = config.parallelism.pipeline_parallel_schedule_csv
+    key = f'parallelism.pipeline_parallel_schedule_csv = "{path}"'
+    with Path(path).expanduser().open(newline="") as file:
+        rows = [[text.strip() for text in row] for row in csv.reader(file)]
+    if len(rows) != ranks:
+        raise ConfigError(f"{key}: has {len(rows)} rows, must be one for each of {ranks} processes")
+    owners: set[tuple[int, int]] = set()
+    kinds: set[str] = set()
+    for rank, row in enumerate(rows):
+        for text in filter(None, row):
+            match = _CELL.match(text)
+            if match is None:
+                raise ConfigError(
+                    f'{key}, row {rank + 1}: "{text}" must be a stage, F, B, I or W, and a microbatch: 0F1'
+                )
+            owners.add((int(match[1]), rank))
+            kinds.add(match[2])
+    if [stage for stage, _ in sorted(owners)] != [*range(len(owners))]:
+        raise ConfigError(f"{key}: each stage from 0 on must be in one row; found (stage, row) {sorted(owners)}")
+    if kinds & {"I", "W"} and (why := whole_backward(config)):
+        raise ConfigError(f"{key}: {why}")
+    return [rank for _, rank in sorted(owners)]

@@ -1,0 +1,124 @@
+"""Tensor and sequence parallelism: the styles for a layer as it is, plain or float8, and the loss over a sharded
+vocabulary."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import Placement, Replicate, Shard
+from torch.distributed.tensor.parallel import ColwiseParallel, PrepareModuleInput, RowwiseParallel
+from torch.distributed.tensor.parallel.style import ParallelStyle
+
+from titanlite.errors import ConfigError
+from titanlite.float8 import Float8Linear
+from titanlite.float8.tensor_parallel import Float8ColwiseParallel, Float8RowwiseParallel, PrepareFloat8ModuleInput
+
+_c10d = torch.ops._c10d_functional
+
+
+def column_parallel(layer: nn.Module, **layouts: Any) -> ParallelStyle:
+    """Shards the output features of ``layer``; takes what ``ColwiseParallel`` takes."""
+    return (Float8ColwiseParallel if isinstance(layer, Float8Linear) else ColwiseParallel)(**layouts)
+
+
+def row_parallel(layer: nn.Module, **layouts: Any) -> ParallelStyle:
+    """Shards the input features of ``layer``; takes what ``RowwiseParallel`` takes."""
+    return (Float8RowwiseParallel if isinstance(layer, Float8Linear) else RowwiseParallel)(**layouts)
+
+
+class VocabParallelEmbedding(RowwiseParallel):
+    """Shards the vocabulary of an ``nn.Embedding``; the output is sharded over the sequence, dimension 1."""
+
+    def __init__(self) -> None:
+        super().__init__(input_layouts=Replicate(), output_layouts=Shard(1))
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        module = super()._apply(module, device_mesh)
+        # What comes out is still on its way, an AsyncCollectiveTensor. A compiled block (torch 2.13, AOTAutograd) takes
+        # that for an input, and returns zeros for its gradient. A copy has arrived; it is one of the smallest
+        # activations.
+        module.register_forward_hook(lambda module, inputs, output: output.clone())
+        return module
+
+
+def gathered_input(consumers: Sequence[nn.Module], arguments: int) -> ParallelStyle:
+    """Gathers the first of a module's ``arguments`` along the sequence, dimension 1, once for all its ``consumers``: in
+    float8 where all of them compute in it."""
+    style = PrepareFloat8ModuleInput if all(isinstance(c, Float8Linear) for c in consumers) else PrepareModuleInput
+    others: tuple[Placement | None, ...] = (None,) * (arguments - 1)
+    return style(input_layouts=(Shard(1), *others), desired_input_layouts=(Replicate(), *others))
+
+
+def enable_async_tensor_parallel(mesh: DeviceMesh) -> None:
+    """Let the compiler split tensor parallelism's collectives and overlap their parts with the matmuls.
+
+    Raises:
+        ConfigError: the devices have no memory that they can reach in each other (symmetric memory needs NVLink).
+    """
+    key = "parallelism.enable_async_tensor_parallel = true"
+    if mesh.device_type != "cuda":
+        raise ConfigError(f"{key}: needs GPUs that reach each other's memory, and this runs on {mesh.device_type}")
+    import torch._inductor.config
+    from torch.distributed._symmetric_memory import enable_symm_mem_for_group
+
+    own, count = torch.cuda.current_device(), torch.cuda.device_count()
+    apart = [d for d in range(count) if d != own and not torch.cuda.can_device_access_peer(own, d)]
+    if mesh.size() > count or apart:
+        raise ConfigError(
+            f"{key}: needs all {mesh.size()} GPUs of parallelism.tensor_parallel_degree in one machine and reaching "
+            f"each other's memory; GPU {own} of {count} here does not reach {apart or 'those of other machines'}"
+        )
+    torch._inductor.config._micro_pipeline_tp = True
+    enable_symm_mem_for_group(mesh.get_group().group_name)
+
+
+class _CrossEntropy(torch.autograd.Function):
+    """Three numbers per token are exchanged, in two all-reduces, instead of the logits."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, labels: Tensor, first: int, group: str) -> Tensor:
+        x = logits.float()
+        largest = _c10d.wait_tensor(_c10d.all_reduce(x.amax(1), "max", group))
+        x = x - largest[:, None]
+        own = labels - first
+        here = (own >= 0) & (own < x.shape[1])
+        own = torch.where(here, own, 0)
+        target = torch.where(here, x.gather(1, own[:, None])[:, 0], 0.0)
+        x = x.exp_()
+        total, target = _c10d.wait_tensor(_c10d.all_reduce(torch.stack((x.sum(1), target)), "sum", group)).unbind()
+        ctx.save_for_backward(x, total, own, here)
+        ctx.dtype = logits.dtype
+        return (total.log() - target).mean()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, total, own, here = ctx.saved_tensors
+        per_token = grad / x.shape[0]
+        out = x * (per_token / total)[:, None]
+        out.scatter_add_(1, own[:, None], torch.where(here, -per_token, 0.0)[:, None])
+        return out.to(ctx.dtype), None, None, None
+
+
+class VocabParallelCrossEntropy:
+    """The mean negative log-likelihood in nats, computed in float32, of logits whose vocabulary is sharded.
+
+    (``torch.distributed.tensor.parallel.loss_parallel`` does the same on DTensors and around the backward; plain
+    tensors can be the output of a pipeline stage and go through the compiler.)
+
+    Args:
+        mesh: of tensor parallelism; rank r has the r-th part of the vocabulary.
+    """
+
+    def __init__(self, mesh: DeviceMesh) -> None:
+        self.rank, self.group = mesh.get_local_rank(), mesh.get_group().group_name
+
+    def __call__(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """``logits`` [batch, seq_len, vocab_size / degree] of any floating dtype, ``labels`` int64 [batch, seq_len];
+        the same loss, a scalar, on all ranks."""
+        first = self.rank * logits.shape[-1]
+        loss: Tensor = _CrossEntropy.apply(logits.flatten(0, 1), labels.flatten(0, 1), first, self.group)
+        return loss
