@@ -18,6 +18,7 @@ from titanlite.distributed.mesh import Mesh
 from titanlite.distributed.pipeline import Pipeline, boundary_of, part_of
 from titanlite.distributed.pipeline_plan import Plan, plan_pipeline
 from titanlite.distributed.tensor_parallel import VocabParallelCrossEntropy
+from titanlite.errors import ConfigError
 from titanlite.metrics.flops import ModelSize
 from titanlite.model_spec import ModelSpec
 from titanlite.optim import cross_entropy_loss
@@ -53,6 +54,12 @@ def build_model(spec: ModelSpec, args: Any, config: JobConfig, mesh: Mesh) -> Bu
         args: a flavor that ``spec.configure`` has completed.
     """
     spec.check_degrees(args, mesh)
+    if mesh.cp.size() > 1 and mesh.device_type == "cuda" and config.training.mixed_precision_param == "float32":
+        key = "training.mixed_precision_param"
+        raise ConfigError(
+            f'{key} = "float32" ({config.origin(key)}) and parallelism.context_parallel_degree = {mesh.cp.size()}: '
+            "flash attention on GPUs takes 16-bit numbers; use bfloat16, or another dimension"
+        )
     with torch.device("meta"):
         model = spec.build(args)
     built = BuiltModel([model], spec.size(model), build_converters(config, mesh))

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from titanlite.build import build_loss, build_model, build_pipeline
 from titanlite.config import (
@@ -153,26 +153,29 @@ class Trainer:
         self.about["flops per token"] = f"{self.flops_per_token:,}"
         self.about["memory"] = f"{before / GIB:.2f} GiB before building, {peak_memory(device).active / GIB:.2f} after"
 
+    def parameters(self) -> list[nn.Parameter]:
+        """Of all parts of the model that this process has."""
+        return [param for part in self.model_parts for param in part.parameters()]
+
     def _check_memory(self) -> None:
         """Refuse what cannot fit, before the machine is brought to its knees: float32 weights, gradients and two
         moments are 16 bytes per parameter, whatever else a step needs."""
         per_process = 16 * self.size.params / self.degrees.model_shards
-        device = self.runtime.device
-        sharing = 1 if device.type == "cuda" else int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        total = total_memory(device)
+        on_host = self.config.training.enable_cpu_offload or self.runtime.device.type != "cuda"
+        sharing = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if on_host else 1
+        total = total_memory(torch.device("cpu") if on_host else self.runtime.device)
         if per_process * sharing > total:
             raise ConfigError(
                 f'model.flavor = "{self.config.model.flavor}": its {self.size.params:,} parameters need at least '
                 f"{per_process * sharing / GIB:.1f} GiB here (16 bytes each for weights, gradients and optimizer "
                 f"state, {sharing} of {self.degrees.model_shards} shards), and this "
-                f"{'GPU' if device.type == 'cuda' else 'machine'} has {total / GIB:.1f} GiB: use more devices (NGPU), "
-                "or a smaller flavor"
+                f"{'machine' if on_host else 'GPU'} has {total / GIB:.1f} GiB: use more devices (NGPU), or a smaller "
+                "flavor"
             )
 
     def _build_optimizer(self) -> None:
         config = self.config
-        parameters = [p for part in self.model_parts for p in part.parameters()]
-        self.optimizer = build_optimizer(parameters, config.optimizer)
+        self.optimizer = build_optimizer(self.parameters(), config.optimizer)
         self.schedule = build_schedule(config.lr_scheduler, config.optimizer.lr, config.training.steps)
 
     def _lock_run_folder(self) -> None:
@@ -232,8 +235,7 @@ class Trainer:
         batch = next(self.loader)
         waited = time.perf_counter() - waited
         loss = self._forward_backward(batch)
-        parameters = (p for part in self.model_parts for p in part.parameters())
-        grad_norm = clip_gradients(parameters, self.config.training.max_norm, self.mesh)
+        grad_norm = clip_gradients(self.parameters(), self.config.training.max_norm, self.mesh)
         lr = self.schedule.apply(self.optimizer, self.step)
         self.optimizer.step()
         self.optimizer.zero_grad()

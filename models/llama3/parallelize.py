@@ -13,8 +13,7 @@ from torch.distributed.tensor.parallel.style import ParallelStyle
 
 from models.llama3.model import Llama3, Llama3Args, TransformerBlock
 from titanlite.config import JobConfig
-from titanlite.distributed.activation_checkpoint import apply_activation_checkpoint
-from titanlite.distributed.compile import compile_blocks
+from titanlite.distributed.blocks import checkpoint_and_compile
 from titanlite.distributed.context_parallel import ContextParallel
 from titanlite.distributed.data_parallel import apply_fsdp
 from titanlite.distributed.mesh import Mesh
@@ -31,7 +30,7 @@ from titanlite.errors import ConfigError
 def parallelize(model: nn.Module, mesh: Mesh, config: JobConfig) -> dict[str, str]:
     """Apply what ``config`` asks for to ``model`` in place; returns what was done, for the log."""
     assert isinstance(model, Llama3)
-    done = {}
+    done: dict[str, str] = {}
     if mesh.tp.size() > 1:
         done["tensor parallelism"] = apply_tensor_parallel(model, mesh, config)
     positions = None
@@ -48,10 +47,7 @@ def parallelize(model: nn.Module, mesh: Mesh, config: JobConfig) -> dict[str, st
     if positions is not None:
         # Bound here: they are the same in every step, and a later stage cannot tell them from what it is given.
         model.forward = partial(model.forward, positions=positions)  # type: ignore[method-assign]
-    done["activation checkpointing"] = apply_activation_checkpoint(model.layers, config.activation_checkpoint)
-    if config.training.compile and "model" in config.compile.components:
-        compile_blocks(model.layers, config.compile)
-        done["compile"] = f"{len(model.layers)} blocks, {config.compile.backend}"
+    done |= checkpoint_and_compile(model.layers, mesh, config)
     ends: tuple[list[nn.Module | None], ...] = [model.tok_embeddings], [model.norm, model.output]
     before, after = ([module for module in end if module is not None] for end in ends)
     groups: list[list[nn.Module]] = [before, *([layer] for layer in model.layers.values()), after]

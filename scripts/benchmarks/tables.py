@@ -1,4 +1,5 @@
-"""Fill the tables in the docs from the result files: what stands between ``<!-- name -->`` and ``<!-- /name -->``.
+"""Fill the tables in the docs from the result files, and from the tests: what stands between ``<!-- name -->`` and
+``<!-- /name -->``.
 
 python scripts/benchmarks/tables.py            # writes them
 python scripts/benchmarks/tables.py --check    # only says which are out of date, with status 1
@@ -14,6 +15,10 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[2]
+if str(ROOT) not in sys.path:
+    sys.path.append(str(ROOT))
+from tests.distributed.combinations import VARIANTS, WAYS, composes, tried  # noqa: E402
+
 RESULTS = ROOT / "docs" / "benchmarks"
 
 
@@ -31,19 +36,35 @@ def loss_parity(results: list[dict[str, Any]]) -> list[list[str]]:
 TABLES: dict[str, Callable[[list[dict[str, Any]]], list[list[str]]]] = {"loss_parity": loss_parity}
 
 
+def composition() -> list[list[str]]:
+    """What the tests of parallelism try."""
+
+    def cell(way: str, variant: str) -> str:
+        return "yes" if tried(way, variant) else "(yes)" if composes(way, variant) else "refused"
+
+    rows = [["", "float32", *VARIANTS]]
+    return rows + [[way, "yes", *(cell(way, variant) for variant in VARIANTS)] for way in WAYS]
+
+
+FROM_TESTS: dict[str, Callable[[], list[list[str]]]] = {"composition": composition}
+
+
 def filled(text: str) -> str:
     """``text`` with its tables as the result files have them."""
-    for name, build in TABLES.items():
+    for name in [*TABLES, *FROM_TESTS]:
         opening, closing = f"<!-- {name} -->\n", f"<!-- /{name} -->"
         if opening not in text:
             continue
-        content = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
-        head, *rows = build(content["results"])
-        lines = ["| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows)]
-        about = f"{content['device']}, torch {content['torch']}, {content['date']}: `{content['command']}`"
-        table = "\n".join([*lines, "", about, ""])
+        about = ""
+        if name in TABLES:
+            content = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+            rows = TABLES[name](content["results"])
+            about = f"\n{content['device']}, torch {content['torch']}, {content['date']}: `{content['command']}`\n"
+        else:
+            rows = FROM_TESTS[name]()
+        lines = ["| " + " | ".join(row) + " |" for row in (rows[0], ["---"] * len(rows[0]), *rows[1:])]
         before, after = text.split(opening)[0], text.split(closing)[1]
-        text = before + opening + table + closing + after
+        text = before + opening + "\n".join(lines) + "\n" + about + closing + after
     return text
 
 

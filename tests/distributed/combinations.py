@@ -1,16 +1,21 @@
 """The combinations that the tests of parallelism prove: what each is, and what it is tried with.
 
-docs/parallelism.md has a table of them, made from here by scripts/composition.py.
+docs/parallelism.md has a table of them, made from here by scripts/benchmarks/tables.py.
 """
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 from typing import Any
+
+import torch
 
 BATCH, SEQ_LEN = 8, 32
 
 SCHEDULES = ["1F1B", "GPipe", "Interleaved1F1B", "LoopedBFS", "InterleavedZeroBubble", "ZBVZeroBubble"]
+if torch.__version__ < "2.13":
+    SCHEDULES.remove("ZBVZeroBubble")  # refused there on the CPU
 # Run with neither checkpointing nor compile.
 SPLIT_BACKWARD = ["PP 2 InterleavedZeroBubble", "PP 2 ZBVZeroBubble", "PP 2 CSV"]
 
@@ -76,6 +81,9 @@ def _checkpointing(mode: str, option: str = "2") -> dict[str, Any]:
     return {"activation_checkpoint.mode": mode, "activation_checkpoint.selective_ac_option": option}
 
 
+# The graphs, guards and cuts are the compiler's own; only the last step, code for the machine, is left out.
+_COMPILE = {"training.compile": "true", "compile.backend": "aot_eager_decomp_partition"}
+
 # What each way is tried with, beside float32: options on top of the way's own.
 VARIANTS: dict[str, dict[str, Any]] = {
     "bfloat16": {"training.mixed_precision_param": "bfloat16"},
@@ -94,17 +102,30 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "AC full": _checkpointing("full"),
     "AC selective 2": _checkpointing("selective", "2"),
     "AC selective op": _checkpointing("selective", "op"),
-    # The graphs and guards are the compiler's own; only the last step, code for the machine, is left out.
-    "compile": {"training.compile": "true", "compile.backend": "aot_eager"},
-    "compile, rowwise, AC selective op": {
-        **_recipe("rowwise"),
-        **_checkpointing("selective", "op"),
-        "training.compile": "true",
-        "compile.backend": "aot_eager",
-    },
+    "compile": _COMPILE,
+    "compile, AC full": {**_COMPILE, **_checkpointing("full")},
+    "compile, tensorwise, AC selective 2": {**_COMPILE, **_recipe("tensorwise"), **_checkpointing("selective", "2")},
+    "compile, rowwise, AC selective op": {**_COMPILE, **_recipe("rowwise"), **_checkpointing("selective", "op")},
 }
+
+# The variants are tried with a way for each dimension, and with all of them where EVERY is set in the environment: that
+# takes half an hour, and compiling most of it.
+EVERY = "TITANLITE_TEST_EVERY_COMBINATION"
+_MAIN = {"FSDP 2", "TP 2", "CP 2 alltoall", "PP 2 1F1B", "FSDP 2 x TP 2"}
+_MORE = {"HSDP 2 x 2", "CP 2 allgather", "PP 2 Interleaved1F1B", "PP 2 ZBVZeroBubble", "FSDP 2 x TP 2 x PP 2"}
 
 
 def composes(way: str, variant: str) -> bool:
     """Whether a variant is one that this way can be combined with; the others are refused."""
     return not (way in SPLIT_BACKWARD and ("AC" in variant or "compile" in variant))
+
+
+def tried(way: str, variant: str) -> bool:
+    """Whether the tests try this combination without being asked for every one."""
+    return composes(way, variant) and (way in _MAIN or (way in _MORE and "compile" not in variant))
+
+
+def cases(variants: list[str]) -> list[tuple[str, str]]:
+    """The combinations to try now, as (way, variant)."""
+    chosen = composes if os.environ.get(EVERY) else tried
+    return [(way, variant) for variant in variants for way in WAYS if chosen(way, variant)]

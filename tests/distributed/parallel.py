@@ -5,6 +5,7 @@ torchrun ... parallel.py OUT CASES, where CASES is a JSON file: {name: {option: 
 
 from __future__ import annotations
 
+import functools
 import json
 import sys
 from collections import defaultdict
@@ -22,7 +23,10 @@ from torch.utils._pytree import tree_leaves
 
 from models.llama3.model import Llama3Args
 from models.llama3.spec import FLAVORS
+from titanlite import train
 from titanlite.config import load_config
+from titanlite.config.schema import Comm
+from titanlite.distributed import runtime
 from titanlite.distributed.mesh import Mesh
 from titanlite.train import Trainer
 
@@ -44,7 +48,7 @@ KINDS = {op: kind for kind, ops in _KINDS.items() for op in ops}
 class Traffic(TorchDispatchMode):
     """Counts the collectives of each dimension of the mesh: calls, and bytes of the smaller side.
 
-    Dimensions that hold the same ranks share a group, and DTensor may use that of an earlier run: so a dimension is
+    Dimensions that hold the same ranks may share a group, and DTensor may use that of an earlier run: so a dimension is
     told by its ranks, and by the operators: tensor and context parallelism call the functional ones, and FSDP2 reduces
     by reduce-scatter alone.
     """
@@ -82,6 +86,13 @@ class Traffic(TorchDispatchMode):
 
 def ranks_of(group: dist.ProcessGroup) -> tuple[int, ...]:
     return (*dist.get_process_group_ranks(group),)
+
+
+# One mesh, and one group beside it, for all runs of the same degrees: each group has threads of its own.
+train.build_mesh = functools.cache(train.build_mesh)
+start_runtime = runtime.start_runtime
+first_runtime = functools.cache(lambda: start_runtime(Comm()))
+runtime.start_runtime = lambda comm: first_runtime()
 
 
 def run(name: str, options: dict[str, Any], folder: Path) -> dict[str, Any]:

@@ -29,6 +29,26 @@ def test_compile_and_activation_checkpointing(train: Any, mode: str, compile: st
     assert run.losses() == pytest.approx(plain.losses(), rel=2e-2)  # bfloat16, other kernels
 
 
+@pytest.mark.parametrize("recipe", ["tensorwise", "rowwise", "rowwise_with_gw_hp"])
+@pytest.mark.parametrize("mode", ["none", "full", "selective"])
+def test_float8_with_compile_and_activation_checkpointing(train: Any, recipe: str, mode: str) -> None:
+    options = {"activation_checkpoint__mode": mode, "activation_checkpoint__selective_ac_option": "op"}
+    float8 = {"model__converters": "float8", "float8__recipe_name": recipe, "training__compile": "true"}
+    plain = train(name="plain", training__steps=20)
+    run = train(name="run", training__steps=20, timeout=600, **options, **float8)
+    assert run.status == 0, run.output
+    assert "compiled" in run.output
+    assert "again" not in run.output
+    assert run.losses() == pytest.approx(plain.losses(), rel=5e-2)
+
+
+def test_cpu_offload_changes_no_loss(train: Any) -> None:
+    plain, offloaded = train(name="plain"), train(name="offloaded", training__enable_cpu_offload="true")
+    assert offloaded.status == 0, offloaded.output
+    assert offloaded.losses() == pytest.approx(plain.losses(), rel=1e-5)
+    assert offloaded.rows()[-1]["memory_gib"] < plain.rows()[-1]["memory_gib"]
+
+
 def test_deterministic_runs_are_byte_identical(train: Any) -> None:
     runs = [train(name=f"run{i}", training__deterministic="true", training__steps=10) for i in range(2)]
     assert runs[0].losses() == runs[1].losses()

@@ -26,7 +26,7 @@ GROUND = (
     *("optim", "checkpoint", "metrics", "profiling", "run_folder", "stacks", "stop_request"),
 )
 MIDDLE = ("converters", "distributed", "model_spec")
-TOP = ("build", "train", "launch")
+TOP = ("build", "estimate", "train", "launch")
 
 
 class Import(NamedTuple):

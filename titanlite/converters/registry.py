@@ -22,7 +22,7 @@ class ModelConverter(Protocol):
         ...
 
     def post_optimizer_hook(self, model: nn.Module) -> None:
-        """Called after every optimizer step."""
+        """Called after every optimizer step, for each pipeline stage that this process has."""
         ...
 
 

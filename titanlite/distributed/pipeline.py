@@ -20,6 +20,7 @@ from torch.distributed.pipelining.schedules import (
 )
 
 from titanlite.config import JobConfig
+from titanlite.config.parallelism import V_SCHEDULES
 from titanlite.distributed.data_parallel import DTYPES
 from titanlite.distributed.mesh import Mesh
 from titanlite.distributed.pipeline_plan import Plan
@@ -118,6 +119,12 @@ class Pipeline:
             "scale_grads": False,
         }
         schedule, csv = config.parallelism.pipeline_parallel_schedule, config.parallelism.pipeline_parallel_schedule_csv
+        if schedule in V_SCHEDULES and device.type == "cpu" and torch.__version__ < "2.13":
+            # It greets the neighbours of each stage first, and a gloo process cannot send to itself.
+            raise ConfigError(
+                f'parallelism.pipeline_parallel_schedule = "{schedule}": on the CPU needs torch 2.13 or later, and '
+                f"this is {torch.__version__}; choose another schedule"
+            )
         self._schedule: PipelineScheduleSingle | PipelineScheduleMulti
         try:
             if csv:
@@ -128,9 +135,8 @@ class Pipeline:
                 single = issubclass(kind, PipelineScheduleSingle)
                 self._schedule = kind(stages[0] if single else stages, **options)
         except (ValueError, RuntimeError, AssertionError) as e:
-            raise ConfigError(
-                f'parallelism.pipeline_parallel_schedule = "{schedule}"{f", {csv}" if csv else ""}: {e}'
-            ) from e
+            name = f'"{schedule}"' + (f", {csv}" if csv else "")
+            raise ConfigError(f"parallelism.pipeline_parallel_schedule = {name}: {e}") from e
 
     def step(self, inputs: Tensor, labels: Tensor) -> Tensor:
         """Forward and backward of all microbatches; returns the mean loss, 0 where the last stage is elsewhere.
