@@ -56,16 +56,13 @@ NONE, FULL = ("--activation_checkpoint.mode=none",), ("--activation_checkpoint.m
 FLOAT8 = ("--model.converters=float8",)
 TP8 = ("--parallelism.tensor_parallel_degree=8",)
 
-# Compiled blocks under tensor parallelism and full recomputation fail in torch 2.13 (DTensor's mesh is saved for
-# backward among the tensors), so 70B is estimated with eager ones. The peak is in the loss, where only the blocks'
-# inputs are left of them.
 CASES = (
     *(Case(TUTORIAL, 30.89, "llama3_8b", 8, 1, options) for options in (FULL, SELECTIVE_OP, SELECTIVE_2, NONE)),
     *(Case(TORCHAO, 47.65, "llama3_8b", 8, 1, SELECTIVE_OP, loss) for loss in ("compiled", "eager")),
     Case(REPORT + "1", 82.4, "llama3_8b", 8, 2, (*SELECTIVE_OP, "--training.compile=false"), "eager"),
     *(Case(REPORT + "1", 77.0, "llama3_8b", 8, 2, o, "eager") for o in (SELECTIVE_OP, SELECTIVE_2)),
     Case(REPORT + "1", 76.8, "llama3_8b", 8, 2, (*SELECTIVE_OP, *FLOAT8), "eager"),
-    Case(REPORT + "4", 71.9, "llama3_70b", 256, 16, (*FULL, *TP8, *FLOAT8, "--compile.components=loss")),
+    Case(REPORT + "4", 71.9, "llama3_70b", 256, 16, (*FULL, *TP8, *FLOAT8)),
     Case(
         REPORT + "4", 71.9, "llama3_70b", 256, 16, (*FULL, *TP8, *FLOAT8, "--training.compile=false"), "eager, DTensor"
     ),

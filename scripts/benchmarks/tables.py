@@ -33,7 +33,21 @@ def loss_parity(results: list[dict[str, Any]]) -> list[list[str]]:
     return rows
 
 
-TABLES: dict[str, Callable[[list[dict[str, Any]]], list[list[str]]]] = {"loss_parity": loss_parity}
+def memory_estimates(results: list[dict[str, Any]]) -> list[list[str]]:
+    rows = [["model", "GPUs", "batch", "config", "checkpointing", "loss", "published, GiB", "estimate, GiB", ""]]
+    for r in results:
+        config = r["config"] + ("" if "model" in r["compile"] else ", eager")
+        numbers = [f"{r['published_gib']:.2f}", f"{r['estimated_gib']:.2f}", f"{r['difference_pct']:+.1f}%"]
+        rows.append(
+            [r["model"], str(r["gpus"]), str(r["batch"]), config, r["activation_checkpoint"], r["loss"], *numbers]
+        )
+    return rows
+
+
+TABLES: dict[str, Callable[[list[dict[str, Any]]], list[list[str]]]] = {
+    "loss_parity": loss_parity,
+    "memory_estimates": memory_estimates,
+}
 
 
 def composition() -> list[list[str]]:

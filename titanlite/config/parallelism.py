@@ -55,7 +55,8 @@ def resolve_degrees(parallelism: Parallelism, world_size: int) -> Degrees:
         if world_size % others:
             raise ConfigError(
                 f"[parallelism] {shown}: the degrees other than data_parallel_shard_degree multiply to {others}, which "
-                f"does not divide the {world_size} processes (NGPU={world_size})"
+                f"does not divide the {world_size} processes (NGPU={world_size}); use a multiple of {others} "
+                "processes, or smaller degrees"
             )
         given["data_parallel_shard_degree"] = world_size // others
     product = others * given["data_parallel_shard_degree"]
@@ -123,11 +124,12 @@ def _check_sequence(config: JobConfig, degrees: Degrees) -> None:
     cp, tp, seq_len = degrees.context_parallel, degrees.tensor_parallel, config.training.seq_len
     unit = (2 * cp if cp > 1 else 1) * tp
     if seq_len % unit:
-        parts = ["2 x context_parallel_degree"] * (cp > 1) + ["tensor_parallel_degree"] * (tp > 1)
-        numbers = [f"2 x {cp}"] * (cp > 1) + [f"{tp}"] * (tp > 1)
+        factors = {"2 x context_parallel_degree": f"2 x {cp}"} if cp > 1 else {}
+        factors |= {"tensor_parallel_degree": f"{tp}"} if tp > 1 else {}
+        product = f" = {' x '.join(factors.values())}" if cp > 1 else ""
         raise ConfigError(
             f"training.seq_len = {seq_len} ({config.origin('training.seq_len')}): must be a multiple of "
-            f"{' x '.join(parts)} = {' x '.join(numbers)} = {unit}, for example {-(-seq_len // unit) * unit}"
+            f"{' x '.join(factors)}{product} = {unit}, for example {-(-seq_len // unit) * unit}"
         )
 
 
@@ -223,7 +225,7 @@ def _check_microbatches(config: JobConfig, degrees: Degrees) -> None:
         f"{count} microbatches per step (training.local_batch_size = {local}, microbatches of {size}, "
         f"training.global_batch_size = {global_batch_size(config, degrees.data_parallel)} over {degrees.data_parallel})"
     )
-    least = 2 * pp - 1 if schedule in V_SCHEDULES else pp if schedule == "1F1B" else 1
+    least = pp if schedule == "1F1B" else 1
     if count < least:
         raise ConfigError(
             f'parallelism.pipeline_parallel_schedule = "{schedule}" over {pp} processes: needs at least {least} '

@@ -33,12 +33,19 @@ def clip_gradients(params: Iterable[nn.Parameter], max_norm: float, mesh: Mesh) 
     if mesh.world.size() > 1:
         dist.all_reduce(total)
     norm = total.sqrt().float()
-    nn.utils.clip_grads_with_norm_(params, max_norm, norm, foreach=True)
+    # As clip_grads_with_norm_, which does not take DTensors of different meshes together.
+    scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+    with torch.no_grad():
+        torch._foreach_mul_([_local(param.grad) for param in params if param.grad is not None], scale)
     return norm
 
 
+def _local(grad: Tensor) -> Tensor:
+    return grad.to_local() if isinstance(grad, DTensor) else grad
+
+
 def _parts(grad: Tensor) -> list[Tensor]:
-    local = grad.to_local() if isinstance(grad, DTensor) else grad
+    local = _local(grad)
     return list(local.reshape(-1).split(_CPU_PART)) if local.device.type == "cpu" else [local]
 
 

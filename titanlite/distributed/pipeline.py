@@ -34,7 +34,8 @@ def part_of(model: nn.Module, names: Sequence[str]) -> nn.Module:
     """A module that shares with ``model`` those children, and entries of its ``ModuleDict``, that ``names`` holds; the
     other children are None in it."""
     part = copy.copy(model)
-    part._modules, part._buffers = dict(model._modules), dict(model._buffers)
+    # Its children, buffers and hooks are its own: FSDP2 puts hooks on each part.
+    vars(part).update({key: copy.copy(value) for key, value in vars(model).items() if isinstance(value, (dict, set))})
     for child_name, child in model.named_children():
         if isinstance(child, nn.ModuleDict):
             kept = {key: module for key, module in child.items() if f"{child_name}.{key}" in names}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import itertools
 import re
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,10 +81,12 @@ def plan_pipeline(model: nn.Module, chain: Chain, config: JobConfig, ranks: int)
         costs = [sum(matmul_elements(model, name) for name in names) for names in chain]
         stages = [[name for i in stage for name in chain[i]] for stage in balanced(costs, wanted)]
     looped = schedule in LOOPED_SCHEDULES
-    if len(stages) % ranks or (not looped and len(stages) != wanted) or (looped and len(stages) < 2 * ranks):
-        given = "split_points" if p.pipeline_parallel_split_points else "layers_per_stage"
+    fits = len(stages) in range(wanted, len(chain) + 1, ranks) if looped else len(stages) == wanted
+    if not fits:
+        key = "split_points" if p.pipeline_parallel_split_points else "layers_per_stage"
+        key = f"parallelism.pipeline_parallel_{key}"
         raise ConfigError(
-            f"parallelism.pipeline_parallel_{given} makes {len(stages)} stages "
+            f"{key} ({config.origin(key)}) makes {len(stages)} stages "
             f"({'; '.join(', '.join(stage) for stage in stages)}): {why} {wanted}"
             f"{' or another multiple of the processes' if looped else ''}; change it, or leave it out for stages of "
             "about the same work"
@@ -154,23 +157,37 @@ def _owners_in_csv(config: JobConfig, ranks: int) -> list[int]:
     """The rank of each stage in a schedule of the user's own."""
     path = config.parallelism.pipeline_parallel_schedule_csv
     key = f'parallelism.pipeline_parallel_schedule_csv = "{path}"'
-    with Path(path).expanduser().open(newline="") as file:
-        rows = [[text.strip() for text in row] for row in csv.reader(file)]
+    try:
+        with Path(path).expanduser().open(newline="", encoding="utf-8") as file:
+            rows = [[text.strip() for text in row] for row in csv.reader(file)]
+    except (OSError, UnicodeDecodeError, csv.Error) as e:
+        raise ConfigError(f"{key}: cannot be read: {e}") from e
     if len(rows) != ranks:
         raise ConfigError(f"{key}: has {len(rows)} rows, must be one for each of {ranks} processes")
     owners: set[tuple[int, int]] = set()
+    forwards: defaultdict[int, list[int]] = defaultdict(list)
     kinds: set[str] = set()
     for rank, row in enumerate(rows):
         for text in filter(None, row):
             match = _CELL.match(text)
             if match is None:
                 raise ConfigError(
-                    f'{key}, row {rank + 1}: "{text}" must be a stage, F, B, I or W, and a microbatch: 0F1'
+                    f'{key}, row {rank + 1}: "{text}" must be a stage, F, B, I or W, and a microbatch, such as 0F1'
                 )
-            owners.add((int(match[1]), rank))
-            kinds.add(match[2])
+            stage, kind, microbatch = int(match[1]), match[2], int(match[3])
+            owners.add((stage, rank))
+            kinds.add(kind)
+            if kind == "F":
+                forwards[stage].append(microbatch)
     if [stage for stage, _ in sorted(owners)] != [*range(len(owners))]:
         raise ConfigError(f"{key}: each stage from 0 on must be in one row; found (stage, row) {sorted(owners)}")
+    idle = sorted({*range(ranks)} - {rank for _, rank in owners})
+    if idle:
+        raise ConfigError(f"{key}: each of {ranks} processes must have a stage; row {idle[0] + 1} has none")
+    last = forwards[len(owners) - 1]
+    if last != sorted(last):
+        # The runtime keeps the losses in the order of the forwards, and looks for them by microbatch.
+        raise ConfigError(f"{key}: the last stage must take the microbatches in their order, not {last}")
     if kinds & {"I", "W"} and (why := whole_backward(config)):
         raise ConfigError(f"{key}: {why}")
     return [rank for _, rank in sorted(owners)]
