@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import re
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from typing import Any
 import pytest
 
 from tests.conftest import TINY, environment
-from tests.distributed.combinations import BATCH, SEQ_LEN, VARIANTS, WAYS, cases
+from tests.distributed.combinations import BATCH, EVERY, SEQ_LEN, VARIANTS, WAYS, cases
 
 STEPS = 10
 ONE = "one process"
@@ -63,7 +64,7 @@ class Cluster:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            timeout=1200,
+            timeout=3600 if os.environ.get(EVERY) else 900,
         )
         assert done.returncode == 0, done.stdout[-8000:]
         ranks = [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in range(processes)]
@@ -234,17 +235,18 @@ def test_each_rank_holds_its_share_of_the_parameters(small: Reports, way: str) -
 # The largest relative difference of a loss, and of the first and any gradient norm, from one process that computes in
 # the same precision. In bfloat16 the order of a sum decides its last bits. In float8 a tensor's scale is that of the
 # part that a rank has of it, and a microbatch has scales of its own.
+_ONE_SCALE, _SCALES_OF_ROWS = (2e-3, 4e-3, 5e-3), (5e-4, 5e-4, 1e-3)
 BOUNDS = {
-    "bfloat16": (1e-4, 1e-3, 1e-3),
-    "tensorwise": (2e-3, 5e-3, 1e-2),
-    "rowwise": (2e-3, 5e-3, 1e-2),
-    "rowwise_with_gw_hp": (2e-3, 5e-3, 1e-2),
-    "float8 delayed": (2e-3, 5e-3, 1e-2),
-    "float8 all-gather": (2e-3, 5e-3, 1e-2),
+    "bfloat16": (1e-4, 5e-4, 5e-4),
+    "tensorwise": _ONE_SCALE,
+    "rowwise": _SCALES_OF_ROWS,
+    "rowwise_with_gw_hp": _SCALES_OF_ROWS,
+    "float8 delayed": _ONE_SCALE,
+    "float8 all-gather": _ONE_SCALE,
     "compile": (1e-6, 1e-5, 1e-5),
     "compile, AC full": (1e-6, 1e-5, 1e-5),
-    "compile, tensorwise, AC selective 2": (2e-3, 5e-3, 1e-2),
-    "compile, rowwise, AC selective op": (2e-3, 5e-3, 1e-2),
+    "compile, tensorwise, AC selective 2": _ONE_SCALE,
+    "compile, rowwise, AC selective op": _SCALES_OF_ROWS,
 }
 SAME_BITS = [variant for variant in VARIANTS if variant.startswith("AC")]
 
@@ -260,7 +262,7 @@ def varied(tmp_path_factory: pytest.TempPathFactory) -> Reports:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1800)
+@pytest.mark.timeout(7200)
 @pytest.mark.parametrize(("way", "variant"), cases(list(BOUNDS)))
 def test_variants_are_as_on_one_process(varied: Reports, way: str, variant: str) -> None:
     one, many = varied[f"{ONE}, {variant}"], varied[f"{way}, {variant}"]
