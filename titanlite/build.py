@@ -53,7 +53,7 @@ def build_model(spec: ModelSpec, args: Any, config: JobConfig, mesh: Mesh) -> Bu
     Args:
         args: a flavor that ``spec.configure`` has completed.
     """
-    spec.check_degrees(args, mesh)
+    spec.check(args, mesh, config)
     if mesh.cp.size() > 1 and mesh.device_type == "cuda" and config.training.mixed_precision_param == "float32":
         key = "training.mixed_precision_param"
         raise ConfigError(
@@ -72,8 +72,10 @@ def build_model(spec: ModelSpec, args: Any, config: JobConfig, mesh: Mesh) -> Bu
         own = built.plan.of(mesh.pp.get_local_rank())
         built.parts = [part_of(model, built.plan.stages[stage]) for stage in own]
         built.about["pipeline"] = f"{config.parallelism.pipeline_parallel_schedule}, {built.plan}"
-    for part in built.parts:
-        built.about.update(spec.parallelize(part, mesh, config))
+    done = [spec.parallelize(part, mesh, config) for part in built.parts]
+    for what in done[0]:
+        # Of several stages, each in turn where they differ.
+        built.about[what] = "; ".join(dict.fromkeys(of_part[what] for of_part in done))
     return built
 
 

@@ -33,8 +33,8 @@ class ModelSpec:
         build: a configured flavor -> the module, called under the meta device. Its ``init_weights(init)`` fills every
             parameter through :class:`titanlite.distributed.init.WeightInit`, and every buffer. ``forward`` maps token
             ids [batch, seq_len] to logits [batch, seq_len, vocab_size].
-        check_degrees: ``(configured flavor, mesh)``; raises :class:`ConfigError` where the degrees of parallelism do
-            not fit the flavor. Called before anything is built.
+        check: ``(configured flavor, mesh, config)``; raises :class:`ConfigError` where the degrees of parallelism, or
+            other options, do not fit the flavor. Called before anything is built.
         chain: a built module -> the names of its children, and of the entries of its ``ModuleDict``, in the order of
             the forward: where pipeline parallelism can cut it. Names in one tuple stay together. In the part that a
             pipeline stage has, the other children are None, and ``forward`` takes and returns hidden states
@@ -47,7 +47,7 @@ class ModelSpec:
     flavors: Mapping[str, Any]
     configure: Callable[[Any, int, int], Any]
     build: Callable[[Any], nn.Module]
-    check_degrees: Callable[[Any, Mesh], None]
+    check: Callable[[Any, Mesh, JobConfig], None]
     chain: Callable[[nn.Module], list[tuple[str, ...]]]
     parallelize: Callable[[nn.Module, Mesh, JobConfig], dict[str, str]]
     size: Callable[[nn.Module], ModelSize]

@@ -58,13 +58,19 @@ def parallelize(model: nn.Module, mesh: Mesh, config: JobConfig) -> dict[str, st
     return done
 
 
-def check_degrees(args: Llama3Args, mesh: Mesh) -> None:
-    """Refuse degrees that do not divide this model.
+def check(args: Llama3Args, mesh: Mesh, config: JobConfig) -> None:
+    """Refuse degrees that do not divide this model, and checkpointing that would choose none of its layers.
 
     Raises:
         ConfigError: with the sizes.
     """
-    tp, pp = mesh.tp.size(), mesh.pp.size()
+    tp, pp, ac = mesh.tp.size(), mesh.pp.size(), config.activation_checkpoint
+    if ac.mode == "selective" and ac.selective_ac_option != "op" and int(ac.selective_ac_option) > args.n_layers:
+        key = "activation_checkpoint.selective_ac_option"
+        raise ConfigError(
+            f'{key} = "{ac.selective_ac_option}" ({config.origin(key)}): the model has {args.n_layers} layers, so none '
+            'would be checkpointed; use a smaller number, "op", or activation_checkpoint.mode = "none"'
+        )
     for what in ("n_heads", "n_kv_heads", "ffn_dim", "vocab_size"):
         size = getattr(args, what)
         if size % tp:
@@ -121,7 +127,7 @@ def apply_tensor_parallel(model: Llama3, mesh: Mesh, config: JobConfig) -> str:
         assert model.output is not None
         model.tok_embeddings.weight = model.output.weight
     if config.parallelism.enable_async_tensor_parallel:
-        enable_async_tensor_parallel(tp)
+        enable_async_tensor_parallel(model, tp)
     loss = "whole logits" if config.parallelism.disable_loss_parallel else "loss parallel"
     overlapped = ", asynchronous" if config.parallelism.enable_async_tensor_parallel else ""
     return f"{tp.size()} processes, sequence parallel, {loss}{overlapped}"

@@ -7,7 +7,7 @@ from dataclasses import replace
 from torch import nn
 
 from models.llama3.model import Llama3, Llama3Args, RopeScaling
-from models.llama3.parallelize import check_degrees, parallelize
+from models.llama3.parallelize import check, parallelize
 from titanlite.errors import ConfigError
 from titanlite.metrics.flops import ModelSize
 from titanlite.model_spec import ModelSpec, register_model
@@ -70,7 +70,7 @@ register_model(
         flavors=FLAVORS,
         configure=configure,
         build=Llama3,
-        check_degrees=check_degrees,
+        check=check,
         chain=chain,
         parallelize=parallelize,
         size=model_size,

@@ -47,8 +47,14 @@ class Way:
         }
 
 
-def _schedule(name: str) -> dict[str, Any]:
-    return {"parallelism.pipeline_parallel_schedule": name}
+def _pipeline(schedule: str = "1F1B") -> dict[str, Any]:
+    """Cut so that every stage has a layer, of the models that the tests use: the smallest one's output projection would
+    be a stage by itself."""
+    two_each = any(name in schedule for name in ("Interleaved", "Looped", "ZBV"))
+    return {
+        "parallelism.pipeline_parallel_schedule": schedule,
+        "parallelism.pipeline_parallel_split_points": "layers.1,layers.2,layers.3" if two_each else "layers.2",
+    }
 
 
 _ALLTOALL = {"parallelism.context_parallel_rotate_method": "alltoall"}
@@ -58,16 +64,16 @@ WAYS = {
     "HSDP 2 x 2": Way(replicate=2, shard=2),
     "TP 2": Way(tp=2),
     "FSDP 2 x TP 2": Way(shard=2, tp=2),
-    **{f"PP 2 {name}": Way(pp=2, options=_schedule(name)) for name in SCHEDULES},
-    "PP 2 CSV": Way(pp=2, options=_schedule("PipelineScheduleMulti")),
+    **{f"PP 2 {name}": Way(pp=2, options=_pipeline(name)) for name in SCHEDULES},
+    "PP 2 CSV": Way(pp=2, options=_pipeline("PipelineScheduleMulti")),
     "CP 2 allgather": Way(cp=2),
     "CP 2 alltoall": Way(cp=2, options=_ALLTOALL),
     "FSDP 2 x CP 2": Way(shard=2, cp=2),
     "CP 2 x TP 2": Way(cp=2, tp=2, options=_ALLTOALL),
-    "PP 2 x TP 2": Way(pp=2, tp=2),
-    "PP 2 x FSDP 2": Way(pp=2, shard=2, options=_schedule("Interleaved1F1B")),
-    "PP 2 x CP 2": Way(pp=2, cp=2),
-    "FSDP 2 x TP 2 x PP 2": Way(shard=2, tp=2, pp=2),
+    "PP 2 x TP 2": Way(pp=2, tp=2, options=_pipeline()),
+    "PP 2 x FSDP 2": Way(pp=2, shard=2, options=_pipeline("Interleaved1F1B")),
+    "PP 2 x CP 2": Way(pp=2, cp=2, options=_pipeline()),
+    "FSDP 2 x TP 2 x PP 2": Way(shard=2, tp=2, pp=2, options=_pipeline()),
 }
 
 _FLOAT8 = {"training.mixed_precision_param": "bfloat16", "model.converters": "float8"}

@@ -14,12 +14,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch._dynamo.utils import counters
 from torch.distributed.distributed_c10d import _resolve_process_group
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import checkpoint
 
 from models.llama3.model import Llama3Args
 from models.llama3.spec import FLAVORS
@@ -88,6 +89,12 @@ def ranks_of(group: dist.ProcessGroup) -> tuple[int, ...]:
     return (*dist.get_process_group_ranks(group),)
 
 
+def is_checkpointed(block: nn.Module) -> bool:
+    """Whether a block's forward, or what the compiler was given of it, is a call of ``checkpoint``."""
+    function = getattr(block.forward, "_torchdynamo_orig_callable", block.forward)
+    return isinstance(function, functools.partial) and function.func is checkpoint
+
+
 # One mesh, and one group beside it, for all runs of the same degrees: each group has threads of its own.
 train.build_mesh = functools.cache(train.build_mesh)
 start_runtime = runtime.start_runtime
@@ -118,6 +125,7 @@ def run(name: str, options: dict[str, Any], folder: Path) -> dict[str, Any]:
             "calls": traffic.calls,
             "bytes": traffic.bytes,
             "graphs": compiled_graphs,
+            "checkpointed": sum(is_checkpointed(layer) for p in trainer.model_parts for layer in p.layers.values()),  # type: ignore[operator, union-attr]
         }
     finally:
         trainer.close()

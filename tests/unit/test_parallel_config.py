@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from models.llama3.model import Llama3Args
-from models.llama3.parallelize import check_degrees
+from models.llama3.parallelize import check
 from models.llama3.spec import FLAVORS, configure
 from tests.conftest import ROOT
 from titanlite.config import JobConfig, check_config, load_config, pipeline_microbatches, resolve_degrees
@@ -117,7 +117,7 @@ REFUSED: dict[str, tuple[Options, int, list[str]]] = {
         4,
         [
             "training.seq_len = 100 (the argument --training.seq_len)",
-            "multiple of 2 x context_parallel_degree = 2 x 4 = 8, for example 104",
+            "multiple of 2 x context_parallel_degree = 8, for example 104",
         ],
     ),
     "sequence over tensor": (
@@ -126,9 +126,12 @@ REFUSED: dict[str, tuple[Options, int, list[str]]] = {
         ["training.seq_len = 2044", "multiple of tensor_parallel_degree = 8", "for example 2048"],
     ),
     "sequence over both": (
-        {"cp": 2, "tp": 2, "seq": 12},  # a multiple of 2 x 2, and of 2
-        4,
-        ["= 12", "2 x context_parallel_degree x tensor_parallel_degree = 2 x 2 x 2 = 8, for example 16"],
+        {"cp": 2, "tp": 4, "seq": 12},  # a multiple of 2 x 2, and of 4
+        8,
+        [
+            *("= 12", "2 x context_parallel_degree = 4 and of"),
+            "context_parallel_degree x tensor_parallel_degree = 8, for example 16",
+        ],
     ),
     "asynchronous without the compiler": (
         {"tp": 2, "async_tp": True},
@@ -307,11 +310,11 @@ def test_the_sequence_length_that_is_proposed_is_taken(cp: int, tp: int, seq: in
         check_config(config, cp * tp)
     except ConfigError as e:
         config.training.seq_len = int(str(e).split("for example ")[1])
-        assert seq < config.training.seq_len < seq + (2 * cp if cp > 1 else 1) * tp
+        assert seq < config.training.seq_len <= seq + cp * math.lcm(2 if cp > 1 else 1, tp)
         check_config(config, cp * tp)
     else:
-        assert seq % tp == 0
-        assert cp == 1 or seq // tp % (2 * cp) == 0
+        assert seq % (cp * tp) == 0
+        assert cp == 1 or seq % (2 * cp) == 0
 
 
 def test_the_microbatches_of_a_step_are_those_of_all_that_accumulates() -> None:
@@ -336,7 +339,7 @@ def test_published_files_are_accepted_at_the_sizes_that_they_are_for(name: str, 
     degrees = resolve_degrees(config.parallelism, world)
     assert degrees == Degrees(1, world // 8, 1, 8, 1)
     with mesh_of(degrees) as mesh:
-        check_degrees(configure(FLAVORS[config.model.flavor], 128256, config.training.seq_len), mesh)
+        check(configure(FLAVORS[config.model.flavor], 128256, config.training.seq_len), mesh, config)
 
 
 def test_published_files_take_more_dimensions() -> None:
@@ -379,14 +382,14 @@ MODEL = Llama3Args(dim=64, n_layers=2, n_heads=8, n_kv_heads=8, ffn_dim=128, voc
 )
 def test_a_tensor_parallel_degree_that_does_not_divide_the_model(args: Llama3Args, tp: int, what: str) -> None:
     with mesh_of(Degrees(1, 2, 1, tp, 1)) as mesh, pytest.raises(ConfigError) as error:
-        check_degrees(args, mesh)
+        check(args, mesh, JobConfig())
     for part in (f"tensor_parallel_degree = {tp}: ", f"must divide the model's {what}", "another degree or flavor"):
         assert part in str(error.value)
 
 
 def test_tied_embeddings_do_not_go_through_a_pipeline() -> None:
     with mesh_of(Degrees(1, 1, 1, 2, 2)) as mesh, pytest.raises(ConfigError) as error:
-        check_degrees(FLAVORS["1B"], mesh)
+        check(FLAVORS["1B"], mesh, JobConfig())
     for part in ("pipeline_parallel_degree = 2", "(tied)", "shard with data_parallel_shard_degree", "another flavor"):
         assert part in str(error.value)
 
@@ -402,7 +405,7 @@ def test_tied_embeddings_do_not_go_through_a_pipeline() -> None:
 )
 def test_degrees_that_fit_the_model(args: Llama3Args, degrees: Degrees) -> None:
     with mesh_of(degrees) as mesh:
-        check_degrees(args, mesh)
+        check(args, mesh, JobConfig())
 
 
 # ---- through the command

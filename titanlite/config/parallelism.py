@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -122,14 +123,15 @@ def _check_sequence(config: JobConfig, degrees: Degrees) -> None:
     """Context parallelism cuts a sequence into two chunks per process, tensor parallelism each of those processes'
     shares again."""
     cp, tp, seq_len = degrees.context_parallel, degrees.tensor_parallel, config.training.seq_len
-    unit = (2 * cp if cp > 1 else 1) * tp
+    unit = cp * math.lcm(2, tp) if cp > 1 else tp
     if seq_len % unit:
-        factors = {"2 x context_parallel_degree": f"2 x {cp}"} if cp > 1 else {}
-        factors |= {"tensor_parallel_degree": f"{tp}"} if tp > 1 else {}
-        product = f" = {' x '.join(factors.values())}" if cp > 1 else ""
+        rules = [f"2 x context_parallel_degree = {2 * cp}"] if cp > 1 else []
+        if tp > 1:
+            both = "context_parallel_degree x tensor_parallel_degree" if cp > 1 else "tensor_parallel_degree"
+            rules.append(f"{both} = {cp * tp}")
         raise ConfigError(
             f"training.seq_len = {seq_len} ({config.origin('training.seq_len')}): must be a multiple of "
-            f"{' x '.join(factors)}{product} = {unit}, for example {-(-seq_len // unit) * unit}"
+            f"{' and of '.join(rules)}, for example {-(-seq_len // unit) * unit}"
         )
 
 
@@ -139,12 +141,15 @@ def _check_tensor_parallel(config: JobConfig, degrees: Degrees) -> None:
         for key in ("disable_loss_parallel", "enable_async_tensor_parallel"):
             if getattr(p, key):
                 _no_effect(config, key, "tensor_parallel_degree")
-    if p.enable_async_tensor_parallel and not (config.training.compile and "model" in config.compile.components):
-        raise ConfigError(
-            "parallelism.enable_async_tensor_parallel = true "
-            f"({config.origin('parallelism.enable_async_tensor_parallel')}): it is the compiler that overlaps the "
-            "communication with the matmuls; set training.compile too"
-        )
+    if p.enable_async_tensor_parallel:
+        name = "parallelism.enable_async_tensor_parallel"
+        key = f"{name} = true ({config.origin(name)})"
+        if not config.training.compile or "model" not in config.compile.components:
+            raise ConfigError(
+                f"{key}: it is the compiler that overlaps the communication with the matmuls; set training.compile too"
+            )
+        if config.compile.backend != "inductor":
+            raise ConfigError(f'{key} and compile.backend = "{config.compile.backend}": only inductor overlaps them')
 
 
 def _check_pipeline(config: JobConfig, degrees: Degrees) -> None:
@@ -168,6 +173,14 @@ def _check_pipeline(config: JobConfig, degrees: Degrees) -> None:
         shown = f'"{value}"' if isinstance(value, str) else value
         raise ConfigError(f"{name} = {shown} ({config.origin(name)}): {reason}")
 
+    mode = config.compile.mode
+    if config.training.compile and mode in ("reduce-overhead", "max-autotune"):
+        refuse(
+            "pipeline_parallel_degree",
+            f'several microbatches are under way at a time, and compile.mode = "{mode}" '
+            f"({config.origin('compile.mode')}) has one set of buffers for all (CUDA graphs); use "
+            '"max-autotune-no-cudagraphs" or "default"',
+        )
     schedule = p.pipeline_parallel_schedule
     known = (*SINGLE_STAGE_SCHEDULES, *LOOPED_SCHEDULES, *V_SCHEDULES, CSV_SCHEDULE)
     if schedule not in known:

@@ -26,7 +26,8 @@ _COMMUNICATION = {torch.ops._c10d_functional.reduce_scatter_tensor.default}
 
 
 def apply_activation_checkpoint(blocks: nn.ModuleDict, options: ActivationCheckpoint) -> str:
-    """Wrap the forward of each block that ``options`` selects; returns what was done, in words.
+    """Wrap the forward of each block that ``options`` selects; returns what was done, in words. The names of the blocks
+    are their numbers, from 0.
 
     The forward is replaced on the instance: no wrapper module, so names in state dicts stay as they are.
     """
@@ -37,7 +38,8 @@ def apply_activation_checkpoint(blocks: nn.ModuleDict, options: ActivationCheckp
             _wrap(block, context_fn=_op_contexts)
         return f"selective per op, {len(blocks)} blocks"
     every = int(options.selective_ac_option) if options.mode == "selective" else 1
-    chosen = [block for number, block in enumerate(blocks.values(), 1) if number % every == 0]
+    # By the block's number in the whole model, of which a pipeline stage has a part.
+    chosen = [block for name, block in blocks.items() if (int(name) + 1) % every == 0]
     for block in chosen:
         _wrap(block)
     return f"{options.mode}, {len(chosen)} of {len(blocks)} blocks"

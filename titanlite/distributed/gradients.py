@@ -27,8 +27,8 @@ def clip_gradients(params: Iterable[nn.Parameter], max_norm: float, mesh: Mesh) 
     by_copies: defaultdict[int, list[Tensor]] = defaultdict(list)
     for param in params:
         assert param.grad is not None
-        by_copies[_copies(param.grad, mesh)] += _parts(param.grad)
-    squares = [torch.stack(torch._foreach_norm(parts)).double().square().sum() / n for n, parts in by_copies.items()]
+        by_copies[_copies(param.grad, mesh)].append(param.grad)
+    squares = [_norms(grads).double().square().sum() / n for n, grads in by_copies.items()]
     total = torch.stack(squares).sum()
     if mesh.world.size() > 1:
         dist.all_reduce(total)
@@ -44,9 +44,17 @@ def _local(grad: Tensor) -> Tensor:
     return grad.to_local() if isinstance(grad, DTensor) else grad
 
 
-def _parts(grad: Tensor) -> list[Tensor]:
-    local = _local(grad)
-    return list(local.reshape(-1).split(_CPU_PART)) if local.device.type == "cpu" else [local]
+def _norms(grads: list[Tensor]) -> Tensor:
+    """Norms of parts of ``grads``: float32 [any]."""
+    grads = [_local(grad).reshape(-1) for grad in grads]
+    if grads[0].device.type != "cpu":
+        return torch.stack(torch._foreach_norm(grads))
+    parts = []
+    for grad in grads:
+        whole = grad.numel() // _CPU_PART * _CPU_PART
+        parts += [torch.linalg.vector_norm(grad[:whole].view(-1, _CPU_PART), dim=1)] if whole else []
+        parts.append(torch.linalg.vector_norm(grad[whole:])[None])
+    return torch.cat(parts)
 
 
 def _copies(grad: Tensor, mesh: Mesh) -> int:

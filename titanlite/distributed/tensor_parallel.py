@@ -3,6 +3,8 @@ vocabulary."""
 
 from __future__ import annotations
 
+import logging
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,6 +18,8 @@ from torch.distributed.tensor.parallel.style import ParallelStyle
 from titanlite.errors import ConfigError
 from titanlite.float8 import Float8Linear
 from titanlite.float8.tensor_parallel import Float8ColwiseParallel, Float8RowwiseParallel, PrepareFloat8ModuleInput
+
+logger = logging.getLogger()
 
 _c10d = torch.ops._c10d_functional
 
@@ -53,7 +57,7 @@ def gathered_input(consumers: Sequence[nn.Module], arguments: int) -> ParallelSt
     return style(input_layouts=(Shard(1), *others), desired_input_layouts=(Replicate(), *others))
 
 
-def enable_async_tensor_parallel(mesh: DeviceMesh) -> None:
+def enable_async_tensor_parallel(model: nn.Module, mesh: DeviceMesh) -> None:
     """Let the compiler split tensor parallelism's collectives and overlap their parts with the matmuls.
 
     Raises:
@@ -62,15 +66,19 @@ def enable_async_tensor_parallel(mesh: DeviceMesh) -> None:
     key = "parallelism.enable_async_tensor_parallel = true"
     if mesh.device_type != "cuda":
         raise ConfigError(f"{key}: needs GPUs that reach each other's memory, and this runs on {mesh.device_type}")
+    if any(isinstance(module, Float8Linear) for module in model.modules()):
+        logger.warning(
+            "%s: inductor overlaps the layers in high precision; float8's gathers it leaves as they are", key
+        )
     import torch._inductor.config
     from torch.distributed._symmetric_memory import enable_symm_mem_for_group
 
-    own, count = torch.cuda.current_device(), torch.cuda.device_count()
+    own, count = torch.cuda.current_device(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     apart = [d for d in range(count) if d != own and not torch.cuda.can_device_access_peer(own, d)]
-    if mesh.size() > count or apart:
+    if count % mesh.size() or apart:
         raise ConfigError(
             f"{key}: needs all {mesh.size()} GPUs of parallelism.tensor_parallel_degree in one machine and reaching "
-            f"each other's memory; GPU {own} of {count} here does not reach {apart or 'those of other machines'}"
+            f"each other's memory; of the {count} used here GPU {own} does not reach {apart or 'those elsewhere'}"
         )
     torch._inductor.config._micro_pipeline_tp = True
     enable_symm_mem_for_group(mesh.get_group().group_name)

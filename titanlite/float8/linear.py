@@ -198,7 +198,8 @@ class Float8Linear(nn.Linear):
                 "Float8Linear takes plain tensors, not a DTensor: parallelize it with titanlite.float8's "
                 "Float8ColwiseParallel or Float8RowwiseParallel"
             )
-        if torch.amp.is_autocast_available(input.device.type) and torch.is_autocast_enabled(input.device.type):
+        # (Of the meta device autocast cannot be asked; is_autocast_available cannot be compiled with torch 2.11.)
+        if not input.is_meta and torch.is_autocast_enabled(input.device.type):
             input = input.to(torch.get_autocast_dtype(input.device.type))
         weight = self.weight.to_local() if isinstance(self.weight, DTensor) else self.weight
         if input.shape[-1] != weight.shape[-1]:
