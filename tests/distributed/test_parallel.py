@@ -7,8 +7,10 @@ import itertools
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
+import warnings
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -57,8 +59,20 @@ class Cluster:
                 options["parallelism.pipeline_parallel_schedule_csv"] = str(self.csv)
                 options["parallelism.pipeline_parallel_microbatch_size"] = 2
         (folder / "cases.json").write_text(json.dumps(listed))
+        done = self._torchrun(processes, folder)
+        if f"-{signal.SIGSEGV:d} (pid" in done.stdout:
+            # A thread of gloo's own (torch 2.13): twice in about a thousand such runs, and not twice in the same one.
+            warnings.warn(f"a process crashed; once more: {list(cases)}", stacklevel=1)
+            done = self._torchrun(processes, folder)
+        assert done.returncode == 0, done.stdout[-8000:]
+        ranks = [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in range(processes)]
+        for name in cases:
+            self.reports[name] = [rank[name] for rank in ranks]
+
+    @staticmethod
+    def _torchrun(processes: int, folder: Path) -> subprocess.CompletedProcess[str]:
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-        done = subprocess.run(
+        return subprocess.run(
             [*torchrun, Path(__file__).with_name("parallel.py"), folder, folder / "cases.json"],
             env=environment(OMP_NUM_THREADS="1"),
             stdout=subprocess.PIPE,
@@ -66,10 +80,6 @@ class Cluster:
             text=True,
             timeout=3600 if os.environ.get(EVERY) else 900,
         )
-        assert done.returncode == 0, done.stdout[-8000:]
-        ranks = [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in range(processes)]
-        for name in cases:
-            self.reports[name] = [rank[name] for rank in ranks]
 
 
 def by_processes(cases: dict[str, dict[str, Any]], ways: dict[str, str]) -> dict[int, dict[str, dict[str, Any]]]:
@@ -156,20 +166,13 @@ class Share:
             self.stages = [0, 1, 0, 1]
 
     def fsdp(self) -> Counter[str]:
-        """Each block and each end of the model is gathered. Forward gathers them, backward again all but the last,
-        which is kept. Under a pipeline all are kept for all microbatches; where a rank has two stages, between the
-        forwards and the backwards of one it turns to the other, except for the last stage."""
+        """Each block and each end of the model is gathered: in forward, and again in backward but for the last, which
+        is kept. Under a pipeline all are kept for all microbatches."""
         if self.way.shard * self.way.cp == 1:
             return Counter()
         groups = [len({re.sub(r"^(layers\.\d+|output|norm).*", r"\1", n) for n in part}) for part in self.parts]
-        groups[-1] -= self.output  # its norm goes with it
-        total = sum(groups)
-        if self.way.pp == 1:
-            gathered = 2 * total - 1
-        elif len(groups) == 1:
-            gathered = total
-        else:
-            gathered = 2 * total - (groups[-1] if self.output else 0)
+        total = sum(groups) - self.output  # its norm goes with it
+        gathered = 2 * total - 1 if self.way.pp == 1 else total
         calls = Counter({"fsdp/all_gather": gathered, "fsdp/reduce_scatter": total})
         if self.way.replicate > 1:
             calls["dp_replicate/all_reduce"] = total

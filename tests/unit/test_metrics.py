@@ -53,7 +53,7 @@ def row(**values: object) -> Row:
 
 
 def test_flops_by_hand() -> None:
-    size = ModelSize(params=1000, embedding_params=100, layers=2, heads=4, head_dim=8)
+    size = ModelSize(params=1000, embedding_params=100, layers=2, heads=4, head_dim=8, dim=32, vocab_size=50)
     assert flops_per_token(size, seq_len=16) == 6 * 900 + 12 * 2 * 4 * 8 * 16 == 17688
 
 
