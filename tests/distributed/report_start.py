@@ -28,9 +28,9 @@ def main() -> None:
     trainer = Trainer(load_config(sys.argv[3:]))
     batches = [next(trainer.loader) for _ in range(count)]
     report = {
-        "weights": {name: digest(param) for name, param in trainer.model.named_parameters()},
-        "local_elements": sum(param.to_local().numel() for param in trainer.model.parameters()),
-        "elements": sum(param.numel() for param in trainer.model.parameters()),
+        "weights": {name: digest(param) for name, param in trainer.model_parts[0].named_parameters()},
+        "local_elements": sum(param.to_local().numel() for param in trainer.parameters()),
+        "elements": sum(param.numel() for param in trainer.parameters()),
         "inputs": [batch.inputs.flatten(0, 1).tolist() for batch in batches],
         "labels": [batch.labels.flatten(0, 1).tolist() for batch in batches],
     }

@@ -61,7 +61,7 @@ class Cluster:
         (folder / "cases.json").write_text(json.dumps(listed))
         done = self._torchrun(processes, folder)
         if f"-{signal.SIGSEGV:d} (pid" in done.stdout:
-            # A thread of gloo's own (torch 2.13): twice in about a thousand such runs, and not twice in the same one.
+            # A thread of gloo's own (torch 2.13): once in about a thousand such runs, and not again in the same ones.
             warnings.warn(f"a process crashed; once more: {list(cases)}", stacklevel=1)
             done = self._torchrun(processes, folder)
         assert done.returncode == 0, done.stdout[-8000:]
