@@ -7,10 +7,8 @@ import itertools
 import json
 import os
 import re
-import signal
 import subprocess
 import sys
-import warnings
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -59,20 +57,8 @@ class Cluster:
                 options["parallelism.pipeline_parallel_schedule_csv"] = str(self.csv)
                 options["parallelism.pipeline_parallel_microbatch_size"] = 2
         (folder / "cases.json").write_text(json.dumps(listed))
-        done = self._torchrun(processes, folder)
-        if f"-{signal.SIGSEGV:d} (pid" in done.stdout:
-            # A thread of gloo's own (torch 2.13): once in about a thousand such runs, and not again in the same ones.
-            warnings.warn(f"a process crashed; once more: {list(cases)}", stacklevel=1)
-            done = self._torchrun(processes, folder)
-        assert done.returncode == 0, done.stdout[-8000:]
-        ranks = [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in range(processes)]
-        for name in cases:
-            self.reports[name] = [rank[name] for rank in ranks]
-
-    @staticmethod
-    def _torchrun(processes: int, folder: Path) -> subprocess.CompletedProcess[str]:
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-        return subprocess.run(
+        done = subprocess.run(
             [*torchrun, Path(__file__).with_name("parallel.py"), folder, folder / "cases.json"],
             env=environment(OMP_NUM_THREADS="1"),
             stdout=subprocess.PIPE,
@@ -80,6 +66,10 @@ class Cluster:
             text=True,
             timeout=3600 if os.environ.get(EVERY) else 900,
         )
+        assert done.returncode == 0, done.stdout[-8000:]
+        ranks = [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in range(processes)]
+        for name in cases:
+            self.reports[name] = [rank[name] for rank in ranks]
 
 
 def by_processes(cases: dict[str, dict[str, Any]], ways: dict[str, str]) -> dict[int, dict[str, dict[str, Any]]]:

@@ -63,11 +63,12 @@ def _gather_float8(
     if not axiswise:
         amax = _c10d.wait_tensor(_c10d.all_reduce(amax, "max", group))
     scale = amax_to_scale(amax, dtype, power_of_2)
-    # As uint8, which every backend can send.
-    data = _all_gather(quantize(x, scale, dtype).view(torch.uint8), dim, size, group)
+    # As uint8, which every backend can send. One after the other: on a GPU they queue up anyway, and gloo (torch 2.13)
+    # has crashed with two of one group under way.
+    data = _joined(_all_gather(quantize(x, scale, dtype).view(torch.uint8), dim, size, group), dim, size).view(dtype)
     if axiswise:
         scale = _joined(_all_gather(scale, dim, size, group), dim, size)
-    return _joined(data, dim, size).view(dtype), scale
+    return data, scale
 
 
 # The compiler would trace the backward with a Float8Tensor for a gradient, taking it to be like the output.
