@@ -2,6 +2,7 @@
 # Train. Sets up on first use; all arguments pass through (./run_train.sh --help).
 #   NGPU         processes on this machine (default: the GPUs present, else 1)
 #   NNODES       machines (default 1); on each, this command and RDZV_ENDPOINT=host:port, where they meet
+#   COMM_MODE    fake: estimate what NGPU devices would hold and send, without them
 #   CONFIG_FILE  the TOML file (default: ./train_configs/debug_model.toml)
 #   LOG_RANK     the ranks that log to the console (default: 0)
 set -euo pipefail

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from titanlite.build import build_loss, build_model, build_pipeline
 from titanlite.config import (
@@ -138,7 +138,8 @@ class Trainer:
         before = peak_memory(device).active
         args = self.spec.configure(self.flavor, self.tokenizer.vocab_size, config.training.seq_len)
         built = build_model(self.spec, args, config, self.mesh)
-        self.model_parts, self.size, self.converters = built.parts, built.size, built.converters
+        self.model_parts, self.parameters = built.parts, built.parameters
+        self.size, self.converters = built.size, built.converters
         self._check_memory()
         self.compile_watch = CompileWatch()
         self.loss_fn = build_loss(config, self.mesh)
@@ -152,10 +153,6 @@ class Trainer:
         self.about["model"] = f"{config.model.name} {config.model.flavor}, {self.size.params:,} parameters"
         self.about["flops per token"] = f"{self.flops_per_token:,}"
         self.about["memory"] = f"{before / GIB:.2f} GiB before building, {peak_memory(device).active / GIB:.2f} after"
-
-    def parameters(self) -> list[nn.Parameter]:
-        """Of all parts of the model that this process has."""
-        return [param for part in self.model_parts for param in part.parameters()]
 
     def _check_memory(self) -> None:
         """Refuse what cannot fit, before the machine is brought to its knees: float32 weights, gradients and two

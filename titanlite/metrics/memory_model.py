@@ -168,13 +168,6 @@ class MemoryTracker(TorchDispatchMode):
                 found[a.kind] += a.nbytes
         return found
 
-    def alive(self) -> Counter[str]:
-        """Bytes by kind of what is alive."""
-        found: Counter[str] = Counter()
-        for a in self._by_storage.values():
-            found[a.kind] += a.nbytes
-        return found
-
     # ---- storages
 
     def add(self, tree: Any) -> None:
@@ -187,9 +180,6 @@ class MemoryTracker(TorchDispatchMode):
                     self._born(key, storage.nbytes(), self._kind)
                     if key not in self._watched:
                         self._watched[key] = weakref.finalize(storage, self._ended, key)
-
-    def is_known(self, tensor: Tensor) -> bool:
-        return tensor.untyped_storage()._cdata in self._by_storage
 
     def name(self, tensors: Any, kind: str) -> None:
         """These storages turn out to be of another kind."""
