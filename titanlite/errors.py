@@ -13,3 +13,7 @@ class TrainingError(Exception):
 
     The command line shows the message alone and ends with exit status 1.
     """
+
+
+class NothingToDo(Exception):
+    """The run that was asked for has been made already. No error: the command line says so and ends with status 0."""

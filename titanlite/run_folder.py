@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import json
 import logging
 import os
 import time
@@ -73,3 +74,21 @@ class RunFolder:
         for path in left:
             path.rename(aside / path.name)
         logger.info("%s held an earlier run: its %s are now in %s", self.path, ", ".join(p.name for p in left), aside)
+
+
+def drop_rows_after(file: Path, step: int) -> None:
+    """Leave out of a file of JSON lines what was written after ``step``, and a last line that was cut off."""
+    if not file.exists():
+        return
+    kept = [line for line in file.read_text().splitlines() if _step_of(line) <= step]
+    beside = file.with_name(f".{file.name}.partial")
+    beside.write_text("".join(f"{line}\n" for line in kept))
+    beside.rename(file)
+
+
+def _step_of(line: str) -> float:
+    try:
+        step: int = json.loads(line)["step"]
+    except ValueError:
+        return float("inf")
+    return step

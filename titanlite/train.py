@@ -15,9 +15,11 @@ from titanlite.stop_request import StopRequest
 CONFIG = read_config(sys.argv[1:]) if __name__ == "__main__" else None
 STOP = StopRequest() if __name__ == "__main__" else None
 
+import json
 import logging
 import os
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -25,6 +27,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from titanlite.build import build_loss, build_model, build_pipeline
+from titanlite.checkpoint import CheckpointManager, Info, Process, saved_steps
 from titanlite.config import (
     JobConfig,
     check_config,
@@ -33,7 +36,7 @@ from titanlite.config import (
     import_module,
     resolve_degrees,
 )
-from titanlite.data import Batch, DataLoader, build_source, load_tokenizer
+from titanlite.data import Batch, DataLoader, build_source, load_tokenizer, merge_states
 from titanlite.distributed import runtime
 from titanlite.distributed.compile import CompileWatch
 from titanlite.distributed.context_parallel import ContextParallel
@@ -42,7 +45,7 @@ from titanlite.distributed.gradients import clip_gradients
 from titanlite.distributed.init import WeightInit
 from titanlite.distributed.mesh import build_mesh
 from titanlite.environment import COMMAND, LAUNCH_DIR
-from titanlite.errors import ConfigError, TrainingError
+from titanlite.errors import ConfigError, NothingToDo, TrainingError
 from titanlite.metrics.device import GIB, device_name, peak_flops, peak_memory, total_memory
 from titanlite.metrics.flops import flops_per_token
 from titanlite.metrics.loss_watch import LossWatch, rank_of_claim
@@ -60,7 +63,7 @@ from titanlite.model_spec import get_model_spec
 from titanlite.optim import build_optimizer, build_schedule
 from titanlite.profiling import profiler
 from titanlite.run_folder import CONFIG as CONFIG_TOML
-from titanlite.run_folder import METRICS, RunFolder
+from titanlite.run_folder import METRICS, RunFolder, drop_rows_after
 from titanlite.stacks import keep_stacks, show_traceback
 
 logger = logging.getLogger()
@@ -77,12 +80,13 @@ class Trainer:
         self._start_process()
         self.run_path = Path(config.job.dump_folder).expanduser()
         self.runtime.on_rank_zero(self._lock_run_folder)
+        self._find_checkpoint()
         self._build_data()
         self._build_model()
         self._build_optimizer()
+        self._load_checkpoint()
         self.runtime.on_rank_zero(self._fill_run_folder)  # last: what was refused before leaves an earlier run alone
         self._build_recorder()
-        self.step = 0
 
     def _start_process(self) -> None:
         config = self.config
@@ -95,13 +99,35 @@ class Trainer:
         self.flavor = self.spec.flavor(config.model.flavor)
         self.runtime = runtime.start_runtime(config.comm)
         self.gc = runtime.GarbageCollection(config.training.gc_freq, config.training.gc_debug)
-        self.seed = runtime.set_seed(config.training.seed, config.training.deterministic, self.runtime)
-        config.training.seed = self.seed
         self.degrees = resolve_degrees(config.parallelism, self.runtime.world_size)
         self.mesh = build_mesh(self.degrees, self.runtime.device.type)
         self.about["device"] = f"{device_name(self.runtime.device)} ({self.runtime.why_device})"
         self.about["processes"] = f"{self.runtime.world_size}"
-        self.about["seed"] = f"{self.seed}" + (", deterministic" if config.training.deterministic else "")
+
+    def _find_checkpoint(self) -> None:
+        """Where to begin: at the last checkpoint of this run, at one from elsewhere, or from the seed alone."""
+        config, training = self.config, self.config.training
+        root = self.run_path / config.checkpoint.folder
+        self.checkpoints = CheckpointManager(
+            config.checkpoint, root, self.runtime.device, config.comm.init_timeout_seconds
+        )
+        self.start = self.checkpoints.find()
+        if self.start is not None and self.start.info.step >= training.steps:
+            raise NothingToDo(
+                f"{self.run_path} has a run of {self.start.info.step} steps, and training.steps = {training.steps}: "
+                "nothing to do. Ask for more with --training.steps, or begin another with --job.dump_folder"
+            )
+        if self.start is None and config.checkpoint.initial_load_path:
+            self.start = self.checkpoints.initial(config.checkpoint.initial_load_path)
+        # Whether it goes on from there, or only takes the weights.
+        self.resumes = self.start is not None and (
+            self.start.own or not config.checkpoint.initial_load_model_weights_only
+        )
+        seed = training.seed
+        if seed is None and self.resumes and self.start is not None:
+            seed = self.start.info.seed
+        self.seed = training.seed = runtime.set_seed(seed, training.deterministic, self.runtime)
+        self.about["seed"] = f"{self.seed}" + (", deterministic" if training.deterministic else "")
 
     def _build_data(self) -> None:
         training, data = self.config.training, self.config.data
@@ -136,8 +162,8 @@ class Trainer:
     def _build_model(self) -> None:
         config, device = self.config, self.runtime.device
         before = peak_memory(device).active
-        args = self.spec.configure(self.flavor, self.tokenizer.vocab_size, config.training.seq_len)
-        built = build_model(self.spec, args, config, self.mesh)
+        self.model_args = self.spec.configure(self.flavor, self.tokenizer.vocab_size, config.training.seq_len)
+        built = build_model(self.spec, self.model_args, config, self.mesh)
         self.model_parts, self.parameters = built.parts, built.parameters
         self.size, self.converters = built.size, built.converters
         self._check_memory()
@@ -175,16 +201,42 @@ class Trainer:
         self.optimizer = build_optimizer(self.parameters(), config.optimizer)
         self.schedule = build_schedule(config.lr_scheduler, config.optimizer.lr, config.training.steps)
 
+    def _load_checkpoint(self) -> None:
+        config, tokens = self.config, 0
+        self.step = 0
+        shape = json.loads(json.dumps(asdict(self.model_args)))  # as it comes back from a file
+        model = {"name": config.model.name, "flavor": config.model.flavor, "args": shape}
+        self.process = Process(self.runtime.rank, self.runtime.device, self.model_parts, self.optimizer, model)
+        if self.start is not None:
+            self.checkpoints.load(self.start, self.process, weights_only=not self.resumes)
+            self.about["starts from"] = f"{self.start.folder}" + ("" if self.resumes else ", its weights alone")
+        if self.start is not None and self.resumes:
+            excluded = self.checkpoints.excluded(self.start)
+            if "dataloader" not in excluded:
+                self.loader.load_state_dict(self.start.info.data)
+            if "train_state" not in excluded:
+                self.step, tokens = self.start.info.step, self.start.info.tokens_seen
+                logger.info("resuming from step %d: %s", self.step, self.start.folder)
+        self.first_step, self.tokens_before = self.step + 1, tokens
+
     def _lock_run_folder(self) -> None:
         self.run_folder = RunFolder(self.run_path)
 
     def _fill_run_folder(self) -> None:
-        metrics, profiling = self.config.metrics, self.config.profiling
-        self.run_folder.set_earlier_aside([CONFIG_TOML, METRICS, metrics.save_tb_folder, profiling.save_traces_folder])
+        metrics, profiling, checkpoints = self.config.metrics, self.config.profiling, self.config.checkpoint.folder
+        if self.start is not None and self.start.own:
+            later = [
+                f"{checkpoints}/step-{step}" for step in saved_steps(self.run_path / checkpoints) if step > self.step
+            ]
+            self.run_folder.set_earlier_aside(later)
+            drop_rows_after(self.run_path / METRICS, self.step)
+        else:
+            folders = [checkpoints, metrics.save_tb_folder, profiling.save_traces_folder]
+            self.run_folder.set_earlier_aside([CONFIG_TOML, METRICS, *folders])
         (self.run_path / CONFIG_TOML).write_text(dump_toml(self.config))
         self.sinks.append(JsonlSink(self.run_path / METRICS))
         if metrics.enable_tensorboard and not metrics.save_for_all_ranks:
-            self.sinks.append(TensorBoardSink(self.run_path / metrics.save_tb_folder))
+            self.sinks.append(TensorBoardSink(self.run_path / metrics.save_tb_folder, self.step))
 
     def _build_recorder(self) -> None:
         config = self.config
@@ -194,14 +246,19 @@ class Trainer:
         self.sinks.insert(0, console)
         if config.metrics.enable_tensorboard and config.metrics.save_for_all_ranks:
             folder = self.run_path / config.metrics.save_tb_folder
-            self.sinks.append(TensorBoardSink(folder / f"rank_{self.runtime.rank}"))
-        self.recorder = Recorder(self.sinks, self.runtime.device, self.flops_per_token, config.metrics.log_freq, steps)
+            self.sinks.append(TensorBoardSink(folder / f"rank_{self.runtime.rank}", self.step))
+        self.recorder = Recorder(
+            self.sinks, self.runtime.device, self.flops_per_token, config.metrics.log_freq, steps, self.tokens_before
+        )
         self.loss_watch = LossWatch()
 
     # ---- the loop
 
     def train(self) -> None:
         self._log_header()
+        if self.config.checkpoint.create_seed_checkpoint:
+            self._save(ends=True)
+            return
         self.recorder.restart()
         with profiler(self.config.profiling, self.run_path, self.runtime.rank) as profiler_step:
             stop = self._should_stop(wait=False)
@@ -216,12 +273,15 @@ class Trainer:
         loss, grad_norm, lr = self.train_step()
         self.compile_watch.step_done(self.step)
         self.loss_watch.add(self.step, loss, grad_norm)
-        due = self.recorder.is_due(self.step)
-        stop = self._should_stop(wait=due)
+        due, save = self.recorder.is_due(self.step), self.checkpoints.is_due(self.step)
+        stop = self._should_stop(wait=due or save)  # no checkpoint of a step gone wrong
+        last = self.step == self.config.training.steps
         if due or stop:
             self._log_step(loss, grad_norm, lr)
-        if self.step == 1:
-            runtime.set_train_timeout(self.config.comm)
+        if self.step == self.first_step:
+            runtime.set_train_timeout(self.config.comm, except_for=self.checkpoints.group)
+        if save or stop or last:
+            self._save(last=last, ends=stop or last)
         self.gc.run(self.step)
         return stop
 
@@ -234,6 +294,7 @@ class Trainer:
         loss = self._forward_backward(batch)
         grad_norm = clip_gradients(self.parameters(), self.config.training.max_norm, self.mesh)
         lr = self.schedule.apply(self.optimizer, self.step)
+        self.checkpoints.before_update()
         self.optimizer.step()
         self.optimizer.zero_grad()
         for converter in self.converters.values():
@@ -290,6 +351,22 @@ class Trainer:
             logger.info("asked to stop: ending after step %d", self.step)
         return bool(stop)
 
+    def _save(self, *, last: bool = False, ends: bool = False) -> None:
+        """Save what continues the run after this step, if checkpoints are asked for; its time is no training's."""
+        if not self.config.checkpoint.enable_checkpoint:
+            return
+        start = time.perf_counter()
+        info = Info(
+            step=self.step,
+            model=self.process.model,
+            tokenizer_path=self.config.model.tokenizer_path,
+            seed=self.seed,
+            tokens_seen=self.recorder.tokens_seen,
+            data=merge_states(self.runtime.gather(self.loader.state_dict())),
+        )
+        self.checkpoints.save(info, self.process, last=last, ends=ends)
+        self.recorder.exclude(time.perf_counter() - start)
+
     # ---- what the user reads
 
     def _log_header(self) -> None:
@@ -319,6 +396,7 @@ class Trainer:
         logger.info(summary(self.recorder, places))
 
     def close(self) -> None:
+        self.checkpoints.close()
         self.loader.close()
         self.gc.close()
         self.compile_watch.close()
@@ -336,6 +414,8 @@ def main(config: JobConfig | None = None) -> int:
     try:
         trainer = Trainer(config, STOP)
         trainer.train()
+    except NothingToDo as e:
+        logger.info("%s", e)
     except (ConfigError, TrainingError) as e:
         return report(e)
     except Exception:

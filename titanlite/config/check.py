@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from titanlite.config.parallelism import check_parallelism, global_batch_size, resolve_degrees
-from titanlite.config.schema import Float8, JobConfig
+from titanlite.config.schema import Checkpoint, Float8, JobConfig
 from titanlite.errors import ConfigError
 
 # Keys of the schema that this version has no implementation for: the value at which each does nothing, and what
@@ -18,13 +18,6 @@ UNSUPPORTED: dict[str, tuple[Any, str]] = {
     "metrics.enable_wandb": (False, "read metrics.jsonl or TensorBoard"),
     "optimizer.early_step_in_backward": (False, "leave it out"),
     "parallelism.enable_compiled_autograd": (False, "use training.compile"),
-    "checkpoint.enable_checkpoint": (False, "leave it out"),
-    "checkpoint.create_seed_checkpoint": (False, "set training.seed: the same seed gives the same weights"),
-    "checkpoint.initial_load_path": (None, "leave it out"),
-    "checkpoint.async_mode": ("disabled", "leave it out"),
-    "checkpoint.load_step": (-1, "leave it out"),
-    "checkpoint.exclude_from_loading": ([], "leave it out"),
-    "checkpoint.enable_first_step_checkpoint": (False, "leave it out"),
     "memory_estimation.disable_fake_mode": (False, "leave it out"),
     "fault_tolerance.enable": (False, "leave it out"),
     "fault_tolerance.replica_id": (0, "leave it out"),
@@ -53,13 +46,50 @@ def check_config(config: JobConfig, world_size: int, *, train: bool = True) -> N
         section, key = name.split(".")
         value = getattr(getattr(config, section), key)
         if value != inert:
-            raise ConfigError(
-                f"{name} = {str(value).lower() if value is True else value} ({config.origin(name)}): this version of "
-                f"titanlite does not implement it; {instead}"
-            )
+            raise ConfigError(f"{_shown(config, name)}: this version of titanlite does not implement it; {instead}")
+    _check_checkpoint(config)
     _check_float8(config)
     global_batch_size(config, degrees.data_parallel)
     check_parallelism(config, degrees)
+
+
+def _check_checkpoint(config: JobConfig) -> None:
+    """Refuse options of [checkpoint] that would have no effect."""
+    options, defaults = config.checkpoint, Checkpoint()
+
+    def refuse(key: str, reason: str) -> NoReturn:
+        raise ConfigError(f"{_shown(config, f'checkpoint.{key}')}: {reason}")
+
+    def asked(key: str) -> bool:
+        return bool(getattr(options, key) != getattr(defaults, key))
+
+    if not options.enable_checkpoint:
+        # (Keys that only say how, such as interval, ask for nothing by themselves, and files of the period carry them.)
+        for key in ("create_seed_checkpoint", "load_step", "async_mode", "enable_first_step_checkpoint", "fallback"):
+            if asked(key):
+                refuse(key, "has no effect without checkpoints; set checkpoint.enable_checkpoint too")
+    if not options.initial_load_path and asked("initial_load_model_weights_only"):
+        refuse("initial_load_model_weights_only", "has no effect without checkpoint.initial_load_path")
+    if asked("export_dtype") and not options.last_save_model_weights_only:
+        refuse("export_dtype", "has no effect without checkpoint.last_save_model_weights_only: a run needs float32")
+    excluded = options.exclude_from_loading
+    everything = options.initial_load_path and not options.initial_load_model_weights_only
+    if excluded and not options.enable_checkpoint and not everything:
+        refuse("exclude_from_loading", "has no effect where nothing but weights is loaded")
+    if "lr_scheduler" in excluded and "train_state" not in excluded:
+        refuse(
+            "exclude_from_loading",
+            "the learning rate is a function of the step, which train_state holds; exclude that too to begin at step "
+            "1, or leave lr_scheduler out",
+        )
+
+
+def _shown(config: JobConfig, name: str) -> str:
+    """An option, its value and where it came from."""
+    section, key = name.split(".")
+    value = getattr(getattr(config, section), key)
+    shown = str(value).lower() if isinstance(value, bool) else ",".join(value) if isinstance(value, list) else value
+    return f"{name} = {shown} ({config.origin(name)})"
 
 
 def _check_float8(config: JobConfig) -> None:
@@ -67,9 +97,7 @@ def _check_float8(config: JobConfig) -> None:
     float8 = config.float8
 
     def refuse(key: str, reason: str) -> NoReturn:
-        value, name = getattr(float8, key), f"float8.{key}"
-        shown = str(value).lower() if value is True else value
-        raise ConfigError(f"{name} = {shown} ({config.origin(name)}): {reason}")
+        raise ConfigError(f"{_shown(config, f'float8.{key}')}: {reason}")
 
     if "float8" not in config.model.converters:
         for field in dataclasses.fields(Float8):

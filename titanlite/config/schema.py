@@ -215,28 +215,38 @@ class Checkpoint:
     folder: InnerFolder = "checkpoint"
     """Where checkpoints go, under the run folder."""
     initial_load_path: str | None = None
-    """A checkpoint to start from when the run folder has none."""
+    """Where to start from when the run folder has no checkpoint: a checkpoint of any run (or the folder of several, for
+    the latest), or a Hugging Face folder (config.json and *.safetensors)."""
     initial_load_model_weights_only: bool = True
-    """Take only the weights from initial_load_path."""
+    """Take only the weights from initial_load_path; false: everything, and go on from its step."""
     interval: Positive = 500
-    """Save every this many steps."""
+    """Save every this many steps; the last step is saved too."""
     last_save_model_weights_only: bool = False
     """Save only the weights at the last step. (torchtitan's default is true; false lets a finished run be
     continued.)"""
     export_dtype: Literal["float16", "bfloat16", "float32"] = "float32"
     """The dtype of a weights-only last save."""
     create_seed_checkpoint: bool = False
-    """Save the initial weights and stop."""
+    """Save the initial weights as step 0 and end."""
     async_mode: Literal["disabled", "async", "async_with_pinned_mem"] = "disabled"
-    """Save beside training, from a copy of the state."""
+    """Save beside training, from a copy of the state in host memory; pinned, on GPUs, is faster and stays taken."""
     keep_latest_k: NotNegative = 10
     """Keep this many checkpoints; 0 keeps all."""
     load_step: Annotated[int, Rule("0 or more, or -1 for the latest", lambda v: v >= -1)] = -1
-    """The step to continue from; -1: the latest."""
-    exclude_from_loading: list[str] = field(default_factory=list)
-    """Parts not to load: optimizer, lr_scheduler, dataloader, train_state."""
+    """The step to continue from, later ones are set aside; -1: the latest."""
+    exclude_from_loading: list[Literal["optimizer", "lr_scheduler", "dataloader", "train_state"]] = field(  # type: ignore[assignment]
+        default_factory=list
+    )
+    """Parts not to load, of optimizer, lr_scheduler, dataloader, train_state (the step). The schedule of the learning
+    rate follows from the step, so lr_scheduler goes with train_state."""
     enable_first_step_checkpoint: bool = False
     """Save after the first step too."""
+    verify: bool = True
+    """Compare every file's checksum before loading; the log says how long it took."""
+    fallback: bool = False
+    """Continue from the checkpoint before a damaged one; otherwise damage ends the run."""
+    on_save_failure: Literal["continue", "stop"] = "continue"
+    """What to do when a checkpoint cannot be written (disk full, folder gone). At the end of a run it is an error."""
 
 
 @dataclass

@@ -21,7 +21,7 @@ _COMPILATIONS = (CallbackTrigger.DYNAMO, CallbackTrigger.LAZY_BACKWARD)
 
 
 class CompileWatch:
-    """Says how long compilation took, and warns of any that comes after the first step.
+    """Says how long compilation took, and warns of any that comes after its first step.
 
     Attributes:
         graphs: compiled since the last step, each for forward, and once more for backward.
@@ -29,6 +29,7 @@ class CompileWatch:
 
     def __init__(self) -> None:
         self.graphs, self._seconds, self._began = 0, 0.0, 0.0
+        self._first = True
         callback_handler.register_start_callback(self._start)
         callback_handler.register_end_callback(self._end)
 
@@ -41,7 +42,7 @@ class CompileWatch:
             self._seconds += time.perf_counter() - self._began
 
     def step_done(self, step: int) -> None:
-        if self.graphs and step == 1:
+        if self.graphs and self._first:
             logger.info("compiled %d graphs in %.1f s", self.graphs, self._seconds)
         elif self.graphs:
             logger.warning(
@@ -50,7 +51,7 @@ class CompileWatch:
                 self.graphs,
                 self._seconds,
             )
-        self.graphs, self._seconds = 0, 0.0
+        self.graphs, self._seconds, self._first = 0, 0.0, False
 
     def close(self) -> None:
         callback_handler.remove_start_callback(self._start)

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -45,6 +46,12 @@ class Runtime:
         if self.world_size > 1:
             dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self.control)
         return tensor.tolist()
+
+    def gather(self, value: object) -> list[Any]:
+        """``value`` of every process, by rank."""
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value, group=self.control)
+        return values
 
     def check_same(self, what: str, value: object) -> None:
         """Refuse to go on where ``value``, by its ``repr``, is not the same on all processes."""
@@ -94,10 +101,11 @@ def stop_runtime() -> None:
         dist.destroy_process_group()
 
 
-def set_train_timeout(comm: Comm) -> None:
-    """Shorten the timeout of collectives, once the slow first step is over."""
+def set_train_timeout(comm: Comm, except_for: dist.ProcessGroup) -> None:
+    """Shorten the timeout of collectives, once the slow first step is over; but for one group, whose processes wait for
+    disks."""
     timeout = timedelta(seconds=comm.train_timeout_seconds)
-    for group in {*dist.distributed_c10d._world.pg_map}:
+    for group in {*dist.distributed_c10d._world.pg_map} - {except_for}:
         _set_pg_timeout(timeout, group)
 
 

@@ -49,6 +49,10 @@ class Recorder:
         self._start = time.perf_counter()
         reset_peak_memory(self.device)
 
+    def exclude(self, seconds: float) -> None:
+        """Leave out of the window what was not training."""
+        self._start += seconds
+
     def step_done(self, device_tokens: float, all_tokens: int, data_loading_s: float) -> None:
         """Count a step: the tokens of this device (its share, where several work on the same) and of all, and the
         seconds that it waited for its batch."""

@@ -129,11 +129,13 @@ _TENSORBOARD_TAGS = {
 
 
 class TensorBoardSink:
-    def __init__(self, folder: Path) -> None:
+    """TensorBoard's events; a run that continues after ``step`` hides what it had written of later ones."""
+
+    def __init__(self, folder: Path, step: int = 0) -> None:
         # Imported where used: it takes half a second.
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer = SummaryWriter(log_dir=str(folder), flush_secs=10)
+        self._writer = SummaryWriter(log_dir=str(folder), flush_secs=10, purge_step=step + 1 if step else None)
 
     def write(self, row: Row) -> None:
         for key, tag in _TENSORBOARD_TAGS.items():
