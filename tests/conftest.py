@@ -79,6 +79,26 @@ def run_trainer(
     return Run(done.returncode, done.stdout, folder)
 
 
+def checkpoints(interval: int, **options: Any) -> dict[str, Any]:
+    """Options for a run with checkpoints that repeats to the bit."""
+    common = {"enable_checkpoint": "true", "interval": interval, **options}
+    return {f"checkpoint__{key}": value for key, value in common.items()} | {"training__deterministic": "true"}
+
+
+def faulty(**faults: Any) -> dict[str, Any]:
+    """Options for a run with faults, see faults.py."""
+    env = {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", **{name: str(value) for name, value in faults.items()}}
+    return {"env": env, "experimental__custom_import": "faults"}
+
+
+def saved(folder: Path, step: int) -> dict[str, Any]:
+    """What a checkpoint holds, as far as it repeats: the SHA-256 of its tensors' files, and what is not tensors."""
+    checkpoint = folder / "checkpoint" / f"step-{step}"
+    sums = dict(reversed(line.split("  ")) for line in (checkpoint / "SHA256SUMS").read_text().splitlines()[:-1])
+    # .metadata has a number of its own for each save.
+    return {**sums, ".metadata": None, "checkpoint.json": json.loads((checkpoint / "checkpoint.json").read_text())}
+
+
 @pytest.fixture
 def train(tmp_path: Path) -> Any:
     """:func:`run_trainer` in the test's own folder."""

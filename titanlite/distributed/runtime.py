@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _set_pg_timeout
@@ -125,6 +126,7 @@ def set_seed(seed: int | None, deterministic: bool, runtime: Runtime) -> int:
     if seed is None:
         seed = runtime.agree_max(random.SystemRandom().randrange(1 << 31) if runtime.rank == 0 else -1)[0]
     random.seed(seed)
+    np.random.seed(seed % (1 << 32))  # for what uses it; nothing here does
     torch.manual_seed(seed)
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

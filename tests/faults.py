@@ -1,0 +1,46 @@
+"""Faults for runs of the trainer, see ``faulty`` in conftest.py; the environment says which.
+
+``KILL_AFTER=n``: the process is killed (SIGKILL) after its n-th optimizer step, once the folder ``KILL_NEEDS`` is
+there.
+``SLOW_WRITES=s``: each write to a checkpoint's files takes so many seconds longer.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from titanlite.checkpoint.folder import HashingFile
+from titanlite.converters import register_converter
+
+_write = HashingFile.write
+
+
+def _slow_write(self: HashingFile, data: Any) -> int:
+    time.sleep(float(os.environ["SLOW_WRITES"]))
+    return _write(self, data)
+
+
+if "SLOW_WRITES" in os.environ:
+    HashingFile.write = _slow_write  # type: ignore[method-assign]
+
+
+@register_converter("fault")
+class Fault:
+    def __init__(self, config: Any, mesh: Any) -> None:
+        self.left = int(os.environ.get("KILL_AFTER", 0))
+
+    def convert(self, model: nn.Module) -> str:
+        return "may end suddenly"
+
+    def post_optimizer_hook(self, model: nn.Module) -> None:
+        self.left -= 1
+        if self.left == 0:
+            while not Path(os.environ["KILL_NEEDS"]).exists():
+                time.sleep(0.05)
+            os.kill(os.getpid(), signal.SIGKILL)
