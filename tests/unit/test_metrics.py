@@ -45,6 +45,7 @@ def row(**values: object) -> Row:
         "reserved_pct": 42.5,
         "num_alloc_retries": 1,
         "num_ooms": 2,
+        "skipped_steps": 0,
         **values,
     }
 
@@ -211,6 +212,7 @@ TAGS = {
     "memory/max_reserved(%)": "reserved_pct",
     "memory/num_alloc_retries": "num_alloc_retries",
     "memory/num_ooms": "num_ooms",
+    "skipped_steps": "skipped_steps",
 }
 
 
@@ -246,7 +248,7 @@ def recorder(*sinks: Sink, **options: int) -> Recorder:
 
 
 def log(recorder: Recorder, step: int, loss: float = 1.0) -> Row:
-    recorder.log(step, loss=loss, max_loss=2.0, grad_norm=3.0, lr=4.0)
+    recorder.log(step, loss=loss, max_loss=2.0, grad_norm=3.0, lr=4.0, skipped_steps=0)
     assert recorder.last is not None
     return recorder.last
 
