@@ -1,10 +1,9 @@
-"""What a run tells: FLOPs, peaks, the log line, metrics.jsonl, TensorBoard, the summary, and bad losses."""
+"""What a run tells: FLOPs, peaks, the log line, metrics.jsonl, TensorBoard and the summary."""
 
 from __future__ import annotations
 
 import json
 import logging
-import math
 import os
 import re
 import time
@@ -17,7 +16,6 @@ import torch
 from titanlite.errors import ConfigError
 from titanlite.metrics.device import peak_flops, peak_memory, total_memory
 from titanlite.metrics.flops import ModelSize, flops_per_token
-from titanlite.metrics.loss_watch import LossWatch, rank_of_claim
 from titanlite.metrics.recorder import Recorder
 from titanlite.metrics.report import summary
 from titanlite.metrics.sinks import ConsoleSink, JsonlSink, Row, Sink, TensorBoardSink, init_logging
@@ -337,51 +335,3 @@ def test_summary() -> None:
     ]
     made.remember(row(step=25))
     assert summary(made, {}).startswith("training finished\n")
-
-
-# ---- bad losses
-
-
-@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-@pytest.mark.parametrize("where", ["loss", "grad_norm"])
-def test_the_first_bad_step_and_the_last_good_one_before_it(bad: float, where: str) -> None:
-    watch = LossWatch()
-    watch.add(1, torch.tensor(3.0), torch.tensor(1.0))
-    watch.add(2, torch.tensor(2.5, dtype=torch.bfloat16, requires_grad=True), torch.tensor(0.5))
-    assert (watch.last_good, watch.bad) == ((2, 2.5, 0.5), None)
-    values = {"loss": 2.0, "grad_norm": 0.25, where: bad}
-    watch.add(3, torch.tensor(values["loss"]), torch.tensor(values["grad_norm"]))
-    watch.add(4, torch.tensor(math.nan), torch.tensor(1.0))
-    watch.add(5, torch.tensor(1.0), torch.tensor(1.0))
-    watch.drain()
-    assert watch.bad == pytest.approx((3, values["loss"], values["grad_norm"]), nan_ok=True)
-    assert watch.last_good == (2, 2.5, 0.5)
-
-
-def test_a_bad_first_step_has_nothing_good_before_it() -> None:
-    watch = LossWatch()
-    watch.add(1, torch.tensor(math.nan), torch.tensor(1.0))
-    assert watch.last_good is None
-    assert watch.bad is not None
-
-
-def test_the_rank_that_explains_the_failure_best_wins() -> None:
-    def watch(step: int, loss: float, grad_norm: float) -> LossWatch:
-        made = LossWatch()
-        made.add(step, torch.tensor(loss), torch.tensor(grad_norm))
-        made.drain()
-        return made
-
-    nan = math.nan
-    for winner, ranks in (
-        (None, [(5, 1.0, 1.0), (5, 1.0, 1.0)]),
-        (1, [(5, 1.0, nan), (5, nan, nan), (5, nan, nan)]),
-        (2, [(6, nan, nan), (6, nan, nan), (5, 1.0, nan)]),
-        (0, [(7, 1.0, nan), (7, 1.0, nan)]),
-    ):
-        claims = [watch(*values).claim(rank) for rank, values in enumerate(ranks)]
-        if winner is None:
-            assert claims == [0, 0]
-        else:
-            assert rank_of_claim(max(claims)) == winner
-            assert f"rank {winner}: loss {ranks[winner][1]}" in watch(*ranks[winner]).describe(winner)
