@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import subprocess
@@ -29,6 +30,10 @@ WAYS: dict[str, tuple[int, dict[str, Any]]] = {
     "PP 2": (2, {PARALLEL.format("pipeline"): 2, "parallelism.pipeline_parallel_split_points": "layers.1"}),
     "FSDP 2 x TP 2": (4, {PARALLEL.format("tensor"): 2, "training.local_batch_size": 2}),
 }
+DELAYED = {  # float8 with state of its own
+    "model__converters": "float8",
+    **{f"float8__scaling_type_{operand}": "delayed" for operand in ("input", "weight", "grad_output")},
+}
 # About where the losses begin, as if 128 steps had come before; what is needed to see a spike.
 WINDOW = [8.2 + 0.05 * math.sin(i) for i in range(128)]
 BAD = {3: "nan", 5: "gradients", 6: "spike", 8: "inf"}
@@ -55,6 +60,7 @@ def cases_of(way: str) -> dict[str, dict[str, Any]]:
         for_loop = {"optimizer__implementation": "for-loop"}
         cases["waiting skip"] = case(way, BAD, **for_loop)
         cases["waiting omit"] = case(way, dict.fromkeys(BAD, "omitted"), **for_loop)
+        cases["float8 skip"] = case(way, BAD, **DELAYED)
     return cases
 
 
@@ -96,6 +102,15 @@ def test_skipped_steps_change_no_bit_and_the_run_goes_on(reports: Any, way: str)
         for key in ("loss", "max_loss", "grad_norm", "lr", "tokens_seen"):
             assert rows[step - 1][key] == expected[step - 1][key], (step, key)
     assert [row["skipped_steps"] for row in rows] == [0, 0, 1, 1, 2, 3, 3, 4, 4, 4]
+
+
+def test_what_is_not_finite_does_not_stay_in_delayed_scales(reports: Any) -> None:
+    """Of float8, which come from the steps before. A spike's gradients are a step of its history like any other."""
+    (report,) = reports["float8 skip"]
+    assert report["error"] is None
+    assert [row["loss"] is None for row in report["rows"]] == [step in (3, 8) for step in range(1, 11)]
+    assert all(7 < report["rows"][step - 1]["loss"] < 8.5 for step in GOOD)
+    assert [a == b for a, b in itertools.pairwise(report["digests"])] == [step in BAD for step in range(2, 11)]
 
 
 @pytest.mark.parametrize("way", WAYS)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import re
 import time
@@ -112,6 +113,9 @@ def test_log_line(caplog: pytest.LogCaptureFixture) -> None:
     assert line_of(sink, row(), caplog) == (
         "step: 10  loss: 10.7069  grad_norm:  1.2345  memory: 30.99GiB(32.62%)  tps: 7,034  tflops: 407.35  mfu: 41.19%"
     )
+    assert line_of(sink, row(loss=math.nan, grad_norm=math.inf), caplog).startswith(
+        "step: 10  loss:     nan  grad_norm:     inf  memory:"
+    )
     assert line_of(sink, row(step=3, loss=2.5, mfu=None, tps=999.4, tflops=1234.5, memory_gib=0.5), caplog) == (
         "step:  3  loss:  2.5000  grad_norm:  1.2345  memory:  0.50GiB(32.62%)  tps: 999  tflops: 1,234.50  mfu: n/a"
     )
@@ -193,6 +197,13 @@ def test_jsonl_appends_and_is_written_through(tmp_path: Path) -> None:
         sink.close()
 
 
+def test_what_is_not_finite_is_null_in_jsonl(tmp_path: Path) -> None:
+    sink = JsonlSink(tmp_path / "metrics.jsonl")
+    sink.write(row(loss=math.nan, max_loss=math.inf, grad_norm=-math.inf))
+    sink.close()
+    assert json.loads((tmp_path / "metrics.jsonl").read_text()) == row(loss=None, max_loss=None, grad_norm=None)
+
+
 TAGS = {
     "loss_metrics/global_avg_loss": "loss",
     "loss_metrics/global_max_loss": "max_loss",
@@ -228,6 +239,19 @@ def test_tensorboard_reads_back(tmp_path: Path, unknown: set[str]) -> None:
     for tag in events.Tags()["scalars"]:
         read = [(event.step, event.value) for event in events.Scalars(tag)]
         assert read == [(values["step"], pytest.approx(values[TAGS[tag]], rel=1e-6)) for values in rows]
+
+
+def test_tensorboard_leaves_out_what_is_not_finite(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    sink = TensorBoardSink(tmp_path)
+    for values in (row(step=1), row(step=2, loss=math.nan, grad_norm=math.inf, skipped_steps=1)):
+        sink.write(values)
+    sink.close()
+    events = EventAccumulator(str(tmp_path)).Reload()
+    assert [e.step for e in events.Scalars("loss_metrics/global_avg_loss")] == [1]
+    assert [e.step for e in events.Scalars("grad_norm")] == [1]
+    assert [(e.step, e.value) for e in events.Scalars("skipped_steps")] == [(1, 0), (2, 1)]
 
 
 # ---- the recorder
@@ -335,3 +359,14 @@ def test_summary() -> None:
     ]
     made.remember(row(step=25))
     assert summary(made, {}).startswith("training finished\n")
+    assert "skipped" not in summary(made, {})
+
+
+def test_summary_of_a_run_that_skipped_steps() -> None:
+    for loss, shown in ((math.nan, "nan"), (None, "not finite")):  # as seen, and as read back
+        made = recorder()
+        made.remember(row(step=1))
+        made.remember(row(step=2, loss=loss, skipped_steps=3))
+        lines = [re.split(r"\s{2,}", line.strip()) for line in summary(made, {}).splitlines()]
+        assert ["loss", f"10.7069 -> {shown}"] in lines
+        assert ["skipped steps", "3"] in lines

@@ -101,7 +101,7 @@ class JsonlSink:
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, row: Row) -> None:
-        known = {key: value if value is not None and math.isfinite(value) else None for key, value in row.items()}
+        known = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
         self._file.write(json.dumps(known, allow_nan=False) + "\n")
         self._file.flush()
 
