@@ -61,6 +61,8 @@ def cases_of(way: str) -> dict[str, dict[str, Any]]:
         cases["waiting skip"] = case(way, BAD, **for_loop)
         cases["waiting omit"] = case(way, dict.fromkeys(BAD, "omitted"), **for_loop)
         cases["float8 skip"] = case(way, BAD, **DELAYED)
+        after_128 = case(way, {2: "spike", 131: "spike"}, training__steps=132, metrics__log_freq=130)
+        cases["from the start"] = {**after_128, "window": []}
     return cases
 
 
@@ -102,6 +104,15 @@ def test_skipped_steps_change_no_bit_and_the_run_goes_on(reports: Any, way: str)
         for key in ("loss", "max_loss", "grad_norm", "lr", "tokens_seen"):
             assert rows[step - 1][key] == expected[step - 1][key], (step, key)
     assert [row["skipped_steps"] for row in rows] == [0, 0, 1, 1, 2, 3, 3, 4, 4, 4]
+
+
+def test_a_spike_is_one_after_128_good_steps(reports: Any) -> None:
+    (report,) = reports["from the start"]
+    (said,) = [line for line in report["said"] if "skipped" in line]
+    assert said.startswith("step 131 skipped: loss ")
+    same = [i + 2 for i, (a, b) in enumerate(itertools.pairwise(report["digests"])) if a == b]
+    assert same == [131]
+    assert [(row["step"], row["skipped_steps"]) for row in report["rows"]] == [(1, 0), (130, 0), (132, 1)]
 
 
 def test_what_is_not_finite_does_not_stay_in_delayed_scales(reports: Any) -> None:
