@@ -292,7 +292,7 @@ def _measure(built: BuiltModel, config: JobConfig, mesh: Mesh) -> RankEstimate:
         _forward_backward(built, loss_fn, pipeline, config, mesh)
         sharded_gradients = _bytes(p.grad for p in parameters)
         with tracker.kind(TEMPORARY, "all ranks"):
-            clip_gradients(parameters, config.training.max_norm, mesh)
+            clip_gradients(parameters, config.training.max_norm, mesh, torch.zeros(()))
         with tracker.kind(TEMPORARY):
             optimizer.step()
             optimizer.zero_grad()

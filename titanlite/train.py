@@ -17,6 +17,7 @@ STOP = StopRequest() if __name__ == "__main__" else None
 
 import json
 import logging
+import math
 import os
 import time
 from dataclasses import asdict
@@ -60,7 +61,7 @@ from titanlite.metrics.sinks import (
     is_terminal,
 )
 from titanlite.model_spec import get_model_spec
-from titanlite.optim import build_optimizer, build_schedule
+from titanlite.optim import StepGuard, build_optimizer, build_schedule
 from titanlite.profiling import profiler
 from titanlite.run_folder import CONFIG as CONFIG_TOML
 from titanlite.run_folder import METRICS, RunFolder, drop_rows_after
@@ -199,6 +200,7 @@ class Trainer:
     def _build_optimizer(self) -> None:
         config = self.config
         self.optimizer = build_optimizer(self.parameters(), config.optimizer)
+        self.step_guard = StepGuard(config.training, self.parameters()[0].device)
         self.schedule = build_schedule(config.lr_scheduler, config.optimizer.lr, config.training.steps)
 
     def _load_checkpoint(self) -> None:
@@ -250,7 +252,7 @@ class Trainer:
         self.recorder = Recorder(
             self.sinks, self.runtime.device, self.flops_per_token, config.metrics.log_freq, steps, self.tokens_before
         )
-        self.loss_watch = LossWatch()
+        self.loss_watch = LossWatch(config.training, self.runtime.rank)
 
     # ---- the loop
 
@@ -270,14 +272,14 @@ class Trainer:
     def advance(self) -> bool:
         """One step and all that goes with it; returns whether the run was asked to end here."""
         self.step += 1
-        loss, grad_norm, lr = self.train_step()
+        loss, record, lr = self.train_step()
         self.compile_watch.step_done(self.step)
-        self.loss_watch.add(self.step, loss, grad_norm)
+        self.loss_watch.add(self.step, record)
         due, save = self.recorder.is_due(self.step), self.checkpoints.is_due(self.step)
         stop = self._should_stop(wait=due or save)  # no checkpoint of a step gone wrong
         last = self.step == self.config.training.steps
         if due or stop:
-            self._log_step(loss, grad_norm, lr)
+            self._log_step(loss, lr)
         if self.step == self.first_step:
             runtime.set_train_timeout(self.config.comm, except_for=self.checkpoints.group)
         if save or stop or last:
@@ -286,23 +288,23 @@ class Trainer:
         return stop
 
     def train_step(self) -> tuple[Tensor, Tensor, float]:
-        """One optimizer step; returns this rank's mean loss and the global gradient norm (both on the device), and the
-        learning rate."""
+        """One optimizer step; returns this rank's mean loss and what :class:`StepGuard` says of the step (both on the
+        device), and the learning rate."""
         waited = time.perf_counter()
         batch = next(self.loader)
         waited = time.perf_counter() - waited
         loss = self._forward_backward(batch)
-        grad_norm = clip_gradients(self.parameters(), self.config.training.max_norm, self.mesh)
+        grad_norm, mean_loss = clip_gradients(self.parameters(), self.config.training.max_norm, self.mesh, loss)
         lr = self.schedule.apply(self.optimizer, self.step)
         self.checkpoints.before_update()
-        self.optimizer.step()
+        record = self.step_guard.step(self.optimizer, loss, mean_loss, grad_norm)
         self.optimizer.zero_grad()
         for converter in self.converters.values():
             for part in self.model_parts:
                 converter.post_optimizer_hook(part)
         tokens = self.global_batch_size * self.config.training.seq_len
         self.recorder.step_done(tokens / self.runtime.world_size, tokens, waited)
-        return loss, grad_norm, lr
+        return loss, record, lr
 
     def _forward_backward(self, batch: Batch) -> Tensor:
         """Leave the gradients of this rank's mean loss in the parameters; returns that loss, 0 on a rank that has not
@@ -323,28 +325,35 @@ class Trainer:
             losses.append(loss.detach())
         return torch.stack(losses).sum()
 
-    def _log_step(self, loss: Tensor, grad_norm: Tensor, lr: float) -> None:
-        # Ranks that tensor parallelism gives the same sequence have the same loss; of the stages only the last has one.
-        degrees, has_loss = self.degrees, self.pipeline is None or self.pipeline.is_last
-        mean = loss / (degrees.data_parallel * degrees.context_parallel * degrees.tensor_parallel)
+    def _log_step(self, loss: Tensor, lr: float) -> None:
+        has_loss = self.pipeline is None or self.pipeline.is_last
         largest = loss.clone() if has_loss else torch.full_like(loss, -torch.inf)
         if self.runtime.world_size > 1:
-            dist.all_reduce(mean)
             dist.all_reduce(largest, dist.ReduceOp.MAX)
-        self.recorder.log(self.step, loss=mean.item(), max_loss=largest.item(), grad_norm=grad_norm.item(), lr=lr)
+        seen = self.loss_watch.latest
+        assert seen is not None  # _should_stop has drained
+        self.recorder.log(
+            self.step,
+            loss=seen.loss,
+            # Of NaN and a number, which is the larger depends on who asks.
+            max_loss=largest.item() if math.isfinite(seen.loss) else seen.loss,
+            grad_norm=seen.grad_norm,
+            lr=lr,
+            skipped_steps=seen.skipped,
+        )
 
     def _should_stop(self, wait: bool) -> bool:
-        """Whether somebody asked the run to end after this step, the same on every rank. A loss that is not finite ends
-        it with an error on all of them, in the words of the first rank that saw it; ``wait`` for this step's own."""
+        """Whether somebody asked the run to end after this step, the same on every rank. A bad step that is not skipped
+        ends it with an error on all of them, in the words of the first rank that saw it; ``wait`` for this step's own.
+        """
         if wait:
             self.loss_watch.drain()
-        rank = self.runtime.rank
-        stop, claim = self.runtime.agree_max(int(self.stop_request.requested()), self.loss_watch.claim(rank))
+        stop, claim = self.runtime.agree_max(int(self.stop_request.requested()), self.loss_watch.claim())
         if stop and not wait:
             self.loss_watch.drain()
-            (claim,) = self.runtime.agree_max(self.loss_watch.claim(rank))
+            (claim,) = self.runtime.agree_max(self.loss_watch.claim())
         if claim:
-            message = [self.loss_watch.describe(rank)]
+            message = [self.loss_watch.describe()]
             dist.broadcast_object_list(message, src=rank_of_claim(claim), group=self.runtime.control)
             raise TrainingError(message[0])
         if stop:

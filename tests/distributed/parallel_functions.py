@@ -216,6 +216,17 @@ def gradients_of(mesh: Mesh, all_tp: bool = True) -> nn.Sequential:
     return model
 
 
+def loss_of(mesh: Mesh) -> Tensor:
+    """A loss for each sequence, which only the last pipeline stage has: of part i it is i + 1."""
+    is_last = mesh.pp.get_local_rank() == mesh.pp.size() - 1
+    return torch.tensor(float(is_last) * (mesh.stage.get_local_rank() // mesh.tp.size() + 1), requires_grad=True)
+
+
+def expected_loss(mesh: Mesh) -> float:
+    parts = mesh.stage.size() // mesh.tp.size()
+    return (parts + 1) / 2
+
+
 WAYS: dict[str, dict[str, Any]] = {
     "fsdp": {"shard": 4},
     "hsdp": {"replicate": 2, "shard": 2},
@@ -241,9 +252,10 @@ def clip(given: dict[str, Any]) -> None:
         stages = {k: v for there in everybody(stages) for k, v in there.items()}
         assert len(stages) == len({*stages.values()}) == mesh.pp.size()
         expected = torch.tensor([*stages.values()], dtype=torch.float64).norm()
-        norm = clip_gradients(model.parameters(), max_norm, mesh)
+        norm, mean_loss = clip_gradients(model.parameters(), max_norm, mesh, loss_of(mesh))
         assert norm.dtype == torch.float32
-        assert norm.ndim == 0
+        assert norm.ndim == mean_loss.ndim == 0
+        assert mean_loss == expected_loss(mesh)
         torch.testing.assert_close(norm.double(), expected, rtol=1e-6, atol=0)
         assert len({*everybody(norm.item())}) == 1
         reference = [nn.Parameter(torch.zeros_like(g)) for g in whole]
@@ -273,7 +285,8 @@ def clip_what_is_not_finite(given: dict[str, int]) -> None:
                 grad = model[1].weight.grad
                 assert isinstance(grad, DTensor)
                 grad.to_local()[-1, -1] = value
-            norm = clip_gradients(model.parameters(), 1.0, mesh).item()
+            norm, mean_loss = (x.item() for x in clip_gradients(model.parameters(), 1.0, mesh, loss_of(mesh)))
+            assert mean_loss == expected_loss(mesh)
             assert norm == float("inf") if abs(value) == float("inf") else norm != norm
 
 
@@ -283,7 +296,7 @@ def clip_passes_over_parameters_without_a_gradient() -> None:
     model = gradients_of(mesh)
     model[1].weight.grad = None  # type: ignore[union-attr, assignment]
     whole = [p.grad.full_tensor() for p in model.parameters() if isinstance(p.grad, DTensor)]
-    norm = clip_gradients(model.parameters(), 1e6, mesh)
+    norm, _ = clip_gradients(model.parameters(), 1e6, mesh, loss_of(mesh))
     torch.testing.assert_close(norm, nn.utils.get_total_norm(whole), rtol=1e-6, atol=0)
 
 

@@ -7,6 +7,10 @@ from typing import Any
 import pytest
 import torch
 
+from titanlite.config.schema import Optimizer, Training
+from titanlite.optim import StepGuard, build_optimizer
+from titanlite.optim.step_guard import StepRecord
+
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 
 
@@ -52,6 +56,39 @@ def test_cpu_offload_changes_no_loss(train: Any) -> None:
 def test_deterministic_runs_are_byte_identical(train: Any) -> None:
     runs = [train(name=f"run{i}", training__deterministic="true", training__steps=10) for i in range(2)]
     assert runs[0].losses() == runs[1].losses()
+
+
+@pytest.mark.parametrize("name", ["AdamW", "Adam"])
+def test_a_skipped_update_waits_for_nothing_and_changes_no_bit(name: str) -> None:
+    guard = StepGuard(Training(on_bad_step="skip"), torch.device("cuda"))
+    param = torch.nn.Parameter(torch.randn(64, 64, device="cuda"))
+    optimizer = build_optimizer([param], Optimizer(name=name))
+    seen = []
+    for value in (1.0, 2.0, float("nan"), 1.0):
+        loss, param.grad = torch.full((), value, device="cuda"), torch.full_like(param, value)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            record = guard.step(optimizer, loss, loss.double(), loss)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        assert StepRecord.of(record).is_bad == (value != value)
+        seen.append([x.detach().cpu().numpy().tobytes() for x in (param, *optimizer.state[param].values())])
+    assert seen[2] == seen[1] != seen[0]
+    assert seen[3] != seen[2]
+
+
+def test_a_loss_that_is_not_finite_is_skipped_where_it_is_seen_later(train: Any) -> None:
+    run = train(
+        optimizer__lr=1e30,
+        optimizer__weight_decay=0,
+        training__steps=200,
+        metrics__log_freq=100,
+        training__on_bad_step="skip",
+        training__max_skipped_in_a_row=4,
+    )
+    assert run.status == 1, run.output
+    assert run.output.count("WARNING - step") == 4
+    assert "4 steps in a row were skipped" in run.output
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(train: Any) -> None:

@@ -1,4 +1,4 @@
-"""What a run tells: FLOPs, peaks, the log line, metrics.jsonl, TensorBoard, the summary, and bad losses."""
+"""What a run tells: FLOPs, peaks, the log line, metrics.jsonl, TensorBoard and the summary."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ import torch
 from titanlite.errors import ConfigError
 from titanlite.metrics.device import peak_flops, peak_memory, total_memory
 from titanlite.metrics.flops import ModelSize, flops_per_token
-from titanlite.metrics.loss_watch import LossWatch, rank_of_claim
 from titanlite.metrics.recorder import Recorder
 from titanlite.metrics.report import summary
 from titanlite.metrics.sinks import ConsoleSink, JsonlSink, Row, Sink, TensorBoardSink, init_logging
@@ -45,6 +44,7 @@ def row(**values: object) -> Row:
         "reserved_pct": 42.5,
         "num_alloc_retries": 1,
         "num_ooms": 2,
+        "skipped_steps": 0,
         **values,
     }
 
@@ -112,6 +112,9 @@ def test_log_line(caplog: pytest.LogCaptureFixture) -> None:
     sink = ConsoleSink(colored=False, steps=None)
     assert line_of(sink, row(), caplog) == (
         "step: 10  loss: 10.7069  grad_norm:  1.2345  memory: 30.99GiB(32.62%)  tps: 7,034  tflops: 407.35  mfu: 41.19%"
+    )
+    assert line_of(sink, row(loss=math.nan, grad_norm=math.inf), caplog).startswith(
+        "step: 10  loss:     nan  grad_norm:     inf  memory:"
     )
     assert line_of(sink, row(step=3, loss=2.5, mfu=None, tps=999.4, tflops=1234.5, memory_gib=0.5), caplog) == (
         "step:  3  loss:  2.5000  grad_norm:  1.2345  memory:  0.50GiB(32.62%)  tps: 999  tflops: 1,234.50  mfu: n/a"
@@ -194,6 +197,13 @@ def test_jsonl_appends_and_is_written_through(tmp_path: Path) -> None:
         sink.close()
 
 
+def test_what_is_not_finite_is_null_in_jsonl(tmp_path: Path) -> None:
+    sink = JsonlSink(tmp_path / "metrics.jsonl")
+    sink.write(row(loss=math.nan, max_loss=math.inf, grad_norm=-math.inf))
+    sink.close()
+    assert json.loads((tmp_path / "metrics.jsonl").read_text()) == row(loss=None, max_loss=None, grad_norm=None)
+
+
 TAGS = {
     "loss_metrics/global_avg_loss": "loss",
     "loss_metrics/global_max_loss": "max_loss",
@@ -211,6 +221,7 @@ TAGS = {
     "memory/max_reserved(%)": "reserved_pct",
     "memory/num_alloc_retries": "num_alloc_retries",
     "memory/num_ooms": "num_ooms",
+    "skipped_steps": "skipped_steps",
 }
 
 
@@ -230,6 +241,19 @@ def test_tensorboard_reads_back(tmp_path: Path, unknown: set[str]) -> None:
         assert read == [(values["step"], pytest.approx(values[TAGS[tag]], rel=1e-6)) for values in rows]
 
 
+def test_tensorboard_leaves_out_what_is_not_finite(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    sink = TensorBoardSink(tmp_path)
+    for values in (row(step=1), row(step=2, loss=math.nan, grad_norm=math.inf, skipped_steps=1)):
+        sink.write(values)
+    sink.close()
+    events = EventAccumulator(str(tmp_path)).Reload()
+    assert [e.step for e in events.Scalars("loss_metrics/global_avg_loss")] == [1]
+    assert [e.step for e in events.Scalars("grad_norm")] == [1]
+    assert [(e.step, e.value) for e in events.Scalars("skipped_steps")] == [(1, 0), (2, 1)]
+
+
 # ---- the recorder
 
 
@@ -246,7 +270,7 @@ def recorder(*sinks: Sink, **options: int) -> Recorder:
 
 
 def log(recorder: Recorder, step: int, loss: float = 1.0) -> Row:
-    recorder.log(step, loss=loss, max_loss=2.0, grad_norm=3.0, lr=4.0)
+    recorder.log(step, loss=loss, max_loss=2.0, grad_norm=3.0, lr=4.0, skipped_steps=0)
     assert recorder.last is not None
     return recorder.last
 
@@ -335,51 +359,14 @@ def test_summary() -> None:
     ]
     made.remember(row(step=25))
     assert summary(made, {}).startswith("training finished\n")
+    assert "skipped" not in summary(made, {})
 
 
-# ---- bad losses
-
-
-@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-@pytest.mark.parametrize("where", ["loss", "grad_norm"])
-def test_the_first_bad_step_and_the_last_good_one_before_it(bad: float, where: str) -> None:
-    watch = LossWatch()
-    watch.add(1, torch.tensor(3.0), torch.tensor(1.0))
-    watch.add(2, torch.tensor(2.5, dtype=torch.bfloat16, requires_grad=True), torch.tensor(0.5))
-    assert (watch.last_good, watch.bad) == ((2, 2.5, 0.5), None)
-    values = {"loss": 2.0, "grad_norm": 0.25, where: bad}
-    watch.add(3, torch.tensor(values["loss"]), torch.tensor(values["grad_norm"]))
-    watch.add(4, torch.tensor(math.nan), torch.tensor(1.0))
-    watch.add(5, torch.tensor(1.0), torch.tensor(1.0))
-    watch.drain()
-    assert watch.bad == pytest.approx((3, values["loss"], values["grad_norm"]), nan_ok=True)
-    assert watch.last_good == (2, 2.5, 0.5)
-
-
-def test_a_bad_first_step_has_nothing_good_before_it() -> None:
-    watch = LossWatch()
-    watch.add(1, torch.tensor(math.nan), torch.tensor(1.0))
-    assert watch.last_good is None
-    assert watch.bad is not None
-
-
-def test_the_rank_that_explains_the_failure_best_wins() -> None:
-    def watch(step: int, loss: float, grad_norm: float) -> LossWatch:
-        made = LossWatch()
-        made.add(step, torch.tensor(loss), torch.tensor(grad_norm))
-        made.drain()
-        return made
-
-    nan = math.nan
-    for winner, ranks in (
-        (None, [(5, 1.0, 1.0), (5, 1.0, 1.0)]),
-        (1, [(5, 1.0, nan), (5, nan, nan), (5, nan, nan)]),
-        (2, [(6, nan, nan), (6, nan, nan), (5, 1.0, nan)]),
-        (0, [(7, 1.0, nan), (7, 1.0, nan)]),
-    ):
-        claims = [watch(*values).claim(rank) for rank, values in enumerate(ranks)]
-        if winner is None:
-            assert claims == [0, 0]
-        else:
-            assert rank_of_claim(max(claims)) == winner
-            assert f"rank {winner}: loss {ranks[winner][1]}" in watch(*ranks[winner]).describe(winner)
+def test_summary_of_a_run_that_skipped_steps() -> None:
+    for loss, shown in ((math.nan, "nan"), (None, "not finite")):  # as seen, and as read back
+        made = recorder()
+        made.remember(row(step=1))
+        made.remember(row(step=2, loss=loss, skipped_steps=3))
+        lines = [re.split(r"\s{2,}", line.strip()) for line in summary(made, {}).splitlines()]
+        assert ["loss", f"10.7069 -> {shown}"] in lines
+        assert ["skipped steps", "3"] in lines

@@ -140,6 +140,27 @@ def test_a_loss_that_is_not_finite_stops_the_run(
     )
 
 
+def test_a_loss_that_is_not_finite_can_be_skipped(train: Any, tmp_path: Path) -> None:
+    (tmp_path / "poison.py").write_text(POISON)
+    run = train(
+        env={"STEP": "4", "VALUE": "nan", "BAD_RANK": "0"},
+        experimental__custom_import="poison",
+        model__converters="poison",
+        training__steps=6,
+        training__on_bad_step="skip",
+        metrics__enable_tensorboard="true",
+    )
+    assert run.status == 0, run.output
+    assert "WARNING - step 4 skipped: loss nan is not finite (skipped 1, 1 in a row)" in run.output
+    assert re.search(r"step:  4  loss:     nan  grad_norm:     nan", run.output)
+    assert re.search(r"skipped steps +1\n", run.output)
+    assert [row["loss"] is None for row in run.rows()] == [step == 4 for step in range(1, 7)]
+    assert [row["skipped_steps"] for row in run.rows()] == [0, 0, 0, 1, 1, 1]
+    events = EventAccumulator(str(run.folder / "tb")).Reload()
+    assert [e.step for e in events.Scalars("loss_metrics/global_avg_loss")] == [1, 2, 3, 5, 6]
+    assert [e.value for e in events.Scalars("skipped_steps")] == [0, 0, 0, 1, 1, 1]
+
+
 def test_an_earlier_run_is_set_aside_not_mixed(train: Any) -> None:
     first = train(training__steps=2).rows()
     run = train(training__steps=4)

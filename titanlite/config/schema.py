@@ -169,6 +169,15 @@ class Training:
     config.toml."""
     deterministic: bool = False
     """Use deterministic algorithms alone: two runs give byte-identical losses."""
+    on_bad_step: Literal["stop", "skip"] = "stop"
+    """A loss or gradients that are not finite, or a spike of the loss: stop with an error, or skip the update, which
+    leaves parameters and optimizer state as they are, and go on. Where optimizer.implementation is not fused, skip
+    makes every step wait for the device."""
+    spike_sigmas: NotNegativeFloat = 6.0
+    """A spike is a loss more than this many standard deviations above the mean of the last 128 good steps (and there
+    is none before there are as many); 0: nothing is a spike."""
+    max_skipped_in_a_row: Positive = 10
+    """Under on_bad_step = skip: stop at this many skipped steps in a row."""
 
 
 @dataclass

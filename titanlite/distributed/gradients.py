@@ -1,4 +1,4 @@
-"""The norm of all gradients, however they are sharded."""
+"""The norm of all gradients, however they are sharded, and the loss that they are of."""
 
 from __future__ import annotations
 
@@ -17,11 +17,15 @@ from titanlite.distributed.mesh import Mesh
 _CPU_PART = 8192
 
 
-def clip_gradients(params: Iterable[nn.Parameter], max_norm: float, mesh: Mesh) -> Tensor:
-    """Scale gradients down to ``max_norm``; returns their norm over all processes before that: float32, a scalar.
+def clip_gradients(params: Iterable[nn.Parameter], max_norm: float, mesh: Mesh, loss: Tensor) -> tuple[Tensor, Tensor]:
+    """Scale gradients down to ``max_norm``; returns their norm over all processes before that, float32, and the mean of
+    ``loss``, float64: scalars, the same on all ranks.
 
     Each rank adds up the squares of what it has, divided by the number of ranks that have the same, so that one
-    all-reduce of one number is enough whatever the placements are.
+    all-reduce is enough whatever the placements are; the loss travels with it.
+
+    Args:
+        loss: the mean over this rank's sequences, 0 where the last pipeline stage is elsewhere; a scalar.
     """
     params = [p for p in params if p.grad is not None]
     by_copies: defaultdict[int, list[Tensor]] = defaultdict(list)
@@ -30,14 +34,16 @@ def clip_gradients(params: Iterable[nn.Parameter], max_norm: float, mesh: Mesh) 
         by_copies[_copies(param.grad, mesh)].append(param.grad)
     squares = [_norms(grads).double().square().sum() / n for n, grads in by_copies.items()]
     total = torch.stack(squares).sum()
+    # Ranks of a stage have a loss each, those that tensor parallelism gives the same sequence the same one.
+    sums = torch.stack((total, loss.detach().to(total) / mesh.stage.size()))
     if mesh.world.size() > 1:
-        dist.all_reduce(total)
-    norm = total.sqrt().float()
+        dist.all_reduce(sums)
+    norm, mean_loss = sums[0].sqrt().float(), sums[1]
     # As clip_grads_with_norm_, which does not take DTensors of different meshes together.
     scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
     with torch.no_grad():
         torch._foreach_mul_([_local(param.grad) for param in params if param.grad is not None], scale)
-    return norm
+    return norm, mean_loss
 
 
 def _local(grad: Tensor) -> Tensor:

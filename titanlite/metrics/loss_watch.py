@@ -1,13 +1,19 @@
-"""Looks at the loss and the gradient norm of every step without making the device wait."""
+"""Looks at the loss and the gradient norm of every step without making the device wait, and says what was bad."""
 
 from __future__ import annotations
 
+import logging
 import math
 from collections import deque
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from titanlite.config.schema import Training
+from titanlite.optim.step_guard import WINDOW, StepRecord
+
+logger = logging.getLogger()
 
 _RANK_BITS = 20
 _NONE_IS_LATER = 1 << 62
@@ -20,33 +26,36 @@ def rank_of_claim(claim: int) -> int:
 
 class _Pending(NamedTuple):
     step: int
-    values: Tensor  # float32 [2]: loss, gradient norm
+    values: Tensor  # of StepRecord
     arrived: torch.cuda.Event | None
 
 
 class LossWatch:
-    """Copies each step's values to the host beside the device's work, and looks at those that have arrived.
+    """Copies each step's record to the host beside the device's work, and looks at those that have arrived.
 
     At most ``depth`` steps are in flight: on a GPU a bad step is seen up to that many steps later, on the CPU at once.
+    A step that was skipped is a warning, on rank 0 for all, until ``training.max_skipped_in_a_row``.
 
     Attributes:
-        bad: the first step whose values are not finite, as (step, loss, gradient norm).
-        last_good: the last step before it.
+        latest: what was seen last.
+        bad: the first step that the run must end for, with its number.
+        last_good: the last good step before it.
     """
 
-    def __init__(self, depth: int = 2) -> None:
+    def __init__(self, training: Training, rank: int, depth: int = 2) -> None:
+        self._training, self._rank, self._depth = training, rank, depth
         self._pending: deque[_Pending] = deque()
-        self._depth = depth
-        self.last_good: tuple[int, float, float] | None = None
-        self.bad: tuple[int, float, float] | None = None
+        self.latest: StepRecord | None = None
+        self.last_good: tuple[int, StepRecord] | None = None
+        self.bad: tuple[int, StepRecord] | None = None
 
-    def add(self, step: int, loss: Tensor, grad_norm: Tensor) -> None:
-        values = torch.stack((loss.detach().float(), grad_norm.detach().float()))
-        if values.device.type == "cpu":
-            self._pending.append(_Pending(step, values, None))
+    def add(self, step: int, record: Tensor) -> None:
+        """Watch a step, of which :meth:`StepGuard.step` returned ``record``."""
+        if record.device.type == "cpu":
+            self._pending.append(_Pending(step, record, None))
         else:
-            host = torch.empty(2, dtype=torch.float32, pin_memory=True)
-            host.copy_(values, non_blocking=True)
+            host = torch.empty(record.shape, dtype=record.dtype, pin_memory=True)
+            host.copy_(record, non_blocking=True)
             event = torch.cuda.Event()
             event.record()
             self._pending.append(_Pending(step, host, event))
@@ -64,32 +73,75 @@ class LossWatch:
                     return
                 arrived.synchronize()
             self._pending.popleft()
-            loss, grad_norm = values.tolist()
-            if self.bad is not None:
-                continue
-            if math.isfinite(loss) and math.isfinite(grad_norm):
-                self.last_good = (step, loss, grad_norm)
-            else:
-                self.bad = (step, loss, grad_norm)
+            self.latest = StepRecord.of(values)
+            if self.bad is None:
+                self._see(step, self.latest)
 
-    def claim(self, rank: int) -> int:
+    def _see(self, step: int, record: StepRecord) -> None:
+        if not record.is_bad:
+            self.last_good = (step, record)
+            return
+        if self._training.on_bad_step == "skip":
+            if self._rank == 0:
+                counts = f"skipped {record.skipped}, {record.in_a_row} in a row"
+                logger.warning("step %d skipped: %s (%s)", step, self._reason(record), counts)
+            if record.in_a_row < self._training.max_skipped_in_a_row:
+                return
+        self.bad = (step, record)
+
+    def claim(self) -> int:
         """0, or a number that is the larger the better this rank explains a failure: the earliest step, then a loss of
-        its own that is not finite (a gradient norm is bad on all ranks at once), then the lowest rank."""
+        its own that is not finite (all else is bad on all ranks at once), then the lowest rank."""
         if self.bad is None:
             return 0
-        step, loss, _ = self.bad
-        return _NONE_IS_LATER - ((step << (_RANK_BITS + 1)) + (math.isfinite(loss) << _RANK_BITS) + rank)
+        step, record = self.bad
+        finite = math.isfinite(record.own_loss)
+        return _NONE_IS_LATER - ((step << (_RANK_BITS + 1)) + (finite << _RANK_BITS) + self._rank)
 
-    def describe(self, rank: int) -> str:
+    def describe(self) -> str:
         """The bad step in words, with the last good values."""
         if self.bad is None:
             return ""
-        step, loss, grad_norm = self.bad
-        last = "there was no good step before it"
-        if self.last_good is not None:
-            at, good_loss, good_norm = self.last_good
-            last = f"the last good values were loss {good_loss:.4f}, grad_norm {good_norm:.4f} at step {at}"
-        return (
-            f"step {step}, rank {rank}: loss {loss}, grad_norm {grad_norm} is not finite; {last}. Lower optimizer.lr "
-            "or training.max_norm, lengthen lr_scheduler.warmup_steps, or look at the data of that step"
+        step, record = self.bad
+        advice = (
+            "Lower optimizer.lr or training.max_norm, lengthen lr_scheduler.warmup_steps, or look at the data of that "
+            "step"
         )
+        leave_out = "--training.on_bad_step=skip leaves out the updates of such steps"
+        if self._training.on_bad_step == "skip":
+            return (
+                f"step {step}: {record.in_a_row} steps in a row were skipped, and training.max_skipped_in_a_row = "
+                f"{self._training.max_skipped_in_a_row}; this one for {self._reason(record)}; {self._last_good()}. "
+                f"{advice}"
+            )
+        if _is_finite(record):
+            return (
+                f"step {step}: {self._reason(record)}; {self._last_good()}. {advice}; {leave_out}, "
+                "--training.spike_sigmas=0 takes no finite loss for bad"
+            )
+        return (
+            f"step {step}, rank {self._rank}: loss {record.own_loss}, grad_norm {record.grad_norm} is not finite; "
+            f"{self._last_good()}. {advice}; {leave_out}"
+        )
+
+    def _last_good(self) -> str:
+        if self.last_good is None:
+            return "no good step came before it since the start"
+        at, good = self.last_good
+        return f"the last good values were loss {good.own_loss:.4f}, grad_norm {good.grad_norm:.4f} at step {at}"
+
+    def _reason(self, record: StepRecord) -> str:
+        if not math.isfinite(record.loss):
+            return f"loss {record.loss} is not finite"
+        if not math.isfinite(record.grad_norm):
+            return f"grad_norm {record.grad_norm} is not finite"
+        sigmas = (record.loss - record.mean) / record.deviation
+        return (
+            f"loss {record.loss:.4f} is a spike, {sigmas:.1f} standard deviations above the mean of the last {WINDOW} "
+            f"good steps (mean {record.mean:.4f}, standard deviation {record.deviation:.4f}, "
+            f"training.spike_sigmas = {self._training.spike_sigmas:g})"
+        )
+
+
+def _is_finite(record: StepRecord) -> bool:
+    return math.isfinite(record.loss) and math.isfinite(record.grad_norm)

@@ -64,8 +64,13 @@ class Recorder:
     def is_due(self, step: int) -> bool:
         return step == 1 or step % self.log_freq == 0 or step == self.last_step
 
-    def log(self, step: int, *, loss: float, max_loss: float, grad_norm: float, lr: float) -> None:
-        """Close the window at ``step`` and write its row. Reading ``loss`` has waited for the device."""
+    def log(self, step: int, *, loss: float, max_loss: float, grad_norm: float, lr: float, skipped_steps: int) -> None:
+        """Close the window at ``step`` and write its row. Reading ``loss`` has waited for the device.
+
+        Args:
+            skipped_steps: so far (see :class:`titanlite.optim.step_guard.StepGuard`); what a skipped step had that was
+                not finite is a row's too.
+        """
         elapsed = time.perf_counter() - self._start
         tps = self._tokens / elapsed
         memory = peak_memory(self.device)
@@ -90,6 +95,7 @@ class Recorder:
             "reserved_pct": None if reserved is None else 100 * reserved / memory.total,
             "num_alloc_retries": memory.alloc_retries,
             "num_ooms": memory.ooms,
+            "skipped_steps": skipped_steps,
         }
         for sink in self.sinks:
             try:

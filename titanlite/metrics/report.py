@@ -6,6 +6,7 @@ import os
 from collections.abc import Mapping
 
 from titanlite.metrics.recorder import Recorder
+from titanlite.metrics.sinks import Row
 
 
 def table(title: str, rows: Mapping[str, str]) -> str:
@@ -20,6 +21,11 @@ def shown_path(path: str) -> str:
     return path if relative.startswith("..") else os.path.join(".", relative)
 
 
+def _loss(row: Row) -> str:
+    """Read back from metrics.jsonl, one that was not finite is None."""
+    return "not finite" if row["loss"] is None else f"{row['loss']:.4f}"
+
+
 def summary(recorder: Recorder, places: Mapping[str, str]) -> str:
     """What the run did: steps, tokens, losses, medians over the steady windows, peak memory, and where things are."""
     first, last, peak = recorder.first, recorder.last, recorder.peak
@@ -31,7 +37,8 @@ def summary(recorder: Recorder, places: Mapping[str, str]) -> str:
         {
             "steps": f"{first['step']} to {last['step']} of {recorder.last_step}",
             "tokens": f"{recorder.tokens_seen:,}",
-            "loss": f"{first['loss']:.4f} -> {last['loss']:.4f}",
+            "loss": f"{_loss(first)} -> {_loss(last)}",
+            **({"skipped steps": f"{last['skipped_steps']}"} if last["skipped_steps"] else {}),
             "median tps per device": "n/a (a single window)" if tps is None else f"{round(tps):,}",
             "median mfu": "n/a" if mfu is None else f"{mfu:.2f}%",
             "peak memory": f"{peak['memory_gib']:.2f} GiB ({peak['memory_pct']:.2f}%)",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import math
 import os
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any, Protocol, TextIO
 from titanlite.environment import LOG_RANK
 from titanlite.errors import ConfigError
 
-Row = dict[str, Any]  # one logged step: the keys of metrics.jsonl, None where unknown
+Row = dict[str, Any]  # one logged step: the keys of metrics.jsonl, None where unknown; it may hold NaN and infinity
 
 _COLORS = {"red": 31, "green": 32, "orange": 33, "blue": 34, "magenta": 35, "cyan": 36}
 
@@ -93,13 +94,15 @@ class ConsoleSink:
 
 
 class JsonlSink:
-    """metrics.jsonl: a JSON object per line, written through at once, so that a killed run keeps its rows."""
+    """metrics.jsonl: a JSON object per line, written through at once, so that a killed run keeps its rows. What is not
+    finite, which JSON does not know, is null."""
 
     def __init__(self, path: Path) -> None:
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, row: Row) -> None:
-        self._file.write(json.dumps(row, allow_nan=False) + "\n")
+        known = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+        self._file.write(json.dumps(known, allow_nan=False) + "\n")
         self._file.flush()
 
     def close(self) -> None:
@@ -125,6 +128,7 @@ _TENSORBOARD_TAGS = {
     "reserved_pct": "memory/max_reserved(%)",
     "num_alloc_retries": "memory/num_alloc_retries",
     "num_ooms": "memory/num_ooms",
+    "skipped_steps": "skipped_steps",
 }
 
 
@@ -139,7 +143,7 @@ class TensorBoardSink:
 
     def write(self, row: Row) -> None:
         for key, tag in _TENSORBOARD_TAGS.items():
-            if row[key] is not None:
+            if row[key] is not None and math.isfinite(row[key]):
                 self._writer.add_scalar(tag, row[key], row["step"])
 
     def close(self) -> None:

@@ -1,0 +1,154 @@
+"""A worker: trains through bad steps, and writes down what each of its runs did.
+
+torchrun ... bad_steps.py OUT CASES, where CASES is a JSON file: {name: {"options": {option: value}, "bad": {step: how},
+"rank": the only one that is bad, or null for all, "window": losses before the first step}}. How: nan, inf or spike, the
+factor of the loss; gradients, one of which is infinite; or omitted, as if the step's update had never been asked for.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import logging
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from models.llama3.model import Llama3Args
+from models.llama3.spec import FLAVORS
+from titanlite import train
+from titanlite.config import load_config
+from titanlite.config.schema import Comm
+from titanlite.distributed import runtime
+from titanlite.errors import TrainingError
+from titanlite.train import Trainer
+
+FLAVORS["tiny"] = Llama3Args(dim=32, n_layers=2, n_heads=2, n_kv_heads=2, ffn_dim=64, vocab_size=0)
+FACTORS = {"nan": float("nan"), "inf": float("inf"), "spike": 50.0}
+
+# One mesh, and one group beside it, for all runs of the same degrees: each group has threads of its own.
+train.build_mesh = functools.cache(train.build_mesh)
+start_runtime = runtime.start_runtime
+first_runtime = functools.cache(lambda: start_runtime(Comm()))
+runtime.start_runtime = lambda comm: first_runtime()
+build_loss = train.build_loss
+
+
+class Waits(TorchDispatchMode):
+    """Counts the times that the host asks for the value of a tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+class Messages(logging.Handler):
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.said: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.said.append(record.getMessage())
+
+
+class Run:
+    def __init__(self, folder: Path, case: dict[str, Any]) -> None:
+        self.bad = {int(step): how for step, how in case["bad"].items()}
+        self.only = case["rank"]
+        train.build_loss = lambda *args: self.poisoned(build_loss(*args))
+        options = {**case["options"], "job.dump_folder": folder}
+        self.trainer = Trainer(load_config([f"--{key}={value}" for key, value in options.items()]))
+        self.parameters = self.trainer.parameters()
+        self.trainer._forward_backward = self.spoiled(self.trainer._forward_backward)  # type: ignore[method-assign]
+        self.messages = Messages()
+        logging.getLogger().addHandler(self.messages)
+        if case["window"]:
+            state = {"losses": case["window"], "skipped": 0, "in_a_row": 0}
+            self.trainer.step_guard.load_state_dict(state)
+
+    def how(self) -> str:
+        """What is to go wrong on this rank in the step under way."""
+        here = self.only is None or self.trainer.runtime.rank == self.only
+        return self.bad.get(self.trainer.step, "") if here else ""
+
+    def poisoned(self, loss_fn: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
+        return lambda logits, labels: loss_fn(logits, labels) * FACTORS.get(self.how(), 1.0)
+
+    def spoiled(self, forward_backward: Callable[[Any], Tensor]) -> Callable[[Any], Tensor]:
+        def run(batch: Any) -> Tensor:
+            loss = forward_backward(batch)
+            grad = self.parameters[0].grad
+            if self.how() == "gradients" and grad is not None:
+                local(grad).view(-1)[-1] = float("inf")
+            if self.how() == "omitted":
+                self.trainer.step_guard.step = self.omit  # type: ignore[method-assign]
+            return loss
+
+        return run
+
+    def omit(self, optimizer: torch.optim.Optimizer, *values: Tensor) -> Tensor:
+        del self.trainer.step_guard.step  # type: ignore[method-assign]
+        return self.trainer.step_guard.judge(*values)
+
+    def digest(self) -> str:
+        """Of every bit of the parameters and of the optimizer's state."""
+        found = hashlib.sha256()
+        state = self.trainer.optimizer.state
+        for param in self.parameters:
+            for tensor in (param, *(state[param][key] for key in sorted(state[param]))):
+                found.update(local(tensor.detach()).contiguous().numpy().tobytes())
+        return found.hexdigest()
+
+    def go(self) -> dict[str, Any]:
+        error, digests, waited = None, [], []
+        train_step = self.trainer.train_step
+
+        def counted() -> Any:
+            with Waits() as waits:
+                result = train_step()
+            waited.append(waits.count)
+            return result
+
+        self.trainer.train_step = counted  # type: ignore[method-assign]
+        try:
+            for _ in range(self.trainer.config.training.steps):
+                self.trainer.advance()
+                digests.append(self.digest())
+        except TrainingError as e:
+            error = str(e)
+        state = self.trainer.step_guard.state_dict()
+        self.trainer._log_summary()
+        self.trainer.close()
+        return {"digests": digests, "waits": waited, "said": self.messages.said, "error": error, "state": state}
+
+
+def local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def main() -> None:
+    folder, cases = Path(sys.argv[1]), json.loads(Path(sys.argv[2]).read_text())
+    reports = {}
+    for name, case in cases.items():
+        run_folder = folder / name.replace(" ", "_")
+        reports[name] = Run(run_folder, case).go()
+        dist.barrier()
+        lines = (run_folder / "metrics.jsonl").read_text().splitlines()
+        reports[name]["rows"] = [json.loads(line) for line in lines]
+    (folder / f"rank-{dist.get_rank()}.json").write_text(json.dumps(reports))
+    dist.destroy_process_group()
+
+
+main()
