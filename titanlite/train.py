@@ -60,8 +60,9 @@ from titanlite.model_spec import get_model_spec
 from titanlite.optim import build_optimizer, build_schedule
 from titanlite.profiling import profiler
 from titanlite.run_folder import CONFIG as CONFIG_TOML
-from titanlite.run_folder import METRICS, RunFolder
+from titanlite.run_folder import METRICS, VALIDATION, RunFolder
 from titanlite.stacks import keep_stacks, show_traceback
+from titanlite.validation import Validator, read_validation_data, training_part
 
 logger = logging.getLogger()
 
@@ -80,6 +81,7 @@ class Trainer:
         self._build_data()
         self._build_model()
         self._build_optimizer()
+        self._build_validator()
         self.runtime.on_rank_zero(self._fill_run_folder)  # last: what was refused before leaves an earlier run alone
         self._build_recorder()
         self.step = 0
@@ -110,14 +112,15 @@ class Trainer:
             self.context = ContextParallel(self.mesh.cp, self.config.parallelism.context_parallel_rotate_method)
         self.tokenizer = load_tokenizer(self.config.model.tokenizer_path)
         self.global_batch_size = global_batch_size(self.config, self.degrees.data_parallel)
+        self.source = build_source(
+            training.dataset,
+            path=training.dataset_path,
+            text_field=data.text_field,
+            on_corrupt=data.on_corrupt,
+            seed=self.seed,
+        )
         self.loader = DataLoader(
-            build_source(
-                training.dataset,
-                path=training.dataset_path,
-                text_field=data.text_field,
-                on_corrupt=data.on_corrupt,
-                seed=self.seed,
-            ),
+            training_part(self.source, self.config),
             self.tokenizer,
             seq_len=training.seq_len,
             global_batch_size=self.global_batch_size,
@@ -175,14 +178,24 @@ class Trainer:
         self.optimizer = build_optimizer(self.parameters(), config.optimizer)
         self.schedule = build_schedule(config.lr_scheduler, config.optimizer.lr, config.training.steps)
 
+    def _build_validator(self) -> None:
+        self.validator = None
+        if self.config.validation.enable:
+            data = read_validation_data(self.source, self.tokenizer, self.config, self.mesh, self.runtime)
+            where = self.context, self.mesh, self.runtime.device
+            self.validator = Validator(self.config, data, self.model_parts, self.loss_fn, self.pipeline, *where)
+            self.about["validation"] = data.about
+
     def _lock_run_folder(self) -> None:
         self.run_folder = RunFolder(self.run_path)
 
     def _fill_run_folder(self) -> None:
         metrics, profiling = self.config.metrics, self.config.profiling
-        self.run_folder.set_earlier_aside([CONFIG_TOML, METRICS, metrics.save_tb_folder, profiling.save_traces_folder])
+        files = [CONFIG_TOML, METRICS, VALIDATION]
+        self.run_folder.set_earlier_aside([*files, metrics.save_tb_folder, profiling.save_traces_folder])
         (self.run_path / CONFIG_TOML).write_text(dump_toml(self.config))
-        self.sinks.append(JsonlSink(self.run_path / METRICS))
+        validation = self.run_path / VALIDATION if self.validator else None
+        self.sinks.append(JsonlSink(self.run_path / METRICS, validation))
         if metrics.enable_tensorboard and not metrics.save_for_all_ranks:
             self.sinks.append(TensorBoardSink(self.run_path / metrics.save_tb_folder))
 
@@ -220,6 +233,8 @@ class Trainer:
         stop = self._should_stop(wait=due)
         if due or stop:
             self._log_step(loss, grad_norm, lr)
+        if self.validator is not None and self.validator.is_due(self.step) and not stop:
+            self.validator.run(self.step, self.recorder, self.compile_watch)
         if self.step == 1:
             runtime.set_train_timeout(self.config.comm)
         self.gc.run(self.step)
