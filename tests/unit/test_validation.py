@@ -238,9 +238,7 @@ def test_text_is_read_once(trainer: Any, tmp_path: Path, capsys: pytest.CaptureF
     total = sum(len(run.tokenizer.encode(document)) + 2 for document in documents(3))
     count = len(run.validator.data.batches)
     assert count == (total - 1) // (BATCH * SEQ_LEN) >= 2
-    shown = (
-        f"validation.steps = 100: the text makes {count} batches of 4 sequences of 32 tokens; every validation reads"
-    )
+    shown = f"validation.steps = 100: the text makes {count} batches of 4 sequences of 32 tokens; every validation"
     assert shown in capsys.readouterr().out
     assert (tokens == run.tokenizer.bos_id).sum() == 3
 
