@@ -15,6 +15,7 @@ logger = logging.getLogger(__name__)
 
 CONFIG = "config.toml"
 METRICS = "metrics.jsonl"
+VALIDATION = "validation.jsonl"
 
 
 class RunFolder:

@@ -64,8 +64,9 @@ from titanlite.model_spec import get_model_spec
 from titanlite.optim import StepGuard, build_optimizer, build_schedule
 from titanlite.profiling import profiler
 from titanlite.run_folder import CONFIG as CONFIG_TOML
-from titanlite.run_folder import METRICS, RunFolder, drop_rows_after
+from titanlite.run_folder import METRICS, VALIDATION, RunFolder, drop_rows_after
 from titanlite.stacks import keep_stacks, show_traceback
+from titanlite.validation import Validator, read_validation_data, training_part
 
 logger = logging.getLogger()
 
@@ -85,6 +86,7 @@ class Trainer:
         self._build_data()
         self._build_model()
         self._build_optimizer()
+        self._build_validator()
         self._load_checkpoint()
         self.runtime.on_rank_zero(self._fill_run_folder)  # last: what was refused before leaves an earlier run alone
         self._build_recorder()
@@ -137,14 +139,15 @@ class Trainer:
             self.context = ContextParallel(self.mesh.cp, self.config.parallelism.context_parallel_rotate_method)
         self.tokenizer = load_tokenizer(self.config.model.tokenizer_path)
         self.global_batch_size = global_batch_size(self.config, self.degrees.data_parallel)
+        self.source = build_source(
+            training.dataset,
+            path=training.dataset_path,
+            text_field=data.text_field,
+            on_corrupt=data.on_corrupt,
+            seed=self.seed,
+        )
         self.loader = DataLoader(
-            build_source(
-                training.dataset,
-                path=training.dataset_path,
-                text_field=data.text_field,
-                on_corrupt=data.on_corrupt,
-                seed=self.seed,
-            ),
+            training_part(self.source, self.config),
             self.tokenizer,
             seq_len=training.seq_len,
             global_batch_size=self.global_batch_size,
@@ -203,9 +206,17 @@ class Trainer:
         self.step_guard = StepGuard(config.training, self.parameters()[0].device)
         self.schedule = build_schedule(config.lr_scheduler, config.optimizer.lr, config.training.steps)
 
+    def _build_validator(self) -> None:
+        self.validator = None
+        if self.config.validation.enable:
+            data = read_validation_data(self.source, self.tokenizer, self.config, self.mesh, self.runtime)
+            where = self.context, self.mesh, self.runtime.device
+            self.validator = Validator(self.config, data, self.model_parts, self.loss_fn, self.pipeline, *where)
+            self.about["validation"] = data.about
+
     def _load_checkpoint(self) -> None:
-        config, tokens = self.config, 0
-        self.step = 0
+        config = self.config
+        self.step = self.tokens_before = 0
         shape = json.loads(json.dumps(asdict(self.model_args)))  # as it comes back from a file
         model = {"name": config.model.name, "flavor": config.model.flavor, "args": shape}
         self.process = Process(self.runtime.rank, self.runtime.device, self.model_parts, self.optimizer, model)
@@ -213,13 +224,14 @@ class Trainer:
             self.checkpoints.load(self.start, self.process, weights_only=not self.resumes)
             self.about["starts from"] = f"{self.start.folder}" + ("" if self.resumes else ", its weights alone")
         if self.start is not None and self.resumes:
-            excluded = self.checkpoints.excluded(self.start)
+            excluded, info = self.checkpoints.excluded(self.start), self.start.info
             if "dataloader" not in excluded:
-                self.loader.load_state_dict(self.start.info.data)
+                self.loader.load_state_dict(info.data)
             if "train_state" not in excluded:
-                self.step, tokens = self.start.info.step, self.start.info.tokens_seen
+                self.step, self.tokens_before = info.step, info.tokens_seen
+                self.step_guard.load_state_dict(info.step_guard)
                 logger.info("resuming from step %d: %s", self.step, self.start.folder)
-        self.first_step, self.tokens_before = self.step + 1, tokens
+        self.first_step = self.step + 1
 
     def _lock_run_folder(self) -> None:
         self.run_folder = RunFolder(self.run_path)
@@ -227,16 +239,16 @@ class Trainer:
     def _fill_run_folder(self) -> None:
         metrics, profiling, checkpoints = self.config.metrics, self.config.profiling, self.config.checkpoint.folder
         if self.start is not None and self.start.own:
-            later = [
-                f"{checkpoints}/step-{step}" for step in saved_steps(self.run_path / checkpoints) if step > self.step
-            ]
-            self.run_folder.set_earlier_aside(later)
-            drop_rows_after(self.run_path / METRICS, self.step)
+            saved = saved_steps(self.run_path / checkpoints)
+            self.run_folder.set_earlier_aside([f"{checkpoints}/step-{step}" for step in saved if step > self.step])
+            for file in (METRICS, VALIDATION):
+                drop_rows_after(self.run_path / file, self.step)
         else:
             folders = [checkpoints, metrics.save_tb_folder, profiling.save_traces_folder]
-            self.run_folder.set_earlier_aside([CONFIG_TOML, METRICS, *folders])
+            self.run_folder.set_earlier_aside([CONFIG_TOML, METRICS, VALIDATION, *folders])
         (self.run_path / CONFIG_TOML).write_text(dump_toml(self.config))
-        self.sinks.append(JsonlSink(self.run_path / METRICS))
+        validation = self.run_path / VALIDATION if self.validator else None
+        self.sinks.append(JsonlSink(self.run_path / METRICS, validation))
         if metrics.enable_tensorboard and not metrics.save_for_all_ranks:
             self.sinks.append(TensorBoardSink(self.run_path / metrics.save_tb_folder, self.step))
 
@@ -280,6 +292,8 @@ class Trainer:
         last = self.step == self.config.training.steps
         if due or stop:
             self._log_step(loss, lr)
+        if self.validator is not None and self.validator.is_due(self.step) and not stop:
+            self.validator.run(self.step, self.recorder, self.compile_watch)
         if self.step == self.first_step:
             runtime.set_train_timeout(self.config.comm, except_for=self.checkpoints.group)
         if save or stop or last:
@@ -372,6 +386,7 @@ class Trainer:
             seed=self.seed,
             tokens_seen=self.recorder.tokens_seen,
             data=merge_states(self.runtime.gather(self.loader.state_dict())),
+            step_guard=self.step_guard.state_dict(),
         )
         self.checkpoints.save(info, self.process, last=last, ends=ends)
         self.recorder.exclude(time.perf_counter() - start)

@@ -132,6 +132,9 @@ def run(name: str, options: dict[str, Any], folder: Path) -> dict[str, Any]:
     dist.barrier()
     if trainer.runtime.rank == 0:
         report["rows"] = [json.loads(line) for line in (run_folder / "metrics.jsonl").read_text().splitlines()]
+        if config.validation.enable:
+            lines = (run_folder / "validation.jsonl").read_text().splitlines()
+            report["validation"] = [json.loads(line) for line in lines]
     torch._dynamo.reset()
     counters.clear()
     return report

@@ -26,7 +26,7 @@ GROUND = (
     *("optim", "checkpoint", "metrics", "profiling", "run_folder", "stacks", "stop_request"),
 )
 MIDDLE = ("converters", "distributed", "model_spec")
-TOP = ("build", "estimate", "train", "launch")
+TOP = ("build", "validation", "estimate", "train", "launch")
 
 
 class Import(NamedTuple):

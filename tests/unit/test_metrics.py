@@ -252,6 +252,35 @@ def test_tensorboard_leaves_out_what_is_not_finite(tmp_path: Path) -> None:
     assert [e.step for e in events.Scalars("loss_metrics/global_avg_loss")] == [1]
     assert [e.step for e in events.Scalars("grad_norm")] == [1]
     assert [(e.step, e.value) for e in events.Scalars("skipped_steps")] == [(1, 0), (2, 1)]
+VALIDATION = {"step": 100, "loss": 3.12341, "bits_per_byte": 1.23451, "tokens": 7, "time_s": 2.06}
+
+
+def test_the_validation_line(caplog: pytest.LogCaptureFixture) -> None:
+    for values, bits in ((VALIDATION, "1.2345"), ({**VALIDATION, "bits_per_byte": None}, "n/a")):
+        caplog.clear()
+        with caplog.at_level(logging.INFO):
+            ConsoleSink(colored=False, steps=None).write_validation(values)
+        assert caplog.messages == [f"validate step: 100  loss:  3.1234  bits per byte: {bits}  (2.1 s)"]
+
+
+def test_validations_have_a_file_of_their_own(tmp_path: Path) -> None:
+    sink = JsonlSink(tmp_path / "metrics.jsonl", tmp_path / "validation.jsonl")
+    sink.write_validation(VALIDATION)
+    assert json.loads((tmp_path / "validation.jsonl").read_text()) == VALIDATION
+    assert (tmp_path / "metrics.jsonl").read_text() == ""
+    sink.close()
+
+
+def test_tensorboard_reads_validations_back(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    sink = TensorBoardSink(tmp_path)
+    sink.write_validation({**VALIDATION, "step": 1, "bits_per_byte": None})
+    sink.write_validation(VALIDATION)
+    sink.close()
+    events = EventAccumulator(str(tmp_path)).Reload()
+    assert [event.step for event in events.Scalars("validation_metrics/loss")] == [1, 100]
+    assert [event.value for event in events.Scalars("validation_metrics/bits_per_byte")] == [pytest.approx(1.23451)]
 
 
 # ---- the recorder
@@ -260,6 +289,9 @@ def test_tensorboard_leaves_out_what_is_not_finite(tmp_path: Path) -> None:
 class Kept(list[Row]):
     def write(self, row: Row) -> None:
         self.append(row)
+
+    def write_validation(self, row: Row) -> None:
+        self.append({**row, "validation": True})
 
     def close(self) -> None:
         self.clear()

@@ -13,7 +13,7 @@ import pytest
 import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import models, processors
+from tokenizers import models, pre_tokenizers, processors
 
 from titanlite.data import load_tokenizer
 from titanlite.data.tiktoken import SPLIT_PATTERN, _byte_characters, special_tokens
@@ -136,6 +136,42 @@ def test_vocab_size_is_the_id_space(tmp_path: Path) -> None:
     assert load_tokenizer(str(tmp_path)).vocab_size == 1000
 
 
+@settings(max_examples=100, deadline=None)
+@given(st.text(st.characters(codec="utf-8")))
+def test_the_bytes_of_the_tokens_are_those_of_the_text(text: str) -> None:
+    tokenizer = load_tokenizer()
+    sizes = tokenizer.token_bytes
+    assert sizes is not None
+    assert sizes[tokenizer.encode(text)].sum() == len(text.encode())
+    assert sizes.shape == (2048,)
+    assert sizes.dtype == np.int32
+    assert (sizes[[tokenizer.bos_id, tokenizer.eos_id]] == 0).all()
+
+
+def test_the_bytes_of_added_tokens(tmp_path: Path) -> None:
+    """Those that are found in the text stand for it, special ones for nothing; and the ids may have gaps."""
+    backend = tokenizers.Tokenizer.from_file(str(SHIPPED))
+    backend.add_tokens([tokenizers.AddedToken("\n\n\n日本", normalized=False)])
+    backend.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = load_tokenizer(str(tmp_path))
+    sizes = tokenizer.token_bytes
+    assert sizes is not None
+    text = "a\n\n\n日本語<|end_of_text|>"
+    ids = tokenizer.encode(text)
+    assert 2048 in ids
+    assert sizes[2048] == 9
+    assert sizes[ids].sum() == len(text.encode())
+
+
+def test_tokens_that_are_not_made_of_bytes_have_no_size(tmp_path: Path) -> None:
+    words = tokenizers.Tokenizer(models.WordLevel({"<s>": 0, "</s>": 1}, unk_token="<s>"))
+    with_space = tokenizers.Tokenizer.from_file(str(SHIPPED))
+    with_space.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    for backend in (words, with_space):
+        backend.save(str(tmp_path / "tokenizer.json"))
+        assert load_tokenizer(str(tmp_path)).token_bytes is None
+
+
 def test_missing_and_damaged_files(tmp_path: Path) -> None:
     message = r'model.tokenizer_path = "no/such": there is no such file .*relative to the current folder.*python '
     with pytest.raises(ConfigError, match=message + r"scripts/download_tokenizer.py --repo_id meta-llama/.*shipped"):
@@ -204,6 +240,18 @@ def test_tiktoken_on_source_text(rank_file: Path, oracle: Callable[[str], list[i
 @given(text=st.text(st.characters(codec="utf-8")) | st.text("ab 'st\n\t1é"))
 def test_tiktoken_on_any_text(rank_file: Path, oracle: Callable[[str], list[int]], text: str) -> None:
     assert load_tokenizer(str(rank_file)).encode(text) == oracle(text)
+
+
+def test_the_bytes_of_tiktoken_s_tokens(rank_file: Path) -> None:
+    tokenizer = load_tokenizer(str(rank_file))
+    sizes = tokenizer.token_bytes
+    assert sizes is not None
+    assert (sizes[2046:] == 0).all()
+    for line in rank_file.read_bytes().splitlines():
+        token, rank = line.split()
+        assert sizes[int(rank)] == len(base64.b64decode(token))
+    for text in (SAMPLE, Path(json.__file__).read_text(), "<|eot_id|>"):
+        assert sizes[tokenizer.encode(text)].sum() == len(text.encode())
 
 
 def test_sentencepiece_is_refused(tmp_path: Path) -> None:

@@ -59,7 +59,7 @@ class Info:
         tokens_seen: of all devices.
         buffers: the names of tensors of the model that are no parameters.
         data: the position of the data loader.
-        more: what else the trainer keeps, by its own names.
+        step_guard: what the coming verdicts on steps depend on.
     """
 
     step: int
@@ -71,7 +71,7 @@ class Info:
     tokens_seen: int = 0
     buffers: list[str] = field(default_factory=list)
     data: dict[str, Any] = field(default_factory=dict)
-    more: dict[str, Any] = field(default_factory=dict)
+    step_guard: dict[str, Any] = field(default_factory=dict)
 
 
 class SaveError(Exception):

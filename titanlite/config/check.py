@@ -8,6 +8,7 @@ from typing import Any, NoReturn
 
 from titanlite.config.parallelism import check_parallelism, global_batch_size, resolve_degrees
 from titanlite.config.schema import Checkpoint, Float8, JobConfig
+from titanlite.config.validation import check_validation
 from titanlite.errors import ConfigError
 
 # Keys of the schema that this version has no implementation for: the value at which each does nothing, and what
@@ -49,6 +50,7 @@ def check_config(config: JobConfig, world_size: int, *, train: bool = True) -> N
             raise ConfigError(f"{_shown(config, name)}: this version of titanlite does not implement it; {instead}")
     _check_checkpoint(config)
     _check_float8(config)
+    check_validation(config)
     global_batch_size(config, degrees.data_parallel)
     check_parallelism(config, degrees)
 

@@ -23,6 +23,7 @@ class Rule(NamedTuple):
 Positive = Annotated[int, Rule("at least 1", lambda v: v >= 1)]
 NotNegative = Annotated[int, Rule("0 or more", lambda v: v >= 0)]
 PositiveOrAuto = Annotated[int, Rule("at least 1, or -1 to infer it", lambda v: v >= 1 or v == -1)]
+Percentage = Annotated[float, Rule("more than 0 and below 100", lambda v: 0 < v < 100)]
 Fraction = Annotated[float, Rule("between 0 and 1", lambda v: 0 <= v <= 1)]
 Beta = Annotated[float, Rule("at least 0 and below 1", lambda v: 0 <= v < 1)]
 NotNegativeFloat = Annotated[float, Rule("0 or more", lambda v: v >= 0)]
@@ -376,6 +377,28 @@ class Data:
 
 
 @dataclass
+class Validation:
+    """Not in torchtitan's of June 2025."""
+
+    enable: bool = False
+    """Compute the loss, and bits per byte, of text that training never sees."""
+    dataset: str = ""
+    """The data source to validate on. Empty, or with dataset_path the same as training's: documents of the training
+    data that are held out from training. One that shares files with the training data is refused."""
+    dataset_path: str | None = None
+    """The files of that source. Unset with an empty dataset: the training data's."""
+    interval: Positive = 100
+    """Validate after every this many steps, and after the last one."""
+    steps: Positive = 10
+    """Batches of a validation, each as large as training's: the same in every validation. Fewer where the text, read
+    once, has no more."""
+    held_out_percent: Percentage = 1.0
+    """The share of the training data's documents that is held out; a hash of its text says whether a document is."""
+    precision: Literal["as_trained", "bfloat16"] = "as_trained"
+    """bfloat16: compute layers that train in float8 in bfloat16 instead."""
+
+
+@dataclass
 class JobConfig:
     job: Job = field(default_factory=Job)
     profiling: Profiling = field(default_factory=Profiling)
@@ -385,6 +408,7 @@ class JobConfig:
     lr_scheduler: LRScheduler = field(default_factory=LRScheduler)
     training: Training = field(default_factory=Training)
     data: Data = field(default_factory=Data)
+    validation: Validation = field(default_factory=Validation)
     compile: Compile = field(default_factory=Compile)
     parallelism: Parallelism = field(default_factory=Parallelism)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)

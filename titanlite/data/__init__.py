@@ -1,7 +1,9 @@
 """Training data: sources of documents, tokenizers, and the loader that packs one into batches of the other."""
 
 from titanlite.data import local, streamed  # noqa: F401  (registers the sources)
+from titanlite.data.held_out import PartOfSource, is_held_out
 from titanlite.data.loader import Batch, DataLoader, merge_states
+from titanlite.data.packing import TooLittleText
 from titanlite.data.sources import SOURCES, START, Position, Source, SourceOptions, build_source
 from titanlite.data.tokenizer import Tokenizer, load_tokenizer
 
@@ -10,11 +12,14 @@ __all__ = [
     "START",
     "Batch",
     "DataLoader",
+    "PartOfSource",
     "Position",
     "Source",
     "SourceOptions",
     "Tokenizer",
+    "TooLittleText",
     "build_source",
+    "is_held_out",
     "load_tokenizer",
     "merge_states",
 ]

@@ -26,6 +26,7 @@ class TextSource(RandomAccessSource):
     def __init__(self, options: SourceOptions, files: list[Path]) -> None:
         self._spans = [(file, begin, end) for file in files for begin, end in _cut(file)]
         super().__init__(options, len(self._spans))
+        self.files = files
 
     def read(self, index: int) -> str | None:
         file, begin, end = self._spans[index]
@@ -42,14 +43,14 @@ class JsonSource(RandomAccessSource):
     """JSON lines: one object per line, its text under ``text_field``; blank lines are ignored."""
 
     def __init__(self, options: SourceOptions, files: list[Path]) -> None:
-        self._files = files
         indexes = [_line_spans(file) for file in files]
         self._spans = np.concatenate(indexes)
         self._file_of = np.repeat(np.arange(len(files)), [len(spans) for spans in indexes])
         super().__init__(options, len(self._spans))
+        self.files = files
 
     def read(self, index: int) -> str | None:
-        file = self._files[self._file_of[index]]
+        file = self.files[self._file_of[index]]
         begin, end = (int(offset) for offset in self._spans[index])
         problem, text = self._parse(_read_bytes(file, begin, end))
         if problem:

@@ -18,6 +18,10 @@ from titanlite.errors import ConfigError
 _CHARACTERS_PER_TOKEN = 3
 
 
+class TooLittleText(ConfigError):
+    """A data shard has less than a sequence in a whole epoch."""
+
+
 class Place(NamedTuple):
     """Where the next token of a shard's stream is: its epoch, its document, and its number in BOS + document + EOS."""
 
@@ -67,7 +71,7 @@ class ShardStream:
         """Append a document that was tokenized, its BOS and EOS included.
 
         Raises:
-            ConfigError: it begins a new epoch, and the one before had less than a sequence in it.
+            TooLittleText: it begins a new epoch, and the one before had less than a sequence in it.
         """
         if place.epoch > self._epoch:
             if self._epoch_tokens is not None:
@@ -110,7 +114,7 @@ class ShardStream:
 
     def _require_a_sequence(self, tokens: int) -> None:
         if tokens <= self._seq_len:
-            raise ConfigError(
+            raise TooLittleText(
                 f"training.seq_len = {self._seq_len}: a sequence and its last label need {self._seq_len + 1} tokens, "
                 f"and data shard {self._shard} of {self._num_shards} has only {tokens} in a whole epoch; use a smaller "
                 "training.seq_len, a smaller training.global_batch_size (fewer shards), or more text"

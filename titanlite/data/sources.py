@@ -10,6 +10,7 @@ import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -36,7 +37,7 @@ START = Position(0, 0)
 
 # Shards advance at the same rate in tokens. With few documents in each, their lengths differ so much that short
 # documents would be repeated many times for each pass over the long ones.
-_MIN_DOCUMENTS = 16
+MIN_DOCUMENTS = 16
 
 
 @dataclass(frozen=True)
@@ -64,12 +65,14 @@ class Source(ABC):
     Attributes:
         identity: plain values that two runs must share for a position saved by one to mean the same in the other.
         skipped: documents left out as corrupt so far, in this process (``data.on_corrupt = "skip"``).
+        files: the local files that it reads.
     """
 
     def __init__(self, options: SourceOptions) -> None:
         self.options = options
         self.identity: dict[str, str | int] = {"dataset": options.name, "seed": options.seed}
         self.skipped = 0
+        self.files: list[Path] = []
 
     @abstractmethod
     def num_shards(self, at_most: int) -> int:
@@ -114,8 +117,7 @@ class RandomAccessSource(Source):
 
     def num_shards(self, at_most: int) -> int:
         """The largest divisor of ``at_most`` that leaves every shard at least 16 documents, or else 1."""
-        most = max(1, self.num_documents // _MIN_DOCUMENTS)
-        return max(d for d in range(1, min(at_most, most) + 1) if at_most % d == 0)
+        return largest_divisor(at_most, self.num_documents // MIN_DOCUMENTS)
 
     def documents(self, shard: int, num_shards: int, epoch: int, start: Position) -> Iterator[tuple[Position, str]]:
         members = self._shuffled[shard::num_shards]
@@ -124,6 +126,11 @@ class RandomAccessSource(Source):
             text = self.read(int(order[place]))
             if text is not None:
                 yield Position(0, place), text
+
+
+def largest_divisor(number: int, limit: int) -> int:
+    """The largest divisor of ``number`` that is not above ``limit``; 1 where that is below 1."""
+    return max(d for d in range(1, min(number, max(1, limit)) + 1) if number % d == 0)
 
 
 def permutation(size: int, *key: int) -> NDArray[np.int64]:

@@ -34,7 +34,7 @@ class StreamedSource(Source):
     def __init__(self, options: SourceOptions, stream: IterableDataset, files: list[Path]) -> None:
         super().__init__(options)
         self._stream = stream
-        self._files = files
+        self.files = files
         self._num_parts = int(stream.num_shards)
         self.identity["files"] = self._num_parts
         self._order = permutation(self._num_parts, options.seed).tolist()
@@ -64,7 +64,7 @@ class StreamedSource(Source):
             yield from enumerate(stream.skip(first), start=first)
         except Exception as error:  # whatever the reader of that format, or of the network, raises
             problem = f"{self._name_of(file)}: reading failed ({type(error).__name__}: {_first_line(error)})"
-            if self._files:
+            if self.files:
                 raise ConfigError(f"{problem}; replace the file or leave it out of training.dataset_path") from error
             raise TrainingError(
                 f"{problem}; start the run again to continue from its last checkpoint, or use a local copy "
@@ -82,7 +82,7 @@ class StreamedSource(Source):
         return None
 
     def _name_of(self, file: int) -> str:
-        return str(self._files[file]) if self._files else f"{self.options.name}, file {file} of {self._num_parts}"
+        return str(self.files[file]) if self.files else f"{self.options.name}, file {file} of {self._num_parts}"
 
 
 @SOURCES.register("parquet")

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import tokenizers
 from numpy.typing import NDArray
+from tokenizers import pre_tokenizers
 
 from titanlite.data.tiktoken import load_tiktoken
 from titanlite.errors import ConfigError
@@ -58,10 +60,38 @@ class Tokenizer:
         encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
         return [np.asarray(encoding.ids, dtype=np.int32) for encoding in encodings]
 
+    @cached_property
+    def token_bytes(self) -> NDArray[np.int32] | None:
+        """How many bytes of UTF-8 text each token stands for: int32 [vocab_size], 0 for special tokens and for ids that
+        no token has. None where the tokens are not made of bytes (as in SentencePiece, whose spaces depend on where a
+        token stands): then nothing can be said of a token alone."""
+        if not _is_byte_level(self._backend):
+            return None
+        characters = set(pre_tokenizers.ByteLevel.alphabet())
+        sizes = np.zeros(self.vocab_size, dtype=np.int32)
+        for token, i in self._backend.get_vocab(with_added_tokens=False).items():
+            # What holds a character that stands for no byte is decoded as it is.
+            sizes[i] = len(token) if characters.issuperset(token) else len(token.encode())
+        for i, added in self._backend.get_added_tokens_decoder().items():
+            sizes[i] = 0 if added.special else len(added.content.encode())
+        sizes[[self.bos_id, self.eos_id]] = 0
+        return sizes
+
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ``ids``, special tokens included."""
         text: str = self._backend.decode([int(i) for i in ids], skip_special_tokens=False)
         return text
+
+
+def _is_byte_level(backend: tokenizers.Tokenizer) -> bool:
+    """Whether each character of a token stands for a byte of the text, and no space is put before it."""
+    parts = json.loads(backend.to_str())
+    kinds = []
+    for name, inner in (("decoder", "decoders"), ("pre_tokenizer", "pretokenizers")):
+        part = parts[name] or {}
+        kinds.append([p for p in part.get(inner, [part]) if p.get("type") == "ByteLevel"])
+    decoders, splitters = kinds
+    return bool(decoders and splitters) and not any(p["add_prefix_space"] for p in splitters)
 
 
 def load_tokenizer(path: str = "") -> Tokenizer:

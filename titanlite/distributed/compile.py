@@ -21,15 +21,15 @@ _COMPILATIONS = (CallbackTrigger.DYNAMO, CallbackTrigger.LAZY_BACKWARD)
 
 
 class CompileWatch:
-    """Says how long compilation took, and warns of any that comes after its first step.
+    """Says how long compilation took, and warns of any that comes after its first step, or the first validation.
 
     Attributes:
-        graphs: compiled since the last step, each for forward, and once more for backward.
+        graphs: compiled since the last step or validation, each for forward, and once more for backward.
     """
 
     def __init__(self) -> None:
         self.graphs, self._seconds, self._began = 0, 0.0, 0.0
-        self._first = True
+        self._stepped = self._validated = False
         callback_handler.register_start_callback(self._start)
         callback_handler.register_end_callback(self._end)
 
@@ -42,16 +42,25 @@ class CompileWatch:
             self._seconds += time.perf_counter() - self._began
 
     def step_done(self, step: int) -> None:
-        if self.graphs and self._first:
-            logger.info("compiled %d graphs in %.1f s", self.graphs, self._seconds)
+        self._say(f"step {step}", "compiled", expected=not self._stepped)
+        self._stepped = True
+
+    def validation_done(self, step: int) -> None:
+        """Without gradients the compiler makes another graph of the same blocks: once."""
+        self._say(f"the validation after step {step}", "for validation, compiled", expected=not self._validated)
+        self._validated = True
+
+    def _say(self, when: str, what: str, expected: bool) -> None:
+        if self.graphs and expected:
+            logger.info("%s %d graphs in %.1f s", what, self.graphs, self._seconds)
         elif self.graphs:
             logger.warning(
-                "step %d compiled %d graphs again, in %.1f s; TORCH_LOGS=recompiles says why",
-                step,
+                "%s compiled %d graphs again, in %.1f s; TORCH_LOGS=recompiles says why",
+                when,
                 self.graphs,
                 self._seconds,
             )
-        self.graphs, self._seconds, self._first = 0, 0.0, False
+        self.graphs, self._seconds = 0, 0.0
 
     def close(self) -> None:
         callback_handler.remove_start_callback(self._start)

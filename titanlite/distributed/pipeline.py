@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining.schedules import (
@@ -101,6 +102,9 @@ class Pipeline:
         count, own = len(plan.stages), plan.of(mesh.pp.get_local_rank())
         self.is_first, self.is_last = 0 in own, count - 1 in own
         self._device = device
+        self._parts = dict(zip(own, parts, strict=True))
+        self._ranks, self._group = plan.ranks, mesh.pp.get_group()
+        self._boundary, self._loss_fn = boundary, loss_fn
         stages = [
             PipelineStage(
                 part,
@@ -109,9 +113,9 @@ class Pipeline:
                 device,
                 input_args=boundary.input(stage),
                 output_args=boundary.output(stage, count),
-                group=mesh.pp.get_group(),
+                group=self._group,
             )
-            for stage, part in zip(own, parts, strict=True)
+            for stage, part in self._parts.items()
         ]
         # The loss of each microbatch is divided here, in place of another pass over the gradients.
         options: dict[str, Any] = {
@@ -153,3 +157,40 @@ class Pipeline:
             return torch.stack([loss.detach() for loss in losses]).sum()
         self._schedule.step(*inputs_here, return_outputs=False)
         return torch.zeros((), device=self._device)
+
+    @torch.no_grad()
+    def evaluate(self, inputs: Tensor, labels: Tensor) -> Tensor:
+        """Forward of any number of microbatches; arguments and result as of :meth:`step`.
+
+        Not by the schedule: ``eval`` of PyTorch's goes through its backward too, reducing gradients that there are not
+        (torch 2.11), and makes its buffers anew whenever it is turned to or from (torch 2.13). Each microbatch passes
+        all stages before the next of this process's first stage begins. All processes do theirs in this one order, so
+        none waits for another that waits for it.
+        """
+        size, last = self._boundary.tokens[0], len(self._ranks) - 1
+        losses: list[Tensor] = []
+        sent: list[tuple[Tensor, dist.Work | None]] = []
+        for tokens, targets in zip(inputs.split(size), labels.split(size), strict=True):
+            for stage, part in self._parts.items():
+                if stage == 0:
+                    x = tokens.to(self._device, non_blocking=True)
+                elif stage - 1 not in self._parts:
+                    x = torch.empty(self._boundary.hidden, dtype=self._boundary.dtype, device=self._device)
+                    dist.recv(x, group=self._group, group_src=self._ranks[stage - 1])
+                x = part(x)
+                if stage == last:
+                    losses.append(self._loss_fn(x, targets.to(self._device, non_blocking=True)))
+                elif stage + 1 not in self._parts:
+                    x = x.contiguous()
+                    sent.append((x, dist.isend(x, group=self._group, group_dst=self._ranks[stage + 1])))
+            _wait(sent, keep=len(self._parts))
+        _wait(sent, keep=0)
+        return torch.stack(losses).mean() if losses else torch.zeros((), device=self._device)
+
+
+def _wait(sent: list[tuple[Tensor, dist.Work | None]], keep: int) -> None:
+    """Let go of tensors that have arrived, all but the last ``keep``, which may be under way still."""
+    while len(sent) > keep:
+        _, work = sent.pop(0)
+        assert work is not None  # this process is in the group
+        work.wait()

@@ -9,7 +9,7 @@ from titanlite.float8.config import (
     ScalingGranularity,
     ScalingType,
 )
-from titanlite.float8.convert import convert_to_float8_training
+from titanlite.float8.convert import convert_to_float8_training, high_precision
 from titanlite.float8.fsdp import precompute_float8_dynamic_scale_for_fsdp
 from titanlite.float8.linear import Float8Linear, why_not_convertible
 from titanlite.float8.scaling import sync_float8_amax_and_scale_history
@@ -24,6 +24,7 @@ __all__ = [
     "ScalingGranularity",
     "ScalingType",
     "convert_to_float8_training",
+    "high_precision",
     "precompute_float8_dynamic_scale_for_fsdp",
     "sync_float8_amax_and_scale_history",
     "why_not_convertible",

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
+import torch
 from torch import nn
 
 from titanlite.float8.config import Float8LinearConfig
 from titanlite.float8.fsdp import gathered_in_float8
 from titanlite.float8.linear import Float8Linear, why_not_convertible
+from titanlite.float8.scaling import float8_layers
 
 
 def convert_to_float8_training(
@@ -53,6 +56,32 @@ def convert_to_float8_training(
     for linear in convertible:
         Float8Linear.from_float(linear, config)
     return module
+
+
+@contextmanager
+def high_precision(model: nn.Module) -> Iterator[None]:
+    """Within it the float8 layers in ``model`` compute what an ``nn.Linear`` with the same weight would, in the dtype
+    of their weight as it is then (under FSDP2's mixed precision its ``param_dtype``), and gather their input in that
+    dtype under tensor parallelism: to evaluate a model without the error of float8. Without gradients, and delayed
+    scaling sees nothing of it. A compiled model is compiled once more.
+
+    Raises:
+        ValueError: a weight is gathered in float8, so that it is not there in high precision.
+    """
+    layers = float8_layers(model)
+    if any(layer.config.enable_fsdp_float8_all_gather for layer in layers):
+        raise ValueError(
+            "high_precision: enable_fsdp_float8_all_gather gathers weights in float8, so that they are not there in "
+            "high precision; leave the flag out"
+        )
+    try:
+        for layer in layers:
+            layer.in_high_precision = True
+        with torch.no_grad():
+            yield
+    finally:
+        for layer in layers:
+            layer.in_high_precision = False
 
 
 def _wrap_weights(module: nn.Module, linears: list[nn.Linear], config: Float8LinearConfig) -> None:

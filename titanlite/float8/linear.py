@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
@@ -136,6 +137,7 @@ class Float8Linear(nn.Linear):
 
     config: Float8LinearConfig
     _copies: WeightCopies
+    in_high_precision: bool = False  # see titanlite.float8.high_precision
 
     def __init__(self, *args: Any, config: Float8LinearConfig | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -184,6 +186,8 @@ class Float8Linear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """``input`` [..., in_features] -> [..., out_features], in the dtype of ``input``, or of autocast."""
+        if self.in_high_precision:
+            return super().forward(input)  # with a bias, not the same as multiply to the last bit
         out = self.multiply(input)
         return out if self.bias is None else out + self.bias.to(out.dtype)
 
@@ -204,6 +208,9 @@ class Float8Linear(nn.Linear):
         weight = self.weight.to_local() if isinstance(self.weight, DTensor) else self.weight
         if input.shape[-1] != weight.shape[-1]:
             raise ValueError(f"Float8Linear: input of shape {tuple(input.shape)}, must be [..., {weight.shape[-1]}]")
+        if self.in_high_precision:
+            product = F.linear(input, weight)
+            return product if ranks is None else ranks.sum(product)
         if self.config.enable_fsdp_float8_all_gather and not isinstance(weight, Float8Tensor):
             raise RuntimeError(
                 "enable_fsdp_float8_all_gather: FSDP2 has not gathered this weight; call fully_shard on the model, or "

@@ -96,8 +96,8 @@ def _float8(config: Float8LinearConfig, operand: str) -> tuple[torch.dtype, bool
     return own.dtype, own.is_axiswise, config.round_scales_to_power_of_2
 
 
-def _gathered_input(x: Tensor, layout: Shard, config: Float8LinearConfig, mesh: DeviceMesh) -> Tensor:
-    """``x``, sharded by ``layout`` over ``mesh``, whole: in float8, or where ``config`` does not allow that, as a
+def _gathered_input(x: Tensor, layout: Shard, layer: Float8Linear, mesh: DeviceMesh) -> Tensor:
+    """``x``, sharded by ``layout`` over ``mesh``, whole: in float8, or where ``layer`` does not allow that, as a
     replicated DTensor."""
     dim = _token_dim(layout, x)
     if isinstance(x, DTensor):
@@ -106,7 +106,7 @@ def _gathered_input(x: Tensor, layout: Shard, config: Float8LinearConfig, mesh: 
         x = x.to_local()
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
-    how = _float8(config, "input")
+    how = None if layer.in_high_precision else _float8(layer.config, "input")
     if how is None:
         return DTensor.from_local(x, mesh, (Shard(dim),), run_check=False).redistribute(mesh, (Replicate(),))
     whole: Tensor = _GatherInput.apply(x, dim, mesh.size(), mesh.get_group().group_name, *how)
@@ -221,7 +221,7 @@ class _ColumnParallelLinear(Float8Linear):
         if isinstance(x, Float8Tensor):
             pass  # PrepareFloat8ModuleInput gathered it
         elif isinstance(layout, Shard):
-            x = _gathered_input(x, layout, self.config, mesh)
+            x = _gathered_input(x, layout, self, mesh)
         elif not isinstance(x, DTensor):
             x = DTensor.from_local(x, mesh, (Replicate(),), run_check=False)
         if isinstance(x, DTensor):
@@ -336,40 +336,41 @@ class PrepareFloat8ModuleInput(ParallelStyle):
             )
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
-        config = self._config(module)
-        module.register_forward_pre_hook(lambda _, inputs: self._prepare(inputs, config, device_mesh))
+        layer = self._layer(module)
+        module.register_forward_pre_hook(lambda _, inputs: self._prepare(inputs, layer, device_mesh))
         return module
 
-    def _config(self, module: nn.Module) -> Float8LinearConfig:
+    def _layer(self, module: nn.Module) -> Float8Linear:
+        """The one whose casts to use."""
         if self.layer_name is not None:
-            return _float8_linear(self, module.get_submodule(self.layer_name)).config
-        configs = [m.config for m in module.modules() if isinstance(m, Float8Linear)]
-        if not configs:
+            return _float8_linear(self, module.get_submodule(self.layer_name))
+        layers = [m for m in module.modules() if isinstance(m, Float8Linear)]
+        if not layers:
             raise ValueError("PrepareFloat8ModuleInput: the module has no Float8Linear; use PrepareModuleInput")
-        if any(_input_casts(config) != _input_casts(configs[0]) for config in configs):
+        if any(_input_casts(layer.config) != _input_casts(layers[0].config) for layer in layers):
             raise ValueError(
                 "PrepareFloat8ModuleInput: the float8 layers of the module cast their input differently; name the one "
                 "to follow with fwd_config_submodule_fqn"
             )
-        return configs[0]
+        return layers[0]
 
-    def _prepare(self, inputs: tuple[Any, ...], config: Float8LinearConfig, mesh: DeviceMesh) -> tuple[Any, ...]:
+    def _prepare(self, inputs: tuple[Any, ...], layer: Float8Linear, mesh: DeviceMesh) -> tuple[Any, ...]:
         if len(inputs) != len(self.input_layouts):
             raise ValueError(
                 f"PrepareFloat8ModuleInput: the module was given {len(inputs)} positional arguments, input_layouts "
                 f"has {len(self.input_layouts)}; give a None for each argument to leave alone"
             )
         return tuple(
-            x if layout is None or desired is None else self._prepared(x, layout, desired, config, mesh)
+            x if layout is None or desired is None else self._prepared(x, layout, desired, layer, mesh)
             for x, layout, desired in zip(inputs, self.input_layouts, self.desired_layouts, strict=True)
         )
 
     def _prepared(
-        self, x: Tensor, layout: Placement, desired: Placement, config: Float8LinearConfig, mesh: DeviceMesh
+        self, x: Tensor, layout: Placement, desired: Placement, layer: Float8Linear, mesh: DeviceMesh
     ) -> Tensor:
         layout = x.placements[0] if isinstance(x, DTensor) else layout
         if isinstance(layout, Shard) and desired == Replicate():
-            x = _gathered_input(x, layout, config, mesh)
+            x = _gathered_input(x, layout, layer, mesh)
         else:
             x = x if isinstance(x, DTensor) else DTensor.from_local(x, mesh, (layout,), run_check=False)
             x = x.redistribute(mesh, (desired,))

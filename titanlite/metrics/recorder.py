@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -35,6 +35,7 @@ class Recorder:
     first: Row | None = None
     last: Row | None = None
     peak: Row | None = None  # the row of the highest memory
+    last_validation: Row | None = None
 
     def __post_init__(self) -> None:
         self._steady = {"tps": array("d"), "mfu": array("d")}
@@ -97,13 +98,31 @@ class Recorder:
             "num_ooms": memory.ooms,
             "skipped_steps": skipped_steps,
         }
-        for sink in self.sinks:
-            try:
-                sink.write(row)
-            except OSError as e:
-                raise TrainingError(f"step {step}: {type(sink).__name__} cannot write its row: {e}") from e
+        self._write(step, lambda sink: sink.write(row))
         self.remember(row)
         self.restart()
+
+    def log_validation(
+        self, step: int, *, loss: float, bits_per_byte: float | None, tokens: int, seconds: float
+    ) -> None:
+        """Write the row of a validation of so many tokens, and leave the seconds that it took out of the window."""
+        row: Row = {
+            "step": step,
+            "loss": loss,
+            "bits_per_byte": bits_per_byte,
+            "tokens": tokens,
+            "time_s": seconds,
+        }
+        self._write(step, lambda sink: sink.write_validation(row))
+        self.last_validation = row
+        self._start += seconds
+
+    def _write(self, step: int, write: Callable[[Sink], None]) -> None:
+        for sink in self.sinks:
+            try:
+                write(sink)
+            except OSError as e:
+                raise TrainingError(f"step {step}: {type(sink).__name__} cannot write its row: {e}") from e
 
     def remember(self, row: Row) -> None:
         """Take a row into account for the summary."""

@@ -29,8 +29,14 @@ def _loss(row: Row) -> str:
 def summary(recorder: Recorder, places: Mapping[str, str]) -> str:
     """What the run did: steps, tokens, losses, medians over the steady windows, peak memory, and where things are."""
     first, last, peak = recorder.first, recorder.last, recorder.peak
+    validated = recorder.last_validation
     if first is None or last is None or peak is None:
         return "stopped before the first step"
+    validation = {}
+    if validated is not None:
+        bits = validated["bits_per_byte"]
+        in_bits = "" if bits is None else f", {bits:.4f} bits per byte"
+        validation["validation"] = f"loss {validated['loss']:.4f}{in_bits} at step {validated['step']}"
     tps, mfu = recorder.median("tps"), recorder.median("mfu")
     return table(
         "training finished" if last["step"] == recorder.last_step else "training stopped early",
@@ -39,6 +45,7 @@ def summary(recorder: Recorder, places: Mapping[str, str]) -> str:
             "tokens": f"{recorder.tokens_seen:,}",
             "loss": f"{_loss(first)} -> {_loss(last)}",
             **({"skipped steps": f"{last['skipped_steps']}"} if last["skipped_steps"] else {}),
+            **validation,
             "median tps per device": "n/a (a single window)" if tps is None else f"{round(tps):,}",
             "median mfu": "n/a" if mfu is None else f"{mfu:.2f}%",
             "peak memory": f"{peak['memory_gib']:.2f} GiB ({peak['memory_pct']:.2f}%)",

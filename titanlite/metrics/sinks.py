@@ -14,13 +14,16 @@ from typing import Any, Protocol, TextIO
 from titanlite.environment import LOG_RANK
 from titanlite.errors import ConfigError
 
-Row = dict[str, Any]  # one logged step: the keys of metrics.jsonl, None where unknown; it may hold NaN and infinity
+# One logged step, or one validation: the keys of metrics.jsonl or of validation.jsonl, None where unknown; it may hold
+# NaN and infinity.
+Row = dict[str, Any]
 
 _COLORS = {"red": 31, "green": 32, "orange": 33, "blue": 34, "magenta": 35, "cyan": 36}
 
 
 class Sink(Protocol):
     def write(self, row: Row) -> None: ...
+    def write_validation(self, row: Row) -> None: ...
     def close(self) -> None: ...
 
 
@@ -89,26 +92,50 @@ class ConsoleSink:
             fields.append(f"{row['step'] / self._steps:.0%}, {left} left")
         self._logger.info("  ".join(fields))
 
+    def write_validation(self, row: Row) -> None:
+        bits = "n/a" if row["bits_per_byte"] is None else f"{row['bits_per_byte']:.4f}"
+        fields = [
+            self._paint("red", f"validate step: {row['step']:2}"),
+            self._paint("green", f"loss: {row['loss']:7.4f}"),
+            self._paint("orange", f"bits per byte: {bits}"),
+            f"({row['time_s']:.1f} s)",
+        ]
+        self._logger.info("  ".join(fields))
+
     def close(self) -> None:
         pass
 
 
 class JsonlSink:
     """metrics.jsonl: a JSON object per line, written through at once, so that a killed run keeps its rows. What is not
-    finite, which JSON does not know, is null."""
+    finite, which JSON does not know, is null.
 
-    def __init__(self, path: Path) -> None:
+    Args:
+        validation: validation.jsonl, where there are validations.
+    """
+
+    def __init__(self, path: Path, validation: Path | None = None) -> None:
         self._file = path.open("a", encoding="utf-8")
+        self._validation = validation.open("a", encoding="utf-8") if validation else None
 
     def write(self, row: Row) -> None:
+        self._write(self._file, row)
+
+    def write_validation(self, row: Row) -> None:
+        assert self._validation is not None
+        self._write(self._validation, row)
+
+    def _write(self, file: TextIO, row: Row) -> None:
         known = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
-        self._file.write(json.dumps(known, allow_nan=False) + "\n")
-        self._file.flush()
+        file.write(json.dumps(known, allow_nan=False) + "\n")
+        file.flush()
 
     def close(self) -> None:
-        # What could not be written was an error then; closing would try it again.
-        with contextlib.suppress(OSError):
-            self._file.close()
+        for file in (self._file, self._validation):
+            # What could not be written was an error then; closing would try it again.
+            with contextlib.suppress(OSError):
+                if file is not None:
+                    file.close()
 
 
 _TENSORBOARD_TAGS = {
@@ -145,6 +172,11 @@ class TensorBoardSink:
         for key, tag in _TENSORBOARD_TAGS.items():
             if row[key] is not None and math.isfinite(row[key]):
                 self._writer.add_scalar(tag, row[key], row["step"])
+
+    def write_validation(self, row: Row) -> None:
+        for key in ("loss", "bits_per_byte"):
+            if row[key] is not None:
+                self._writer.add_scalar(f"validation_metrics/{key}", row[key], row["step"])
 
     def close(self) -> None:
         self._writer.close()
