@@ -1,0 +1,1 @@
+"""Saved state: folders of safetensors as ``transformers`` reads and writes them."""
