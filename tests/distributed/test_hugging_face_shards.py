@@ -13,7 +13,7 @@ import torch
 from models.llama3.hugging_face import HUGGING_FACE
 from models.llama3.model import Llama3
 from tests.conftest import environment
-from tests.distributed.hugging_face import CASES, FOLDERS, SEED
+from tests.distributed.hugging_face_shards import CASES, FOLDERS, SEED
 from titanlite.checkpoint.hugging_face_export import write_hugging_face
 from titanlite.data import load_tokenizer
 from titanlite.distributed.init import WeightInit
@@ -42,7 +42,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, list[str]]
     done = subprocess.run(
         [
             *(sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={PROCESSES}"),
-            *(Path(__file__).with_name("hugging_face.py"), out),
+            *(Path(__file__).with_name("hugging_face_shards.py"), out),
         ],
         env=environment(OMP_NUM_THREADS="1"),
         stdout=subprocess.PIPE,
