@@ -96,7 +96,9 @@ def problems(out: Path, kind: str, degrees: dict[str, int]) -> list[str]:
     args = FOLDERS[kind]
     whole = Llama3(args)
     whole.init_weights(WeightInit(whole, SEED))
-    state = dict(build(args, degrees, kind == "float8").state_dict())
+    model = build(args, degrees, kind == "float8")
+    # The parameters that are gathered in float8 are tensors of a kind of their own; in the state dict they are plain.
+    state: dict[str, Any] = dict(model.named_parameters()) if kind == "float8" else dict(model.state_dict())
     source = HuggingFaceFolder(out / kind)
     Counting.taken, opened = 0, hugging_face._opened
     hugging_face._opened = lambda file: Counting(opened(file))
@@ -107,7 +109,7 @@ def problems(out: Path, kind: str, degrees: dict[str, int]) -> list[str]:
     if Counting.taken != own or (degrees.get("shard") == 4 and own > 0.3 * sum(p.numel() for p in whole.parameters())):
         found.append(f"{Counting.taken} elements were read for {own} of its own")
     assert (kind == "float8") == any(isinstance(tensor.to_local(), ShardedWeight) for tensor in state.values())
-    for name, tensor in state.items():
+    for name, tensor in model.state_dict().items():
         assert isinstance(tensor, DTensor), name
         if not torch.equal(tensor.full_tensor(), whole.state_dict()[name]):
             found.append(f"{name} {tensor.placements}")
