@@ -1,6 +1,6 @@
 """A worker: reads a folder of weights into models that are sharded in different ways; writes down what is wrong.
 
-torchrun --nproc-per-node=4 ... hugging_face_shards.py OUT, where OUT/plain, OUT/tied and OUT/float8 hold the weights of seed 3
+torchrun --nproc-per-node=4 ... hugging_face_shards.py OUT, whose folders plain, tied and float8 hold weights of seed 3
 """
 
 from __future__ import annotations
