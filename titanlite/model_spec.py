@@ -24,6 +24,29 @@ from titanlite.registry import Registry, nearest
 
 
 @dataclass(frozen=True)
+class HuggingFaceFormat:
+    """How a family's weights are kept by ``transformers``, as builders.
+
+    Attributes:
+        to_config: a configured flavor -> what ``config.json`` says of the model. The dtype of the weights and the ids
+            of special tokens are not the model's; who writes the file adds them.
+        from_config: a parsed ``config.json`` -> the configured flavor that it describes. Raises :class:`ConfigError`
+            for what the family does not compute.
+        check: ``(configured flavor, parsed config.json)``; raises :class:`ConfigError`, naming what differs, where the
+            file describes another model.
+        names: a configured flavor -> the name in the files of every parameter by its name here. Tied parameters have
+            several names here and one there.
+        ignored: a regular expression; tensors in the files whose whole name matches hold nothing to load.
+    """
+
+    to_config: Callable[[Any], dict[str, Any]]
+    from_config: Callable[[Mapping[str, Any]], Any]
+    check: Callable[[Any, Mapping[str, Any]], None]
+    names: Callable[[Any], dict[str, str]]
+    ignored: str | None = None
+
+
+@dataclass(frozen=True)
 class ModelSpec:
     """A model family, as builders.
 
@@ -41,6 +64,7 @@ class ModelSpec:
             [batch, seq_len, dim] where it has not the model's ends.
         parallelize: ``(module or part of it, mesh, config)`` shards it in place, and returns what it did, for the log.
         size: a built module -> the numbers that FLOPs follow from.
+        hugging_face: None for a family that ``transformers`` does not have.
     """
 
     name: str
@@ -51,6 +75,7 @@ class ModelSpec:
     chain: Callable[[nn.Module], list[tuple[str, ...]]]
     parallelize: Callable[[nn.Module, Mesh, JobConfig], dict[str, str]]
     size: Callable[[nn.Module], ModelSize]
+    hugging_face: HuggingFaceFormat | None = None
 
     def flavor(self, name: str) -> Any:
         """A flavor, or a :class:`ConfigError` that lists the known ones."""

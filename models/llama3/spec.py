@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from torch import nn
 
+from models.llama3.hugging_face import HUGGING_FACE
 from models.llama3.model import Llama3, Llama3Args, RopeScaling
 from models.llama3.parallelize import check, parallelize
 from titanlite.errors import ConfigError
@@ -74,5 +75,6 @@ register_model(
         chain=chain,
         parallelize=parallelize,
         size=model_size,
+        hugging_face=HUGGING_FACE,
     )
 )

@@ -252,6 +252,8 @@ def test_tensorboard_leaves_out_what_is_not_finite(tmp_path: Path) -> None:
     assert [e.step for e in events.Scalars("loss_metrics/global_avg_loss")] == [1]
     assert [e.step for e in events.Scalars("grad_norm")] == [1]
     assert [(e.step, e.value) for e in events.Scalars("skipped_steps")] == [(1, 0), (2, 1)]
+
+
 VALIDATION = {"step": 100, "loss": 3.12341, "bits_per_byte": 1.23451, "tokens": 7, "time_s": 2.06}
 
 

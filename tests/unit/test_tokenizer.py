@@ -254,6 +254,36 @@ def test_the_bytes_of_tiktoken_s_tokens(rank_file: Path) -> None:
         assert sizes[tokenizer.encode(text)].sum() == len(text.encode())
 
 
+def test_a_saved_tokenizer_is_the_same(tmp_path: Path, rank_file: Path) -> None:
+    """Also in transformers, which puts BOS before a text, as training does."""
+    transformers = pytest.importorskip("transformers")
+    for name, path in {"shipped": "", "tiktoken": str(rank_file)}.items():
+        tokenizer, folder = load_tokenizer(path), tmp_path / name
+        folder.mkdir()
+        tokenizer.save(folder)
+        again, theirs = load_tokenizer(str(folder)), transformers.AutoTokenizer.from_pretrained(folder)
+        assert (again.bos_id, again.eos_id, again.vocab_size) == (2046, 2047, tokenizer.vocab_size)
+        assert (theirs.bos_token_id, theirs.eos_token_id) == (2046, 2047)
+        for text in (SAMPLE.replace("<|end_of_text|>", ""), Path(json.__file__).read_text()):
+            ids = tokenizer.encode(text)
+            assert again.encode(text) == ids
+            assert theirs.encode(text) == [2046, *ids]
+            assert theirs.decode(ids) == text
+        assert tokenizer.encode(SAMPLE) == again.encode(SAMPLE)
+
+
+def test_what_a_tokenizer_adds_to_a_text_is_kept(tmp_path: Path) -> None:
+    backend = tokenizers.Tokenizer.from_file(str(SHIPPED))
+    template = processors.TemplateProcessing("$A <|end_of_text|>", special_tokens=[("<|end_of_text|>", 2047)])
+    backend.post_processor = template
+    backend.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "saved").mkdir()
+    load_tokenizer(str(tmp_path)).save(tmp_path / "saved")
+    saved = tokenizers.Tokenizer.from_file(str(tmp_path / "saved" / "tokenizer.json"))
+    assert saved.encode("a").ids == backend.encode("a").ids
+    assert saved.encode("a").ids[-1] == 2047
+
+
 def test_sentencepiece_is_refused(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.model").write_bytes(b"\n\x0e\n\x05<unk>\x15\x00\x00\x00\x00\x18\x02\n\x0c\n\x03<s>\x15")
     with pytest.raises(ConfigError, match=r"this is a SentencePiece model .* use the same model's tokenizer.json"):

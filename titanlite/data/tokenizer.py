@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import tokenizers
 from numpy.typing import NDArray
-from tokenizers import pre_tokenizers
+from tokenizers import pre_tokenizers, processors
 
 from titanlite.data.tiktoken import load_tiktoken
 from titanlite.errors import ConfigError
@@ -81,6 +81,25 @@ class Tokenizer:
         """The text of ``ids``, special tokens included."""
         text: str = self._backend.decode([int(i) for i in ids], skip_special_tokens=False)
         return text
+
+    def save(self, folder: Path) -> None:
+        """Write ``tokenizer.json`` and ``tokenizer_config.json`` into ``folder``, for :func:`load_tokenizer` and for
+        ``transformers``; where the tokenizer does not say what it adds to a text, that is BOS before it, as in
+        training."""
+        backend = tokenizers.Tokenizer.from_str(self._backend.to_str())
+        bos, eos = (backend.id_to_token(i) for i in (self.bos_id, self.eos_id))
+        if backend.post_processor is None:
+            backend.post_processor = processors.TemplateProcessing(
+                single=[bos, "$A"], pair=[bos, "$A", bos, "$B:1"], special_tokens=[(bos, self.bos_id)]
+            )
+        backend.save(str(folder / "tokenizer.json"))
+        config = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "bos_token": bos,
+            "eos_token": eos,
+            "clean_up_tokenization_spaces": False,  # it would change decoded text
+        }
+        (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def _is_byte_level(backend: tokenizers.Tokenizer) -> bool:

@@ -1,0 +1,129 @@
+"""A worker: reads a folder of weights into models that are sharded in different ways; writes down what is wrong.
+
+torchrun --nproc-per-node=4 ... hugging_face_shards.py OUT, whose folders plain, tied and float8 hold weights of seed 3
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from models.llama3.hugging_face import HUGGING_FACE
+from models.llama3.model import Llama3, Llama3Args
+from models.llama3.parallelize import parallelize
+from models.llama3.spec import chain
+from tests.distributed.parallel_functions import config_of, mesh_of
+from titanlite.checkpoint import hugging_face
+from titanlite.checkpoint.hugging_face import HuggingFaceFolder
+from titanlite.distributed.data_parallel import allocate
+from titanlite.distributed.init import WeightInit
+from titanlite.distributed.pipeline import part_of
+from titanlite.float8 import Float8LinearConfig, convert_to_float8_training
+from titanlite.float8.fsdp import ShardedWeight
+
+# Sizes that four do not divide: FSDP's shards are uneven, and some are empty.
+ARGS = Llama3Args(dim=40, n_layers=3, n_heads=4, n_kv_heads=2, ffn_dim=54, vocab_size=70, max_seq_len=8)
+FOLDERS = {
+    "plain": ARGS,
+    "tied": replace(ARGS, tie_embeddings=True),
+    "float8": replace(ARGS, dim=64, ffn_dim=112),  # which wants multiples of 16
+}
+SEED = 3
+
+# What is read, and how it is sharded; float8 is gathered in float8.
+CASES: dict[str, tuple[str, dict[str, int]]] = {
+    "fsdp": ("plain", {"shard": 4}),
+    "hsdp": ("plain", {"replicate": 2, "shard": 2}),
+    "fsdp_tp": ("plain", {"shard": 2, "tp": 2}),
+    "hsdp_tp": ("plain", {"replicate": 2, "tp": 2}),
+    "fsdp_tp_tied": ("tied", {"shard": 2, "tp": 2}),
+    "pp_fsdp": ("plain", {"pp": 2, "shard": 2}),
+    "pp_tp": ("plain", {"pp": 2, "tp": 2}),
+    "fsdp_float8": ("float8", {"shard": 4}),
+}
+
+
+class Counting:
+    """A file that is read, or a tensor in it; counts the elements that were taken."""
+
+    taken = 0
+
+    def __init__(self, inner: Any) -> None:
+        self.inner = inner
+
+    def __enter__(self) -> Counting:
+        return Counting(self.inner.__enter__())
+
+    def __exit__(self, *error: Any) -> None:
+        self.inner.__exit__(*error)
+
+    def get_slice(self, name: str) -> Counting:
+        return Counting(self.inner.get_slice(name))
+
+    def __getitem__(self, index: Any) -> Tensor:
+        found: Tensor = self.inner[index]
+        Counting.taken += found.numel()
+        return found
+
+
+def build(args: Llama3Args, degrees: dict[str, int], float8: bool) -> Llama3:
+    """This process's part, with the weights of another seed."""
+    mesh, config = mesh_of(**degrees), config_of("default")
+    with torch.device("meta"):
+        model = Llama3(args)
+    if float8:
+        options = Float8LinearConfig(enable_fsdp_float8_all_gather=True, emulate=True)
+        convert_to_float8_training(model, config=options, module_filter_fn=lambda _, name: name != "output")
+    if mesh.pp.size() > 1:
+        names = [name for entry in chain(model) for name in entry]
+        half = names.index("layers.2")
+        model = part_of(model, names[half:] if mesh.pp.get_local_rank() else names[:half])  # type: ignore[assignment]
+    parallelize(model, mesh, config)
+    allocate(model, torch.device("cpu"), config)
+    model.init_weights(WeightInit(model, 0))
+    return model
+
+
+def problems(out: Path, kind: str, degrees: dict[str, int]) -> list[str]:
+    args = FOLDERS[kind]
+    whole = Llama3(args)
+    whole.init_weights(WeightInit(whole, SEED))
+    model = build(args, degrees, kind == "float8")
+    # The parameters that are gathered in float8 are tensors of a kind of their own; in the state dict they are plain.
+    state: dict[str, Any] = dict(model.named_parameters()) if kind == "float8" else dict(model.state_dict())
+    source = HuggingFaceFolder(out / kind)
+    Counting.taken, opened = 0, hugging_face._opened
+    hugging_face._opened = lambda file: Counting(opened(file))
+    source.load_into(state, HUGGING_FACE.names(args))
+    hugging_face._opened = opened
+    found = []
+    own = sum(tensor.to_local().numel() for tensor in state.values())
+    if Counting.taken != own or (degrees.get("shard") == 4 and own > 0.3 * sum(p.numel() for p in whole.parameters())):
+        found.append(f"{Counting.taken} elements were read for {own} of its own")
+    assert (kind == "float8") == any(isinstance(tensor.to_local(), ShardedWeight) for tensor in state.values())
+    for name, tensor in model.state_dict().items():
+        assert isinstance(tensor, DTensor), name
+        if not torch.equal(tensor.full_tensor(), whole.state_dict()[name]):
+            found.append(f"{name} {tensor.placements}")
+    return found if state else ["there was nothing to load"]
+
+
+def main() -> None:
+    dist.init_process_group("gloo")
+    torch.set_num_threads(1)
+    out = Path(sys.argv[1])
+    results = {name: problems(out, *case) for name, case in CASES.items()}
+    (out / f"rank-{dist.get_rank()}.json").write_text(json.dumps(results))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
