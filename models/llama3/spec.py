@@ -7,7 +7,7 @@ from dataclasses import replace
 from torch import nn
 
 from models.llama3.model import Llama3, Llama3Args, RopeScaling
-from models.llama3.parallelize import check, parallelize
+from models.llama3.parallelize import apply_tensor_parallel, check, parallelize
 from titanlite.errors import ConfigError
 from titanlite.metrics.flops import ModelSize
 from titanlite.model_spec import ModelSpec, register_model
@@ -74,5 +74,6 @@ register_model(
         chain=chain,
         parallelize=parallelize,
         size=model_size,
+        tensor_parallel=apply_tensor_parallel,
     )
 )

@@ -357,6 +357,19 @@ class Data:
 
 
 @dataclass
+class Sample:
+    """Not in torchtitan's of June 2025."""
+
+    enable: bool = True
+    """When the last step is done, log how the model continues a prompt. Each token takes a forward, for which FSDP
+    gathers all parameters; under pipeline or context parallelism there is no sample."""
+    prompt: str | None = None
+    """The text to continue; empty begins a document. Unset: import for pystdlib, empty for other data."""
+    max_new_tokens: Positive = 64
+    """The length of the sample, in tokens, of which training.seq_len leaves no more than fit behind the prompt."""
+
+
+@dataclass
 class JobConfig:
     job: Job = field(default_factory=Job)
     profiling: Profiling = field(default_factory=Profiling)
@@ -367,6 +380,7 @@ class JobConfig:
     training: Training = field(default_factory=Training)
     data: Data = field(default_factory=Data)
     compile: Compile = field(default_factory=Compile)
+    sample: Sample = field(default_factory=Sample)
     parallelism: Parallelism = field(default_factory=Parallelism)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     activation_checkpoint: ActivationCheckpoint = field(default_factory=ActivationCheckpoint)
