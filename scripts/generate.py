@@ -9,6 +9,9 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TextIO
 
 
 def parser() -> argparse.ArgumentParser:
@@ -70,22 +73,34 @@ def generate(args: argparse.Namespace) -> str:
         runtime.stop_runtime()
 
 
+@contextmanager
+def text_alone() -> Iterator[TextIO]:
+    """The process's stdout for the text, while what libraries print there, as gloo does, goes to stderr."""
+    sys.stdout.flush()
+    kept = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        with os.fdopen(os.dup(kept), "w", encoding="utf-8") as stdout:
+            yield stdout
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
+
+
 def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
     from titanlite.errors import ConfigError, TrainingError
 
-    # What libraries print to the process's own stdout, as gloo does, is not the text.
-    stdout = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)
     first = os.environ.get("RANK", "0") == "0"
-    try:
-        text = generate(args)
-    except (ConfigError, TrainingError) as error:
+    with text_alone() as stdout:
+        try:
+            text = generate(args)
+        except (ConfigError, TrainingError) as error:
+            if first:
+                print(f"generate.py: {error}", file=sys.stderr)
+            return 2 if isinstance(error, ConfigError) else 1
         if first:
-            print(f"generate.py: {error}", file=sys.stderr)
-        return 2 if isinstance(error, ConfigError) else 1
-    if first:
-        print(text, file=stdout, flush=True)
+            print(text, file=stdout)
     return 0
 
 

@@ -7,6 +7,7 @@ k and v [batch, kv_heads, seq_len, head_dim], positions already in them, causal 
 
 from __future__ import annotations
 
+import inspect
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -277,7 +278,7 @@ def generate(
         cached: keep keys and values; else each token takes a forward of all before it.
 
     Raises:
-        ConfigError: nothing to begin with, no tokens wanted, or more than the model has positions for.
+        ConfigError: nothing to begin with, no tokens wanted, more than the model has positions for, or it takes none.
         TrainingError: the logits are not finite.
     """
     total = len(prompt) + max_new_tokens
@@ -290,6 +291,7 @@ def generate(
             f"max_new_tokens = {max_new_tokens}: with the {len(prompt)} tokens of the prompt these are {total}, and "
             f"the model has {decoder.max_seq_len} positions; ask for fewer, or shorten the prompt"
         )
+    _check_positions(decoder.model)
     generator = torch.Generator().manual_seed(sampling.seed)
     multiple = 1 if decoder.tp is None else decoder.tp.size()
     ids: list[int] = []
@@ -308,3 +310,12 @@ def generate(
                 break
             ids.append(token)
     return Generated(ids, len(prompt), prefilled - began, computed - 1, time.perf_counter() - prefilled)
+
+
+def _check_positions(model: nn.Module) -> None:
+    try:
+        inspect.signature(model.forward).bind("tokens", "positions")
+    except TypeError as e:
+        raise ConfigError(
+            f"{type(model).__name__}.forward must take tokens and their positions for text to be generated ({e})"
+        ) from e

@@ -19,6 +19,7 @@ logger = logging.getLogger()
 
 # Likely words stay likely, and nothing goes round in circles as the most likely ones do.
 SAMPLING = Sampling(temperature=0.8, seed=0)
+LARGE = 10**9  # parameters
 # Without a space at the end: tokenizers join it with the word that follows.
 PROMPTS = {"pystdlib": "import"}
 
@@ -29,25 +30,22 @@ def log_sample(parts: list[nn.Module], tokenizer: Tokenizer, config: JobConfig, 
     Args:
         parts: the model, or what this process has of a pipeline.
     """
-    if not config.sample.enable:
+    if config.sample.enable is False:
         return
-    degrees = mesh.degrees
-    if degrees.pipeline_parallel > 1 or degrees.context_parallel > 1:
-        dimension = "pipeline" if degrees.pipeline_parallel > 1 else "context"
-        logger.info("no sample under %s parallelism; from a checkpoint: %s", dimension, _command(config))
+    if why := _why_not(parts, config, mesh):
+        logger.info("no sample %s; from a checkpoint: %s", why, _command(config))
         return
     prompt = config.sample.prompt
     if prompt is None:
         prompt = PROMPTS.get(config.training.dataset, "")
     ids = [tokenizer.bos_id, *tokenizer.encode(prompt)]
-    tp = mesh.tp if degrees.tensor_parallel > 1 else None
     decoder = Decoder(
         parts[0],
         runtime.device,
         max_seq_len=config.training.seq_len,
         vocab_size=tokenizer.vocab_size,
-        tp=tp,
-        sharded_logits=not config.parallelism.disable_loss_parallel,
+        tp=mesh.tp,
+        sharded_logits=mesh.tp.size() > 1 and not config.parallelism.disable_loss_parallel,
         group=runtime.control if runtime.world_size > 1 else None,
     )
     room = config.training.seq_len - len(ids)
@@ -63,6 +61,16 @@ def log_sample(parts: list[nn.Module], tokenizer: Tokenizer, config: JobConfig, 
         return
     text = printable(tokenizer.decode([*ids[1:], *done.ids]))
     logger.info("a sample of what it learned, from %s on:\n%s", repr(prompt) if prompt else "an empty page", text)
+
+
+def _why_not(parts: list[nn.Module], config: JobConfig, mesh: Mesh) -> str | None:
+    for dimension in ("pipeline", "context"):
+        if getattr(mesh.degrees, f"{dimension}_parallel") > 1:
+            return f"under {dimension} parallelism"
+    params = sum(param.numel() for param in parts[0].parameters())
+    if config.sample.enable is None and params > LARGE:
+        return f"of {params:,} parameters unless sample.enable = true: each token would gather them all"
+    return None
 
 
 def _command(config: JobConfig) -> str:

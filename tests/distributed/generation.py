@@ -91,13 +91,13 @@ def spread(options: dict[str, Any], mesh: Mesh, here: runtime.Runtime) -> dict[s
     before = step(model)
     compiled = counters["stats"]["unique_graphs"]
     found = texts(decoder)
-    return {
+    report = {
         "texts": found,
-        "same step": step(model) == before,
-        "compiled again": counters["stats"]["unique_graphs"] - compiled,
         "sharded": all(isinstance(param, DTensor) for param in model.parameters()),
         "training": all(module.training for module in model.modules()),
+        "same step": step(model) == before,
     }
+    return report | {"compiled again": counters["stats"]["unique_graphs"] - compiled}
 
 
 def step(model: nn.Module) -> float:

@@ -33,7 +33,7 @@ ARGS = {"gqa": replace(GQA, vocab_size=2176), "tied": replace(TIED, vocab_size=2
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def mesh() -> Iterator[Mesh]:
     runtime.start_runtime(Comm())
     yield build_mesh(Degrees(1, 1, 1, 1, 1), "cpu")
@@ -43,14 +43,14 @@ def mesh() -> Iterator[Mesh]:
 def write(folder: Path, args: Llama3Args) -> Llama3:
     """A checkpoint of a model with random weights."""
     model = build(args)
-    save({"model": model.state_dict()}, checkpoint_id=folder)
+    save({"model": model.state_dict()}, checkpoint_id=folder, no_dist=True)
     about = {"name": "llama3", "flavor": "debugmodel", "args": asdict(args)}
     (folder / "checkpoint.json").write_text(json.dumps({"model": about, "tokenizer_path": ""}))
     return model
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory, mesh: Mesh) -> Path:
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("run") / "checkpoint" / "step-3"
     write(folder, ARGS["gqa"])
     return folder
@@ -132,7 +132,6 @@ def test_a_family_without_tensor_parallelism_of_its_own() -> None:
 
     from titanlite.load_model import build as build_empty
 
-    runtime.stop_runtime()
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
     try:
         spec = replace(get_model_spec("llama3"), tensor_parallel=None)

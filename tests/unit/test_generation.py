@@ -185,6 +185,11 @@ def test_what_cannot_be_generated(prompt: list[int], new: int, message: str) -> 
         generate(decoder(build(SMALL)), prompt, new, GREEDY)
 
 
+def test_a_model_that_takes_no_positions() -> None:
+    with pytest.raises(ConfigError, match=r"Linear.forward must take tokens and their positions .*too many positional"):
+        generate(decoder(nn.Linear(1, 1)), PROMPT, 1, GREEDY, cached=False)
+
+
 def test_all_positions_can_be_used() -> None:
     assert len(generate(decoder(build(SMALL)), PROMPT, 59, GREEDY).ids) == 59
 

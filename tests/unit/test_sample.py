@@ -13,12 +13,14 @@ from torch import nn
 
 from models.llama3.model import Llama3
 from tests.unit.test_llama3 import SMALL, build
-from titanlite.config import load_config
+from titanlite import sample
+from titanlite.config import check_config, load_config
 from titanlite.config.parallelism import Degrees
 from titanlite.config.schema import Comm
 from titanlite.data import load_tokenizer
 from titanlite.distributed import runtime
 from titanlite.distributed.mesh import build_mesh
+from titanlite.errors import ConfigError
 from titanlite.sample import log_sample, printable
 
 TOKENIZER = load_tokenizer()
@@ -97,6 +99,34 @@ def test_parts_of_a_model_write_nothing(
     caplog.clear()
     (message,) = logged(here, caplog, checkpoint__enable_checkpoint="true", **options)
     assert message.endswith("step-7 --prompt ...")
+
+
+def test_a_large_model_writes_when_asked(
+    here: runtime.Runtime, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = language_model()
+    size = sum(param.numel() for param in model.parameters())
+    monkeypatch.setattr(sample, "LARGE", size - 1)
+    (message,) = logged(here, caplog, model)
+    assert message.startswith(
+        f"INFO no sample of {size:,} parameters unless sample.enable = true: each token would gather them all; from a "
+        "checkpoint: python scripts/generate.py --checkpoint outputs/checkpoint/step-10000"
+    )
+    caplog.clear()
+    assert logged(here, caplog, model, enable="true")[0].startswith("INFO a sample")
+    caplog.clear()
+    monkeypatch.setattr(sample, "LARGE", size)
+    assert logged(here, caplog, model)[0].startswith("INFO a sample")
+
+
+@pytest.mark.parametrize("dimension", ["pipeline", "context"])
+def test_to_ask_for_one_of_parts_is_refused(dimension: str) -> None:
+    degree = f"--parallelism.{dimension}_parallel_degree=2"
+    with pytest.raises(
+        ConfigError, match=r"sample.enable = true \(the argument --sample.enable\): no process has the whole model"
+    ):
+        check_config(load_config(["--sample.enable", degree]), 2)
+    check_config(load_config([degree]), 2)
 
 
 def test_a_model_that_diverged_spoils_no_run(here: runtime.Runtime, caplog: pytest.LogCaptureFixture) -> None:

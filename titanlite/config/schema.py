@@ -360,9 +360,9 @@ class Data:
 class Sample:
     """Not in torchtitan's of June 2025."""
 
-    enable: bool = True
+    enable: bool | None = None
     """When the last step is done, log how the model continues a prompt. Each token takes a forward, for which FSDP
-    gathers all parameters; under pipeline or context parallelism there is no sample."""
+    gathers all parameters. Unset: for models of up to a billion. Not under pipeline or context parallelism."""
     prompt: str | None = None
     """The text to continue; empty begins a document. Unset: import for pystdlib, empty for other data."""
     max_new_tokens: Positive = 64
