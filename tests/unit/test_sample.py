@@ -122,9 +122,7 @@ def test_a_large_model_writes_when_asked(
 @pytest.mark.parametrize("dimension", ["pipeline", "context"])
 def test_to_ask_for_one_of_parts_is_refused(dimension: str) -> None:
     degree = f"--parallelism.{dimension}_parallel_degree=2"
-    with pytest.raises(
-        ConfigError, match=r"sample.enable = true \(the argument --sample.enable\): no process has the whole model"
-    ):
+    with pytest.raises(ConfigError, match=r"sample.enable = true \(the argument --sample.enable\): no process has"):
         check_config(load_config(["--sample.enable", degree]), 2)
     check_config(load_config([degree]), 2)
 
