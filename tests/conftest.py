@@ -41,6 +41,7 @@ TINY = {
     "metrics.enable_tensorboard": "false",
     "activation_checkpoint.mode": "none",
     "lr_scheduler.warmup_steps": 2,
+    "sample.enable": "false",
 }
 
 

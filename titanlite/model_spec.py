@@ -65,6 +65,11 @@ class ModelSpec:
         parallelize: ``(module or part of it, mesh, config)`` shards it in place, and returns what it did, for the log.
         size: a built module -> the numbers that FLOPs follow from.
         hugging_face: None for a family that ``transformers`` does not have.
+        tensor_parallel: the part of ``parallelize`` that splits layers, ``(module, mesh, config)``, for models that
+            are not trained, which have no use for FSDP2. None: they run on one process.
+
+    For text from a checkpoint, a configured flavor is a dataclass with ``max_seq_len``, the positions that the model
+    knows; :mod:`titanlite.generation` says what it needs of the module.
     """
 
     name: str
@@ -76,6 +81,7 @@ class ModelSpec:
     parallelize: Callable[[nn.Module, Mesh, JobConfig], dict[str, str]]
     size: Callable[[nn.Module], ModelSize]
     hugging_face: HuggingFaceFormat | None = None
+    tensor_parallel: Callable[[nn.Module, Mesh, JobConfig], str] | None = None
 
     def flavor(self, name: str) -> Any:
         """A flavor, or a :class:`ConfigError` that lists the known ones."""

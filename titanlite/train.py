@@ -65,6 +65,7 @@ from titanlite.optim import StepGuard, build_optimizer, build_schedule
 from titanlite.profiling import profiler
 from titanlite.run_folder import CONFIG as CONFIG_TOML
 from titanlite.run_folder import METRICS, VALIDATION, RunFolder, drop_rows_after
+from titanlite.sample import log_sample
 from titanlite.stacks import keep_stacks, show_traceback
 from titanlite.validation import Validator, read_validation_data, training_part
 
@@ -280,6 +281,8 @@ class Trainer:
                 stop = self.advance()
                 profiler_step()
         self._log_summary()
+        if not stop:
+            log_sample(self.model_parts, self.tokenizer, self.config, self.mesh, self.runtime)
 
     def advance(self) -> bool:
         """One step and all that goes with it; returns whether the run was asked to end here."""

@@ -86,10 +86,11 @@ def check(args: Llama3Args, mesh: Mesh, config: JobConfig) -> None:
         )
 
 
-def apply_tensor_parallel(model: Llama3, mesh: Mesh, config: JobConfig) -> str:
+def apply_tensor_parallel(model: nn.Module, mesh: Mesh, config: JobConfig) -> str:
     """Attention heads, the hidden features of feed-forward and the vocabulary are sharded; between them, in norms and
     the residual stream, the sequence is (Korthikanti et al., "Reducing Activation Recomputation in Large Transformer
     Models", 2022)."""
+    assert isinstance(model, Llama3)
     tp = mesh.tp
     plan: dict[str, ParallelStyle] = {}
     if model.tok_embeddings is not None:

@@ -8,7 +8,7 @@ from torch import nn
 
 from models.llama3.hugging_face import HUGGING_FACE
 from models.llama3.model import Llama3, Llama3Args, RopeScaling
-from models.llama3.parallelize import check, parallelize
+from models.llama3.parallelize import apply_tensor_parallel, check, parallelize
 from titanlite.errors import ConfigError
 from titanlite.metrics.flops import ModelSize
 from titanlite.model_spec import ModelSpec, register_model
@@ -76,5 +76,6 @@ register_model(
         parallelize=parallelize,
         size=model_size,
         hugging_face=HUGGING_FACE,
+        tensor_parallel=apply_tensor_parallel,
     )
 )

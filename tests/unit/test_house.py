@@ -25,8 +25,8 @@ GROUND = (
     *("errors", "registry", "environment", "float8", "config", "data"),
     *("optim", "checkpoint", "metrics", "profiling", "run_folder", "stacks", "stop_request"),
 )
-MIDDLE = ("converters", "distributed", "model_spec")
-TOP = ("build", "validation", "estimate", "train", "launch")
+MIDDLE = ("converters", "distributed", "model_spec", "generation", "sample")
+TOP = ("build", "load_model", "validation", "estimate", "train", "launch")
 
 
 class Import(NamedTuple):

@@ -51,6 +51,12 @@ def check_config(config: JobConfig, world_size: int, *, train: bool = True) -> N
     _check_checkpoint(config)
     _check_float8(config)
     check_validation(config)
+    if config.sample.enable and degrees.pipeline_parallel * degrees.context_parallel > 1:
+        raise ConfigError(
+            f"sample.enable = true ({config.origin('sample.enable')}): no process has the whole model, or the whole "
+            "text, under pipeline or context parallelism; leave it out, and let scripts/generate.py write from a "
+            "checkpoint"
+        )
     global_batch_size(config, degrees.data_parallel)
     check_parallelism(config, degrees)
 

@@ -399,6 +399,19 @@ class Validation:
 
 
 @dataclass
+class Sample:
+    """Not in torchtitan's of June 2025."""
+
+    enable: bool | None = None
+    """When the last step is done, log how the model continues a prompt. Each token takes a forward, for which FSDP
+    gathers all parameters. Unset: for models of up to a billion. Not under pipeline or context parallelism."""
+    prompt: str | None = None
+    """The text to continue; empty begins a document. Unset: import for pystdlib, empty for other data."""
+    max_new_tokens: Positive = 64
+    """The length of the sample, in tokens, of which training.seq_len leaves no more than fit behind the prompt."""
+
+
+@dataclass
 class JobConfig:
     job: Job = field(default_factory=Job)
     profiling: Profiling = field(default_factory=Profiling)
@@ -410,6 +423,7 @@ class JobConfig:
     data: Data = field(default_factory=Data)
     validation: Validation = field(default_factory=Validation)
     compile: Compile = field(default_factory=Compile)
+    sample: Sample = field(default_factory=Sample)
     parallelism: Parallelism = field(default_factory=Parallelism)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     activation_checkpoint: ActivationCheckpoint = field(default_factory=ActivationCheckpoint)

@@ -1,0 +1,68 @@
+"""The same text from two processes as from one."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.conftest import environment
+from tests.distributed.generation import CASES, VOCAB_SIZE
+
+
+@pytest.fixture(scope="module")
+def reports(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    folder = tmp_path_factory.mktemp("generation")
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"),
+            *(Path(__file__).with_name("generation.py"), folder),
+        ],
+        env=environment(OMP_NUM_THREADS="1"),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=300,
+    )
+    assert (folder / "rank-1.json").exists(), done.stdout[-8000:]
+    return [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in range(2)]
+
+
+def test_one_process_writes_something(reports: list[dict[str, Any]]) -> None:
+    texts = reports[0]["whole"]
+    assert texts == reports[1]["whole"]
+    assert texts["drawn"] == texts["uncached"]
+    assert [len(ids) for ids in texts.values()] == [12, 12, 12]
+    assert texts["greedy"] != texts["drawn"]
+    assert VOCAB_SIZE / 2 < max(texts["drawn"]) < VOCAB_SIZE
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if "float8" not in case])
+def test_two_processes_write_the_same(reports: list[dict[str, Any]], case: str) -> None:
+    for report in reports:
+        assert report[case]["texts"] == report["whole"]
+
+
+def test_both_processes_write_the_same_in_float8(reports: list[dict[str, Any]]) -> None:
+    texts = reports[0]["tp in float8"]["texts"]
+    assert texts == reports[1]["tp in float8"]["texts"]
+    assert [len(ids) for ids in texts.values()] == [12, 12, 12]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_training_goes_on_as_if_nothing_had_been(reports: list[dict[str, Any]], case: str) -> None:
+    for report in reports:
+        left = {key: value for key, value in report[case].items() if key != "texts"}
+        assert left == {"same step": True, "compiled again": 0, "sharded": True, "training": True}
+
+
+def test_a_run_on_two_processes_ends_with_one_sample(train: Any) -> None:
+    options = {"parallelism__tensor_parallel_degree": 2, "training__compile": "true", "compile__backend": "eager"}
+    run = train(2, sample__enable="true", **options)
+    assert run.status == 0, run.output
+    assert run.output.count("a sample of what it learned, from 'import' on:\n    import") == 1
+    assert "compiled" not in run.output.split("a sample of")[1]

@@ -1,0 +1,195 @@
+"""Loading a model from a folder, and scripts/generate.py as its users meet it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.checkpoint.state_dict_saver import save
+
+from models.llama3.model import Llama3, Llama3Args
+from tests.conftest import ROOT, environment
+from tests.unit.test_llama3 import GQA, TIED, build
+from tests.unit.test_tokenizer_scripts import load_script
+from titanlite.config.parallelism import Degrees
+from titanlite.config.schema import Comm
+from titanlite.data import load_tokenizer
+from titanlite.distributed import runtime
+from titanlite.distributed.mesh import Mesh, build_mesh
+from titanlite.errors import ConfigError
+from titanlite.load_model import describe, load_model
+from titanlite.model_spec import get_model_spec
+
+ARGS = {"gqa": replace(GQA, vocab_size=2176), "tied": replace(TIED, vocab_size=2176)}
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def mesh() -> Iterator[Mesh]:
+    runtime.start_runtime(Comm())
+    yield build_mesh(Degrees(1, 1, 1, 1, 1), "cpu")
+    runtime.stop_runtime()
+
+
+def write(folder: Path, args: Llama3Args) -> Llama3:
+    """A checkpoint of a model with random weights."""
+    model = build(args)
+    save({"model": model.state_dict()}, checkpoint_id=folder, no_dist=True)
+    about = {"name": "llama3", "flavor": "debugmodel", "args": asdict(args)}
+    (folder / "checkpoint.json").write_text(json.dumps({"model": about, "tokenizer_path": ""}))
+    return model
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("run") / "checkpoint" / "step-3"
+    write(folder, ARGS["gqa"])
+    return folder
+
+
+@pytest.mark.parametrize("name", ARGS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_model_is_the_one_that_was_saved(tmp_path: Path, mesh: Mesh, name: str, dtype: torch.dtype) -> None:
+    saved = write(tmp_path, ARGS[name])
+    model, tokenizer, max_seq_len = load_model(tmp_path, dtype, mesh, CPU)
+    assert isinstance(model, Llama3)
+    assert model.args == saved.args
+    for (key, value), (other, expected) in zip(model.named_parameters(), saved.named_parameters(), strict=True):
+        assert key == other
+        assert torch.equal(value, expected.to(dtype))
+    assert torch.equal(model.rope, saved.rope)
+    assert not model.training
+    assert not any(param.requires_grad for param in model.parameters())
+    assert (tokenizer.vocab_size, max_seq_len) == (2048, 64)
+
+
+def test_weights_may_come_from_elsewhere(checkpoint: Path, mesh: Mesh) -> None:
+    def ones(model: nn.Module, folder: Path) -> None:
+        assert folder == checkpoint
+        for param in model.parameters():
+            nn.init.ones_(param)
+
+    model = load_model(checkpoint, torch.float32, mesh, CPU, fill=ones).model
+    assert all((param == 1).all() for param in model.parameters())
+
+
+def change(folder: Path, key: str, value: Any) -> None:
+    file = folder / "checkpoint.json"
+    found = json.loads(file.read_text())
+    *path, last = key.split(".")
+    inner = found
+    for part in path:
+        inner = inner[part]
+    if value is None:
+        del inner[last]
+    else:
+        inner[last] = value
+    file.write_text(json.dumps(found))
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("model.name", "gpt9", 'model.name = "gpt9": there is no such model'),
+        ("model.flavor", "9B", 'model.flavor = "9B": llama3 has no such flavor'),
+        ("model.args.dimm", 3, r'checkpoint.json: its model.args are not those of a llama3 "debugmodel" .*dimm'),
+        ("model.args.dim", None, r"its model.args are not those .*'dim'.*; it is of another version"),
+        ("model", None, r"checkpoint.json cannot be read \(KeyError: 'model'\): take another checkpoint"),
+    ],
+)
+def test_descriptions_that_cannot_be_used(checkpoint: Path, tmp_path: Path, key: str, value: Any, message: str) -> None:
+    (tmp_path / "checkpoint.json").write_text((checkpoint / "checkpoint.json").read_text())
+    assert describe(tmp_path).args == ARGS["gqa"]
+    change(tmp_path, key, value)
+    with pytest.raises(ConfigError, match=message):
+        describe(tmp_path)
+
+
+def test_folders_that_are_no_checkpoints(checkpoint: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=rf"{tmp_path} is no checkpoint: it has no checkpoint.json, which is written"):
+        describe(tmp_path)
+    with pytest.raises(ConfigError, match=r"gone is no checkpoint: there is no such folder \(relative to /"):
+        describe(tmp_path / "gone")
+    for folder in (checkpoint.parent, checkpoint.parents[1]):
+        with pytest.raises(ConfigError, match=rf"{folder} is no checkpoint: there are some in it.* {checkpoint}$"):
+            describe(folder)
+    (tmp_path / "checkpoint.json").write_text("{")
+    with pytest.raises(ConfigError, match=r"checkpoint.json cannot be read \(JSONDecodeError: "):
+        describe(tmp_path)
+
+
+def test_a_family_without_tensor_parallelism_of_its_own() -> None:
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    from titanlite.load_model import build as build_empty
+
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    try:
+        spec = replace(get_model_spec("llama3"), tensor_parallel=None)
+        with pytest.raises(ConfigError, match=r'"llama3" has no tensor parallelism of its own .*: start one process'):
+            build_empty(spec, ARGS["gqa"], torch.float32, build_mesh(Degrees(1, 1, 1, 2, 1), "cpu"), CPU)
+    finally:
+        dist.destroy_process_group()
+
+
+# ---- the script
+
+
+def generate(checkpoint: Path, *options: str, launcher: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
+    given = ("--checkpoint", str(checkpoint), "--prompt", "import os", "--max_new_tokens", "20", *options)
+    return subprocess.run(
+        [sys.executable, *launcher, str(ROOT / "scripts" / "generate.py"), *given],
+        env=environment(OMP_NUM_THREADS="1"),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def test_the_text_goes_to_stdout_and_is_the_same_every_way(checkpoint: Path) -> None:
+    float32 = ("--dtype", "float32", "--top_k", "50", "--top_p", "0.95", "--seed", "4")
+    done = generate(checkpoint, *float32)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("import os")
+    assert len(load_tokenizer().encode(done.stdout)) > 15
+    assert "float32 on cpu, 1 processes: prefill 3 tokens, " in done.stderr
+    assert "; decode 19 tokens, " in done.stderr
+    assert done.stderr.count("tokens/s") == 2
+    assert generate(checkpoint, *float32, "--no-cache").stdout == done.stdout
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
+    parallel = generate(checkpoint, *float32, launcher=torchrun)
+    assert parallel.stdout == done.stdout, parallel.stderr
+    assert parallel.stderr.count("float32 on cpu, 2 processes: prefill") == 1
+
+
+script = load_script("generate")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--checkpoint", "nowhere"], "generate.py: nowhere is no checkpoint: there is no such folder"),
+        (["--temperature", "-1"], "generate.py: temperature = -1.0: must be 0"),
+        (["--top_p", "2"], "generate.py: top_p = 2.0: must be more than 0"),
+        (["--max_new_tokens", "1000"], "generate.py: max_new_tokens = 1000: with the 3 tokens of the prompt"),
+        (["--tokenizer_path", "nowhere"], 'generate.py: model.tokenizer_path = "nowhere": there is no such file'),
+    ],
+)
+def test_bad_input_is_one_message(
+    checkpoint: Path, capfd: pytest.CaptureFixture[str], options: list[str], message: str
+) -> None:
+    given = {"--checkpoint": str(checkpoint), "--prompt": "import os", options[0]: options[1]}
+    assert script.main([part for pair in given.items() for part in pair]) == 2
+    out, err = capfd.readouterr()
+    assert out == ""
+    assert err.splitlines()[-1].startswith(message)
+    assert "Traceback" not in err

@@ -1,0 +1,321 @@
+"""Text from a model: one token after the other, each attending to the keys and values of those before.
+
+A model family takes part as it is if its ``forward(tokens, positions)`` takes the positions of the tokens, and its
+attention modules have an ``attend(q, k, v)`` that can be replaced on the instance: q [batch, heads, seq_len, head_dim],
+k and v [batch, kv_heads, seq_len, head_dim], positions already in them, causal over the whole sequence.
+"""
+
+from __future__ import annotations
+
+import inspect
+import time
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from types import TracebackType
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule
+
+from titanlite.errors import ConfigError, TrainingError
+
+
+def forward(model: nn.Module, tokens: Tensor, start: int = 0, multiple: int = 1) -> Tensor:
+    """Logits [batch, n, vocab] of ``tokens`` [batch, n], which stand at the positions from ``start`` on.
+
+    Args:
+        multiple: sequence parallelism divides the sequence, so it is filled up to a multiple of this. What fills it are
+            copies of the last token at its own position: no activation is there that was not there before, which leaves
+            the scales of float8 as they are.
+    """
+    n = tokens.shape[1]
+    positions = torch.arange(start, start + n, device=tokens.device)
+    if missing := -n % multiple:
+        tokens = torch.cat((tokens, tokens[:, -1:].expand(-1, missing)), 1)
+        positions = torch.cat((positions, positions[-1:].expand(missing)))
+    logits: Tensor = model(tokens, positions)
+    return logits[:, :n]
+
+
+class KVCache:
+    """The keys and values of the tokens so far, in every attention of ``model``, which is changed for as long as the
+    context lasts::
+
+        with KVCache(model, capacity=100) as cache:
+            logits = cache(prompt)  # [batch, n, vocab]
+            logits = cache(next_token)  # [batch, 1, vocab]
+
+    Args:
+        capacity: tokens that there is room for.
+        multiple: as in :func:`forward`; the tokens that fill up are not kept.
+
+    Attributes:
+        length: tokens so far.
+
+    Raises:
+        ConfigError: the model has no attention that can be replaced; later, the capacity is used up.
+    """
+
+    def __init__(self, model: nn.Module, capacity: int, multiple: int = 1) -> None:
+        self.model, self.capacity, self.multiple = model, capacity, multiple
+        self.length = self._new = 0
+        self._modules = [module for module in model.modules() if callable(getattr(module, "attend", None))]
+        self._own = [module.__dict__.get("attend") for module in self._modules]
+        self._kept: dict[nn.Module, tuple[Tensor, Tensor]] = {}
+        if not self._modules:
+            raise ConfigError(
+                f"{type(model).__name__} has no module with an attend(q, k, v) for a cache of keys and values to "
+                "replace; give its attention one, or generate without the cache"
+            )
+
+    def __enter__(self) -> KVCache:
+        for module in self._modules:
+            module.attend = partial(self._attend, module, module.attend)  # type: ignore[arg-type, assignment]
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, e: BaseException | None, trace: TracebackType | None) -> None:
+        for module, own in zip(self._modules, self._own, strict=True):
+            if own is None:
+                del module.attend  # back to that of its class
+            else:
+                module.attend = own
+        self._kept.clear()
+
+    @torch.no_grad()
+    def __call__(self, tokens: Tensor) -> Tensor:
+        """Logits [batch, n, vocab] of the tokens [batch, n] that come next."""
+        new = tokens.shape[1]
+        if self.length + new > self.capacity:
+            raise ConfigError(
+                f"the cache of keys and values has room for {self.capacity} tokens, and {self.length} + {new} are to "
+                "go into it; make it larger"
+            )
+        self._new = new
+        logits = forward(self.model, tokens, self.length, self.multiple)
+        self.length += new
+        return logits
+
+    def _attend(
+        self, module: nn.Module, causal: Callable[[Tensor, Tensor, Tensor], Tensor], q: Tensor, k: Tensor, v: Tensor
+    ) -> Tensor:
+        start, new = self.length, self._new
+        filling = q.shape[2] - new
+        q, k, v = q[:, :, :new], k[:, :, :new], v[:, :, :new]
+        keys, values = self._append(module, k, v)
+        if start == 0:
+            out = causal(q, k, v)  # as in training: without a mask there are kernels that need no memory for one
+        else:
+            mask = None  # the last token sees all
+            if new > 1:
+                mask = torch.ones(new, start + new, dtype=torch.bool, device=q.device).tril(start)
+            grouped = q.shape[1] != k.shape[1]
+            out = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask, enable_gqa=grouped)
+        return torch.cat((out, out[:, :, -1:].expand(-1, -1, filling, -1)), 2) if filling else out
+
+    def _append(self, module: nn.Module, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """All keys and values of ``module`` so far, with these."""
+        if module not in self._kept:
+            batch, heads, _, head_dim = k.shape
+            shape = batch, heads, self.capacity, head_dim
+            self._kept[module] = k.new_empty(shape), v.new_empty(shape)
+        keys, values = (kept[:, :, : self.length + self._new] for kept in self._kept[module])
+        keys[:, :, self.length :] = k
+        values[:, :, self.length :] = v
+        return keys, values
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a token is drawn from the logits.
+
+    Attributes:
+        temperature: what the logits are divided by; 0 takes the most likely token.
+        top_k: draw from the k most likely tokens alone; 0 is off.
+        top_p: of these, draw from the fewest whose probabilities add up to p or more (nucleus sampling, Holtzman et
+            al., "The Curious Case of Neural Text Degeneration", 2019); 1 is off.
+        seed: of a generator of its own; the same seed draws the same tokens from the same logits.
+
+    Raises:
+        ConfigError: a value is out of range.
+    """
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        rules = {
+            "temperature": (0 <= self.temperature < float("inf"), "0 (the most likely token) or more, and finite"),
+            "top_k": (self.top_k >= 0, "0 (off) or more"),
+            "top_p": (0 < self.top_p <= 1, "more than 0, and at most 1 (off)"),
+            "seed": (0 <= self.seed < 1 << 63, "0 or more, and below 2**63"),
+        }
+        for name, (holds, rule) in rules.items():
+            if not holds:
+                raise ConfigError(f"{name} = {getattr(self, name)}: must be {rule}")
+
+    def probabilities(self, logits: Tensor) -> Tensor:
+        """What tokens are drawn with: float32, of the shape of ``logits`` [..., vocab]."""
+        logits = logits.float()
+        if self.temperature == 0:
+            return torch.zeros_like(logits).scatter_(-1, logits.argmax(-1, keepdim=True), 1.0)
+        # The largest is taken off first: divided by a small temperature it would be infinite.
+        logits, ids = (logits - logits.amax(-1, keepdim=True)).sort(dim=-1, descending=True, stable=True)
+        if self.top_k:
+            logits[..., self.top_k :] = -torch.inf
+        found = (logits / self.temperature).softmax(-1)
+        if self.top_p < 1:
+            found[found.cumsum(-1) - found >= self.top_p] = 0.0
+            found /= found.sum(-1, keepdim=True)
+        return torch.zeros_like(found).scatter_(-1, ids, found)
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """A model that text can be drawn from, by all processes that hold a share of it together.
+
+    Attributes:
+        model: plain, sharded by FSDP2, tensor parallel, compiled, in float8; not a part of a pipeline.
+        device: of the tokens.
+        max_seq_len: positions that the model knows.
+        vocab_size: ids that the tokenizer has. A model may have more, for a round number of them; they mean nothing.
+        tp: the mesh of tensor parallelism.
+        sharded_logits: the model's logits are sharded over ``tp``, as for a loss that is.
+        group: of all these processes, for messages on the CPU; None is one process.
+    """
+
+    model: nn.Module
+    device: torch.device
+    max_seq_len: int
+    vocab_size: int
+    tp: DeviceMesh | None = None
+    sharded_logits: bool = False
+    group: dist.ProcessGroup | None = None
+
+    def last_logits(self, logits: Tensor) -> Tensor:
+        """Of the last token of ``logits`` [1, n, vocab]: float32 [vocab_size], on the CPU."""
+        last = logits[0, -1].contiguous()
+        if self.tp is not None and self.sharded_logits:
+            parts = [torch.empty_like(last) for _ in range(self.tp.size())]
+            dist.all_gather(parts, last, group=self.tp.get_group())
+            last = torch.cat(parts)
+        return last[: self.vocab_size].float().cpu()
+
+    def draw(self, logits: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
+        """The next token after ``logits`` [1, n, vocab]."""
+        last = self.last_logits(logits)
+        token = torch.tensor([-1])
+        if last.isfinite().all():
+            token = torch.multinomial(sampling.probabilities(last), 1, generator=generator)
+        if self.group is not None:
+            # Processors of other kinds may round otherwise, and ranks that end at different tokens wait for each other.
+            dist.broadcast(token, group=self.group, group_src=0)
+        if token < 0:
+            raise TrainingError("the model's logits are not finite: its weights are damaged, or its training diverged")
+        return int(token)
+
+
+@dataclass
+class Generated:
+    """New tokens, and what they took.
+
+    Attributes:
+        ids: without the token that ended them.
+        prompt_tokens: computed in ``prefill_s`` seconds, with which the first token was drawn.
+        decoded_tokens: computed one by one in ``decode_s`` seconds.
+    """
+
+    ids: list[int]
+    prompt_tokens: int
+    prefill_s: float
+    decoded_tokens: int
+    decode_s: float
+
+    def speed(self) -> str:
+        prefill = f"prefill {self.prompt_tokens} tokens, {self.prompt_tokens / self.prefill_s:,.1f} tokens/s"
+        decode = f"decode {self.decoded_tokens} tokens"
+        if self.decoded_tokens:
+            decode += f", {self.decoded_tokens / self.decode_s:,.1f} tokens/s"
+        return f"{prefill}; {decode}"
+
+
+@contextmanager
+def inference(model: nn.Module) -> Iterator[None]:
+    """``model`` without gradients, dropout or the compiler, as it was afterwards: modes, and FSDP's shards."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        # Compiled for sequences of training, a block would be compiled again for each other length.
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+            yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+            if isinstance(module, FSDPModule):
+                module.reshard()  # what a forward leaves gathered waits for its backward
+
+
+def generate(
+    decoder: Decoder,
+    prompt: Sequence[int],
+    max_new_tokens: int,
+    sampling: Sampling,
+    stop_ids: Collection[int] = (),
+    *,
+    cached: bool = True,
+) -> Generated:
+    """Continue ``prompt`` by at most ``max_new_tokens`` tokens; to be called by all processes at once.
+
+    Args:
+        prompt: token ids, at least one (BOS).
+        stop_ids: tokens that end the text (EOS).
+        cached: keep keys and values; else each token takes a forward of all before it.
+
+    Raises:
+        ConfigError: nothing to begin with, no tokens wanted, more than the model has positions for, or it takes none.
+        TrainingError: the logits are not finite.
+    """
+    total = len(prompt) + max_new_tokens
+    if not prompt:
+        raise ConfigError("the prompt has no tokens: begin with the tokenizer's BOS")
+    if max_new_tokens < 1:
+        raise ConfigError(f"max_new_tokens = {max_new_tokens}: must be at least 1")
+    if total > decoder.max_seq_len:
+        raise ConfigError(
+            f"max_new_tokens = {max_new_tokens}: with the {len(prompt)} tokens of the prompt these are {total}, and "
+            f"the model has {decoder.max_seq_len} positions; ask for fewer, or shorten the prompt"
+        )
+    _check_positions(decoder.model)
+    generator = torch.Generator().manual_seed(sampling.seed)
+    multiple = 1 if decoder.tp is None else decoder.tp.size()
+    ids: list[int] = []
+    computed = 0
+    with inference(decoder.model), KVCache(decoder.model, total, multiple) if cached else nullcontext() as cache:
+        began = prefilled = time.perf_counter()
+        while len(ids) < max_new_tokens:
+            new = ids[-1:] if cache is not None and ids else [*prompt, *ids]
+            tokens = torch.tensor([new], device=decoder.device)
+            logits = forward(decoder.model, tokens, 0, multiple) if cache is None else cache(tokens)
+            token = decoder.draw(logits, sampling, generator)
+            computed += 1
+            if computed == 1:
+                prefilled = time.perf_counter()
+            if token in stop_ids:
+                break
+            ids.append(token)
+    return Generated(ids, len(prompt), prefilled - began, computed - 1, time.perf_counter() - prefilled)
+
+
+def _check_positions(model: nn.Module) -> None:
+    try:
+        inspect.signature(model.forward).bind("tokens", "positions")
+    except TypeError as e:
+        raise ConfigError(
+            f"{type(model).__name__}.forward must take tokens and their positions for text to be generated ({e})"
+        ) from e
