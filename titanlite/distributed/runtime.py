@@ -23,6 +23,7 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from titanlite.config.schema import Comm
+from titanlite.distributed.rejoin import store_of_attempt
 from titanlite.environment import LAUNCHER_PID
 from titanlite.errors import ConfigError
 
@@ -91,7 +92,8 @@ def start_runtime(comm: Comm) -> Runtime:
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     if not dist.is_initialized():  # else the caller has joined it already, for several runs one after the other
         # A single process needs no rendezvous, so no port either.
-        store = dist.HashStore() if world_size == 1 else None  # type: ignore[attr-defined]
+        alone = world_size == 1
+        store = dist.HashStore() if alone else store_of_attempt(rank, world_size, timeout)  # type: ignore[attr-defined]
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
     control = dist.new_group(backend="gloo", timeout=timeout)
     return Runtime(rank, local_rank, world_size, device, why, control)
