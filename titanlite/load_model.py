@@ -8,27 +8,28 @@ from __future__ import annotations
 import dataclasses
 import json
 import typing
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict_loader import load
 
+from titanlite.checkpoint.hugging_face import HuggingFaceFolder, is_hugging_face
+from titanlite.checkpoint.state import model_state
+from titanlite.checkpoint.storage import INFO, load, verify
 from titanlite.config import JobConfig
 from titanlite.data import Tokenizer, load_tokenizer
 from titanlite.distributed.mesh import Mesh
 from titanlite.errors import ConfigError
-from titanlite.model_spec import ModelSpec, get_model_spec
-
-CHECKPOINT_JSON = "checkpoint.json"
+from titanlite.model_spec import ModelSpec, get_model_spec, model_spec_of
 
 
 class Described(NamedTuple):
-    """What a folder says that its weights belong to; ``args`` is a configured flavor."""
+    """What a folder says that its weights belong to; ``args`` is a configured flavor, ``flavor`` the name of the one
+    that it is, empty if there is none."""
 
     spec: ModelSpec
+    flavor: str
     args: Any
     tokenizer_path: str
 
@@ -41,9 +42,21 @@ class LoadedModel(NamedTuple):
     max_seq_len: int
 
 
-def fill_weights(model: nn.Module, folder: Path) -> None:
-    """Read the parameters of ``model``, plain or sharded, of any dtype, from a checkpoint."""
-    load({"model": model.state_dict()}, checkpoint_id=folder)
+def fill_weights(model: nn.Module, found: Described, folder: Path) -> None:
+    """Read the parameters of ``model``, plain or sharded, of any dtype, from a checkpoint, whose checksums are compared
+    first, or from Hugging Face's files.
+
+    Raises:
+        ConfigError: a file is missing or damaged.
+    """
+    state = model_state([model])
+    family = found.spec.hugging_face
+    if family is not None and is_hugging_face(folder):
+        parameters = {name.removeprefix("model."): tensor for name, tensor in state.items()}
+        HuggingFaceFolder(folder).load_into(parameters, family.names(found.args), family.ignored)
+        return
+    verify(folder)
+    load(folder, state)
 
 
 def load_model(
@@ -53,16 +66,14 @@ def load_model(
     device: torch.device,
     *,
     tokenizer_path: str | None = None,
-    fill: Callable[[nn.Module, Path], None] = fill_weights,
 ) -> LoadedModel:
-    """Build the model of a checkpoint's folder and give it its weights.
+    """Build the model of a folder and give it its weights.
 
     Args:
-        path: the folder of one step.
+        path: a checkpoint (the folder of one step), or a Hugging Face folder.
         dtype: of the parameters; buffers keep theirs.
         mesh: of tensor parallelism alone.
         tokenizer_path: in place of the one that the checkpoint names.
-        fill: writes the parameters.
 
     Raises:
         ConfigError: the folder is no checkpoint, or its model does not divide over the processes.
@@ -71,7 +82,7 @@ def load_model(
     found = describe(folder)
     tokenizer = load_tokenizer(found.tokenizer_path if tokenizer_path is None else tokenizer_path)
     model = build(found.spec, found.args, dtype, mesh, device)
-    fill(model, folder)
+    fill_weights(model, found, folder)
     return LoadedModel(model.eval(), tokenizer, found.args.max_seq_len)
 
 
@@ -113,8 +124,16 @@ class _BuffersAlone:
 
 
 def describe(folder: Path) -> Described:
-    """Read what a checkpoint's folder says of itself."""
-    file = folder / CHECKPOINT_JSON
+    """Read what a folder says of itself.
+
+    Raises:
+        ConfigError: it is no checkpoint and no Hugging Face folder, or of a model that is not computed here.
+    """
+    if is_hugging_face(folder):
+        config = HuggingFaceFolder(folder).config
+        spec, args = model_spec_of(config)
+        return Described(spec, _flavor_of(spec, args), args, str(folder.absolute()))
+    file = folder / INFO
     if not file.is_file():
         raise ConfigError(f"{folder} is no checkpoint: {_what_is_there(folder)}")
     try:
@@ -125,21 +144,28 @@ def describe(folder: Path) -> Described:
         raise ConfigError(f"{file} cannot be read ({type(e).__name__}: {e}): take another checkpoint") from e
     spec = get_model_spec(name)
     try:
-        args = _rebuilt(type(spec.flavor(flavor)), values)
+        args = _rebuilt(type(spec.flavor(flavor or next(iter(spec.flavors)))), values)
     except TypeError as e:
         raise ConfigError(
             f'{file}: its model.args are not those of a {name} "{flavor}" ({e}); it is of another version'
         ) from e
-    return Described(spec, args, tokenizer_path)
+    return Described(spec, flavor, args, tokenizer_path)
+
+
+def _flavor_of(spec: ModelSpec, args: Any) -> str:
+    for name, flavor in spec.flavors.items():
+        if spec.configure(flavor, args.vocab_size, args.max_seq_len) == args:
+            return name
+    return ""
 
 
 def _what_is_there(folder: Path) -> str:
     if not folder.is_dir():
         return f"there is no such folder (relative to {Path.cwd()})"
-    inside = sorted(file.parent for pattern in ("*/", "*/*/") for file in folder.glob(pattern + CHECKPOINT_JSON))
+    inside = sorted(file.parent for pattern in ("*/", "*/*/") for file in folder.glob(pattern + INFO))
     if inside:
         return f"there are some in it, so name one: {', '.join(map(str, inside))}"
-    return f"it has no {CHECKPOINT_JSON}, which is written last"
+    return f"it has no {INFO}, which is written last"
 
 
 def _rebuilt(kind: Any, value: Any) -> Any:

@@ -103,15 +103,41 @@ def register_model(spec: ModelSpec) -> None:
 def get_model_spec(name: str) -> ModelSpec:
     """The family ``name``, imported from ``models.<name>`` if it is not registered yet."""
     if name not in _registry.names():
-        import models
-
-        # A folder models/ of the user's own may come first on the path; then both hold families.
-        ours = str(Path(__file__).parent.parent / "models")
-        if ours not in models.__path__:
-            models.__path__.append(ours)
-        packages = [found.name for found in pkgutil.iter_modules(models.__path__) if found.ispkg]
-        # The one asked for; of a name that is not there, all, so that the message can list them.
-        for package in [name] if name in packages else packages:
-            if importlib.util.find_spec(f"models.{package}.spec"):
-                importlib.import_module(f"models.{package}.spec")
+        packages = _packages()
+        # Of a name that is not there all, so that the message can list them.
+        _import([name] if name in packages else packages)
     return _registry.get(name)
+
+
+def model_spec_of(config: Mapping[str, Any]) -> tuple[ModelSpec, Any]:
+    """The family that a Hugging Face folder's ``config.json`` describes, and its configured flavor.
+
+    Raises:
+        ConfigError: no family computes such a model; in the words of the one that comes first.
+    """
+    _import(_packages())
+    refusals: list[ConfigError] = []
+    for name in _registry.names():
+        spec = _registry.get(name)
+        if spec.hugging_face is not None:
+            try:
+                return spec, spec.hugging_face.from_config(config)
+            except ConfigError as e:
+                refusals.append(e)
+    raise refusals[0]
+
+
+def _packages() -> list[str]:
+    import models
+
+    # A folder models/ of the user's own may come first on the path; then both hold families.
+    ours = str(Path(__file__).parent.parent / "models")
+    if ours not in models.__path__:
+        models.__path__.append(ours)
+    return [found.name for found in pkgutil.iter_modules(models.__path__) if found.ispkg]
+
+
+def _import(packages: list[str]) -> None:
+    for package in packages:
+        if importlib.util.find_spec(f"models.{package}.spec"):
+            importlib.import_module(f"models.{package}.spec")

@@ -28,7 +28,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from titanlite.build import build_loss, build_model, build_pipeline
-from titanlite.checkpoint import CheckpointManager, Info, Process, saved_steps
+from titanlite.checkpoint import CheckpointManager, HuggingFaceFolder, Info, Process, is_hugging_face, saved_steps
 from titanlite.config import (
     JobConfig,
     check_config,
@@ -121,8 +121,12 @@ class Trainer:
                 f"{self.run_path} has a run of {self.start.info.step} steps, and training.steps = {training.steps}: "
                 "nothing to do. Ask for more with --training.steps, or begin another with --job.dump_folder"
             )
-        if self.start is None and config.checkpoint.initial_load_path:
-            self.start = self.checkpoints.initial(config.checkpoint.initial_load_path)
+        self.pretrained, path = None, config.checkpoint.initial_load_path
+        if self.start is None and path:
+            if is_hugging_face(Path(path).expanduser()):
+                self.pretrained = self._open_pretrained(path)
+            else:
+                self.start = self.checkpoints.initial(path)
         # Whether it goes on from there, or only takes the weights.
         self.resumes = self.start is not None and (
             self.start.own or not config.checkpoint.initial_load_model_weights_only
@@ -132,6 +136,19 @@ class Trainer:
             seed = self.start.info.seed
         self.seed = training.seed = runtime.set_seed(seed, training.deterministic, self.runtime)
         self.about["seed"] = f"{self.seed}" + (", deterministic" if training.deterministic else "")
+
+    def _open_pretrained(self, path: str) -> HuggingFaceFolder:
+        if not self.config.checkpoint.initial_load_model_weights_only:
+            raise ConfigError(
+                f'checkpoint.initial_load_path = "{path}": has weights alone, and '
+                "checkpoint.initial_load_model_weights_only = false asks for more; leave that out"
+            )
+        if self.spec.hugging_face is None:
+            raise ConfigError(
+                f'checkpoint.initial_load_path = "{path}": model.name = "{self.spec.name}" has no form in '
+                "transformers; take a checkpoint of titanlite"
+            )
+        return HuggingFaceFolder(Path(path).expanduser())
 
     def _build_data(self) -> None:
         training, data = self.config.training, self.config.data
@@ -224,6 +241,11 @@ class Trainer:
         if self.start is not None:
             self.checkpoints.load(self.start, self.process, weights_only=not self.resumes)
             self.about["starts from"] = f"{self.start.folder}" + ("" if self.resumes else ", its weights alone")
+        if self.pretrained is not None and self.spec.hugging_face is not None:
+            family, folder = self.spec.hugging_face, self.pretrained
+            family.check(self.model_args, folder.config)
+            folder.load_into(self.process.parameters(), family.names(self.model_args), family.ignored)
+            self.about["starts from"] = f"{folder.folder}, Hugging Face weights"
         if self.start is not None and self.resumes:
             excluded, info = self.checkpoints.excluded(self.start), self.start.info
             if "dataloader" not in excluded:

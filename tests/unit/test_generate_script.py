@@ -13,13 +13,13 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from torch import nn
-from torch.distributed.checkpoint.state_dict_saver import save
 
 from models.llama3.model import Llama3, Llama3Args
 from tests.conftest import ROOT, environment
 from tests.unit.test_llama3 import GQA, TIED, build
 from tests.unit.test_tokenizer_scripts import load_script
+from titanlite.checkpoint.state import model_state
+from titanlite.checkpoint.storage import Info, save
 from titanlite.config.parallelism import Degrees
 from titanlite.config.schema import Comm
 from titanlite.data import load_tokenizer
@@ -43,9 +43,13 @@ def mesh() -> Iterator[Mesh]:
 def write(folder: Path, args: Llama3Args) -> Llama3:
     """A checkpoint of a model with random weights."""
     model = build(args)
-    save({"model": model.state_dict()}, checkpoint_id=folder, no_dist=True)
     about = {"name": "llama3", "flavor": "debugmodel", "args": asdict(args)}
-    (folder / "checkpoint.json").write_text(json.dumps({"model": about, "tokenizer_path": ""}))
+    alone = not dist.is_initialized()
+    if alone:
+        runtime.start_runtime(Comm())
+    save(folder.parent, model_state([model]), Info(int(folder.name.removeprefix("step-")), about), None)
+    if alone:
+        runtime.stop_runtime()
     return model
 
 
@@ -59,8 +63,8 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("name", ARGS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_model_is_the_one_that_was_saved(tmp_path: Path, mesh: Mesh, name: str, dtype: torch.dtype) -> None:
-    saved = write(tmp_path, ARGS[name])
-    model, tokenizer, max_seq_len = load_model(tmp_path, dtype, mesh, CPU)
+    saved = write(tmp_path / "step-7", ARGS[name])
+    model, tokenizer, max_seq_len = load_model(tmp_path / "step-7", dtype, mesh, CPU)
     assert isinstance(model, Llama3)
     assert model.args == saved.args
     for (key, value), (other, expected) in zip(model.named_parameters(), saved.named_parameters(), strict=True):
@@ -72,14 +76,12 @@ def test_the_model_is_the_one_that_was_saved(tmp_path: Path, mesh: Mesh, name: s
     assert (tokenizer.vocab_size, max_seq_len) == (2048, 64)
 
 
-def test_weights_may_come_from_elsewhere(checkpoint: Path, mesh: Mesh) -> None:
-    def ones(model: nn.Module, folder: Path) -> None:
-        assert folder == checkpoint
-        for param in model.parameters():
-            nn.init.ones_(param)
-
-    model = load_model(checkpoint, torch.float32, mesh, CPU, fill=ones).model
-    assert all((param == 1).all() for param in model.parameters())
+def test_damaged_weights_are_not_computed_with(tmp_path: Path, mesh: Mesh) -> None:
+    write(tmp_path / "step-7", ARGS["gqa"])
+    file = next((tmp_path / "step-7").glob("*.distcp"))
+    file.write_bytes(file.read_bytes()[:-9] + b"something")
+    with pytest.raises(ConfigError, match=rf"step-7 is damaged: {file.name} is changed .*; restore the files"):
+        load_model(tmp_path / "step-7", torch.float32, mesh, CPU)
 
 
 def change(folder: Path, key: str, value: Any) -> None:

@@ -42,9 +42,8 @@ def test_no_attempt_sees_keys_of_another(late: float) -> None:
 
 def test_who_died_while_joining_is_replaced() -> None:
     store = HashStore()
-    dead = threading.Thread(target=lambda: pytest.raises(TimeoutError, agree, store, 1, 2, timedelta(seconds=0.2)))
-    dead.start()
-    dead.join()
+    with pytest.raises(TimeoutError):
+        agree(store, 1, 2, timedelta(seconds=0.2))
     first, second = meet(store, 2, late=0.3)
     first.set("key", "value")
     assert second.get("key") == b"value"

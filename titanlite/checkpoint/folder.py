@@ -16,21 +16,24 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from titanlite.errors import ConfigError
+
 SUMS = "SHA256SUMS"
 _SELF = "# of the lines above: "  # sha256sum takes it for a comment
 _PARTIAL, _DELETING = ".partial-", ".deleting-"
 _BLOCK = 1 << 22
 
 
-class DamagedCheckpoint(Exception):
+class DamagedCheckpoint(ConfigError):
     """Files of a checkpoint that are not what was written; ``problems`` has a line for each."""
 
     def __init__(self, folder: Path, problems: list[str]) -> None:
         super().__init__(folder, problems)  # so that it can be sent to other processes
         self.folder, self.problems = folder, problems
+        self.what = f"the checkpoint {folder} is damaged: {'; '.join(problems)}"
 
     def __str__(self) -> str:
-        return f"the checkpoint {self.folder} is damaged: {'; '.join(self.problems)}"
+        return f"{self.what}; restore the files"
 
 
 def step_folder(root: Path, step: int) -> Path:

@@ -8,7 +8,8 @@ from __future__ import annotations
 import json
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -116,6 +117,13 @@ class HuggingFaceFolder:
             with _opened(file) as source:
                 for ours in those:
                     _copy_own_part(state[ours], source.get_slice(names[ours]))
+
+    @contextmanager
+    def opened(self) -> Iterator[Callable[[str], Tensor]]:
+        """What returns a tensor by its name in the files, as a view of its file, as long as all are open."""
+        with ExitStack() as stack:
+            files = {file: stack.enter_context(_opened(file)) for file in {t.file for t in self.tensors.values()}}
+            yield lambda name: files[self.tensors[name].file].get_tensor(name)
 
 
 def read_json(file: Path) -> dict[str, Any]:

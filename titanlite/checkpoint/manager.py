@@ -70,6 +70,11 @@ class Process:
     optimizer: torch.optim.Optimizer
     model: dict[str, Any]
 
+    def parameters(self) -> State:
+        """By their names, in place, as they belong in a state dict."""
+        buffers, state = buffer_names(self.parts), model_state(self.parts)
+        return {name.removeprefix("model."): tensor for name, tensor in state.items() if name not in buffers}
+
 
 class CheckpointManager:
     """The checkpoints of one run. All processes make the same calls.
@@ -123,9 +128,7 @@ class CheckpointManager:
         try:
             return Found(folder, self._open(folder), own=False)
         except DamagedCheckpoint as e:
-            raise ConfigError(
-                f'checkpoint.initial_load_path = "{path}": {e}; restore the files, or choose another'
-            ) from e
+            raise ConfigError(f'checkpoint.initial_load_path = "{path}": {e}, or choose another') from e
 
     def _choose(self) -> int | None:
         left = clear_leftovers(self.root)
@@ -151,11 +154,15 @@ class CheckpointManager:
         def choose() -> int:
             before = [s for s in saved_steps(self.root) if s < step]
             if not self.options.fallback:
-                way = "continue from the one before with --checkpoint.fallback" if before else "there is none before it"
-                raise ConfigError(f"{damage}; restore the files, or {way}")
+                way = (
+                    "continue from the one before with --checkpoint.fallback"
+                    if before
+                    else "begin anew in another folder"
+                )
+                raise ConfigError(f"{damage}, or {way}")
             if not before:
-                raise ConfigError(f"{damage}; there is none before it to fall back to: restore the files")
-            logger.error("%s; it is now %s", damage, set_damaged_aside(damage.folder))
+                raise ConfigError(f"{damage}: there is none before it to fall back to")
+            logger.error("%s; it is now %s", damage.what, set_damaged_aside(damage.folder))
             return before[-1]
 
         return from_rank_zero(self.group, choose)

@@ -105,7 +105,7 @@ def from_rank_zero(group: dist.ProcessGroup | None, function: Callable[[], T]) -
     if dist.get_rank() == 0:
         try:
             outcome[0] = function()
-        except (ConfigError, DamagedCheckpoint, OSError) as e:
+        except (ConfigError, OSError) as e:
             outcome[1] = e
     dist.broadcast_object_list(outcome, src=0, group=group)
     if outcome[1] is not None:
