@@ -74,8 +74,7 @@ def test_damage_is_named_and_fallen_back_from(again: Any, tmp_path: Path, name: 
     file.unlink()
     run = again(checkpoint__fallback="true")
     assert run.status == 0, run.output
-    missing = "checkpoint.json: it is no checkpoint" if name == "checkpoint.json" else f"{name} is missing"
-    assert missing in run.output or f"{name} is missing" in run.output
+    assert f"{name} is missing" in run.output
     assert f"resuming from step 2: {root / 'step-2'}" in run.output
     assert steps(run) == [1, 2, 3, 4, 5, 6]
     assert sorted(path.name for path in root.iterdir()) == ["damaged-step-4", "step-2", "step-4", "step-6"]
@@ -113,7 +112,7 @@ def test_without_verification_nothing_is_read_twice(again: Any) -> None:
             [
                 "of another model",
                 "dim was 256, is 128",
-                "model.layers.0.attention.wk.weight is (128, 128), was (256, 256)",
+                "attention.wk.weight is (128, 128), was (256, 256)",
             ],
         ),
         ({"optimizer__name": "SGDM"}, ["was saved by another optimizer", "exclude_from_loading=optimizer"]),
@@ -330,7 +329,7 @@ def test_a_full_disk(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, f"{done.stderr}\n{log.read_text()}"
     assert "No space left on device" in log.read_text()
-    assert log.with_suffix(".there").read_text() if False else Path(f"{log}.there").read_text() == "step-2\n"
+    assert Path(f"{log}.there").read_text() == "step-2\n"
 
 
 def test_slow_saves_in_the_background_do_not_pile_up(tmp_path: Path) -> None:

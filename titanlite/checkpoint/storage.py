@@ -199,10 +199,13 @@ def read_info(folder: Path) -> Info:
 
     Raises:
         ConfigError: it is no checkpoint, or of a version that this one does not know.
+        DamagedCheckpoint: it is one, and this file is missing or no JSON.
     """
     try:
         content = json.loads((folder / INFO).read_text())
     except (FileNotFoundError, NotADirectoryError):
+        if (folder / SUMS).exists():
+            raise DamagedCheckpoint(folder, [f"{INFO} is missing"]) from None
         raise ConfigError(
             f"{folder} is no checkpoint of titanlite: it has no {INFO}; a checkpoint is a folder such as "
             "outputs/checkpoint/step-100"
