@@ -305,6 +305,7 @@ class Trainer:
         self._log_summary()
         if not stop:
             log_sample(self.model_parts, self.tokenizer, self.config, self.mesh, self.runtime)
+        self.recorder.check_complete()
 
     def advance(self) -> bool:
         """One step and all that goes with it; returns whether the run was asked to end here."""
@@ -441,7 +442,13 @@ class Trainer:
         if machines != "1":
             ngpu = f"NNODES={machines} RDZV_ENDPOINT=... {ngpu}"
         command = os.environ.get(COMMAND, "titanlite")
-        places["run it again"] = f"{ngpu}CONFIG_FILE={self.run_path / CONFIG_TOML} {command}"
+        again = f"{ngpu}CONFIG_FILE={self.run_path / CONFIG_TOML} {command}"
+        if not self.config.checkpoint.enable_checkpoint:
+            places["run it again"] = again
+        elif self.step < self.config.training.steps:
+            places["continue it"] = again
+        else:
+            places["train longer"] = f"{again} --training.steps={2 * self.step}"
         logger.info(summary(self.recorder, places))
 
     def close(self) -> None:

@@ -44,9 +44,20 @@ def memory_estimates(results: list[dict[str, Any]]) -> list[list[str]]:
     return rows
 
 
+def checkpoint_save(results: list[dict[str, Any]]) -> list[list[str]]:
+    rows = [["", "training is delayed by", "", "and held up for", ""]]
+    for r in results:
+        cells = []
+        for key in ("delay", "held"):
+            cells += [f"{r[f'{key}_s'] * 1e3:.0f} ms", f"{r[f'{key}_pct']:.1f}%"]
+        rows.append([r["config"], *cells])
+    return rows
+
+
 TABLES: dict[str, Callable[[list[dict[str, Any]]], list[list[str]]]] = {
     "loss_parity": loss_parity,
     "memory_estimates": memory_estimates,
+    "checkpoint_save": checkpoint_save,
 }
 
 

@@ -28,7 +28,7 @@ from titanlite.distributed.mesh import Mesh, build_mesh
 from titanlite.generation import Decoder, Sampling, generate
 from titanlite.model_spec import get_model_spec
 
-FLAVORS["tiny"] = Llama3Args(dim=64, n_layers=2, n_heads=4, n_kv_heads=2, ffn_dim=64, vocab_size=128, max_seq_len=40)
+TINY = Llama3Args(dim=64, n_layers=2, n_heads=4, n_kv_heads=2, ffn_dim=64, vocab_size=128, max_seq_len=40)
 VOCAB_SIZE = 100  # in tensor parallelism the second process has few of them
 PROMPT = [1, 2, 3]  # sequence parallelism divides neither this nor a single token
 SAMPLINGS = {"greedy": Sampling(temperature=0), "drawn": Sampling(0.9, top_k=50, top_p=0.95, seed=3)}
@@ -75,14 +75,14 @@ def texts(decoder: Decoder) -> dict[str, list[int]]:
 
 
 def whole(device: torch.device) -> dict[str, list[int]]:
-    model = Llama3(FLAVORS["tiny"])
+    model = Llama3(TINY)
     model.init_weights(WeightInit(model, seed=0))
     return texts(Decoder(model, device, 40, VOCAB_SIZE))
 
 
 def spread(options: dict[str, Any], mesh: Mesh, here: runtime.Runtime) -> dict[str, Any]:
     config = load_config([f"--{key}={value}" for key, value in {**FLOAT32, **options}.items()])
-    (model,) = build_model(get_model_spec("llama3"), FLAVORS["tiny"], config, mesh).parts
+    (model,) = build_model(get_model_spec("llama3"), TINY, config, mesh).parts
     allocate(model, here.device, config)
     model.init_weights(WeightInit(model, seed=0))  # type: ignore[operator]
     model.train()
@@ -127,4 +127,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    FLAVORS["tiny"] = TINY  # here only: the tests import this module, too
     main()

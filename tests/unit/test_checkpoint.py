@@ -333,7 +333,7 @@ def test_a_full_disk(tmp_path: Path) -> None:
 
 
 def test_slow_saves_in_the_background_do_not_pile_up(tmp_path: Path) -> None:
-    options = {**checkpoints(1, async_mode="async"), **faulty(SLOW_WRITES=0.02), "training__steps": 4}
+    options = {**checkpoints(1, async_mode="async"), **faulty(SLOW_WRITES=0.0001), "training__steps": 4}
     run = run_trainer(tmp_path, **options)
     assert run.status == 0, run.output
     assert "for the checkpoint before; raise checkpoint.interval" in run.output

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import json
 import logging
 import math
@@ -10,11 +12,12 @@ import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from titanlite.errors import ConfigError
+from titanlite.errors import ConfigError, TrainingError
 from titanlite.metrics.device import peak_flops, peak_memory, total_memory
 from titanlite.metrics.flops import ModelSize, flops_per_token
 from titanlite.metrics.recorder import Recorder
@@ -204,6 +207,35 @@ def test_what_is_not_finite_is_null_in_jsonl(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "metrics.jsonl").read_text()) == row(loss=None, max_loss=None, grad_norm=None)
 
 
+class SmallDisk(io.FileIO):
+    room = 700
+
+    def write(self, data: Any) -> int:
+        if not self.room:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        written = super().write(data[: self.room])
+        self.room -= written
+        return written
+
+
+def test_a_full_disk_delays_rows_and_loses_none(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "metrics.jsonl"
+    sink = JsonlSink(path)
+    sink._file._file = disk = SmallDisk(path, "ab")
+    rows = [row(step=step) for step in range(1, 6)]
+    for values in rows[:4]:
+        sink.write(values)
+    assert path.stat().st_size == 700
+    assert caplog.text.count("metrics.jsonl CANNOT BE WRITTEN: [Errno 28] No space left on device") == 1
+    with pytest.raises(TrainingError, match=r"metrics.jsonl lacks its last rows \(.*No space left on device\)"):
+        recorder(sink).check_complete()
+    disk.room = 1 << 20
+    sink.write(rows[4])
+    assert [json.loads(line) for line in path.read_text().splitlines()] == rows
+    assert "can be written again" in caplog.text
+    recorder(sink).check_complete()
+
+
 TAGS = {
     "loss_metrics/global_avg_loss": "loss",
     "loss_metrics/global_max_loss": "max_loss",
@@ -294,6 +326,9 @@ class Kept(list[Row]):
 
     def write_validation(self, row: Row) -> None:
         self.append({**row, "validation": True})
+
+    def lacks(self) -> str:
+        return ""
 
     def close(self) -> None:
         self.clear()

@@ -299,8 +299,8 @@ def test_what_the_operating_system_refuses_is_one_message(train: Any, tmp_path: 
     assert "Traceback" not in run.output
 
 
-def test_a_full_disk_stops_the_run_with_its_reason(tmp_path: Path) -> None:
-    options = {"training.steps": 400, "job.description": "x" * 1500, "metrics.enable_tensorboard": "false"}
+def test_a_full_disk_does_not_stop_the_run_but_is_an_error_at_its_end(tmp_path: Path) -> None:
+    options = {"training.steps": 40, "job.description": "x" * 1500, "metrics.enable_tensorboard": "true"}
     done = subprocess.run(
         ["bash", "-c", f"ulimit -f 8; trap '' XFSZ; {shlex.join(map(str, command(tmp_path / 'run', options)))}"],
         env=environment(NGPU="1"),
@@ -308,5 +308,8 @@ def test_a_full_disk_stops_the_run_with_its_reason(tmp_path: Path) -> None:
         text=True,
     )
     assert done.returncode == 1, done.stdout
-    assert "JsonlSink cannot write its row" in done.stderr
-    assert "Traceback" not in done.stderr
+    assert "metrics.jsonl CANNOT BE WRITTEN" in done.stdout
+    assert "step: 40 " in done.stdout
+    assert "TENSORBOARD'S FILES CANNOT BE WRITTEN" in done.stdout
+    assert re.search("the run has ended, but .*metrics.jsonl lacks .*; .*tb lacks the rows", done.stderr)
+    assert done.stderr.count("Traceback") == 1  # of TensorBoard's own thread

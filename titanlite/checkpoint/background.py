@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import threading
 import time
 from collections.abc import Callable
@@ -31,7 +30,7 @@ class BackgroundSaver:
     def __init__(self, device: torch.device, pin: bool) -> None:
         self._device, self._pin = device, pin and device.type == "cuda"
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self._pool = ThreadPoolExecutor(1, "checkpoint", initializer=_be_nice)
+        self._pool = ThreadPoolExecutor(1, "checkpoint")
         self._buffers: State = {}
         self._copied = threading.Event()
         self._copied.set()
@@ -82,9 +81,3 @@ class BackgroundSaver:
 
     def close(self) -> None:
         self._pool.shutdown()
-
-
-def _be_nice() -> None:
-    """On Linux, where a thread has a priority of its own: processor time is training's first."""
-    if hasattr(os, "setpriority") and hasattr(threading, "get_native_id") and os.uname().sysname == "Linux":
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -98,7 +98,8 @@ class Recorder:
             "num_ooms": memory.ooms,
             "skipped_steps": skipped_steps,
         }
-        self._write(step, lambda sink: sink.write(row))
+        for sink in self.sinks:
+            sink.write(row)
         self.remember(row)
         self.restart()
 
@@ -113,16 +114,10 @@ class Recorder:
             "tokens": tokens,
             "time_s": seconds,
         }
-        self._write(step, lambda sink: sink.write_validation(row))
+        for sink in self.sinks:
+            sink.write_validation(row)
         self.last_validation = row
         self._start += seconds
-
-    def _write(self, step: int, write: Callable[[Sink], None]) -> None:
-        for sink in self.sinks:
-            try:
-                write(sink)
-            except OSError as e:
-                raise TrainingError(f"step {step}: {type(sink).__name__} cannot write its row: {e}") from e
 
     def remember(self, row: Row) -> None:
         """Take a row into account for the summary."""
@@ -140,6 +135,15 @@ class Recorder:
         """The median of ``tps`` or ``mfu`` over the steady windows."""
         values = self._steady[key]
         return statistics.median(values) if values else None
+
+    def check_complete(self) -> None:
+        """To be called at the end.
+
+        Raises:
+            TrainingError: rows could not be written.
+        """
+        if lacks := "; ".join(filter(None, (sink.lacks() for sink in self.sinks))):
+            raise TrainingError(f"the run has ended, but {lacks}; the log has the rows")
 
     def close(self) -> None:
         for sink in self.sinks:

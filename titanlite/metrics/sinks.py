@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import math
@@ -14,6 +13,8 @@ from typing import Any, Protocol, TextIO
 from titanlite.environment import LOG_RANK
 from titanlite.errors import ConfigError
 
+logger = logging.getLogger()
+
 # One logged step, or one validation: the keys of metrics.jsonl or of validation.jsonl, None where unknown; it may hold
 # NaN and infinity.
 Row = dict[str, Any]
@@ -24,6 +25,11 @@ _COLORS = {"red": 31, "green": 32, "orange": 33, "blue": 34, "magenta": 35, "cya
 class Sink(Protocol):
     def write(self, row: Row) -> None: ...
     def write_validation(self, row: Row) -> None: ...
+
+    def lacks(self) -> str:
+        """What could not be written, and why; empty if nothing."""
+        ...
+
     def close(self) -> None: ...
 
 
@@ -102,6 +108,9 @@ class ConsoleSink:
         ]
         self._logger.info("  ".join(fields))
 
+    def lacks(self) -> str:
+        return ""
+
     def close(self) -> None:
         pass
 
@@ -115,27 +124,55 @@ class JsonlSink:
     """
 
     def __init__(self, path: Path, validation: Path | None = None) -> None:
-        self._file = path.open("a", encoding="utf-8")
-        self._validation = validation.open("a", encoding="utf-8") if validation else None
+        self._file = _LinesFile(path)
+        self._validation = _LinesFile(validation) if validation else None
 
     def write(self, row: Row) -> None:
-        self._write(self._file, row)
+        self._file.write(row)
 
     def write_validation(self, row: Row) -> None:
         assert self._validation is not None
-        self._write(self._validation, row)
+        self._validation.write(row)
 
-    def _write(self, file: TextIO, row: Row) -> None:
-        known = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
-        file.write(json.dumps(known, allow_nan=False) + "\n")
-        file.flush()
+    def lacks(self) -> str:
+        return "; ".join(filter(None, (file.lacks() for file in (self._file, self._validation) if file)))
 
     def close(self) -> None:
         for file in (self._file, self._validation):
-            # What could not be written was an error then; closing would try it again.
-            with contextlib.suppress(OSError):
-                if file is not None:
-                    file.close()
+            if file is not None:
+                file.close()
+
+
+class _LinesFile:
+    """JSON lines. What cannot be written now (a full disk) is kept in memory, and written before the next line that
+    can be: a run of weeks does not end for it."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._file = path.open("ab", buffering=0)
+        self._kept = b""
+        self._error = ""
+
+    def write(self, row: Row) -> None:
+        known = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+        self._kept += json.dumps(known, allow_nan=False).encode() + b"\n"
+        try:
+            while self._kept:
+                self._kept = self._kept[self._file.write(self._kept) :]
+        except OSError as e:
+            if not self._error:
+                logger.error("%s CANNOT BE WRITTEN: %s. Its rows are kept until it can be", self._path, e)
+            self._error = str(e)
+        else:
+            if self._error:
+                logger.warning("%s can be written again, and has all rows", self._path)
+            self._error = ""
+
+    def lacks(self) -> str:
+        return f"{self._path} lacks its last rows ({self._error})" if self._kept else ""
+
+    def close(self) -> None:
+        self._file.close()
 
 
 _TENSORBOARD_TAGS = {
@@ -166,17 +203,32 @@ class TensorBoardSink:
         # Imported where used: it takes half a second.
         from torch.utils.tensorboard import SummaryWriter
 
+        self._folder, self._lacks = folder, ""
         self._writer = SummaryWriter(log_dir=str(folder), flush_secs=10, purge_step=step + 1 if step else None)
 
     def write(self, row: Row) -> None:
-        for key, tag in _TENSORBOARD_TAGS.items():
-            if row[key] is not None and math.isfinite(row[key]):
-                self._writer.add_scalar(tag, row[key], row["step"])
+        self._add(row["step"], {tag: row[key] for key, tag in _TENSORBOARD_TAGS.items()})
 
     def write_validation(self, row: Row) -> None:
-        for key in ("loss", "bits_per_byte"):
-            if row[key] is not None:
-                self._writer.add_scalar(f"validation_metrics/{key}", row[key], row["step"])
+        self._add(row["step"], {f"validation_metrics/{key}": row[key] for key in ("loss", "bits_per_byte")})
+
+    def _add(self, step: int, scalars: dict[str, float | None]) -> None:
+        """Its writer does not recover from a full disk: the first error is the last."""
+        if self._lacks:
+            return
+        try:
+            for tag, value in scalars.items():
+                if value is not None and math.isfinite(value):
+                    self._writer.add_scalar(tag, value, step)
+        except OSError as e:
+            self._lacks = f"{self._folder} lacks the rows from about step {step} on ({e})"
+            logger.error("TENSORBOARD'S FILES CANNOT BE WRITTEN: %s; metrics.jsonl has the rows", self._lacks)
+
+    def lacks(self) -> str:
+        return self._lacks
 
     def close(self) -> None:
-        self._writer.close()
+        try:
+            self._writer.close()
+        except OSError as e:
+            logger.error("%s lacks its last rows: %s", self._folder, e)
