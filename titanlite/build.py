@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from titanlite.config import JobConfig, pipeline_microbatches
+from titanlite.config.parallelism import Degrees
 from titanlite.converters import ModelConverter, build_converters
 from titanlite.distributed.compile import compiled
 from titanlite.distributed.mesh import Mesh
@@ -19,6 +21,7 @@ from titanlite.distributed.pipeline import Pipeline, boundary_of, part_of
 from titanlite.distributed.pipeline_plan import Plan, plan_pipeline
 from titanlite.distributed.tensor_parallel import VocabParallelCrossEntropy
 from titanlite.errors import ConfigError
+from titanlite.metrics.device import GIB, total_memory
 from titanlite.metrics.flops import ModelSize
 from titanlite.model_spec import ModelSpec
 from titanlite.optim import cross_entropy_loss
@@ -102,3 +105,24 @@ def build_pipeline(
     count = pipeline_microbatches(config, mesh.degrees.data_parallel)
     boundary = boundary_of(built.size, mesh, config)
     return Pipeline(built.plan, built.parts, boundary, mesh, device, config, count, loss_fn)
+
+
+def check_memory(config: JobConfig, size: ModelSize, degrees: Degrees, device: torch.device) -> None:
+    """Refuse what cannot fit, before the machine is brought to its knees: float32 weights, gradients and two moments
+    are 16 bytes per parameter, whatever else a step needs.
+
+    Raises:
+        ConfigError: there is less memory than that.
+    """
+    per_process = 16 * size.params / degrees.model_shards
+    on_host = config.training.enable_cpu_offload or device.type != "cuda"
+    sharing = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if on_host else 1
+    total = total_memory(torch.device("cpu") if on_host else device)
+    if per_process * sharing > total:
+        raise ConfigError(
+            f'model.flavor = "{config.model.flavor}": its {size.params:,} parameters need at least '
+            f"{per_process * sharing / GIB:.1f} GiB here (16 bytes each for weights, gradients and optimizer "
+            f"state, {sharing} of {degrees.model_shards} shards), and this "
+            f"{'machine' if on_host else 'GPU'} has {total / GIB:.1f} GiB: use more devices (NGPU), or a smaller "
+            "flavor"
+        )

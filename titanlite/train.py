@@ -27,8 +27,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from titanlite.build import build_loss, build_model, build_pipeline
-from titanlite.checkpoint import CheckpointManager, HuggingFaceFolder, Info, Process, is_hugging_face, saved_steps
+from titanlite.build import build_loss, build_model, build_pipeline, check_memory
+from titanlite.checkpoint import CheckpointManager, Info, Process, saved_steps
 from titanlite.config import (
     JobConfig,
     check_config,
@@ -45,13 +45,13 @@ from titanlite.distributed.data_parallel import allocate, reduce_gradients_after
 from titanlite.distributed.gradients import clip_gradients
 from titanlite.distributed.init import WeightInit
 from titanlite.distributed.mesh import build_mesh
-from titanlite.environment import COMMAND, LAUNCH_DIR
+from titanlite.environment import LAUNCH_DIR
 from titanlite.errors import ConfigError, NothingToDo, TrainingError
-from titanlite.metrics.device import GIB, device_name, peak_flops, peak_memory, total_memory
+from titanlite.metrics.device import GIB, device_name, peak_flops, peak_memory
 from titanlite.metrics.flops import flops_per_token
 from titanlite.metrics.loss_watch import LossWatch, rank_of_claim
 from titanlite.metrics.recorder import Recorder
-from titanlite.metrics.report import shown_path, summary, table
+from titanlite.metrics.report import next_command, shown_path, summary, table
 from titanlite.metrics.sinks import (
     ConsoleSink,
     JsonlSink,
@@ -67,6 +67,7 @@ from titanlite.run_folder import CONFIG as CONFIG_TOML
 from titanlite.run_folder import METRICS, VALIDATION, RunFolder, drop_rows_after
 from titanlite.sample import log_sample
 from titanlite.stacks import keep_stacks, show_traceback
+from titanlite.start import find_start
 from titanlite.validation import Validator, read_validation_data, training_part
 
 logger = logging.getLogger()
@@ -115,40 +116,10 @@ class Trainer:
         self.checkpoints = CheckpointManager(
             config.checkpoint, root, self.runtime.device, config.comm.init_timeout_seconds
         )
-        self.start = self.checkpoints.find()
-        if self.start is not None and self.start.info.step >= training.steps:
-            raise NothingToDo(
-                f"{self.run_path} has a run of {self.start.info.step} steps, and training.steps = {training.steps}: "
-                "nothing to do. Ask for more with --training.steps, or begin another with --job.dump_folder"
-            )
-        self.pretrained, path = None, config.checkpoint.initial_load_path
-        if self.start is None and path:
-            if is_hugging_face(Path(path).expanduser()):
-                self.pretrained = self._open_pretrained(path)
-            else:
-                self.start = self.checkpoints.initial(path)
-        # Whether it goes on from there, or only takes the weights.
-        self.resumes = self.start is not None and (
-            self.start.own or not config.checkpoint.initial_load_model_weights_only
-        )
-        seed = training.seed
-        if seed is None and self.resumes and self.start is not None:
-            seed = self.start.info.seed
+        self.start = find_start(config, self.spec, self.checkpoints)
+        seed = self.start.seed if training.seed is None else training.seed
         self.seed = training.seed = runtime.set_seed(seed, training.deterministic, self.runtime)
         self.about["seed"] = f"{self.seed}" + (", deterministic" if training.deterministic else "")
-
-    def _open_pretrained(self, path: str) -> HuggingFaceFolder:
-        if not self.config.checkpoint.initial_load_model_weights_only:
-            raise ConfigError(
-                f'checkpoint.initial_load_path = "{path}": has weights alone, and '
-                "checkpoint.initial_load_model_weights_only = false asks for more; leave that out"
-            )
-        if self.spec.hugging_face is None:
-            raise ConfigError(
-                f'checkpoint.initial_load_path = "{path}": model.name = "{self.spec.name}" has no form in '
-                "transformers; take a checkpoint of titanlite"
-            )
-        return HuggingFaceFolder(Path(path).expanduser())
 
     def _build_data(self) -> None:
         training, data = self.config.training, self.config.data
@@ -188,7 +159,7 @@ class Trainer:
         built = build_model(self.spec, self.model_args, config, self.mesh)
         self.model_parts, self.parameters = built.parts, built.parameters
         self.size, self.converters = built.size, built.converters
-        self._check_memory()
+        check_memory(config, self.size, self.degrees, device)
         self.compile_watch = CompileWatch()
         self.loss_fn = build_loss(config, self.mesh)
         self.pipeline = build_pipeline(built, self.loss_fn, config, self.mesh, device)
@@ -201,22 +172,6 @@ class Trainer:
         self.about["model"] = f"{config.model.name} {config.model.flavor}, {self.size.params:,} parameters"
         self.about["flops per token"] = f"{self.flops_per_token:,}"
         self.about["memory"] = f"{before / GIB:.2f} GiB before building, {peak_memory(device).active / GIB:.2f} after"
-
-    def _check_memory(self) -> None:
-        """Refuse what cannot fit, before the machine is brought to its knees: float32 weights, gradients and two
-        moments are 16 bytes per parameter, whatever else a step needs."""
-        per_process = 16 * self.size.params / self.degrees.model_shards
-        on_host = self.config.training.enable_cpu_offload or self.runtime.device.type != "cuda"
-        sharing = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if on_host else 1
-        total = total_memory(torch.device("cpu") if on_host else self.runtime.device)
-        if per_process * sharing > total:
-            raise ConfigError(
-                f'model.flavor = "{self.config.model.flavor}": its {self.size.params:,} parameters need at least '
-                f"{per_process * sharing / GIB:.1f} GiB here (16 bytes each for weights, gradients and optimizer "
-                f"state, {sharing} of {self.degrees.model_shards} shards), and this "
-                f"{'machine' if on_host else 'GPU'} has {total / GIB:.1f} GiB: use more devices (NGPU), or a smaller "
-                "flavor"
-            )
 
     def _build_optimizer(self) -> None:
         config = self.config
@@ -238,22 +193,19 @@ class Trainer:
         shape = json.loads(json.dumps(asdict(self.model_args)))  # as it comes back from a file
         model = {"name": config.model.name, "flavor": config.model.flavor, "args": shape}
         self.process = Process(self.runtime.rank, self.runtime.device, self.model_parts, self.optimizer, model)
-        if self.start is not None:
-            self.checkpoints.load(self.start, self.process, weights_only=not self.resumes)
-            self.about["starts from"] = f"{self.start.folder}" + ("" if self.resumes else ", its weights alone")
-        if self.pretrained is not None and self.spec.hugging_face is not None:
-            family, folder = self.spec.hugging_face, self.pretrained
-            family.check(self.model_args, folder.config)
-            folder.load_into(self.process.parameters(), family.names(self.model_args), family.ignored)
-            self.about["starts from"] = f"{folder.folder}, Hugging Face weights"
-        if self.start is not None and self.resumes:
-            excluded, info = self.checkpoints.excluded(self.start), self.start.info
-            if "dataloader" not in excluded:
+        source = self.start.load(self.checkpoints, self.process, self.spec, self.model_args)
+        if source:
+            self.about["starts from"] = source
+        if self.start.found is not None and self.start.whole:
+            info = self.start.found.info
+            if "dataloader" not in self.start.excluded:
                 self.loader.load_state_dict(info.data)
-            if "train_state" not in excluded:
+            if self.start.keeps_step:
                 self.step, self.tokens_before = info.step, info.tokens_seen
                 self.step_guard.load_state_dict(info.step_guard)
-                logger.info("resuming from step %d: %s", self.step, self.start.folder)
+                logger.info("resuming from step %d: %s", self.step, self.start.found.folder)
+        if self.start.continues:
+            self.checkpoints.last_saved = self.step
         self.first_step = self.step + 1
 
     def _lock_run_folder(self) -> None:
@@ -261,7 +213,7 @@ class Trainer:
 
     def _fill_run_folder(self) -> None:
         metrics, profiling, checkpoints = self.config.metrics, self.config.profiling, self.config.checkpoint.folder
-        if self.start is not None and self.start.own:
+        if self.start.continues:
             saved = saved_steps(self.run_path / checkpoints)
             self.run_folder.set_earlier_aside([f"{checkpoints}/step-{step}" for step in saved if step > self.step])
             for file in (METRICS, VALIDATION):
@@ -319,11 +271,15 @@ class Trainer:
         if due or stop:
             self._log_step(loss, lr)
         if self.validator is not None and self.validator.is_due(self.step) and not stop:
-            self.validator.run(self.step, self.recorder, self.compile_watch)
+            self.validator.run(self.step, self.recorder, self.compile_watch, self._asked_to_stop)
+            stop = self._should_stop(wait=False)
         if self.step == self.first_step:
             runtime.set_train_timeout(self.config.comm, except_for=self.checkpoints.group)
         if save or stop or last:
             self._save(last=last, ends=stop or last)
+        if save and not (stop or last) and self._should_stop(wait=False):  # asked to while it was saved
+            self._save(ends=True)
+            stop = True
         self.gc.run(self.step)
         return stop
 
@@ -382,6 +338,10 @@ class Trainer:
             skipped_steps=seen.skipped,
         )
 
+    def _asked_to_stop(self) -> bool:
+        (stop,) = self.runtime.agree_max(int(self.stop_request.requested()))
+        return bool(stop)
+
     def _should_stop(self, wait: bool) -> bool:
         """Whether somebody asked the run to end after this step, the same on every rank. A bad step that is not skipped
         ends it with an error on all of them, in the words of the first rank that saw it; ``wait`` for this step's own.
@@ -404,11 +364,11 @@ class Trainer:
         """Save what continues the run after this step, if checkpoints are asked for; its time is no training's."""
         if not self.config.checkpoint.enable_checkpoint:
             return
-        start = time.perf_counter()
+        start, tokenizer = time.perf_counter(), self.config.model.tokenizer_path
         info = Info(
             step=self.step,
             model=self.process.model,
-            tokenizer_path=self.config.model.tokenizer_path,
+            tokenizer_path=str(Path(tokenizer).expanduser().absolute()) if tokenizer else "",
             seed=self.seed,
             tokens_seen=self.recorder.tokens_seen,
             data=merge_states(self.runtime.gather(self.loader.state_dict())),
@@ -437,18 +397,7 @@ class Trainer:
         if self.config.metrics.enable_tensorboard:
             tensorboard = f"{shown_path(sys.executable)} -m tensorboard.main --logdir"
             places["look at it"] = f"{tensorboard} {self.run_path / self.config.metrics.save_tb_folder}"
-        machines = os.environ.get("GROUP_WORLD_SIZE", "1")
-        ngpu = f"NGPU={os.environ['LOCAL_WORLD_SIZE']} " if self.runtime.world_size > 1 else ""
-        if machines != "1":
-            ngpu = f"NNODES={machines} RDZV_ENDPOINT=... {ngpu}"
-        command = os.environ.get(COMMAND, "titanlite")
-        again = f"{ngpu}CONFIG_FILE={self.run_path / CONFIG_TOML} {command}"
-        if not self.config.checkpoint.enable_checkpoint:
-            places["run it again"] = again
-        elif self.step < self.config.training.steps:
-            places["continue it"] = again
-        else:
-            places["train longer"] = f"{again} --training.steps={2 * self.step}"
+        places |= next_command(self.config, self.run_path / CONFIG_TOML, self.step, self.runtime.world_size)
         logger.info(summary(self.recorder, places))
 
     def close(self) -> None:

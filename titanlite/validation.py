@@ -203,8 +203,9 @@ class Validator:
     def is_due(self, step: int) -> bool:
         return step % self.interval == 0 or step == self.last_step
 
-    def run(self, step: int, recorder: Recorder, watch: CompileWatch) -> None:
-        """Validate after ``step`` and write the result.
+    def run(self, step: int, recorder: Recorder, watch: CompileWatch, asked_to_stop: Callable[[], bool]) -> None:
+        """Validate after ``step`` and write the result; nothing of both if ``asked_to_stop`` meanwhile, which is the
+        same on all ranks.
 
         Raises:
             TrainingError: the loss is not finite.
@@ -212,7 +213,10 @@ class Validator:
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)  # the training steps before are not of its time
         start = time.perf_counter()
-        loss = self.loss()
+        loss = self.loss(asked_to_stop)
+        if loss is None:
+            logger.info("the validation after step %d is left out", step)
+            return
         if not math.isfinite(loss):
             raise TrainingError(
                 f"the validation after step {step}: loss {loss} is not finite, so the weights are beyond repair; lower "
@@ -223,10 +227,16 @@ class Validator:
         recorder.log_validation(step, loss=loss, bits_per_byte=bits, tokens=self.data.tokens, seconds=seconds)
         watch.validation_done(step)
 
-    def loss(self) -> float:
-        """The mean negative log-likelihood of the tokens of all ranks, in nats; the same number on all of them."""
+    def loss(self, asked_to_stop: Callable[[], bool] = lambda: False) -> float | None:
+        """The mean negative log-likelihood of the tokens of all ranks, in nats; the same number on all of them. None if
+        ``asked_to_stop`` between two batches."""
+        found = []
         with self._evaluating():
-            losses = torch.stack([self._loss_of(batch) for batch in self.data.batches])
+            for batch in self.data.batches:
+                if asked_to_stop():
+                    return None
+                found.append(self._loss_of(batch))
+        losses = torch.stack(found)
         # All batches have as many tokens. Ranks of tensor parallelism have the same loss, and of the pipeline's stages
         # only the last has one.
         degrees = self._mesh.degrees

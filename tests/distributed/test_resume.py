@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import ROOT, TINY, Run, checkpoints, faulty, run_trainer, saved
+from tests.conftest import TINY, Run, checkpoints, faulty, run_trainer, saved
 from tests.distributed.test_launcher import start_in
 
 # What of a row is a result, not a measurement.
@@ -186,6 +186,9 @@ WAYS: dict[str, tuple[int, dict[str, Any]]] = {
         {"parallelism__pipeline_parallel_degree": 2, "training__local_batch_size": 2, "training__global_batch_size": 4},
     ),
     "FSDP 4": (4, {"training__local_batch_size": 1}),
+    "HSDP 2 x 2": (4, {"parallelism__data_parallel_replicate_degree": 2, "training__local_batch_size": 1}),
+    "CP 2": (2, {"parallelism__context_parallel_degree": 2}),
+    "FSDP 2 x TP 2": (4, {"parallelism__tensor_parallel_degree": 2, "training__local_batch_size": 2}),
 }
 
 
@@ -193,8 +196,9 @@ WAYS: dict[str, tuple[int, dict[str, Any]]] = {
     "names",
     [
         ["FSDP 2", "1 process"],
-        pytest.param(list(WAYS), marks=pytest.mark.slow),
+        pytest.param(["FSDP 2", "1 process", "TP 2", "PP 2", "FSDP 4"], marks=pytest.mark.slow),
         pytest.param(["TP 2", "FSDP 4", "PP 2", "TP 2"], marks=pytest.mark.slow),
+        pytest.param(["HSDP 2 x 2", "CP 2", "FSDP 2 x TP 2", "HSDP 2 x 2"], marks=pytest.mark.slow),
     ],
     ids=lambda names: " to ".join(names),
 )
@@ -248,11 +252,3 @@ def assert_resaved_alike(tmp_path: Path, step: int, ngpu: int, options: dict[str
     assert states[0].keys() == states[1].keys()
     assert all(torch.equal(tensor, states[1][name]) for name, tensor in states[0].items())
     shutil.rmtree(run.folder)
-
-
-def test_a_run_that_was_started_alone_may_not_be_started_twice(started: Any, tmp_path: Path) -> None:
-    run = started(1, run_folder=tmp_path / "run")
-    run.wait_for("step:  2")
-    second = run_trainer(tmp_path, env={"PYTHONPATH": str(ROOT)}, **checkpoints(1))
-    assert second.status == 2
-    assert "another run" in second.output

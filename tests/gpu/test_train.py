@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.conftest import checkpoints, saved
 from titanlite.config.schema import Optimizer, Training
 from titanlite.optim import StepGuard, build_optimizer
 from titanlite.optim.step_guard import StepRecord
@@ -44,6 +45,29 @@ def test_float8_with_compile_and_activation_checkpointing(train: Any, recipe: st
     assert "compiled" in run.output
     assert "again" not in run.output
     assert run.losses() == pytest.approx(plain.losses(), rel=5e-2)
+
+
+@pytest.mark.parametrize("mode", ["disabled", "async", "async_with_pinned_mem"])
+def test_a_stopped_run_ends_as_a_straight_one(train: Any, mode: str) -> None:
+    options = {**checkpoints(3, async_mode=mode), "training__compile": "true", "timeout": 600}
+    straight = train(name="straight", **options, training__steps=6)
+    assert straight.status == 0, straight.output
+    assert train(name="stopped", **options, training__steps=3).status == 0
+    stopped = train(name="stopped", **options, training__steps=6)
+    assert "resuming from step 3" in stopped.output
+    assert stopped.losses() == straight.losses()
+    assert saved(stopped.folder, 6) == saved(straight.folder, 6)
+
+
+def test_a_run_of_the_cpu_goes_on_on_the_gpu_and_back(train: Any) -> None:
+    cpu = {"env": {"CUDA_VISIBLE_DEVICES": ""}}
+    assert train(**checkpoints(2), **cpu, training__steps=2).status == 0
+    there = train(**checkpoints(2), training__steps=4)
+    assert there.status == 0, there.output
+    assert "random.0.cuda begins from the seed" in there.output
+    back = train(**checkpoints(2), **cpu, training__steps=6)
+    assert back.status == 0, back.output
+    assert [row["step"] for row in back.rows()] == [*range(1, 7)]
 
 
 def test_cpu_offload_changes_no_loss(train: Any) -> None:

@@ -116,6 +116,7 @@ def test_without_verification_nothing_is_read_twice(again: Any) -> None:
             ],
         ),
         ({"optimizer__name": "SGDM"}, ["was saved by another optimizer", "exclude_from_loading=optimizer"]),
+        ({"optimizer__name": "SGD"}, ["was saved by another optimizer", "exclude_from_loading=optimizer"]),
         ({"training__seed": 1}, ["place in the data does not fit this run: seed was 0, is 1"]),
         ({"training__seq_len": 16}, ["seq_len was 32, is 16"]),
         (
@@ -127,7 +128,17 @@ def test_without_verification_nothing_is_read_twice(again: Any) -> None:
             ["run/tb is no checkpoint of titanlite: it has no checkpoint.json"],
         ),
     ],
-    ids=["load_step", "model", "initial model", "optimizer", "seed", "seq_len", "nowhere", "no checkpoint"],
+    ids=[
+        "load_step",
+        "model",
+        "initial model",
+        "optimizer",
+        "stateless",
+        "seed",
+        "seq_len",
+        "nowhere",
+        "no checkpoint",
+    ],
 )
 def test_what_does_not_fit_is_one_message(
     again: Any, tmp_path: Path, options: dict[str, Any], parts: list[str]
@@ -142,8 +153,12 @@ from titanlite.optim import register_optimizer
 FLAVORS["wide"] = replace(FLAVORS["debugmodel"], dim=128, ffn_dim=256)
 
 @register_optimizer("SGDM")
-def sgd(params, options):
+def sgdm(params, options):
     return torch.optim.SGD(params, lr=options.lr, momentum=0.9)
+
+@register_optimizer("SGD")
+def sgd(params, options):
+    return torch.optim.SGD(params, lr=options.lr)
 """
     )
     refused(again(experimental__custom_import="own", **options), *parts)
@@ -158,6 +173,11 @@ def sgd(params, options):
         ({"initial_load_model_weights_only": "false"}, ["no effect without checkpoint.initial_load_path"]),
         ({"enable_checkpoint": "true", "export_dtype": "bfloat16"}, ["last_save_model_weights_only"]),
         ({"exclude_from_loading": "optimizer"}, ["no effect where nothing but weights is loaded"]),
+        (
+            {"enable_checkpoint": "true", "initial_load_path": "x", "exclude_from_loading": "optimizer"},
+            ["no effect where nothing but weights is loaded"],
+        ),
+        ({"enable_checkpoint": "true", "fallback": "true", "verify": "false"}, ["needs checkpoint.verify"]),
         (
             {"enable_checkpoint": "true", "exclude_from_loading": "lr_scheduler"},
             ["function of the step", "train_state"],
@@ -183,13 +203,35 @@ def test_load_step_sets_later_ones_aside(again: Any, tmp_path: Path, finished: R
 
 
 def test_parts_can_be_left_out(again: Any, tmp_path: Path) -> None:
-    run = again(name="run", checkpoint__exclude_from_loading="optimizer,dataloader,train_state,lr_scheduler")
+    """Then it is another run: what there was is set aside as a whole, and as many steps are made as are asked for."""
+    everything = {"checkpoint__exclude_from_loading": "optimizer,dataloader,train_state,lr_scheduler"}
+    run = again(**everything, training__steps=4)  # which the run before had made
     assert run.status == 0, run.output
-    assert steps(run) == [1, 2, 3, 4, 5, 6]
-    assert run.rows()[0]["lr"] == run.rows()[5]["lr"] or run.rows()[0]["lr"] < run.rows()[1]["lr"]
+    assert steps(run) == [1, 2, 3, 4]
+    assert run.rows()[0]["lr"] < run.rows()[1]["lr"]
     assert run.rows()[0]["tokens_seen"] == 128
+    assert sorted(path.name for path in (run.folder / "checkpoint").iterdir()) == ["step-2", "step-4"]
     (aside,) = run.folder.glob("earlier/*")
-    assert sorted(path.name for path in aside.iterdir()) == ["step-2", "step-4"]
+    assert sorted(path.name for path in aside.iterdir()) == ["checkpoint", "config.toml", "metrics.jsonl"]
+    assert len((aside / "metrics.jsonl").read_text().splitlines()) == 4
+
+
+def test_what_is_read_of_a_continued_run_is_one_run(tmp_path: Path) -> None:
+    """Each step once, in metrics.jsonl, validation.jsonl and TensorBoard, though steps 5 and 6 were made twice."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    validation = {"validation__enable": "true", "validation__interval": 2, "validation__steps": 1}
+    options = {**checkpoints(4), **validation, "metrics__enable_tensorboard": "true"}
+    kill = faulty(KILL_AFTER=6, KILL_NEEDS=tmp_path / "run" / "checkpoint" / "step-4")
+    assert run_trainer(tmp_path, **options, **kill, model__converters="fault", training__steps=8).status != 0
+    run = run_trainer(tmp_path, **options, training__steps=8)
+    assert run.status == 0, run.output
+    assert steps(run) == [*range(1, 9)]
+    rows = (run.folder / "validation.jsonl").read_text().splitlines()
+    assert [json.loads(row)["step"] for row in rows] == [2, 4, 6, 8]
+    events = EventAccumulator(str(run.folder / "tb")).Reload()
+    assert [event.step for event in events.Scalars("loss_metrics/global_avg_loss")] == [*range(1, 9)]
+    assert [event.step for event in events.Scalars("validation_metrics/loss")] == [2, 4, 6, 8]
 
 
 def test_another_run_can_begin_with_the_weights_or_with_everything(again: Any, tmp_path: Path, finished: Run) -> None:
@@ -206,6 +248,7 @@ def test_another_run_can_begin_with_the_weights_or_with_everything(again: Any, t
     straight = again()
     assert everything.losses() == straight.losses()[4:]
     assert saved(everything.folder, 6) == saved(straight.folder, 6)
+    refused(again(name="other", **full, training__steps=4), "training.steps = 4", "is at step 6 already")
 
 
 def test_a_last_save_of_weights_alone(tmp_path: Path) -> None:
@@ -236,8 +279,12 @@ def test_a_seed_checkpoint_is_the_beginning(tmp_path: Path) -> None:
     assert seed.status == 0, seed.output
     assert steps(seed) == []
     source = {"initial_load_path": seed.folder / "checkpoint"}
+    refused(
+        run_trainer(tmp_path, name="seed", **checkpoints(2, create_seed_checkpoint="true")), "has checkpoints already"
+    )
     one = run_trainer(tmp_path, name="one", **checkpoints(2, **source), training__seed=0)
     assert one.losses() == run_trainer(tmp_path, name="other", **checkpoints(2)).losses()
+    assert run_trainer(tmp_path, name="seed", **checkpoints(2)).losses() == one.losses()
 
 
 def test_a_run_that_drew_its_seed_keeps_it(tmp_path: Path) -> None:
@@ -246,6 +293,57 @@ def test_a_run_that_drew_its_seed_keeps_it(tmp_path: Path) -> None:
     run = run_trainer(tmp_path, **options, training__steps=4)
     assert run.status == 0, run.output
     assert steps(run) == [1, 2, 3, 4]
+
+
+def test_optimizer_state_is_that_of_the_parameters_that_have_some(tmp_path: Path) -> None:
+    """A parameter without gradients has no state before, and none after; an optimizer without state needs none."""
+    (tmp_path / "own.py").write_text(
+        """
+import torch
+from titanlite.converters import register_converter
+from titanlite.optim import register_optimizer
+
+@register_optimizer("SGD")
+def sgd(params, options):
+    return torch.optim.SGD(params, lr=options.lr)
+
+@register_converter("unused")
+class Unused:
+    def __init__(self, config, mesh): pass
+    def convert(self, model):
+        norm = model.norm
+        norm.extra = torch.nn.Parameter(torch.empty(4, device="meta"))
+        initial = model.init_weights
+        model.init_weights = torch.no_grad()(lambda weights: (initial(weights), weights.ones(norm.extra)))
+        return "a parameter that nothing uses"
+    def post_optimizer_hook(self, model): pass
+"""
+    )
+    for name, own in (("unused", {"model__converters": "unused"}), ("stateless", {"optimizer__name": "SGD"})):
+        options = {**checkpoints(2), **own, "experimental__custom_import": "own"}
+        first = run_trainer(tmp_path, name=name, **options, training__steps=2)
+        assert first.status == 0, first.output
+        run = run_trainer(tmp_path, name=name, **options, training__steps=4)
+        assert run.status == 0, run.output
+        assert steps(run) == [1, 2, 3, 4]
+    refused(run_trainer(tmp_path, name="stateless", **checkpoints(2), training__steps=6), "by another optimizer")
+
+
+def test_a_generator_that_was_not_there_begins_from_the_seed(tmp_path: Path) -> None:
+    """As when a run of the CPU goes on on a GPU, here with a generator made up."""
+    (tmp_path / "own.py").write_text(
+        """
+import torch
+from titanlite.checkpoint import manager
+
+known = manager.random_state
+manager.random_state = lambda rank, device: {**known(rank, device), f"random.{rank}.cuda": torch.zeros(16)}
+"""
+    )
+    assert run_trainer(tmp_path, **checkpoints(2), training__steps=2).status == 0
+    run = run_trainer(tmp_path, **checkpoints(2), training__steps=4, experimental__custom_import="own")
+    assert run.status == 0, run.output
+    assert "random.0.cuda begins from the seed" in run.output
 
 
 # ---- signals and disks
@@ -266,6 +364,32 @@ def test_a_signal_saves_and_ends_with_0(started: Any, tmp_path: Path, ngpu: int,
     assert folder.name == f"step-{rows[-1]['step']}"
     # A step, its save (74 MB) and the end of the process, on a busy machine.
     assert took < 15, f"{took:.1f} s"
+
+
+@pytest.mark.parametrize("mode", ["disabled", "async"])
+def test_a_signal_during_a_save_ends_with_that_one(started: Any, tmp_path: Path, mode: str) -> None:
+    slow = faulty(SLOW_WRITES=0.0003)
+    run = started(1, env=slow.pop("env"), **checkpoints(3, async_mode=mode), **slow)
+    folder = run.folder / "checkpoint"
+    while not list(folder.glob(".partial-*")):
+        assert run.process.poll() is None, run.output()
+        time.sleep(0.02)
+    run.process.send_signal(signal.SIGTERM)
+    assert run.process.wait(timeout=60) == 0, run.output()
+    saved_ = [path.name for path in folder.iterdir()]
+    # In the background a step has begun meanwhile, or more.
+    assert saved_ == ["step-3"] if mode == "disabled" else "step-3" in saved_
+    assert run.output().count("saved in") == len(saved_) <= 2
+
+
+def test_a_signal_during_a_validation_ends_it(started: Any, tmp_path: Path) -> None:
+    run = started(1, **checkpoints(100000), validation__enable="true", validation__interval=2, validation__steps=2000)
+    run.wait_for("step:  2")
+    time.sleep(0.5)
+    run.process.send_signal(signal.SIGTERM)
+    assert run.process.wait(timeout=20) == 0, run.output()
+    assert "the validation after step 2 is left out" in run.output()
+    assert [path.name for path in (run.folder / "checkpoint").iterdir()] == ["step-2"]
 
 
 def test_the_run_goes_on_when_a_save_fails(started: Any, tmp_path: Path) -> None:

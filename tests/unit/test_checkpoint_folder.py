@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -22,7 +23,7 @@ from titanlite.checkpoint.folder import (
     step_folder,
     write_file,
 )
-from titanlite.checkpoint.storage import verify
+from titanlite.checkpoint.storage import INFO, Info, read_info, verify
 from titanlite.run_folder import drop_rows_after
 
 
@@ -93,11 +94,33 @@ def test_all_damaged_files_are_named_at_once(tmp_path: Path) -> None:
 
 def test_what_is_deleted_or_damaged_is_no_checkpoint_any_more(tmp_path: Path) -> None:
     delete(make(tmp_path, 1))
-    assert list(tmp_path.iterdir()) == []
+    assert saved_steps(tmp_path) == []
     for number in ("", "-2"):
         assert set_damaged_aside(make(tmp_path, 2)) == tmp_path / f"damaged-step-2{number}"
     assert saved_steps(tmp_path) == []
     assert clear_leftovers(tmp_path) == []
+
+
+def test_every_flipped_bit_of_what_is_not_tensors_is_found_before_it_is_believed(tmp_path: Path) -> None:
+    partial, final = partial_folder(tmp_path, 7), step_folder(tmp_path, 7)
+    partial.mkdir()
+    info = Info(7, {"name": "llama3", "flavor": "debugmodel", "args": {}}, seed=3)
+    text = json.dumps({"format": 1, **asdict(info)}, indent=1)
+    commit(partial, final, {INFO: write_file(partial / INFO, text)})
+    assert read_info(final) == info
+    for position in range(len(text)):
+        changed = bytearray(text.encode())
+        changed[position] ^= 1 << position % 8
+        (final / INFO).write_bytes(changed)
+        with pytest.raises(DamagedCheckpoint, match=f"step-7 is damaged: {INFO} is changed"):
+            read_info(final)
+
+
+def test_a_checkpoint_that_cannot_be_removed_does_not_stop_the_next(tmp_path: Path) -> None:
+    first = delete(make(tmp_path, 1))
+    second = delete(make(tmp_path, 1))
+    assert saved_steps(tmp_path) == []
+    assert clear_leftovers(tmp_path) == sorted([first.name, second.name])
 
 
 def test_rows_after_the_checkpoint_are_dropped(tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ GROUND = (
     *("optim", "checkpoint", "metrics", "profiling", "run_folder", "stacks", "stop_request"),
 )
 MIDDLE = ("converters", "distributed", "model_spec", "generation", "sample")
-TOP = ("build", "load_model", "validation", "estimate", "train", "launch")
+TOP = ("build", "load_model", "start", "validation", "estimate", "train", "launch")
 
 
 class Import(NamedTuple):

@@ -24,21 +24,25 @@ class BackgroundSaver:
     do not change it: call :meth:`wait_for_copy` before the optimizer does. Everything else is copied at once.
 
     Args:
-        pin: page-locked memory, which GPUs copy to faster and without waiting. Kept from save to save.
+        pin: page-locked memory, which GPUs copy to faster and without waiting. The memory of the copy is kept from save
+            to save, pinned or not.
     """
 
     def __init__(self, device: torch.device, pin: bool) -> None:
         self._device, self._pin = device, pin and device.type == "cuda"
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self._pool = ThreadPoolExecutor(1, "checkpoint")
+        # A thread begins with the first GPU, whichever is its process's.
+        begin = (torch.cuda.set_device, (device,)) if device.type == "cuda" else (None, ())
+        self._pool = ThreadPoolExecutor(1, "checkpoint", *begin)
         self._buffers: State = {}
         self._copied = threading.Event()
         self._copied.set()
         self._saving: Future[None] | None = None
         self.step = 0
 
-    def start(self, step: int, state: State, write: Callable[[State], None]) -> None:
-        """Copy ``state`` and call ``write`` with the copy, in the thread. The save before has ended."""
+    def start(self, step: int, state: State, write: Callable[[State, Exception | None], None]) -> None:
+        """Copy ``state`` and call ``write`` with the copy, in the thread, or with what copying raised. The save before
+        has ended."""
         assert self._saving is None
         self.step = step
         now = {name: tensor.detach().clone() for name, tensor in state.items() if not isinstance(tensor, DTensor)}
@@ -47,11 +51,15 @@ class BackgroundSaver:
         self._copied.clear()
 
         def save() -> None:
+            copies: State = {}
+            failure = None
             try:
                 copies = self._copy({**now, **sharded}, ready)
+            except Exception as e:  # the other processes are told, who would wait for this one
+                failure = e
             finally:
                 self._copied.set()
-            write(copies)
+            write(copies, failure)
 
         self._saving = self._pool.submit(save)
 

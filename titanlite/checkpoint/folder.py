@@ -62,11 +62,22 @@ def clear_leftovers(root: Path) -> list[str]:
     return sorted(path.name for path in left)
 
 
-def delete(folder: Path) -> None:
-    """Delete a checkpoint, which is gone at once: a process killed meanwhile leaves nothing that looks like one."""
-    going = folder.with_name(_DELETING + folder.name)
+def delete(folder: Path) -> Path:
+    """Let a checkpoint be none any more, at once; returns the folder that is left to be removed, in whatever time that
+    takes."""
+    number, going = 1, folder.with_name(_DELETING + folder.name)
+    while going.exists():  # what could not be removed before
+        number += 1
+        going = folder.with_name(f"{_DELETING}{folder.name}-{number}")
     folder.rename(going)
-    shutil.rmtree(going)
+    return going
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder that is still there after a loss of power."""
+    if not folder.is_dir():
+        folder.mkdir(parents=True)
+        _flush_folder(folder.parent)
 
 
 def set_damaged_aside(folder: Path) -> Path:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
+import threading
 import time
 from dataclasses import dataclass
 from datetime import timedelta
@@ -34,7 +36,17 @@ from titanlite.checkpoint.state import (
     random_state,
     set_random_state,
 )
-from titanlite.checkpoint.storage import Info, SaveError, from_rank_zero, load, read_info, save, saved_shapes, verify
+from titanlite.checkpoint.storage import (
+    Info,
+    SaveError,
+    from_rank_zero,
+    load,
+    on_all,
+    read_info,
+    save,
+    saved_shapes,
+    verify,
+)
 from titanlite.config.schema import Checkpoint
 from titanlite.errors import ConfigError, TrainingError
 
@@ -92,6 +104,7 @@ class CheckpointManager:
         if options.async_mode != "disabled":
             self._background = BackgroundSaver(device, pin=options.async_mode == "async_with_pinned_mem")
         self.last_saved: int | None = None
+        self._deleting: threading.Thread | None = None
 
     # ---- which one to begin from
 
@@ -111,7 +124,6 @@ class CheckpointManager:
             except DamagedCheckpoint as e:
                 step = self._one_before(step, e)
             else:
-                self.last_saved = step
                 return Found(folder, info, own=True)
         return None
 
@@ -185,13 +197,15 @@ class CheckpointManager:
         shapes = from_rank_zero(self.group, lambda: saved_shapes(found.folder))
         state = self._matching(found, process, shapes)
         if not weights_only:
-            if "optimizer" not in self.excluded(found):
-                prepare_optimizer(process.optimizer)
-                state |= optimizer_state(process.optimizer, process.parts)
-                self._refuse_missing(found, state, shapes)
-            state |= self._random(found, process)
+            if "optimizer" not in self.excluded(found) and found.info.step > 0:
+                saved = {name for name in shapes if name.startswith("optimizer.")}
+                prepare_optimizer(process.optimizer, process.parts, saved)
+                own = optimizer_state(process.optimizer, process.parts)
+                self._refuse_another_optimizer(found, own, {name: shapes[name] for name in saved})
+                state |= own
+            state |= self._random(found, process, shapes)
         load(found.folder, state, self.group)
-        if not weights_only and found.info.world_size == dist.get_world_size():
+        if not weights_only:
             set_random_state(state, process.rank, process.device)
         what = "its weights" if weights_only else f"step {found.info.step}"
         logger.info("%s: %s loaded in %.1f s", found.folder, what, time.perf_counter() - start)
@@ -228,11 +242,11 @@ class CheckpointManager:
                 logger.warning("%d buffers %s, such as %s", len(names_of), what, min(names_of))
         return {name: tensor for name, tensor in state.items() if name not in lacking}
 
-    def _refuse_missing(self, found: Found, state: State, shapes: dict[str, torch.Size]) -> None:
+    def _refuse_another_optimizer(self, found: Found, own: State, saved: dict[str, torch.Size]) -> None:
         gathered: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(gathered, differences(shapes, state), group=self.group)
-        lines = sorted({line for missing, others in gathered for line in (*missing, *others)})
-        lines = [line for line in lines if line.startswith("optimizer.")]
+        dist.all_gather_object(gathered, (set(own), *differences(saved, own)), group=self.group)
+        names = set().union(*(part[0] for part in gathered))
+        lines = sorted({line for part in gathered for line in (*part[1], *part[2])} | (saved.keys() - names))
         if lines:
             raise ConfigError(
                 f"{found.folder} was saved by another optimizer: {len(lines)} of its tensors differ, such as "
@@ -240,7 +254,7 @@ class CheckpointManager:
                 "--checkpoint.exclude_from_loading=optimizer"
             )
 
-    def _random(self, found: Found, process: Process) -> State:
+    def _random(self, found: Found, process: Process, shapes: dict[str, torch.Size]) -> State:
         world = dist.get_world_size()
         if found.info.world_size != world:
             logger.info(
@@ -249,7 +263,10 @@ class CheckpointManager:
                 world,
             )
             return {}
-        return random_state(process.rank, process.device)
+        state = random_state(process.rank, process.device)
+        for name in state.keys() - shapes.keys():  # a GPU's, where there was none
+            logger.warning("%s begins from the seed: the checkpoint is of a run without it", name)
+        return {name: tensor for name, tensor in state.items() if name in shapes}
 
     # ---- saving
 
@@ -282,12 +299,28 @@ class CheckpointManager:
         else:
             state |= optimizer_state(process.optimizer, process.parts) | random_state(process.rank, process.device)
         if self._background is not None and not ends:
-            self._background.start(info.step, state, lambda copies: self._write(copies, info))
+            self._background.start(info.step, state, lambda copies, failure: self._write_copies(copies, failure, info))
             return
         try:
             self._write(state, info)
         except SaveError as e:
-            self._failed(e, info.step, fatal=ends)
+            if ends or self.options.on_save_failure == "stop":
+                raise self._fatal(e, info.step) from None
+            self._log_failed(e, info.step)
+
+    def _write_copies(self, copies: State, failure: Exception | None, info: Info) -> None:
+        """In the thread: what fails is in the log now, not at the next save."""
+
+        def refuse() -> None:
+            if failure is not None:
+                raise failure
+
+        try:
+            on_all(self.group, refuse)
+            self._write(copies, info)
+        except Exception as e:
+            self._log_failed(e, info.step)
+            raise
 
     def _all_buffers(self, process: Process) -> list[str]:
         gathered: list[Any] = [None] * dist.get_world_size()
@@ -306,19 +339,40 @@ class CheckpointManager:
             _size(local_bytes(state)),
         )
         if dist.get_rank() == 0 and self.options.keep_latest_k:
-            for step in saved_steps(self.root)[: -self.options.keep_latest_k]:
+            self._delete_old(self.options.keep_latest_k)
+
+    def _delete_old(self, kept: int) -> None:
+        """In a thread: it may take minutes, in which the other processes would wait for this one."""
+        if self._deleting is not None:
+            self._deleting.join()
+        steps = saved_steps(self.root)[:-kept]
+
+        def remove() -> None:
+            for step in steps:
                 try:
-                    delete(step_folder(self.root, step))
+                    shutil.rmtree(delete(step_folder(self.root, step)))
                 except OSError as e:
                     logger.warning("checkpoint.keep_latest_k: step-%d cannot be deleted: %s", step, e)
 
-    def _failed(self, error: SaveError, step: int, fatal: bool) -> None:
+        self._deleting = threading.Thread(target=remove, name="delete")
+        self._deleting.start()
+
+    def _failed(self, error: Exception, step: int) -> str:
         steps = saved_steps(self.root) if self.root.is_dir() else []
         kept = f"the latest is {step_folder(self.root, steps[-1])}" if steps else "there is no checkpoint"
-        message = f"step {step}: THE CHECKPOINT COULD NOT BE SAVED ({error}); {kept}"
-        if fatal or self.options.on_save_failure == "stop":
-            raise TrainingError(f"{message}. Make room in {self.root.parent} and start the run again")
-        logger.error("%s. Training goes on; checkpoint.on_save_failure=stop would end it", message)
+        return f"step {step}: THE CHECKPOINT COULD NOT BE SAVED ({error}); {kept}"
+
+    def _fatal(self, error: SaveError, step: int) -> TrainingError:
+        return TrainingError(f"{self._failed(error, step)}. Make room in {self.root.parent} and start the run again")
+
+    def _log_failed(self, error: Exception, step: int) -> None:
+        if isinstance(error, SaveError) and self.options.on_save_failure == "continue":
+            if dist.get_rank() == 0:  # it is the same on all
+                logger.error(
+                    "%s. Training goes on; checkpoint.on_save_failure=stop would end it", self._failed(error, step)
+                )
+        else:
+            logger.error("%s", self._failed(error, step))
 
     def before_update(self) -> None:
         """To be called before the optimizer changes what may still be being copied."""
@@ -332,7 +386,10 @@ class CheckpointManager:
         try:
             waited = self._background.wait()
         except SaveError as e:
-            self._failed(e, self._background.step, fatal=False)
+            if self.options.on_save_failure == "stop":
+                raise self._fatal(e, self._background.step) from None
+        except Exception as e:  # not agreed on by the processes: they cannot go on together
+            raise TrainingError(self._failed(e, self._background.step)) from e
         else:
             if waited > 1:
                 logger.warning("waited %.1f s for the checkpoint before; raise checkpoint.interval", waited)
@@ -340,6 +397,8 @@ class CheckpointManager:
     def close(self) -> None:
         if self._background is not None:
             self._background.close()
+        if self._deleting is not None:
+            self._deleting.join()
 
 
 def _restarted() -> bool:

@@ -42,13 +42,17 @@ def optimizer_state(optimizer: torch.optim.Optimizer, parts: Iterable[nn.Module]
     return state
 
 
-def prepare_optimizer(optimizer: torch.optim.Optimizer) -> None:
-    """Let the optimizer create its state, to be loaded into: a step with gradients of zero, at a rate of zero."""
+def prepare_optimizer(optimizer: torch.optim.Optimizer, parts: Iterable[nn.Module], saved: Iterable[str]) -> None:
+    """Let the optimizer create its state for the parameters that have some in ``saved``, to be loaded into: a step with
+    gradients of zero, at a rate of zero. A parameter that never had a gradient has none; where none has any, what was
+    saved is of an optimizer without, and this one shows whether it is one: it makes all that it has."""
+    with_state = {name.removeprefix("optimizer.").rpartition(".")[0] for name in saved if name.startswith("optimizer.")}
     rates = [group["lr"] for group in optimizer.param_groups]
     for group in optimizer.param_groups:
         group["lr"] = 0.0
-        for param in group["params"]:
-            param.grad = torch.zeros_like(param)
+    for part in parts:
+        for name, param in part.named_parameters():
+            param.grad = torch.zeros_like(param) if name in with_state or not with_state else None
     optimizer.step()
     optimizer.zero_grad()
     for group, rate in zip(optimizer.param_groups, rates):
@@ -76,14 +80,16 @@ def random_state(rank: int, device: torch.device) -> State:
 
 
 def set_random_state(state: Mapping[str, Tensor], rank: int, device: torch.device) -> None:
-    """Put the generators where :func:`random_state` found them."""
+    """Put the generators where :func:`random_state` found them; those that ``state`` has not stay where they are."""
     own = {name.rpartition(".")[2]: tensor for name, tensor in state.items() if name.startswith(f"random.{rank}.")}
+    if not own:
+        return
     torch.set_rng_state(own["torch"])
     gauss = own["python_gauss"].item()
     random.setstate((3, tuple(own["python"].tolist()), None if gauss != gauss else gauss))
     *keys, position, has_gauss = own["numpy"].tolist()
     np.random.set_state(("MT19937", np.array(keys, dtype=np.uint32), position, has_gauss, own["numpy_gauss"].item()))
-    if device.type == "cuda":
+    if "cuda" in own:
         torch.cuda.set_rng_state(own["cuda"], device)
 
 

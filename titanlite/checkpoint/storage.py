@@ -6,6 +6,7 @@ and ``SHA256SUMS``. All functions that take a group are called by all its proces
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -31,6 +32,7 @@ from titanlite.checkpoint.folder import (
     DamagedCheckpoint,
     HashingFile,
     commit,
+    make_folder,
     partial_folder,
     problems_of,
     read_sums,
@@ -42,6 +44,7 @@ from titanlite.errors import ConfigError
 
 INFO = "checkpoint.json"
 _FORMAT = 1
+_COPY_AHEAD = 10_000_000  # bytes
 T = TypeVar("T")
 
 
@@ -85,12 +88,12 @@ def on_all(group: dist.ProcessGroup | None, function: Callable[[], T]) -> list[T
     """Call ``function`` on every process; returns what each returned, by rank.
 
     Raises:
-        SaveError: on all, if it raised an OSError on any.
+        SaveError: on all, if it raised on any.
     """
     try:
         result: tuple[T | None, str] = (function(), "")
-    except OSError as e:
-        result = (None, f"rank {dist.get_rank()}: {e}")
+    except Exception as e:  # whatever it is, the others must not wait for this process
+        result = (None, f"rank {dist.get_rank()}: {_words(e)}")
     results: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(results, result, group=group)
     errors = [error for _, error in results if error]
@@ -100,13 +103,21 @@ def on_all(group: dist.ProcessGroup | None, function: Callable[[], T]) -> list[T
 
 
 def from_rank_zero(group: dist.ProcessGroup | None, function: Callable[[], T]) -> T:
-    """Call ``function`` on rank 0; returns what it returned, or raises what it raised, on every process."""
+    """Call ``function`` on rank 0; returns what it returned on every process.
+
+    Raises:
+        ConfigError: on every process, if it raised that, or met what the operating system refuses.
+    """
     outcome: list[Any] = [None, None]
     if dist.get_rank() == 0:
         try:
             outcome[0] = function()
-        except (ConfigError, OSError) as e:
+        except ConfigError as e:
             outcome[1] = e
+        except OSError as e:
+            outcome[1] = ConfigError(
+                f"the checkpoints cannot be read: {e}; make them readable, or choose another folder"
+            )
     dist.broadcast_object_list(outcome, src=0, group=group)
     if outcome[1] is not None:
         raise outcome[1]
@@ -148,7 +159,8 @@ def save(root: Path, state: State, info: Info, group: dist.ProcessGroup | None) 
         if final.exists():
             raise FileExistsError(f"{final} exists")
         shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
+        make_folder(root)
+        partial.mkdir()
 
     def end(sums: Mapping[str, str]) -> None:
         text = json.dumps({"format": _FORMAT, **asdict(info)}, indent=1)
@@ -172,7 +184,10 @@ def _nothing() -> None:
 
 def _write_tensors(folder: Path, state: State, group: dist.ProcessGroup | None) -> dict[str, str]:
     """Returns the SHA-256 of all processes' files by name."""
-    writer = FileSystemWriter(folder, sync_files=True)
+    # By default it copies ahead, to overlap with writing, and waits for training's stream for that: here only where
+    # there is something to copy.
+    on_device = any(tensor.device.type != "cpu" for tensor in state.values())
+    writer = FileSystemWriter(folder, sync_files=True, per_thread_copy_ahead=_COPY_AHEAD if on_device else 0)
     writer.fs = files = _HashingFileSystem()
     planner = DefaultSavePlanner(flatten_state_dict=False)
     try:
@@ -199,10 +214,10 @@ def read_info(folder: Path) -> Info:
 
     Raises:
         ConfigError: it is no checkpoint, or of a version that this one does not know.
-        DamagedCheckpoint: it is one, and this file is missing or no JSON.
+        DamagedCheckpoint: it is one, and this file is not what was written, or the checksums are not.
     """
     try:
-        content = json.loads((folder / INFO).read_text())
+        text = (folder / INFO).read_bytes()
     except (FileNotFoundError, NotADirectoryError):
         if (folder / SUMS).exists():
             raise DamagedCheckpoint(folder, [f"{INFO} is missing"]) from None
@@ -210,8 +225,10 @@ def read_info(folder: Path) -> Info:
             f"{folder} is no checkpoint of titanlite: it has no {INFO}; a checkpoint is a folder such as "
             "outputs/checkpoint/step-100"
         ) from None
-    except ValueError as e:
-        raise DamagedCheckpoint(folder, [f"{INFO} is changed ({e})"]) from None
+    # Whatever else is verified: a change here could be mistaken for another version, or for other values.
+    if hashlib.sha256(text).hexdigest() != read_sums(folder).get(INFO):
+        raise DamagedCheckpoint(folder, [f"{INFO} is changed"])
+    content = json.loads(text)
     if content.pop("format") != _FORMAT:
         raise ConfigError(f"{folder} was written by another version of titanlite: its format is not {_FORMAT}")
     return Info(**content)

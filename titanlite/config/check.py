@@ -81,8 +81,11 @@ def _check_checkpoint(config: JobConfig) -> None:
     if asked("export_dtype") and not options.last_save_model_weights_only:
         refuse("export_dtype", "has no effect without checkpoint.last_save_model_weights_only: a run needs float32")
     excluded = options.exclude_from_loading
-    everything = options.initial_load_path and not options.initial_load_model_weights_only
-    if excluded and not options.enable_checkpoint and not everything:
+    if options.fallback and not options.verify:
+        refuse("fallback", "needs checkpoint.verify: what is not verified is not known to be damaged")
+    # With an initial checkpoint, what is left out is left out of that one.
+    whole = not options.initial_load_model_weights_only if options.initial_load_path else options.enable_checkpoint
+    if excluded and not whole:
         refuse("exclude_from_loading", "has no effect where nothing but weights is loaded")
     if "lr_scheduler" in excluded and "train_state" not in excluded:
         refuse(

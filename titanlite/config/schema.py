@@ -239,7 +239,7 @@ class Checkpoint:
     create_seed_checkpoint: bool = False
     """Save the initial weights as step 0 and end."""
     async_mode: Literal["disabled", "async", "async_with_pinned_mem"] = "disabled"
-    """Save beside training, from a copy of the state in host memory; pinned, on GPUs, is faster and stays taken."""
+    """Save beside training, from a copy of the state in host memory; pinned is faster on GPUs."""
     keep_latest_k: NotNegative = 10
     """Keep this many checkpoints; 0 keeps all."""
     load_step: Annotated[int, Rule("0 or more, or -1 for the latest", lambda v: v >= -1)] = -1

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from pathlib import Path
 
+from titanlite.config import JobConfig
+from titanlite.environment import COMMAND
 from titanlite.metrics.recorder import Recorder
 from titanlite.metrics.sinks import Row
 
@@ -52,3 +55,17 @@ def summary(recorder: Recorder, places: Mapping[str, str]) -> str:
             **places,
         },
     )
+
+
+def next_command(config: JobConfig, file: Path, step: int, world_size: int) -> dict[str, str]:
+    """What to type after a run that ended at ``step``, by what it does; ``file`` is its configuration."""
+    machines = os.environ.get("GROUP_WORLD_SIZE", "1")
+    ngpu = f"NGPU={os.environ['LOCAL_WORLD_SIZE']} " if world_size > 1 else ""
+    if machines != "1":
+        ngpu = f"NNODES={machines} RDZV_ENDPOINT=... {ngpu}"
+    again = f"{ngpu}CONFIG_FILE={file} {os.environ.get(COMMAND, 'titanlite')}"
+    if not config.checkpoint.enable_checkpoint:
+        return {"run it again": again}
+    if step < config.training.steps:
+        return {"continue it": again}
+    return {"train longer": f"{again} --training.steps={2 * step}"}
