@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -15,11 +16,13 @@ import torch
 import torch.distributed as dist
 
 from models.llama3.model import Llama3, Llama3Args
+from models.llama3.spec import FLAVORS, configure
 from tests.conftest import ROOT, environment
 from tests.unit.test_llama3 import GQA, TIED, build
 from tests.unit.test_tokenizer_scripts import load_script
 from titanlite.checkpoint.state import model_state
 from titanlite.checkpoint.storage import Info, save
+from titanlite.config import load_config
 from titanlite.config.parallelism import Degrees
 from titanlite.config.schema import Comm
 from titanlite.data import load_tokenizer
@@ -146,10 +149,14 @@ def test_a_family_without_tensor_parallelism_of_its_own() -> None:
 # ---- the script
 
 
-def generate(checkpoint: Path, *options: str, launcher: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
-    given = ("--checkpoint", str(checkpoint), "--prompt", "import os", "--max_new_tokens", "20", *options)
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
+
+
+def run(folder: Path, *given: str, launcher: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
+    """A script with its arguments, run in ``folder``."""
     return subprocess.run(
-        [sys.executable, *launcher, str(ROOT / "scripts" / "generate.py"), *given],
+        [sys.executable, *launcher, str(ROOT / given[0]), *given[1:]],
+        cwd=folder,
         env=environment(OMP_NUM_THREADS="1"),
         capture_output=True,
         text=True,
@@ -157,19 +164,35 @@ def generate(checkpoint: Path, *options: str, launcher: tuple[str, ...] = ()) ->
     )
 
 
-def test_the_text_goes_to_stdout_and_is_the_same_every_way(checkpoint: Path) -> None:
-    float32 = ("--dtype", "float32", "--top_k", "50", "--top_p", "0.95", "--seed", "4")
-    done = generate(checkpoint, *float32)
+def test_the_text_goes_to_stdout_with_a_cache_and_without(checkpoint: Path) -> None:
+    given = ("scripts/generate.py", "--checkpoint", str(checkpoint), "--prompt", "import os", "--max_new_tokens", "20")
+    given += ("--top_k", "50", "--top_p", "0.95", "--seed", "4")
+    done = run(checkpoint, *given)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("import os")
     assert len(load_tokenizer().encode(done.stdout)) > 15
     assert "float32 on cpu, 1 processes: prefill 3 tokens, " in done.stderr
     assert "; decode 19 tokens, " in done.stderr
     assert done.stderr.count("tokens/s") == 2
-    assert generate(checkpoint, *float32, "--no-cache").stdout == done.stdout
-    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
-    parallel = generate(checkpoint, *float32, launcher=torchrun)
-    assert parallel.stdout == done.stdout, parallel.stderr
+    assert run(checkpoint, *given, "--no-cache").stdout == done.stdout
+
+
+def test_the_command_of_the_readme_writes_the_same_on_two_processes(tmp_path: Path) -> None:
+    """With the script's defaults, and the shape of what ./run_train.sh trains."""
+    (line,) = (line for line in (ROOT / "README.md").read_text().splitlines() if "scripts/generate.py" in line)
+    _, *given = shlex.split(line)
+    seq_len = load_config(["--job.config_file", str(ROOT / "train_configs" / "debug_model.toml")]).training.seq_len
+    args = configure(FLAVORS["debugmodel"], load_tokenizer().vocab_size, seq_len)
+    write(tmp_path / given[given.index("--checkpoint") + 1], args)
+    done = run(tmp_path, *given)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("import")
+    assert "float32 on cpu, 1 processes: prefill 2 tokens, " in done.stderr
+    assert "; decode 253 tokens, " in done.stderr  # what 256 positions have room for
+    parallel = run(tmp_path, *given, "--max_new_tokens=64", launcher=TORCHRUN)
+    begun = parallel.stdout.rstrip("\n\ufffd")  # it may end within a character
+    assert len(begun) > 64, parallel.stderr
+    assert done.stdout.startswith(begun)
     assert parallel.stderr.count("float32 on cpu, 2 processes: prefill") == 1
 
 
