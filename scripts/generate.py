@@ -30,6 +30,7 @@ def parser() -> argparse.ArgumentParser:
         "float32. bfloat16 takes half the memory, and its coarser rounding can make another text of another number of "
         "processes, and of --no-cache")  # fmt: skip
     add("--tokenizer_path", metavar="PATH", help="default: what the checkpoint was trained with")
+    add("--custom_import", metavar="MODULE", help="a Python module to import first, which may register the model")
     add("--no-cache", action="store_true", help="compute all tokens again for each one: slow, for comparison")
     return made
 
@@ -39,12 +40,15 @@ def generate(args: argparse.Namespace) -> str:
     import torch
 
     from titanlite import generation
+    from titanlite.config import import_module
     from titanlite.config.parallelism import Degrees
     from titanlite.config.schema import Comm
     from titanlite.distributed import runtime
     from titanlite.distributed.mesh import build_mesh
     from titanlite.load_model import load_model
 
+    if args.custom_import:
+        import_module(args.custom_import, "--custom_import", "the command line")
     sampling = generation.Sampling(args.temperature, args.top_k, args.top_p, args.seed)
     here = runtime.start_runtime(Comm())
     try:
