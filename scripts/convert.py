@@ -19,9 +19,11 @@ def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("source", type=Path, metavar="SOURCE")
     made.add_argument("target", type=Path, metavar="TARGET")
-    made.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16",
+    made.add_argument("--dtype", choices=["bfloat16", "float16", "float32"],
         help="of the weights in a Hugging Face folder; default: bfloat16. A checkpoint keeps the source's")  # fmt: skip
     made.add_argument("--tokenizer_path", metavar="PATH", help="default: what the checkpoint was trained with")
+    made.add_argument("--custom_import", metavar="MODULE", help="a Python module to import first, which may register "
+        "the model")  # fmt: skip
     made.add_argument("--no-verify", action="store_true", help="do not compare the checkpoint's checksums first")
     return made
 
@@ -31,14 +33,14 @@ def to_hugging_face(args: argparse.Namespace) -> str:
 
     from titanlite.checkpoint.hugging_face_export import write_hugging_face
     from titanlite.checkpoint.storage import load, saved_shapes, verify
-    from titanlite.data import load_tokenizer
     from titanlite.errors import ConfigError
-    from titanlite.load_model import describe
+    from titanlite.load_model import describe, tokenizer_of
 
     folder, found = args.source, describe(args.source)
     family = found.spec.hugging_face
     if family is None:
         raise ConfigError(f'the model family "{found.spec.name}" has no form in transformers: nothing to convert to')
+    tokenizer = tokenizer_of(found, args.tokenizer_path)
     if not args.no_verify:
         verify(folder)
     names = family.names(found.args)
@@ -58,8 +60,8 @@ def to_hugging_face(args: argparse.Namespace) -> str:
         {name: saved[f"model.{name}"] for name in names},
         names,
         get,
-        load_tokenizer(found.tokenizer_path if args.tokenizer_path is None else args.tokenizer_path),
-        dtype=getattr(torch, args.dtype),
+        tokenizer,
+        dtype=getattr(torch, args.dtype or "bfloat16"),
     )
     return f"{folder} -> {args.target}: transformers.AutoModelForCausalLM.from_pretrained({str(args.target)!r})"
 
@@ -71,9 +73,14 @@ def to_checkpoint(args: argparse.Namespace) -> str:
     from titanlite.config.schema import Comm
     from titanlite.distributed import runtime
     from titanlite.errors import ConfigError
-    from titanlite.load_model import describe
+    from titanlite.load_model import describe, tokenizer_of
 
+    if args.dtype is not None:
+        raise ConfigError(f"--dtype={args.dtype}: a checkpoint keeps the dtypes of {args.source}; leave it out")
+    if args.no_verify:
+        raise ConfigError(f"--no-verify: {args.source} is no checkpoint and has no checksums; leave it out")
     source, found = HuggingFaceFolder(args.source), describe(args.source)
+    tokenizer_of(found, args.tokenizer_path)
     family = found.spec.hugging_face
     assert family is not None
     names = family.names(found.args)
@@ -96,9 +103,12 @@ def to_checkpoint(args: argparse.Namespace) -> str:
 def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
     from titanlite.checkpoint.hugging_face import is_hugging_face
+    from titanlite.config import import_module
     from titanlite.errors import ConfigError
 
     try:
+        if args.custom_import:
+            import_module(args.custom_import, "--custom_import", "the command line")
         print(to_checkpoint(args) if is_hugging_face(args.source) else to_hugging_face(args))
     except ConfigError as error:
         print(f"convert.py: {error}", file=sys.stderr)

@@ -19,14 +19,18 @@ def parser() -> argparse.ArgumentParser:
     add = made.add_argument
     add("--checkpoint", required=True, metavar="PATH", help="the folder of one step")
     add("--prompt", required=True, metavar="TEXT", help='what to continue; "" begins a document')
-    add("--max_new_tokens", type=int, default=256, metavar="N", help="default: 256")
+    add("--max_new_tokens", type=int, metavar="N", help="default: what the model has positions for, at most "
+        "256")  # fmt: skip
     add("--temperature", type=float, default=0.8, help="0 takes the most likely token; default: 0.8")
     add("--top_k", type=int, default=0, metavar="K", help="draw from the K most likely tokens alone; default: 0, off")
     add("--top_p", type=float, default=1.0, metavar="P", help="draw from the fewest tokens that have together the "
         "probability P; default: 1, off")  # fmt: skip
     add("--seed", type=int, default=0, help="the same seed, the same text; default: 0")
-    add("--dtype", choices=["bfloat16", "float32"], default="bfloat16", help="of the weights; default: bfloat16")
+    add("--dtype", choices=["bfloat16", "float32"], default="float32", help="of the weights; default: "
+        "float32. bfloat16 takes half the memory, and its coarser rounding can make another text of another number of "
+        "processes, and of --no-cache")  # fmt: skip
     add("--tokenizer_path", metavar="PATH", help="default: what the checkpoint was trained with")
+    add("--custom_import", metavar="MODULE", help="a Python module to import first, which may register the model")
     add("--no-cache", action="store_true", help="compute all tokens again for each one: slow, for comparison")
     return made
 
@@ -36,12 +40,15 @@ def generate(args: argparse.Namespace) -> str:
     import torch
 
     from titanlite import generation
+    from titanlite.config import import_module
     from titanlite.config.parallelism import Degrees
     from titanlite.config.schema import Comm
     from titanlite.distributed import runtime
     from titanlite.distributed.mesh import build_mesh
     from titanlite.load_model import load_model
 
+    if args.custom_import:
+        import_module(args.custom_import, "--custom_import", "the command line")
     sampling = generation.Sampling(args.temperature, args.top_k, args.top_p, args.seed)
     here = runtime.start_runtime(Comm())
     try:

@@ -24,6 +24,8 @@ from torch.distributed.fsdp import FSDPModule
 
 from titanlite.errors import ConfigError, TrainingError
 
+MOST = 256  # new tokens, where nobody says how many
+
 
 def forward(model: nn.Module, tokens: Tensor, start: int = 0, multiple: int = 1) -> Tensor:
     """Logits [batch, n, vocab] of ``tokens`` [batch, n], which stand at the positions from ``start`` on.
@@ -264,7 +266,7 @@ def inference(model: nn.Module) -> Iterator[None]:
 def generate(
     decoder: Decoder,
     prompt: Sequence[int],
-    max_new_tokens: int,
+    max_new_tokens: int | None,
     sampling: Sampling,
     stop_ids: Collection[int] = (),
     *,
@@ -274,6 +276,7 @@ def generate(
 
     Args:
         prompt: token ids, at least one (BOS).
+        max_new_tokens: None for as many as the model has positions for, at most 256.
         stop_ids: tokens that end the text (EOS).
         cached: keep keys and values; else each token takes a forward of all before it.
 
@@ -281,16 +284,8 @@ def generate(
         ConfigError: nothing to begin with, no tokens wanted, more than the model has positions for, or it takes none.
         TrainingError: the logits are not finite.
     """
+    max_new_tokens = _checked_number(max_new_tokens, len(prompt), decoder.max_seq_len)
     total = len(prompt) + max_new_tokens
-    if not prompt:
-        raise ConfigError("the prompt has no tokens: begin with the tokenizer's BOS")
-    if max_new_tokens < 1:
-        raise ConfigError(f"max_new_tokens = {max_new_tokens}: must be at least 1")
-    if total > decoder.max_seq_len:
-        raise ConfigError(
-            f"max_new_tokens = {max_new_tokens}: with the {len(prompt)} tokens of the prompt these are {total}, and "
-            f"the model has {decoder.max_seq_len} positions; ask for fewer, or shorten the prompt"
-        )
     _check_positions(decoder.model)
     generator = torch.Generator().manual_seed(sampling.seed)
     multiple = 1 if decoder.tp is None else decoder.tp.size()
@@ -310,6 +305,27 @@ def generate(
                 break
             ids.append(token)
     return Generated(ids, len(prompt), prefilled - began, computed - 1, time.perf_counter() - prefilled)
+
+
+def _checked_number(max_new_tokens: int | None, prompt: int, positions: int) -> int:
+    """``max_new_tokens`` after a prompt of so many tokens, for a model with so many positions."""
+    if not prompt:
+        raise ConfigError("the prompt has no tokens: begin with the tokenizer's BOS")
+    if max_new_tokens is None:
+        if prompt >= positions:
+            raise ConfigError(
+                f"the prompt has {prompt} tokens, and the model has {positions} positions, which leaves no room for "
+                "more; shorten it"
+            )
+        return min(MOST, positions - prompt)
+    if max_new_tokens < 1:
+        raise ConfigError(f"max_new_tokens = {max_new_tokens}: must be at least 1")
+    if prompt + max_new_tokens > positions:
+        raise ConfigError(
+            f"max_new_tokens = {max_new_tokens}: with the {prompt} tokens of the prompt these are "
+            f"{prompt + max_new_tokens}, and the model has {positions} positions; ask for fewer, or shorten the prompt"
+        )
+    return max_new_tokens
 
 
 def _check_positions(model: nn.Module) -> None:

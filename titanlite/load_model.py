@@ -6,7 +6,6 @@ On several processes it is tensor parallel over all of them.
 from __future__ import annotations
 
 import dataclasses
-import json
 import typing
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 
 from titanlite.checkpoint.hugging_face import HuggingFaceFolder, is_hugging_face
 from titanlite.checkpoint.state import model_state
-from titanlite.checkpoint.storage import INFO, load, verify
+from titanlite.checkpoint.storage import INFO, SUMS, load, read_info, verify
 from titanlite.config import JobConfig
 from titanlite.data import Tokenizer, load_tokenizer
 from titanlite.distributed.mesh import Mesh
@@ -26,7 +25,7 @@ from titanlite.model_spec import ModelSpec, get_model_spec, model_spec_of
 
 class Described(NamedTuple):
     """What a folder says that its weights belong to; ``args`` is a configured flavor, ``flavor`` the name of the one
-    that it is, empty if there is none."""
+    that it is, which need not be known here, or empty if there is none."""
 
     spec: ModelSpec
     flavor: str
@@ -76,14 +75,30 @@ def load_model(
         tokenizer_path: in place of the one that the checkpoint names.
 
     Raises:
-        ConfigError: the folder is no checkpoint, or its model does not divide over the processes.
+        ConfigError: the folder is no checkpoint, the tokenizer does not fit, or the model does not divide over the
+            processes.
     """
     folder = Path(path).expanduser()
     found = describe(folder)
-    tokenizer = load_tokenizer(found.tokenizer_path if tokenizer_path is None else tokenizer_path)
+    tokenizer = tokenizer_of(found, tokenizer_path)
     model = build(found.spec, found.args, dtype, mesh, device)
     fill_weights(model, found, folder)
     return LoadedModel(model.eval(), tokenizer, found.args.max_seq_len)
+
+
+def tokenizer_of(found: Described, path: str | None = None) -> Tokenizer:
+    """The tokenizer that a folder names, or the one at ``path`` in its place.
+
+    Raises:
+        ConfigError: it cannot be read, or has tokens that the model does not know.
+    """
+    tokenizer = load_tokenizer(found.tokenizer_path if path is None else path)
+    if tokenizer.vocab_size > found.args.vocab_size:
+        raise ConfigError(
+            f"the tokenizer {tokenizer.path} has {tokenizer.vocab_size} tokens, more than the {found.args.vocab_size} "
+            "of the model's vocabulary; --tokenizer_path names the one that belongs to the model"
+        )
+    return tokenizer
 
 
 def build(spec: ModelSpec, args: Any, dtype: torch.dtype, mesh: Mesh, device: torch.device) -> nn.Module:
@@ -128,28 +143,31 @@ def describe(folder: Path) -> Described:
 
     Raises:
         ConfigError: it is no checkpoint and no Hugging Face folder, or of a model that is not computed here.
+        DamagedCheckpoint: see :func:`titanlite.checkpoint.storage.read_info`.
     """
     if is_hugging_face(folder):
         config = HuggingFaceFolder(folder).config
         spec, args = model_spec_of(config)
         return Described(spec, _flavor_of(spec, args), args, str(folder.absolute()))
-    file = folder / INFO
-    if not file.is_file():
+    if not any((folder / name).exists() for name in (INFO, SUMS)):
         raise ConfigError(f"{folder} is no checkpoint: {_what_is_there(folder)}")
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-        name, flavor, values = (found["model"][key] for key in ("name", "flavor", "args"))
-        tokenizer_path = found["tokenizer_path"]
-    except (OSError, ValueError, KeyError, TypeError) as e:
-        raise ConfigError(f"{file} cannot be read ({type(e).__name__}: {e}): take another checkpoint") from e
-    spec = get_model_spec(name)
+        info = read_info(folder)
+    except OSError as e:
+        raise ConfigError(f"{folder / INFO} cannot be read ({e}); correct its permissions") from e
+    name, flavor, values = (info.model[key] for key in ("name", "flavor", "args"))
     try:
-        args = _rebuilt(type(spec.flavor(flavor or next(iter(spec.flavors)))), values)
+        spec = get_model_spec(name)
+    except ConfigError as e:
+        raise ConfigError(f"{folder}: {e}; one of your own comes with --custom_import") from e
+    try:
+        # A flavor of somebody's own may be unknown here; all of a family are of one type.
+        args = _rebuilt(type(next(iter(spec.flavors.values()))), values)
     except TypeError as e:
         raise ConfigError(
-            f'{file}: its model.args are not those of a {name} "{flavor}" ({e}); it is of another version'
+            f"{folder / INFO}: its model.args are not those of a {name} ({e}); it is of another version"
         ) from e
-    return Described(spec, flavor, args, tokenizer_path)
+    return Described(spec, flavor, args, info.tokenizer_path)
 
 
 def _flavor_of(spec: ModelSpec, args: Any) -> str:
@@ -165,7 +183,7 @@ def _what_is_there(folder: Path) -> str:
     inside = sorted(file.parent for pattern in ("*/", "*/*/") for file in folder.glob(pattern + INFO))
     if inside:
         return f"there are some in it, so name one: {', '.join(map(str, inside))}"
-    return f"it has no {INFO}, which is written last"
+    return f"it has no {INFO}; a checkpoint is a folder such as outputs/checkpoint/step-100"
 
 
 def _rebuilt(kind: Any, value: Any) -> Any:

@@ -68,8 +68,9 @@ class ModelSpec:
         tensor_parallel: the part of ``parallelize`` that splits layers, ``(module, mesh, config)``, for models that
             are not trained, which have no use for FSDP2. None: they run on one process.
 
-    For text from a checkpoint, a configured flavor is a dataclass with ``max_seq_len``, the positions that the model
-    knows; :mod:`titanlite.generation` says what it needs of the module.
+    For text from a checkpoint, and for conversion, the flavors are dataclasses of one type, with ``vocab_size``, the
+    token ids that the model knows, and ``max_seq_len``, the positions; :mod:`titanlite.generation` says what it needs
+    of the module.
     """
 
     name: str

@@ -77,7 +77,9 @@ def _command(config: JobConfig) -> str:
     folder = Path(config.job.dump_folder) / config.checkpoint.folder
     needed = "" if config.checkpoint.enable_checkpoint else " (which needs checkpoint.enable_checkpoint = true)"
     step = folder / f"step-{config.training.steps}"
-    return f"python scripts/generate.py --checkpoint {step} --prompt ...{needed}"
+    module = config.experimental.custom_import
+    own = f" --custom_import {module}" if module else ""
+    return f"python scripts/generate.py --checkpoint {step} --prompt ...{own}{needed}"
 
 
 def printable(text: str) -> str:

@@ -11,6 +11,7 @@ import torch
 
 from models.llama3.model import Llama3, rope_table
 from tests.conftest import Run, checkpoints, run_trainer
+from tests.unit.test_generate_script import larger_tokenizer
 from tests.unit.test_tokenizer_scripts import load_script
 from titanlite.checkpoint.storage import load, saved_shapes, verify
 from titanlite.load_model import describe
@@ -82,11 +83,20 @@ def test_a_run_begins_with_their_weights(exported: Path, step: Path, tmp_path: P
     assert runs[0].losses() != run_trainer(tmp_path, name="seed", **common).losses()
 
 
-def test_bad_input_is_one_message(step: Path, exported: Path, tmp_path: Path, capsys: Any) -> None:
+def test_bad_input_is_one_message(
+    step: Path, exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    larger = str(larger_tokenizer(tmp_path))
+    monkeypatch.chdir(tmp_path)
     for arguments, message in {
-        (str(tmp_path), str(tmp_path / "x")): "is no checkpoint: it has no checkpoint.json",
-        (str(step.parent), str(tmp_path / "x")): f"name one: {step}",
+        (str(tmp_path), "x"): "is no checkpoint: it has no checkpoint.json",
+        (str(step.parent), "x"): f"name one: {step}",
         (str(step), str(exported)): "is there and not empty",
+        (str(step), "x", "--tokenizer_path", larger): f"convert.py: the tokenizer {larger} has 2248 tokens, more than",
+        (str(exported), "x", "--tokenizer_path", larger): f"convert.py: the tokenizer {larger} has 2248 tokens",
+        (str(exported), "x", "--dtype=bfloat16"): "--dtype=bfloat16: a checkpoint keeps the dtypes of",
+        (str(exported), "x", "--no-verify"): f"--no-verify: {exported} is no checkpoint and has no checksums",
+        (str(step), "x", "--custom_import=no.such"): '--custom_import = "no.such" (the command line): there is no',
     }.items():
         assert convert.main(list(arguments)) == 2
         assert message in capsys.readouterr().err

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -11,18 +11,23 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tokenizers
 import torch
 import torch.distributed as dist
 
 from models.llama3.model import Llama3, Llama3Args
+from models.llama3.spec import FLAVORS, configure
 from tests.conftest import ROOT, environment
 from tests.unit.test_llama3 import GQA, TIED, build
 from tests.unit.test_tokenizer_scripts import load_script
+from titanlite.checkpoint.hugging_face import is_hugging_face
 from titanlite.checkpoint.state import model_state
 from titanlite.checkpoint.storage import Info, save
+from titanlite.config import load_config
 from titanlite.config.parallelism import Degrees
 from titanlite.config.schema import Comm
 from titanlite.data import load_tokenizer
+from titanlite.data.tokenizer import SHIPPED
 from titanlite.distributed import runtime
 from titanlite.distributed.mesh import Mesh, build_mesh
 from titanlite.errors import ConfigError
@@ -40,10 +45,10 @@ def mesh() -> Iterator[Mesh]:
     runtime.stop_runtime()
 
 
-def write(folder: Path, args: Llama3Args) -> Llama3:
+def write(folder: Path, args: Llama3Args, /, **about: Any) -> Llama3:
     """A checkpoint of a model with random weights."""
     model = build(args)
-    about = {"name": "llama3", "flavor": "debugmodel", "args": asdict(args)}
+    about = {"name": "llama3", "flavor": "debugmodel", "args": asdict(args), **about}
     alone = not dist.is_initialized()
     if alone:
         runtime.start_runtime(Comm())
@@ -84,49 +89,45 @@ def test_damaged_weights_are_not_computed_with(tmp_path: Path, mesh: Mesh) -> No
         load_model(tmp_path / "step-7", torch.float32, mesh, CPU)
 
 
-def change(folder: Path, key: str, value: Any) -> None:
-    file = folder / "checkpoint.json"
-    found = json.loads(file.read_text())
-    *path, last = key.split(".")
-    inner = found
-    for part in path:
-        inner = inner[part]
-    if value is None:
-        del inner[last]
-    else:
-        inner[last] = value
-    file.write_text(json.dumps(found))
-
-
 @pytest.mark.parametrize(
-    ("key", "value", "message"),
+    ("about", "message"),
     [
-        ("model.name", "gpt9", 'model.name = "gpt9": there is no such model'),
-        ("model.flavor", "9B", 'model.flavor = "9B": llama3 has no such flavor'),
-        ("model.args.dimm", 3, r'checkpoint.json: its model.args are not those of a llama3 "debugmodel" .*dimm'),
-        ("model.args.dim", None, r"its model.args are not those .*'dim'.*; it is of another version"),
-        ("model", None, r"checkpoint.json cannot be read \(KeyError: 'model'\): take another checkpoint"),
+        (
+            {"name": "gpt9"},
+            r'step-1: model.name = "gpt9": there is no such model.*; one of your own comes with --custom',
+        ),
+        ({"args": {"dimm": 3}}, r"checkpoint.json: its model.args are not those of a llama3 .*dimm"),
+        ({"args": {}}, r"its model.args are not those .*'dim'.*; it is of another version"),
     ],
 )
-def test_descriptions_that_cannot_be_used(checkpoint: Path, tmp_path: Path, key: str, value: Any, message: str) -> None:
-    (tmp_path / "checkpoint.json").write_text((checkpoint / "checkpoint.json").read_text())
-    assert describe(tmp_path).args == ARGS["gqa"]
-    change(tmp_path, key, value)
+def test_descriptions_that_cannot_be_used(tmp_path: Path, about: dict[str, Any], message: str) -> None:
+    write(tmp_path / "step-1", ARGS["gqa"], **about)
     with pytest.raises(ConfigError, match=message):
-        describe(tmp_path)
+        describe(tmp_path / "step-1")
+
+
+def test_a_damaged_description_is_not_believed(tmp_path: Path) -> None:
+    write(tmp_path / "step-1", ARGS["gqa"])
+    file = tmp_path / "step-1" / "checkpoint.json"
+    file.write_text("{")
+    with pytest.raises(ConfigError, match=r"step-1 is damaged: checkpoint.json is changed"):
+        describe(tmp_path / "step-1")
+    file.unlink()
+    with pytest.raises(ConfigError, match=r"step-1 is damaged: checkpoint.json is missing"):
+        describe(tmp_path / "step-1")
+    file.mkdir()
+    with pytest.raises(ConfigError, match=r"checkpoint.json cannot be read.*s a directory"):
+        describe(tmp_path / "step-1")
 
 
 def test_folders_that_are_no_checkpoints(checkpoint: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=rf"{tmp_path} is no checkpoint: it has no checkpoint.json, which is written"):
+    with pytest.raises(ConfigError, match=rf"{tmp_path} is no checkpoint: it has no checkpoint.json; a checkpoint is"):
         describe(tmp_path)
     with pytest.raises(ConfigError, match=r"gone is no checkpoint: there is no such folder \(relative to /"):
         describe(tmp_path / "gone")
     for folder in (checkpoint.parent, checkpoint.parents[1]):
         with pytest.raises(ConfigError, match=rf"{folder} is no checkpoint: there are some in it.* {checkpoint}$"):
             describe(folder)
-    (tmp_path / "checkpoint.json").write_text("{")
-    with pytest.raises(ConfigError, match=r"checkpoint.json cannot be read \(JSONDecodeError: "):
-        describe(tmp_path)
 
 
 def test_a_family_without_tensor_parallelism_of_its_own() -> None:
@@ -143,13 +144,17 @@ def test_a_family_without_tensor_parallelism_of_its_own() -> None:
         dist.destroy_process_group()
 
 
-# ---- the script
+# ---- the scripts
 
 
-def generate(checkpoint: Path, *options: str, launcher: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
-    given = ("--checkpoint", str(checkpoint), "--prompt", "import os", "--max_new_tokens", "20", *options)
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
+
+
+def run(folder: Path, *given: str, launcher: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
+    """A script with its arguments, run in ``folder``."""
     return subprocess.run(
-        [sys.executable, *launcher, str(ROOT / "scripts" / "generate.py"), *given],
+        [sys.executable, *launcher, str(ROOT / given[0]), *given[1:]],
+        cwd=folder,
         env=environment(OMP_NUM_THREADS="1"),
         capture_output=True,
         text=True,
@@ -157,20 +162,69 @@ def generate(checkpoint: Path, *options: str, launcher: tuple[str, ...] = ()) ->
     )
 
 
-def test_the_text_goes_to_stdout_and_is_the_same_every_way(checkpoint: Path) -> None:
-    float32 = ("--dtype", "float32", "--top_k", "50", "--top_p", "0.95", "--seed", "4")
-    done = generate(checkpoint, *float32)
+def test_the_text_goes_to_stdout_with_a_cache_and_without(checkpoint: Path) -> None:
+    given = ("scripts/generate.py", "--checkpoint", str(checkpoint), "--prompt", "import os", "--max_new_tokens", "20")
+    given += ("--top_k", "50", "--top_p", "0.95", "--seed", "4")
+    done = run(checkpoint, *given)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("import os")
     assert len(load_tokenizer().encode(done.stdout)) > 15
     assert "float32 on cpu, 1 processes: prefill 3 tokens, " in done.stderr
     assert "; decode 19 tokens, " in done.stderr
     assert done.stderr.count("tokens/s") == 2
-    assert generate(checkpoint, *float32, "--no-cache").stdout == done.stdout
-    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
-    parallel = generate(checkpoint, *float32, launcher=torchrun)
-    assert parallel.stdout == done.stdout, parallel.stderr
+    assert run(checkpoint, *given, "--no-cache").stdout == done.stdout
+
+
+def test_the_command_of_the_readme_writes_the_same_on_two_processes(tmp_path: Path) -> None:
+    """With the script's defaults, and the shape of what ./run_train.sh trains."""
+    (line,) = (line for line in (ROOT / "README.md").read_text().splitlines() if "scripts/generate.py" in line)
+    _, *given = shlex.split(line)
+    seq_len = load_config(["--job.config_file", str(ROOT / "train_configs" / "debug_model.toml")]).training.seq_len
+    args = configure(FLAVORS["debugmodel"], load_tokenizer().vocab_size, seq_len)
+    write(tmp_path / given[given.index("--checkpoint") + 1], args)
+    done = run(tmp_path, *given)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("import")
+    assert "float32 on cpu, 1 processes: prefill 2 tokens, " in done.stderr
+    assert "; decode 253 tokens, " in done.stderr  # what 256 positions have room for
+    parallel = run(tmp_path, *given, "--max_new_tokens=64", launcher=TORCHRUN)
+    begun = parallel.stdout.rstrip("\n\ufffd")  # it may end within a character
+    assert len(begun) > 64, parallel.stderr
+    assert done.stdout.startswith(begun)
     assert parallel.stderr.count("float32 on cpu, 2 processes: prefill") == 1
+
+
+OWN = """
+from dataclasses import replace
+from titanlite.model_spec import get_model_spec, register_model
+llama3 = get_model_spec("llama3")
+register_model(replace(llama3, name="own", flavors={"small": llama3.flavor("debugmodel")}))
+"""
+
+
+def test_a_model_of_ones_own(tmp_path: Path) -> None:
+    """Of a flavor that its module has no longer."""
+    (tmp_path / "mine.py").write_text(OWN)
+    write(tmp_path / "step-1", ARGS["gqa"], name="own", flavor="large")
+    text = run(tmp_path, "scripts/generate.py", "--checkpoint=step-1", "--prompt=import", "--custom_import=mine")
+    assert text.stdout.startswith("import"), text.stderr
+    done = run(tmp_path, "scripts/convert.py", "step-1", "converted", "--custom_import=mine")
+    assert done.returncode == 0, done.stderr
+    assert is_hugging_face(tmp_path / "converted")
+
+
+def larger_tokenizer(folder: Path) -> Path:
+    """With 2248 tokens."""
+    backend = tokenizers.Tokenizer.from_file(str(SHIPPED))
+    backend.add_tokens([f"another{i}" for i in range(200)])
+    backend.save(str(folder / "tokenizer.json"))
+    return folder / "tokenizer.json"
+
+
+def test_a_tokenizer_that_does_not_fit(checkpoint: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    larger = str(larger_tokenizer(tmp_path))
+    assert script.main(["--checkpoint", str(checkpoint), "--prompt", "another7", "--tokenizer_path", larger]) == 2
+    assert f"generate.py: the tokenizer {larger} has 2248 tokens, more than the 2176 of the" in capfd.readouterr().err
 
 
 script = load_script("generate")
@@ -184,6 +238,7 @@ script = load_script("generate")
         (["--top_p", "2"], "generate.py: top_p = 2.0: must be more than 0"),
         (["--max_new_tokens", "1000"], "generate.py: max_new_tokens = 1000: with the 3 tokens of the prompt"),
         (["--tokenizer_path", "nowhere"], 'generate.py: model.tokenizer_path = "nowhere": there is no such file'),
+        (["--custom_import", "no.such"], 'generate.py: --custom_import = "no.such" (the command line): there is no'),
     ],
 )
 def test_bad_input_is_one_message(

@@ -173,6 +173,7 @@ def test_the_model_goes_on_in_the_mode_it_was_in() -> None:
     [
         ([], 3, "the prompt has no tokens: begin with the tokenizer's BOS"),
         ([1], 0, "max_new_tokens = 0: must be at least 1"),
+        ([1] * 64, None, "the prompt has 64 tokens, and the model has 64 positions, which leaves no room for more"),
         (
             PROMPT,
             60,
@@ -180,7 +181,7 @@ def test_the_model_goes_on_in_the_mode_it_was_in() -> None:
         ),
     ],
 )
-def test_what_cannot_be_generated(prompt: list[int], new: int, message: str) -> None:
+def test_what_cannot_be_generated(prompt: list[int], new: int | None, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         generate(decoder(build(SMALL)), prompt, new, GREEDY)
 
@@ -191,7 +192,10 @@ def test_a_model_that_takes_no_positions() -> None:
 
 
 def test_all_positions_can_be_used() -> None:
-    assert len(generate(decoder(build(SMALL)), PROMPT, 59, GREEDY).ids) == 59
+    for asked in (59, None):
+        assert len(generate(decoder(build(SMALL)), PROMPT, asked, GREEDY).ids) == 59
+    longer = replace(decoder(build(replace(SMALL, max_seq_len=300))), max_seq_len=300)
+    assert len(generate(longer, PROMPT, None, GREEDY).ids) == 256
 
 
 def test_logits_that_are_not_finite() -> None:

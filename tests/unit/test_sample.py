@@ -97,8 +97,9 @@ def test_parts_of_a_model_write_nothing(
         "/runs/a/checkpoint/step-7 --prompt ... (which needs checkpoint.enable_checkpoint = true)"
     )
     caplog.clear()
-    (message,) = logged(here, caplog, checkpoint__enable_checkpoint="true", **options)
-    assert message.endswith("step-7 --prompt ...")
+    options |= {"checkpoint__enable_checkpoint": "true", "experimental__custom_import": "mine"}
+    (message,) = logged(here, caplog, **options)
+    assert message.endswith("step-7 --prompt ... --custom_import mine")
 
 
 def test_a_large_model_writes_when_asked(
