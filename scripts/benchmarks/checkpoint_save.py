@@ -92,6 +92,13 @@ class Bench:
         self.trainer.close()
 
 
+def outputs() -> Path:
+    """On the disk that checkpoints are written to, where nothing lies in the way."""
+    folder = ROOT / "outputs"
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
 def synchronize() -> None:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
@@ -103,7 +110,7 @@ def main() -> int:
     parser.add_argument("--block", type=int, default=12, help="steps in a block")
     parser.add_argument("--output", type=Path, help="write the results here (docs/benchmarks/checkpoint_save.json)")
     args, options = parser.parse_known_args()
-    with tempfile.TemporaryDirectory(dir=".") as folder, open(os.path.join(folder, "log"), "w") as log:
+    with tempfile.TemporaryDirectory(dir=outputs()) as folder, open(os.path.join(folder, "log"), "w") as log:
         given = ["--model.flavor=bench", "--training.seq_len=64", "--training.local_batch_size=1"]
         given += ["--checkpoint.enable_checkpoint", "--checkpoint.async_mode=async_with_pinned_mem"]
         given += ["--checkpoint.interval=1000000", "--checkpoint.keep_latest_k=1", "--training.steps=1000000"]

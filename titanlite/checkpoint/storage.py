@@ -26,6 +26,7 @@ from torch.distributed.checkpoint.filesystem import FileSystem, FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load as load_tensors
 from torch.distributed.checkpoint.state_dict_saver import save as save_tensors
+from torch.utils.serialization import config
 
 from titanlite.checkpoint.folder import (
     SUMS,
@@ -191,7 +192,9 @@ def _write_tensors(folder: Path, state: State, group: dist.ProcessGroup | None) 
     writer.fs = files = _HashingFileSystem()
     planner = DefaultSavePlanner(flatten_state_dict=False)
     try:
-        save_tensors(state, storage_writer=writer, planner=planner, process_group=group)
+        # There is a SHA-256 of the same bytes; and PyTorch holds Python's lock while it computes a CRC-32.
+        with config.patch({"save.compute_crc32": False}):  # type: ignore[attr-defined]
+            save_tensors(state, storage_writer=writer, planner=planner, process_group=group)
     except CheckpointException as e:
         raise SaveError(
             "; ".join(f"rank {rank}: {_words(failure[0])}" for rank, failure in sorted(e.failures.items()))
