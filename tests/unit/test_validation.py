@@ -133,7 +133,7 @@ def test_when_and_where_it_is_written(trainer: Any, caplog: pytest.LogCaptureFix
 def test_its_time_is_not_training_s(trainer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     run = trainer(**{"training.steps": 4, "validation.interval": 1, "metrics.log_freq": 4, "validation.steps": 1})
     loss = run.validator.loss
-    monkeypatch.setattr(run.validator, "loss", lambda: (time.sleep(1), loss())[1])
+    monkeypatch.setattr(run.validator, "loss", lambda asked_to_stop: (time.sleep(1), loss(asked_to_stop))[1])
     run.recorder.restart()
     start = time.perf_counter()
     advance(run, 4)
@@ -336,7 +336,7 @@ def test_a_loss_that_is_not_finite(trainer: Any) -> None:
     with torch.no_grad():
         run.model_parts[0].norm.weight.fill_(math.nan)
     with pytest.raises(TrainingError, match="the validation after step 7: loss nan is not finite"):
-        run.validator.run(7, run.recorder, run.compile_watch)
+        run.validator.run(7, run.recorder, run.compile_watch, lambda: False)
     assert rows(run, "validation.jsonl") == []
 
 
