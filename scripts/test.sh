@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Check everything: style, types, tests. Sets up on first use. Plain: under 15 minutes on 2 cores; --all: with the tests
-# marked slow, under 50. Other arguments go to pytest: scripts/test.sh tests/unit/test_config.py -k base
+# Check everything: style, types, tests. Sets up on first use. Plain: without the tests marked slow; --all: with them,
+# about an hour on 2 cores. Other arguments go to pytest: scripts/test.sh tests/unit/test_config.py -k base
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 . "$root/scripts/setup.sh"
