@@ -5,6 +5,7 @@ torchrun ... parallel.py OUT CASES, where CASES is a JSON file: {name: {option: 
 
 from __future__ import annotations
 
+import faulthandler
 import functools
 import json
 import sys
@@ -104,6 +105,7 @@ runtime.start_runtime = lambda comm: first_runtime()
 
 def run(name: str, options: dict[str, Any], folder: Path) -> dict[str, Any]:
     run_folder = folder / name.replace(" ", "_")
+    faulthandler.dump_traceback_later(90)  # where each rank is, should they hang
     trainer = Trainer(load_config([f"--{k}={v}" for k, v in {**options, "job.dump_folder": run_folder}.items()]))
     config = trainer.config
     compiled_graphs = []
@@ -129,6 +131,7 @@ def run(name: str, options: dict[str, Any], folder: Path) -> dict[str, Any]:
         }
     finally:
         trainer.close()
+        faulthandler.cancel_dump_traceback_later()
     dist.barrier()
     if trainer.runtime.rank == 0:
         report["rows"] = [json.loads(line) for line in (run_folder / "metrics.jsonl").read_text().splitlines()]

@@ -9,14 +9,16 @@ import os
 import re
 import subprocess
 import sys
+import warnings
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.conftest import TINY, environment
-from tests.distributed.combinations import BATCH, EVERY, SEQ_LEN, VARIANTS, WAYS, cases
+from tests.distributed.combinations import BATCH, DEBUG_WAYS, EVERY, SEQ_LEN, VARIANTS, WAYS, cases
 
 STEPS = 10
 ONE = "one process"
@@ -35,6 +37,9 @@ BLOCK_LINEARS = (2 * 64 + 2 * 32 + 3 * 128) * DIM  # elements: wq, wo; wk, wv; w
 CSV = """0F0,0F1,0F2,0F3,,,0B0,0B1,0B2,0B3
 ,1F0,1F1,1I0,1F2,1W0,1F3,1B1,1I2,1B3,1W2
 """
+
+
+SEEN_HANGING = "Timeout (0:01:30)!"  # faulthandler's words, before gloo's own timeout of 100 s
 
 
 Reports = dict[str, list[dict[str, Any]]]  # of each rank, by case
@@ -59,14 +64,21 @@ class Cluster:
                 options["parallelism.pipeline_parallel_microbatch_size"] = 2
         (folder / "cases.json").write_text(json.dumps(listed))
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-        done = subprocess.run(
-            [*torchrun, Path(__file__).with_name("parallel.py"), folder, folder / "cases.json"],
-            env=environment(OMP_NUM_THREADS="1"),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            timeout=3600 if os.environ.get(EVERY) else 900,
-        )
+        for last_try in (False, True):
+            done = subprocess.run(
+                [*torchrun, Path(__file__).with_name("parallel.py"), folder, folder / "cases.json"],
+                env=environment(OMP_NUM_THREADS="1"),
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                timeout=3600 if os.environ.get(EVERY) else 900,
+            )
+            # Seen twice in hundreds of runs of PP 2 x TP 2: all ranks wait for gloo, until it times out. PyTorch's
+            # developers know that its batched sends and receives can hang (pytorch/PiPPy issue 1130).
+            if done.returncode == 0 or last_try or "Timed out waiting" not in done.stdout:
+                break
+            where = done.stdout.find(SEEN_HANGING)
+            warnings.warn(f"gloo hung; once more. {done.stdout[max(where, 0) :][:10000]}", stacklevel=2)
         assert done.returncode == 0, done.stdout[-8000:]
         ranks = [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in range(processes)]
         for name in cases:
@@ -87,10 +99,10 @@ def options_of(pairs: list[tuple[str, str]]) -> tuple[dict[str, dict[str, Any]],
     return options, {f"{way}, {variant}": way for way, variant in pairs}
 
 
-def in_every_way(folder: Path, options: dict[str, Any]) -> Reports:
+def in_ways(folder: Path, ways: Iterable[str], options: dict[str, Any]) -> Reports:
     cluster = Cluster(folder)
     cluster.run(1, {ONE: options})
-    for processes, group in by_processes(dict.fromkeys(WAYS, options), {way: way for way in WAYS}).items():
+    for processes, group in by_processes(dict.fromkeys(ways, options), {way: way for way in ways}).items():
         cluster.run(processes, group)
     return cluster.reports
 
@@ -98,13 +110,13 @@ def in_every_way(folder: Path, options: dict[str, Any]) -> Reports:
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Reports:
     """A tiny model in float32, in every way."""
-    return in_every_way(tmp_path_factory.mktemp("small"), SMALL)
+    return in_ways(tmp_path_factory.mktemp("small"), WAYS, SMALL)
 
 
 @pytest.fixture(scope="module")
 def debug(tmp_path_factory: pytest.TempPathFactory) -> Reports:
-    """The debug model in float32, in every way."""
-    return in_every_way(tmp_path_factory.mktemp("debug"), {})
+    """The debug model in float32."""
+    return in_ways(tmp_path_factory.mktemp("debug"), DEBUG_WAYS, {})
 
 
 def column(report: list[dict[str, Any]], key: str) -> list[float]:
@@ -125,7 +137,7 @@ def test_losses_are_those_of_one_process(small: Reports, way: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", DEBUG_WAYS)
 def test_losses_of_the_debug_model_are_those_of_one_process(debug: Reports, way: str) -> None:
     check_parity(debug[ONE], debug[way])
 
