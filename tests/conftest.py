@@ -12,6 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read by triton's own modules when they are first imported
 
 ROOT = Path(__file__).parents[1]
 
@@ -46,7 +50,8 @@ TINY = {
 
 
 def environment(**extra: str) -> dict[str, str]:
-    kept = {k: v for k, v in os.environ.items() if k not in ("NGPU", "CONFIG_FILE", "LOG_RANK", "RANK", "WORLD_SIZE")}
+    own = ("NGPU", "CONFIG_FILE", "LOG_RANK", "RANK", "WORLD_SIZE", "TRITON_INTERPRET")
+    kept = {k: v for k, v in os.environ.items() if k not in own}
     return {**kept, "PYTHONPATH": str(ROOT), "CONFIG_FILE": "", **extra}
 
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn, get_args
 
 import torch
 
+from titanlite.float8 import kernels
 from titanlite.float8.devices import default_dtypes
 from titanlite.float8.numerics import FP8_DTYPES
 
@@ -165,6 +166,9 @@ _MATMULS = (
 )
 
 
+Kernels = Literal["auto", "triton", "inductor"]
+
+
 @dataclass(frozen=True)
 class Float8LinearConfig:
     """The computation of a :class:`Float8Linear`: three matmuls, each with two operands.
@@ -184,6 +188,9 @@ class Float8LinearConfig:
             it again. Saves 1 byte per weight element (2 with scales of rows) for the time of another quantization.
         round_scales_to_power_of_2: round every scale down to a power of two.
         delayed_scaling_config: for the operands with ``ScalingType.DELAYED``.
+        kernels: what casts with dynamic scales on float8 units: "triton", titanlite's own kernels; "inductor", plain
+            operations, for the compiler to make kernels of; "auto", Triton's where it is installed. The numbers are
+            the same to the bit.
 
     Raises:
         ValueError: naming the fields, the rule and the way out.
@@ -204,6 +211,7 @@ class Float8LinearConfig:
     force_recompute_fp8_weight_in_bwd: bool = False
     round_scales_to_power_of_2: bool = False
     delayed_scaling_config: DelayedScalingConfig = field(default_factory=DelayedScalingConfig)
+    kernels: Kernels = "auto"
 
     def __post_init__(self) -> None:
         for operand, own, other, default in _OPERANDS:
@@ -228,6 +236,7 @@ class Float8LinearConfig:
                     "cast to float8 or neither; disable both"
                 )
         self._check_stateful()
+        self._check_kernels()
         if self.enable_fsdp_float8_all_gather:
             for name in ("cast_config_weight", "cast_config_weight_for_grad_input"):
                 if getattr(self, name).scaling_type is not ScalingType.DYNAMIC:
@@ -247,6 +256,14 @@ class Float8LinearConfig:
                     f"{own} = {first.short_str()}, {other} = {second.short_str()}: delayed and static scaling hold for "
                     f"both matmuls of an operand; leave {other} out"
                 )
+
+    def _check_kernels(self) -> None:
+        if self.kernels not in get_args(Kernels):
+            _refuse(f'kernels="{self.kernels}": must be one of {", ".join(get_args(Kernels))}')
+        if self.kernels == "triton" and self.emulate:
+            _refuse('kernels="triton" with emulate=True: emulation is plain operations; choose one')
+        if self.kernels == "triton" and not kernels.AVAILABLE:
+            _refuse('kernels="triton": triton is not installed; install it, or use kernels="inductor"')
 
     @property
     def casts(self) -> dict[str, CastConfig]:

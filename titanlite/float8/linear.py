@@ -9,11 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from titanlite.float8 import scaling
+from titanlite.float8 import kernels, scaling
 from titanlite.float8.config import CastConfig, Float8LinearConfig
 from titanlite.float8.devices import must_emulate
 from titanlite.float8.fsdp import gathered_in_float8, plain
-from titanlite.float8.matmul import Operand, cast, scaled_mm
+from titanlite.float8.matmul import Operand, cast, cast_by_kernels, scaled_mm
 from titanlite.float8.numerics import dequantize
 from titanlite.float8.reuse import WeightCopies, remember, remembered
 from titanlite.float8.tensor import Float8Tensor
@@ -226,8 +226,16 @@ class Float8Linear(nn.Linear):
 
     # ---- the operands
 
+    def _by_kernels(self, x: Tensor, emulate: bool) -> bool:
+        """Whether kernels cast ``x``, if its scale is dynamic, rather than plain operations."""
+        chosen = kernels.AVAILABLE and self.config.kernels != "inductor" and not emulate
+        return chosen and x.dtype in kernels.DTYPES and x.numel() > 0
+
     def _cast(self, x: Tensor, how: CastConfig, contracted: int, emulate: bool, scale: Tensor | None) -> Operand:
         rounded = self.config.round_scales_to_power_of_2
+        if how.is_cast and scale is None and self._by_kernels(x, emulate):
+            by_features, by_rows = (how, None) if contracted == 1 else (None, how)
+            return cast_by_kernels(x, by_features, by_rows, power_of_2=rounded)[1 - contracted]
         return cast(x, how, contracted=contracted, power_of_2=rounded, scale=scale, emulate=emulate)
 
     def _cast_twice(self, name: str, x: Tensor, emulate: bool, for_weight: bool) -> tuple[Operand, Operand]:
@@ -236,6 +244,8 @@ class Float8Linear(nn.Linear):
         first: CastConfig = getattr(self.config, f"cast_config_{name}")
         second: CastConfig = getattr(self.config, f"cast_config_{name}_for_grad_weight")
         scale = scaling.scale_of(self, name, first, x)
+        if for_weight and first.is_cast and second.is_cast and scale is None and self._by_kernels(x, emulate):
+            return cast_by_kernels(x, first, second, power_of_2=self.config.round_scales_to_power_of_2)
         features = self._cast(x, first, 1, emulate, scale)
         if not for_weight or (first == second and not first.is_axiswise):
             return features, features
@@ -298,8 +308,9 @@ class Float8Linear(nn.Linear):
         kept = self.training and not self.config.force_recompute_fp8_weight_in_bwd
         if not kept or source is None or torch.compiler.is_compiling() or source.is_inference():
             return make()
-        # One copy serves both matmuls where they want the same.
-        key = "output" if not how.is_axiswise and how == self.config.cast_config_weight else use
+        # One copy serves both matmuls where they want the same and memory layouts do not matter.
+        same = not how.is_axiswise and how == self.config.cast_config_weight and not self._by_kernels(weight, emulate)
+        key = "output" if same else use
         found: Operand = self._copies.get(source, (key, emulate), make, in_forward=use == "output")
         return found
 

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from titanlite.float8 import kernels
 from titanlite.float8.config import CastConfig
 from titanlite.float8.numerics import amax_of, amax_to_scale, dequantize, quantize
 
@@ -50,6 +51,24 @@ def cast(
     return Operand(data, scale)
 
 
+def cast_by_kernels(
+    x: Tensor, by_features: CastConfig | None, by_rows: CastConfig | None, *, power_of_2: bool
+) -> tuple[Operand, Operand]:
+    """``x`` (rows, features) with dynamic scales for a matmul that contracts its features, for one that contracts its
+    rows, or for both, in as few reads as there can be; without elements where there is no configuration. The numbers of
+    :func:`cast`, to the bit; the memory layouts that float8 units need."""
+
+    def layout(config: CastConfig | None) -> kernels.Layout:
+        return "none" if config is None else "vector" if config.is_axiswise else "tensor"
+
+    config = by_features or by_rows
+    assert config is not None
+    data, scale, transposed, its_scale = kernels.cast(
+        x.detach(), config.dtype, layout(by_features), layout(by_rows), power_of_2
+    )
+    return Operand(data, scale), Operand(transposed.t(), its_scale)
+
+
 def scaled_mm(a: Operand, b: Operand, *, out_dtype: torch.dtype, fast_accum: bool, emulate: bool) -> Tensor:
     """``a @ b`` in ``out_dtype``, accumulated in float32.
 
@@ -85,6 +104,8 @@ def scaled_mm(a: Operand, b: Operand, *, out_dtype: torch.dtype, fast_accum: boo
     one = a.scale.new_ones(())
     between = torch.bfloat16 if out_dtype is torch.bfloat16 else torch.float32
     product = torch._scaled_mm(a8, b8, scale_a=one, scale_b=one, out_dtype=between, use_fast_accum=fast_accum)
+    if kernels.AVAILABLE and not torch.compiler.is_compiling():  # the compiler fuses the scaling itself
+        return kernels.rescale(product, a.scale, b.scale, out_dtype)
     return (product.float() * a_inverse * b_inverse).to(out_dtype)
 
 

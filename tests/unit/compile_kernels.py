@@ -1,0 +1,65 @@
+"""Compiles every kernel, in every variant that is launched, for a GPU that need not be there: the one argument."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import sys
+
+os.environ["TRITON_INTERPRET"] = "0"
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from titanlite.float8.devices import native_dtypes
+from titanlite.float8.kernels import launch
+from titanlite.float8.kernels import triton_kernels as kernels
+
+NAMES = {torch.float8_e4m3fn: "fp8e4nv", torch.float8_e5m2: "fp8e5", torch.float8_e4m3fnuz: "fp8e4b8"}
+NAMES |= {torch.float8_e5m2fnuz: "fp8e5b16"}
+
+
+def target_of(name: str) -> GPUTarget:
+    return GPUTarget("hip", name, 64) if name.startswith("gfx") else GPUTarget("cuda", int(name[3:]), 32)
+
+
+def compile(name: str, kernel: triton.JITFunction, signature: dict[str, str], constants: dict[str, object]) -> None:
+    options = {"num_warps": constants.pop("num_warps")}
+    full = {**signature, **dict.fromkeys(constants, "constexpr")}
+    divisible = {(i,): [["tt.divisibility", 16]] for i, t in enumerate(signature.values()) if t == "i32" or t[0] == "*"}
+    source = ASTSource(kernel, full, {(kernel.arg_names.index(k),): v for k, v in constants.items()}, divisible)
+    compiled = triton.compile(source, target=target_of(name), options=options)
+    assert compiled.asm["hsaco" if name.startswith("gfx") else "cubin"]
+
+
+def main(name: str) -> None:
+    count = 0
+    sizes = {"M": "i32", "N": "i32", "stride": "i32"}
+    for x, dtype in [*itertools.product(("bf16",), native_dtypes(name)), ("fp32", native_dtypes(name)[0])]:
+        numbers = {"FP8_MAX": torch.finfo(dtype).max, "POWER_OF_2": True, "DTYPE": launch.DTYPES[dtype]}
+        out = f"*{NAMES[dtype]}"
+        for by_rows, by_columns in itertools.product(launch.HOW.values(), repeat=2):
+            how = {"BY_ROWS": by_rows, "BY_COLUMNS": by_columns}
+            if by_rows == by_columns == launch.HOW["none"] or (x == "fp32" and by_rows != by_columns):
+                continue
+            signature = {"x": f"*{x}", "row_amax": "*i32", "column_amax": "*i32", "by_rows": out, "row_scale": "*fp32"}
+            signature |= {"by_columns": out, "column_scale": "*fp32", **sizes}
+            compile(name, kernels.cast_kernel, signature, {**numbers, **how, **launch.CAST_TILE.options()})
+            signature = {"x": f"*{x}", "row_amax": "*i32", "column_amax": "*i32", **sizes}
+            compile(name, kernels.amax_kernel, signature, {**how, **launch.AMAX_TILE.options()})
+            count += 2
+        signature = {"x": f"*{x}", "by_rows": out, "row_scale": "*fp32", "N": "i32", "stride": "i32"}
+        compile(name, kernels.row_cast_kernel, signature, {**numbers, "BLOCK_N": 4096, "num_warps": 4})
+        count += 1
+    for x in ("bf16", "fp32"):
+        signature = {"product": f"*{x}", "row_scale": "*fp32", "column_scale": "*fp32", "out": f"*{x}"}
+        steps = {"ROW_STEP": 1, "COLUMN_STEP": 1}
+        options = {**steps, **launch.RESCALE_TILE.options()}
+        compile(name, kernels.rescale_kernel, {**signature, "M": "i32", "N": "i32"}, options)
+        count += 1
+    print(f"compiled {count} kernels for {name}")
+
+
+main(sys.argv[1])

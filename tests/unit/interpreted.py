@@ -1,0 +1,37 @@
+"""Triton's interpreter, made as exact as a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+import torch
+import triton.language as tl
+from triton.runtime import interpreter
+
+DTYPES = {
+    tl.float8e4nv: torch.float8_e4m3fn,
+    tl.float8e5: torch.float8_e5m2,
+    tl.float8e4b8: torch.float8_e4m3fnuz,
+    tl.float8e5b16: torch.float8_e5m2fnuz,
+    tl.bfloat16: torch.bfloat16,
+}
+
+
+@contextmanager
+def exact_conversions() -> Iterator[None]:
+    """The interpreter's own conversions to narrow floats lose carries, subnormals and NaNs (triton 3.6, 3.9), which
+    GPUs' instructions do not: PyTorch's instead."""
+    own = interpreter._convert_float
+
+    def convert(values: Any, source: Any, target: Any, rounding: Any) -> Any:
+        if source != tl.float32 or target not in DTYPES:
+            return own(values, source, target, rounding)
+        narrow = torch.from_numpy(np.ascontiguousarray(values)).to(DTYPES[target])
+        return narrow.view(torch.uint8 if narrow.itemsize == 1 else torch.uint16).numpy()
+
+    with patch.object(interpreter, "_convert_float", convert):
+        yield

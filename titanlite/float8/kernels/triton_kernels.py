@@ -1,0 +1,171 @@
+"""The kernels in Triton: amaxes, casts into one or both memory layouts, and the scaling of a product.
+
+Matrices are row-major, (rows, columns), of M and N elements. A cast *by rows* gives what a matmul contracts along the
+columns: scales of rows and row-major data. One *by columns* gives what a matmul contracts along the rows: scales of
+columns, and the data transposed, since float8 units take both operands with what they sum over lying together.
+
+Numbers are those of :mod:`titanlite.float8.numerics`, to the bit. An amax travels as the bits of its float32, which
+order as magnitudes do, NaN above infinity: integer maxima, and thereby atomic ones, then keep a NaN.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from triton.language import constexpr
+
+from titanlite.float8.numerics import EPS
+
+_EPS = constexpr(EPS)
+# The scales of one layout of a cast, and the steps between their addresses from row to row, or column to column.
+NONE, TENSOR, VECTOR = constexpr(-1), constexpr(0), constexpr(1)
+
+
+@triton.jit
+def _magnitude_bits(x):
+    return x.to(tl.float32).to(tl.int32, bitcast=True) & 0x7FFFFFFF
+
+
+@triton.jit
+def _scale(amax_bits, FP8_MAX: constexpr, POWER_OF_2: constexpr):
+    amax = amax_bits.to(tl.float32, bitcast=True).to(tl.float64)
+    floor = tl.full(amax.shape, _EPS, tl.float64)
+    scale = (FP8_MAX / tl.maximum(amax, floor, propagate_nan=tl.PropagateNan.ALL)).to(tl.float32)
+    if POWER_OF_2:
+        # A float32's magnitude has no subnormal scale, so its exponent alone is the power of two below. NaN stays.
+        power = (scale.to(tl.int32, bitcast=True) & -0x00800000).to(tl.float32, bitcast=True)
+        scale = tl.where(scale != scale, scale, power)
+    return scale
+
+
+@triton.jit
+def _quantize(x, scale, FP8_MAX: constexpr, DTYPE: constexpr):
+    return tl.clamp(x.to(tl.float32) * scale, -FP8_MAX, FP8_MAX, propagate_nan=tl.PropagateNan.ALL).to(DTYPE)
+
+
+@triton.jit
+def _tile(M, N, BLOCK_M: constexpr, BLOCK_N: constexpr, BACKWARD: constexpr):
+    """The place and the rows and columns of this program's tile; ``BACKWARD``: from the last tile to the first."""
+    tiles_n = tl.cdiv(N, BLOCK_N)
+    tile = tl.program_id(0)
+    if BACKWARD:
+        tile = tl.num_programs(0) - 1 - tile
+    down, across = tile // tiles_n, tile % tiles_n
+    return down, across, down * BLOCK_M + tl.arange(0, BLOCK_M), across * BLOCK_N + tl.arange(0, BLOCK_N)
+
+
+@triton.jit
+def amax_kernel(
+    x,
+    row_amax,
+    column_amax,
+    M,
+    N,
+    stride,
+    BY_ROWS: constexpr,
+    BY_COLUMNS: constexpr,
+    BLOCK_M: constexpr,
+    BLOCK_N: constexpr,
+):
+    """The bits of the amaxes that the two layouts want (of all elements for both: in row_amax), into int32 zeros. Reads
+    x once."""
+    _, _, rows, columns = _tile(M, N, BLOCK_M, BLOCK_N, False)
+    inside = (rows < M)[:, None] & (columns < N)[None, :]
+    values = tl.load(x + rows.to(tl.int64)[:, None] * stride + columns[None, :], mask=inside, other=0.0)
+    bits = _magnitude_bits(values)
+    if BY_ROWS == VECTOR:
+        tl.atomic_max(row_amax + rows, tl.max(bits, 1), mask=rows < M, sem="relaxed")
+    elif BY_ROWS == TENSOR:
+        tl.atomic_max(row_amax, tl.max(tl.max(bits, 1), 0), sem="relaxed")
+    if BY_COLUMNS == VECTOR:
+        tl.atomic_max(column_amax + columns, tl.max(bits, 0), mask=columns < N, sem="relaxed")
+    elif BY_COLUMNS == TENSOR and BY_ROWS != TENSOR:
+        tl.atomic_max(column_amax, tl.max(tl.max(bits, 1), 0), sem="relaxed")
+
+
+@triton.jit
+def cast_kernel(
+    x,
+    row_amax,
+    column_amax,
+    by_rows,
+    row_scale,
+    by_columns,
+    column_scale,
+    M,
+    N,
+    stride,
+    FP8_MAX: constexpr,
+    POWER_OF_2: constexpr,
+    DTYPE: constexpr,
+    BY_ROWS: constexpr,
+    BY_COLUMNS: constexpr,
+    BLOCK_M: constexpr,
+    BLOCK_N: constexpr,
+):
+    """x in float8: by_rows (M, N) and by_columns (N, M), each with its scales, from the bits of the amaxes. Reads x
+    once; last tiles first, which the kernel of the amaxes has left in the cache."""
+    down, across, rows, columns = _tile(M, N, BLOCK_M, BLOCK_N, True)
+    inside = (rows < M)[:, None] & (columns < N)[None, :]
+    values = tl.load(x + rows.to(tl.int64)[:, None] * stride + columns[None, :], mask=inside, other=0.0)
+    if BY_ROWS != NONE:
+        scale = _scale(tl.load(row_amax + rows * BY_ROWS, mask=rows < M, other=0), FP8_MAX, POWER_OF_2)
+        if across == 0:
+            tl.store(row_scale + rows * BY_ROWS, scale, mask=rows < M)
+        q = _quantize(values, scale[:, None], FP8_MAX, DTYPE)
+        tl.store(by_rows + rows.to(tl.int64)[:, None] * N + columns[None, :], q, mask=inside)
+    if BY_COLUMNS != NONE:
+        scale = _scale(tl.load(column_amax + columns * BY_COLUMNS, mask=columns < N, other=0), FP8_MAX, POWER_OF_2)
+        if down == 0:
+            tl.store(column_scale + columns * BY_COLUMNS, scale, mask=columns < N)
+        q = _quantize(values, scale[None, :], FP8_MAX, DTYPE)
+        inside = (columns < N)[:, None] & (rows < M)[None, :]
+        tl.store(by_columns + columns.to(tl.int64)[:, None] * M + rows[None, :], tl.trans(q), mask=inside)
+
+
+@triton.jit
+def row_cast_kernel(
+    x,
+    by_rows,
+    row_scale,
+    N,
+    stride,
+    FP8_MAX: constexpr,
+    POWER_OF_2: constexpr,
+    DTYPE: constexpr,
+    BLOCK_N: constexpr,
+):
+    """One row, of at most BLOCK_N columns, by rows. Reads x once: no amax comes from elsewhere."""
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, BLOCK_N)
+    inside = columns < N
+    values = tl.load(x + row * stride + columns, mask=inside, other=0.0)
+    scale = _scale(tl.max(_magnitude_bits(values), 0, keep_dims=True), FP8_MAX, POWER_OF_2)
+    tl.store(by_rows + row * N + columns, _quantize(values, scale, FP8_MAX, DTYPE), mask=inside)
+    tl.store(row_scale + row + tl.zeros([1], tl.int32), scale)
+
+
+@triton.jit
+def rescale_kernel(
+    product,
+    row_scale,
+    column_scale,
+    out,
+    M,
+    N,
+    ROW_STEP: constexpr,
+    COLUMN_STEP: constexpr,
+    BLOCK_M: constexpr,
+    BLOCK_N: constexpr,
+):
+    """The product of two operands, divided by their scales, which it was computed without: of rows and columns, or with
+    step 0 of the whole operand."""
+    _, _, rows, columns = _tile(M, N, BLOCK_M, BLOCK_N, True)
+    inside = (rows < M)[:, None] & (columns < N)[None, :]
+    offsets = rows.to(tl.int64)[:, None] * N + columns[None, :]
+    of_rows = tl.load(row_scale + rows * ROW_STEP, mask=rows < M, other=1.0)
+    of_columns = tl.load(column_scale + columns * COLUMN_STEP, mask=columns < N, other=1.0)
+    of_rows = tl.div_rn(tl.full(of_rows.shape, 1.0, tl.float32), of_rows)
+    of_columns = tl.div_rn(tl.full(of_columns.shape, 1.0, tl.float32), of_columns)
+    values = tl.load(product + offsets, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + offsets, (values * of_rows[:, None] * of_columns[None, :]).to(out.dtype.element_ty), mask=inside)
