@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -14,35 +15,53 @@ from typing import Any
 import torch
 
 
-def device() -> str:
-    """The device as the result files name it."""
-    if torch.cuda.is_available():
+def device(kind: str = "cuda") -> str:
+    """The device as the result files name it: the GPU, where there is one and ``kind`` is not "cpu"."""
+    if kind != "cpu" and torch.cuda.is_available():
         return torch.cuda.get_device_name()
     return f"CPU ({platform.machine()}, {torch.get_num_threads()} threads)"
 
 
-def write(name: str, results: list[dict[str, Any]], output: Path) -> None:
-    """Write ``results`` with what they depend on: date, commit, device, versions and the command."""
+def commit() -> str | None:
+    """The commit that is measured: TITANLITE_COMMIT, for copies without .git, or git's answer; None without either."""
+    if given := os.environ.get("TITANLITE_COMMIT"):
+        return given
+    command = ["git", "describe", "--always", "--dirty"]
     try:
-        triton: str | None = metadata.version("triton")
+        found = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
+    except FileNotFoundError:  # no git
+        return None
+    return found.stdout.strip() or None
+
+
+def version(package: str) -> str | None:
+    """The installed version of ``package``; None where it is not installed."""
+    try:
+        return metadata.version(package)
     except metadata.PackageNotFoundError:
-        triton = None
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"],
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+        return None
+
+
+def write(name: str, results: list[dict[str, Any]], output: Path, kind: str = "cuda", **about: Any) -> None:
+    """Write ``results`` with what they depend on: date, commit, device, versions and the command.
+
+    Args:
+        kind: of the device, as of :func:`device`.
+        about: what else is to be known of all results.
+    """
     content = {
         "name": name,
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
-        "commit": commit.stdout.strip() or None,
-        "device": device(),
+        "commit": commit(),
+        "device": device(kind),
         "torch": torch.__version__,
-        "triton": triton,
+        "triton": version("triton"),
         "command": " ".join(["python", f"scripts/benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
+        **about,
         "results": results,
     }
     output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    # Whole or not at all: a benchmark that is stopped leaves what it wrote before.
+    unfinished = output.with_suffix(".unfinished")
+    unfinished.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    unfinished.replace(output)

@@ -1,0 +1,159 @@
+"""What the benchmarks share: their options, a budget of time, timing in turn, child processes under a limit, tables."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import signal
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).parents[2]
+_FLUSH = 256 << 20  # bytes: several times the second-level cache of any GPU so far
+
+
+def parser(doc: str | None) -> argparse.ArgumentParser:
+    """A parser with the options that every benchmark for a GPU has; the description is the module's docstring."""
+    made = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("--out", type=Path, metavar="FILE", help="write the results here, as JSON")
+    made.add_argument("--seconds", type=float, metavar="BUDGET", help="begin nothing that would end after this time")
+    made.add_argument(
+        "--device", choices=("cuda", "cpu"), default="cuda", help="cpu: toy sizes, to see that the benchmark works"
+    )
+    return made
+
+
+def check_device(given: argparse.ArgumentParser, device: str) -> None:
+    """End with status 2 where ``device`` is not there."""
+    if device == "cuda" and not torch.cuda.is_available():
+        given.error("there is no GPU here; --device=cpu runs toy sizes on the CPU")
+
+
+@dataclass
+class Budget:
+    """``seconds`` from now on, without end where None."""
+
+    seconds: float | None
+    begin: float = field(default_factory=time.perf_counter)
+
+    def left(self) -> float:
+        return float("inf") if self.seconds is None else self.seconds - (time.perf_counter() - self.begin)
+
+
+def time_in_turn(
+    functions: Mapping[str, Callable[[], object]], device: str, rounds: int, warmup: int = 3
+) -> dict[str, float]:
+    """Median seconds of each function, called one after the other, ``rounds`` times over, so that what changes with
+    time, such as the clock, changes for all. On a GPU by events, with the cache emptied before each call."""
+    seconds: dict[str, list[float]] = {name: [] for name in functions}
+    for function in functions.values():
+        for _ in range(warmup):
+            function()
+    flush = torch.empty(_FLUSH, dtype=torch.int8, device=device) if device == "cuda" else None
+    for _ in range(rounds):
+        for name, function in functions.items():
+            if flush is None:
+                start = time.perf_counter()
+                function()
+                seconds[name].append(time.perf_counter() - start)
+            else:
+                begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+                flush.zero_()  # it also covers the time that the host needs to launch what follows
+                begin.record()
+                function()
+                end.record()
+                end.synchronize()
+                seconds[name].append(begin.elapsed_time(end) / 1e3)
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+@dataclass
+class Child:
+    """A child process that has ended.
+
+    Attributes:
+        status: its exit status; None where it was stopped at its limit.
+        output: standard output and error, together.
+        seconds: how long it ran.
+    """
+
+    status: int | None
+    output: str
+    seconds: float
+
+    def why(self) -> str:
+        """Why it failed, in a few lines."""
+        if self.status is None:
+            return f"stopped at its limit, after {self.seconds:.0f} s"
+        lines = [line for line in self.output.splitlines() if line.strip()]
+        errors = [line for line in lines if "Error" in line or "out of memory" in line]
+        return f"status {self.status}: " + " | ".join((errors or lines)[-2:])[-600:]
+
+
+def run(command: Sequence[str], limit: float, env: Mapping[str, str] | None = None) -> Child:
+    """Run ``command`` in the repository for at most ``limit`` seconds; then it ends, with all that it started."""
+    start = time.perf_counter()
+    process = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": path_of_children(), **(env or {})},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        start_new_session=True,
+    )
+    status: int | None
+    try:
+        output, _ = process.communicate(timeout=limit)
+        status = process.returncode
+    except subprocess.TimeoutExpired:
+        _kill(process)
+        output, _ = process.communicate()
+        status = None
+    except BaseException:
+        _kill(process)
+        raise
+    return Child(status, output, time.perf_counter() - start)
+
+
+def path_of_children() -> str:
+    """PYTHONPATH with the repository and this folder first."""
+    return os.pathsep.join([str(ROOT), str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])])
+
+
+def _kill(process: subprocess.Popen[str]) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+
+
+def device_env(device: str) -> dict[str, str]:
+    """For children that are to run on ``device``: the CPU is what is left where no GPU is visible."""
+    return {"CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {}
+
+
+def show(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> str:
+    """A table in plain text; numbers to the right, nothing where a row has no value."""
+
+    def cell(value: object) -> str:
+        if isinstance(value, float):
+            return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+        return "" if value is None else str(value)
+
+    cells = [list(columns), *([cell(row.get(column)) for column in columns] for row in rows)]
+    widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
+    numeric = [all(isinstance(r.get(c), (int, float, type(None))) for r in rows) for c in columns]
+    return "\n".join(
+        "  ".join(
+            text.rjust(width) if right else text.ljust(width) for text, width, right in zip(line, widths, numeric)
+        )
+        for line in cells
+    )
