@@ -1,4 +1,8 @@
-"""What the benchmarks share: their options, a budget of time, timing in turn, child processes under a limit, tables."""
+"""What the benchmarks share: their options, a budget of time, timing in turn, child processes under a limit, tables.
+
+torch is imported where it is used: the summary of scripts/gpu_suite.sh, which is written after each section, has no
+need of it.
+"""
 
 from __future__ import annotations
 
@@ -8,13 +12,12 @@ import os
 import signal
 import statistics
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-
-import torch
 
 ROOT = Path(__file__).parents[2]
 _FLUSH = 256 << 20  # bytes: several times the second-level cache of any GPU so far
@@ -33,6 +36,8 @@ def parser(doc: str | None) -> argparse.ArgumentParser:
 
 def check_device(given: argparse.ArgumentParser, device: str) -> None:
     """End with status 2 where ``device`` is not there."""
+    import torch
+
     if device == "cuda" and not torch.cuda.is_available():
         given.error("there is no GPU here; --device=cpu runs toy sizes on the CPU")
 
@@ -53,6 +58,8 @@ def time_in_turn(
 ) -> dict[str, float]:
     """Median seconds of each function, called one after the other, ``rounds`` times over, so that what changes with
     time, such as the clock, changes for all. On a GPU by events, with the cache emptied before each call."""
+    import torch
+
     seconds: dict[str, list[float]] = {name: [] for name in functions}
     for function in functions.values():
         for _ in range(warmup):
@@ -99,12 +106,21 @@ class Child:
 
 
 def run(command: Sequence[str], limit: float, env: Mapping[str, str] | None = None) -> Child:
-    """Run ``command`` in the repository for at most ``limit`` seconds; then it ends, with all that it started."""
+    """Run ``command`` in the repository for at most ``limit`` seconds; then it ends, with all that it started. So it
+    does where this process is asked to end: what a GPU's memory is full of must not outlive its parent."""
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    try:
+        return _run(command, limit, {} if env is None else env)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _run(command: Sequence[str], limit: float, env: Mapping[str, str]) -> Child:
     start = time.perf_counter()
     process = subprocess.Popen(
         command,
         cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": path_of_children(), **(env or {})},
+        env={**os.environ, "PYTHONPATH": path_of_children(), **env},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

@@ -85,7 +85,8 @@ def quantized(x: Tensor, dtype: torch.dtype, contracted: int | None) -> Operand:
 
 def raw(a: Operand, b: Operand, fast_accum: bool) -> Callable[[], Tensor]:
     """``torch._scaled_mm``, with its scales made beforehand."""
-    assert a.scale is not None and b.scale is not None
+    assert a.scale is not None
+    assert b.scale is not None
     scales = {"scale_a": a.scale.reciprocal().contiguous(), "scale_b": b.scale.reciprocal().contiguous()}
     return functools.partial(
         torch._scaled_mm, a.data, b.data, **scales, out_dtype=torch.bfloat16, use_fast_accum=fast_accum

@@ -122,7 +122,7 @@ def difference(a: list[float], b: list[float]) -> float:
 
 def compare(rows: list[dict[str, Any]]) -> None:
     """To titanlite's rows what they are over torchtitan's of the same case, and whether both computed the same; to all
-    what they are over the same system's bf16."""
+    what they are over the same system's bf16, in speed and memory."""
 
     def key(row: dict[str, Any], system: str, config: str) -> tuple[Any, ...]:
         return system, config, row["compile"], row["batch"]
@@ -132,6 +132,7 @@ def compare(rows: list[dict[str, Any]]) -> None:
         bf16 = by_case.get(key(row, row["system"], "bf16"))
         if row["tps"] and bf16:
             row["speedup_over_bf16"] = row["tps"] / bf16["tps"]
+            row["memory_over_bf16"] = row["peak_memory_gib"] / bf16["peak_memory_gib"]
         other = by_case.get(key(row, OTHER, row["config"]))
         if row["system"] == OTHER or not row["tps"] or other is None:
             continue

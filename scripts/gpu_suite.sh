@@ -1,0 +1,135 @@
+#!/usr/bin/env bash
+# All that a GPU should run: its tests, then the benchmarks, the most telling first, each under a limit of its own.
+#
+#     scripts/gpu_suite.sh OUT [SECONDS [SECTION...]]      # by default 540 s, and all sections
+#
+# Sections, in this order: tests peers linear casts matmul eager train roofline loss_curves. Given after SECONDS, only
+# those are run. OUT gets summary.txt (what ran, the targets, what was left out and why), a JSON file for each benchmark,
+# and rest.tar.gz with the logs; of many benchmarks the last ones' JSON is in there too, so that OUT has eight files at
+# most. The Python is $PYTHON, else python3; it needs torch and what titanlite imports, and nothing is fetched.
+# TITANLITE_COMMIT names the commit where there is no .git. GPU_SUITE_DEVICE=cpu runs toys on the CPU.
+# Status: 0; 1 if something failed (not: was left out); 2 for wrong arguments or a Python that lacks what is needed.
+set -uo pipefail
+usage() { sed -n '2,12s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; }
+fail() {
+    echo "gpu_suite.sh: $*" >&2
+    exit 2
+}
+
+SECTIONS="tests peers linear casts matmul eager train roofline loss_curves"
+case "${1:-}" in
+    -h | --help) usage && exit 0 ;;
+    "" | -*) usage >&2 && exit 2 ;;
+esac
+seconds=${2:-540}
+[[ $seconds =~ ^[0-9]+$ ]] || fail "SECONDS = $seconds: must be a whole number of seconds"
+mkdir -p "$1" || fail "OUT = $1: cannot be made"
+out=$(cd "$1" && pwd)
+shift $(($# > 1 ? 2 : 1))
+chosen=${*:-$SECTIONS}
+for name in $chosen; do
+    [[ " $SECTIONS " == *" $name "* ]] || fail "section $name: there is no such section; there are $SECTIONS"
+done
+
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+cd "$root" || exit 2
+python=${PYTHON:-python3}
+device=${GPU_SUITE_DEVICE:-cuda}
+deadline=$((SECONDS + seconds))
+closing=5 # seconds kept for the summary
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+mkdir "$work/rest"
+export PYTHONPATH="$root:$root/scripts/benchmarks${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
+[ "$device" != cpu ] || export CUDA_VISIBLE_DEVICES=""
+status=0
+
+missing=$("$python" - <<'END'
+import importlib.util
+print(*(m for m in ("torch", "numpy", "tomli", "tomli_w", "tokenizers", "safetensors") if not importlib.util.find_spec(m)))
+END
+) || fail "$python does not run"
+[ -z "$missing" ] || fail "$python lacks $missing, without which titanlite does not run: pip install $missing"
+
+note() { # NAME OUTCOME SECONDS DETAIL
+    printf '%s\t%s\t%s\t%s\n' "$@" >>"$work/ran.tsv"
+    echo "$1: $2 ($3 s) $4"
+    "$python" scripts/benchmarks/suite_summary.py "$out" "$work/ran.tsv" >/dev/null
+}
+
+section() { # NAME MOST FEWEST COMMAND...: in the command, LIMIT stands for the seconds that it may take
+    local name=$1 most=$2 fewest=$3 left limit begun code log detail
+    shift 3
+    [[ " $chosen " == *" $name "* ]] || return 0
+    left=$((deadline - SECONDS - closing))
+    if ((left < fewest)); then
+        note "$name" "left out" 0 "$((left > 0 ? left : 0)) s were left, and it needs $fewest"
+        return
+    fi
+    limit=$((left < most ? left : most))
+    log=$work/rest/$name.log begun=$SECONDS
+    # The benchmarks end by themselves a little before; INT, so that pytest still says how far it came.
+    timeout --signal=INT --kill-after=5 "$limit" "${@//LIMIT/$((limit > 20 ? limit - 8 : limit))}" </dev/null >"$log" 2>&1
+    code=$?
+    detail=$(grep -v '^[[:space:]]*$' "$log" | tail -n 1 | cut -c 1-300 | tr '\t' ' ')
+    case $code in
+        0) note "$name" ran $((SECONDS - begun)) "$detail" ;;
+        124 | 137) note "$name" stopped $((SECONDS - begun)) "at its limit of $limit s; last: $detail" ;;
+        *) note "$name" "failed ($code)" $((SECONDS - begun)) "$detail" ;;
+    esac
+    [ "$code" = 0 ] || status=1
+}
+
+benchmark() { # SECTION SCRIPT MOST FEWEST OPTION...
+    local name=$1 script=scripts/benchmarks/$2.py most=$3 fewest=$4
+    shift 4
+    if [ -f "$script" ]; then
+        section "$name" "$most" "$fewest" "$python" "$script" --out="$out/$name.json" --seconds=LIMIT \
+            --device="$device" "$@"
+    elif [[ " $chosen " == *" $name "* ]]; then
+        note "$name" "left out" 0 "there is no $script"
+    fi
+}
+
+gpu_tests() {
+    [[ " $chosen " == *" tests "* ]] || return 0
+    if ! "$python" -c 'import pytest' 2>/dev/null; then
+        note tests "left out" 0 "pytest is not installed"
+        return
+    fi
+    # Whole runs of the trainer, which take longest, last.
+    local first
+    first=$(find tests/gpu -name 'test_*.py' ! -name test_train.py | sort)
+    # shellcheck disable=SC2086
+    section tests 100 15 "$python" -m pytest -q -p no:cacheprovider -m gpu $first tests/gpu/test_train.py
+}
+
+loss_curves() {
+    local shape=(--model.flavor=100M --training.seq_len=1024 --training.local_batch_size=16 --training.steps=300)
+    [ "$device" != cpu ] || shape=(--model.flavor=toy --training.seq_len=32 --training.local_batch_size=2 --training.steps=4)
+    section loss_curves 1500 300 "$python" scripts/benchmarks/loss_parity.py --output="$out/loss_curves.json" --seeds=3 \
+        --experimental.custom_import=scripts.benchmarks.benchmark_models --model.name=llama3_benchmark "${shape[@]}" \
+        --training.compile --sample.enable=false
+}
+
+gpu_tests
+benchmark peers peers 240 100
+benchmark linear linear 50 15
+benchmark casts casts 40 15
+benchmark matmul matmul 45 10
+benchmark eager train 110 60 --modes=eager --batches=1 --configs=bf16,tensorwise,rowwise --windows=2
+benchmark train train 600 60 --modes=compile --batches=1,2
+benchmark roofline roofline 90 20
+loss_curves
+
+"$python" scripts/benchmarks/suite_summary.py "$out" "$work/ran.tsv"
+kept=0
+for name in $SECTIONS; do
+    for file in "$out/$name".*; do
+        if [ -f "$file" ] && { [ "${file##*.}" != json ] || ((++kept > 6)); }; then
+            mv "$file" "$work/rest/"
+        fi
+    done
+done
+tar -czf "$out/rest.tar.gz" -C "$work" rest
+exit "$status"
