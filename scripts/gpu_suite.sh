@@ -113,7 +113,7 @@ loss_curves() {
 }
 
 gpu_tests
-benchmark peers peers 240 100
+benchmark peers peers 300 100 --steps=16
 benchmark linear linear 50 15
 benchmark casts casts 40 15
 benchmark matmul matmul 45 10

@@ -14,12 +14,13 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 ROOT = Path(__file__).parents[2]
+K = TypeVar("K", bound=Hashable)
 _FLUSH = 256 << 20  # bytes: several times the second-level cache of any GPU so far
 
 
@@ -54,13 +55,13 @@ class Budget:
 
 
 def time_in_turn(
-    functions: Mapping[str, Callable[[], object]], device: str, rounds: int, warmup: int = 3
-) -> dict[str, float]:
+    functions: Mapping[K, Callable[[], object]], device: str, rounds: int, warmup: int = 3
+) -> dict[K, float]:
     """Median seconds of each function, called one after the other, ``rounds`` times over, so that what changes with
     time, such as the clock, changes for all. On a GPU by events, with the cache emptied before each call."""
     import torch
 
-    seconds: dict[str, list[float]] = {name: [] for name in functions}
+    seconds: dict[K, list[float]] = {name: [] for name in functions}
     for function in functions.values():
         for _ in range(warmup):
             function()

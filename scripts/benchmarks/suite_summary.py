@@ -103,7 +103,7 @@ def summary(out: Path, ran: Path) -> str:
     contents = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(out.glob("*.json"))}
     files: dict[str, list[Row]] = {name: content["results"] for name, content in contents.items()}
     lines = [line.split("\t") for line in ran.read_text(encoding="utf-8").splitlines()]
-    about = next(iter(contents.values()), {})
+    about: Row = next(iter(contents.values()), {})
     head = ", ".join(f"{key} {about[key]}" for key in ("device", "torch", "triton", "commit", "date") if key in about)
     parts = [head or "no benchmark left a result"]
     if any(content.get("toy") for content in contents.values()):

@@ -115,11 +115,11 @@ def test_train(tmp_path: Path) -> None:
 
 def test_a_run_that_fails_is_a_row_that_says_why(tmp_path: Path) -> None:
     out = tmp_path / "train.json"
-    given = ["--device=cpu", "--configs=bf16", "--modes=eager", "--batches=1", f"--out={out}", "--optimizer.name=Adan"]
+    given = ["--device=cpu", "--configs=bf16", "--modes=eager", "--batches=1", f"--out={out}", "--optimizer.lr=fast"]
     assert train_benchmark.main(given) == 1
     (row,) = results_of(out)
     assert row["tps"] is None
-    assert 'optimizer.name = "Adan"' in row["failed"][0]
+    assert "optimizer.lr" in row["failed"][0]
 
 
 def test_cases_without_time_are_left_out(tmp_path: Path) -> None:
