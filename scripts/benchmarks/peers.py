@@ -183,16 +183,17 @@ def main(argv: list[str] | None = None) -> int:
     budget = harness.Budget(args.seconds)
     about = {"toy": args.device == "cpu", **{name: results.version(name) for name in NEEDED}}
     runs: dict[Case, list[dict[str, Any]]] = {case: [] for case in turns(args)}
-    longest = 0.0
+    took: list[float] = []  # seconds of the runs so far
     rows: list[dict[str, Any]] = []
     for _ in range(args.repeats):
         for i, (case, done) in enumerate(runs.items()):
             left = budget.left()
-            if left < max(longest * (2 - i % 2), 5.0):  # nobody begins where there is no time for the other's turn
+            # Nobody begins where there is no time for the other's turn; who is second begins in any case.
+            if left < (5.0 if i % 2 else max(2 * statistics.median(took or [0.0]), 5.0)):
                 done.append({"failed": f"left out: {left:.0f} s were left of {args.seconds:.0f}", "seconds": 0.0})
             else:
                 done.append(measure(case, args, min(left, args.case_seconds)))
-                longest = max(longest, done[-1]["seconds"])
+                took.append(done[-1]["seconds"])
             tps = done[-1].get("tps")
             print(f"{case}: {done[-1].get('failed') or f'{tps:,.0f} tokens/s'}", flush=True)
             rows = [row_of(case, done, args) for case, done in runs.items() if done]

@@ -86,17 +86,19 @@ def judged(target: Target, files: dict[str, list[Row]]) -> Row:
 
 
 def failures(files: dict[str, list[Row]]) -> list[str]:
-    """The rows that say of themselves that they failed, or were left out."""
-    said = []
+    """What rows say of themselves that failed, or were left out; each reason once, with the first case."""
+    found: dict[tuple[str, str], list[str]] = {}
     for name, rows in files.items():
         for row in rows:
-            why = row.get("failed")
-            if why:
-                case = ", ".join(f"{row[key]}" for key in _NAMES if key in row)
-                said.append(f"{name}: {case}: {why if isinstance(why, str) else '; '.join(why)}")
-            elif row.get("same_computation") is False:
-                said.append(f"{name}: {row['config']}: the two systems did not compute the same; their ratio is void")
-    return said
+            said = row.get("failed") or []
+            reasons = [said] if isinstance(said, str) else [*said]
+            if row.get("same_computation") is False:
+                reasons.append("the two systems did not compute the same: their ratio is void")
+            for reason in reasons:
+                case = ", ".join(f"{key} {row[key]}" for key in _NAMES if key in row)
+                found.setdefault((name, reason), []).append(case)
+    others = {key: f" (and {len(cases) - 1} others)" if len(cases) > 1 else "" for key, cases in found.items()}
+    return [f"{name}: {cases[0]}{others[name, reason]}: {reason}" for (name, reason), cases in found.items()]
 
 
 def summary(out: Path, ran: Path) -> str:
@@ -108,7 +110,7 @@ def summary(out: Path, ran: Path) -> str:
     parts = [head or "no benchmark left a result"]
     if any(content.get("toy") for content in contents.values()):
         parts.append("Toy sizes on the CPU: the figures below say nothing about speed.")
-    sections = [dict(zip(("section", "outcome", "seconds", "detail"), line)) for line in lines]
+    sections = [dict(zip(("section", "outcome", "seconds", "detail"), (*line[:3], line[3][:100]))) for line in lines]
     parts.append(harness.show(sections, ("section", "outcome", "seconds", "detail")))
     parts.append(
         harness.show([judged(target, files) for target in TARGETS], ("measure", "target", "found", "", "from"))

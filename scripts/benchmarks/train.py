@@ -159,16 +159,16 @@ def main(argv: list[str] | None = None) -> int:
     args = arguments(argv)
     budget = harness.Budget(args.seconds)
     runs: dict[Case, list[dict[str, Any]]] = {case: [] for case in cases(args)}
-    longest = 0.0  # of the runs so far: a case that takes as long begins only while that is left
+    took: list[float] = []  # seconds of the runs so far: a case begins while as much is left as they took
     rows: list[dict[str, Any]] = []
     for repeat in range(args.repeats):
         for case, done in runs.items():
             left = budget.left()
-            if left < max(longest, 5.0):
+            if left < max(statistics.median(took or [0.0]), 5.0):
                 done.append({"failed": f"left out: {left:.0f} s were left of {args.seconds:.0f}", "seconds": 0.0})
             else:
                 done.append(train(case, args, min(left, args.case_seconds)))
-                longest = max(longest, done[-1]["seconds"])
+                took.append(done[-1]["seconds"])
             tps = done[-1].get("tps")
             print(f"{case}, run {repeat + 1}: {done[-1].get('failed') or f'{tps:,.0f} tokens/s'}", flush=True)
             rows = [row_of(case, done, args) for case, done in runs.items() if done]
