@@ -41,6 +41,38 @@ def converted(model: nn.Module) -> set[str]:
     return {name for name, m in model.named_modules() if isinstance(m, Float8Linear)}
 
 
+# ---- which kernels
+
+
+def test_triton_is_for_float8_units(mesh: Any) -> None:
+    with pytest.raises(ConfigError, match=r'float8\.kernels = "triton": cpu has no float8 units'):
+        converter(mesh, "--float8.kernels=triton")
+    with pytest.raises(ConfigError, match=r'float8\.kernels = "triton": float8\.emulate = true'):
+        converter(mesh, "--float8.kernels=triton", "--float8.emulate")
+
+
+def test_kernels_are_chosen_aloud(mesh: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """On a device with float8 units, which the CPU is taken for; what is measured is in tests/gpu."""
+    pytest.importorskip("triton")
+    monkeypatch.setattr("titanlite.converters.float8.has_native_float8", lambda device: True)
+    caplog.set_level("INFO")
+    for options, expected in [
+        ([], 'float8.kernels = "auto": triton; without the compiler, plain operations are not fused'),
+        (
+            ["--training.compile", "--float8.scaling_type_input=delayed"],
+            'float8.kernels = "auto": inductor; the scales are not dynamic',
+        ),
+        (["--float8.kernels=inductor"], ""),
+    ]:
+        caplog.clear()
+        model = model_of()
+        converter(mesh, *options).convert(model)
+        said = [r.getMessage() for r in caplog.records if "float8.kernels" in r.getMessage()]
+        assert said == ([expected] if expected else [])
+        layer = next(m for m in model.modules() if isinstance(m, Float8Linear))
+        assert layer.config.kernels == (expected.split()[3].rstrip(";") if expected else "inductor")
+
+
 # ---- which layers
 
 

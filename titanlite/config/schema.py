@@ -286,6 +286,8 @@ class Float8:
     """Layers to leave in high precision, by whole parts of their names; auto_filter_small_kn: too small ones."""
     emulate: bool = False
     """Multiply the quantized values in float32; where there are no float8 units this is done anyway."""
+    kernels: Literal["auto", "triton", "inductor"] = "auto"
+    """What casts on float8 units: titanlite's Triton kernels, the compiler's own, or what is faster (auto)."""
     scaling_type_input: ScalingTypeName = "dynamic"
     """Scale of the inputs: from the tensor itself, from the steps before (delayed), or a constant (static)."""
     scaling_type_weight: ScalingTypeName = "dynamic"

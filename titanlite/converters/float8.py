@@ -7,6 +7,7 @@ import dataclasses
 import logging
 import re
 from collections import Counter
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -21,11 +22,15 @@ from titanlite.float8 import (
     Float8LinearConfig,
     ScalingType,
     convert_to_float8_training,
+    kernels,
     precompute_float8_dynamic_scale_for_fsdp,
     sync_float8_amax_and_scale_history,
     why_not_convertible,
 )
+from titanlite.float8.config import Kernels
 from titanlite.float8.devices import architecture, has_native_float8, why_not
+from titanlite.float8.kernels.choose import measure
+from titanlite.float8.matmul import layout_of
 from titanlite.registry import nearest
 
 logger = logging.getLogger()
@@ -64,6 +69,7 @@ def library_config(config: JobConfig, emulate: bool) -> Float8LinearConfig:
         Float8LinearConfig.from_recipe_name(options.recipe_name or "tensorwise"),
         **casts,
         emulate=emulate,
+        kernels=options.kernels,
         enable_fsdp_float8_all_gather=options.enable_fsdp_float8_all_gather,
         force_recompute_fp8_weight_in_bwd=options.force_recompute_fp8_weight_in_bwd,
     )
@@ -76,12 +82,19 @@ class Float8Converter:
         device = torch.device(mesh.device_type)
         native = has_native_float8(device)
         self.recipe = options.recipe_name or "tensorwise"
+        if options.kernels == "triton" and (options.emulate or not native):
+            why = "float8.emulate = true" if options.emulate else f"{architecture(device)} has no float8 units"
+            raise ConfigError(
+                f'float8.kernels = "triton": {why}, and emulation is plain operations; leave float8.kernels out'
+            )
         self.config = library_config(config, emulate=options.emulate or not native)
+        self.compiled = config.training.compile and "model" in config.compile.components
+        self.tokens = config.training.local_batch_size * config.training.seq_len
         reason = why_not(
             architecture(device),
             set(self.config.dtypes),
             emulate=self.config.emulate,
-            compiled=config.training.compile and "model" in config.compile.components,
+            compiled=self.compiled,
         )
         if reason:
             raise ConfigError(f'model.converters = "float8": {reason}')
@@ -112,7 +125,10 @@ class Float8Converter:
                 'model.converters = "float8": there is nothing to convert\n'
                 + "\n".join(f"    {name}: {reason}" for name, reason in kept.items())
             )
-        self._check_shards({name: linear for name, linear in linears.items() if name not in kept})
+        chosen = {name: linear for name, linear in linears.items() if name not in kept}
+        self._check_shards(chosen)
+        if not self.config.emulate and self.config.kernels == "auto":
+            self.config = dataclasses.replace(self.config, kernels=self._choose_kernels(chosen.values()))
         try:
             convert_to_float8_training(model, module_filter_fn=lambda _, name: name not in kept, config=self.config)
         except ValueError as e:
@@ -131,6 +147,28 @@ class Float8Converter:
         if self.filter_small and too_small(self.recipe, linear.in_features, linear.out_features):
             return AUTO_FILTER
         return None
+
+    def _choose_kernels(self, layers: Iterable[nn.Linear]) -> Kernels:
+        """What ``kernels = "auto"`` is here; says why."""
+        x, other = self.config.cast_config_input, self.config.cast_config_input_for_grad_weight
+        chosen: Kernels
+        if not kernels.AVAILABLE:
+            chosen, why = "inductor", "triton is not installed"
+        elif not self.compiled:
+            chosen, why = "triton", "without the compiler, plain operations are not fused"
+        elif x.scaling_type is not ScalingType.DYNAMIC:
+            chosen, why = "inductor", "the scales are not dynamic"
+        else:
+            features = max(layer.in_features for layer in layers)
+            rounded = self.config.round_scales_to_power_of_2
+            times = measure(self.tokens, features, x.dtype, layout_of(x), layout_of(other), rounded)
+            chosen = "triton" if times.triton <= times.inductor else "inductor"
+            why = (
+                f"the cast of a {self.tokens} x {features} input takes {times.triton:.0f} us in Triton's kernels, "
+                f"{times.inductor:.0f} us in the compiler's"
+            )
+        logger.info('float8.kernels = "auto": %s; %s', chosen, why)
+        return chosen
 
     def _check_shards(self, chosen: dict[str, nn.Linear]) -> None:
         """Scales of rows are gathered with the rows: each process must have as many."""

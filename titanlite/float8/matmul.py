@@ -51,6 +51,10 @@ def cast(
     return Operand(data, scale)
 
 
+def layout_of(config: CastConfig) -> kernels.Layout:
+    return "none" if not config.is_cast else "vector" if config.is_axiswise else "tensor"
+
+
 def cast_by_kernels(
     x: Tensor, by_features: CastConfig | None, by_rows: CastConfig | None, *, power_of_2: bool
 ) -> tuple[Operand, Operand]:
@@ -59,7 +63,7 @@ def cast_by_kernels(
     :func:`cast`, to the bit; the memory layouts that float8 units need."""
 
     def layout(config: CastConfig | None) -> kernels.Layout:
-        return "none" if config is None else "vector" if config.is_axiswise else "tensor"
+        return "none" if config is None else layout_of(config)
 
     config = by_features or by_rows
     assert config is not None

@@ -1,0 +1,43 @@
+"""Which is faster here: the Triton kernels, or those that the compiler makes of plain operations."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+
+from titanlite.float8 import kernels
+from titanlite.float8.kernels import reference
+
+
+class Times(NamedTuple):
+    """Medians of one cast, in microseconds."""
+
+    triton: float
+    inductor: float
+
+
+def measure(
+    rows: int, columns: int, dtype: torch.dtype, by_rows: kernels.Layout, by_columns: kernels.Layout, power_of_2: bool
+) -> Times:
+    """Times the cast of a random (rows, columns) bfloat16 matrix both ways on the current GPU, in turn. Compiling takes
+    some seconds; the results are compared, too.
+
+    Raises:
+        RuntimeError: the two are not the same.
+    """
+    from triton.testing import do_bench
+
+    x = torch.randn(rows, columns, device="cuda", dtype=torch.bfloat16)
+    how = (dtype, by_rows, by_columns, power_of_2)
+    ways: dict[str, Callable[..., tuple[torch.Tensor, ...]]] = {
+        "triton": kernels.cast,
+        "inductor": torch.compile(reference.cast, fullgraph=True),
+    }
+    results = [way(x, *how) for way in ways.values()]
+    for a, b in zip(*results, strict=True):
+        if not torch.equal(a.float(), b.float()):
+            raise RuntimeError(f"casts of a {rows} x {columns} matrix, {how}: the kernels disagree with the compiler's")
+    times = {name: 1000 * do_bench(lambda way=way: way(x, *how), return_mode="median") for name, way in ways.items()}
+    return Times(**times)
