@@ -137,8 +137,11 @@ class Estimate:
         return max(rank.peak for rank in self.ranks)
 
 
-def estimate(config: JobConfig, world_size: int) -> Estimate:
+def estimate(config: JobConfig, world_size: int, vocab_size: int | None = None) -> Estimate:
     """Build, shard and run one step of ``config`` for ``world_size`` devices; nothing of the model's size is allocated.
+
+    Args:
+        vocab_size: the tokenizer's, for flavors that take theirs from it; None: ``ASSUMED_VOCAB_SIZE``.
 
     Raises:
         ConfigError: as training with this configuration on as many devices would.
@@ -151,7 +154,9 @@ def estimate(config: JobConfig, world_size: int) -> Estimate:
         # Each in a process of its own: DTensor remembers process groups beyond their end.
         with ProcessPoolExecutor(1, multiprocessing.get_context(START_METHOD)) as process:
             rank = stage * (world_size // degrees.pipeline_parallel)
-            own, size, how, own_notes = process.submit(_estimate_rank, config, degrees, rank, world_size).result()
+            own, size, how, own_notes = process.submit(
+                _estimate_rank, config, degrees, rank, world_size, vocab_size
+            ).result()
         ranks.append(own)
         notes += [note for note in own_notes if note not in notes]
     tokens = global_batch_size(config, degrees.data_parallel) * config.training.seq_len
@@ -167,7 +172,7 @@ def estimate(config: JobConfig, world_size: int) -> Estimate:
 
 
 def _estimate_rank(
-    config: JobConfig, degrees: Degrees, rank: int, world_size: int
+    config: JobConfig, degrees: Degrees, rank: int, world_size: int, vocab_size: int | None
 ) -> tuple[RankEstimate, ModelSize, dict[str, str], list[str]]:
     warnings.simplefilter("ignore")  # those of a step are for those who train
     if config.experimental.custom_import:
@@ -175,7 +180,7 @@ def _estimate_rank(
         import_module(config.experimental.custom_import, key, config.origin(key))
     with _as_on_gpus(), _process_group(rank, world_size):
         mesh = build_mesh(degrees, DEVICE.type)
-        built, notes = _build(config, mesh)
+        built, notes = _build(config, mesh, vocab_size)
         return _measure(built, config, mesh), built.size, built.about, notes
 
 
@@ -239,11 +244,11 @@ def _as_on_gpus() -> Iterator[None]:
         yield
 
 
-def _build(config: JobConfig, mesh: Mesh) -> tuple[BuiltModel, list[str]]:
+def _build(config: JobConfig, mesh: Mesh, vocab_size: int | None) -> tuple[BuiltModel, list[str]]:
     """The model, as the trainer builds it, and what to know about that."""
     spec = get_model_spec(config.model.name)
     flavor, notes = spec.flavor(config.model.flavor), []
-    args = spec.configure(flavor, 0, config.training.seq_len)
+    args = spec.configure(flavor, vocab_size or 0, config.training.seq_len)
     if getattr(args, "vocab_size", None) == 0:
         args = spec.configure(flavor, ASSUMED_VOCAB_SIZE, config.training.seq_len)
         notes.append(

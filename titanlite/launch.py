@@ -276,7 +276,10 @@ def _alone(folder: str, meeting: dict[str, Any], why: str) -> int:
 def _explain(folder: str, failures: dict[int, ProcessFailure]) -> int:
     """Show why the workers failed: their own message where they left one, else who ended how."""
     for path in reported(folder):
-        print(path.read_text(), file=sys.stderr)
+        from titanlite.out_of_memory import advise
+
+        print(path.read_text(), file=sys.stderr, flush=True)
+        advise(Path(folder), int(path.stem.partition("-")[2]))
         return int(path.suffix[1:])
     first = min(failure.timestamp for failure in failures.values())
 

@@ -80,4 +80,12 @@ def show_traceback() -> None:
         signal.set_wakeup_fd(-1)
         stacks_file(folder, _rank()).write_text("")  # the traceback stands for them
         os.utime(stacks_file(folder, _rank()))  # emptying an empty file may leave its time alone
-    faulthandler.dump_traceback_later(CLEAN_UP, exit=True)
+    end_soon()
+
+
+def end_soon() -> None:
+    """End this process with status 1 in ``CLEAN_UP`` seconds, if cleaning up has not ended it by then."""
+    try:
+        faulthandler.dump_traceback_later(CLEAN_UP, exit=True)
+    except RuntimeError:  # no memory for its thread
+        signal.alarm(CLEAN_UP)

@@ -47,7 +47,7 @@ from titanlite.distributed.init import WeightInit
 from titanlite.distributed.mesh import build_mesh
 from titanlite.environment import LAUNCH_DIR
 from titanlite.errors import ConfigError, NothingToDo, TrainingError
-from titanlite.metrics.device import GIB, device_name, peak_flops, peak_memory
+from titanlite.metrics.device import GIB, device_name, is_out_of_memory, peak_flops, peak_memory
 from titanlite.metrics.flops import flops_per_token
 from titanlite.metrics.loss_watch import LossWatch, rank_of_claim
 from titanlite.metrics.recorder import Recorder
@@ -62,11 +62,12 @@ from titanlite.metrics.sinks import (
 )
 from titanlite.model_spec import get_model_spec
 from titanlite.optim import StepGuard, build_optimizer, build_schedule
-from titanlite.profiling import profiler
+from titanlite.out_of_memory import give_up
+from titanlite.profiling import Profiler
 from titanlite.run_folder import CONFIG as CONFIG_TOML
 from titanlite.run_folder import METRICS, VALIDATION, RunFolder, drop_rows_after
 from titanlite.sample import log_sample
-from titanlite.stacks import keep_stacks, show_traceback
+from titanlite.stacks import end_soon, keep_stacks, show_traceback
 from titanlite.start import find_start
 from titanlite.validation import Validator, read_validation_data, training_part
 
@@ -84,6 +85,7 @@ class Trainer:
         self._start_process()
         self.run_path = Path(config.job.dump_folder).expanduser()
         self.runtime.on_rank_zero(self._lock_run_folder)
+        self.profiler = Profiler(config.profiling, self.run_path, self.runtime.rank, self.runtime.device)
         self._find_checkpoint()
         self._build_data()
         self._build_model()
@@ -219,7 +221,8 @@ class Trainer:
             for file in (METRICS, VALIDATION):
                 drop_rows_after(self.run_path / file, self.step)
         else:
-            folders = [checkpoints, metrics.save_tb_folder, profiling.save_traces_folder]
+            profiles = profiling.save_traces_folder, profiling.save_memory_snapshot_folder
+            folders = [checkpoints, metrics.save_tb_folder, *profiles]
             self.run_folder.set_earlier_aside([CONFIG_TOML, METRICS, VALIDATION, *folders])
         (self.run_path / CONFIG_TOML).write_text(dump_toml(self.config))
         validation = self.run_path / VALIDATION if self.validator else None
@@ -249,11 +252,11 @@ class Trainer:
             self._save(ends=True)
             return
         self.recorder.restart()
-        with profiler(self.config.profiling, self.run_path, self.runtime.rank) as profiler_step:
+        with self.profiler.steps(after=self.step) as step_done:
             stop = self._should_stop(wait=False)
             while self.step < self.config.training.steps and not stop:
                 stop = self.advance()
-                profiler_step()
+                step_done()
         self._log_summary()
         if not stop:
             log_sample(self.model_parts, self.tokenizer, self.config, self.mesh, self.runtime)
@@ -423,7 +426,13 @@ def main(config: JobConfig | None = None) -> int:
         logger.info("%s", e)
     except (ConfigError, TrainingError) as e:
         return report(e)
-    except Exception:
+    except Exception as e:
+        if is_out_of_memory(e):
+            where = (0, None) if trainer is None else (trainer.step, trainer.profiler.exit_snapshot)
+            status = give_up(e, config, *where)
+            if STOP is not None:
+                end_soon()
+            return status
         if reported(os.environ.get(LAUNCH_DIR)):
             return 1  # another rank has said why the run ends; that its connections broke is no news
         if STOP is None:

@@ -23,10 +23,10 @@ SOURCES = {name_of(path): path for top in ("titanlite", "models") for path in (R
 
 GROUND = (
     *("errors", "registry", "environment", "float8", "config", "data"),
-    *("optim", "checkpoint", "metrics", "profiling", "run_folder", "stacks", "stop_request"),
+    *("optim", "checkpoint", "metrics", "memory_snapshot", "profiling", "run_folder", "stacks", "stop_request"),
 )
 MIDDLE = ("converters", "distributed", "model_spec", "generation", "sample")
-TOP = ("build", "load_model", "start", "validation", "estimate", "train", "launch")
+TOP = ("build", "load_model", "start", "validation", "estimate", "out_of_memory", "memory_advice", "train", "launch")
 
 
 class Import(NamedTuple):

@@ -15,7 +15,6 @@ from titanlite.errors import ConfigError
 # to do instead. Asking for more than that is an error, never silently ignored. (Keys that only say how, such as
 # checkpoint.interval, ask for nothing by themselves, and files of the period carry them.)
 UNSUPPORTED: dict[str, tuple[Any, str]] = {
-    "profiling.enable_memory_snapshot": (False, "take traces with profiling.enable_profiling"),
     "metrics.enable_wandb": (False, "read metrics.jsonl or TensorBoard"),
     "optimizer.early_step_in_backward": (False, "leave it out"),
     "parallelism.enable_compiled_autograd": (False, "use training.compile"),
