@@ -2,18 +2,20 @@
 
 ``KILL_AFTER=n``: the process is killed (SIGKILL) after its n-th optimizer step, once the folder ``KILL_NEEDS`` is
 there.
+``OOM_AT=n``: from its n-th forward on, the process of rank ``OOM_RANK`` can have 8 MB more, and no more.
 ``SLOW_WRITES=s``: each write to a checkpoint's files takes so many seconds longer.
 """
 
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import time
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from titanlite.checkpoint.folder import HashingFile
 from titanlite.converters import register_converter
@@ -34,9 +36,19 @@ if "SLOW_WRITES" in os.environ:
 class Fault:
     def __init__(self, config: Any, mesh: Any) -> None:
         self.left = int(os.environ.get("KILL_AFTER", 0))
+        self.oom_at = int(os.environ.get("OOM_AT", 0))
 
     def convert(self, model: nn.Module) -> str:
+        if self.oom_at and os.environ.get("RANK", "0") == os.environ["OOM_RANK"]:
+            model.register_forward_pre_hook(self.forward)
         return "may end suddenly"
+
+    def forward(self, model: nn.Module, inputs: tuple[Any, ...]) -> None:
+        self.oom_at -= type(inputs[0]) is Tensor  # no estimate's
+        if self.oom_at == 0:
+            pages = int(Path("/proc/self/statm").read_text().split()[0])
+            limit = pages * os.sysconf("SC_PAGE_SIZE") + 8_000_000
+            resource.setrlimit(resource.RLIMIT_AS, (limit, resource.RLIM_INFINITY))
 
     def post_optimizer_hook(self, model: nn.Module) -> None:
         self.left -= 1

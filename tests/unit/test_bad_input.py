@@ -48,8 +48,8 @@ CASES = {
     "run folder": ({"job__dump_folder": "/proc/nowhere"}, ["job.dump_folder", "cannot be written"]),
     "custom import": ({"experimental__custom_import": "no.such"}, ['experimental.custom_import = "no.such"']),
     "not implemented": (
-        {"profiling__enable_memory_snapshot": "true"},
-        ["profiling.enable_memory_snapshot = true", "does not implement"],
+        {"metrics__enable_wandb": "true"},
+        ["metrics.enable_wandb = true", "does not implement"],
     ),
 }
 

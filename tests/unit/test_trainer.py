@@ -178,15 +178,6 @@ def test_bad_input_leaves_an_earlier_run_alone(train: Any) -> None:
     assert not (run.folder / "earlier").exists()
 
 
-def test_profiler_traces(train: Any) -> None:
-    run = train(profiling__enable_profiling="true", profiling__profile_freq=2, training__steps=4)
-    assert run.status == 0, run.output
-    traces = sorted(run.folder.glob("profile_traces/iteration_*/rank0_trace.json"))
-    assert [t.parent.name for t in traces] == ["iteration_2", "iteration_4"]
-    names = {event.get("name") for event in json.loads(traces[0].read_text())["traceEvents"]}
-    assert "aten::mm" in names
-
-
 def test_log_rank_chooses_who_speaks(train: Any) -> None:
     run = train(2, env={"LOG_RANK": "1"}, metrics__enable_tensorboard="true", metrics__save_for_all_ranks="true")
     assert "[rank1]:[titan]" in run.output
