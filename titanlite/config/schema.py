@@ -63,9 +63,11 @@ class Profiling:
     save_traces_folder: InnerFolder = "profile_traces"
     """Where the traces go, under the run folder."""
     profile_freq: Positive = 10
-    """The period of the traces, in steps; one step of each period is recorded, after three of warm-up."""
+    """The period of traces and memory snapshots, in steps: they are of its last step. Traces are recorded after three
+    steps of warm-up."""
     enable_memory_snapshot: bool = False
-    """Write snapshots of the device memory allocator."""
+    """Write what is allocated, with the stacks that asked for it, for pytorch.org/memory_viz, one file per rank and
+    period, and when memory runs out. On the CPU torch.profiler records every step for this, which makes it slower."""
     save_memory_snapshot_folder: InnerFolder = "memory_snapshot"
     """Where the snapshots go, under the run folder."""
 
