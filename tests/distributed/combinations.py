@@ -117,13 +117,14 @@ VARIANTS: dict[str, dict[str, Any]] = {
 # All variants are tried with a way for each dimension, some with more, and all with all where EVERY is set in the
 # environment: that takes half an hour.
 EVERY = "TITANLITE_TEST_EVERY_COMBINATION"
-_MAIN = {"FSDP 2", "TP 2", "CP 2 alltoall", "PP 2 1F1B", "FSDP 2 x TP 2"}
-_MORE = {"HSDP 2 x 2", "PP 2 ZBVZeroBubble", "FSDP 2 x TP 2 x PP 2"}
+_MAIN = {"FSDP 2", "TP 2", "CP 2 alltoall", "PP 2 1F1B"}
+_MORE = {"HSDP 2 x 2", "PP 2 ZBVZeroBubble", "FSDP 2 x TP 2"}
 _MOST_TELLING = {"bfloat16", "rowwise", "float8 all-gather", "AC selective op"}
+_ALSO = {("FSDP 2 x TP 2 x PP 2", "bfloat16"), ("FSDP 2 x TP 2", "compile, rowwise, AC selective op")}
 
 
 # With the debug model, which is slower: schedules and rotations differ from each other as on the smallest model.
-DEBUG_WAYS = [way for way in WAYS if os.environ.get(EVERY) or way in _MAIN | _MORE]
+DEBUG_WAYS = [way for way in WAYS if os.environ.get(EVERY) or way in {*_MAIN, "FSDP 2 x TP 2"}]
 
 
 def composes(way: str, variant: str) -> bool:
@@ -133,7 +134,9 @@ def composes(way: str, variant: str) -> bool:
 
 def tried(way: str, variant: str) -> bool:
     """Whether the tests try this combination without being asked for every one."""
-    return composes(way, variant) and (way in _MAIN or (way in _MORE and variant in _MOST_TELLING))
+    return composes(way, variant) and (
+        way in _MAIN or (way in _MORE and variant in _MOST_TELLING) or (way, variant) in _ALSO
+    )
 
 
 def cases(variants: list[str]) -> list[tuple[str, str]]:

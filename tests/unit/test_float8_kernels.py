@@ -84,6 +84,16 @@ def test_any_float(values: list[float], layout: tuple[str, str], power_of_2: boo
     check(x, torch.float8_e4m3fn, *layout, power_of_2)
 
 
+@each_dtype
+def test_powers_of_two_turn_where_the_formula_turns(dtype: torch.dtype) -> None:
+    """At amaxes of which fp8_max is a power of two, and at their neighbours."""
+    mantissa = torch.tensor([[torch.finfo(dtype).max]]).frexp().mantissa
+    turns = (mantissa * torch.exp2(torch.arange(-149.0, 128.0)).view(-1, 1)).clamp(max=torch.finfo(torch.float32).max)
+    up, down = torch.tensor(torch.inf), torch.tensor(0.0)
+    amaxes = torch.cat([turns, turns.nextafter(up), turns.nextafter(down), torch.tensor([[0.0], [1e-12]])])
+    check(amaxes.expand(-1, 16).contiguous(), dtype, VECTOR, NONE, True)
+
+
 def test_a_row_too_long_for_one_program(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch, "LONGEST_ROW", 64)
     check(matrix(3, 100), torch.float8_e4m3fn, VECTOR, NONE, True)

@@ -17,6 +17,7 @@ from triton.language import constexpr
 from titanlite.float8.numerics import EPS
 
 _EPS = constexpr(EPS)
+_MANTISSA, _INFINITY = constexpr(0x007FFFFF), constexpr(0x7F800000)  # bits of a float32
 # The scales of one layout of a cast, and the steps between their addresses from row to row, or column to column.
 NONE, TENSOR, VECTOR = constexpr(-1), constexpr(0), constexpr(1)
 
@@ -28,19 +29,35 @@ def _magnitude_bits(x):
 
 @triton.jit
 def _scale(amax_bits, FP8_MAX: constexpr, POWER_OF_2: constexpr):
-    amax = amax_bits.to(tl.float32, bitcast=True).to(tl.float64)
-    floor = tl.full(amax.shape, _EPS, tl.float64)
-    scale = (FP8_MAX / tl.maximum(amax, floor, propagate_nan=tl.PropagateNan.ALL)).to(tl.float32)
     if POWER_OF_2:
-        # A float32's magnitude has no subnormal scale, so its exponent alone is the power of two below. NaN stays.
-        power = (scale.to(tl.int32, bitcast=True) & -0x00800000).to(tl.float32, bitcast=True)
-        scale = tl.where(scale != scale, scale, power)
+        # In integers, since each program makes hundreds of them and a division in float64 takes long. The exponent of
+        # fp8_max / amax is the difference of theirs, less one where amax has the larger mantissa; 1e-12 in float32 is
+        # exact enough for that.
+        finite = tl.maximum(amax_bits, tl.full(amax_bits.shape, _EPS, tl.float32).to(tl.int32, bitcast=True))
+        largest = tl.full(amax_bits.shape, FP8_MAX, tl.float32).to(tl.int32, bitcast=True)
+        smaller = ((finite & _MANTISSA) > (largest & _MANTISSA)).to(tl.int32)
+        bits = ((largest >> 23) - (finite >> 23) - smaller + 127) << 23
+        bits = tl.where(amax_bits < _INFINITY, bits, tl.where(amax_bits == _INFINITY, 0, amax_bits))
+        scale = bits.to(tl.float32, bitcast=True)
+    else:
+        amax = amax_bits.to(tl.float32, bitcast=True).to(tl.float64)
+        floor = tl.full(amax.shape, _EPS, tl.float64)
+        scale = (FP8_MAX / tl.maximum(amax, floor, propagate_nan=tl.PropagateNan.ALL)).to(tl.float32)
     return scale
 
 
 @triton.jit
 def _quantize(x, scale, FP8_MAX: constexpr, DTYPE: constexpr):
     return tl.clamp(x.to(tl.float32) * scale, -FP8_MAX, FP8_MAX, propagate_nan=tl.PropagateNan.ALL).to(DTYPE)
+
+
+@triton.jit
+def _scale_of_all(amax, to, FP8_MAX: constexpr, POWER_OF_2: constexpr):
+    """The scale of the tensor, of shape (1,); stored by every program, the same by each."""
+    only = tl.zeros([1], tl.int32)
+    scale = _scale(tl.load(amax + only), FP8_MAX, POWER_OF_2)
+    tl.store(to + only, scale)
+    return scale
 
 
 @triton.jit
@@ -108,17 +125,25 @@ def cast_kernel(
     down, across, rows, columns = _tile(M, N, BLOCK_M, BLOCK_N, True)
     inside = (rows < M)[:, None] & (columns < N)[None, :]
     values = tl.load(x + rows.to(tl.int64)[:, None] * stride + columns[None, :], mask=inside, other=0.0)
-    if BY_ROWS != NONE:
-        scale = _scale(tl.load(row_amax + rows * BY_ROWS, mask=rows < M, other=0), FP8_MAX, POWER_OF_2)
+    if BY_ROWS == VECTOR:
+        scale = _scale(tl.load(row_amax + rows, mask=rows < M, other=0), FP8_MAX, POWER_OF_2)
         if across == 0:
-            tl.store(row_scale + rows * BY_ROWS, scale, mask=rows < M)
+            tl.store(row_scale + rows, scale, mask=rows < M)
         q = _quantize(values, scale[:, None], FP8_MAX, DTYPE)
+    elif BY_ROWS == TENSOR:
+        q = _quantize(values, _scale_of_all(row_amax, row_scale, FP8_MAX, POWER_OF_2)[:, None], FP8_MAX, DTYPE)
+    if BY_ROWS != NONE:
         tl.store(by_rows + rows.to(tl.int64)[:, None] * N + columns[None, :], q, mask=inside)
-    if BY_COLUMNS != NONE:
-        scale = _scale(tl.load(column_amax + columns * BY_COLUMNS, mask=columns < N, other=0), FP8_MAX, POWER_OF_2)
+    if BY_COLUMNS == VECTOR:
+        scale = _scale(tl.load(column_amax + columns, mask=columns < N, other=0), FP8_MAX, POWER_OF_2)
         if down == 0:
-            tl.store(column_scale + columns * BY_COLUMNS, scale, mask=columns < N)
+            tl.store(column_scale + columns, scale, mask=columns < N)
         q = _quantize(values, scale[None, :], FP8_MAX, DTYPE)
+    elif BY_COLUMNS == TENSOR:
+        scale = _scale_of_all(column_amax, column_scale, FP8_MAX, POWER_OF_2)
+        if BY_ROWS != TENSOR:  # else it is what q is
+            q = _quantize(values, scale[None, :], FP8_MAX, DTYPE)
+    if BY_COLUMNS != NONE:
         inside = (columns < N)[:, None] & (rows < M)[None, :]
         tl.store(by_columns + columns.to(tl.int64)[:, None] * M + rows[None, :], tl.trans(q), mask=inside)
 
