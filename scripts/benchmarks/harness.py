@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import os
 import signal
 import statistics
@@ -22,6 +23,7 @@ from typing import Any, TypeVar
 ROOT = Path(__file__).parents[2]
 K = TypeVar("K", bound=Hashable)
 _FLUSH = 256 << 20  # bytes: several times the second-level cache of any GPU so far
+_CLOCK = 2e9  # Hz: no GPU of now runs faster, so that a wait is not shorter than meant
 
 
 def parser(doc: str | None) -> argparse.ArgumentParser:
@@ -81,6 +83,56 @@ def time_in_turn(
                 end.synchronize()
                 seconds[name].append(begin.elapsed_time(end) / 1e3)
     return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def time_running(
+    functions: Mapping[K, Callable[[], object]], device: str, rounds: int, calls: int, ahead: bool = True
+) -> dict[K, float]:
+    """Median seconds of one call of each function, where ``calls`` of them run one right after the other, as in
+    training; in turn, ``rounds`` times over. Nothing is emptied in between: what must not lie in the cache has to be
+    another tensor in each call.
+
+    Args:
+        ahead: on a GPU, launch them while it waits, so that its own time alone counts. Otherwise the host's time
+            counts, too, where it is the longer one.
+    """
+    import torch
+
+    host: dict[K, float] = {}
+    for name, function in functions.items():
+        for _ in range(3):  # compile, allocate
+            function()
+        _wait(device)
+        start = time.perf_counter()
+        for _ in range(calls):
+            function()
+        host[name] = time.perf_counter() - start
+        _wait(device)
+    seconds: dict[K, list[float]] = {name: [] for name in functions}
+    for _, (name, function) in itertools.product(range(rounds), functions.items()):
+        if device != "cuda":
+            start = time.perf_counter()
+            for _ in range(calls):
+                function()
+            seconds[name].append((time.perf_counter() - start) / calls)
+            continue
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        if ahead:
+            torch.cuda._sleep(int((1.5 * host[name] + 5e-4) * _CLOCK))
+        begin.record()
+        for _ in range(calls):
+            function()
+        end.record()
+        end.synchronize()
+        seconds[name].append(begin.elapsed_time(end) / 1e3 / calls)
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def _wait(device: str) -> None:
+    import torch
+
+    if device == "cuda":
+        torch.cuda.synchronize()
 
 
 @dataclass

@@ -38,6 +38,7 @@ class Tile(NamedTuple):
 AMAX_TILE = Tile(64, 256, 8)
 CAST_TILE = Tile(128, 128, 8)
 RESCALE_TILE = Tile(32, 256, 4)
+ROW_PER_WARP = 1024  # elements, in row_cast_kernel
 LONGEST_ROW = 32768  # that a program of row_cast_kernel holds
 
 
@@ -51,7 +52,7 @@ def cast(
     numbers = {"FP8_MAX": torch.finfo(dtype).max, "POWER_OF_2": power_of_2, "DTYPE": DTYPES[dtype]}
     if (by_rows, by_columns) == ("vector", "none") and n <= LONGEST_ROW:
         block = triton.next_power_of_2(n)
-        warps = min(max(block // 1024, 1), 16)
+        warps = min(max(block // ROW_PER_WARP, 1), 16)
         kernels.row_cast_kernel[(m,)](x, *out[:2], n, x.stride(0), BLOCK_N=block, num_warps=warps, **numbers)
         return out
     row_amaxes, column_amaxes = out[1].numel(), out[3].numel()

@@ -1,0 +1,168 @@
+"""``casts.py --sweep``: which tiles and how many warps the kernels should have, as lines for
+titanlite/float8/kernels/launch.py.
+
+One constant after the other is given each of its candidates, the others what was best before, and the whole cast or
+rescaling is timed; the best is the one with the least geometric mean of times over all shapes and layouts, where the
+constant of now is 1. What each puts out is compared with the reference. A candidate that cannot be compiled, or is
+wrong, drops out, and is named.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib
+import importlib.util
+import itertools
+import math
+import os
+import statistics
+from collections.abc import Iterator
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import harness
+import results
+from casts import CASTS, RESCALE, Input, Kernel, inputs_of, mismatch, over, plain, shapes
+
+
+class Constant(NamedTuple):
+    """One in launch.py: ``candidates`` for it, and the kernels that it says something about."""
+
+    name: str
+    candidates: tuple[Any, ...]
+    kernels: list[Kernel]
+
+
+def _casts(*wanted: tuple[str, str]) -> list[Kernel]:
+    return [kernel for kernel in CASTS[:6] if (kernel.kernel, kernel.scales) in wanted]
+
+
+_TILED = _casts(("cast both", "vector"), ("cast both", "tensor"), ("cast columns", "vector"), ("cast rows", "tensor"))
+_AMAX = ((32, 256, 4), (32, 512, 8), (64, 128, 4), (64, 256, 4), (64, 256, 8), (64, 512, 8), (128, 128, 8))
+_AMAX += ((128, 256, 8), (128, 256, 16), (256, 128, 8), (16, 1024, 8))
+_CAST = ((64, 64, 4), (64, 128, 4), (64, 128, 8), (128, 64, 4), (128, 64, 8), (128, 128, 4), (128, 128, 8))
+_CAST += ((128, 128, 16), (64, 256, 8), (256, 64, 8), (128, 256, 16))
+_RESCALE = ((8, 1024, 4), (16, 256, 4), (16, 512, 4), (32, 128, 4), (32, 256, 4), (32, 256, 8), (64, 128, 4))
+_RESCALE += ((64, 256, 8),)
+
+CONSTANTS = (
+    Constant("CAST_TILE", _CAST, _TILED),
+    Constant("AMAX_TILE", _AMAX, _TILED),
+    Constant("ROW_PER_WARP", (256, 512, 1024, 2048, 4096), _casts(("cast rows", "vector"))),
+    Constant("RESCALE_TILE", _RESCALE, [RESCALE]),
+)
+_TOYS = 2  # candidates of each constant on the CPU, where the interpreter is slow
+
+
+def check(parser: argparse.ArgumentParser, device: str) -> None:
+    """End with status 2 where the kernels cannot run."""
+    if importlib.util.find_spec("triton") is None:
+        parser.error("--sweep: triton is not installed: pip install triton")
+    if device == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        parser.error("--sweep --device=cpu: tiles are of the kernels, which on a CPU run in Triton's interpreter alone: "
+                     "set TRITON_INTERPRET=1")  # fmt: skip
+
+
+def _launch() -> ModuleType:
+    return importlib.import_module("titanlite.float8.kernels.launch")  # which needs triton
+
+
+@contextlib.contextmanager
+def given(name: str, value: Any) -> Iterator[None]:
+    """The constant ``name`` of launch.py with another value; a tuple is made a tile."""
+    launch = _launch()
+    before = getattr(launch, name)
+    try:
+        setattr(launch, name, launch.Tile(*value) if isinstance(value, tuple) else value)
+        yield
+    finally:
+        setattr(launch, name, before)
+
+
+def run(kernel: Kernel, i: Input) -> tuple[Any, ...]:
+    launch = _launch()
+    if kernel == RESCALE:
+        return (launch.rescale(i.x, i.row_scale, i.column_scale, kernel.dtype),)
+    return launch.cast(i.x, kernel.dtype, *kernel.layouts(), kernel.scales == "vector")  # type: ignore[no-any-return]
+
+
+def candidates(constant: Constant, device: str) -> list[Any]:
+    """The value of now first."""
+    now = getattr(_launch(), constant.name)
+    others = [value for value in constant.candidates if value != now]
+    return [now, *(others[: _TOYS - 1] if device == "cpu" else others)]
+
+
+def time_of(constant: Constant, value: Any, kernel: Kernel, inputs: list[Input], expected: Any, args: Any) -> float:
+    """Seconds of one call.
+
+    Raises:
+        ArithmeticError: the numbers are wrong.
+    """
+    with given(constant.name, value):
+        wrong = mismatch(run(kernel, inputs[0]), expected)
+        if wrong:
+            raise ArithmeticError(f"{wrong:.3g} of the numbers differ from the reference")
+        calls = {value: over(inputs, lambda i: run(kernel, i))}
+        return harness.time_running(calls, args.device, args.rounds, 2 * len(inputs))[value]
+
+
+def measure(constant: Constant, args: argparse.Namespace, budget: harness.Budget) -> list[dict[str, Any]]:
+    """A row for each candidate: ``relative``, its times over those of the value of now, and their mean."""
+    rows = {value: {"constant": constant.name, "value": str(tuple(value) if isinstance(value, tuple) else value),
+                    "relative": {}} for value in candidates(constant, args.device)}  # fmt: skip
+    for shape, kernel in itertools.product(shapes(args), constant.kernels):
+        inputs = inputs_of(*shape, args.device)
+        expected = plain(kernel, inputs[0])
+        now = None
+        for value, row in rows.items():
+            if "failed" in row:
+                continue
+            if budget.left() <= 0:
+                row["failed"] = "left out, no time"
+                continue
+            try:
+                seconds = time_of(constant, value, kernel, inputs, expected, args)
+            except Exception as e:  # whatever a compiler raises
+                row["failed"] = f"{type(e).__name__}: {str(e).splitlines()[0][:200] if str(e) else ''}"
+                continue
+            now = now or seconds
+            row["relative"][f"{kernel.kernel}, {kernel.scales}, {shape[0]} x {shape[1]}"] = seconds / now
+    for row in rows.values():
+        if "failed" not in row:
+            row["mean"] = math.exp(statistics.fmean(map(math.log, row["relative"].values())))
+    return [{**row, "key": value} for value, row in rows.items()]
+
+
+def sweep(args: argparse.Namespace) -> int:
+    budget = harness.Budget(args.seconds)
+    launch = _launch()
+    rows: list[dict[str, Any]] = []
+    with contextlib.ExitStack() as settled:
+        for constant in CONSTANTS:
+            found = measure(constant, args, budget)
+            whole = [row for row in found if "mean" in row]
+            if whole:
+                best = min(whole, key=lambda row: row["mean"])
+                best["best"] = True
+                settled.enter_context(given(constant.name, best["key"]))
+            rows += [{key: value for key, value in row.items() if key != "key"} for row in found]
+            if args.out:
+                results.write("cast_sweep", rows, args.out, args.device, toy=args.device == "cpu")
+        print(harness.show(rows, ("constant", "value", "mean", "best", "failed")))
+        for constant in CONSTANTS:
+            cases = {name for row in rows if row["constant"] == constant.name for name in row["relative"]}
+            for case in sorted(cases):
+                of_case = [r for r in rows if r["constant"] == constant.name and case in r["relative"]]
+                first = min(of_case, key=lambda row: row["relative"][case])
+                print(f"{constant.name}, {case}: {first['value']} ({first['relative'][case]:.3f})")
+        print("The best, for titanlite/float8/kernels/launch.py:")
+        for constant in CONSTANTS:
+            value = getattr(launch, constant.name)
+            print(f"{constant.name} = {f'Tile{tuple(value)}' if isinstance(value, tuple) else value}")
+    return int(any("ArithmeticError" in row.get("failed", "") for row in rows) or not any("mean" in r for r in rows))
+
+
+if __name__ == "__main__":
+    raise SystemExit("part of casts.py: python scripts/benchmarks/casts.py --sweep")
