@@ -39,11 +39,12 @@ def _casts(*wanted: tuple[str, str]) -> list[Kernel]:
 
 
 _TILED = _casts(("cast both", "vector"), ("cast both", "tensor"), ("cast columns", "vector"), ("cast rows", "tensor"))
-_AMAX = ((32, 256, 4), (32, 512, 8), (64, 128, 4), (64, 256, 4), (64, 256, 8), (64, 512, 8), (128, 128, 8))
+_Tiles = tuple[tuple[int, int, int], ...]  # rows, columns, warps
+_AMAX: _Tiles = ((32, 256, 4), (32, 512, 8), (64, 128, 4), (64, 256, 4), (64, 256, 8), (64, 512, 8), (128, 128, 8))
 _AMAX += ((128, 256, 8), (128, 256, 16), (256, 128, 8), (16, 1024, 8))
-_CAST = ((64, 64, 4), (64, 128, 4), (64, 128, 8), (128, 64, 4), (128, 64, 8), (128, 128, 4), (128, 128, 8))
+_CAST: _Tiles = ((64, 64, 4), (64, 128, 4), (64, 128, 8), (128, 64, 4), (128, 64, 8), (128, 128, 4), (128, 128, 8))
 _CAST += ((128, 128, 16), (64, 256, 8), (256, 64, 8), (128, 256, 16))
-_RESCALE = ((8, 1024, 4), (16, 256, 4), (16, 512, 4), (32, 128, 4), (32, 256, 4), (32, 256, 8), (64, 128, 4))
+_RESCALE: _Tiles = ((8, 1024, 4), (16, 256, 4), (16, 512, 4), (32, 128, 4), (32, 256, 4), (32, 256, 8), (64, 128, 4))
 _RESCALE += ((64, 256, 8),)
 
 CONSTANTS = (
@@ -60,8 +61,7 @@ def check(parser: argparse.ArgumentParser, device: str) -> None:
     if importlib.util.find_spec("triton") is None:
         parser.error("--sweep: triton is not installed: pip install triton")
     if device == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
-        parser.error("--sweep --device=cpu: tiles are of the kernels, which on a CPU run in Triton's interpreter alone: "
-                     "set TRITON_INTERPRET=1")  # fmt: skip
+        parser.error("--sweep --device=cpu: on a CPU the kernels run in Triton's interpreter: set TRITON_INTERPRET=1")
 
 
 def _launch() -> ModuleType:
@@ -110,8 +110,10 @@ def time_of(constant: Constant, value: Any, kernel: Kernel, inputs: list[Input],
 
 def measure(constant: Constant, args: argparse.Namespace, budget: harness.Budget) -> list[dict[str, Any]]:
     """A row for each candidate: ``relative``, its times over those of the value of now, and their mean."""
-    rows = {value: {"constant": constant.name, "value": str(tuple(value) if isinstance(value, tuple) else value),
-                    "relative": {}} for value in candidates(constant, args.device)}  # fmt: skip
+    rows: dict[Any, dict[str, Any]] = {}
+    for value in candidates(constant, args.device):
+        shown = str(tuple(value)) if isinstance(value, tuple) else str(value)
+        rows[value] = {"constant": constant.name, "value": shown, "relative": {}}
     for shape, kernel in itertools.product(shapes(args), constant.kernels):
         inputs = inputs_of(*shape, args.device)
         expected = plain(kernel, inputs[0])

@@ -4,11 +4,11 @@
     python scripts/benchmarks/casts.py --sweep       # which tiles are best, for titanlite/float8/kernels/launch.py
 
 Of x (m, k) in bfloat16: the cast by rows, by columns and both, with tensor and with vector scales, to e4m3 and e5m2,
-and the rescaling of a product. ``bytes`` is what titanlite's kernel has to move by its design: x once or twice, and what
-it writes. The other systems are held against the same bytes, so that GB/s compare as times do: the same formulas in
-plain operations under torch.compile; torchao's own under torch.compile, where it is installed (it has no rescaling of
-its own). ``of_copy`` is the share of what a copy of x from device to device moves per second, where x is read once and
-written once, in the same turns.
+and the rescaling of a product. ``bytes`` is what titanlite's kernel has to move by its design: x once or twice, and
+what it writes. The other systems are held against the same bytes, so that GB/s compare as times do: the same formulas
+in plain operations under torch.compile; torchao's own under torch.compile, where it is installed (it has no rescaling
+of its own). ``of_copy`` is the share of what a copy of x from device to device moves per second, where x is read once
+and written once, in the same turns.
 
 Calls run one right after the other, launched ahead, on several inputs in turn, so that no read comes from the cache by
 chance. What each system puts out is compared with titanlite.float8.kernels.reference in the same run, on random x;
@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import functools
 import itertools
+import math
 import sys
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
@@ -119,8 +120,8 @@ def plain(kernel: Kernel, i: Input) -> Outputs:
 
 def torchao_cast(kernel: Kernel, i: Input) -> Outputs:
     """As torchao's Float8Linear casts; the layout that float8 units need is made by its matmul, and so here."""
-    from torchao.float8.float8_utils import tensor_to_scale, to_fp8_saturated
     from torchao.float8.config import ScalingGranularity
+    from torchao.float8.float8_utils import tensor_to_scale, to_fp8_saturated
 
     vector = kernel.scales == "vector"
     granularity = ScalingGranularity.AXISWISE if vector else ScalingGranularity.TENSORWISE
@@ -185,7 +186,7 @@ def measure(kernel: Kernel, inputs: list[Input], against: bool, args: argparse.N
     about = {"kernel": kernel.kernel, "scales": kernel.scales, "dtype": str(kernel.dtype).removeprefix("torch.")}
     expected = plain(kernel, inputs[0])
     size = moved(kernel, x, expected)
-    rows = {}
+    rows: dict[str, dict[str, Any]] = {}
     calls: dict[str, Callable[[], Any]] = {COPY: over(inputs, functools.partial(copy, out=torch.empty_like(x)))}
     for system, function in systems(kernel, against).items():
         row = rows[system] = {"system": system, **about, "m": m, "k": k, "bytes": size}
@@ -196,6 +197,7 @@ def measure(kernel: Kernel, inputs: list[Input], against: bool, args: argparse.N
             continue
         if not row["mismatch"] <= BOUNDS[system]:
             row["failed"] = f"wrong: {row['mismatch']:.3g} of the numbers differ from the reference"
+            continue
         calls[system] = over(inputs, function)
     del expected
     seconds = harness.time_running(calls, args.device, args.rounds, 2 * len(inputs))
@@ -204,7 +206,7 @@ def measure(kernel: Kernel, inputs: list[Input], against: bool, args: argparse.N
         if system in seconds:
             rate = size / seconds[system]
             row |= {"us": seconds[system] * 1e6, "gbps": rate / 1e9, "of_copy": rate / copied}
-            row |= {"copy_gbps": copied / 1e9, "speed_of_ours": seconds[OURS] / seconds[system]}
+            row |= {"copy_gbps": copied / 1e9, "speed_over_titanlite": seconds.get(OURS, math.nan) / seconds[system]}
         yield row
 
 
@@ -247,13 +249,13 @@ def benchmark(args: argparse.Namespace) -> int:
             inputs.clear()
             inputs, last = inputs_of(*shape, args.device), shape
         for row in measure(kernel, inputs, against, args):
-            rows[row["system"], *shape, *kernel] = row
+            rows[(row["system"], *shape, *kernel)] = row
         # What is compiled first takes longer than what follows; a problem of each kind is begun in any case.
         longest[against] = max(longest[against], before - budget.left()) if args.seconds else 0.0
         write()
     write()
     names = ("system", "kernel", "scales", "dtype", "m", "k")
-    columns = (*names, "us", "gbps", "copy_gbps", "of_copy", "speed_of_ours", "mismatch")
+    columns = (*names, "us", "gbps", "copy_gbps", "of_copy", "speed_over_titanlite", "mismatch")
     print(harness.show(list(rows.values()), columns))
     for row in rows.values():
         if "failed" in row:

@@ -1,8 +1,8 @@
 """What a run of scripts/gpu_suite.sh came to, for people: ``suite_summary.py OUT RAN`` writes OUT/summary.txt from the
 result files in OUT and from RAN, the suite's own list (section, outcome, seconds, detail, between tabs).
 
-The targets are ratios of one run on one H100 or H200. Of ``linear.json`` the rows are read by ``config``, ``m``, ``k``,
-``n`` and ``speedup_over_bf16``; of ``casts.json`` by ``system`` and ``of_copy``, the share of a copy's bandwidth; of
+The targets are ratios of one run on one H100 or H200. Of ``linear.json`` those rows are read that are ours, compiled,
+with Triton's kernels, which are the default, by ``config``, ``m``, ``k``, ``n`` and ``speedup_over_bf16``; of ``casts.json`` by ``system`` and ``of_copy``, the share of a copy's bandwidth; of
 ``roofline.json`` by ``step_of_floor``.
 """
 
@@ -55,7 +55,7 @@ TARGETS = (
             bound,
             "speedup_over_bf16",
             ("linear",),
-            _is(system="titanlite", config="rowwise", m=8192, k=k, n=n),
+            _is(system="titanlite", config="rowwise", compile=True, kernels="triton", m=8192, k=k, n=n),
         )
         for k, n, bound in ((4096, 4096, 1.50), (4096, 14336, 1.65))
     ),
@@ -71,7 +71,8 @@ TARGETS = (
     Target("whole step, of the floor", 0.80, "step_of_floor", ("roofline",), lambda row: True),
 )
 
-_NAMES = ("system", "config", "compile", "batch", "scales", "fast_accum", "gemm", "m", "k", "n")  # of a row's case
+_NAMES = ("system", "config", "kernels", "compile", "kept", "batch", "kernel", "scales", "dtype", "fast_accum", "gemm")
+_NAMES += ("m", "k", "n")  # of a row's case
 
 
 def judged(target: Target, files: dict[str, list[Row]]) -> Row:

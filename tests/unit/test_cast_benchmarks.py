@@ -71,8 +71,8 @@ def test_the_peers_compute_the_same(system: str, kernel: casts.Kernel) -> None:
     if system == "torchao_cast":
         pytest.importorskip("torchao")
     (i, _) = casts.inputs_of(32, 64, "cpu")
-    assert casts.mismatch(getattr(casts, system)(kernel, i), reference.cast(
-        i.x, kernel.dtype, *kernel.layouts(), kernel.scales == "vector")) <= casts.BOUNDS[casts.TORCHAO]  # fmt: skip
+    expected = reference.cast(i.x, kernel.dtype, *kernel.layouts(), kernel.scales == "vector")
+    assert casts.mismatch(getattr(casts, system)(kernel, i), expected) <= casts.BOUNDS[casts.TORCHAO]
 
 
 @pytest.mark.parametrize("fault", ["a number", "a scale", "the layout"])
@@ -109,7 +109,7 @@ def test_sweep(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: 
     said = capsys.readouterr().out
     assert "CAST_TILE = Tile(" in said
     assert "ROW_PER_WARP = " in said
-    assert launch.CAST_TILE == before
+    assert before == launch.CAST_TILE
 
 
 def test_a_sweep_needs_the_kernels(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,134 @@
+"""What a linear layer computes and moves in bfloat16 and with each float8 recipe, counted from its configuration, and
+the ceilings that turn counts into seconds. No GPU is needed to count."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from casts import bytes_per_element
+
+from titanlite.float8 import CastConfig, Float8LinearConfig
+
+BF16 = 2  # bytes
+RESCALE = 2 * BF16  # a product is read and written once more
+
+
+class Ceilings(NamedTuple):
+    """What the device reaches: FLOP/s of bfloat16 matmuls and of float8 ones with fast and with full accumulation, and
+    bytes/s of a copy, reads and writes together."""
+
+    bf16: float
+    fp8: float
+    fp8_full: float
+    bandwidth: float
+
+
+class Gemm(NamedTuple):
+    """(m, k) times (k, n); ``precision`` is a rate of :class:`Ceilings`; ``rescaled``: its scales take another pass."""
+
+    name: str
+    m: int
+    k: int
+    n: int
+    precision: str
+    rescaled: bool
+
+    def seconds(self, at: Ceilings) -> float:
+        """The longer one of computing, and of moving the operands and the product; without rescaling."""
+        rate: float = getattr(at, self.precision)
+        operands = (self.m * self.k + self.k * self.n) * (BF16 if self.precision == "bf16" else 1)
+        return max(2 * self.m * self.k * self.n / rate, (operands + BF16 * self.m * self.n) / at.bandwidth)
+
+    def rescale_bytes(self) -> int:
+        return RESCALE * self.m * self.n if self.rescaled else 0
+
+
+def config_of(recipe: str) -> Float8LinearConfig | None:
+    """None for "bf16"."""
+    return None if recipe == "bf16" else Float8LinearConfig.from_recipe_name(recipe)
+
+
+def gemms(recipe: str, m: int, k: int, n: int) -> list[Gemm]:
+    """The three of a layer with ``k`` features in and ``n`` out, for ``m`` tokens. Scales of rows are applied after
+    the matmul where it has full accumulation (titanlite/float8/matmul.py)."""
+    config = config_of(recipe)
+    sizes = {"output": (m, k, n), "grad_input": (m, n, k), "grad_weight": (n, m, k)}
+    if config is None:
+        return [Gemm(name, *size, "bf16", False) for name, size in sizes.items()]
+    uses = {
+        "output": (config.cast_config_input, config.cast_config_weight, config.gemm_config_output),
+        "grad_input": (
+            config.cast_config_grad_output,
+            config.cast_config_weight_for_grad_input,
+            config.gemm_config_grad_input,
+        ),
+        "grad_weight": (
+            config.cast_config_grad_output_for_grad_weight,
+            config.cast_config_input_for_grad_weight,
+            config.gemm_config_grad_weight,
+        ),
+    }
+    found = []
+    for name, (a, b, how) in uses.items():
+        precision = "bf16" if not a.is_cast else "fp8" if how.use_fast_accum else "fp8_full"
+        rescaled = (a.is_axiswise or b.is_axiswise) and not how.use_fast_accum
+        found.append(Gemm(name, *sizes[name], precision, rescaled))
+    return found
+
+
+def _layout(how: CastConfig) -> str:
+    return "none" if not how.is_cast else "vector" if how.is_axiswise else "tensor"
+
+
+def _both(by_features: CastConfig, by_rows: CastConfig, features: int) -> int:
+    return bytes_per_element(_layout(by_features), _layout(by_rows), features)
+
+
+def input_bytes(recipe: str, k: int) -> int:
+    """That casting a layer's input takes, for each of its elements; ``k`` features."""
+    config = config_of(recipe)
+    return 0 if config is None else _both(config.cast_config_input, config.cast_config_input_for_grad_weight, k)
+
+
+def grad_bytes(recipe: str, n: int) -> int:
+    """As :func:`input_bytes`, of the gradient of its output, of ``n`` features."""
+    config = config_of(recipe)
+    if config is None:
+        return 0
+    return _both(config.cast_config_grad_output, config.cast_config_grad_output_for_grad_weight, n)
+
+
+def weight_bytes(recipe: str, k: int) -> int:
+    """As :func:`input_bytes`, of its weight, once in forward and once in backward: compiled code, and weights that
+    FSDP2 gathers anew, have no copy from forward."""
+    config = config_of(recipe)
+    if config is None:
+        return 0
+    forward = bytes_per_element(_layout(config.cast_config_weight), "none", k)
+    return forward + bytes_per_element("none", _layout(config.cast_config_weight_for_grad_input), k)
+
+
+def cast_bytes(recipe: str, m: int, k: int, n: int) -> int:
+    """All that the casts of one layer's step move."""
+    return m * k * input_bytes(recipe, k) + m * n * grad_bytes(recipe, n) + k * n * weight_bytes(recipe, k)
+
+
+class Prediction(NamedTuple):
+    """Seconds of forward and backward: the matmuls, and in float8 the casts and the passes that apply scales."""
+
+    matmuls: float
+    casts: float
+    rescales: float
+
+    @property
+    def seconds(self) -> float:
+        return sum(self)
+
+
+def predict(recipe: str, m: int, k: int, n: int, at: Ceilings) -> Prediction:
+    products = gemms(recipe, m, k, n)
+    return Prediction(
+        sum(gemm.seconds(at) for gemm in products),
+        cast_bytes(recipe, m, k, n) / at.bandwidth,
+        sum(gemm.rescale_bytes() for gemm in products) / at.bandwidth,
+    )

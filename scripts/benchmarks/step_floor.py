@@ -1,0 +1,201 @@
+"""The floor of a whole training step, part of roofline.py: what a step of train.py, or of peers.py, would take if each
+of its parts ran at its ceiling, one after the other.
+
+- *Matmuls*: each of the step's shapes, measured, in bfloat16 or float8 as the recipe has it (float8 with one scale per
+  operand, the fastest there is), as often as the step has it; and those that selective activation checkpointing per
+  operation computes again: every second one of a block.
+- *Attention*: forward and backward, measured, by the fastest of PyTorch's implementations.
+- *Memory*: the bytes that everything else has to move, at the speed of a copy: perfectly fused norms, rotary
+  embeddings, SwiGLU, cross-entropy, casts, the weights on their way to the matmuls and back, AdamW.
+
+``step_of_floor`` is the floor over the measured step; 1 would be perfect. ``step_of_floor_without_recompute`` counts
+nothing that is computed again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import cost
+import harness
+import matmul
+import torch
+import torch.nn.functional as F
+from benchmark_models import FLAVORS
+from cost import BF16, Ceilings, Gemm
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from models.llama3.model import Llama3, Llama3Args
+
+COLUMNS: tuple[str, ...] = (
+    "config",
+    "batch",
+    "layers",
+    "step_time_s",
+    "floor_s",
+    "matmul_s",
+    "matmul_again_s",
+    "attention_s",
+)
+COLUMNS += ("memory_s", "memory_again_s", "casts_s", "step_of_floor", "step_of_floor_without_recompute")
+# Bytes that an optimizer step moves for each parameter: float32 masters to bfloat16 weights (4 + 2) and gradients back
+# (2 + 4), the gradients' norm (4), AdamW, which reads and writes the parameter and both moments and reads the gradient.
+PER_PARAMETER = 6 + 6 + 4 + 28
+
+
+class Linears:
+    """(features in, features out) of a block's linear layers, in the order of the forward."""
+
+    def __init__(self, args: Llama3Args) -> None:
+        heads, kv, ffn = args.dim, args.n_kv_heads * args.head_dim, args.ffn_dim
+        self.all = {
+            "wq": (args.dim, heads),
+            "wk": (args.dim, kv),
+            "wv": (args.dim, kv),
+            "wo": (heads, args.dim),
+            "w1": (args.dim, ffn),
+            "w3": (args.dim, ffn),
+            "w2": (ffn, args.dim),
+        }
+        # Every second matmul of a block (titanlite/distributed/activation_checkpoint.py).
+        self.again = [size for i, size in enumerate(self.all.values()) if i % 2]
+        # wq, wk and wv take one input, w1 and w3 another: cast once.
+        self.inputs = [args.dim, heads, args.dim, ffn]
+
+
+def step_gemms(args: Llama3Args, recipe: str, tokens: int) -> tuple[list[Gemm], list[Gemm]]:
+    """Of the whole step: what is computed, and what is computed again. The output projection is in bfloat16."""
+    linears = Linears(args)
+    once = [gemm for size in linears.all.values() for gemm in cost.gemms(recipe, tokens, *size)]
+    again = [cost.gemms(recipe, tokens, *size)[0] for size in linears.again]
+    return once * args.n_layers + cost.gemms("bf16", tokens, args.dim, args.vocab_size), again * args.n_layers
+
+
+def cast_bytes(args: Llama3Args, recipe: str, tokens: int) -> int:
+    """Of the casts and the passes that apply scales, of all layers."""
+    linears = Linears(args)
+    found = sum(tokens * k * cost.input_bytes(recipe, k) for k in linears.inputs)
+    for k, n in linears.all.values():
+        found += tokens * n * cost.grad_bytes(recipe, n) + k * n * cost.weight_bytes(recipe, k)
+        found += sum(gemm.rescale_bytes() for gemm in cost.gemms(recipe, tokens, k, n))
+    return found * args.n_layers
+
+
+def memory_bytes(args: Llama3Args, tokens: int) -> tuple[int, int]:
+    """Of all that is neither matmul nor attention nor cast, where each operation is fused with its neighbours as far
+    as matmuls and attention let it: in the step, and of that what is computed again."""
+    kv = args.n_kv_heads * args.head_dim
+    # Each norm with the addition before it: the stream and the branch in, the sum and the normalized out. Backward: the
+    # gradients of both and the stream in, its gradient out. Again: the stream in, the normalized out.
+    norms, norms_backward, norms_again = 2 * 4 * args.dim, 2 * 4 * args.dim, 2 * 2 * args.dim
+    rope = 2 * (args.dim + kv)  # queries and keys, in and out
+    swiglu, swiglu_backward = 3 * args.ffn_dim, 5 * args.ffn_dim
+    block = norms + norms_backward + 2 * rope + swiglu + swiglu_backward
+    again = norms_again + rope + swiglu
+    # The embeddings in and out, the last norm, and the logits, whose gradient is written where they were read.
+    ends = 2 * args.dim + 5 * args.dim + 2 * args.vocab_size
+    with torch.device("meta"):
+        parameters = sum(p.numel() for p in Llama3(args).parameters())
+    once = BF16 * tokens * (args.n_layers * block + ends) + PER_PARAMETER * parameters
+    return once, BF16 * tokens * args.n_layers * again
+
+
+class Clock:
+    """Measures each matmul and each attention once."""
+
+    def __init__(self, device: str, rounds: int) -> None:
+        self.device, self.rounds = device, rounds
+        self.known: dict[Any, float] = {}
+
+    def _seconds(self, ways: dict[str, Callable[[], object]]) -> float:
+        return min(harness.time_running(ways, self.device, self.rounds, 5).values())
+
+    def gemm(self, gemm: Gemm) -> float:
+        key = gemm[1:5]
+        if key not in self.known:
+            random = functools.partial(torch.randn, device=self.device, dtype=torch.bfloat16)
+            a, b = random(gemm.m, gemm.k), random(gemm.n, gemm.k)
+            if gemm.precision == "bf16":
+                way: Callable[[], Tensor] = functools.partial(torch.mm, a, b.t())
+            else:
+                x, y = (matmul.quantized(t, matmul.E4M3, None) for t in (a, b))
+                fast = gemm.precision == "fp8"
+                way = matmul.ours(x, y.t(), fast, True) if self.device == "cpu" else matmul.raw(x, y.t(), fast)
+            self.known[key] = self._seconds({"": way})
+        return self.known[key]
+
+    def attention(self, args: Llama3Args, batch: int, seq_len: int) -> float:
+        """Of one layer, forward and backward."""
+        key = ("attention", args.n_heads, args.n_kv_heads, args.head_dim, batch, seq_len)
+        if key not in self.known:
+            random = functools.partial(torch.randn, device=self.device, dtype=torch.bfloat16, requires_grad=True)
+            q, k, v = (random(batch, h, seq_len, args.head_dim) for h in (args.n_heads, *[args.n_kv_heads] * 2))
+            grad = torch.randn_like(q)
+
+            def step(backend: SDPBackend | None) -> tuple[Tensor, ...]:
+                if backend is None:
+                    out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+                else:
+                    with sdpa_kernel(backend):
+                        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+                return torch.autograd.grad(out, (q, k, v), grad)
+
+            ways: dict[str, Callable[[], object]] = {"default": functools.partial(step, None)}
+            for backend in (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION):
+                try:
+                    step(backend)
+                except RuntimeError:  # not for this device, or not in this build
+                    continue
+                ways[str(backend)] = functools.partial(step, backend)
+            self.known[key] = self._seconds(ways)
+        return self.known[key]
+
+
+def model_of(row: dict[str, Any], toy: bool) -> Llama3Args:
+    return FLAVORS["toy" if toy else f"8B-{row['layers']}"]
+
+
+def floor(row: dict[str, Any], args: Llama3Args, at: Ceilings, clock: Clock) -> dict[str, Any]:
+    """The floor of the step that ``row`` measured, and its parts, in seconds."""
+    tokens = row["batch"] * row["seq_len"]
+    once, again = step_gemms(args, row["config"], tokens)
+    memory, memory_again = memory_bytes(args, tokens)
+    parts = {
+        "matmul_s": sum(map(clock.gemm, once)),
+        "attention_s": args.n_layers * clock.attention(args, row["batch"], row["seq_len"]),
+        "memory_s": memory / at.bandwidth,
+        "casts_s": cast_bytes(args, row["config"], tokens) / at.bandwidth,
+    }
+    repeated = {"matmul_again_s": sum(map(clock.gemm, again)), "memory_again_s": memory_again / at.bandwidth}
+    least, whole = sum(parts.values()), sum(parts.values()) + sum(repeated.values())
+    about = {key: row[key] for key in ("system", "config", "compile", "batch", "layers", "seq_len", "step_time_s")}
+    return {
+        **about,
+        **parts,
+        **repeated,
+        "floor_s": whole,
+        "step_of_floor": whole / row["step_time_s"],
+        "step_of_floor_without_recompute": least / row["step_time_s"],
+    }
+
+
+def floors(
+    files: list[dict[str, Any]], at: Ceilings, args: argparse.Namespace, budget: harness.Budget, left_out: list[str]
+) -> list[dict[str, Any]]:
+    """Of every step of ours that was compiled, each case from the first file that has it."""
+    clock = Clock(args.device, args.rounds)
+    found: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for file in files:
+        for row in file["results"]:
+            case = tuple(row.get(key) for key in ("config", "batch", "layers", "seq_len"))
+            if row["system"] != "titanlite" or not row["compile"] or not row["step_time_s"] or case in found:
+                continue
+            if budget.left() <= 0:
+                left_out.append(f"the step of {row['config']}, batch {row['batch']}")
+                continue
+            found[case] = floor(row, model_of(row, file["toy"]), at, clock)
+    return list(found.values())

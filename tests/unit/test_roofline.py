@@ -1,0 +1,170 @@
+"""scripts/benchmarks/roofline.py: its counts against what a layer really does, and its reports, on the CPU."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import casts
+import cost
+import pytest
+import results
+import roofline
+import step_floor
+import torch
+from benchmark_models import FLAVORS
+from torch import Tensor, nn
+
+from titanlite.float8 import Float8LinearConfig, convert_to_float8_training, linear, matmul
+from titanlite.float8.kernels import reference
+
+GIVEN = ["--device=cpu", "--bf16-tflops=700", "--fp8-tflops=1400", "--bandwidth-gbs=4000"]
+AT = cost.Ceilings(700e12, 1400e12, 1400e12, 4000e9)
+
+
+@pytest.fixture
+def moved(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+    """Bytes per cast and rescaling of a layer on its kernels' path, with the CPU as a device with float8 units."""
+    found: list[int] = []
+
+    def cast(x: Tensor, dtype: Any, by_rows: str, by_columns: str, power_of_2: bool) -> tuple[Tensor, ...]:
+        out = reference.cast(x, dtype, by_rows, by_columns, power_of_2)
+        data = sum(t.nbytes for t in out if t.dtype == dtype)
+        found.append(casts.reads(by_rows, by_columns, x.shape[1]) * x.nbytes + data)
+        return out
+
+    def rescale(product: Tensor, *how: Any) -> Tensor:
+        found.append(2 * product.nbytes)
+        return reference.rescale(product, *how)
+
+    with torch.library._scoped_library("titanlite_float8", "IMPL") as library:
+        library.impl("cast", cast, "CPU", allow_override=True)
+        library.impl("rescale", rescale, "CPU", allow_override=True)
+        monkeypatch.setattr(linear, "must_emulate", lambda device, dtypes, emulate, compiled: emulate)
+        monkeypatch.setattr(matmul.kernels, "AVAILABLE", True)
+        yield found
+
+
+@pytest.mark.parametrize("recipe", roofline.RECIPES)
+def test_the_count_of_bytes_is_what_a_layer_moves(recipe: str, moved: list[int]) -> None:
+    m, k, n = 32, 64, 48
+    layer = nn.Linear(k, n, bias=False, dtype=torch.bfloat16)
+    convert_to_float8_training(layer, config=Float8LinearConfig.from_recipe_name(recipe))
+    x = torch.randn(m, k, dtype=torch.bfloat16, requires_grad=True)
+    layer(x).backward(torch.randn(m, n, dtype=torch.bfloat16))
+    rescaled = sum(gemm.rescale_bytes() for gemm in cost.gemms(recipe, m, k, n))
+    assert sum(moved) == cost.cast_bytes(recipe, m, k, n) + rescaled
+
+
+def test_the_count_by_hand() -> None:
+    m, k, n = 8192, 4096, 14336
+    assert cost.cast_bytes("tensorwise", m, k, n) == 6 * m * (k + n) + 10 * k * n
+    assert cost.cast_bytes("rowwise", m, k, n) == 6 * m * (k + n) + 8 * k * n
+    assert cost.cast_bytes("rowwise_with_gw_hp", m, k, n) == 3 * m * (k + n) + 8 * k * n
+    assert cost.cast_bytes("bf16", m, k, n) == 0
+    found = cost.predict("rowwise", m, k, n, AT)
+    assert found.matmuls == pytest.approx(6 * m * k * n / 1400e12)
+    assert found.rescales == pytest.approx(4 * (m * k + k * n) / 4000e9)
+    assert found.casts == pytest.approx((6 * m * (k + n) + 8 * k * n) / 4000e9)
+
+
+def test_a_small_matmul_takes_the_time_of_its_bytes() -> None:
+    (gemm, *_) = cost.gemms("bf16", 16, 4096, 4096)
+    assert gemm.seconds(AT) == pytest.approx(2 * (16 * 4096 * 2 + 4096 * 4096) / 4000e9)
+
+
+def test_without_a_gpu_from_given_ceilings(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "roofline.json"
+    given = [option for option in GIVEN if option != "--device=cpu"]  # nothing is measured: no device is needed
+    assert roofline.main([*given, "--m=8192", "--k=512,4096", "--n=512,4096", f"--out={out}"]) == 0
+    with out.with_suffix(".csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 3 * 4
+    speed = {(row["config"], row["k"], row["n"]): float(row["predicted_speedup"]) for row in rows}
+    assert speed["rowwise", "512", "512"] < 1 < speed["rowwise", "4096", "4096"] < 2
+    assert speed["rowwise", "4096", "4096"] < speed["tensorwise", "4096", "4096"]
+    if find_spec("matplotlib"):
+        assert out.with_suffix(".png").stat().st_size > 10000
+    else:
+        assert "pip install -e .[plot]" in capsys.readouterr().out
+
+
+def test_ceilings_are_measured(tmp_path: Path) -> None:
+    out = tmp_path / "roofline.json"
+    assert roofline.main(["--device=cpu", "--fp8-tflops=3", "--k=64", "--n=64", "--rounds=1", f"--out={out}"]) == 0
+    found = json.loads(out.read_text())["ceilings"]
+    assert found["fp8_tflops"] == found["fp8_full_tflops"] == 3
+    assert 0 < found["bf16_tflops"] < 3
+    assert found["bandwidth_gbs"] > 0
+
+
+def result(path: Path, name: str, rows: list[dict[str, Any]]) -> Path:
+    results.write(name, rows, path, "cpu", toy=True)
+    return path
+
+
+def test_the_error_of_the_prediction(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    size = {"m": 8192, "k": 4096, "n": 4096}
+    predicted = roofline.prediction("rowwise", *size.values(), AT)["predicted_speedup"]
+    ours = {"system": "titanlite", "config": "rowwise", "kernels": "triton", **size}
+    rows = [
+        {**ours, "compile": True, "speedup_over_bf16": predicted / 1.1},
+        {**ours, "compile": False, "speedup_over_bf16": 1.0},
+        {**ours, "compile": True, "failed": "no memory"},
+        {**ours, "system": "torchao", "compile": True, "speedup_over_bf16": 1.0},
+    ]
+    out = tmp_path / "roofline.json"
+    linear_file = result(tmp_path / "linear.json", "linear", rows)
+    assert roofline.main([*GIVEN, "--k=64", "--n=64", f"--check={linear_file}", f"--out={out}"]) == 0
+    (row,) = [row for row in json.loads(out.read_text())["results"] if "error_pct" in row]
+    assert row["error_pct"] == pytest.approx(10)
+    assert "median 10.0%, at most 10.0%" in capsys.readouterr().out
+
+
+def step(config: str, compile: bool = True, seconds: float | None = 0.5) -> dict[str, Any]:
+    row = {"system": "titanlite", "config": config, "compile": compile, "batch": 2, "layers": 2, "seq_len": 64}
+    return {**row, "step_time_s": seconds}
+
+
+def test_the_floor_of_a_step(tmp_path: Path) -> None:
+    out = tmp_path / "roofline.json"
+    train = result(tmp_path / "train.json", "train", [step("bf16"), step("rowwise"), step("bf16", False)])
+    peers = result(tmp_path / "peers.json", "peers", [step("bf16", seconds=9.0), step("tensorwise", seconds=None)])
+    given = [*GIVEN, "--k=64", "--n=64", "--rounds=1", f"--out={out}", f"--train={train}", f"--train={peers}"]
+    assert roofline.main(given) == 0
+    rows = [row for row in json.loads(out.read_text())["results"] if "step_of_floor" in row]
+    assert [row["config"] for row in rows] == ["bf16", "rowwise"]
+    for row in rows:
+        parts = ("matmul_s", "matmul_again_s", "attention_s", "memory_s", "memory_again_s", "casts_s")
+        assert row["floor_s"] == pytest.approx(sum(row[part] for part in parts))
+        assert row["step_of_floor"] == row["floor_s"] / 0.5 > row["step_of_floor_without_recompute"]
+    assert rows[0]["casts_s"] == 0 < rows[1]["casts_s"]
+
+
+def test_what_a_step_of_llama_8b_computes() -> None:
+    args = FLAVORS["8B-16"]
+    once, again = step_floor.step_gemms(args, "rowwise", 8192)
+    blocks = 16 * 218_103_808  # weights
+    assert sum(2 * g.m * g.k * g.n for g in once) == 6 * 8192 * (blocks + 4096 * 128256)
+    assert sum(2 * g.m * g.k * g.n for g in again) == 2 * 8192 * 16 * (4096 * 1024 + 4096 * 4096 + 4096 * 14336)
+    assert {g.precision for g in once if 128256 in g[1:4]} == {"bf16"}
+    inputs, outputs = 4096 * 3 + 14336, 4096 * 3 + 1024 * 2 + 14336 * 2
+    rescaled = 4 * (8192 * (5 * 4096 + 4096 + 14336) + 218_103_808)
+    assert step_floor.cast_bytes(args, "rowwise", 8192) == 16 * (
+        6 * 8192 * (inputs + outputs) + 8 * 218_103_808 + rescaled
+    )
+    assert step_floor.cast_bytes(args, "bf16", 8192) == 0
+
+
+@pytest.mark.parametrize(("option", "says"), [("--check", "one of linear"), ("--train", "one of train or peers")])
+def test_files_of_another_kind(option: str, says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    other = result(tmp_path / "casts.json", "casts", [])
+    for file, message in ((other, says), (tmp_path / "none.json", "No such file")):
+        with pytest.raises(SystemExit) as e:
+            roofline.main([*GIVEN, f"{option}={file}"])
+        assert e.value.code == 2
+        assert message in capsys.readouterr().err
