@@ -31,17 +31,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from models.llama3.model import Llama3, Llama3Args
 
-COLUMNS: tuple[str, ...] = (
-    "config",
-    "batch",
-    "layers",
-    "step_time_s",
-    "floor_s",
-    "matmul_s",
-    "matmul_again_s",
-    "attention_s",
-)
-COLUMNS += ("memory_s", "memory_again_s", "casts_s", "step_of_floor", "step_of_floor_without_recompute")
+_PARTS = ("matmul_s", "matmul_again_s", "attention_s", "memory_s", "memory_again_s", "casts_s")
+COLUMNS = ("config", "batch", "layers", *_PARTS, "floor_s", "step_time_s", "step_of_floor")
 # Bytes that an optimizer step moves for each parameter: float32 masters to bfloat16 weights (4 + 2) and gradients back
 # (2 + 4), the gradients' norm (4), AdamW, which reads and writes the parameter and both moments and reads the gradient.
 PER_PARAMETER = 6 + 6 + 4 + 28

@@ -2,8 +2,9 @@
 result files in OUT and from RAN, the suite's own list (section, outcome, seconds, detail, between tabs).
 
 The targets are ratios of one run on one H100 or H200. Of ``linear.json`` those rows are read that are ours, compiled,
-with Triton's kernels, which are the default, by ``config``, ``m``, ``k``, ``n`` and ``speedup_over_bf16``; of ``casts.json`` by ``system`` and ``of_copy``, the share of a copy's bandwidth; of
-``roofline.json`` by ``step_of_floor``.
+with Triton's kernels, which are the default, by ``config``, ``m``, ``k``, ``n`` and ``speedup_over_bf16``; of
+``casts.json`` by ``system`` and ``of_copy``, the share of a copy's bandwidth; of ``roofline.json`` by
+``step_of_floor``.
 """
 
 from __future__ import annotations
@@ -71,8 +72,10 @@ TARGETS = (
     Target("whole step, of the floor", 0.80, "step_of_floor", ("roofline",), lambda row: True),
 )
 
-_NAMES = ("system", "config", "kernels", "compile", "kept", "batch", "kernel", "scales", "dtype", "fast_accum", "gemm")
-_NAMES += ("m", "k", "n")  # of a row's case
+_NAMES = (  # of a row's case
+    *("system", "config", "kernels", "compile", "kept", "batch", "kernel", "scales", "dtype", "fast_accum", "gemm"),
+    *("m", "k", "n"),
+)
 
 
 def judged(target: Target, files: dict[str, list[Row]]) -> Row:

@@ -9,10 +9,13 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import casts
 import harness
+import linear
 import matmul
 import peers
 import pytest
+import roofline
 import suite_summary
 import torch
 import train as train_benchmark
@@ -54,8 +57,19 @@ def test_the_median_is_of_calls_in_turn() -> None:
     assert seconds["b"] >= 0.01 > seconds["a"]
 
 
+def test_calls_that_follow_each_other() -> None:
+    calls: list[str] = []
+    seconds = harness.time_running(
+        {"a": lambda: calls.append("a"), "b": lambda: (calls.append("b"), time.sleep(0.01))}, "cpu", rounds=2, calls=3
+    )
+    assert "".join(calls) == "aaaaaabbbbbb" + "aaabbb" * 2  # three to warm up, three to see how long the host takes
+    assert seconds["b"] >= 0.01 > seconds["a"]
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-@pytest.mark.parametrize("benchmark", [matmul, peers, train_benchmark], ids=lambda b: b.__name__)
+@pytest.mark.parametrize(
+    "benchmark", [casts, linear, matmul, peers, roofline, train_benchmark], ids=lambda b: b.__name__
+)
 def test_without_a_gpu_they_end_with_the_way_out(benchmark: Any, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as e:
         benchmark.main([])

@@ -108,5 +108,9 @@ def test_targets_are_held_against_the_worst_row() -> None:
     good, bad = rows("rowwise", speedup_over_bf16=1.3), rows("rowwise", speedup_over_bf16=1.2)
     assert suite_summary.judged(target, {"peers": good})[""] == "met"
     assert suite_summary.judged(target, {"train": good + bad})[""] == "MISSED"
+    linear = next(t for t in suite_summary.TARGETS if t.measure.startswith("linear, rowwise, 8192 x 4096 x 4096"))
+    fast, slow = ({"m": 8192, "k": 4096, "n": 4096, "kernels": k} for k in ("triton", "inductor"))
+    measured = rows("rowwise", speedup_over_bf16=1.6, **fast) + rows("rowwise", speedup_over_bf16=1.1, **slow)
+    assert suite_summary.judged(linear, {"linear": measured})["found"] == "1.600"
     memory = next(t for t in suite_summary.TARGETS if t.at_most)
     assert suite_summary.judged(memory, {"train": rows("tensorwise", memory_over_bf16=1.01)})[""] == "MISSED"
