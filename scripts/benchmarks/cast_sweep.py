@@ -17,7 +17,7 @@ import itertools
 import math
 import os
 import statistics
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -94,45 +94,52 @@ def candidates(constant: Constant, device: str) -> list[Any]:
     return [now, *(others[: _TOYS - 1] if device == "cpu" else others)]
 
 
-def time_of(constant: Constant, value: Any, kernel: Kernel, inputs: list[Input], expected: Any, args: Any) -> float:
-    """Seconds of one call.
-
-    Raises:
-        ArithmeticError: the numbers are wrong.
-    """
-    with given(constant.name, value):
-        wrong = mismatch(run(kernel, inputs[0]), expected)
-        if wrong:
-            raise ArithmeticError(f"{wrong:.3g} of the numbers differ from the reference")
-        calls = {value: over(inputs, lambda i: run(kernel, i))}
-        return harness.time_running(calls, args.device, args.rounds, 2 * len(inputs))[value]
+def refusal(constant: Constant, value: Any, kernel: Kernel, i: Input, expected: tuple[Any, ...]) -> str | None:
+    """Why ``value`` is none for ``kernel``; compiles it."""
+    try:
+        with given(constant.name, value):
+            wrong = mismatch(run(kernel, i), expected)
+    except Exception as e:  # whatever a compiler raises
+        return f"{type(e).__name__}: {str(e).splitlines()[0][:200] if str(e) else ''}"
+    return f"wrong: {wrong:.3g} of the numbers differ from the reference" if wrong else None
 
 
-def measure(constant: Constant, args: argparse.Namespace, budget: harness.Budget) -> list[dict[str, Any]]:
+def running(constant: Constant, value: Any, kernel: Kernel, inputs: list[Input]) -> Callable[[], Any]:
+    def one(i: Input) -> Any:
+        with given(constant.name, value):
+            return run(kernel, i)
+
+    return over(inputs, one)
+
+
+def measure(
+    constant: Constant, args: argparse.Namespace, budget: harness.Budget, left_out: list[str]
+) -> list[dict[str, Any]]:
     """A row for each candidate: ``relative``, its times over those of the value of now, and their mean."""
     rows: dict[Any, dict[str, Any]] = {}
     for value in candidates(constant, args.device):
         shown = str(tuple(value)) if isinstance(value, tuple) else str(value)
         rows[value] = {"constant": constant.name, "value": shown, "relative": {}}
+    took = 0.0
     for shape, kernel in itertools.product(shapes(args), constant.kernels):
+        before = budget.left()
+        case = f"{kernel.kernel}, {kernel.scales}, {shape[0]} x {shape[1]}"
+        if before < took:
+            left_out.append(f"{constant.name}, {case}")
+            continue
         inputs = inputs_of(*shape, args.device)
         expected = plain(kernel, inputs[0])
-        now = None
         for value, row in rows.items():
-            if "failed" in row:
-                continue
-            if budget.left() <= 0:
-                row["failed"] = "left out, no time"
-                continue
-            try:
-                seconds = time_of(constant, value, kernel, inputs, expected, args)
-            except Exception as e:  # whatever a compiler raises
-                row["failed"] = f"{type(e).__name__}: {str(e).splitlines()[0][:200] if str(e) else ''}"
-                continue
-            now = now or seconds
-            row["relative"][f"{kernel.kernel}, {kernel.scales}, {shape[0]} x {shape[1]}"] = seconds / now
+            if "failed" not in row and (why := refusal(constant, value, kernel, inputs[0], expected)):
+                row["failed"] = why
+        calls = {v: running(constant, v, kernel, inputs) for v, row in rows.items() if "failed" not in row}
+        seconds = harness.time_running(calls, args.device, args.rounds, 2 * len(inputs))
+        first = next(iter(seconds.values()))
+        for value, taken in seconds.items():
+            rows[value]["relative"][case] = taken / first
+        took = before - budget.left() if args.seconds else 0.0
     for row in rows.values():
-        if "failed" not in row:
+        if row["relative"] and "failed" not in row:
             row["mean"] = math.exp(statistics.fmean(map(math.log, row["relative"].values())))
     return [{**row, "key": value} for value, row in rows.items()]
 
@@ -141,9 +148,11 @@ def sweep(args: argparse.Namespace) -> int:
     budget = harness.Budget(args.seconds)
     launch = _launch()
     rows: list[dict[str, Any]] = []
+    left_out: list[str] = []
     with contextlib.ExitStack() as settled:
-        for constant in CONSTANTS:
-            found = measure(constant, args, budget)
+        for done, constant in enumerate(CONSTANTS):
+            share = None if args.seconds is None else budget.left() / (len(CONSTANTS) - done)
+            found = measure(constant, args, harness.Budget(share), left_out)
             whole = [row for row in found if "mean" in row]
             if whole:
                 best = min(whole, key=lambda row: row["mean"])
@@ -151,7 +160,7 @@ def sweep(args: argparse.Namespace) -> int:
                 settled.enter_context(given(constant.name, best["key"]))
             rows += [{key: value for key, value in row.items() if key != "key"} for row in found]
             if args.out:
-                results.write("cast_sweep", rows, args.out, args.device, toy=args.device == "cpu")
+                results.write("cast_sweep", rows, args.out, args.device, toy=args.device == "cpu", left_out=left_out)
         print(harness.show(rows, ("constant", "value", "mean", "best", "failed")))
         for constant in CONSTANTS:
             cases = {name for row in rows if row["constant"] == constant.name for name in row["relative"]}
@@ -159,11 +168,13 @@ def sweep(args: argparse.Namespace) -> int:
                 of_case = [r for r in rows if r["constant"] == constant.name and case in r["relative"]]
                 first = min(of_case, key=lambda row: row["relative"][case])
                 print(f"{constant.name}, {case}: {first['value']} ({first['relative'][case]:.3f})")
+        if left_out:
+            print(f"left out, no time: {'; '.join(left_out)}")
         print("The best, for titanlite/float8/kernels/launch.py:")
         for constant in CONSTANTS:
             value = getattr(launch, constant.name)
             print(f"{constant.name} = {f'Tile{tuple(value)}' if isinstance(value, tuple) else value}")
-    return int(any("ArithmeticError" in row.get("failed", "") for row in rows) or not any("mean" in r for r in rows))
+    return int(any(row.get("failed", "").startswith("wrong") for row in rows) or not any("mean" in r for r in rows))
 
 
 if __name__ == "__main__":

@@ -127,7 +127,7 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
     figure, axes = pyplot.subplots(len(tokens), len(configs), figsize=size, squeeze=False, layout="constrained")
     for (i, m), (j, config) in itertools.product(enumerate(tokens), enumerate(configs)):
         grid = [[speed[config, m, k, n] for n in ns] for k in ks]
-        image = axes[i][j].imshow(grid, cmap="RdYlGn", vmin=0.5, vmax=1.5, origin="lower", aspect="auto")
+        image = axes[i][j].imshow(grid, cmap="RdYlGn", vmin=0, vmax=2, origin="lower", aspect="auto")
         for y, x in itertools.product(range(len(ks)), range(len(ns))):
             axes[i][j].text(x, y, f"{grid[y][x]:.2f}", ha="center", va="center", fontsize=7)
         axes[i][j].set_xticks(range(len(ns)), ns, rotation=60, fontsize=7)

@@ -112,6 +112,28 @@ def test_sweep(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: 
     assert before == launch.CAST_TILE
 
 
+def test_a_tile_that_is_wrong_or_cannot_be_compiled_drops_out(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    real = cast_sweep.run
+
+    def run(kernel: casts.Kernel, i: casts.Input) -> tuple[Any, ...]:
+        if launch.RESCALE_TILE.rows == 8:
+            raise RuntimeError("out of resource")
+        (out,) = real(kernel, i)
+        return (out * 2 if launch.RESCALE_TILE.rows == 16 else out,)
+
+    (constant,) = (c for c in cast_sweep.CONSTANTS if c.name == "RESCALE_TILE")
+    monkeypatch.setattr(cast_sweep, "run", run)
+    monkeypatch.setattr(cast_sweep, "CONSTANTS", [constant])
+    monkeypatch.setattr(cast_sweep, "shapes", lambda args: [(16, 32)])
+    monkeypatch.setattr(cast_sweep, "_TOYS", 4)
+    out = tmp_path / "sweep.json"
+    assert casts.main(["--device=cpu", "--rounds=1", "--sweep", f"--out={out}"]) == 1
+    rows = {row["value"]: row for row in json.loads(out.read_text())["results"]}
+    assert rows["(8, 1024, 4)"]["failed"] == "RuntimeError: out of resource"
+    assert rows["(16, 256, 4)"]["failed"].startswith("wrong: ")
+    assert rows["(32, 256, 4)"]["best"] is True
+
+
 def test_a_sweep_needs_the_kernels(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.delenv("TRITON_INTERPRET")
     with pytest.raises(SystemExit) as e:
