@@ -33,11 +33,11 @@ from torch import Tensor
 
 from titanlite.float8 import kernels
 from titanlite.float8.kernels import reference
+from titanlite.float8.kernels.outputs import LONGEST_ROW
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 Outputs = tuple[Tensor, ...]
 ELEMENTS = 128 << 20  # of all inputs together, at least: in bfloat16 four times the second-level cache of an H200
-LONGEST_ROW = 32768  # that is cast by rows from one read; launch.py's, which cannot be imported without triton
 COPY, OURS, COMPILED, TORCHAO = "copy", "titanlite", "torch.compile", "torchao"
 # The largest share of numbers that may differ from the reference. The compiler's division is not IEEE's; torchao's
 # powers of two are one off where log2 rounds up to a whole number.

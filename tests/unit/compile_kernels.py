@@ -38,7 +38,7 @@ def main(name: str) -> None:
     count = 0
     sizes = {"M": "i32", "N": "i32", "stride": "i32"}
     for x, dtype in [*itertools.product(("bf16",), native_dtypes(name)), ("fp32", native_dtypes(name)[0])]:
-        numbers = {"FP8_MAX": torch.finfo(dtype).max, "POWER_OF_2": True, "DTYPE": launch.DTYPES[dtype]}
+        numbers = {"FP8_MAX": torch.finfo(dtype).max, "DTYPE": launch.DTYPES[dtype]}
         out = f"*{NAMES[dtype]}"
         for by_rows, by_columns in itertools.product(launch.HOW.values(), repeat=2):
             how = {"BY_ROWS": by_rows, "BY_COLUMNS": by_columns}
@@ -49,13 +49,17 @@ def main(name: str) -> None:
                 continue
             signature = {"x": f"*{x}", "row_amax": "*i32", "column_amax": "*i32", "by_rows": out, "row_scale": "*fp32"}
             signature |= {"by_columns": out, "column_scale": "*fp32", **sizes}
-            compile(name, kernels.cast_kernel, signature, {**numbers, **how, **launch.CAST_TILE.options()})
+            tensorwise = launch.HOW["tensor"] in (by_rows, by_columns)
+            rounded = {"POWER_OF_2": not tensorwise}  # as the recipes have it
+            compile(name, kernels.cast_kernel, signature, {**numbers, **rounded, **how, **launch.CAST_TILE.options()})
             signature = {"x": f"*{x}", "row_amax": "*i32", "column_amax": "*i32", **sizes}
             compile(name, kernels.amax_kernel, signature, {**how, **launch.AMAX_TILE.options()})
             count += 2
         signature = {"x": f"*{x}", "by_rows": out, "row_scale": "*fp32", "N": "i32", "stride": "i32"}
-        compile(name, kernels.row_cast_kernel, signature, {**numbers, "BLOCK_N": 4096, "num_warps": 4})
-        count += 1
+        for block, warps in ((4096, 4), (32768, 16)):
+            options = {"POWER_OF_2": True, "BLOCK_N": block, "num_warps": warps}
+            compile(name, kernels.row_cast_kernel, signature, {**numbers, **options})
+            count += 1
     for x in ("bf16", "fp32"):
         signature = {"product": f"*{x}", "row_scale": "*fp32", "column_scale": "*fp32", "out": f"*{x}"}
         steps = {"ROW_STEP": 1, "COLUMN_STEP": 1}

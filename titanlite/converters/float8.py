@@ -167,8 +167,10 @@ class Float8Converter:
                 f"the cast of a {self.tokens} x {features} input takes {times.triton:.0f} us in Triton's kernels, "
                 f"{times.inductor:.0f} us in the compiler's"
             )
-        logger.info('float8.kernels = "auto": %s; %s', chosen, why)
-        return chosen
+        said: list[Any] = [chosen, why]
+        torch.distributed.broadcast_object_list(said, device=torch.device("cpu"))  # one choice for all
+        logger.info('float8.kernels = "auto": %s; %s', *said)
+        return said[0]
 
     def _check_shards(self, chosen: dict[str, nn.Linear]) -> None:
         """Scales of rows are gathered with the rows: each process must have as many."""

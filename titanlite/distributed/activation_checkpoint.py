@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from titanlite.config.schema import ActivationCheckpoint
+from titanlite.float8 import kernels
 
 # What the "op" policy keeps: results that cost much to compute and, of matmuls, every second one, which halves their
 # memory for a quarter more compute (torchtitan's policy of June 2025).
@@ -21,7 +22,8 @@ _ATTENTION = {
     torch.ops.aten._scaled_dot_product_cudnn_attention.default,
 }
 _MATMULS = {torch.ops.aten.mm.default, torch.ops.aten._scaled_mm.default}
-_SCALES = {torch.ops.aten.amax.default}  # of float8: a few numbers that take a pass over a tensor to compute
+# Of float8: a few numbers that take a pass over a tensor to compute.
+_SCALES = {torch.ops.aten.amax.default, kernels.AMAXES}
 _COMMUNICATION = {torch.ops._c10d_functional.reduce_scatter_tensor.default}
 
 

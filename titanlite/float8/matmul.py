@@ -88,17 +88,21 @@ def scaled_mm(a: Operand, b: Operand, *, out_dtype: torch.dtype, fast_accum: boo
         with torch.autocast(a.data.device.type, enabled=False):
             return (dequantize(a.data, a.scale) @ dequantize(b.data, b.scale)).to(out_dtype)
     a8, b8 = _padded(a.data), _padded(b.data.t()).t()
-    a_inverse, b_inverse = a.scale.reciprocal(), b.scale.reciprocal()
     if not a.scale.ndim and not b.scale.ndim:
         return torch._scaled_mm(
-            a8, b8, scale_a=a_inverse, scale_b=b_inverse, out_dtype=out_dtype, use_fast_accum=fast_accum
+            a8,
+            b8,
+            scale_a=a.scale.reciprocal(),
+            scale_b=b.scale.reciprocal(),
+            out_dtype=out_dtype,
+            use_fast_accum=fast_accum,
         )
     if fast_accum and out_dtype is torch.bfloat16:
         return torch._scaled_mm(
             a8,
             b8,
-            scale_a=a_inverse.expand(a8.shape[0], 1).contiguous(),
-            scale_b=b_inverse.expand(1, b8.shape[1]).contiguous(),
+            scale_a=a.scale.reciprocal().expand(a8.shape[0], 1).contiguous(),
+            scale_b=b.scale.reciprocal().expand(1, b8.shape[1]).contiguous(),
             out_dtype=out_dtype,
             use_fast_accum=True,
         )
@@ -110,7 +114,7 @@ def scaled_mm(a: Operand, b: Operand, *, out_dtype: torch.dtype, fast_accum: boo
     product = torch._scaled_mm(a8, b8, scale_a=one, scale_b=one, out_dtype=between, use_fast_accum=fast_accum)
     if kernels.AVAILABLE and not torch.compiler.is_compiling():  # the compiler fuses the scaling itself
         return kernels.rescale(product, a.scale, b.scale, out_dtype)
-    return (product.float() * a_inverse * b_inverse).to(out_dtype)
+    return (product.float() * a.scale.reciprocal() * b.scale.reciprocal()).to(out_dtype)
 
 
 def _padded(a: Tensor) -> Tensor:

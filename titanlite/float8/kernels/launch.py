@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import NamedTuple
 
 import torch
@@ -10,7 +11,13 @@ import triton.language as tl
 from torch import Tensor
 
 from titanlite.float8.kernels import triton_kernels as kernels
-from titanlite.float8.kernels.outputs import output_of_rescale, outputs_of_cast
+from titanlite.float8.kernels.outputs import (
+    counts,
+    in_one_pass,
+    output_of_amaxes,
+    output_of_rescale,
+    outputs_of_cast,
+)
 
 HOW = {"none": kernels.NONE.value, "tensor": kernels.TENSOR.value, "vector": kernels.VECTOR.value}
 DTYPES = {
@@ -36,43 +43,77 @@ class Tile(NamedTuple):
 
 
 AMAX_TILE = Tile(64, 256, 8)
-CAST_TILE = Tile(128, 128, 8)
+CAST_TILE = Tile(64, 128, 8)
 RESCALE_TILE = Tile(32, 256, 4)
 ROW_PER_WARP = 1024  # elements, in row_cast_kernel
-LONGEST_ROW = 32768  # that a program of row_cast_kernel holds
+
+
+def amaxes(x: Tensor, by_rows: str, by_columns: str) -> Tensor:
+    """``titanlite_float8::amaxes``: the bits of float32 magnitudes, of rows and then of columns; empty where the cast
+    needs none."""
+    if in_one_pass(x, by_rows, by_columns):
+        return output_of_amaxes(x, by_rows, by_columns)
+    x = x if x.stride(1) == 1 else x.contiguous()
+    found = torch.zeros(sum(counts(x, by_rows, by_columns)), dtype=torch.int32, device=x.device)
+    with _on(x):
+        kernels.amax_kernel[AMAX_TILE.grid(x)](
+            *(x, *_parts(found, x, by_rows, by_columns), *x.shape, x.stride(0)),
+            BY_ROWS=HOW[by_rows],
+            BY_COLUMNS=HOW[by_columns],
+            **AMAX_TILE.options(),
+        )
+    return found
+
+
+def cast_with(
+    x: Tensor, amaxes: Tensor, dtype: torch.dtype, by_rows: str, by_columns: str, power_of_2: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """``titanlite_float8::cast``, of what :func:`amaxes` returned for the same layouts."""
+    out = outputs_of_cast(x, amaxes, dtype, by_rows, by_columns, power_of_2)
+    x = x if x.stride(1) == 1 else x.contiguous()
+    m, n = x.shape
+    numbers = {"FP8_MAX": torch.finfo(dtype).max, "POWER_OF_2": power_of_2, "DTYPE": DTYPES[dtype]}
+    with _on(x):
+        if in_one_pass(x, by_rows, by_columns):
+            block = triton.next_power_of_2(n)
+            warps = min(max(block // ROW_PER_WARP, 1), 16)
+            kernels.row_cast_kernel[(m,)](x, *out[:2], n, x.stride(0), BLOCK_N=block, num_warps=warps, **numbers)
+        else:
+            kernels.cast_kernel[CAST_TILE.grid(x)](
+                *(x, *_parts(amaxes, x, by_rows, by_columns), *out, m, n, x.stride(0)),
+                BY_ROWS=HOW[by_rows],
+                BY_COLUMNS=HOW[by_columns],
+                **numbers,
+                **CAST_TILE.options(),
+            )
+    return out
 
 
 def cast(
     x: Tensor, dtype: torch.dtype, by_rows: str, by_columns: str, power_of_2: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """:func:`titanlite.float8.kernels.cast`."""
-    x = x if x.stride(1) == 1 else x.contiguous()
-    m, n = x.shape
-    out = outputs_of_cast(x, dtype, by_rows, by_columns, power_of_2)
-    numbers = {"FP8_MAX": torch.finfo(dtype).max, "POWER_OF_2": power_of_2, "DTYPE": DTYPES[dtype]}
-    if (by_rows, by_columns) == ("vector", "none") and n <= LONGEST_ROW:
-        block = triton.next_power_of_2(n)
-        warps = min(max(block // ROW_PER_WARP, 1), 16)
-        kernels.row_cast_kernel[(m,)](x, *out[:2], n, x.stride(0), BLOCK_N=block, num_warps=warps, **numbers)
-        return out
-    row_amaxes, column_amaxes = out[1].numel(), out[3].numel()
-    amax = torch.zeros(row_amaxes + column_amaxes, dtype=torch.int32, device=x.device)
-    row_amax, column_amax = amax.split([row_amaxes, column_amaxes])
-    if by_rows == by_columns == "tensor":
-        column_amax = row_amax
-    how = {"BY_ROWS": HOW[by_rows], "BY_COLUMNS": HOW[by_columns]}
-    kernels.amax_kernel[AMAX_TILE.grid(x)](*(x, row_amax, column_amax, m, n, x.stride(0)), **how, **AMAX_TILE.options())
-    kernels.cast_kernel[CAST_TILE.grid(x)](
-        *(x, row_amax, column_amax, *out, m, n, x.stride(0)), **numbers, **how, **CAST_TILE.options()
-    )
-    return out
+    """:func:`titanlite.float8.kernels.cast`, without the dispatcher."""
+    return cast_with(x, amaxes(x, by_rows, by_columns), dtype, by_rows, by_columns, power_of_2)
+
+
+def _parts(amaxes: Tensor, x: Tensor, by_rows: str, by_columns: str) -> tuple[Tensor, Tensor]:
+    """The amaxes of the two layouts; one and the same for two scales of the whole tensor."""
+    of_rows, of_columns = amaxes.split(counts(x, by_rows, by_columns))
+    return of_rows, of_rows if by_rows == by_columns == "tensor" else of_columns
+
+
+def _on(x: Tensor) -> contextlib.AbstractContextManager[object]:
+    """Triton launches on the current device, not on that of its arguments."""
+    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
 
 
 def rescale(product: Tensor, row_scale: Tensor, column_scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """:func:`titanlite.float8.kernels.rescale`."""
+    """``titanlite_float8::rescale``."""
     out = output_of_rescale(product, row_scale, column_scale, dtype)
     steps = {"ROW_STEP": min(row_scale.ndim, 1), "COLUMN_STEP": min(column_scale.ndim, 1)}
-    kernels.rescale_kernel[RESCALE_TILE.grid(product)](
-        *(product, row_scale, column_scale, out, *product.shape), **steps, **RESCALE_TILE.options()
-    )
+    given = (tensor.contiguous() for tensor in (product, row_scale, column_scale))
+    with _on(product):
+        kernels.rescale_kernel[RESCALE_TILE.grid(product)](
+            *(*given, out, *product.shape), **steps, **RESCALE_TILE.options()
+        )
     return out

@@ -5,9 +5,27 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+LONGEST_ROW = 32768  # that one program holds
+
+
+def in_one_pass(x: Tensor, by_rows: str, by_columns: str) -> bool:
+    """Whether a cast finds the amaxes itself: rows by themselves are read once."""
+    return by_rows == "vector" and by_columns == "none" and x.shape[1] <= LONGEST_ROW
+
+
+def counts(x: Tensor, by_rows: str, by_columns: str) -> tuple[int, int]:
+    """How many amaxes the two layouts of a cast have."""
+    m, n = x.shape
+    return {"none": 0, "tensor": 1, "vector": m}[by_rows], {"none": 0, "tensor": 1, "vector": n}[by_columns]
+
+
+def output_of_amaxes(x: Tensor, by_rows: str, by_columns: str) -> Tensor:
+    count = 0 if in_one_pass(x, by_rows, by_columns) else sum(counts(x, by_rows, by_columns))
+    return x.new_empty(count, dtype=torch.int32)
+
 
 def outputs_of_cast(
-    x: Tensor, dtype: torch.dtype, by_rows: str, by_columns: str, power_of_2: bool
+    x: Tensor, amaxes: Tensor, dtype: torch.dtype, by_rows: str, by_columns: str, power_of_2: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     m, n = x.shape
 
@@ -19,4 +37,4 @@ def outputs_of_cast(
 
 
 def output_of_rescale(product: Tensor, row_scale: Tensor, column_scale: Tensor, dtype: torch.dtype) -> Tensor:
-    return torch.empty_like(product, dtype=dtype)
+    return product.new_empty(product.shape, dtype=dtype)

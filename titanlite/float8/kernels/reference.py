@@ -5,21 +5,38 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from titanlite.float8.kernels.outputs import outputs_of_cast
+from titanlite.float8.kernels.outputs import counts, in_one_pass, output_of_amaxes, outputs_of_cast
 from titanlite.float8.numerics import amax_of, amax_to_scale, quantize
+
+
+def amaxes(x: Tensor, by_rows: str, by_columns: str) -> Tensor:
+    if in_one_pass(x, by_rows, by_columns):
+        return output_of_amaxes(x, by_rows, by_columns)
+    layouts = [(how, dim) for how, dim in ((by_rows, 1), (by_columns, 0)) if how != "none"]
+    found = [amax_of(x, dim if how == "vector" else None).float().flatten() for how, dim in layouts]
+    return torch.cat(found).view(torch.int32)
+
+
+def cast_with(
+    x: Tensor, amaxes: Tensor, dtype: torch.dtype, by_rows: str, by_columns: str, power_of_2: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    data, scale, transposed, its_scale = outputs_of_cast(x, amaxes, dtype, by_rows, by_columns, power_of_2)
+    if in_one_pass(x, by_rows, by_columns):
+        amaxes = amax_of(x, 1).float().flatten().view(torch.int32)
+    of_rows, of_columns = amaxes.view(torch.float32).split(counts(x, by_rows, by_columns))
+    if by_rows != "none":
+        scale = amax_to_scale(of_rows.reshape(scale.shape), dtype, power_of_2)
+        data = quantize(x, scale, dtype).contiguous()
+    if by_columns != "none":
+        its_scale = amax_to_scale(of_columns.reshape(its_scale.shape), dtype, power_of_2)
+        transposed = quantize(x, its_scale, dtype).t().contiguous()
+    return data, scale, transposed, its_scale
 
 
 def cast(
     x: Tensor, dtype: torch.dtype, by_rows: str, by_columns: str, power_of_2: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    data, scale, transposed, its_scale = outputs_of_cast(x, dtype, by_rows, by_columns, power_of_2)
-    if by_rows != "none":
-        scale = amax_to_scale(amax_of(x, 1 if by_rows == "vector" else None), dtype, power_of_2)
-        data = quantize(x, scale, dtype).contiguous()
-    if by_columns != "none":
-        its_scale = amax_to_scale(amax_of(x, 0 if by_columns == "vector" else None), dtype, power_of_2)
-        transposed = quantize(x, its_scale, dtype).t().contiguous()
-    return data, scale, transposed, its_scale
+    return cast_with(x, amaxes(x, by_rows, by_columns), dtype, by_rows, by_columns, power_of_2)
 
 
 def rescale(product: Tensor, row_scale: Tensor, column_scale: Tensor, dtype: torch.dtype) -> Tensor:
