@@ -99,9 +99,9 @@ gpu_tests() {
     fi
     # Whole runs of the trainer, which take longest, last.
     local first
-    first=$(find tests/gpu -name 'test_*.py' ! -name test_train.py | sort)
+    first=$(find tests/gpu -name 'test_*.py' ! -name test_gpu_train.py | sort)
     # shellcheck disable=SC2086
-    section tests 100 15 "$python" -m pytest -q -p no:cacheprovider -m gpu $first tests/gpu/test_train.py
+    section tests 100 15 "$python" -m pytest -q -p no:cacheprovider -m gpu $first tests/gpu/test_gpu_train.py
 }
 
 loss_curves() {

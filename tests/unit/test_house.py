@@ -177,3 +177,9 @@ def test_no_import_cycles() -> None:
         # A package is loaded before what is in it, and may import that: not a cycle by itself.
         graph[name] = loaded - parents(name)
     TopologicalSorter(graph).prepare()
+
+
+def test_no_two_test_files_share_a_name() -> None:
+    """pytest imports a test file by its bare name, and refuses the second of a name only when both are collected."""
+    names = [path.name for path in (REPOSITORY / "tests").rglob("test_*.py")]
+    assert sorted(names) == sorted(set(names))
