@@ -1,13 +1,13 @@
-"""A step of the trainer on the CPU against one of a plain PyTorch loop over transformers' Llama, in turn, in one process.
+"""The trainer's step on the CPU against a plain PyTorch loop over transformers' Llama, in turn, in one process.
 
     python scripts/benchmarks/cpu_step.py --output docs/benchmarks/cpu_step.json
 
 Both have the same shape (the debug model's), weights, batches, AdamW (fused), learning rates and clipping. The
 trainer's step is all of it: data, schedule, logging (once a block), metrics.jsonl, TensorBoard, the watch on the loss.
 The loop has its batches beforehand, and no more than forward, loss, backward, clip and optimizer; bf16 is autocast over
-float32 weights there, and compiled it is one graph of model and loss. Blocks of steps alternate; the ratio is the median
-over pairs of neighbouring blocks, below 1 where titanlite is faster. The losses of the first steps are compared before
-anything is timed. Options of the trainer may follow.
+float32 weights there, and compiled it is one graph of model and loss. Blocks of steps alternate; the ratio is the
+median over pairs of neighbouring blocks, below 1 where titanlite is faster. The losses of the first steps are compared
+before anything is timed. Options of the trainer may follow.
 """
 
 from __future__ import annotations

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
-from torch import nn
+import torch.distributed as dist
+from torch import Tensor, nn
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.fsdp._fully_shard._fsdp_api import ReduceScatter
 
 from titanlite.config import JobConfig
 from titanlite.distributed.mesh import Mesh
@@ -22,7 +24,8 @@ def apply_fsdp(model: nn.Module, mesh: Mesh, config: JobConfig, *, groups: Itera
         mesh: on one process FSDP2 still brings the mixed precision, so that one device computes what many do.
         groups: modules gathered together, in the order of the forward; the last one is needed again at the start of
             the backward, so it is kept gathered unless ``fsdp_reshard_after_forward`` is "always". Under pipeline
-            parallelism all are kept by default, else each microbatch would gather them again.
+            parallelism all are kept by default, else each microbatch would gather them again; and on a CPU alone,
+            where there is time to save and hardly memory.
     """
     training, reshard = config.training, config.parallelism.fsdp_reshard_after_forward
     policy = MixedPrecisionPolicy(
@@ -36,7 +39,8 @@ def apply_fsdp(model: nn.Module, mesh: Mesh, config: JobConfig, *, groups: Itera
     # Under tensor parallelism the logits are a view, the local part of a DTensor. FSDP2 warns of writes to it in place;
     # there are none, the loss makes a float32 copy.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
-    keep_all = reshard == "never" or (reshard == "default" and mesh.pp.size() > 1)
+    alone = mesh.device_type == "cpu" and mesh.fsdp.size() == 1
+    keep_all = reshard == "never" or (reshard == "default" and (mesh.pp.size() > 1 or alone))
     groups = list(groups)
     for i, modules in enumerate(groups):
         keep = keep_all or (reshard == "default" and i == len(groups) - 1)
@@ -54,7 +58,36 @@ def apply_fsdp(model: nn.Module, mesh: Mesh, config: JobConfig, *, groups: Itera
         offload_policy=offload,
         reshard_after_forward=reshard == "always",
     )
+    if alone:
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.set_custom_reduce_scatter(InPlace())
     return describe(mesh, config)
+
+
+class InPlace(ReduceScatter):
+    """For one process: it has nobody to reduce with, and FSDP2 would copy the gradients from the input of that to its
+    output. Here both are the same memory, and a copy to itself costs nothing."""
+
+    def __init__(self) -> None:
+        self._input: Tensor | None = None
+
+    def allocate(self, size: Sequence[int | torch.SymInt], *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """The input of a reduction and, when called again, its output."""
+        shared, self._input = self._input, None
+        if shared is None:
+            shared = self._input = torch.empty(*size, dtype=dtype, device=device)
+        return shared
+
+    def __call__(
+        self,
+        output_tensor: Tensor,
+        input_tensor: Tensor,
+        group: dist.ProcessGroup,
+        op: dist.ReduceOp | dist.ReduceOp.RedOpType,
+        async_op: bool = False,
+    ) -> dist.Work | None:
+        raise AssertionError("there are other processes")
 
 
 def describe(mesh: Mesh, config: JobConfig) -> str:

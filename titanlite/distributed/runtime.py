@@ -86,6 +86,8 @@ def start_runtime(comm: Comm) -> Runtime:
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     device, why = _pick_device(local_rank)
     timeout = timedelta(seconds=comm.init_timeout_seconds)
+    if device.type == "cpu":
+        keep_freed_memory()
     if device.type == "cuda":
         os.environ.setdefault("TORCH_NCCL_TRACE_BUFFER_SIZE", str(comm.trace_buf_size))
         os.environ.setdefault("TORCH_FR_BUFFER_SIZE", str(comm.trace_buf_size))
@@ -102,6 +104,18 @@ def start_runtime(comm: Comm) -> Runtime:
 def stop_runtime() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def keep_freed_memory() -> bool:
+    """Have glibc keep what is freed, up to 1 GiB, for the next step, which needs as much. It would give large tensors
+    back to the system each time, and take them again page by page: thousands of page faults a step. Returns whether it
+    will; other C libraries manage memory in their own way."""
+    if platform.libc_ver()[0] != "glibc":
+        return False
+    M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+    libc = ctypes.CDLL(None)
+    largest = 32 << 20  # that it allows
+    return bool(libc.mallopt(M_MMAP_THRESHOLD, largest) and libc.mallopt(M_TRIM_THRESHOLD, 1 << 30))
 
 
 def set_train_timeout(comm: Comm, except_for: dist.ProcessGroup) -> None:
