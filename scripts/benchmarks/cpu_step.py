@@ -83,7 +83,7 @@ def same_model(trainer: Trainer) -> nn.Module:
     config._attn_implementation = "sdpa"
     model: nn.Module = transformers.LlamaForCausalLM(config)
     names = hugging_face.names(trainer.model_args)
-    weights = {names[name]: param.full_tensor() for name, param in ours.named_parameters()}  # type: ignore[operator]
+    weights = {names[name]: param.full_tensor() for name, param in ours.named_parameters()}  # type: ignore[attr-defined]
     model.load_state_dict(weights)
     return model.train()
 

@@ -54,10 +54,22 @@ def checkpoint_save(results: list[dict[str, Any]]) -> list[list[str]]:
     return rows
 
 
+def cpu_step(results: list[dict[str, Any]]) -> list[list[str]]:
+    rows = [["precision", "", "titanlite", "transformers", "ratio", "half of the pairs"]]
+    for ours, theirs in zip(results[::2], results[1::2], strict=True):
+        low, high = ours["ratio_quartiles"]
+        cells = [f"{r['step_ms']:.0f} ms" for r in (ours, theirs)]
+        how = "compiled" if ours["compile"] else "eager"
+        ratio = f"{ours['ratio_to_transformers']:.3f}"
+        rows.append([ours["config"], how, *cells, ratio, f"{low:.3f} to {high:.3f}"])
+    return rows
+
+
 TABLES: dict[str, Callable[[list[dict[str, Any]]], list[list[str]]]] = {
     "loss_parity": loss_parity,
     "memory_estimates": memory_estimates,
     "checkpoint_save": checkpoint_save,
+    "cpu_step": cpu_step,
 }
 
 
