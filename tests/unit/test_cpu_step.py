@@ -124,7 +124,7 @@ import resource, torch
 from titanlite.distributed.runtime import keep_freed_memory
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    [torch.ones(1 << 20) for _ in range(8)]
+    [torch.ones(1 << 20) for _ in range(32)]
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 before = [faults() for _ in range(8)]
 assert keep_freed_memory()
