@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 import torch
-import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
-from torch.distributed.fsdp._fully_shard._fsdp_api import ReduceScatter
 
 from titanlite.config import JobConfig
 from titanlite.distributed.mesh import Mesh
@@ -58,36 +56,7 @@ def apply_fsdp(model: nn.Module, mesh: Mesh, config: JobConfig, *, groups: Itera
         offload_policy=offload,
         reshard_after_forward=reshard == "always",
     )
-    if alone:
-        for module in model.modules():
-            if isinstance(module, FSDPModule):
-                module.set_custom_reduce_scatter(InPlace())
     return describe(mesh, config)
-
-
-class InPlace(ReduceScatter):
-    """For one process: it has nobody to reduce with, and FSDP2 would copy the gradients from the input of that to its
-    output. Here both are the same memory, and a copy to itself costs nothing."""
-
-    def __init__(self) -> None:
-        self._input: Tensor | None = None
-
-    def allocate(self, size: Sequence[int | torch.SymInt], *, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """The input of a reduction and, when called again, its output."""
-        shared, self._input = self._input, None
-        if shared is None:
-            shared = self._input = torch.empty(*size, dtype=dtype, device=device)
-        return shared
-
-    def __call__(
-        self,
-        output_tensor: Tensor,
-        input_tensor: Tensor,
-        group: dist.ProcessGroup,
-        op: dist.ReduceOp | dist.ReduceOp.RedOpType,
-        async_op: bool = False,
-    ) -> dist.Work | None:
-        raise AssertionError("there are other processes")
 
 
 def describe(mesh: Mesh, config: JobConfig) -> str:
