@@ -6,12 +6,12 @@ from __future__ import annotations
 from functools import partial
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor.parallel import SequenceParallel, parallelize_module
 from torch.distributed.tensor.parallel.style import ParallelStyle
 
-from models.llama3.model import Llama3, Llama3Args, TransformerBlock
+from models.llama3.model import Llama3, Llama3Args, TransformerBlock, causal_attention
 from titanlite.config import JobConfig
 from titanlite.distributed.blocks import checkpoint_and_compile
 from titanlite.distributed.context_parallel import ContextParallel
@@ -44,6 +44,11 @@ def parallelize(model: nn.Module, mesh: Mesh, config: JobConfig) -> dict[str, st
         done["context parallelism"] = f"{mesh.cp.size()} processes, {method}"
     elif mesh.pp.size() > 1:
         positions = torch.arange(model.args.max_seq_len, device=mesh.device_type)
+    if mesh.cp.size() == 1 and attends_in_float32(model.args, mesh, config):
+        for layer in model.layers.values():
+            assert isinstance(layer, TransformerBlock)
+            layer.attention.attend = float32_attention  # type: ignore[method-assign]
+        done["attention"] = f"float32, the faster one on the CPU for heads of {model.args.head_dim}"
     if positions is not None:
         # Bound here: they are the same in every step, and a later stage cannot tell them from what it is given.
         model.forward = partial(model.forward, positions=positions)  # type: ignore[method-assign]
@@ -56,6 +61,18 @@ def parallelize(model: nn.Module, mesh: Mesh, config: JobConfig) -> dict[str, st
         groups = groups[1:-1]
     done["FSDP2"] = apply_fsdp(model, mesh, config, groups=filter(None, groups))
     return done
+
+
+def attends_in_float32(args: Llama3Args, mesh: Mesh, config: JobConfig) -> bool:
+    """Whether attention is faster in float32 than in the parameters' dtype. On the CPU that is so for small heads: the
+    backward of PyTorch's bfloat16 kernel has a cost per head that does not depend on its size (70 us; torch 2.11 and
+    2.13, a processor with bfloat16 instructions; docs/performance.md). From heads of 64 on it is no longer slower."""
+    return mesh.device_type == "cpu" and args.head_dim < 64 and config.training.mixed_precision_param == "bfloat16"
+
+
+def float32_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """:func:`causal_attention`, computed in float32."""
+    return causal_attention(q.float(), k.float(), v.float()).to(q.dtype)
 
 
 def check(args: Llama3Args, mesh: Mesh, config: JobConfig) -> None:

@@ -7,11 +7,23 @@ import os
 import platform
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
 
+from models.llama3.model import Attention, Llama3, Llama3Args, causal_attention
+from models.llama3.parallelize import float32_attention, parallelize
 from tests.conftest import ROOT
+from titanlite.config import load_config
+from titanlite.config.parallelism import Degrees
+from titanlite.distributed.init import WeightInit
+from titanlite.distributed.mesh import Mesh, build_mesh
+
+ARGS = Llama3Args(dim=64, n_layers=2, n_heads=4, n_kv_heads=2, ffn_dim=96, vocab_size=128, max_seq_len=32)
 
 
 def run_script(tmp_path: Path, precision: str, fault: str = "") -> subprocess.CompletedProcess[str]:
@@ -43,6 +55,47 @@ def test_the_benchmark_times_nothing_that_differs(tmp_path: Path) -> None:
     assert done.returncode == 1
     assert "the losses of the first steps differ by" in done.stderr
     assert not (tmp_path / "cpu_step.json").exists()
+
+
+@pytest.fixture
+def mesh() -> Iterator[Mesh]:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        yield build_mesh(Degrees(1, 1, 1, 1, 1), "cpu")
+    finally:
+        dist.destroy_process_group()
+
+
+def sharded(mesh: Mesh, args: Llama3Args = ARGS, *options: str) -> Llama3:
+    model = Llama3(args)
+    parallelize(model, mesh, load_config(["--activation_checkpoint.mode=none", *options]))
+    model.init_weights(WeightInit(model, 0))
+    return model
+
+
+@pytest.mark.parametrize(
+    ("n_heads", "dtype", "expected"),
+    [(4, "bfloat16", float32_attention), (4, "float32", causal_attention), (1, "bfloat16", causal_attention)],
+)
+def test_small_heads_attend_in_float32(mesh: Mesh, n_heads: int, dtype: str, expected: object) -> None:
+    args = Llama3Args(dim=64, n_layers=1, n_heads=n_heads, n_kv_heads=1, ffn_dim=96, vocab_size=128, max_seq_len=32)
+    model = sharded(mesh, args, f"--training.mixed_precision_param={dtype}")
+    (attention,) = (module for module in model.modules() if isinstance(module, Attention))
+    assert attention.attend is expected
+
+
+def test_float32_attention_is_closer_to_the_truth() -> None:
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(2, 4, 48, 16), (2, 2, 48, 16), (2, 2, 48, 16)]
+    q, k, v = (torch.randn(shape, generator=generator).bfloat16() for shape in shapes)
+
+    def error(result: Tensor) -> float:
+        return (result.double() - causal_attention(q.double(), k.double(), v.double())).abs().max().item()
+
+    ours = float32_attention(q, k, v)
+    assert ours.dtype == torch.bfloat16
+    assert error(ours) <= error(causal_attention(q, k, v))
+    assert error(ours) < 2**-7  # half a unit in the last place of a number below 4
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries manage memory in their own way")
