@@ -5,9 +5,11 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from casts import bytes_per_element
 
 from titanlite.float8 import CastConfig, Float8LinearConfig
+from titanlite.float8.devices import scales_rows_in_matmuls
 
 BF16 = 2  # bytes
 RESCALE = 2 * BF16  # a product is read and written once more
@@ -49,8 +51,8 @@ def config_of(recipe: str) -> Float8LinearConfig | None:
 
 
 def gemms(recipe: str, m: int, k: int, n: int) -> list[Gemm]:
-    """The three of a layer with ``k`` features in and ``n`` out, for ``m`` tokens. Scales of rows are applied after
-    the matmul where it has full accumulation (titanlite/float8/matmul.py)."""
+    """The three of a layer with ``k`` features in and ``n`` out, for ``m`` tokens. On some devices scales of rows are
+    applied after a matmul with full accumulation (titanlite/float8/matmul.py)."""
     config = config_of(recipe)
     sizes = {"output": (m, k, n), "grad_input": (m, n, k), "grad_weight": (n, m, k)}
     if config is None:
@@ -71,9 +73,15 @@ def gemms(recipe: str, m: int, k: int, n: int) -> list[Gemm]:
     found = []
     for name, (a, b, how) in uses.items():
         precision = "bf16" if not a.is_cast else "fp8" if how.use_fast_accum else "fp8_full"
-        rescaled = (a.is_axiswise or b.is_axiswise) and not how.use_fast_accum
+        rescaled = (a.is_axiswise or b.is_axiswise) and not how.use_fast_accum and scales_follow()
         found.append(Gemm(name, *sizes[name], precision, rescaled))
     return found
+
+
+def scales_follow() -> bool:
+    """Whether scales of rows take a pass of their own after matmuls with full accumulation: here, or where there is no
+    GPU, on a Hopper GPU with CUDA 12.9 or later."""
+    return torch.cuda.is_available() and not scales_rows_in_matmuls(torch.device("cuda"))
 
 
 def _layout(how: CastConfig) -> str:

@@ -5,7 +5,8 @@
 Of every kind of linear layer (wq and wo, wk and wv, w1 and w3, w2, output), at 8192 and 16384 tokens, the three matmuls
 of forward and backward: output, grad_input, grad_weight. Scales per tensor, and per row of what is contracted, with
 fast accumulation and without; by ``torch._scaled_mm`` alone, and through ``titanlite.float8.matmul.scaled_mm``, which
-inverts the scales, and applies them itself where the kernel for them is slow or missing. Casting is no part of it. All
+inverts the scales; and as that does where the kernel for scales of rows is slow or missing, "row, after": the product
+is scaled in a pass of its own. Casting is no part of it. All
 ways to compute a product take turns on the same random data, and what each puts out is compared with a float64 product
 of the same operands, on rows and columns drawn at random; a way that is wrong, or not there, is a row that says so.
 """
@@ -25,7 +26,7 @@ import torch
 from torch import Tensor
 
 from titanlite.float8.devices import has_native_float8
-from titanlite.float8.matmul import Operand, scaled_mm
+from titanlite.float8.matmul import Operand, multiply_then_scale, scaled_mm
 from titanlite.float8.numerics import amax_of, amax_to_scale, quantize
 from titanlite.metrics.device import peak_flops
 
@@ -55,7 +56,7 @@ TOY = [Shape("toy", "wq, wo", 64, 64), Shape("toy", "w1, w3", 64, 160)]
 
 
 class Way(NamedTuple):
-    """How to compute a product; ``scales`` is "none" for bfloat16."""
+    """How to compute a product; ``scales`` is "none" for bfloat16, else a key of what ``measure`` prepares."""
 
     system: str
     scales: str
@@ -63,7 +64,9 @@ class Way(NamedTuple):
 
 
 BF16 = Way("torch", "none", False)
-WAYS = [BF16, *(Way(*way) for way in itertools.product(("torch", "titanlite"), ("tensor", "row"), (True, False)))]
+SCALED = [Way(*way) for way in itertools.product(("torch", "titanlite"), ("tensor", "row"), (True, False))]
+AFTER = Way("titanlite", "row, after", False)
+WAYS = [BF16, *SCALED, AFTER]
 
 
 def operands(gemm: str, tokens: int, shape: Shape, device: str) -> tuple[Tensor, Tensor, torch.dtype]:
@@ -130,10 +133,12 @@ def measure(gemm: str, tokens: int, shape: Shape, args: argparse.Namespace) -> I
         "row": (quantized(a, E4M3, 1), quantized(b, E4M3, 0)),
     }
     functions: dict[Way, Callable[[], Tensor]] = {BF16: functools.partial(torch.mm, a, b)}
-    for way in WAYS[1:]:
+    for way in SCALED:
         x, y = scaled[way.scales]
         functions[way] = raw(x, y, way.fast_accum) if way.system == "torch" else ours(x, y, way.fast_accum, emulate)
+    functions[AFTER] = functools.partial(multiply_then_scale, *scaled["row"], torch.bfloat16, False)
     stands_for = {"none": (a, b), **{name: tuple(map(dequantized, pair)) for name, pair in scaled.items()}}
+    stands_for[AFTER.scales] = stands_for["row"]
     problem = {"model": shape.model, "layer": shape.layer, "gemm": gemm, "m": m, "k": k, "n": n}
     rows = {way: {**way._asdict(), **problem} for way in functions}
     for way, function in list(functions.items()):

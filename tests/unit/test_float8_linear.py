@@ -852,6 +852,27 @@ def test_what_a_device_can_do(architecture: str, dtypes: Any, emulate: bool, com
         assert word in str(reason)
 
 
+@pytest.mark.parametrize(
+    ("architecture", "cuda", "expected"),
+    [
+        ("sm_90", "12.9", True),
+        ("sm_90", "13.0", True),
+        ("sm_90", "12.8", False),
+        ("sm_90", "12", False),
+        ("sm_100", "13.0", False),
+        ("sm_89", "12.9", False),
+        ("gfx942", None, False),
+        ("cpu", None, False),
+    ],
+)
+def test_who_applies_scales_of_rows(
+    architecture: str, cuda: str | None, expected: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(devices, "architecture", lambda _: architecture)
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    assert devices.scales_rows_in_matmuls(torch.device("cpu")) is expected
+
+
 def test_emulation_is_said_once() -> None:
     script = """
 import torch

@@ -31,8 +31,10 @@ def moved(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     """Bytes per cast and rescaling of a layer on its kernels' path, with the CPU as a device with float8 units."""
     found: list[int] = []
 
-    def cast(x: Tensor, dtype: Any, by_rows: str, by_columns: str, power_of_2: bool) -> tuple[Tensor, ...]:
-        out = reference.cast(x, dtype, by_rows, by_columns, power_of_2)
+    def cast(
+        x: Tensor, amaxes: Tensor, dtype: Any, by_rows: str, by_columns: str, power_of_2: bool
+    ) -> tuple[Tensor, ...]:
+        out = reference.cast_with(x, amaxes, dtype, by_rows, by_columns, power_of_2)
         data = sum(t.nbytes for t in out if t.dtype == dtype)
         found.append(casts.reads(by_rows, by_columns, x.shape[1]) * x.nbytes + data)
         return out
@@ -54,8 +56,13 @@ def moved(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
         yield found
 
 
+@pytest.mark.parametrize("follow", [False, True])
 @pytest.mark.parametrize("recipe", roofline.RECIPES)
-def test_the_count_of_bytes_is_what_a_layer_moves(recipe: str, moved: list[int]) -> None:
+def test_the_count_of_bytes_is_what_a_layer_moves(
+    recipe: str, follow: bool, moved: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(matmul, "scales_rows_in_matmuls", lambda _: not follow)
+    monkeypatch.setattr(cost, "scales_follow", lambda: follow)
     m, k, n = 32, 64, 48
     layer = nn.Linear(k, n, bias=False, dtype=torch.bfloat16)
     convert_to_float8_training(layer, config=Float8LinearConfig.from_recipe_name(recipe))
@@ -65,12 +72,14 @@ def test_the_count_of_bytes_is_what_a_layer_moves(recipe: str, moved: list[int])
     assert sum(moved) == cost.cast_bytes(recipe, m, k, n) + rescaled
 
 
-def test_the_count_by_hand() -> None:
+def test_the_count_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     m, k, n = 8192, 4096, 14336
     assert cost.cast_bytes("tensorwise", m, k, n) == 6 * m * (k + n) + 10 * k * n
     assert cost.cast_bytes("rowwise", m, k, n) == 6 * m * (k + n) + 8 * k * n
     assert cost.cast_bytes("rowwise_with_gw_hp", m, k, n) == 3 * m * (k + n) + 8 * k * n
     assert cost.cast_bytes("bf16", m, k, n) == 0
+    assert cost.predict("rowwise", m, k, n, AT).rescales == 0
+    monkeypatch.setattr(cost, "scales_follow", lambda: True)
     found = cost.predict("rowwise", m, k, n, AT)
     assert found.matmuls == pytest.approx(6 * m * k * n / 1400e12)
     assert found.rescales == pytest.approx(4 * (m * k + k * n) / 4000e9)
@@ -91,7 +100,7 @@ def test_without_a_gpu_from_given_ceilings(tmp_path: Path, capsys: pytest.Captur
     assert len(rows) == 3 * 4
     speed = {(row["config"], row["k"], row["n"]): float(row["predicted_speedup"]) for row in rows}
     assert speed["rowwise", "512", "512"] < 1 < speed["rowwise", "4096", "4096"] < 2
-    assert speed["rowwise", "4096", "4096"] < speed["tensorwise", "4096", "4096"]
+    assert speed["rowwise_with_gw_hp", "4096", "4096"] < speed["rowwise", "4096", "4096"]
     if find_spec("matplotlib"):
         assert out.with_suffix(".png").stat().st_size > 10000
     else:
@@ -150,7 +159,8 @@ def test_the_floor_of_a_step(tmp_path: Path) -> None:
     assert rows[0]["casts_s"] == 0 < rows[1]["casts_s"]
 
 
-def test_what_a_step_of_llama_8b_computes() -> None:
+def test_what_a_step_of_llama_8b_computes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cost, "scales_follow", lambda: True)
     args = FLAVORS["8B-16"]
     once, again = step_floor.step_gemms(args, "rowwise", 8192)
     blocks = 16 * 218_103_808  # weights

@@ -94,6 +94,18 @@ def _must_emulate(device: torch.device, dtypes: tuple[torch.dtype, ...], emulate
 _noticed: set[str] = set()
 
 
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def scales_rows_in_matmuls(device: torch.device) -> bool:
+    """Whether a matmul with full accumulation applies scales of rows and columns itself, at no cost. On compute
+    capability 9.0 cuBLASLt does, from CUDA 12.9 on, and PyTorch calls it there (aten/src/ATen/native/cuda/
+    ScaledBlas.cpp); CUTLASS, which it calls elsewhere, is slow at it."""
+    return architecture(device) == "sm_90" and _cuda_version() >= (12, 9)
+
+
+def _cuda_version() -> tuple[int, ...]:
+    return tuple(map(int, (torch.version.cuda or "0").split(".")))
+
+
 def has_native_float8(device: torch.device) -> bool:
     """Whether ``device`` multiplies float8 itself."""
     return bool(native_dtypes(architecture(device)))

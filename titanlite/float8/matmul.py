@@ -10,6 +10,7 @@ from torch import Tensor
 
 from titanlite.float8 import kernels
 from titanlite.float8.config import CastConfig
+from titanlite.float8.devices import scales_rows_in_matmuls
 from titanlite.float8.numerics import amax_of, amax_to_scale, dequantize, quantize
 
 
@@ -97,21 +98,27 @@ def scaled_mm(a: Operand, b: Operand, *, out_dtype: torch.dtype, fast_accum: boo
             out_dtype=out_dtype,
             use_fast_accum=fast_accum,
         )
-    if fast_accum and out_dtype is torch.bfloat16:
+    # With full accumulation, and for other outputs, the kernel for scales of rows is slow or missing on most devices.
+    if out_dtype is torch.bfloat16 and (fast_accum or scales_rows_in_matmuls(a8.device)):
         return torch._scaled_mm(
             a8,
             b8,
             scale_a=a.scale.reciprocal().expand(a8.shape[0], 1).contiguous(),
             scale_b=b.scale.reciprocal().expand(1, b8.shape[1]).contiguous(),
             out_dtype=out_dtype,
-            use_fast_accum=True,
+            use_fast_accum=fast_accum,
         )
-    # With full accumulation, and for other outputs, the kernel for scales of rows is slow or missing, depending on the
-    # device: the matmul is done without scales, which are applied after it. float16 could overflow in between; bfloat16
-    # loses nothing to powers of two.
+    return multiply_then_scale(Operand(a8, a.scale), Operand(b8, b.scale), out_dtype, fast_accum)
+
+
+def multiply_then_scale(a: Operand, b: Operand, out_dtype: torch.dtype, fast_accum: bool) -> Tensor:
+    """``a @ b``, the scales applied to the product, in one more pass over it; both laid out for float8 units."""
+    assert a.scale is not None
+    assert b.scale is not None
     one = a.scale.new_ones(())
+    # float16 could overflow in between; bfloat16 loses nothing to powers of two.
     between = torch.bfloat16 if out_dtype is torch.bfloat16 else torch.float32
-    product = torch._scaled_mm(a8, b8, scale_a=one, scale_b=one, out_dtype=between, use_fast_accum=fast_accum)
+    product = torch._scaled_mm(a.data, b.data, scale_a=one, scale_b=one, out_dtype=between, use_fast_accum=fast_accum)
     if kernels.AVAILABLE and not torch.compiler.is_compiling():  # the compiler fuses the scaling itself
         return kernels.rescale(product, a.scale, b.scale, out_dtype)
     return (product.float() * a.scale.reciprocal() * b.scale.reciprocal()).to(out_dtype)
