@@ -9,11 +9,14 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from models.llama3.model import Attention, Llama3, Llama3Args, causal_attention
 from models.llama3.parallelize import float32_attention, parallelize
@@ -96,6 +99,45 @@ def test_float32_attention_is_closer_to_the_truth() -> None:
     assert ours.dtype == torch.bfloat16
     assert error(ours) <= error(causal_attention(q, k, v))
     assert error(ours) < 2**-7  # half a unit in the last place of a number below 4
+
+
+def test_gradients_reduced_in_place_are_those_of_the_plain_model(mesh: Mesh) -> None:
+    """Over several steps, whose gradients live at the same time where the caller keeps them."""
+    plain, model = Llama3(ARGS), sharded(mesh, ARGS, "--training.mixed_precision_param=float32")
+    plain.init_weights(WeightInit(plain, 0))
+    kept: list[list[Tensor]] = []
+    for step in range(2):
+        tokens = torch.randint(128, (2, 33), generator=torch.Generator().manual_seed(step))
+        for trained in (plain, model):
+            logits = trained(tokens[:, :-1])
+            nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()).backward()
+        kept.append([grad.to_local() for p in model.parameters() if isinstance(grad := p.grad, DTensor)])
+        expected = [p.grad for p in plain.parameters()]
+        assert all(torch.equal(a, b) for a, b in zip(kept[-1], expected, strict=True) if b is not None)
+        model.zero_grad()
+        plain.zero_grad()
+    assert not torch.equal(kept[0][0], kept[1][0])
+
+
+class Copies(TorchDispatchMode):
+    """Elements of what was copied to other memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.made: list[int] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.copy_.default and args[0].data_ptr() != args[1].data_ptr():
+            self.made.append(args[0].numel())
+        return func(*args, **(kwargs or {}))
+
+
+def test_one_process_copies_weights_once_and_gradients_not_at_all(mesh: Mesh) -> None:
+    model = sharded(mesh)
+    with Copies() as copies:
+        model(torch.zeros(1, 2, dtype=torch.long)).float().sum().backward()
+    weights = sorted(p.numel() for p in model.parameters() if p.ndim > 1)
+    assert sorted(size for size in copies.made if size >= weights[0]) == weights
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries manage memory in their own way")

@@ -159,3 +159,28 @@ def test_compiled(recipe: str, native: list[tuple[Any, ...]]) -> None:
         native.clear()
     for a, b in zip(*results, strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("kernels", ["triton", "inductor"])
+@each_recipe
+def test_what_a_compiled_layer_keeps_for_backward(recipe: str, kernels: str) -> None:
+    """Inputs in float8, or in bf16 where the recipe multiplies that; weights as they are: their transposed copy is made
+    in backward, not kept from forward at a byte per parameter."""
+    torch.compiler.reset()
+    model = nn.Sequential(nn.Linear(64, 48, bias=False), nn.Linear(48, 32, bias=False)).bfloat16()
+    config = dataclasses.replace(Float8LinearConfig.from_recipe_name(recipe), kernels=kernels)  # type: ignore[arg-type]
+    compiled = torch.compile(convert_to_float8_training(model, config=config), fullgraph=True)
+    kept: list[Tensor] = []
+
+    def keep(t: Tensor) -> Tensor:
+        kept.append(t)
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        compiled(torch.randn(16, 64, dtype=torch.bfloat16, requires_grad=True)).sum().backward()
+    dtype = torch.bfloat16 if recipe == "rowwise_with_gw_hp" else torch.float8_e4m3fn
+    found = [(tuple(t.shape), t.dtype) for t in kept if min(t.shape, default=1) > 1]
+    inputs = [((16, 64), dtype), ((16, 48), dtype)]
+    assert sorted(found, key=str) == sorted(
+        [*inputs, *((tuple(p.shape), p.dtype) for p in model.parameters())], key=str
+    )

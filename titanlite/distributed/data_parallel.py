@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
 from titanlite.config import JobConfig
@@ -22,8 +23,8 @@ def apply_fsdp(model: nn.Module, mesh: Mesh, config: JobConfig, *, groups: Itera
         mesh: on one process FSDP2 still brings the mixed precision, so that one device computes what many do.
         groups: modules gathered together, in the order of the forward; the last one is needed again at the start of
             the backward, so it is kept gathered unless ``fsdp_reshard_after_forward`` is "always". Under pipeline
-            parallelism all are kept by default, else each microbatch would gather them again; and on a CPU alone,
-            where there is time to save and hardly memory.
+            parallelism all are kept by default, else each microbatch would gather them again; and where there is one
+            shard, whose gathering costs as much memory traffic as a step of SGD.
     """
     training, reshard = config.training, config.parallelism.fsdp_reshard_after_forward
     policy = MixedPrecisionPolicy(
@@ -37,8 +38,7 @@ def apply_fsdp(model: nn.Module, mesh: Mesh, config: JobConfig, *, groups: Itera
     # Under tensor parallelism the logits are a view, the local part of a DTensor. FSDP2 warns of writes to it in place;
     # there are none, the loss makes a float32 copy.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
-    alone = mesh.device_type == "cpu" and mesh.fsdp.size() == 1
-    keep_all = reshard == "never" or (reshard == "default" and (mesh.pp.size() > 1 or alone))
+    keep_all = reshard == "never" or (reshard == "default" and (mesh.pp.size() > 1 or mesh.fsdp.size() == 1))
     groups = list(groups)
     for i, modules in enumerate(groups):
         keep = keep_all or (reshard == "default" and i == len(groups) - 1)
@@ -56,7 +56,30 @@ def apply_fsdp(model: nn.Module, mesh: Mesh, config: JobConfig, *, groups: Itera
         offload_policy=offload,
         reshard_after_forward=reshard == "always",
     )
+    if mesh.data_parallel.size() == 1:
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.set_custom_reduce_scatter(InPlace())  # type: ignore[arg-type]  # its base class is private
     return describe(mesh, config)
+
+
+class InPlace:
+    """A reduce-scatter for one process, which has nobody to reduce with: FSDP2 would copy the gradients from its input
+    to its output (8 bytes per parameter). Here both are the same memory, and PyTorch skips a copy of a tensor to
+    itself."""
+
+    def __init__(self) -> None:
+        self._input: Tensor | None = None
+
+    def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """The input of a reduction and, when called again, its output."""
+        shared, self._input = self._input, None
+        if shared is None:
+            shared = self._input = torch.empty(*size, dtype=dtype, device=device)
+        return shared
+
+    def __call__(self, *args: Any, **kwargs: Any) -> None:
+        raise AssertionError("there are other processes")
 
 
 def describe(mesh: Mesh, config: JobConfig) -> str:
