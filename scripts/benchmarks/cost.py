@@ -11,6 +11,7 @@ from casts import bytes_per_element
 from titanlite.float8 import CastConfig, Float8LinearConfig
 from titanlite.float8.devices import scales_rows_in_matmuls
 
+RECIPES = ("tensorwise", "rowwise", "rowwise_with_gw_hp")
 BF16 = 2  # bytes
 RESCALE = 2 * BF16  # a product is read and written once more
 

@@ -12,6 +12,7 @@ against a result of linear.py. Ceilings that are not given are measured; with al
 The prediction is written as CSV and, where matplotlib is installed (pip install -e .[plot]), as a heat map: beside
 --out, or where --csv says. ``--train`` holds a result of train.py or peers.py against the floor of its step
 (step_floor.py): the time of the step's matmuls, attention and memory traffic at what was measured for each.
+``--attention-tflops`` predicts the floors of steps that nobody has measured, from the ceilings alone.
 """
 
 from __future__ import annotations
@@ -30,11 +31,11 @@ from typing import Any
 import harness
 import matmul
 import results
+import step_floor
 import torch
-from cost import Ceilings, predict
+from cost import RECIPES, Ceilings, predict
 from matmul import E4M3, numbers, quantized
 
-RECIPES = ("tensorwise", "rowwise", "rowwise_with_gw_hp")
 K_AND_N = [512, 1024, 2048, 4096, 8192, 14336, 16384, 28672]
 LARGE = 8192  # rows and columns: a matmul that reaches what there is to reach
 COPIED = 1 << 30  # bytes, read and written
@@ -163,6 +164,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--train", type=Path, metavar="FILE", action="append", default=[], help="a result of train.py or peers.py"
     )
+    parser.add_argument(
+        "--attention-tflops",
+        type=float,
+        help="causal attention's, forward and backward, not counting what is masked; predicts whole steps, too",
+    )
+    parser.add_argument("--layers", type=int, default=16, help="of the predicted steps, by default 16")
+    parser.add_argument("--batches", type=numbers, default=[1, 2], help="of the predicted steps, by default 1,2")
     parser.add_argument("--rounds", type=int, default=10, help="how often each ceiling is measured")
     args = parser.parse_args(argv)
     given = (args.bf16_tflops, args.fp8_tflops, args.bandwidth_gbs)
@@ -194,10 +202,11 @@ def report(args: argparse.Namespace, linear: dict[str, Any] | None, steps: list[
         print(f"error of the prediction: median {statistics.median(errors):.1f}%, at most {max(errors):.1f}%")
     floors: list[dict[str, Any]] = []
     left_out: list[str] = []
+    if args.attention_tflops:
+        floors = step_floor.predicted(at, args.attention_tflops * 1e12, args.layers, args.batches)
+        print(harness.show(floors, (*step_floor.COLUMNS[:-2], "floor_tps", "speedup_over_bf16")))
     if steps:
-        import step_floor
-
-        floors = step_floor.floors(steps, at, args, budget, left_out)
+        floors += step_floor.floors(steps, at, args, budget, left_out)
         print(harness.show(floors, step_floor.COLUMNS))
     if left_out:
         print(f"left out, no time: {'; '.join(left_out)}")

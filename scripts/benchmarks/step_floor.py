@@ -25,12 +25,13 @@ import matmul
 import torch
 import torch.nn.functional as F
 from benchmark_models import FLAVORS
-from cost import BF16, Ceilings, Gemm
+from cost import BF16, RECIPES, Ceilings, Gemm
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from models.llama3.model import Llama3, Llama3Args
 
+SEQ_LEN = 8192
 _PARTS = ("matmul_s", "matmul_again_s", "attention_s", "memory_s", "memory_again_s", "casts_s")
 COLUMNS = ("config", "batch", "layers", *_PARTS, "floor_s", "step_time_s", "step_of_floor")
 # Bytes that an optimizer step moves for each parameter: float32 masters to bfloat16 weights (4 + 2) and gradients back
@@ -146,12 +147,38 @@ class Clock:
         return self.known[key]
 
 
+class Given:
+    """In place of :class:`Clock`: the time that ceilings give, without a device. ``attention_rate``: FLOP/s of causal
+    attention, forward and backward together, of the FLOPs below the diagonal."""
+
+    def __init__(self, at: Ceilings, attention_rate: float) -> None:
+        self.at, self.attention_rate = at, attention_rate
+
+    def gemm(self, gemm: Gemm) -> float:
+        return gemm.seconds(self.at)
+
+    def attention(self, args: Llama3Args, batch: int, seq_len: int) -> float:
+        # Two matmuls in forward, five in backward, which computes the scores again; half of each is masked.
+        return 7 * batch * seq_len**2 * args.dim / self.attention_rate
+
+
+def predicted(at: Ceilings, attention_rate: float, layers: int, batches: list[int]) -> list[dict[str, Any]]:
+    """The floors of a compiled step of Llama 3 8B with so many ``layers``, and how much faster than bfloat16's."""
+    args, clock = FLAVORS[f"8B-{layers}"], Given(at, attention_rate)
+    rows = []
+    for batch in batches:
+        about = {"system": "roofline", "compile": True, "batch": batch, "layers": layers, "seq_len": SEQ_LEN}
+        found = [floor({**about, "config": config}, args, at, clock) for config in ("bf16", *RECIPES)]
+        rows += [{**row, "speedup_over_bf16": found[0]["floor_s"] / row["floor_s"]} for row in found]
+    return rows
+
+
 def model_of(row: dict[str, Any], toy: bool) -> Llama3Args:
     return FLAVORS["toy" if toy else f"8B-{row['layers']}"]
 
 
-def floor(row: dict[str, Any], args: Llama3Args, at: Ceilings, clock: Clock) -> dict[str, Any]:
-    """The floor of the step that ``row`` measured, and its parts, in seconds."""
+def floor(row: dict[str, Any], args: Llama3Args, at: Ceilings, clock: Clock | Given) -> dict[str, Any]:
+    """The floor of the step of ``row``, which may have measured it, and its parts, in seconds."""
     tokens = row["batch"] * row["seq_len"]
     once, again = step_gemms(args, row["config"], tokens)
     memory, memory_again = memory_bytes(args, tokens)
@@ -163,15 +190,12 @@ def floor(row: dict[str, Any], args: Llama3Args, at: Ceilings, clock: Clock) -> 
     }
     repeated = {"matmul_again_s": sum(map(clock.gemm, again)), "memory_again_s": memory_again / at.bandwidth}
     least, whole = sum(parts.values()), sum(parts.values()) + sum(repeated.values())
-    about = {key: row[key] for key in ("system", "config", "compile", "batch", "layers", "seq_len", "step_time_s")}
-    return {
-        **about,
-        **parts,
-        **repeated,
-        "floor_s": whole,
-        "step_of_floor": whole / row["step_time_s"],
-        "step_of_floor_without_recompute": least / row["step_time_s"],
-    }
+    about = {key: row[key] for key in ("system", "config", "compile", "batch", "layers", "seq_len")}
+    found = {**about, **parts, **repeated, "floor_s": whole, "floor_tps": tokens / whole}
+    if step_time := row.get("step_time_s"):
+        found |= {"step_time_s": step_time, "step_of_floor": whole / step_time}
+        found["step_of_floor_without_recompute"] = least / step_time
+    return found
 
 
 def floors(

@@ -65,11 +65,44 @@ def cpu_step(results: list[dict[str, Any]]) -> list[list[str]]:
     return rows
 
 
+def predicted_linears(results: list[dict[str, Any]]) -> list[list[str]]:
+    rows = [["M", "K", "N", "config", "bf16", "float8", "of that casts", "speed over bf16"]]
+    for r in results:
+        if "predicted_speedup" in r:
+            times = [f"{r[key]:.0f} us" for key in ("bf16_us", "float8_us", "casts_us")]
+            size = [str(r[key]) for key in ("m", "k", "n")]
+            rows.append([*size, r["config"], *times, f"{r['predicted_speedup']:.2f}"])
+    return rows
+
+
+def predicted_steps(results: list[dict[str, Any]]) -> list[list[str]]:
+    parts = {
+        "matmul_s": "matmuls",
+        "matmul_again_s": "again",
+        "attention_s": "attention",
+        "memory_s": "memory",
+        "memory_again_s": "again",
+        "casts_s": "casts",
+        "floor_s": "step",
+    }
+    rows = [["batch", "config", *parts.values(), "tokens/s", "speed over bf16"]]
+    for r in results:
+        if "floor_s" in r:
+            times = [f"{1e3 * r[key]:.0f} ms" for key in parts]
+            rows.append(
+                [str(r["batch"]), r["config"], *times, f"{r['floor_tps']:,.0f}", f"{r['speedup_over_bf16']:.2f}"]
+            )
+    return rows
+
+
+# By result file; after a slash, which of several tables of one.
 TABLES: dict[str, Callable[[list[dict[str, Any]]], list[list[str]]]] = {
     "loss_parity": loss_parity,
     "memory_estimates": memory_estimates,
     "checkpoint_save": checkpoint_save,
     "cpu_step": cpu_step,
+    "roofline_assumed/linears": predicted_linears,
+    "roofline_assumed/steps": predicted_steps,
 }
 
 
@@ -94,7 +127,7 @@ def filled(text: str) -> str:
             continue
         about = ""
         if name in TABLES:
-            content = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+            content = json.loads((RESULTS / f"{name.split('/')[0]}.json").read_text(encoding="utf-8"))
             rows = TABLES[name](content["results"])
             about = f"\n{content['device']}, torch {content['torch']}, {content['date']}: `{content['command']}`\n"
         else:

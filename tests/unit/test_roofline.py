@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 from collections.abc import Iterator
 from importlib.util import find_spec
@@ -157,6 +158,20 @@ def test_the_floor_of_a_step(tmp_path: Path) -> None:
         assert row["floor_s"] == pytest.approx(sum(row[part] for part in parts))
         assert row["step_of_floor"] == row["floor_s"] / 0.5 > row["step_of_floor_without_recompute"]
     assert rows[0]["casts_s"] == 0 < rows[1]["casts_s"]
+
+
+def test_the_floor_of_a_step_that_nobody_measured(tmp_path: Path) -> None:
+    out = tmp_path / "roofline.json"
+    given = [*GIVEN, "--attention-tflops=500", "--layers=2", "--batches=1,3", "--k=64", "--n=64", f"--out={out}"]
+    assert roofline.main(given) == 0
+    rows = [row for row in json.loads(out.read_text())["results"] if "floor_s" in row]
+    assert [(row["batch"], row["config"]) for row in rows] == list(itertools.product([1, 3], ("bf16", *cost.RECIPES)))
+    bf16, rowwise = rows[0], rows[2]
+    assert bf16["speedup_over_bf16"] == 1 < rowwise["speedup_over_bf16"] == bf16["floor_s"] / rowwise["floor_s"]
+    assert bf16["matmul_s"] == pytest.approx(6 * 8192 * (2 * 218_103_808 + 4096 * 128256) / 700e12)
+    assert bf16["attention_s"] == pytest.approx(2 * 7 * 8192 * 8192 * 4096 / 500e12)
+    assert rows[4]["floor_tps"] == pytest.approx(3 * 8192 / rows[4]["floor_s"])
+    assert "step_of_floor" not in bf16
 
 
 def test_what_a_step_of_llama_8b_computes(monkeypatch: pytest.MonkeyPatch) -> None:
