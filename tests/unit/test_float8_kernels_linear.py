@@ -184,3 +184,25 @@ def test_what_a_compiled_layer_keeps_for_backward(recipe: str, kernels: str) -> 
     assert sorted(found, key=str) == sorted(
         [*inputs, *((tuple(p.shape), p.dtype) for p in model.parameters())], key=str
     )
+
+
+class FeedForward(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.w1, self.w3, self.w2 = (nn.Linear(*size, bias=False) for size in ((64, 96), (64, 96), (96, 64)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.w2(torch.tanh(self.w1(x)) * self.w3(x))
+
+
+def test_compiled_layers_share_the_cast_of_their_input(native: list[tuple[Any, ...]]) -> None:
+    torch.compiler.reset()
+    config = dataclasses.replace(Float8LinearConfig.from_recipe_name("rowwise"), kernels="triton")
+    compiled = torch.compile(convert_to_float8_training(FeedForward().bfloat16(), config=config), fullgraph=True)
+    x = torch.randn(32, 64, dtype=torch.bfloat16)
+    for _ in range(2):  # the first run compiles
+        native.clear()
+        compiled(x)
+    inputs, weights = ("vector", "vector"), ("vector", "none")
+    found = [(32, 64, *inputs), (32, 96, *inputs), (64, 96, *weights), (96, 64, *weights), (96, 64, *weights)]
+    assert sorted((*shape, *how) for shape, *how in native) == found
