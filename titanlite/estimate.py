@@ -238,7 +238,9 @@ def _as_on_gpus() -> Iterator[None]:
         stack.enter_context(replace(torch, "compile", compile_for_memory))
         stack.enter_context(replace(gradients, "_CPU_PART", sys.maxsize))
         stack.enter_context(replace(context_parallel, "_for_each_head", lambda x, q: x))
+        stack.enter_context(replace(Mesh, "on_cpu", False))
         stack.enter_context(replace(float8_devices, "architecture", lambda device: "sm_90"))
+        stack.enter_context(replace(float8_devices, "cuda_version", lambda: (13, 0)))
         float8_devices._must_emulate.cache_clear()
         stack.callback(float8_devices._must_emulate.cache_clear)
         yield

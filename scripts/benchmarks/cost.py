@@ -5,11 +5,9 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
-from casts import bytes_per_element
+from casts import bytes_per_element, reads
 
 from titanlite.float8 import CastConfig, Float8LinearConfig
-from titanlite.float8.devices import scales_rows_in_matmuls
 
 RECIPES = ("tensorwise", "rowwise", "rowwise_with_gw_hp")
 BF16 = 2  # bytes
@@ -18,23 +16,26 @@ RESCALE = 2 * BF16  # a product is read and written once more
 
 class Ceilings(NamedTuple):
     """What the device reaches: FLOP/s of bfloat16 matmuls and of float8 ones with fast and with full accumulation, and
-    bytes/s of a copy, reads and writes together."""
+    bytes/s of a copy, reads and writes together. ``scales_follow``: scales of rows take a pass of their own after
+    matmuls with full accumulation (titanlite/float8/matmul.py)."""
 
     bf16: float
     fp8: float
     fp8_full: float
     bandwidth: float
+    scales_follow: bool = False
 
 
 class Gemm(NamedTuple):
-    """(m, k) times (k, n); ``precision`` is a rate of :class:`Ceilings`; ``rescaled``: its scales take another pass."""
+    """(m, k) times (k, n); ``precision`` is a rate of :class:`Ceilings`; ``row_scales``: it has full accumulation
+    and scales of rows, which some devices apply in another pass."""
 
     name: str
     m: int
     k: int
     n: int
     precision: str
-    rescaled: bool
+    row_scales: bool
 
     def seconds(self, at: Ceilings) -> float:
         """The longer one of computing, and of moving the operands and the product; without rescaling."""
@@ -42,8 +43,8 @@ class Gemm(NamedTuple):
         operands = (self.m * self.k + self.k * self.n) * (BF16 if self.precision == "bf16" else 1)
         return max(2 * self.m * self.k * self.n / rate, (operands + BF16 * self.m * self.n) / at.bandwidth)
 
-    def rescale_bytes(self) -> int:
-        return RESCALE * self.m * self.n if self.rescaled else 0
+    def rescale_bytes(self, scales_follow: bool) -> int:
+        return RESCALE * self.m * self.n if self.row_scales and scales_follow else 0
 
 
 def config_of(recipe: str) -> Float8LinearConfig | None:
@@ -52,8 +53,7 @@ def config_of(recipe: str) -> Float8LinearConfig | None:
 
 
 def gemms(recipe: str, m: int, k: int, n: int) -> list[Gemm]:
-    """The three of a layer with ``k`` features in and ``n`` out, for ``m`` tokens. On some devices scales of rows are
-    applied after a matmul with full accumulation (titanlite/float8/matmul.py)."""
+    """The three of a layer with ``k`` features in and ``n`` out, for ``m`` tokens."""
     config = config_of(recipe)
     sizes = {"output": (m, k, n), "grad_input": (m, n, k), "grad_weight": (n, m, k)}
     if config is None:
@@ -74,15 +74,9 @@ def gemms(recipe: str, m: int, k: int, n: int) -> list[Gemm]:
     found = []
     for name, (a, b, how) in uses.items():
         precision = "bf16" if not a.is_cast else "fp8" if how.use_fast_accum else "fp8_full"
-        rescaled = (a.is_axiswise or b.is_axiswise) and not how.use_fast_accum and scales_follow()
-        found.append(Gemm(name, *sizes[name], precision, rescaled))
+        row_scales = (a.is_axiswise or b.is_axiswise) and not how.use_fast_accum
+        found.append(Gemm(name, *sizes[name], precision, row_scales))
     return found
-
-
-def scales_follow() -> bool:
-    """Whether scales of rows take a pass of their own after matmuls with full accumulation: here, or where there is no
-    GPU, on a Hopper GPU with CUDA 12.9 or later."""
-    return torch.cuda.is_available() and not scales_rows_in_matmuls(torch.device("cuda"))
 
 
 def _layout(how: CastConfig) -> str:
@@ -93,10 +87,20 @@ def _both(by_features: CastConfig, by_rows: CastConfig, features: int) -> int:
     return bytes_per_element(_layout(by_features), _layout(by_rows), features)
 
 
-def input_bytes(recipe: str, k: int) -> int:
-    """That casting a layer's input takes, for each of its elements; ``k`` features."""
+def _again(by_rows: str, by_columns: str, features: int) -> int:
+    """As ``bytes_per_element``, with the largest magnitudes known."""
+    once = bytes_per_element(by_rows, by_columns, features)
+    return once - BF16 * (reads(by_rows, by_columns, features) - 1)
+
+
+def input_bytes(recipe: str, k: int, again: bool = False) -> int:
+    """That casting a layer's input takes, for each of its elements; ``k`` features. ``again``: with its largest
+    magnitudes known."""
     config = config_of(recipe)
-    return 0 if config is None else _both(config.cast_config_input, config.cast_config_input_for_grad_weight, k)
+    if config is None:
+        return 0
+    layouts = _layout(config.cast_config_input), _layout(config.cast_config_input_for_grad_weight)
+    return _again(*layouts, k) if again else bytes_per_element(*layouts, k)
 
 
 def grad_bytes(recipe: str, n: int) -> int:
@@ -113,8 +117,17 @@ def weight_bytes(recipe: str, k: int) -> int:
     config = config_of(recipe)
     if config is None:
         return 0
-    forward = bytes_per_element(_layout(config.cast_config_weight), "none", k)
-    return forward + bytes_per_element("none", _layout(config.cast_config_weight_for_grad_input), k)
+    backward = bytes_per_element("none", _layout(config.cast_config_weight_for_grad_input), k)
+    return weight_bytes_of_output(recipe, k) + backward
+
+
+def weight_bytes_of_output(recipe: str, k: int, again: bool = False) -> int:
+    """The part of :func:`weight_bytes` that is of forward."""
+    config = config_of(recipe)
+    if config is None:
+        return 0
+    layout = _layout(config.cast_config_weight)
+    return _again(layout, "none", k) if again else bytes_per_element(layout, "none", k)
 
 
 def cast_bytes(recipe: str, m: int, k: int, n: int) -> int:
@@ -139,5 +152,5 @@ def predict(recipe: str, m: int, k: int, n: int, at: Ceilings) -> Prediction:
     return Prediction(
         sum(gemm.seconds(at) for gemm in products),
         cast_bytes(recipe, m, k, n) / at.bandwidth,
-        sum(gemm.rescale_bytes() for gemm in products) / at.bandwidth,
+        sum(gemm.rescale_bytes(at.scales_follow) for gemm in products) / at.bandwidth,
     )

@@ -36,7 +36,10 @@ import torch
 from cost import RECIPES, Ceilings, predict
 from matmul import E4M3, numbers, quantized
 
+from titanlite.float8.devices import scales_rows_in_matmuls
+
 K_AND_N = [512, 1024, 2048, 4096, 8192, 14336, 16384, 28672]
+RATES = Ceilings._fields[:4]
 LARGE = 8192  # rows and columns: a matmul that reaches what there is to reach
 COPIED = 1 << 30  # bytes, read and written
 
@@ -47,10 +50,12 @@ def measured(args: argparse.Namespace) -> Ceilings:
     found = {name: rate * 1e12 for name, rate in tera.items() if rate}
     if args.bandwidth_gbs:
         found["bandwidth"] = args.bandwidth_gbs * 1e9
-    missing = [name for name in Ceilings._fields if name not in found]
+    missing = [name for name in RATES if name not in found]
     if missing:
         found |= {name: rate for name, rate in _measure(args.device, args.rounds).items() if name in missing}
-    return Ceilings(**found)
+    # Where all is given, it is for a Hopper GPU of now.
+    follow = bool(missing) and args.device == "cuda" and not scales_rows_in_matmuls(torch.device("cuda"))
+    return Ceilings(**found, scales_follow=follow)
 
 
 def _measure(device: str, rounds: int) -> dict[str, float]:
@@ -169,7 +174,9 @@ def main(argv: list[str] | None = None) -> int:
         type=float,
         help="causal attention's, forward and backward, not counting what is masked; predicts whole steps, too",
     )
-    parser.add_argument("--layers", type=int, default=16, help="of the predicted steps, by default 16")
+    parser.add_argument(
+        "--layers", type=int, default=16, choices=range(1, 33), metavar="1..32", help="of the predicted steps"
+    )
     parser.add_argument("--batches", type=numbers, default=[1, 2], help="of the predicted steps, by default 1,2")
     parser.add_argument("--rounds", type=int, default=10, help="how often each ceiling is measured")
     args = parser.parse_args(argv)
@@ -187,6 +194,8 @@ def report(args: argparse.Namespace, linear: dict[str, Any] | None, steps: list[
     at = measured(args)
     ceilings = ("bf16_tflops", "fp8_tflops", "fp8_full_tflops", "bandwidth_gbs")
     shown = dict(zip(ceilings, (*(rate / 1e12 for rate in at[:3]), at.bandwidth / 1e9)))
+    if args.attention_tflops:
+        shown["attention_tflops"] = args.attention_tflops
     print("ceilings: " + ", ".join(f"{name} {value:.6g}" for name, value in shown.items()))
     sweep = [prediction(config, m, k, n, at) for config, m, k, n in itertools.product(RECIPES, args.m, args.k, args.n)]
     table = args.csv or (args.out.with_suffix(".csv") if args.out else None)

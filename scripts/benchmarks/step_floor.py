@@ -32,7 +32,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from models.llama3.model import Llama3, Llama3Args
 
 SEQ_LEN = 8192
-_PARTS = ("matmul_s", "matmul_again_s", "attention_s", "memory_s", "memory_again_s", "casts_s")
+_PARTS = ("matmul_s", "matmul_again_s", "attention_s", "memory_s", "memory_again_s", "casts_s", "casts_again_s")
 COLUMNS = ("config", "batch", "layers", *_PARTS, "floor_s", "step_time_s", "step_of_floor")
 # Bytes that an optimizer step moves for each parameter: float32 masters to bfloat16 weights (4 + 2) and gradients back
 # (2 + 4), the gradients' norm (4), AdamW, which reads and writes the parameter and both moments and reads the gradient.
@@ -67,13 +67,26 @@ def step_gemms(args: Llama3Args, recipe: str, tokens: int) -> tuple[list[Gemm], 
     return once * args.n_layers + cost.gemms("bf16", tokens, args.dim, args.vocab_size), again * args.n_layers
 
 
-def cast_bytes(args: Llama3Args, recipe: str, tokens: int) -> int:
+def cast_bytes(args: Llama3Args, recipe: str, tokens: int, scales_follow: bool) -> int:
     """Of the casts and the passes that apply scales, of all layers."""
     linears = Linears(args)
     found = sum(tokens * k * cost.input_bytes(recipe, k) for k in linears.inputs)
     for k, n in linears.all.values():
         found += tokens * n * cost.grad_bytes(recipe, n) + k * n * cost.weight_bytes(recipe, k)
-        found += sum(gemm.rescale_bytes() for gemm in cost.gemms(recipe, tokens, k, n))
+        found += sum(gemm.rescale_bytes(scales_follow) for gemm in cost.gemms(recipe, tokens, k, n))
+    return found * args.n_layers
+
+
+def cast_again_bytes(args: Llama3Args, recipe: str, tokens: int) -> int:
+    """Of the casts that are computed again: largest magnitudes are kept, the casts themselves are not. Of the inputs,
+    where grad_weight takes them in float8, or for matmuls that are computed again, as of the weights."""
+    linears, config = Linears(args), cost.config_of(recipe)
+    if config is None:
+        return 0
+    always = config.cast_config_input_for_grad_weight.is_cast
+    inputs = [args.dim, args.dim, args.dim, *([args.ffn_dim] if always else [])]
+    found = sum(tokens * k * cost.input_bytes(recipe, k, again=True) for k in inputs)
+    found += sum(k * n * cost.weight_bytes_of_output(recipe, k, again=True) for k, n in linears.again)
     return found * args.n_layers
 
 
@@ -186,9 +199,13 @@ def floor(row: dict[str, Any], args: Llama3Args, at: Ceilings, clock: Clock | Gi
         "matmul_s": sum(map(clock.gemm, once)),
         "attention_s": args.n_layers * clock.attention(args, row["batch"], row["seq_len"]),
         "memory_s": memory / at.bandwidth,
-        "casts_s": cast_bytes(args, row["config"], tokens) / at.bandwidth,
+        "casts_s": cast_bytes(args, row["config"], tokens, at.scales_follow) / at.bandwidth,
     }
-    repeated = {"matmul_again_s": sum(map(clock.gemm, again)), "memory_again_s": memory_again / at.bandwidth}
+    repeated = {
+        "matmul_again_s": sum(map(clock.gemm, again)),
+        "memory_again_s": memory_again / at.bandwidth,
+        "casts_again_s": cast_again_bytes(args, row["config"], tokens) / at.bandwidth,
+    }
     least, whole = sum(parts.values()), sum(parts.values()) + sum(repeated.values())
     about = {key: row[key] for key in ("system", "config", "compile", "batch", "layers", "seq_len")}
     found = {**about, **parts, **repeated, "floor_s": whole, "floor_tps": tokens / whole}

@@ -132,7 +132,7 @@ class Copies(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_one_process_copies_weights_once_and_gradients_not_at_all(mesh: Mesh) -> None:
+def test_one_process_gathers_weights_once_and_reduces_in_place(mesh: Mesh) -> None:
     model = sharded(mesh)
     with Copies() as copies:
         model(torch.zeros(1, 2, dtype=torch.long)).float().sum().backward()

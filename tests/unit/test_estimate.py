@@ -249,3 +249,11 @@ def test_8b_takes_less_than_a_minute_and_no_memory_to_speak_of() -> None:
     assert time.perf_counter() - start < 60
     assert found.ranks[0].parameters > 3 << 30
     assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss < 3 << 20  # KiB
+
+
+def test_the_ways_of_the_cpu_are_not_those_of_gpus() -> None:
+    """Attention in float32, and gradients reduced where they lie: this process would do both if it trained."""
+    found = estimated(1, training__mixed_precision_param="bfloat16")
+    assert "attention" not in found.about
+    from_one_device = found.ranks[0].at_peak.get("unsharded gradients", 0)
+    assert from_one_device < found.ranks[0].gradients / 2

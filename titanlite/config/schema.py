@@ -191,7 +191,7 @@ class Parallelism:
     """Devices over which FSDP2 shards the model; -1: all that the other degrees leave."""
     fsdp_reshard_after_forward: Literal["default", "always", "never"] = "default"
     """Free a block's gathered parameters after its forward: default is always, except under pipeline
-    parallelism and with one shard, which has nothing to gather but copies."""
+    parallelism and with one shard, unless that is in host memory: gathering it is but copies."""
     enable_compiled_autograd: bool = False
     """Compile the backward with compiled autograd."""
     tensor_parallel_degree: Positive = 1

@@ -24,7 +24,7 @@ def apply_fsdp(model: nn.Module, mesh: Mesh, config: JobConfig, *, groups: Itera
         groups: modules gathered together, in the order of the forward; the last one is needed again at the start of
             the backward, so it is kept gathered unless ``fsdp_reshard_after_forward`` is "always". Under pipeline
             parallelism all are kept by default, else each microbatch would gather them again; and where there is one
-            shard, whose gathering costs as much memory traffic as a step of SGD.
+            shard, so that gathering is nothing but copies, unless it is kept in host memory.
     """
     training, reshard = config.training, config.parallelism.fsdp_reshard_after_forward
     policy = MixedPrecisionPolicy(
@@ -34,11 +34,13 @@ def apply_fsdp(model: nn.Module, mesh: Mesh, config: JobConfig, *, groups: Itera
         # float32 because it has to be.
         cast_forward_inputs=False,
     )
-    offload = CPUOffloadPolicy() if training.enable_cpu_offload and mesh.device_type != "cpu" else OffloadPolicy()
+    in_host_memory = training.enable_cpu_offload and not mesh.on_cpu
+    offload = CPUOffloadPolicy() if in_host_memory else OffloadPolicy()
     # Under tensor parallelism the logits are a view, the local part of a DTensor. FSDP2 warns of writes to it in place;
     # there are none, the loss makes a float32 copy.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
-    keep_all = reshard == "never" or (reshard == "default" and (mesh.pp.size() > 1 or mesh.fsdp.size() == 1))
+    costly = mesh.pp.size() > 1 or (mesh.fsdp.size() == 1 and not in_host_memory)
+    keep_all = reshard == "never" or (reshard == "default" and costly)
     groups = list(groups)
     for i, modules in enumerate(groups):
         keep = keep_all or (reshard == "default" and i == len(groups) - 1)
@@ -56,7 +58,7 @@ def apply_fsdp(model: nn.Module, mesh: Mesh, config: JobConfig, *, groups: Itera
         offload_policy=offload,
         reshard_after_forward=reshard == "always",
     )
-    if mesh.data_parallel.size() == 1:
+    if mesh.on_cpu and mesh.data_parallel.size() == 1:
         for module in model.modules():
             if isinstance(module, FSDPModule):
                 module.set_custom_reduce_scatter(InPlace())  # type: ignore[arg-type]  # its base class is private
@@ -64,9 +66,9 @@ def apply_fsdp(model: nn.Module, mesh: Mesh, config: JobConfig, *, groups: Itera
 
 
 class InPlace:
-    """A reduce-scatter for one process, which has nobody to reduce with: FSDP2 would copy the gradients from its input
-    to its output (8 bytes per parameter). Here both are the same memory, and PyTorch skips a copy of a tensor to
-    itself."""
+    """A reduce-scatter on the CPU for a process that has nobody to reduce with: FSDP2 would copy the gradients from its
+    input to its output (8 bytes per parameter). Here both are the same memory, and PyTorch skips a copy of a tensor to
+    itself. Not for GPUs: there FSDP2 relies on the output belonging to the stream of the reduction."""
 
     def __init__(self) -> None:
         self._input: Tensor | None = None

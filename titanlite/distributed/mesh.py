@@ -41,6 +41,12 @@ class Mesh:
         return self.world.device_type
 
     @property
+    def on_cpu(self) -> bool:
+        """Whether the CPU computes, so that its ways are taken. An estimate for GPUs, whose tensors without data are on
+        the CPU too, says no."""
+        return self.device_type == "cpu"
+
+    @property
     def data_parallel_rank(self) -> int:
         """Which of the ``degrees.data_parallel`` parts of the data this process reads; those that share a sequence, or
         a layer, read the same."""

@@ -96,13 +96,14 @@ _noticed: set[str] = set()
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def scales_rows_in_matmuls(device: torch.device) -> bool:
-    """Whether a matmul with full accumulation applies scales of rows and columns itself, at no cost. On compute
-    capability 9.0 cuBLASLt does, from CUDA 12.9 on, and PyTorch calls it there (aten/src/ATen/native/cuda/
-    ScaledBlas.cpp); CUTLASS, which it calls elsewhere, is slow at it."""
-    return architecture(device) == "sm_90" and _cuda_version() >= (12, 9)
+    """Whether matmuls with full accumulation are to apply scales of rows and columns themselves. On compute capability
+    9.0 PyTorch leaves that to cuBLASLt, from CUDA 12.9 on (aten/src/ATen/native/cuda/ScaledBlas.cpp); the CUTLASS
+    kernel that it has for other devices is slow with full accumulation (torchao/float8/float8_ops.py)."""
+    return architecture(device) == "sm_90" and cuda_version() >= (12, 9)
 
 
-def _cuda_version() -> tuple[int, ...]:
+def cuda_version() -> tuple[int, ...]:
+    """That PyTorch was built for; (0,) without CUDA."""
     return tuple(map(int, (torch.version.cuda or "0").split(".")))
 
 
