@@ -3,8 +3,8 @@
 #
 #     scripts/gpu_suite.sh OUT [SECONDS [SECTION...]]      # by default 540 s, and all sections
 #
-# Sections, in this order: tests peers linear casts matmul eager train roofline loss_curves. Given after SECONDS, only
-# those are run. OUT gets summary.txt (what ran, the targets, what was left out and why), a JSON file for each benchmark,
+# Sections, in this order: tests peers linear casts matmul eager budget train roofline loss_curves. Given after SECONDS,
+# only those are run, and one that is given alone has all of the time. OUT gets summary.txt (what ran, the targets, what was left out and why), a JSON file for each benchmark,
 # and rest.tar.gz with the logs; of many benchmarks the last ones' JSON is in there too, so that OUT has eight files at
 # most. The Python is $PYTHON, else python3; it needs torch and what titanlite imports, and nothing is fetched.
 # TITANLITE_COMMIT names the commit where there is no .git. GPU_SUITE_DEVICE=cpu runs toys on the CPU.
@@ -16,7 +16,7 @@ fail() {
     exit 2
 }
 
-SECTIONS="tests peers linear casts matmul eager train roofline loss_curves"
+SECTIONS="tests peers linear casts matmul eager budget train roofline loss_curves"
 case "${1:-}" in
     -h | --help) usage && exit 0 ;;
     "" | -*) usage >&2 && exit 2 ;;
@@ -66,10 +66,11 @@ section() { # NAME MOST FEWEST COMMAND...: in the command, LIMIT stands for the 
         note "$name" "left out" 0 "$((left > 0 ? left : 0)) s were left, and it needs $fewest"
         return
     fi
+    [ "$chosen" != "$name" ] || most=$left
     limit=$((left < most ? left : most))
     log=$work/rest/$name.log begun=$SECONDS
-    # The benchmarks end by themselves a little before; INT, so that pytest still says how far it came.
-    timeout --signal=INT --kill-after=5 "$limit" "${@//LIMIT/$((limit > 20 ? limit - 8 : limit))}" </dev/null >"$log" 2>&1
+    # The benchmarks end by themselves a little before; pytest says how far it came if it is interrupted.
+    timeout --signal="$([ "$name" = tests ] && echo INT || echo TERM)" --kill-after=5 "$limit" "${@//LIMIT/$((limit > 20 ? limit - 8 : limit))}" </dev/null >"$log" 2>&1
     code=$?
     detail=$(grep -v '^[[:space:]]*$' "$log" | tail -n 1 | cut -c 1-300 | tr '\t' ' ')
     case $code in
@@ -97,18 +98,16 @@ gpu_tests() {
         note tests "left out" 0 "pytest is not installed"
         return
     fi
-    # Whole runs of the trainer, which take longest, last.
-    local first
-    first=$(find tests/gpu -name 'test_*.py' ! -name test_gpu_train.py | sort)
-    # shellcheck disable=SC2086
-    section tests 100 15 "$python" -m pytest -q -p no:cacheprovider -m gpu $first tests/gpu/test_gpu_train.py
+    section tests 100 15 "$python" -m pytest -q -p no:cacheprovider -m gpu tests/gpu # in the order of its conftest.py
 }
 
 loss_curves() {
     local shape=(--model.flavor=100M --training.seq_len=1024 --training.local_batch_size=16 --training.steps=300)
     [ "$device" != cpu ] || shape=(--model.flavor=toy --training.seq_len=32 --training.local_batch_size=2 --training.steps=4)
-    section loss_curves 1500 300 "$python" scripts/benchmarks/loss_parity.py --output="$out/loss_curves.json" --seeds=3 \
-        --experimental.custom_import=scripts.benchmarks.benchmark_models --model.name=llama3_benchmark "${shape[@]}" \
+    # What an earlier call left there is gone on from.
+    local before=docs/benchmarks/loss_curves.json
+    section loss_curves 1500 100 "$python" scripts/benchmarks/loss_parity.py --output="$out/loss_curves.json" --seeds=3 \
+        --seconds=LIMIT --resume="$before" --experimental.custom_import=scripts.benchmarks.benchmark_models --model.name=llama3_benchmark "${shape[@]}" \
         --training.compile --sample.enable=false
 }
 
@@ -118,6 +117,7 @@ benchmark linear linear 50 15
 benchmark casts casts 40 15
 benchmark matmul matmul 45 10
 benchmark eager train 110 60 --modes=eager --batches=1 --configs=bf16,tensorwise,rowwise --windows=2
+benchmark budget time_budget 120 60
 benchmark train train 600 60 --modes=compile --batches=1,2
 held=() # results that the roofline is held against
 [ ! -f "$out/linear.json" ] || held+=("--check=$out/linear.json")

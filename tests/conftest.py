@@ -56,7 +56,12 @@ TINY = {
 def environment(**extra: str) -> dict[str, str]:
     own = ("NGPU", "CONFIG_FILE", "LOG_RANK", "RANK", "WORLD_SIZE", "TRITON_INTERPRET")
     kept = {k: v for k, v in os.environ.items() if k not in own}
-    return {**kept, "PYTHONPATH": str(ROOT), "CONFIG_FILE": "", **extra}
+    return {**kept, "PYTHONPATH": search_path(), "CONFIG_FILE": "", **extra}
+
+
+def search_path(*folders: Path) -> str:
+    """PYTHONPATH with the repository and ``folders`` before what it has: packages may be installed nowhere else."""
+    return os.pathsep.join([str(ROOT), *map(str, folders), *filter(None, [os.environ.get("PYTHONPATH")])])
 
 
 def command(folder: Path, options: dict[str, Any], base: dict[str, Any] | None = None) -> list[str]:
@@ -97,7 +102,7 @@ def checkpoints(interval: int, **options: Any) -> dict[str, Any]:
 
 def faulty(**faults: Any) -> dict[str, Any]:
     """Options for a run with faults, see faults.py."""
-    env = {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", **{name: str(value) for name, value in faults.items()}}
+    env = {"PYTHONPATH": search_path(ROOT / "tests"), **{name: str(value) for name, value in faults.items()}}
     return {"env": env, "experimental__custom_import": "faults"}
 
 

@@ -13,7 +13,7 @@ _llama3 = get_model_spec("llama3")
 
 FLAVORS: dict[str, Llama3Args] = {
     **{f"8B-{layers}": replace(_llama3.flavors["8B"], n_layers=layers) for layers in range(1, 33)},
-    # 102 million parameters with a vocabulary of 8192 (GPT-2 small's width and depth), for curves of the loss.
+    # GPT-2 small's width and depth, for curves of the loss: 88 million parameters with titanlite's own vocabulary.
     "100M": Llama3Args(dim=768, n_layers=12, n_heads=12, n_kv_heads=12, ffn_dim=2048, vocab_size=0),
     "toy": Llama3Args(dim=64, n_layers=2, n_heads=4, n_kv_heads=2, ffn_dim=256, vocab_size=8192),
 }

@@ -7,12 +7,13 @@ that differ by rounding alone end percents apart, and nothing finer could be see
 initial weights and the same data, so that their final losses (the mean over the last steps) are compared in pairs: the
 relative difference from bf16, averaged over the seeds, with its 95% interval from Student's t. float32 runs along as a
 control: what it differs by is what rounding does to a run, whichever way. Beside the result file goes a picture of the
-loss curves, where matplotlib is installed.
+loss curves, where matplotlib is installed. The file is written after each run, and --resume goes on from it.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import statistics
@@ -22,6 +23,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import harness
 import results
 
 ROOT = Path(__file__).parents[2]
@@ -80,32 +82,69 @@ def draw(curves: dict[str, list[list[float]]], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
+def known(path: Path | None, options: list[str], parser: argparse.ArgumentParser) -> dict[str, list[list[float]]]:
+    """The losses in an earlier result file, of runs with the same options."""
+    found: dict[str, list[list[float]]] = {config: [] for config in CONFIGS}
+    if path is None or not path.exists():
+        return found
+    content = json.loads(path.read_text(encoding="utf-8"))
+    if content["options"] != options:
+        parser.error(f"--resume: {path} is of runs with {content['options']}, and these would be with {options}")
+    return found | {row["config"]: row["losses"] for row in content["results"]}
+
+
+def rows_of(curves: dict[str, list[list[float]]], last: int) -> list[dict[str, Any]]:
+    """A row for each configuration that ran; compared with bf16 over the seeds that both have, if those are two."""
+    final = {config: [statistics.mean(run[-last:]) for run in runs] for config, runs in curves.items() if runs}
+    rows: list[dict[str, Any]] = []
+    for config, losses in final.items():
+        row: dict[str, Any] = {"system": "titanlite", "config": config, "steps": len(curves[config][0])}
+        row |= {"final_loss": losses, "mean_final_loss": statistics.mean(losses), "losses": curves[config]}
+        both = min(len(losses), len(final["bf16"]))
+        if both > 1:
+            row["stdev_final_loss"] = statistics.stdev(losses)
+        if config != "bf16" and both > 1:
+            mean, half = paired_difference(losses[:both], final["bf16"][:both])
+            row |= {"difference_pct": mean, "interval_95_pct": [mean - half, mean + half]}
+        rows.append(row)
+    return rows
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=3, help="seeds 1 to this number, from 2 to 10")
     parser.add_argument("--last", type=int, default=20, help="steps that the final loss is the mean of")
     parser.add_argument("--lr", type=float, default=5e-4, help="the learning rate")
+    parser.add_argument("--seconds", type=float, help="begin no run that would end after this time")
+    parser.add_argument("--resume", type=Path, metavar="FILE", help="a result to go on from: its runs are not repeated")
     parser.add_argument("--output", type=Path, help="write the results here (docs/benchmarks/loss_parity.json)")
     args, options = parser.parse_known_args()
-    curves: dict[str, list[list[float]]] = {config: [] for config in CONFIGS}
-    for seed in range(1, args.seeds + 1):
-        for config in CONFIGS:
-            curves[config].append(train(config, seed, [f"--optimizer.lr={args.lr}", *options]))
-            print(f"seed {seed}, {config}: {statistics.mean(curves[config][-1][-args.last :]):.4f}", flush=True)
-    final = {config: [statistics.mean(run[-args.last :]) for run in runs] for config, runs in curves.items()}
-    rows: list[dict[str, Any]] = []
-    for config, losses in final.items():
-        row: dict[str, Any] = {"system": "titanlite", "config": config, "steps": len(curves[config][0]), "lr": args.lr}
-        row |= {"final_loss": losses, "mean_final_loss": statistics.mean(losses), "losses": curves[config]}
-        if config != "bf16":
-            mean, half = paired_difference(losses, final["bf16"])
-            row |= {"difference_pct": mean, "interval_95_pct": [mean - half, mean + half]}
-            print(f"{config}: {mean:+.3f}% of bf16's loss, 95% interval {mean - half:+.3f}% to {mean + half:+.3f}%")
-        rows.append(row)
-    if args.output:
-        results.write("loss_parity", rows, args.output)
+    options = [f"--optimizer.lr={args.lr}", *options]
+    curves = known(args.resume, options, parser)
+    budget, longest = harness.Budget(args.seconds), 0.0
+    left_out: list[str] = []
+    for seed, config in itertools.product(range(1, args.seeds + 1), CONFIGS):
+        if len(curves[config]) >= seed:
+            continue
+        before = budget.left()
+        if left_out or before < longest:
+            left_out.append(f"seed {seed}, {config}")
+            continue
+        curves[config].append(train(config, seed, options))
+        print(f"seed {seed}, {config}: {statistics.mean(curves[config][-1][-args.last :]):.4f}", flush=True)
+        longest = max(longest, before - budget.left()) if args.seconds else 0.0
+        if args.output:
+            results.write("loss_parity", rows_of(curves, args.last), args.output, options=options)
+    for row in rows_of(curves, args.last):
+        if "difference_pct" in row:
+            low, high = row["interval_95_pct"]
+            shown = f"{row['difference_pct']:+.3f}% of bf16's loss, 95% interval {low:+.3f}% to {high:+.3f}%"
+            print(f"{row['config']}: {shown}")
+    if left_out:
+        print(f"left out, no time: {'; '.join(left_out)}")
+    elif args.output:
         draw(curves, args.output.with_suffix(".png"))
-    return 0
+    return int(bool(left_out))
 
 
 if __name__ == "__main__":

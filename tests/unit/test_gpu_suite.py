@@ -14,7 +14,7 @@ import pytest
 import suite_summary
 
 ROOT = Path(__file__).parents[2]
-SECTIONS = ["tests", "peers", "linear", "casts", "matmul", "eager", "train", "roofline", "loss_curves"]
+SECTIONS = ["tests", "peers", "linear", "casts", "matmul", "eager", "budget", "train", "roofline", "loss_curves"]
 
 
 def suite(out: Path, *arguments: str, python: str = sys.executable) -> subprocess.CompletedProcess[str]:
@@ -71,7 +71,7 @@ def test_a_section_is_stopped_at_its_limit_and_the_next_is_left_out(tmp_path: Pa
     assert "stopped" in matmul
     assert matmul.endswith("last: begun")
     assert "loss_curves: left out" in curves
-    assert "and it needs 300" in curves
+    assert "and it needs 100" in curves
 
 
 def test_a_section_that_fails_says_its_last_word_and_fails_the_suite(tmp_path: Path) -> None:

@@ -79,7 +79,7 @@ def test_sqnr() -> None:
     one = torch.ones(4)
     assert linear.sqnr((one,), (one,)) == 200
     assert linear.sqnr((one * 1.01, one), (one, one)) == pytest.approx(40, abs=0.01)
-    assert not linear.sqnr((one * float("nan"),), (one,)) >= linear.BOUND
+    assert not linear.sqnr((one * float("nan"),), (one,)) >= 0
 
 
 def test_without_time_it_says_what_it_left_out(tmp_path: Path) -> None:
