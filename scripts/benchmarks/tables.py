@@ -95,11 +95,21 @@ def predicted_steps(results: list[dict[str, Any]]) -> list[list[str]]:
 
 
 # By result file; after a slash, which of several tables of one.
+def time_budget(results: list[dict[str, Any]]) -> list[list[str]]:
+    parts = list(dict.fromkeys(part for r in results for part in r["parts_ms"]))
+    rows = [["config", "", *parts, "step"]]
+    for r in results:
+        shares = [f"{100 * r['parts_ms'].get(part, 0.0) / r['step_ms']:.0f}%" for part in parts]
+        rows.append([r["config"], "compiled" if r["compile"] else "eager", *shares, f"{r['step_ms']:.0f} ms"])
+    return rows
+
+
 TABLES: dict[str, Callable[[list[dict[str, Any]]], list[list[str]]]] = {
     "loss_parity": loss_parity,
     "memory_estimates": memory_estimates,
     "checkpoint_save": checkpoint_save,
     "cpu_step": cpu_step,
+    "time_budget": time_budget,
     "roofline_assumed/linears": predicted_linears,
     "roofline_assumed/steps": predicted_steps,
 }
