@@ -4,19 +4,23 @@
 #     scripts/gpu_suite.sh OUT [SECONDS [SECTION...]]      # by default 540 s, and all sections
 #
 # Sections, in this order: tests peers linear casts matmul eager budget train roofline loss_curves. Given after SECONDS,
-# only those are run, and one that is given alone has all of the time. OUT gets summary.txt (what ran, the targets, what was left out and why), a JSON file for each benchmark,
-# and rest.tar.gz with the logs; of many benchmarks the last ones' JSON is in there too, so that OUT has eight files at
-# most. The Python is $PYTHON, else python3; it needs torch and what titanlite imports, and nothing is fetched.
+# only those are run, and they share all of the time. OUT gets summary.txt (what ran, the targets, what was left out and
+# why), a JSON file for each benchmark, and rest.tar.gz with the logs; of many benchmarks the last ones' JSON is in there
+# too, so that OUT has eight files at most. The Python is $PYTHON, else python3; it needs torch and what titanlite
+# imports, and nothing is fetched.
 # TITANLITE_COMMIT names the commit where there is no .git. GPU_SUITE_DEVICE=cpu runs toys on the CPU.
 # Status: 0; 1 if something failed (not: was left out); 2 for wrong arguments or a Python that lacks what is needed.
 set -uo pipefail
-usage() { sed -n '2,12s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; }
+usage() { sed -n '2,13s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; }
 fail() {
     echo "gpu_suite.sh: $*" >&2
     exit 2
 }
 
 SECTIONS="tests peers linear casts matmul eager budget train roofline loss_curves"
+# The seconds that each may take; of sections that were chosen, how they share.
+declare -A MOST=([tests]=100 [peers]=300 [linear]=50 [casts]=40 [matmul]=45 [eager]=110 [budget]=120 [train]=600
+    [roofline]=90 [loss_curves]=1500)
 case "${1:-}" in
     -h | --help) usage && exit 0 ;;
     "" | -*) usage >&2 && exit 2 ;;
@@ -57,20 +61,33 @@ note() { # NAME OUTCOME SECONDS DETAIL
     "$python" scripts/benchmarks/suite_summary.py "$out" "$work/ran.tsv" >/dev/null
 }
 
-section() { # NAME MOST FEWEST COMMAND...: in the command, LIMIT stands for the seconds that it may take
-    local name=$1 most=$2 fewest=$3 left limit begun code log detail
-    shift 3
+share() { # NAME LEFT: the seconds that the section may take
+    [ "$chosen" != "$SECTIONS" ] || { echo "${MOST[$1]}" && return; }
+    local sum=0 other
+    for other in $SECTIONS; do # it, and the chosen ones after it
+        if [ "$other" = "$1" ] || { ((sum > 0)) && [[ " $chosen " == *" $other "* ]]; }; then
+            sum=$((sum + MOST[$other]))
+        fi
+    done
+    echo $((MOST[$1] * $2 / sum))
+}
+
+section() { # NAME FEWEST COMMAND...: in the command, LIMIT stands for the seconds that it may take
+    local name=$1 fewest=$2 left most limit signal command begun code log detail
+    shift 2
     [[ " $chosen " == *" $name "* ]] || return 0
     left=$((deadline - SECONDS - closing))
     if ((left < fewest)); then
         note "$name" "left out" 0 "$((left > 0 ? left : 0)) s were left, and it needs $fewest"
         return
     fi
-    [ "$chosen" != "$name" ] || most=$left
-    limit=$((left < most ? left : most))
+    most=$(share "$name" "$left")
+    limit=$((most < fewest ? fewest : left < most ? left : most))
     log=$work/rest/$name.log begun=$SECONDS
     # The benchmarks end by themselves a little before; pytest says how far it came if it is interrupted.
-    timeout --signal="$([ "$name" = tests ] && echo INT || echo TERM)" --kill-after=5 "$limit" "${@//LIMIT/$((limit > 20 ? limit - 8 : limit))}" </dev/null >"$log" 2>&1
+    signal=$([ "$name" = tests ] && echo INT || echo TERM)
+    command=("${@//LIMIT/$((limit > 20 ? limit - 8 : limit))}")
+    timeout --signal="$signal" --kill-after=5 "$limit" "${command[@]}" </dev/null >"$log" 2>&1
     code=$?
     detail=$(grep -v '^[[:space:]]*$' "$log" | tail -n 1 | cut -c 1-300 | tr '\t' ' ')
     case $code in
@@ -81,11 +98,11 @@ section() { # NAME MOST FEWEST COMMAND...: in the command, LIMIT stands for the 
     [ "$code" = 0 ] || status=1
 }
 
-benchmark() { # SECTION SCRIPT MOST FEWEST OPTION...
-    local name=$1 script=scripts/benchmarks/$2.py most=$3 fewest=$4
-    shift 4
+benchmark() { # SECTION SCRIPT FEWEST OPTION...
+    local name=$1 script=scripts/benchmarks/$2.py fewest=$3
+    shift 3
     if [ -f "$script" ]; then
-        section "$name" "$most" "$fewest" "$python" "$script" --out="$out/$name.json" --seconds=LIMIT \
+        section "$name" "$fewest" "$python" "$script" --out="$out/$name.json" --seconds=LIMIT \
             --device="$device" "$@"
     elif [[ " $chosen " == *" $name "* ]]; then
         note "$name" "left out" 0 "there is no $script"
@@ -98,7 +115,7 @@ gpu_tests() {
         note tests "left out" 0 "pytest is not installed"
         return
     fi
-    section tests 100 15 "$python" -m pytest -q -p no:cacheprovider -m gpu tests/gpu # in the order of its conftest.py
+    section tests 15 "$python" -m pytest -q -p no:cacheprovider -m gpu tests/gpu # in the order of its conftest.py
 }
 
 loss_curves() {
@@ -106,25 +123,25 @@ loss_curves() {
     [ "$device" != cpu ] || shape=(--model.flavor=toy --training.seq_len=32 --training.local_batch_size=2 --training.steps=4)
     # What an earlier call left there is gone on from.
     local before=docs/benchmarks/loss_curves.json
-    section loss_curves 1500 100 "$python" scripts/benchmarks/loss_parity.py --output="$out/loss_curves.json" --seeds=3 \
+    section loss_curves 100 "$python" scripts/benchmarks/loss_parity.py --output="$out/loss_curves.json" --seeds=3 \
         --seconds=LIMIT --resume="$before" --experimental.custom_import=scripts.benchmarks.benchmark_models --model.name=llama3_benchmark "${shape[@]}" \
         --training.compile --sample.enable=false
 }
 
 gpu_tests
-benchmark peers peers 300 100 --steps=16
-benchmark linear linear 50 15
-benchmark casts casts 40 15
-benchmark matmul matmul 45 10
-benchmark eager train 110 60 --modes=eager --batches=1 --configs=bf16,tensorwise,rowwise --windows=2
-benchmark budget time_budget 120 60
-benchmark train train 600 60 --modes=compile --batches=1,2
+benchmark peers peers 100 --steps=16
+benchmark linear linear 15
+benchmark casts casts 15
+benchmark matmul matmul 10
+benchmark eager train 60 --modes=eager --batches=1 --configs=bf16,tensorwise,rowwise --windows=2
+benchmark budget time_budget 60
+benchmark train train 60 --modes=compile --batches=1,2
 held=() # results that the roofline is held against
 [ ! -f "$out/linear.json" ] || held+=("--check=$out/linear.json")
 for name in train peers; do
     [ ! -f "$out/$name.json" ] || held+=("--train=$out/$name.json")
 done
-benchmark roofline roofline 90 20 ${held[@]+"${held[@]}"}
+benchmark roofline roofline 20 ${held[@]+"${held[@]}"}
 loss_curves
 
 "$python" scripts/benchmarks/suite_summary.py "$out" "$work/ran.tsv"

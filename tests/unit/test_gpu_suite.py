@@ -74,6 +74,14 @@ def test_a_section_is_stopped_at_its_limit_and_the_next_is_left_out(tmp_path: Pa
     assert "and it needs 100" in curves
 
 
+def test_chosen_sections_share_the_time(tmp_path: Path) -> None:
+    python = python_that(tmp_path, "benchmarks", """echo "$@"; case "$*" in *suite_summary*) exec true ;; esac""")
+    done = suite(tmp_path / "out", "395", "roofline", "peers", python=python)
+    given = {line.split(":")[0]: line for line in done.stdout.splitlines() if "--seconds=" in line}
+    assert "--seconds=292" in given["peers"]  # 300 of 390 parts, less what it has to end in
+    assert "--seconds=382" in given["roofline"]  # all that is left
+
+
 def test_a_section_that_fails_says_its_last_word_and_fails_the_suite(tmp_path: Path) -> None:
     python = python_that(tmp_path, "benchmarks/matmul.py", "echo it broke; exit 7")
     done = suite(tmp_path / "out", "100", "matmul", python=python)
