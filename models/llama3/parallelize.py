@@ -65,8 +65,8 @@ def parallelize(model: nn.Module, mesh: Mesh, config: JobConfig) -> dict[str, st
 
 def attends_in_float32(args: Llama3Args, mesh: Mesh, config: JobConfig) -> bool:
     """Whether attention is faster in float32 than in the parameters' dtype. On the CPU that is so for small heads: the
-    backward of PyTorch's bfloat16 kernel has a cost per head that does not depend on its size (70 us; torch 2.11 and
-    2.13, a processor with bfloat16 instructions; docs/performance.md). From heads of 64 on it is no longer slower."""
+    backward of PyTorch's bfloat16 kernel has a cost per head that does not depend on its size (torch 2.11 and 2.13, a
+    processor with bfloat16 instructions; docs/performance.md). From heads of 64 on it is no longer slower."""
     return mesh.on_cpu and args.head_dim < 64 and config.training.mixed_precision_param == "bfloat16"
 
 

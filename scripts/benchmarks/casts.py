@@ -33,7 +33,7 @@ from torch import Tensor
 
 from titanlite.float8 import kernels
 from titanlite.float8.kernels import reference
-from titanlite.float8.kernels.outputs import LONGEST_ROW
+from titanlite.float8.kernels.outputs import in_one_pass
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 Outputs = tuple[Tensor, ...]
@@ -74,7 +74,7 @@ RESCALE = Kernel("rescale", "vector", torch.bfloat16)
 
 def reads(by_rows: str, by_columns: str, columns: int) -> int:
     """How often a cast reads its input."""
-    return 1 if (by_rows, by_columns) == ("vector", "none") and columns <= LONGEST_ROW else 2
+    return 1 if in_one_pass(columns, by_rows, by_columns) else 2
 
 
 def bytes_per_element(by_rows: str, by_columns: str, columns: int = 0, itemsize: int = 2) -> int:
@@ -267,15 +267,14 @@ def benchmark(args: argparse.Namespace) -> int:
     return int(not rows or any("failed" in row for row in rows.values() if row["system"] == OURS))
 
 
-def numbers(text: str) -> list[int]:
-    return [int(number) for number in text.split(",")]
-
-
 def main(argv: list[str] | None = None) -> int:
     parser = harness.parser(__doc__)
-    parser.add_argument("--m", type=numbers, default=[8192, 16384], help="tokens, by default 8192,16384")
+    parser.add_argument("--m", type=harness.numbers, default=[8192, 16384], help="tokens, by default 8192,16384")
     parser.add_argument(
-        "--k", type=numbers, default=[4096, 8192, 14336, 28672], help="features, by default 4096,8192,14336,28672"
+        "--k",
+        type=harness.numbers,
+        default=[4096, 8192, 14336, 28672],
+        help="features, by default 4096,8192,14336,28672",
     )
     parser.add_argument("--rounds", type=int, default=10, help="how often each kernel is timed")
     parser.add_argument("--no-against", dest="against", action="store_false", help="titanlite's kernels alone")

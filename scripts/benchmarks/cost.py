@@ -7,9 +7,9 @@ from typing import NamedTuple
 
 from casts import bytes_per_element, reads
 
-from titanlite.float8 import CastConfig, Float8LinearConfig
+from titanlite.float8 import Float8LinearConfig
+from titanlite.float8.matmul import layout_of
 
-RECIPES = ("tensorwise", "rowwise", "rowwise_with_gw_hp")
 BF16 = 2  # bytes
 RESCALE = 2 * BF16  # a product is read and written once more
 
@@ -79,14 +79,6 @@ def gemms(recipe: str, m: int, k: int, n: int) -> list[Gemm]:
     return found
 
 
-def _layout(how: CastConfig) -> str:
-    return "none" if not how.is_cast else "vector" if how.is_axiswise else "tensor"
-
-
-def _both(by_features: CastConfig, by_rows: CastConfig, features: int) -> int:
-    return bytes_per_element(_layout(by_features), _layout(by_rows), features)
-
-
 def _again(by_rows: str, by_columns: str, features: int) -> int:
     """As ``bytes_per_element``, with the largest magnitudes known."""
     once = bytes_per_element(by_rows, by_columns, features)
@@ -99,7 +91,7 @@ def input_bytes(recipe: str, k: int, again: bool = False) -> int:
     config = config_of(recipe)
     if config is None:
         return 0
-    layouts = _layout(config.cast_config_input), _layout(config.cast_config_input_for_grad_weight)
+    layouts = layout_of(config.cast_config_input), layout_of(config.cast_config_input_for_grad_weight)
     return _again(*layouts, k) if again else bytes_per_element(*layouts, k)
 
 
@@ -108,7 +100,8 @@ def grad_bytes(recipe: str, n: int) -> int:
     config = config_of(recipe)
     if config is None:
         return 0
-    return _both(config.cast_config_grad_output, config.cast_config_grad_output_for_grad_weight, n)
+    layouts = layout_of(config.cast_config_grad_output), layout_of(config.cast_config_grad_output_for_grad_weight)
+    return bytes_per_element(*layouts, n)
 
 
 def weight_bytes(recipe: str, k: int) -> int:
@@ -117,7 +110,7 @@ def weight_bytes(recipe: str, k: int) -> int:
     config = config_of(recipe)
     if config is None:
         return 0
-    backward = bytes_per_element("none", _layout(config.cast_config_weight_for_grad_input), k)
+    backward = bytes_per_element("none", layout_of(config.cast_config_weight_for_grad_input), k)
     return weight_bytes_of_output(recipe, k) + backward
 
 
@@ -126,7 +119,7 @@ def weight_bytes_of_output(recipe: str, k: int, again: bool = False) -> int:
     config = config_of(recipe)
     if config is None:
         return 0
-    layout = _layout(config.cast_config_weight)
+    layout = layout_of(config.cast_config_weight)
     return _again(layout, "none", k) if again else bytes_per_element(layout, "none", k)
 
 

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 ROOT = Path(__file__).parents[2]
+RECIPES = ("tensorwise", "rowwise", "rowwise_with_gw_hp")
 K = TypeVar("K", bound=Hashable)
 _FLUSH = 256 << 20  # bytes: several times the second-level cache of any GPU so far
 _CLOCK = 2e9  # Hz: no GPU of now runs faster, so that a wait is not shorter than meant
@@ -35,6 +36,24 @@ def parser(doc: str | None) -> argparse.ArgumentParser:
         "--device", choices=("cuda", "cpu"), default="cuda", help="cpu: toy sizes, to see that the benchmark works"
     )
     return made
+
+
+def words(text: str) -> list[str]:
+    return text.split(",")
+
+
+def numbers(text: str) -> list[int]:
+    """Of an option: whole numbers from 1, separated by commas."""
+    if not all(word.isdecimal() and int(word) for word in words(text)):
+        raise argparse.ArgumentTypeError(f"{text} must be whole numbers from 1, separated by commas")
+    return [int(word) for word in words(text)]
+
+
+def check_known(given: argparse.ArgumentParser, args: argparse.Namespace, **options: Sequence[str]) -> None:
+    """End with status 2 where one of the words of an option is none of those that there are."""
+    for key, known in options.items():
+        if unknown := set(getattr(args, key)) - set(known):
+            given.error(f"--{key}: {', '.join(unknown)} is not one of {', '.join(known)}")
 
 
 def check_device(given: argparse.ArgumentParser, device: str) -> None:

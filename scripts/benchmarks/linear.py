@@ -194,31 +194,24 @@ def problems(args: argparse.Namespace) -> Iterator[Problem]:
             yield Problem(*shape, recipe, mode)  # type: ignore[call-arg]  # shape has its three sizes
 
 
-def words(text: str) -> list[str]:
-    return text.split(",")
-
-
 def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = harness.parser(__doc__)
-    parser.add_argument("--m", type=words, default=None, help="tokens, by default 8192")
-    parser.add_argument("--kn", type=words, default=None, metavar="KxN", help=f"features, by default {','.join(KN)}")
-    parser.add_argument("--recipes", type=words, default=list(RECIPES), help=",".join(RECIPES))
-    parser.add_argument("--modes", type=words, default=list(MODES), help=",".join(MODES))
+    parser.add_argument("--m", type=harness.numbers, default=None, help="tokens, by default 8192")
+    parser.add_argument(
+        "--kn", type=harness.words, default=None, metavar="KxN", help=f"features, by default {','.join(KN)}"
+    )
+    parser.add_argument("--recipes", type=harness.words, default=list(RECIPES), help=",".join(RECIPES))
+    parser.add_argument("--modes", type=harness.words, default=list(MODES), help=",".join(MODES))
     parser.add_argument("--rounds", type=int, default=7, help=f"how often each layer is timed, {CALLS} calls at a time")
     args = parser.parse_args(argv)
     toy = args.device == "cpu"
-    args.m = args.m or (["32"] if toy else ["8192"])
+    args.m = args.m or ([32] if toy else [8192])
     args.kn = args.kn or list(TOY_KN if toy else KN)
-    for key, known in (("recipes", RECIPES), ("modes", MODES)):
-        if unknown := set(getattr(args, key)) - set(known):
-            parser.error(f"--{key}: {', '.join(unknown)} is not one of {', '.join(known)}")
+    harness.check_known(parser, args, recipes=RECIPES, modes=MODES)
     for kn in args.kn:
         sizes = kn.split("x")
         if len(sizes) != 2 or not all(size.isdecimal() and int(size) and int(size) % 16 == 0 for size in sizes):
             parser.error(f"--kn: {kn} must be two multiples of 16, for example 4096x14336")
-    if not all(m.isdecimal() and int(m) for m in args.m):
-        parser.error(f"--m: {','.join(args.m)} must be whole numbers from 1, separated by commas")
-    args.m = [int(m) for m in args.m]
     harness.check_device(parser, args.device)
     return args
 

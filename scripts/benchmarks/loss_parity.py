@@ -27,11 +27,10 @@ import harness
 import results
 
 ROOT = Path(__file__).parents[2]
-RECIPES = ("tensorwise", "rowwise", "rowwise_with_gw_hp")
 CONFIGS = {
     "bf16": [],
     "float32": ["--training.mixed_precision_param=float32"],
-    **{recipe: ["--model.converters=float8", f"--float8.recipe_name={recipe}"] for recipe in RECIPES},
+    **{recipe: ["--model.converters=float8", f"--float8.recipe_name={recipe}"] for recipe in harness.RECIPES},
 }
 # The 97.5% quantile of Student's t by degrees of freedom: what a mean of n differences is multiplied with for 95%.
 T_975 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}

@@ -177,13 +177,11 @@ def problems(args: argparse.Namespace) -> Iterator[tuple[str, int, Shape]]:
             yield gemm, tokens, shape
 
 
-def numbers(text: str) -> list[int]:
-    return [int(number) for number in text.split(",")]
-
-
 def main(argv: list[str] | None = None) -> int:
     parser = harness.parser(__doc__)
-    parser.add_argument("--tokens", type=numbers, default=[8192, 16384], help="tokens per step, by default 8192,16384")
+    parser.add_argument(
+        "--tokens", type=harness.numbers, default=[8192, 16384], help="tokens per step, by default 8192,16384"
+    )
     parser.add_argument("--rounds", type=int, default=20, help="how often each product is timed")
     args = parser.parse_args(argv)
     harness.check_device(parser, args.device)

@@ -150,27 +150,18 @@ def compare(rows: list[dict[str, Any]]) -> None:
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = harness.parser(__doc__)
-
-    def words(text: str) -> list[str]:
-        return text.split(",")
-
-    parser.add_argument("--configs", type=words, default=list(CONFIGS[:3]), help=",".join(CONFIGS))
-    parser.add_argument("--modes", type=words, default=["compile"], help="compile,eager")
-    parser.add_argument("--batches", type=words, default=["1"], help="sequences per step, for example 1,2")
+    parser.add_argument("--configs", type=harness.words, default=list(CONFIGS[:3]), help=",".join(CONFIGS))
+    parser.add_argument("--modes", type=harness.words, default=["compile"], help="compile,eager")
+    parser.add_argument("--batches", type=harness.numbers, default=[1], help="sequences per step, for example 1,2")
     parser.add_argument("--layers", type=int, default=16, help="of Llama 3 8B's 32 (1 to 32)")
     parser.add_argument("--seq_len", type=int, default=8192, help="tokens per sequence")
     parser.add_argument("--steps", type=int, default=20, help="steps of a run; the first five are not timed")
     parser.add_argument("--repeats", type=int, default=1, help="rounds")
     parser.add_argument("--case_seconds", type=float, default=180, help="the limit of one run")
     args = parser.parse_args(argv)
-    for key, known in (("configs", CONFIGS), ("modes", ("compile", "eager"))):
-        if unknown := set(getattr(args, key)) - set(known):
-            parser.error(f"--{key}: {', '.join(unknown)} is not one of {', '.join(known)}")
-    if not all(batch.isdecimal() and int(batch) for batch in args.batches):
-        parser.error(f"--batches: {','.join(args.batches)} must be whole numbers from 1, separated by commas")
+    harness.check_known(parser, args, configs=CONFIGS, modes=("compile", "eager"))
     if args.steps < 8:
         parser.error(f"--steps: {args.steps} must be at least 8, of which the first five are not timed")
-    args.batches = [int(batch) for batch in args.batches]
     harness.check_device(parser, args.device)
     return args
 

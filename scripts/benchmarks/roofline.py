@@ -33,8 +33,8 @@ import matmul
 import results
 import step_floor
 import torch
-from cost import RECIPES, Ceilings, predict
-from matmul import E4M3, numbers, quantized
+from cost import Ceilings, predict
+from matmul import E4M3, quantized
 
 from titanlite.float8.devices import scales_rows_in_matmuls
 
@@ -160,10 +160,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--fp8-tflops", type=float, help="float8, with fast accumulation")
     parser.add_argument("--fp8-full-tflops", type=float, help="float8, with full accumulation; by default the same")
     parser.add_argument("--bandwidth-gbs", type=float, help="GB/s of a copy, reads and writes together")
-    parser.add_argument("--m", type=numbers, default=[2048, 8192, 16384], help="tokens, by default 2048,8192,16384")
+    parser.add_argument(
+        "--m", type=harness.numbers, default=[2048, 8192, 16384], help="tokens, by default 2048,8192,16384"
+    )
     sweep = ",".join(map(str, K_AND_N))
-    parser.add_argument("--k", type=numbers, default=K_AND_N, help=f"features in, by default {sweep}")
-    parser.add_argument("--n", type=numbers, default=K_AND_N, help=f"features out, by default {sweep}")
+    parser.add_argument("--k", type=harness.numbers, default=K_AND_N, help=f"features in, by default {sweep}")
+    parser.add_argument("--n", type=harness.numbers, default=K_AND_N, help=f"features out, by default {sweep}")
     parser.add_argument("--csv", type=Path, help="write the prediction here, and the heat map beside it")
     parser.add_argument("--check", type=Path, metavar="FILE", help="a result of linear.py to be held against")
     parser.add_argument(
@@ -177,7 +179,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--layers", type=int, default=16, choices=range(1, 33), metavar="1..32", help="of the predicted steps"
     )
-    parser.add_argument("--batches", type=numbers, default=[1, 2], help="of the predicted steps, by default 1,2")
+    parser.add_argument(
+        "--batches", type=harness.numbers, default=[1, 2], help="of the predicted steps, by default 1,2"
+    )
     parser.add_argument("--rounds", type=int, default=10, help="how often each ceiling is measured")
     args = parser.parse_args(argv)
     given = (args.bf16_tflops, args.fp8_tflops, args.bandwidth_gbs)
@@ -197,7 +201,10 @@ def report(args: argparse.Namespace, linear: dict[str, Any] | None, steps: list[
     if args.attention_tflops:
         shown["attention_tflops"] = args.attention_tflops
     print("ceilings: " + ", ".join(f"{name} {value:.6g}" for name, value in shown.items()))
-    sweep = [prediction(config, m, k, n, at) for config, m, k, n in itertools.product(RECIPES, args.m, args.k, args.n)]
+    sweep = [
+        prediction(config, m, k, n, at)
+        for config, m, k, n in itertools.product(harness.RECIPES, args.m, args.k, args.n)
+    ]
     table = args.csv or (args.out.with_suffix(".csv") if args.out else None)
     if table is not None:
         write_csv(sweep, table)

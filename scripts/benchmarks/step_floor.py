@@ -25,7 +25,7 @@ import matmul
 import torch
 import torch.nn.functional as F
 from benchmark_models import FLAVORS
-from cost import BF16, RECIPES, Ceilings, Gemm
+from cost import BF16, Ceilings, Gemm
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -181,7 +181,7 @@ def predicted(at: Ceilings, attention_rate: float, layers: int, batches: list[in
     rows = []
     for batch in batches:
         about = {"system": "roofline", "compile": True, "batch": batch, "layers": layers, "seq_len": SEQ_LEN}
-        found = [floor({**about, "config": config}, args, at, clock) for config in ("bf16", *RECIPES)]
+        found = [floor({**about, "config": config}, args, at, clock) for config in ("bf16", *harness.RECIPES)]
         rows += [{**row, "speedup_over_bf16": found[0]["floor_s"] / row["floor_s"]} for row in found]
     return rows
 

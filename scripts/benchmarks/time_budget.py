@@ -140,7 +140,7 @@ def main(argv: list[str] | None = None) -> int:
     if given and given[0] == "--trace":
         print(show(budget(json.loads(Path(given[1]).read_text(encoding="utf-8")))))
         return 0
-    args = train.arguments(given, doc=__doc__, configs=["rowwise", "bf16"], modes=["compile"], batches=["1"])
+    args = train.arguments(given, doc=__doc__, configs=["rowwise", "bf16"], modes=["compile"], batches=[1])
     clock = harness.Budget(args.seconds)
     rows: list[dict[str, Any]] = []
     for case in train.cases(args):

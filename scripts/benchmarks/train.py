@@ -24,8 +24,7 @@ from typing import Any, NamedTuple
 import harness
 import results
 
-RECIPES = ("tensorwise", "rowwise", "rowwise_with_gw_hp")
-CONFIGS = ("bf16", *RECIPES)
+CONFIGS = ("bf16", *harness.RECIPES)
 MODES = ("compile", "eager")
 WINDOW = 5  # steps between two rows of metrics.jsonl
 WARMUP = 2  # rows: of the first step, and of the rest of the first window
@@ -130,22 +129,18 @@ def add_ratios(rows: list[dict[str, Any]]) -> None:
             row["memory_over_bf16"] = row["peak_memory_gib"] / bf16["peak_memory_gib"]
 
 
-def words(text: str) -> list[str]:
-    return text.split(",")
-
-
 def arguments(
     argv: list[str] | None,
     doc: str | None = __doc__,
     configs: Sequence[str] = CONFIGS,
     modes: Sequence[str] = MODES,
-    batches: Sequence[str] = ("1", "2"),
+    batches: Sequence[int] = (1, 2),
 ) -> argparse.Namespace:
     """Read the command line of ``doc``'s script; the others are what is run by default."""
     parser = harness.parser(doc)
-    parser.add_argument("--configs", type=words, default=list(configs), help=f"of {','.join(CONFIGS)}")
-    parser.add_argument("--modes", type=words, default=list(modes), help=f"of {','.join(MODES)}")
-    parser.add_argument("--batches", type=words, default=list(batches), help="sequences per step")
+    parser.add_argument("--configs", type=harness.words, default=list(configs), help=f"of {','.join(CONFIGS)}")
+    parser.add_argument("--modes", type=harness.words, default=list(modes), help=f"of {','.join(MODES)}")
+    parser.add_argument("--batches", type=harness.numbers, default=list(batches), help="sequences per step")
     parser.add_argument("--layers", type=int, default=16, help="of Llama 3 8B's 32 (1 to 32)")
     parser.add_argument("--seq_len", type=int, default=8192, help="tokens per sequence")
     parser.add_argument("--windows", type=int, default=4, help=f"measured windows of {WINDOW} steps each")
@@ -153,12 +148,7 @@ def arguments(
     parser.add_argument("--case_seconds", type=float, default=180, help="the limit of one run")
     args, options_of_trainer = parser.parse_known_args(argv)
     args.options = options_of_trainer
-    for key, known in (("configs", CONFIGS), ("modes", MODES)):
-        if unknown := set(getattr(args, key)) - set(known):
-            parser.error(f"--{key}: {', '.join(unknown)} is not one of {', '.join(known)}")
-    if not all(batch.isdecimal() and int(batch) for batch in args.batches):
-        parser.error(f"--batches: {','.join(args.batches)} must be whole numbers from 1, separated by commas")
-    args.batches = [int(batch) for batch in args.batches]
+    harness.check_known(parser, args, configs=CONFIGS, modes=MODES)
     harness.check_device(parser, args.device)
     return args
 

@@ -251,6 +251,17 @@ def test_8b_takes_less_than_a_minute_and_no_memory_to_speak_of() -> None:
     assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss < 3 << 20  # KiB
 
 
+@pytest.mark.parametrize("compile", ["false", "true"])
+@pytest.mark.parametrize("recipe", ["tensorwise", "rowwise", "rowwise_with_gw_hp"])
+def test_float8_of_gpus_is_estimated_without_one(recipe: str, compile: str) -> None:
+    """No kernels can be timed, and the casts are the operators that GPUs have kernels for."""
+    options = {"training__compile": compile, "training__seq_len": "512"}
+    bf16 = estimated(1, **options)
+    float8 = estimated(1, model__converters="float8", float8__recipe_name=recipe, **options)
+    assert float8.about["converter float8"] == f"{recipe}, 43 of 43 linear layers"
+    assert float8.ranks[0].activations != bf16.ranks[0].activations
+
+
 def test_the_ways_of_the_cpu_are_not_those_of_gpus() -> None:
     """Attention in float32, and gradients reduced where they lie: this process would do both if it trained."""
     found = estimated(1, training__mixed_precision_param="bfloat16")

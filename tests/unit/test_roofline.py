@@ -12,6 +12,7 @@ from typing import Any
 
 import casts
 import cost
+import harness
 import pytest
 import results
 import roofline
@@ -58,7 +59,7 @@ def moved(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
 
 
 @pytest.mark.parametrize("follow", [False, True])
-@pytest.mark.parametrize("recipe", roofline.RECIPES)
+@pytest.mark.parametrize("recipe", harness.RECIPES)
 def test_the_count_of_bytes_is_what_a_layer_moves(
     recipe: str, follow: bool, moved: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -164,7 +165,9 @@ def test_the_floor_of_a_step_that_nobody_measured(tmp_path: Path) -> None:
     given = [*GIVEN, "--attention-tflops=500", "--layers=2", "--batches=1,3", "--k=64", "--n=64", f"--out={out}"]
     assert roofline.main(given) == 0
     rows = [row for row in json.loads(out.read_text())["results"] if "floor_s" in row]
-    assert [(row["batch"], row["config"]) for row in rows] == list(itertools.product([1, 3], ("bf16", *cost.RECIPES)))
+    assert [(row["batch"], row["config"]) for row in rows] == list(
+        itertools.product([1, 3], ("bf16", *harness.RECIPES))
+    )
     bf16, rowwise = rows[0], rows[2]
     assert bf16["speedup_over_bf16"] == 1 < rowwise["speedup_over_bf16"] == bf16["floor_s"] / rowwise["floor_s"]
     assert bf16["matmul_s"] == pytest.approx(6 * 8192 * (2 * 218_103_808 + 4096 * 128256) / 700e12)

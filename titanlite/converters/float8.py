@@ -158,6 +158,8 @@ class Float8Converter:
             chosen, why = "triton", "without the compiler, plain operations are not fused"
         elif x.scaling_type is not ScalingType.DYNAMIC:
             chosen, why = "inductor", "the scales are not dynamic"
+        elif not torch.cuda.is_available():
+            chosen, why = "triton", "there is no GPU to time them on"  # an estimate
         else:
             features = max(layer.in_features for layer in layers)
             rounded = self.config.round_scales_to_power_of_2

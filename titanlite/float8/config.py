@@ -190,7 +190,7 @@ class Float8LinearConfig:
         delayed_scaling_config: for the operands with ``ScalingType.DELAYED``.
         kernels: what casts with dynamic scales on float8 units: "triton", titanlite's own kernels; "inductor", plain
             operations, for the compiler to make kernels of; "auto", Triton's where it is installed. The numbers are
-            the same to the bit.
+            the same to the bit, but for scales that the compiler divides with less than IEEE's precision.
 
     Raises:
         ValueError: naming the fields, the rule and the way out.

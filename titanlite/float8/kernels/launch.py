@@ -51,7 +51,7 @@ ROW_PER_WARP = 1024  # elements, in row_cast_kernel
 def amaxes(x: Tensor, by_rows: str, by_columns: str) -> Tensor:
     """``titanlite_float8::amaxes``: the bits of float32 magnitudes, of rows and then of columns; empty where the cast
     needs none."""
-    if in_one_pass(x, by_rows, by_columns):
+    if in_one_pass(x.shape[1], by_rows, by_columns):
         return output_of_amaxes(x, by_rows, by_columns)
     x = x if x.stride(1) == 1 else x.contiguous()
     found = torch.zeros(sum(counts(x, by_rows, by_columns)), dtype=torch.int32, device=x.device)
@@ -74,7 +74,7 @@ def cast_with(
     m, n = x.shape
     numbers = {"FP8_MAX": torch.finfo(dtype).max, "POWER_OF_2": power_of_2, "DTYPE": DTYPES[dtype]}
     with _on(x):
-        if in_one_pass(x, by_rows, by_columns):
+        if in_one_pass(x.shape[1], by_rows, by_columns):
             block = triton.next_power_of_2(n)
             warps = min(max(block // ROW_PER_WARP, 1), 16)
             kernels.row_cast_kernel[(m,)](x, *out[:2], n, x.stride(0), BLOCK_N=block, num_warps=warps, **numbers)

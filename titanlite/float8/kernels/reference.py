@@ -10,7 +10,7 @@ from titanlite.float8.numerics import amax_of, amax_to_scale, quantize
 
 
 def amaxes(x: Tensor, by_rows: str, by_columns: str) -> Tensor:
-    if in_one_pass(x, by_rows, by_columns):
+    if in_one_pass(x.shape[1], by_rows, by_columns):
         return output_of_amaxes(x, by_rows, by_columns)
     layouts = [(how, dim) for how, dim in ((by_rows, 1), (by_columns, 0)) if how != "none"]
     found = [amax_of(x, dim if how == "vector" else None).float().flatten() for how, dim in layouts]
@@ -21,7 +21,7 @@ def cast_with(
     x: Tensor, amaxes: Tensor, dtype: torch.dtype, by_rows: str, by_columns: str, power_of_2: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     data, scale, transposed, its_scale = outputs_of_cast(x, amaxes, dtype, by_rows, by_columns, power_of_2)
-    if in_one_pass(x, by_rows, by_columns):
+    if in_one_pass(x.shape[1], by_rows, by_columns):
         amaxes = amax_of(x, 1).float().flatten().view(torch.int32)
     of_rows, of_columns = amaxes.view(torch.float32).split(counts(x, by_rows, by_columns))
     if by_rows != "none":
