@@ -25,7 +25,7 @@ from titanlite.metrics.device import GIB, device_name, peak_flops, peak_memory
 from titanlite.metrics.flops import flops_per_token
 from titanlite.model_spec import get_model_spec
 
-COMPARED = 5  # steps whose losses and gradient norms are kept: later ones drift apart by rounding
+COMPARED = 5  # first steps, which warm up, and whose losses and norms are kept: later ones drift apart by rounding
 Step = Callable[[], tuple[Tensor, Tensor]]  # the loss and the gradients' norm, on the device
 
 
@@ -114,8 +114,7 @@ def main() -> int:
     begin = time.perf_counter()
     step, flops = {"titanlite": titanlite_step, "torchtitan": torchtitan_step}[system](config)
     built = time.perf_counter()
-    warmup = max(COMPARED, 3)
-    seconds, first = timed(step, warmup, config.training.steps - warmup)
+    seconds, first = timed(step, COMPARED, config.training.steps - COMPARED)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     tps = config.training.local_batch_size * config.training.seq_len / statistics.median(seconds)
     peak = peak_flops(device_name(device))
@@ -124,8 +123,8 @@ def main() -> int:
         "mfu_pct": None if peak is None else 100 * tps * flops / peak,
         "step_time_s": statistics.median(seconds),
         "peak_memory_gib": peak_memory(device).active / GIB,
-        "losses": [float(loss) for loss, _ in first[:COMPARED]],
-        "grad_norms": [float(norm) for _, norm in first[:COMPARED]],
+        "losses": [float(loss) for loss, _ in first],
+        "grad_norms": [float(norm) for _, norm in first],
         "step_times_s": seconds,
         "build_s": built - begin,
         "all_s": time.perf_counter() - begin,
