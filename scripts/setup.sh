@@ -5,7 +5,7 @@
 probe_of() {
     case "$1" in
         "") echo "titanlite, torch, tokenizers, safetensors, tomli_w, datasets, tensorboard" ;;
-        dev) echo "titanlite, torch, tokenizers, safetensors, tomli_w, datasets, tensorboard, pytest, pytest_timeout, hypothesis, transformers, torchao, tiktoken, mypy, ruff" ;;
+        dev) echo "titanlite, torch, tokenizers, safetensors, tomli_w, datasets, tensorboard, pytest, pytest_timeout, xdist, hypothesis, transformers, torchao, tiktoken, mypy, ruff" ;;
     esac
 }
 

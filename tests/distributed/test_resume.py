@@ -113,6 +113,7 @@ def started(tmp_path: Path) -> Iterator[Any]:
     yield from start_in(tmp_path)
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize(
     ("ngpu", "kills"), [(1, 2), pytest.param(1, 15, marks=pytest.mark.slow), pytest.param(2, 8, marks=pytest.mark.slow)]
 )

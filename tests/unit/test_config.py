@@ -623,6 +623,7 @@ def run_without_torch(env: dict[str, str], *command: str) -> tuple[subprocess.Co
     return done, time.perf_counter() - start
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("module", ["titanlite.train", "titanlite.launch"])
 def test_help_answers_at_once_without_torch(without_torch: dict[str, str], module: str) -> None:
     assert "torch was imported" in run_without_torch(without_torch, "-c", "import torch")[0].stderr

@@ -14,7 +14,7 @@ import pytest
 
 from tests.conftest import ROOT, TINY
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
+pytestmark = [pytest.mark.slow, pytest.mark.alone, pytest.mark.timeout(1500)]
 
 
 def clean_environment(home: Path) -> dict[str, str]:
