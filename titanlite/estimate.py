@@ -18,6 +18,8 @@ CONFIG = read_config(sys.argv[1:]) if __name__ == "__main__" else None
 
 import multiprocessing
 import os
+import threading
+import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -137,6 +139,18 @@ class Estimate:
         return max(rank.peak for rank in self.ranks)
 
 
+def _end_with(parent: int) -> None:
+    """End this process when ``parent`` ends, be it by a signal: it would wait for work for ever, and what it has of its
+    parent's pipes would keep others waiting for the parent."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.2)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 def estimate(config: JobConfig, world_size: int, vocab_size: int | None = None) -> Estimate:
     """Build, shard and run one step of ``config`` for ``world_size`` devices; nothing of the model's size is allocated.
 
@@ -152,12 +166,13 @@ def estimate(config: JobConfig, world_size: int, vocab_size: int | None = None) 
     ranks, notes = [], [NOT_COUNTED]
     for stage in range(degrees.pipeline_parallel):
         # Each in a process of its own: DTensor remembers process groups beyond their end.
-        with ProcessPoolExecutor(1, multiprocessing.get_context(START_METHOD)) as process:
+        ending: dict[str, Any] = {"initializer": _end_with, "initargs": (os.getpid(),)}
+        with ProcessPoolExecutor(1, multiprocessing.get_context(START_METHOD), **ending) as process:
             rank = stage * (world_size // degrees.pipeline_parallel)
-            own, size, how, own_notes = process.submit(
+            found, size, how, own_notes = process.submit(
                 _estimate_rank, config, degrees, rank, world_size, vocab_size
             ).result()
-        ranks.append(own)
+        ranks.append(found)
         notes += [note for note in own_notes if note not in notes]
     tokens = global_batch_size(config, degrees.data_parallel) * config.training.seq_len
     flops = flops_per_token(size, config.training.seq_len) * tokens // world_size

@@ -293,8 +293,11 @@ def main() -> int:
             file.flush()
             config = load_config([], file.name)
         advice = find_advice(config, shortage, load_tokenizer(config.model.tokenizer_path).vocab_size)
-    except (ConfigError, NotInTime) as e:
-        print(f"titanlite: there is no estimate of it: {e or 'it takes too long'}", file=sys.stderr)
+    except NotInTime:
+        print("titanlite: there is no estimate of it: it takes too long", file=sys.stderr)
+        return 1
+    except Exception as e:  # of whatever kind: the run has said why it ended, and this is only about what could help
+        print(f"titanlite: there is no estimate of it: {type(e).__name__}: {e}", file=sys.stderr)
         return 1
     print(describe(advice, shortage), file=sys.stderr)
     return 0

@@ -268,3 +268,21 @@ def test_the_ways_of_the_cpu_are_not_those_of_gpus() -> None:
     assert "attention" not in found.about
     from_one_device = found.ranks[0].at_peak.get("unsharded gradients", 0)
     assert from_one_device < found.ranks[0].gradients / 2
+
+
+def test_its_processes_end_with_it() -> None:
+    """Also when a signal ends it, as it ends those of the advice after an out-of-memory error."""
+    code = "from titanlite.config import load_config; from titanlite.estimate import estimate\n"
+    code += "estimate(load_config(['--model.flavor=70B', '--training.seq_len=8192']), 8)"
+    run = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, env=environment())
+    children = Path(f"/proc/{run.pid}/task/{run.pid}/children")
+    give_up = time.monotonic() + 60
+    while not (found := children.read_text().split()) and time.monotonic() < give_up:
+        time.sleep(0.05)
+    run.kill()
+    run.wait()
+    assert found
+    give_up = time.monotonic() + 10
+    while any(Path(f"/proc/{pid}").exists() for pid in found) and time.monotonic() < give_up:
+        time.sleep(0.05)
+    assert not [pid for pid in found if Path(f"/proc/{pid}").exists()]

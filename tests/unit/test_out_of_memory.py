@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import pickle
 import re
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -170,3 +172,45 @@ sys.modules["__main__"].allocate = allocate
     assert "rank 0 ran out of memory before the first step, at ./greedy.py:5, in allocate: raise" in run.output
     assert "MemoryError: Python has no memory left" in run.output
     assert "No option that is not on yet takes less." in run.output
+
+
+def test_an_estimate_that_fails_is_one_line_and_leaves_no_process(train: Any, tmp_path: Path) -> None:
+    (tmp_path / "broken.py").write_text(
+        """
+import sys
+import faults
+from titanlite.converters import register_converter
+
+@register_converter("broken")
+class Broken:
+    def __init__(self, config, mesh):
+        pass
+    def convert(self, model):
+        if sys.argv[0].endswith("memory_advice.py"):
+            raise RuntimeError("not here")
+        return "nothing"
+    def post_optimizer_hook(self, model):
+        pass
+"""
+    )
+    options = out_of_memory(at=1)
+    options["env"] |= {"TMPDIR": str(tmp_path)}  # where the advice is told of the shortage
+    options["env"]["PYTHONPATH"] += f":{tmp_path}"
+    run = train(**{**options, "experimental__custom_import": "broken", "model__converters": "fault,broken"})
+    assert run.status == 1
+    assert "titanlite: there is no estimate of it: RuntimeError: not here" in run.output
+    assert "Traceback" not in run.output
+    give_up = time.monotonic() + 5
+    while (left := advising(tmp_path)) and time.monotonic() < give_up:
+        time.sleep(0.1)
+    assert left == []
+
+
+def advising(folder: Path) -> list[str]:
+    """The processes whose arguments name a shortage in this folder."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):  # it has just ended
+            arguments = path.read_bytes().decode(errors="replace")
+            found += [arguments] if "memory_advice" in arguments and str(folder) in arguments else []
+    return found

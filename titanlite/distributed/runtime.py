@@ -89,7 +89,6 @@ def start_runtime(comm: Comm) -> Runtime:
     if device.type == "cpu":
         keep_freed_memory()
     if device.type == "cuda":
-        os.environ.setdefault("TORCH_NCCL_TRACE_BUFFER_SIZE", str(comm.trace_buf_size))
         os.environ.setdefault("TORCH_FR_BUFFER_SIZE", str(comm.trace_buf_size))
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     if not dist.is_initialized():  # else the caller has joined it already, for several runs one after the other

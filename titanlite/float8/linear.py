@@ -295,7 +295,7 @@ class Float8Linear(nn.Linear):
         return self._recast(weight.operand(), second, emulate)[1]
 
     def _weight_copy(self, use: str, weight: Tensor, source: Tensor | None, how: CastConfig, emulate: bool) -> Operand:
-        """The weight, cast: once per optimizer step in eager mode.
+        """The weight, cast; in eager mode not again before it changes, from the second time on that it would be.
 
         Args:
             source: the parameter that ``weight`` is, or is the local part of.
@@ -326,7 +326,9 @@ class Float8Linear(nn.Linear):
 
     def forget_copies(self) -> None:
         """Drop the quantized copies of the weight, after a write to it that nothing else shows."""
-        object.__setattr__(self, "_copies", WeightCopies())
+        if "_copies" not in self.__dict__:
+            object.__setattr__(self, "_copies", WeightCopies())
+        self._copies.forget()
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_copies": WeightCopies()}

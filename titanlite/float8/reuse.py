@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections import Counter
 from collections.abc import Callable, Hashable
 from typing import Any
 
@@ -64,7 +65,8 @@ def optimizer_steps() -> int:
 
 
 class WeightCopies:
-    """The quantized copies of a layer's weight, until the weight changes.
+    """The quantized copies of a layer's weight, until the weight changes: of those that were used more than once the
+    time before, by several microbatches or by recomputation. Others would only take memory.
 
     It counts as changed when it is another tensor, was written to (its version counter) or given other memory, when an
     optimizer stepped, and when its gradient was thrown away after a backward (a hand-written update may have come
@@ -77,7 +79,16 @@ class WeightCopies:
         self.storage: torch.UntypedStorage | None = None  # held, so that its address is not given to another
         self.state: tuple[int, ...] = ()
         self.copies: dict[Hashable, Any] = {}
+        self.uses: Counter[Hashable] = Counter()  # of this state of the weight
+        self.used_again: dict[Hashable, bool] = {}  # in its last state
         self.backward_ran = False
+
+    def forget(self) -> None:
+        """Drop the copies, not what is known of their use."""
+        self.used_again |= {key: count > 1 for key, count in self.uses.items()}
+        self.uses.clear()
+        self.copies.clear()
+        self.weight, self.storage, self.backward_ran = None, None, False
 
     def get(self, weight: Tensor, key: Hashable, make: Callable[[], Any], *, in_forward: bool) -> Any:
         """The copy of ``weight`` under ``key``, which ``make`` makes if there is none.
@@ -91,11 +102,15 @@ class WeightCopies:
         state = (weight._version, local._version, storage._cdata, _optimizer_steps)
         thrown_away = in_forward and self.backward_ran and weight.requires_grad and weight.grad is None
         if self.weight is None or self.weight() is not weight or state != self.state or thrown_away:
-            self.copies.clear()
-            self.weight, self.storage, self.state, self.backward_ran = weakref.ref(weight), storage, state, False
-        if key not in self.copies:
-            # Hidden from dispatch modes: selective checkpointing replays the operations of a forward in order, and
-            # these come only when there is no copy yet.
-            with torch.no_grad(), _disable_current_modes():
-                self.copies[key] = make()
-        return self.copies[key]
+            self.forget()
+            self.weight, self.storage, self.state = weakref.ref(weight), storage, state
+        self.uses[key] += 1
+        if key in self.copies:
+            return self.copies[key]
+        # Hidden from dispatch modes: selective checkpointing replays the operations of a forward in order, and these
+        # come only when there is no copy yet.
+        with torch.no_grad(), _disable_current_modes():
+            made = make()
+        if self.uses[key] > 1 or self.used_again.get(key):
+            self.copies[key] = made
+        return made
