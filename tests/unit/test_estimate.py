@@ -259,7 +259,8 @@ def test_float8_of_gpus_is_estimated_without_one(recipe: str, compile: str) -> N
     bf16 = estimated(1, **options)
     float8 = estimated(1, model__converters="float8", float8__recipe_name=recipe, **options)
     assert float8.about["converter float8"] == f"{recipe}, 43 of 43 linear layers"
-    assert float8.ranks[0].activations != bf16.ranks[0].activations
+    kept = float8.ranks[0].activations / bf16.ranks[0].activations
+    assert kept == 1 if recipe == "rowwise_with_gw_hp" else kept < 0.95  # that one keeps inputs as they are
 
 
 def test_the_ways_of_the_cpu_are_not_those_of_gpus() -> None:

@@ -295,7 +295,7 @@ class Float8Linear(nn.Linear):
         return self._recast(weight.operand(), second, emulate)[1]
 
     def _weight_copy(self, use: str, weight: Tensor, source: Tensor | None, how: CastConfig, emulate: bool) -> Operand:
-        """The weight, cast; in eager mode not again before it changes, from the second time on that it would be.
+        """The weight, cast; in eager mode once for several microbatches.
 
         Args:
             source: the parameter that ``weight`` is, or is the local part of.

@@ -65,8 +65,8 @@ def optimizer_steps() -> int:
 
 
 class WeightCopies:
-    """The quantized copies of a layer's weight, until the weight changes: of those that were used more than once the
-    time before, by several microbatches or by recomputation. Others would only take memory.
+    """The quantized copies of a layer's weight, until the weight changes: of those that several microbatches use, as
+    they did the time before. A copy for recomputation alone would take the memory that checkpointing is to save.
 
     It counts as changed when it is another tensor, was written to (its version counter) or given other memory, when an
     optimizer stepped, and when its gradient was thrown away after a backward (a hand-written update may have come
@@ -104,7 +104,7 @@ class WeightCopies:
         if self.weight is None or self.weight() is not weight or state != self.state or thrown_away:
             self.forget()
             self.weight, self.storage, self.state = weakref.ref(weight), storage, state
-        self.uses[key] += 1
+        self.uses[key] += not (in_forward and torch._C._current_graph_task_id() != -1)  # else it is recomputed
         if key in self.copies:
             return self.copies[key]
         # Hidden from dispatch modes: selective checkpointing replays the operations of a forward in order, and these
