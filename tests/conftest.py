@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -112,6 +113,14 @@ def saved(folder: Path, step: int) -> dict[str, Any]:
     sums = dict(reversed(line.split("  ")) for line in (checkpoint / "SHA256SUMS").read_text().splitlines()[:-1])
     # .metadata has a number of its own for each save.
     return {**sums, ".metadata": None, "checkpoint.json": json.loads((checkpoint / "checkpoint.json").read_text())}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def compiler() -> Iterator[None]:
+    """Each file starts with a compiler that remembers nothing: which files share a process is chance."""
+    yield
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()
 
 
 @pytest.fixture

@@ -115,8 +115,7 @@ class KVCache:
             mask = None  # the last token sees all
             if new > 1:
                 mask = torch.ones(new, start + new, dtype=torch.bool, device=q.device).tril(start)
-            grouped = q.shape[1] != k.shape[1]
-            out = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask, enable_gqa=grouped)
+            out = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask, enable_gqa=True)
         return torch.cat((out, out[:, :, -1:].expand(-1, -1, filling, -1)), 2) if filling else out
 
     def _append(self, module: nn.Module, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:

@@ -87,7 +87,8 @@ def apply_rope(x: Tensor, rope: Tensor) -> Tensor:
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Of q [batch, heads, seq_len, head_dim] to k and v [batch, kv_heads, seq_len, head_dim]."""
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
+    # Grouped without asking whether it is: the compiler may hold the numbers of heads as symbols.
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
 
 
 class Attention(nn.Module):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from models.llama3.model import Llama3, Llama3Args, RopeScaling
+from models.llama3.model import Llama3, Llama3Args, RopeScaling, causal_attention
 from models.llama3.spec import FLAVORS, configure, model_size
 from titanlite.distributed.init import WeightInit
 from titanlite.errors import ConfigError
@@ -127,6 +127,13 @@ def test_flavors_have_the_published_sizes(flavor: str, params: int) -> None:
     size = model_size(model)
     assert size.params == params
     assert size.heads * size.head_dim == FLAVORS[flavor].dim
+
+
+def test_attention_compiles_for_any_number_of_heads() -> None:
+    attend = torch.compile(causal_attention, backend="aot_eager", fullgraph=True, dynamic=True)
+    for heads, kv_heads in ((4, 2), (8, 8), (6, 3)):
+        q, k, v = (torch.randn(2, n, 16, 8) for n in (heads, kv_heads, kv_heads))
+        torch.testing.assert_close(attend(q, k, v), causal_attention(q, k, v))
 
 
 def test_debugmodel_takes_the_tokenizers_vocabulary() -> None:
