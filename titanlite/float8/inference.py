@@ -20,9 +20,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from titanlite.float8.devices import default_dtypes, has_native_float8
-from titanlite.float8.linear import Float8Linear, refuse_double_backward
+from titanlite.float8.linear import Float8Linear
 from titanlite.float8.matmul import Operand, scaled_mm
 from titanlite.float8.numerics import amax_of, amax_to_scale, dequantize, quantize
+from titanlite.float8.products import refuse_double_backward
 
 logger = logging.getLogger("titanlite.float8")
 

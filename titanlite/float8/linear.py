@@ -1,8 +1,8 @@
-"""The float8 linear layer: three matmuls, each on operands cast as its configuration says."""
+"""The float8 linear layer: what it casts for its three matmuls, and how, as its configuration says."""
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,101 +13,11 @@ from titanlite.float8 import kernels, scaling
 from titanlite.float8.config import CastConfig, Float8LinearConfig
 from titanlite.float8.devices import must_emulate
 from titanlite.float8.fsdp import gathered_in_float8, plain
-from titanlite.float8.matmul import Operand, cast, cast_by_kernels, scaled_mm
+from titanlite.float8.matmul import Operand, cast, cast_by_kernels
 from titanlite.float8.numerics import dequantize
+from titanlite.float8.products import Float8Matmul, Ranks
 from titanlite.float8.reuse import WeightCopies, remember, remembered
 from titanlite.float8.tensor import Float8Tensor
-
-
-class Ranks(Protocol):
-    """The ranks of a row-parallel layer, each of which has a part of its input features.
-
-    What they communicate is part of the matmul: its backward takes the gradient in float8 as it arrives, which autograd
-    could not hand on.
-    """
-
-    def sum(self, output: Tensor) -> Tensor:
-        """The sum over the ranks, or this rank's share of it."""
-
-    def whole(self, grad: Tensor) -> Tensor | Operand:
-        """The gradient of the whole sum, made of the gradient of what :meth:`sum` returned."""
-
-
-class _Matmul(torch.autograd.Function):
-    """``x @ weight.T`` and its two gradients.
-
-    ``x`` is there for autograd alone: the output is computed from its cast, and what backward needs of it is saved as
-    the cast for grad_weight, one byte per element. ``weight`` is saved as it is, which costs nothing: it is a parameter
-    (and under FSDP2 freed and gathered again in between).
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        x_data: Tensor,
-        x_scale: Tensor | None,
-        w_data: Tensor,
-        w_scale: Tensor | None,
-        saved_data: Tensor | None,
-        saved_scale: Tensor | None,
-        layer: Float8Linear,
-        emulate: bool,
-        ranks: Ranks | None,
-    ) -> Tensor:
-        if saved_data is None:
-            saved_data, saved_scale = x_data, x_scale
-        if weight.requires_grad:
-            ctx.save_for_backward(weight, saved_data, saved_scale)
-        else:
-            ctx.save_for_backward(weight)
-        ctx.source = None if torch.compiler.is_compiling() else layer.weight
-        ctx.layer, ctx.emulate, ctx.ranks, ctx.shape, ctx.dtype = layer, emulate, ranks, x.shape, x.dtype
-        out = scaled_mm(
-            Operand(x_data, x_scale),
-            Operand(w_data, w_scale).t(),
-            out_dtype=x.dtype,
-            fast_accum=layer.config.gemm_config_output.use_fast_accum,
-            emulate=emulate,
-        )
-        # Not a view in the eyes of autograd, as of F.linear: FSDP2 warns of modules that return one.
-        out = torch.ops.aten._unsafe_view(out, [*x.shape[:-1], out.shape[-1]])
-        return out if ranks is None else ranks.sum(out)
-
-    @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        weight, *saved = ctx.saved_tensors
-        layer, emulate = ctx.layer, ctx.emulate
-        if not torch.compiler.is_compiling():
-            layer._copies.backward_ran = True
-            refuse_double_backward()
-        grad_input = grad_weight = None
-        whole = grad_output if ctx.ranks is None else ctx.ranks.whole(grad_output)
-        g_for_input, g_for_weight = layer._cast_grad_output(whole, emulate, ctx.needs_input_grad[1])
-        if ctx.needs_input_grad[0]:
-            grad_input = scaled_mm(
-                g_for_input,
-                layer._weight_for_grad_input(weight, ctx.source, emulate),
-                out_dtype=ctx.dtype,
-                fast_accum=layer.config.gemm_config_grad_input.use_fast_accum,
-                emulate=emulate,
-            ).view(ctx.shape)
-        if ctx.needs_input_grad[1]:
-            grad_weight = scaled_mm(
-                g_for_weight.t(),
-                Operand(*saved),
-                out_dtype=ctx.dtype,
-                fast_accum=layer.config.gemm_config_grad_weight.use_fast_accum,
-                emulate=emulate,
-            )
-        return grad_input, grad_weight, *[None] * 9
-
-
-def refuse_double_backward() -> None:
-    """For the backward of a cast matmul, which is not differentiable itself: gradients of it would lack terms."""
-    if torch.is_grad_enabled():
-        raise RuntimeError("a float8 layer has no second derivative: leave out create_graph=True, or convert it back")
 
 
 def why_not_convertible(module: nn.Module) -> str | None:
@@ -221,7 +131,7 @@ class Float8Linear(nn.Linear):
         w = self._weight_for_output(weight, self.weight, emulate)
         if saved is x:
             saved = Operand(None, None)  # type: ignore[arg-type]  # the compiler takes no tensor twice
-        out: Tensor = _Matmul.apply(input, weight, *x, *w, *saved, self, emulate, ranks)
+        out: Tensor = Float8Matmul.apply(input, weight, *x, *w, *saved, self, emulate, ranks)
         return out
 
     # ---- the operands
