@@ -25,6 +25,7 @@ from titanlite.distributed.tensor_parallel import (
     row_parallel,
 )
 from titanlite.errors import ConfigError
+from titanlite.float8 import Float8Linear, swiglu_linear
 
 
 def parallelize(model: nn.Module, mesh: Mesh, config: JobConfig) -> dict[str, str]:
@@ -44,6 +45,10 @@ def parallelize(model: nn.Module, mesh: Mesh, config: JobConfig) -> dict[str, st
         done["context parallelism"] = f"{mesh.cp.size()} processes, {method}"
     elif mesh.pp.size() > 1:
         positions = torch.arange(model.args.max_seq_len, device=mesh.device_type)
+    for layer in model.layers.values():
+        assert isinstance(layer, TransformerBlock)
+        if isinstance(layer.feed_forward.w2, Float8Linear):
+            layer.feed_forward.project = swiglu_linear  # type: ignore[method-assign]
     if mesh.cp.size() == 1 and attends_in_float32(model.args, mesh, config):
         for layer in model.layers.values():
             assert isinstance(layer, TransformerBlock)

@@ -95,6 +95,18 @@ def input_bytes(recipe: str, k: int, again: bool = False) -> int:
     return _again(*layouts, k) if again else bytes_per_element(*layouts, k)
 
 
+def swiglu_bytes(recipe: str, k: int) -> tuple[int, int]:
+    """What SwiGLU moves for each of its ``k`` features, with the cast of its product for the layer that takes it, and
+    in backward. In float8 the product is not written: backward makes the copy for grad_weight beside the gradients."""
+    config = config_of(recipe)
+    if config is None:
+        return 3 * BF16, 5 * BF16
+    first, second = layout_of(config.cast_config_input), layout_of(config.cast_config_input_for_grad_weight)
+    # Beside those of the first cast, one for the largest magnitudes of the second.
+    passes = reads(first, "none", k) + (second != "none" and not first == second == "tensor")
+    return 2 * BF16 * passes + 1, 5 * BF16 + (BF16 if second == "none" else 1)
+
+
 def grad_bytes(recipe: str, n: int) -> int:
     """As :func:`input_bytes`, of the gradient of its output, of ``n`` features."""
     config = config_of(recipe)

@@ -55,8 +55,8 @@ class Linears:
         }
         # Every second matmul of a block (titanlite/distributed/activation_checkpoint.py).
         self.again = [size for i, size in enumerate(self.all.values()) if i % 2]
-        # wq, wk and wv take one input, w1 and w3 another: cast once.
-        self.inputs = [args.dim, heads, args.dim, ffn]
+        # wq, wk and wv take one input, w1 and w3 another: cast once. What w2 takes is in cost.swiglu_bytes.
+        self.inputs = [args.dim, heads, args.dim]
 
 
 def step_gemms(args: Llama3Args, recipe: str, tokens: int) -> tuple[list[Gemm], list[Gemm]]:
@@ -78,35 +78,32 @@ def cast_bytes(args: Llama3Args, recipe: str, tokens: int, scales_follow: bool) 
 
 
 def cast_again_bytes(args: Llama3Args, recipe: str, tokens: int) -> int:
-    """Of the casts that are computed again: largest magnitudes are kept, the casts themselves are not. Of the inputs,
-    where grad_weight takes them in float8, or for matmuls that are computed again, as of the weights."""
-    linears, config = Linears(args), cost.config_of(recipe)
-    if config is None:
-        return 0
-    always = config.cast_config_input_for_grad_weight.is_cast
-    inputs = [args.dim, args.dim, args.dim, *([args.ffn_dim] if always else [])]
-    found = sum(tokens * k * cost.input_bytes(recipe, k, again=True) for k in inputs)
+    """Of the casts that are computed again: largest magnitudes are kept, the casts themselves are not."""
+    linears = Linears(args)
+    found = sum(tokens * k * cost.input_bytes(recipe, k, again=True) for k in linears.inputs)
     found += sum(k * n * cost.weight_bytes_of_output(recipe, k, again=True) for k, n in linears.again)
     return found * args.n_layers
 
 
-def memory_bytes(args: Llama3Args, tokens: int) -> tuple[int, int]:
+def memory_bytes(args: Llama3Args, recipe: str, tokens: int) -> tuple[int, int]:
     """Of all that is neither matmul nor attention nor cast, where each operation is fused with its neighbours as far
-    as matmuls and attention let it: in the step, and of that what is computed again."""
+    as matmuls and attention let it, and of SwiGLU with its casts: in the step, and of that what is computed again."""
     kv = args.n_kv_heads * args.head_dim
     # Each norm with the addition before it: the stream and the branch in, the sum and the normalized out. Backward: the
     # gradients of both and the stream in, its gradient out. Again: the stream in, the normalized out.
     norms, norms_backward, norms_again = 2 * 4 * args.dim, 2 * 4 * args.dim, 2 * 2 * args.dim
     rope = 2 * (args.dim + kv)  # queries and keys, in and out
-    swiglu, swiglu_backward = 3 * args.ffn_dim, 5 * args.ffn_dim
-    block = norms + norms_backward + 2 * rope + swiglu + swiglu_backward
-    again = norms_again + rope + swiglu
+    # Again, where backward does not make it itself: the product.
+    swiglu, swiglu_backward = cost.swiglu_bytes(recipe, args.ffn_dim)
+    swiglu_again = swiglu if recipe == "bf16" else 0
+    block = BF16 * (norms + norms_backward + 2 * rope) + args.ffn_dim * (swiglu + swiglu_backward)
+    again = BF16 * (norms_again + rope) + args.ffn_dim * swiglu_again
     # The embeddings in and out, the last norm, and the logits, whose gradient is written where they were read.
     ends = 2 * args.dim + 5 * args.dim + 2 * args.vocab_size
     with torch.device("meta"):
         parameters = sum(p.numel() for p in Llama3(args).parameters())
-    once = BF16 * tokens * (args.n_layers * block + ends) + PER_PARAMETER * parameters
-    return once, BF16 * tokens * args.n_layers * again
+    once = tokens * (args.n_layers * block + BF16 * ends) + PER_PARAMETER * parameters
+    return once, tokens * args.n_layers * again
 
 
 class Clock:
@@ -194,7 +191,7 @@ def floor(row: dict[str, Any], args: Llama3Args, at: Ceilings, clock: Clock | Gi
     """The floor of the step of ``row``, which may have measured it, and its parts, in seconds."""
     tokens = row["batch"] * row["seq_len"]
     once, again = step_gemms(args, row["config"], tokens)
-    memory, memory_again = memory_bytes(args, tokens)
+    memory, memory_again = memory_bytes(args, row["config"], tokens)
     parts = {
         "matmul_s": sum(map(clock.gemm, once)),
         "attention_s": args.n_layers * clock.attention(args, row["batch"], row["seq_len"]),

@@ -94,7 +94,18 @@ def predicted_steps(results: list[dict[str, Any]]) -> list[list[str]]:
     return rows
 
 
-# By result file; after a slash, which of several tables of one.
+def float8_memory(results: list[dict[str, Any]]) -> list[list[str]]:
+    rows = [["", "checkpointing", "config", "kept per layer", "of bf16's", "peak of the step", "of bf16's"]]
+    for r in results:
+        kept = ["", ""]
+        if "kept_per_layer_mib" in r:
+            kept = [f"{r['kept_per_layer_mib']:.0f} MiB", f"{r['kept_over_bf16']:.3f}"]
+        peak = [f"{r['estimated_peak_gib']:.2f} GiB", f"{r['peak_over_bf16']:.3f}"]
+        how = "compiled" if r["compile"] else "eager"
+        rows.append([how, r["activation_checkpoint"], r["config"], *kept, *peak])
+    return rows
+
+
 def time_budget(results: list[dict[str, Any]]) -> list[list[str]]:
     parts = list(dict.fromkeys(part for r in results for part in r["parts_ms"]))
     rows = [["config", "", *parts, "step"]]
@@ -104,12 +115,14 @@ def time_budget(results: list[dict[str, Any]]) -> list[list[str]]:
     return rows
 
 
+# By result file; after a slash, which of several tables of one.
 TABLES: dict[str, Callable[[list[dict[str, Any]]], list[list[str]]]] = {
     "loss_parity": loss_parity,
     "memory_estimates": memory_estimates,
     "checkpoint_save": checkpoint_save,
     "cpu_step": cpu_step,
     "time_budget": time_budget,
+    "float8_memory": float8_memory,
     "roofline_assumed/linears": predicted_linears,
     "roofline_assumed/steps": predicted_steps,
 }

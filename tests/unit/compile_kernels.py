@@ -26,10 +26,15 @@ def target_of(name: str) -> GPUTarget:
 
 
 def compile(name: str, kernel: triton.JITFunction, signature: dict[str, str], constants: dict[str, object]) -> None:
-    options = {"num_warps": constants.pop("num_warps")}
-    full = {**signature, **dict.fromkeys(constants, "constexpr")}
-    divisible = {(i,): [["tt.divisibility", 16]] for i, t in enumerate(signature.values()) if t == "i32" or t[0] == "*"}
-    source = ASTSource(kernel, full, {(kernel.arg_names.index(k),): v for k, v in constants.items()}, divisible)
+    options = {"num_warps": constants["num_warps"]}
+    full = {name: signature.get(name, "constexpr") for name in kernel.arg_names}
+    divisible = {(i,): [["tt.divisibility", 16]] for i, t in enumerate(full.values()) if t == "i32" or t[0] == "*"}
+    source = ASTSource(
+        kernel,
+        full,
+        {(i,): constants.get(k) for i, k in enumerate(kernel.arg_names) if full[k] == "constexpr"},
+        divisible,
+    )
     compiled = triton.compile(source, target=target_of(name), options=options)
     assert compiled.asm["hsaco" if name.startswith("gfx") else "cubin"]
 
@@ -51,14 +56,33 @@ def main(name: str) -> None:
             signature |= {"by_columns": out, "column_scale": "*fp32", **sizes}
             tensorwise = launch.HOW["tensor"] in (by_rows, by_columns)
             rounded = {"POWER_OF_2": not tensorwise}  # as the recipes have it
-            compile(name, kernels.cast_kernel, signature, {**numbers, **rounded, **how, **launch.CAST_TILE.options()})
-            signature = {"x": f"*{x}", "row_amax": "*i32", "column_amax": "*i32", **sizes}
-            compile(name, kernels.amax_kernel, signature, {**how, **launch.AMAX_TILE.options()})
+            options = {**numbers, **rounded, **how, **launch.CAST_TILE.options()}
+            compile(name, kernels.cast_kernel, signature, options)
+            of_amaxes = {"x": f"*{x}", "row_amax": "*i32", "column_amax": "*i32", **sizes}
+            compile(name, kernels.amax_kernel, of_amaxes, {**how, **launch.AMAX_TILE.options()})
             count += 2
+            if launch.HOW["none"] in (by_rows, by_columns):  # as SwiGLU has them cast
+                gate = {"gate": f"*{x}"}
+                compile(name, kernels.cast_kernel, {**signature, **gate}, options)
+                compile(name, kernels.amax_kernel, {**of_amaxes, **gate}, {**how, **launch.AMAX_TILE.options()})
+                count += 2
         signature = {"x": f"*{x}", "by_rows": out, "row_scale": "*fp32", "N": "i32", "stride": "i32"}
         for block, warps in ((4096, 4), (32768, 16)):
             options = {"POWER_OF_2": True, "BLOCK_N": block, "num_warps": warps}
             compile(name, kernels.row_cast_kernel, signature, {**numbers, **options})
+            compile(name, kernels.row_cast_kernel, {**signature, "gate": f"*{x}"}, {**numbers, **options})
+            count += 2
+        like_up = dict.fromkeys(("grad", "gate", "up", "grad_gate", "grad_up"), f"*{x}") | {"M": "i32", "N": "i32"}
+        scales = {"column_amax": "*i32", "column_scale": "*fp32", "product": out}
+        options = {**numbers, "POWER_OF_2": True, **launch.CAST_TILE.options()}
+        for by_columns, signature in (
+            ("none", like_up),
+            ("none", {**like_up, "product": f"*{x}"}),
+            ("tensor", {**like_up, **scales}),
+            ("vector", {**like_up, **scales}),
+        ):
+            given = {**options, "BY_COLUMNS": launch.HOW[by_columns]}
+            compile(name, kernels.swiglu_backward_kernel, signature, given)
             count += 1
     for x in ("bf16", "fp32"):
         signature = {"product": f"*{x}", "row_scale": "*fp32", "column_scale": "*fp32", "out": f"*{x}"}

@@ -183,7 +183,7 @@ def test_what_a_step_of_llama_8b_computes() -> None:
     assert sum(2 * g.m * g.k * g.n for g in once) == 6 * 8192 * (blocks + 4096 * 128256)
     assert sum(2 * g.m * g.k * g.n for g in again) == 2 * 8192 * 16 * (4096 * 1024 + 4096 * 4096 + 4096 * 14336)
     assert {g.precision for g in once if 128256 in g[1:4]} == {"bf16"}
-    inputs, outputs = 4096 * 3 + 14336, 4096 * 3 + 1024 * 2 + 14336 * 2
+    inputs, outputs = 4096 * 3, 4096 * 3 + 1024 * 2 + 14336 * 2  # w2's input is SwiGLU's
     rescaled = 4 * (8192 * (5 * 4096 + 4096 + 14336) + 218_103_808)
     assert step_floor.cast_bytes(args, "rowwise", 8192, True) == 16 * (
         6 * 8192 * (inputs + outputs) + 8 * 218_103_808 + rescaled
@@ -198,6 +198,11 @@ def test_what_a_step_of_llama_8b_computes() -> None:
         assert step_floor.cast_again_bytes(args, recipe, 8192) == 16 * again
     again = 3 * 8192 * 3 * 4096 + 3 * weights
     assert step_floor.cast_again_bytes(args, "rowwise_with_gw_hp", 8192) == 16 * again
+    wide = 8192 * 14336
+    (bf16, bf16_again), *others = (step_floor.memory_bytes(args, r, 8192) for r in ("bf16", *harness.RECIPES))
+    # Forward 6 bytes, backward 10; in float8 9 (the cast included) and 11, with the product in bf16 5 and 12.
+    assert [once - bf16 for once, _ in others] == [16 * wide * more for more in (4, 4, 1)]
+    assert [bf16_again - again for _, again in others] == [16 * wide * 6] * 3  # backward makes it
 
 
 @pytest.mark.parametrize(("option", "says"), [("--check", "one of linear"), ("--train", "one of train or peers")])

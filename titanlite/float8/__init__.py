@@ -11,7 +11,7 @@ from titanlite.float8.config import (
 )
 from titanlite.float8.convert import convert_to_float8_training, high_precision
 from titanlite.float8.fsdp import precompute_float8_dynamic_scale_for_fsdp
-from titanlite.float8.linear import Float8Linear, why_not_convertible
+from titanlite.float8.linear import Float8Linear, swiglu_linear, why_not_convertible
 from titanlite.float8.scaling import sync_float8_amax_and_scale_history
 
 __all__ = [
@@ -26,6 +26,7 @@ __all__ = [
     "convert_to_float8_training",
     "high_precision",
     "precompute_float8_dynamic_scale_for_fsdp",
+    "swiglu_linear",
     "sync_float8_amax_and_scale_history",
     "why_not_convertible",
 ]

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 
-from titanlite.float8.matmul import Operand, scaled_mm
+from titanlite.float8 import kernels
+from titanlite.float8.matmul import Operand, layout_of, scaled_mm
 
 if TYPE_CHECKING:
     from titanlite.float8.linear import Float8Linear
@@ -73,6 +74,54 @@ class Float8Matmul(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             grad_weight = _grad_weight(ctx, g_for_weight, Operand(*saved))
         return grad_input, grad_weight, *[None] * 9
+
+
+class Float8SwiGLUMatmul(torch.autograd.Function):
+    """``(silu(gate) * up) @ weight.T`` and its gradients, by kernels.
+
+    The product of SwiGLU, as large as ``gate`` and ``up``, which are kept anyway, is neither written nor kept: backward
+    makes the copy of it that grad_weight takes while it reads both for their gradients.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        gate: Tensor,
+        up: Tensor,
+        weight: Tensor,
+        data: Tensor,
+        scale: Tensor,
+        w_data: Tensor,
+        w_scale: Tensor,
+        amaxes: Tensor,
+        layer: Float8Linear,
+    ) -> Tensor:
+        ctx.save_for_backward(gate, up, weight, amaxes)
+        _remember(ctx, layer, up, emulate=False)
+        return _output(ctx, Operand(data, scale), Operand(w_data, w_scale))
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        gate, up, weight, amaxes = ctx.saved_tensors
+        _begin_backward(ctx)
+        config = ctx.layer.config
+        for_weight = ctx.needs_input_grad[2]
+        g_for_input, g_for_weight = ctx.layer._cast_grad_output(grad_output, False, for_weight)
+        how = config.cast_config_input_for_grad_weight
+        grad_gate, grad_up, data, scale = kernels.swiglu_backward(
+            _grad_input(ctx, g_for_input, weight),
+            gate.reshape(-1, gate.shape[-1]),
+            up.reshape(-1, up.shape[-1]),
+            amaxes,
+            how.dtype,
+            "none" if not for_weight else layout_of(how) if how.is_cast else "high_precision",
+            config.round_scales_to_power_of_2,
+        )
+        grad_weight = None
+        if for_weight:
+            product = Operand(data.t(), scale) if how.is_cast else Operand(data, None)
+            grad_weight = _grad_weight(ctx, g_for_weight, product)
+        return grad_gate.view(ctx.shape), grad_up.view(ctx.shape), grad_weight, *[None] * 6
 
 
 def _remember(ctx: Any, layer: Float8Linear, x: Tensor, emulate: bool) -> None:

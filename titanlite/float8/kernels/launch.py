@@ -17,6 +17,7 @@ from titanlite.float8.kernels.outputs import (
     output_of_amaxes,
     output_of_rescale,
     outputs_of_cast,
+    outputs_of_swiglu_backward,
 )
 
 HOW = {"none": kernels.NONE.value, "tensor": kernels.TENSOR.value, "vector": kernels.VECTOR.value}
@@ -48,16 +49,16 @@ RESCALE_TILE = Tile(32, 256, 4)
 ROW_PER_WARP = 1024  # elements, in row_cast_kernel
 
 
-def amaxes(x: Tensor, by_rows: str, by_columns: str) -> Tensor:
+def amaxes(x: Tensor, by_rows: str, by_columns: str, gate: Tensor | None = None) -> Tensor:
     """``titanlite_float8::amaxes``: the bits of float32 magnitudes, of rows and then of columns; empty where the cast
     needs none."""
     if in_one_pass(x.shape[1], by_rows, by_columns):
         return output_of_amaxes(x, by_rows, by_columns)
-    x = x if x.stride(1) == 1 else x.contiguous()
+    x, gate = _alike(x, gate)
     found = torch.zeros(sum(counts(x, by_rows, by_columns)), dtype=torch.int32, device=x.device)
     with _on(x):
         kernels.amax_kernel[AMAX_TILE.grid(x)](
-            *(x, *_parts(found, x, by_rows, by_columns), *x.shape, x.stride(0)),
+            *(x, gate, *_parts(found, x, by_rows, by_columns), *x.shape, x.stride(0)),
             BY_ROWS=HOW[by_rows],
             BY_COLUMNS=HOW[by_columns],
             **AMAX_TILE.options(),
@@ -66,21 +67,27 @@ def amaxes(x: Tensor, by_rows: str, by_columns: str) -> Tensor:
 
 
 def cast_with(
-    x: Tensor, amaxes: Tensor, dtype: torch.dtype, by_rows: str, by_columns: str, power_of_2: bool
+    x: Tensor,
+    amaxes: Tensor,
+    dtype: torch.dtype,
+    by_rows: str,
+    by_columns: str,
+    power_of_2: bool,
+    gate: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """``titanlite_float8::cast``, of what :func:`amaxes` returned for the same layouts."""
     out = outputs_of_cast(x, amaxes, dtype, by_rows, by_columns, power_of_2)
-    x = x if x.stride(1) == 1 else x.contiguous()
+    x, gate = _alike(x, gate)
     m, n = x.shape
-    numbers = {"FP8_MAX": torch.finfo(dtype).max, "POWER_OF_2": power_of_2, "DTYPE": DTYPES[dtype]}
+    numbers = _numbers(dtype, power_of_2)
     with _on(x):
         if in_one_pass(x.shape[1], by_rows, by_columns):
             block = triton.next_power_of_2(n)
             warps = min(max(block // ROW_PER_WARP, 1), 16)
-            kernels.row_cast_kernel[(m,)](x, *out[:2], n, x.stride(0), BLOCK_N=block, num_warps=warps, **numbers)
+            kernels.row_cast_kernel[(m,)](x, gate, *out[:2], n, x.stride(0), BLOCK_N=block, num_warps=warps, **numbers)
         else:
             kernels.cast_kernel[CAST_TILE.grid(x)](
-                *(x, *_parts(amaxes, x, by_rows, by_columns), *out, m, n, x.stride(0)),
+                *(x, gate, *_parts(amaxes, x, by_rows, by_columns), *out, m, n, x.stride(0)),
                 BY_ROWS=HOW[by_rows],
                 BY_COLUMNS=HOW[by_columns],
                 **numbers,
@@ -94,6 +101,36 @@ def cast(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """:func:`titanlite.float8.kernels.cast`, without the dispatcher."""
     return cast_with(x, amaxes(x, by_rows, by_columns), dtype, by_rows, by_columns, power_of_2)
+
+
+def swiglu_backward(
+    grad: Tensor, gate: Tensor, up: Tensor, amaxes: Tensor, dtype: torch.dtype, by_columns: str, power_of_2: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """``titanlite_float8::swiglu_backward``."""
+    grad, gate, up = (tensor.contiguous() for tensor in (grad, gate, up))
+    grad_gate, grad_up, product, scale = outputs_of_swiglu_backward(
+        grad, gate, up, amaxes, dtype, by_columns, power_of_2
+    )
+    with _on(up):
+        kernels.swiglu_backward_kernel[CAST_TILE.grid(up)](
+            *(grad, gate, up, amaxes, grad_gate, grad_up),
+            *(None if by_columns == "none" else product, scale, *up.shape),
+            BY_COLUMNS=HOW.get(by_columns, HOW["none"]),
+            **_numbers(dtype, power_of_2),
+            **CAST_TILE.options(),
+        )
+    return grad_gate, grad_up, product, scale
+
+
+def _numbers(dtype: torch.dtype, power_of_2: bool) -> dict[str, object]:
+    return {"FP8_MAX": torch.finfo(dtype).max, "POWER_OF_2": power_of_2, "DTYPE": DTYPES[dtype]}
+
+
+def _alike(x: Tensor, gate: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """With neighbours in a row side by side, and if there is a gate both without gaps between rows."""
+    if gate is not None:
+        return x.contiguous(), gate.contiguous()
+    return x if x.stride(1) == 1 else x.contiguous(), None
 
 
 def _parts(amaxes: Tensor, x: Tensor, by_rows: str, by_columns: str) -> tuple[Tensor, Tensor]:

@@ -19,13 +19,19 @@ def counts(x: Tensor, by_rows: str, by_columns: str) -> tuple[int, int]:
     return {"none": 0, "tensor": 1, "vector": m}[by_rows], {"none": 0, "tensor": 1, "vector": n}[by_columns]
 
 
-def output_of_amaxes(x: Tensor, by_rows: str, by_columns: str) -> Tensor:
+def output_of_amaxes(x: Tensor, by_rows: str, by_columns: str, gate: Tensor | None = None) -> Tensor:
     count = 0 if in_one_pass(x.shape[1], by_rows, by_columns) else sum(counts(x, by_rows, by_columns))
     return x.new_empty(count, dtype=torch.int32)
 
 
 def outputs_of_cast(
-    x: Tensor, amaxes: Tensor, dtype: torch.dtype, by_rows: str, by_columns: str, power_of_2: bool
+    x: Tensor,
+    amaxes: Tensor,
+    dtype: torch.dtype,
+    by_rows: str,
+    by_columns: str,
+    power_of_2: bool,
+    gate: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     m, n = x.shape
 
@@ -34,6 +40,17 @@ def outputs_of_cast(
         return x.new_empty((0,) if how == "none" else shape, dtype=dtype), x.new_empty(scale, dtype=torch.float32)
 
     return *layout(by_rows, (m, n), (m, 1)), *layout(by_columns, (n, m), (1, n))
+
+
+def outputs_of_swiglu_backward(
+    grad: Tensor, gate: Tensor, up: Tensor, amaxes: Tensor, dtype: torch.dtype, by_columns: str, power_of_2: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    m, n = up.shape
+    shape: tuple[int, ...] = {"none": (0,), "high_precision": (m, n)}.get(by_columns, (n, m))
+    scale: tuple[int, ...] = {"tensor": (), "vector": (1, n)}.get(by_columns, (0,))
+    product = up.new_empty(shape, dtype=dtype if by_columns in ("tensor", "vector") else up.dtype)
+    gradients = (torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in (gate, up))
+    return *gradients, product, up.new_empty(scale, dtype=torch.float32)  # type: ignore[return-value]
 
 
 def output_of_rescale(product: Tensor, row_scale: Tensor, column_scale: Tensor, dtype: torch.dtype) -> Tensor:

@@ -2,7 +2,8 @@
 
 Matrices are row-major, (rows, columns), of M and N elements. A cast *by rows* gives what a matmul contracts along the
 columns: scales of rows and row-major data. One *by columns* gives what a matmul contracts along the rows: scales of
-columns, and the data transposed, since float8 units take both operands with what they sum over lying together.
+columns, and the data transposed, since float8 units take both operands with what they sum over lying together. Where
+there is a gate, it is silu(gate) * x that is cast, as in SwiGLU.
 
 Numbers are those of :mod:`titanlite.float8.numerics`, to the bit. An amax travels as the bits of its float32, which
 order as magnitudes do, NaN above infinity: integer maxima, and thereby atomic ones, then keep a NaN.
@@ -52,6 +53,21 @@ def _quantize(x, scale, FP8_MAX: constexpr, DTYPE: constexpr):
 
 
 @triton.jit
+def _values(x, gate, offsets, inside):
+    """What is cast: x, or the product of SwiGLU, rounded to the dtype of x as if it had been written."""
+    values = tl.load(x + offsets, mask=inside, other=0.0)
+    if gate is not None:
+        silu = _silu(tl.load(gate + offsets, mask=inside, other=0.0).to(tl.float32))
+        values = (silu * values.to(tl.float32)).to(x.dtype.element_ty)
+    return values
+
+
+@triton.jit
+def _silu(gate):
+    return gate / (1.0 + tl.exp(-gate))
+
+
+@triton.jit
 def _scale_of_all(amax, to, FP8_MAX: constexpr, POWER_OF_2: constexpr):
     """The scale of the tensor, of shape (1,); stored by every program, the same by each."""
     only = tl.zeros([1], tl.int32)
@@ -74,6 +90,7 @@ def _tile(M, N, BLOCK_M: constexpr, BLOCK_N: constexpr, BACKWARD: constexpr):
 @triton.jit
 def amax_kernel(
     x,
+    gate,
     row_amax,
     column_amax,
     M,
@@ -88,7 +105,7 @@ def amax_kernel(
     x once."""
     _, _, rows, columns = _tile(M, N, BLOCK_M, BLOCK_N, False)
     inside = (rows < M)[:, None] & (columns < N)[None, :]
-    values = tl.load(x + rows.to(tl.int64)[:, None] * stride + columns[None, :], mask=inside, other=0.0)
+    values = _values(x, gate, rows.to(tl.int64)[:, None] * stride + columns[None, :], inside)
     bits = _magnitude_bits(values)
     if BY_ROWS == VECTOR:
         tl.atomic_max(row_amax + rows, tl.max(bits, 1), mask=rows < M, sem="relaxed")
@@ -103,6 +120,7 @@ def amax_kernel(
 @triton.jit
 def cast_kernel(
     x,
+    gate,
     row_amax,
     column_amax,
     by_rows,
@@ -124,7 +142,7 @@ def cast_kernel(
     once; last tiles first, which the kernel of the amaxes has left in the cache."""
     down, across, rows, columns = _tile(M, N, BLOCK_M, BLOCK_N, True)
     inside = (rows < M)[:, None] & (columns < N)[None, :]
-    values = tl.load(x + rows.to(tl.int64)[:, None] * stride + columns[None, :], mask=inside, other=0.0)
+    values = _values(x, gate, rows.to(tl.int64)[:, None] * stride + columns[None, :], inside)
     if BY_ROWS == VECTOR:
         scale = _scale(tl.load(row_amax + rows, mask=rows < M, other=0), FP8_MAX, POWER_OF_2)
         if across == 0:
@@ -134,23 +152,37 @@ def cast_kernel(
         q = _quantize(values, _scale_of_all(row_amax, row_scale, FP8_MAX, POWER_OF_2)[:, None], FP8_MAX, DTYPE)
     if BY_ROWS != NONE:
         tl.store(by_rows + rows.to(tl.int64)[:, None] * N + columns[None, :], q, mask=inside)
-    if BY_COLUMNS == VECTOR:
-        scale = _scale(tl.load(column_amax + columns, mask=columns < N, other=0), FP8_MAX, POWER_OF_2)
-        if down == 0:
-            tl.store(column_scale + columns, scale, mask=columns < N)
+    if BY_COLUMNS == VECTOR or (BY_COLUMNS == TENSOR and BY_ROWS != TENSOR):
+        scale = _scale_of_columns(column_amax, column_scale, columns, N, down, FP8_MAX, POWER_OF_2, BY_COLUMNS)
         q = _quantize(values, scale[None, :], FP8_MAX, DTYPE)
-    elif BY_COLUMNS == TENSOR:
-        scale = _scale_of_all(column_amax, column_scale, FP8_MAX, POWER_OF_2)
-        if BY_ROWS != TENSOR:  # else it is what q is
-            q = _quantize(values, scale[None, :], FP8_MAX, DTYPE)
+    elif BY_COLUMNS == TENSOR:  # q is as it should be
+        _scale_of_all(column_amax, column_scale, FP8_MAX, POWER_OF_2)
     if BY_COLUMNS != NONE:
-        inside = (columns < N)[:, None] & (rows < M)[None, :]
-        tl.store(by_columns + columns.to(tl.int64)[:, None] * M + rows[None, :], tl.trans(q), mask=inside)
+        _store_transposed(by_columns, q, rows, columns, M, N)
+
+
+@triton.jit
+def _scale_of_columns(amax, to, columns, N, down, FP8_MAX: constexpr, POWER_OF_2: constexpr, HOW: constexpr):
+    """Of each column, or of all in shape (1,); stored."""
+    if HOW == VECTOR:
+        scale = _scale(tl.load(amax + columns, mask=columns < N, other=0), FP8_MAX, POWER_OF_2)
+        if down == 0:
+            tl.store(to + columns, scale, mask=columns < N)
+    else:
+        scale = _scale_of_all(amax, to, FP8_MAX, POWER_OF_2)
+    return scale
+
+
+@triton.jit
+def _store_transposed(to, q, rows, columns, M, N):
+    inside = (columns < N)[:, None] & (rows < M)[None, :]
+    tl.store(to + columns.to(tl.int64)[:, None] * M + rows[None, :], tl.trans(q), mask=inside)
 
 
 @triton.jit
 def row_cast_kernel(
     x,
+    gate,
     by_rows,
     row_scale,
     N,
@@ -164,10 +196,50 @@ def row_cast_kernel(
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK_N)
     inside = columns < N
-    values = tl.load(x + row * stride + columns, mask=inside, other=0.0)
+    values = _values(x, gate, row * stride + columns, inside)
     scale = _scale(tl.max(_magnitude_bits(values), 0, keep_dims=True), FP8_MAX, POWER_OF_2)
     tl.store(by_rows + row * N + columns, _quantize(values, scale, FP8_MAX, DTYPE), mask=inside)
     tl.store(row_scale + row + tl.zeros([1], tl.int32), scale)
+
+
+@triton.jit
+def swiglu_backward_kernel(
+    grad,
+    gate,
+    up,
+    column_amax,
+    grad_gate,
+    grad_up,
+    product,
+    column_scale,
+    M,
+    N,
+    FP8_MAX: constexpr,
+    POWER_OF_2: constexpr,
+    DTYPE: constexpr,
+    BY_COLUMNS: constexpr,
+    BLOCK_M: constexpr,
+    BLOCK_N: constexpr,
+):
+    """The gradients of silu(gate) * up, whose own gradient is grad; and, unless ``product`` is None, that product, as
+    it is, or by columns. All of them (M, N), row-major and without gaps. Reads each once."""
+    down, _, rows, columns = _tile(M, N, BLOCK_M, BLOCK_N, True)
+    inside = (rows < M)[:, None] & (columns < N)[None, :]
+    offsets = rows.to(tl.int64)[:, None] * N + columns[None, :]
+    g = tl.load(gate + offsets, mask=inside, other=0.0).to(tl.float32)
+    u = tl.load(up + offsets, mask=inside, other=0.0).to(tl.float32)
+    out = tl.load(grad + offsets, mask=inside, other=0.0).to(tl.float32)
+    sigmoid, silu = 1.0 / (1.0 + tl.exp(-g)), _silu(g)
+    grad_of_gate = out * u * sigmoid * (1.0 + g * (1.0 - sigmoid))
+    tl.store(grad_gate + offsets, grad_of_gate.to(gate.dtype.element_ty), mask=inside)
+    tl.store(grad_up + offsets, (out * silu).to(up.dtype.element_ty), mask=inside)
+    if product is not None:
+        values = (silu * u).to(up.dtype.element_ty)
+        if BY_COLUMNS == NONE:
+            tl.store(product + offsets, values, mask=inside)
+        else:
+            scale = _scale_of_columns(column_amax, column_scale, columns, N, down, FP8_MAX, POWER_OF_2, BY_COLUMNS)
+            _store_transposed(product, _quantize(values, scale[None, :], FP8_MAX, DTYPE), rows, columns, M, N)
 
 
 @triton.jit
