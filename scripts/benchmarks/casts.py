@@ -3,16 +3,18 @@
     python scripts/benchmarks/casts.py --out docs/benchmarks/casts.json
     python scripts/benchmarks/casts.py --sweep       # which tiles are best, for titanlite/float8/kernels/launch.py
 
-Of x (m, k) in bfloat16: the cast by rows, by columns and both, with tensor and with vector scales, to e4m3 and e5m2,
-and the rescaling of a product. ``bytes`` is what titanlite's kernel has to move by its design: x once or twice, and
-what it writes. The other systems are held against the same bytes, so that GB/s compare as times do: the same formulas
-in plain operations under torch.compile; torchao's own under torch.compile, where it is installed (it has no rescaling
-of its own). ``of_copy`` is the share of what a copy of x from device to device moves per second, where x is read once
-and written once, in the same turns.
+Of x (m, k) in bfloat16: the cast by rows, by columns and both, with tensor and with vector scales, to e4m3 and e5m2;
+the rescaling of a product; of SwiGLU, the cast by rows of a product with silu(gate), and in backward the gradients of
+both factors with the cast by columns. ``bytes`` is what titanlite's kernel has to move by its design: what it reads,
+once or twice, and what it writes. The other systems are held against the same bytes, so that GB/s compare as times do:
+the same formulas in plain operations under torch.compile; torchao's own under torch.compile, where it is installed (it
+has no rescaling and no SwiGLU of its own). ``of_copy`` is the share of what a copy of x from device to device moves per
+second, where x is read once and written once, in the same turns.
 
 Calls run one right after the other, launched ahead, on several inputs in turn, so that no read comes from the cache by
 chance. What each system puts out is compared with titanlite.float8.kernels.reference in the same run, on random x;
-``mismatch`` is the share of numbers that differ, and more than rounding explains (for titanlite: any) is a failure.
+``mismatch`` is the share of numbers that differ, and more than rounding explains (for titanlite any, but in SwiGLU,
+whose exponential functions differ) is a failure.
 """
 
 from __future__ import annotations
@@ -42,6 +44,8 @@ COPY, OURS, COMPILED, TORCHAO = "copy", "titanlite", "torch.compile", "torchao"
 # The largest share of numbers that may differ from the reference. The compiler's division is not IEEE's; torchao's
 # powers of two are one off where log2 rounds up to a whole number.
 BOUNDS = {OURS: 0.0, COMPILED: 1e-3, TORCHAO: 1e-2}
+SWIGLU, SWIGLU_BACKWARD = "swiglu", "swiglu backward"
+SWIGLU_BOUND = 1e-3  # of numbers rounded to bfloat16 or less
 
 
 class Kernel(NamedTuple):
@@ -70,6 +74,7 @@ CASTS = [
     )
 ]
 RESCALE = Kernel("rescale", "vector", torch.bfloat16)
+SWIGLUS = [Kernel(kernel, scales, E4M3) for kernel in (SWIGLU, SWIGLU_BACKWARD) for scales in ("vector", "tensor")]
 
 
 def reads(by_rows: str, by_columns: str, columns: int) -> int:
@@ -82,12 +87,21 @@ def bytes_per_element(by_rows: str, by_columns: str, columns: int = 0, itemsize:
     return itemsize * reads(by_rows, by_columns, columns) + (by_rows != "none") + (by_columns != "none")
 
 
+def bound(system: str, kernel: Kernel) -> float:
+    """The largest share of numbers that may differ from the reference."""
+    return max(BOUNDS[system], SWIGLU_BOUND if kernel in SWIGLUS else 0.0)
+
+
 class Input(NamedTuple):
-    """``x`` [m, k], and scales for the rescaling: [m, 1], [1, k]."""
+    """``x`` [m, k]; scales for the rescaling: [m, 1], [1, k]; for SwiGLU, of which x is one factor, the other, the
+    gradient of the product, and the product's largest magnitudes by columns."""
 
     x: Tensor
     row_scale: Tensor
     column_scale: Tensor
+    gate: Tensor
+    grad: Tensor
+    amaxes: dict[str, Tensor]
 
 
 def inputs_of(m: int, k: int, device: str) -> list[Input]:
@@ -97,7 +111,10 @@ def inputs_of(m: int, k: int, device: str) -> list[Input]:
     def one() -> Input:
         x = torch.randn(m, k, device=device, dtype=torch.bfloat16)
         x *= torch.randn(m, 1, device=device, dtype=torch.bfloat16).exp()
-        return Input(x, torch.rand(m, 1, device=device) + 0.5, torch.rand(1, k, device=device) + 0.5)
+        row_scale, column_scale = torch.rand(m, 1, device=device) + 0.5, torch.rand(1, k, device=device) + 0.5
+        gate, grad = torch.randn_like(x), torch.randn_like(x)
+        amaxes = {scales: reference.amaxes(x, "none", scales, gate) for scales in ("tensor", "vector")}
+        return Input(x, row_scale, column_scale, gate, grad, amaxes)
 
     return [one() for _ in range(count)]
 
@@ -108,14 +125,27 @@ def inputs_of(m: int, k: int, device: str) -> list[Input]:
 def ours(kernel: Kernel, i: Input) -> Outputs:
     if kernel == RESCALE:
         return (kernels.rescale(i.x, i.row_scale, i.column_scale, kernel.dtype),)
+    scales: Any = kernel.scales
+    power_of_2 = scales == "vector"
+    if kernel.kernel == SWIGLU:
+        return kernels.swiglu_cast(i.gate, i.x, kernel.dtype, scales, scales, power_of_2)
+    if kernel.kernel == SWIGLU_BACKWARD:
+        return kernels.swiglu_backward(i.grad, i.gate, i.x, i.amaxes[scales], kernel.dtype, scales, power_of_2)
     by_rows, by_columns = kernel.layouts()
-    return kernels.cast(i.x, kernel.dtype, by_rows, by_columns, kernel.scales == "vector")  # type: ignore[arg-type]
+    return kernels.cast(i.x, kernel.dtype, by_rows, by_columns, power_of_2)  # type: ignore[arg-type]
 
 
 def plain(kernel: Kernel, i: Input) -> Outputs:
     if kernel == RESCALE:
         return (reference.rescale(i.x, i.row_scale, i.column_scale, kernel.dtype),)
-    return reference.cast(i.x, kernel.dtype, *kernel.layouts(), kernel.scales == "vector")
+    scales, power_of_2 = kernel.scales, kernel.scales == "vector"
+    if kernel.kernel == SWIGLU:
+        product = reference.swiglu(i.gate, i.x)
+        data, scale, *_ = reference.cast(product, kernel.dtype, scales, "none", power_of_2)
+        return data, scale, reference.amaxes(product, "none", scales)
+    if kernel.kernel == SWIGLU_BACKWARD:
+        return reference.swiglu_backward(i.grad, i.gate, i.x, i.amaxes[scales], kernel.dtype, scales, power_of_2)
+    return reference.cast(i.x, kernel.dtype, *kernel.layouts(), power_of_2)
 
 
 def torchao_cast(kernel: Kernel, i: Input) -> Outputs:
@@ -149,7 +179,7 @@ def systems(kernel: Kernel, against: bool) -> dict[str, Callable[[Input], Output
         torch._dynamo.reset()  # whose limit of compilations per function is lower than there are kernels and shapes
         compile = functools.partial(torch.compile, fullgraph=True, dynamic=False)
         found[COMPILED] = compile(functools.partial(plain, kernel))
-        if kernel != RESCALE and find_spec("torchao"):
+        if kernel in CASTS and find_spec("torchao"):
             found[TORCHAO] = compile(functools.partial(torchao_cast, kernel))
     return found
 
@@ -174,8 +204,13 @@ def mismatch(found: Outputs, expected: Outputs) -> float:
 
 
 def moved(kernel: Kernel, x: Tensor, outputs: Outputs) -> int:
-    """Bytes that titanlite's kernel moves: reads of ``x`` and writes of ``outputs``."""
-    times = 1 if kernel == RESCALE else reads(*kernel.layouts(), x.shape[1])
+    """Bytes that titanlite's kernel moves: reads of ``x``, and what is as large, and writes of ``outputs``."""
+    if kernel.kernel == SWIGLU:  # both factors in each pass: of the first cast, and for the amaxes of the second
+        times = 2 * (reads(kernel.scales, "none", x.shape[1]) + (kernel.scales == "vector"))
+    elif kernel.kernel == SWIGLU_BACKWARD:
+        times = 3
+    else:
+        times = 1 if kernel == RESCALE else reads(*kernel.layouts(), x.shape[1])
     return times * x.nbytes + sum(out.nbytes for out in outputs)
 
 
@@ -195,7 +230,7 @@ def measure(kernel: Kernel, inputs: list[Input], against: bool, args: argparse.N
         except Exception as e:  # whatever a compiler raises
             row["failed"] = f"{type(e).__name__}: {str(e).splitlines()[0][:200] if str(e) else ''}"
             continue
-        if not row["mismatch"] <= BOUNDS[system]:
+        if not row["mismatch"] <= bound(system, kernel):
             row["failed"] = f"wrong: {row['mismatch']:.3g} of the numbers differ from the reference"
             continue
         calls[system] = over(inputs, function)
@@ -223,7 +258,7 @@ def shapes(args: argparse.Namespace) -> list[tuple[int, int]]:
 def problems(args: argparse.Namespace) -> Iterator[tuple[bool, tuple[int, int], Kernel]]:
     """The most telling first: our own kernels on all shapes, and then against what has to be compiled for each."""
     for against, shape in itertools.product((False, True) if args.against else (False,), shapes(args)):
-        for kernel in (*CASTS[:6], RESCALE, *CASTS[6:]):
+        for kernel in (*CASTS[:6], RESCALE, *SWIGLUS, *CASTS[6:]):
             yield against, shape, kernel
 
 

@@ -57,6 +57,33 @@ def test_rescaling(dtype: torch.dtype) -> None:
         assert torch.equal(kernels.rescale(product, *scales, dtype), reference.rescale(product, *scales, dtype))
 
 
+def different(a: Tensor, b: Tensor) -> float:
+    """The share of numbers that are."""
+    assert (a.shape, a.dtype, a.is_contiguous()) == (b.shape, b.dtype, True)
+    return float((a.float() != b.float()).float().mean()) if a.numel() else 0.0
+
+
+@pytest.mark.parametrize(("scales", "power_of_2"), [("tensor", False), ("vector", True)])
+@pytest.mark.parametrize("shape", [(8192, 14336), (333, 1008)], ids=str)
+def test_swiglu(scales: Any, power_of_2: bool, shape: tuple[int, int]) -> None:
+    """The kernels take the exponential function of other instructions than PyTorch: seldom is a rounding another."""
+    torch.manual_seed(0)
+    gate, grad = (torch.randn(shape, device="cuda").bfloat16() for _ in range(2))
+    up = matrix(*shape)
+    product = reference.swiglu(gate, up)
+    how = (torch.float8_e4m3fn, scales, scales, power_of_2)
+    data, scale, amaxes = kernels.swiglu_cast(gate, up, *how)
+    by_rows, its_scale, by_columns, scale_of_columns = reference.cast(product, *how)
+    for a, b in ((data, by_rows), (scale, its_scale), (amaxes, reference.amaxes(product, "none", scales))):
+        assert different(a, b) < 2e-3
+    how = (torch.float8_e4m3fn, scales, power_of_2)
+    expected = (*reference.swiglu_backward(grad, gate, up, amaxes, *how)[:2], by_columns, scale_of_columns)
+    for a, b in zip(kernels.swiglu_backward(grad, gate, up, amaxes, *how), expected, strict=True):
+        assert different(a, b) < 2e-3
+    *_, again, _ = kernels.swiglu_backward(grad, gate, up, amaxes, how[0], "high_precision", power_of_2)
+    assert different(again, product) < 2e-3
+
+
 def test_what_is_faster_can_be_measured() -> None:
     times = measure(4096, 4096, torch.float8_e4m3fn, "vector", "vector", True)
     assert 0 < times.triton < 1e4

@@ -74,7 +74,7 @@ def main(name: str) -> None:
             count += 2
         like_up = dict.fromkeys(("grad", "gate", "up", "grad_gate", "grad_up"), f"*{x}") | {"M": "i32", "N": "i32"}
         scales = {"column_amax": "*i32", "column_scale": "*fp32", "product": out}
-        options = {**numbers, "POWER_OF_2": True, **launch.CAST_TILE.options()}
+        options = {**numbers, "POWER_OF_2": True, **launch.SWIGLU_TILE.options()}
         for by_columns, signature in (
             ("none", like_up),
             ("none", {**like_up, "product": f"*{x}"}),

