@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 
 import harness
 import results
-from casts import CASTS, OURS, RESCALE, SWIGLUS, Input, Kernel, bound, inputs_of, mismatch, over, plain, shapes
+from casts import CASTS, OURS, RESCALE, SWIGLUS, Input, Kernel, bound, fresh, inputs_of, mismatch, over, plain, shapes
 
 
 class Constant(NamedTuple):
@@ -87,10 +87,10 @@ def run(kernel: Kernel, i: Input) -> tuple[Any, ...]:
         return (launch.rescale(i.x, i.row_scale, i.column_scale, kernel.dtype),)
     scales, power_of_2 = kernel.scales, kernel.scales == "vector"
     if kernel in SWIGLUS:
-        found = launch.swiglu_backward(i.grad, i.gate, i.x, i.amaxes[scales], kernel.dtype, scales, power_of_2)
-    else:
-        found = launch.cast(i.x, kernel.dtype, *kernel.layouts(), power_of_2)
-    return found  # type: ignore[no-any-return]
+        how = (i.amaxes[scales], kernel.dtype, scales, power_of_2)
+        grad_gate, *copy = launch.swiglu_backward(i.grad, i.gate, i.x, *how)
+        return grad_gate, i.grad, *copy
+    return launch.cast(i.x, kernel.dtype, *kernel.layouts(), power_of_2)  # type: ignore[no-any-return]
 
 
 def candidates(constant: Constant, device: str) -> list[Any]:
@@ -104,7 +104,7 @@ def refusal(constant: Constant, value: Any, kernel: Kernel, i: Input, expected: 
     """Why ``value`` is none for ``kernel``; compiles it."""
     try:
         with given(constant.name, value):
-            wrong = mismatch(run(kernel, i), expected)
+            wrong = mismatch(run(kernel, fresh(i)), expected)
     except Exception as e:  # whatever a compiler raises
         return f"{type(e).__name__}: {str(e).splitlines()[0][:200] if str(e) else ''}"
     return f"wrong: {wrong:.3g} of the numbers differ from the reference" if wrong > bound(OURS, kernel) else None
@@ -134,7 +134,7 @@ def measure(
             left_out.append(f"{constant.name}, {case}")
             continue
         inputs = inputs_of(*shape, args.device)
-        expected = plain(kernel, inputs[0])
+        expected = plain(kernel, fresh(inputs[0]))
         for value, row in rows.items():
             if "failed" not in row and (why := refusal(constant, value, kernel, inputs[0], expected)):
                 row["failed"] = why

@@ -104,6 +104,11 @@ class Input(NamedTuple):
     amaxes: dict[str, Tensor]
 
 
+def fresh(i: Input) -> Input:
+    """With a gradient that may be overwritten."""
+    return i._replace(grad=i.grad.clone())
+
+
 def inputs_of(m: int, k: int, device: str) -> list[Input]:
     """Enough of them that none is in the cache when its turn comes again; rows of different magnitudes."""
     count = 2 if device == "cpu" else max(-(-ELEMENTS // (m * k)), 2)
@@ -144,7 +149,9 @@ def plain(kernel: Kernel, i: Input) -> Outputs:
         data, scale, *_ = reference.cast(product, kernel.dtype, scales, "none", power_of_2)
         return data, scale, reference.amaxes(product, "none", scales)
     if kernel.kernel == SWIGLU_BACKWARD:
-        return reference.swiglu_backward(i.grad, i.gate, i.x, i.amaxes[scales], kernel.dtype, scales, power_of_2)
+        how = (i.amaxes[scales], kernel.dtype, scales, power_of_2)
+        grad_gate, *copy = reference.swiglu_backward(i.grad, i.gate, i.x, *how)
+        return grad_gate, i.grad, *copy
     return reference.cast(i.x, kernel.dtype, *kernel.layouts(), power_of_2)
 
 
@@ -219,14 +226,14 @@ def measure(kernel: Kernel, inputs: list[Input], against: bool, args: argparse.N
     x = inputs[0].x
     m, k = x.shape
     about = {"kernel": kernel.kernel, "scales": kernel.scales, "dtype": str(kernel.dtype).removeprefix("torch.")}
-    expected = plain(kernel, inputs[0])
+    expected = plain(kernel, fresh(inputs[0]))
     size = moved(kernel, x, expected)
     rows: dict[str, dict[str, Any]] = {}
     calls: dict[str, Callable[[], Any]] = {COPY: over(inputs, functools.partial(copy, out=torch.empty_like(x)))}
     for system, function in systems(kernel, against).items():
         row = rows[system] = {"system": system, **about, "m": m, "k": k, "bytes": size}
         try:
-            row["mismatch"] = mismatch(function(inputs[0]), expected)
+            row["mismatch"] = mismatch(function(fresh(inputs[0])), expected)
         except Exception as e:  # whatever a compiler raises
             row["failed"] = f"{type(e).__name__}: {str(e).splitlines()[0][:200] if str(e) else ''}"
             continue

@@ -72,7 +72,7 @@ def main(name: str) -> None:
             compile(name, kernels.row_cast_kernel, signature, {**numbers, **options})
             compile(name, kernels.row_cast_kernel, {**signature, "gate": f"*{x}"}, {**numbers, **options})
             count += 2
-        like_up = dict.fromkeys(("grad", "gate", "up", "grad_gate", "grad_up"), f"*{x}") | {"M": "i32", "N": "i32"}
+        like_up = dict.fromkeys(("grad", "gate", "up", "grad_gate"), f"*{x}") | {"M": "i32", "N": "i32"}
         scales = {"column_amax": "*i32", "column_scale": "*fp32", "product": out}
         options = {**numbers, "POWER_OF_2": True, **launch.SWIGLU_TILE.options()}
         for by_columns, signature in (

@@ -95,9 +95,9 @@ def test_backward_is_that_of_float64(by_columns: str, exact: bool, way: Any) -> 
     amaxes = torch.empty(0, dtype=torch.int32)
     if by_columns in ("tensor", "vector"):
         amaxes = reference.amaxes(product.detach().bfloat16(), "none", by_columns)
-    given = (t.to(device) for t in (grad, gate, up, amaxes))
-    grad_gate, grad_up, again, scale = (t.cpu() for t in way.swiglu_backward(*given, E4M3, by_columns, True))
-    for a, b in zip((grad_gate, grad_up), expected, strict=True):
+    grad_up, *given = (t.to(device) for t in (grad, gate, up, amaxes))
+    grad_gate, again, scale = (t.cpu() for t in way.swiglu_backward(grad_up, *given, E4M3, by_columns, True))
+    for a, b in zip((grad_gate, grad_up.cpu()), expected, strict=True):
         torch.testing.assert_close(a.double(), b, rtol=2**-8, atol=1e-6)
     if by_columns == "none":
         assert again.numel() == 0
@@ -117,9 +117,9 @@ def test_extreme_gates(way: Any) -> None:
     """Where exp overflows or vanishes there is still a product, and there are gradients."""
     device = DEVICE if way is launch else "cpu"
     gate = torch.tensor([[-3e38, -1000, -100, -88, 88, 100, 1000, 1e30] * 2]).bfloat16().to(device)
-    up, grad = torch.ones_like(gate), torch.ones_like(gate)
+    up, grad_up = torch.ones_like(gate), torch.ones_like(gate)
     empty = torch.empty(0, dtype=torch.int32, device=device)
-    grad_gate, grad_up, product, _ = way.swiglu_backward(grad, gate, up, empty, E4M3, "high_precision", True)
+    grad_gate, product, _ = way.swiglu_backward(grad_up, gate, up, empty, E4M3, "high_precision", True)
     for found in (grad_up, product):
         torch.testing.assert_close(found, gate.clamp(min=0), rtol=0, atol=1e-30)
     torch.testing.assert_close(grad_gate, (gate > 0).to(gate.dtype), rtol=0, atol=1e-30)
@@ -178,9 +178,9 @@ class _Swiglu(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
-        rows = (t.reshape(-1, t.shape[-1]) for t in (grad, *ctx.saved_tensors))
+        of_up, *rows = (t.reshape(-1, t.shape[-1]) for t in (grad.clone(), *ctx.saved_tensors))
         nothing = torch.empty(0, dtype=torch.int32)
-        of_gate, of_up, *_ = reference.swiglu_backward(*rows, nothing, E4M3, "none", True)
+        of_gate, *_ = reference.swiglu_backward(of_up, *rows, nothing, E4M3, "none", True)
         return of_gate.view(grad.shape), of_up.view(grad.shape)
 
 
@@ -362,7 +362,7 @@ def test_the_error_of_the_cast_is_that_of_float8() -> None:
     """Against the product in float64."""
     _, gate, up = inputs(128, 256)
     amaxes = reference.amaxes(up, "none", "vector", gate)
-    *_, data, scale = reference.swiglu_backward(up, gate, up, amaxes, E4M3, "vector", True)
+    _, data, scale = reference.swiglu_backward(up.clone(), gate, up, amaxes, E4M3, "vector", True)
     product = F.silu(gate.double()) * up.double()
     error = (dequantize(data.t(), scale).double() - product).norm() / product.norm()
     assert error < 0.04

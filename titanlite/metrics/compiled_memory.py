@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._higher_order_ops.auto_functionalize import auto_functionalized_v2, auto_functionalized_v2_dense
 
 from titanlite.metrics.memory_model import active_tracker
 
@@ -55,7 +56,10 @@ def _is_view(node: fx.Node) -> bool:
 
 def _run(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """``target(*args, **kwargs)``; attention that may drop out, and is computed again in backward, comes with the state
-    of the random generator, which tensors without data do not need."""
+    of the random generator, which tensors without data do not need; and an operator that writes to what it is given
+    does so, as in generated code, where nobody reads what was there before."""
+    if target is auto_functionalized_v2:
+        return auto_functionalized_v2_dense(args[0], (), **kwargs)  # in place
     name = getattr(target, "__name__", "")
     if name == "run_and_save_rng_state":
         return torch.empty(16, dtype=torch.uint8), args[0](*args[1:], **kwargs)

@@ -34,8 +34,8 @@ _library.define(
     "-> (Tensor, Tensor, Tensor, Tensor)"
 )
 _library.define(
-    "swiglu_backward(Tensor grad, Tensor gate, Tensor up, Tensor amaxes, ScalarType dtype, str by_columns, "
-    "bool power_of_2) -> (Tensor, Tensor, Tensor, Tensor)"
+    "swiglu_backward(Tensor(a!) grad, Tensor gate, Tensor up, Tensor amaxes, ScalarType dtype, str by_columns, "
+    "bool power_of_2) -> (Tensor, Tensor, Tensor)"
 )
 _library.define("rescale(Tensor product, Tensor row_scale, Tensor column_scale, ScalarType dtype) -> Tensor")
 
@@ -93,7 +93,7 @@ def swiglu_backward(
     Reads each once.
 
     Args:
-        grad: of the product, (rows, columns).
+        grad: of the product, (rows, columns). It is overwritten: at this point a block needs the most memory.
         amaxes: from :func:`swiglu_cast` with the same ``by_columns``.
         by_columns: "high_precision" for the product itself, row-major.
 
@@ -101,9 +101,11 @@ def swiglu_backward(
         the gradients of ``gate`` and of ``up``; (columns, rows) float8; its scales, () or (1, columns). Of what is left
         out, tensors without elements.
     """
-    return torch.ops.titanlite_float8.swiglu_backward(  # type: ignore[no-any-return]
+    grad = grad.contiguous()
+    grad_gate, product, scale = torch.ops.titanlite_float8.swiglu_backward(
         grad, gate, up, amaxes, dtype, by_columns, power_of_2
     )
+    return grad_gate, grad, product, scale
 
 
 def rescale(product: Tensor, row_scale: Tensor, column_scale: Tensor, dtype: torch.dtype) -> Tensor:

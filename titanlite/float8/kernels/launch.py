@@ -106,21 +106,19 @@ def cast(
 
 def swiglu_backward(
     grad: Tensor, gate: Tensor, up: Tensor, amaxes: Tensor, dtype: torch.dtype, by_columns: str, power_of_2: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """``titanlite_float8::swiglu_backward``."""
-    grad, gate, up = (tensor.contiguous() for tensor in (grad, gate, up))
-    grad_gate, grad_up, product, scale = outputs_of_swiglu_backward(
-        grad, gate, up, amaxes, dtype, by_columns, power_of_2
-    )
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``titanlite_float8::swiglu_backward``. ``grad``, without gaps, becomes the gradient of ``up``."""
+    gate, up = gate.contiguous(), up.contiguous()
+    grad_gate, product, scale = outputs_of_swiglu_backward(grad, gate, up, amaxes, dtype, by_columns, power_of_2)
     with _on(up):
         kernels.swiglu_backward_kernel[SWIGLU_TILE.grid(up)](
-            *(grad, gate, up, amaxes, grad_gate, grad_up),
+            *(grad, gate, up, amaxes, grad_gate),
             *(None if by_columns == "none" else product, scale, *up.shape),
             BY_COLUMNS=HOW.get(by_columns, HOW["none"]),
             **_numbers(dtype, power_of_2),
             **SWIGLU_TILE.options(),
         )
-    return grad_gate, grad_up, product, scale
+    return grad_gate, product, scale
 
 
 def _numbers(dtype: torch.dtype, power_of_2: bool) -> dict[str, object]:

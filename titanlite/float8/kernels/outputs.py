@@ -44,13 +44,13 @@ def outputs_of_cast(
 
 def outputs_of_swiglu_backward(
     grad: Tensor, gate: Tensor, up: Tensor, amaxes: Tensor, dtype: torch.dtype, by_columns: str, power_of_2: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     m, n = up.shape
     shape: tuple[int, ...] = {"none": (0,), "high_precision": (m, n)}.get(by_columns, (n, m))
     scale: tuple[int, ...] = {"tensor": (), "vector": (1, n)}.get(by_columns, (0,))
     product = up.new_empty(shape, dtype=dtype if by_columns in ("tensor", "vector") else up.dtype)
-    gradients = (torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in (gate, up))
-    return *gradients, product, up.new_empty(scale, dtype=torch.float32)  # type: ignore[return-value]
+    grad_gate = torch.empty_like(gate, memory_format=torch.contiguous_format)
+    return grad_gate, product, up.new_empty(scale, dtype=torch.float32)
 
 
 def output_of_rescale(product: Tensor, row_scale: Tensor, column_scale: Tensor, dtype: torch.dtype) -> Tensor:

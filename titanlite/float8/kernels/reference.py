@@ -61,16 +61,16 @@ def cast(
 
 def swiglu_backward(
     grad: Tensor, gate: Tensor, up: Tensor, amaxes: Tensor, dtype: torch.dtype, by_columns: str, power_of_2: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    _, _, product, scale = outputs_of_swiglu_backward(grad, gate, up, amaxes, dtype, by_columns, power_of_2)
+) -> tuple[Tensor, Tensor, Tensor]:
+    _, product, scale = outputs_of_swiglu_backward(grad, gate, up, amaxes, dtype, by_columns, power_of_2)
     g, sigmoid = gate.float(), gate.float().sigmoid()
     grad_gate = (grad.float() * up.float() * sigmoid * (1 + g * (1 - sigmoid))).to(gate.dtype)
-    grad_up = (grad.float() * F.silu(g)).to(up.dtype)
+    grad.copy_(grad.float() * F.silu(g))
     if by_columns == "high_precision":
         product = swiglu(gate, up)
     elif by_columns != "none":
         *_, product, scale = cast_with(up, amaxes, dtype, "none", by_columns, power_of_2, gate)
-    return grad_gate.contiguous(), grad_up.contiguous(), product.contiguous(), scale
+    return grad_gate.contiguous(), product.contiguous(), scale
 
 
 def rescale(product: Tensor, row_scale: Tensor, column_scale: Tensor, dtype: torch.dtype) -> Tensor:

@@ -209,7 +209,6 @@ def swiglu_backward_kernel(
     up,
     column_amax,
     grad_gate,
-    grad_up,
     product,
     column_scale,
     M,
@@ -221,8 +220,8 @@ def swiglu_backward_kernel(
     BLOCK_M: constexpr,
     BLOCK_N: constexpr,
 ):
-    """The gradients of silu(gate) * up, whose own gradient is grad; and, unless ``product`` is None, that product, as
-    it is, or by columns. All of them (M, N), row-major and without gaps. Reads each once."""
+    """The gradients of silu(gate) * up, that of up in grad, where its own was; and, unless ``product`` is None, the
+    product, as it is, or by columns. All of them (M, N), row-major and without gaps. Reads each once."""
     down, _, rows, columns = _tile(M, N, BLOCK_M, BLOCK_N, True)
     inside = (rows < M)[:, None] & (columns < N)[None, :]
     offsets = rows.to(tl.int64)[:, None] * N + columns[None, :]
@@ -232,7 +231,7 @@ def swiglu_backward_kernel(
     sigmoid, silu = 1.0 / (1.0 + tl.exp(-g)), _silu(g)
     grad_of_gate = out * u * sigmoid * (1.0 + g * (1.0 - sigmoid))
     tl.store(grad_gate + offsets, grad_of_gate.to(gate.dtype.element_ty), mask=inside)
-    tl.store(grad_up + offsets, (out * silu).to(up.dtype.element_ty), mask=inside)
+    tl.store(grad + offsets, (out * silu).to(up.dtype.element_ty), mask=inside)
     if product is not None:
         values = (silu * u).to(up.dtype.element_ty)
         if BY_COLUMNS == NONE:
