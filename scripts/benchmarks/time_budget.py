@@ -33,7 +33,7 @@ STEP = 8  # which is recorded: what came before it compiled, and warmed the prof
 GPU_PARTS = {
     "compiled": r"^triton_",
     "attention": r"flash|fmha|sdpa|attention",
-    "casts": r"amax_kernel|cast_kernel|rescale_kernel",
+    "casts": r"amax_kernel|cast_kernel|swiglu_backward_kernel|rescale_kernel",
     "communication": r"nccl",
     "matmuls": r"gemm|nvjet|cutlass|xmma|cublas|splitK",
     "optimizer": r"adam|multi_tensor",

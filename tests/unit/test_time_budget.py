@@ -55,6 +55,7 @@ def test_a_trace_of_another_number_of_steps(steps: list[dict[str, Any]]) -> None
         ("cudnn_generated_fort_native_sdpa_sm90_flash_bprop_wgmma_f16_knob_26", "attention"),
         ("sm90_xmma_gemm_bf16bf16_bf16f32_f32_tn_n_tilesize128x128x64", "matmuls"),
         ("row_cast_kernel", "casts"),
+        ("swiglu_backward_kernel", "casts"),
         ("triton_per_fused_native_layer_norm_0", "compiled"),
         ("void at::native::multi_tensor_apply_kernel<FusedAdam>", "optimizer"),
         ("void at::native::elementwise_kernel<128, 4>", "other kernels"),
