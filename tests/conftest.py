@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -116,9 +115,8 @@ def saved(folder: Path, step: int) -> dict[str, Any]:
 
 
 @pytest.fixture(autouse=True, scope="module")
-def compiler() -> Iterator[None]:
+def compiler() -> None:
     """Each file starts with a compiler that remembers nothing: which files share a process is chance."""
-    yield
     if "torch._dynamo" in sys.modules:
         torch._dynamo.reset()
 

@@ -119,15 +119,14 @@ class Attention(nn.Module):
         init.trunc_normal(self.wo.weight, std=out_std)
 
 
-def swiglu_linear(linear: nn.Module, gate: Tensor, up: Tensor) -> Tensor:
-    return linear(F.silu(gate) * up)  # type: ignore[no-any-return]
+def swiglu(w2: nn.Module, gate: Tensor, up: Tensor) -> Tensor:
+    return w2(F.silu(gate) * up)  # type: ignore[no-any-return]
 
 
 class FeedForward(nn.Module):
-    """SwiGLU: ``w2(silu(w1 x) * w3 x)``. What ``project`` does, all but the first two matmuls, can be replaced on an
-    instance."""
+    """SwiGLU: ``w2(silu(w1 x) * w3 x)``. What ``swiglu`` does can be replaced on an instance."""
 
-    project: Callable[[nn.Module, Tensor, Tensor], Tensor] = staticmethod(swiglu_linear)
+    swiglu: Callable[[nn.Module, Tensor, Tensor], Tensor] = staticmethod(swiglu)
 
     def __init__(self, args: Llama3Args) -> None:
         super().__init__()
@@ -136,7 +135,7 @@ class FeedForward(nn.Module):
         self.w3 = nn.Linear(args.dim, args.ffn_dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.project(self.w2, self.w1(x), self.w3(x))
+        return self.swiglu(self.w2, self.w1(x), self.w3(x))
 
     def init_weights(self, init: Init, out_std: float) -> None:
         init.trunc_normal(self.w1.weight, std=0.02)

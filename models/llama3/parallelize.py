@@ -48,7 +48,7 @@ def parallelize(model: nn.Module, mesh: Mesh, config: JobConfig) -> dict[str, st
     for layer in model.layers.values():
         assert isinstance(layer, TransformerBlock)
         if isinstance(layer.feed_forward.w2, Float8Linear):
-            layer.feed_forward.project = swiglu_linear  # type: ignore[method-assign]
+            layer.feed_forward.swiglu = swiglu_linear  # type: ignore[method-assign]
     if mesh.cp.size() == 1 and attends_in_float32(model.args, mesh, config):
         for layer in model.layers.values():
             assert isinstance(layer, TransformerBlock)

@@ -44,6 +44,7 @@ _AMAX: _Tiles = ((32, 256, 4), (32, 512, 8), (64, 128, 4), (64, 256, 4), (64, 25
 _AMAX += ((128, 256, 8), (128, 256, 16), (256, 128, 8), (16, 1024, 8))
 _CAST: _Tiles = ((64, 64, 4), (64, 128, 4), (64, 128, 8), (128, 64, 4), (128, 64, 8), (128, 128, 4), (128, 128, 8))
 _CAST += ((128, 128, 16), (64, 256, 8), (256, 64, 8), (128, 256, 16))
+_SWIGLU = (*_CAST, (32, 128, 8), (64, 64, 8), (64, 128, 16))
 _RESCALE: _Tiles = ((8, 1024, 4), (16, 256, 4), (16, 512, 4), (32, 128, 4), (32, 256, 4), (32, 256, 8), (64, 128, 4))
 _RESCALE += ((64, 256, 8),)
 
@@ -52,7 +53,7 @@ CONSTANTS = (
     Constant("AMAX_TILE", _AMAX, _TILED),
     Constant("ROW_PER_WARP", (256, 512, 1024, 2048, 4096), _casts(("cast rows", "vector"))),
     Constant("RESCALE_TILE", _RESCALE, [RESCALE]),
-    Constant("SWIGLU_TILE", _CAST, SWIGLUS[2:]),
+    Constant("SWIGLU_TILE", _SWIGLU, SWIGLUS[2:]),
 )
 _TOYS = 2  # candidates of each constant on the CPU, where the interpreter is slow
 

@@ -79,7 +79,9 @@ def rows(layers: int, seq_len: int) -> list[dict[str, Any]]:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layers", type=int, default=16, choices=range(2, 33), metavar="2..32", help="an even number")
+    parser.add_argument(
+        "--layers", type=int, default=16, choices=range(2, 33), metavar="2..32", help="layers of the model"
+    )
     parser.add_argument("--seq_len", type=int, default=8192, help="tokens per sequence")
     parser.add_argument("--output", type=Path, help="write the results here")
     args = parser.parse_args(argv)

@@ -116,9 +116,10 @@ def start_in(folder: Path) -> Iterator[Any]:
 
     yield start
     for run in runs:
-        for pid in [*run.workers(), run.process.pid]:
+        for pid in run.workers():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
+        run.process.kill()  # which knows whether it ended: its number may be another's by now
         run.process.wait()
 
 

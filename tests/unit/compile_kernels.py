@@ -72,16 +72,16 @@ def main(name: str) -> None:
             compile(name, kernels.row_cast_kernel, signature, {**numbers, **options})
             compile(name, kernels.row_cast_kernel, {**signature, "gate": f"*{x}"}, {**numbers, **options})
             count += 2
-        like_up = dict.fromkeys(("grad", "gate", "up", "grad_gate"), f"*{x}") | {"M": "i32", "N": "i32"}
+        like_up = dict.fromkeys(("grad", "gate", "up", "grad_gate"), f"*{x}") | sizes
         scales = {"column_amax": "*i32", "column_scale": "*fp32", "product": out}
-        options = {**numbers, "POWER_OF_2": True, **launch.SWIGLU_TILE.options()}
+        options = {**numbers, **launch.SWIGLU_TILE.options()}
         for by_columns, signature in (
             ("none", like_up),
             ("none", {**like_up, "product": f"*{x}"}),
             ("tensor", {**like_up, **scales}),
             ("vector", {**like_up, **scales}),
         ):
-            given = {**options, "BY_COLUMNS": launch.HOW[by_columns]}
+            given = {**options, "POWER_OF_2": by_columns != "tensor", "BY_COLUMNS": launch.HOW[by_columns]}
             compile(name, kernels.swiglu_backward_kernel, signature, given)
             count += 1
     for x in ("bf16", "fp32"):

@@ -30,6 +30,7 @@ from titanlite.float8 import (
     products,
     swiglu_linear,
 )
+from titanlite.float8.inference import calibrate
 from titanlite.float8.kernels import launch, reference
 from titanlite.float8.numerics import dequantize
 
@@ -70,16 +71,17 @@ def inputs(m: int = 67, n: int = 144, *, exact: bool = False) -> tuple[Tensor, T
 
 @pytest.mark.parametrize(("by_rows", "by_columns"), itertools.product(["none", "tensor", "vector"], repeat=2))
 @pytest.mark.parametrize("bad", [None, float("nan"), float("inf")])
-def test_casts_are_those_of_the_product(by_rows: str, by_columns: str, bad: float | None) -> None:
+@pytest.mark.parametrize("power_of_2", [True, False])
+def test_casts_are_those_of_the_product(by_rows: str, by_columns: str, bad: float | None, power_of_2: bool) -> None:
     _, gate, up = inputs(exact=True)
     if bad is not None:
         up[3, 5] = bad
     if by_rows == by_columns == "none":
         return
     amaxes = launch.amaxes(up.to(DEVICE), by_rows, by_columns, gate.to(DEVICE))
-    found = launch.cast_with(up.to(DEVICE), amaxes, E4M3, by_rows, by_columns, True, gate.to(DEVICE))
+    found = launch.cast_with(up.to(DEVICE), amaxes, E4M3, by_rows, by_columns, power_of_2, gate.to(DEVICE))
     product = (gate.double() * up.double()).bfloat16()
-    for a, b in zip(found, reference.cast(product, E4M3, by_rows, by_columns, True), strict=True):
+    for a, b in zip(found, reference.cast(product, E4M3, by_rows, by_columns, power_of_2), strict=True):
         assert torch.equal(a.cpu().float().nan_to_num(1e9), b.float().nan_to_num(1e9))
 
 
@@ -110,6 +112,25 @@ def test_backward_is_that_of_float64(by_columns: str, exact: bool, way: Any) -> 
         assert (again.float() != data.float()).float().mean() <= (0 if exact else 1e-3)
         step = 2.0**-3 * data.float().abs() + 2.0**-9
         assert ((again.float() - data.float()).abs() <= step).all()
+
+
+@pytest.mark.parametrize("by_columns", COPIES)
+def test_factors_that_are_slices(by_columns: str) -> None:
+    """As of one matmul for both: rows lie apart, and are not moved together."""
+    grad, *factors = (t.to(DEVICE) for t in inputs(32, 80, exact=True))
+    both = torch.cat(factors, 1)
+    amaxes = launch.amaxes(factors[1], "none", by_columns, factors[0]) if by_columns in ("tensor", "vector") else grad
+    results = []
+    for gate, up in (factors, both.chunk(2, 1)):
+        grad_up = grad.clone()
+        assert gate.is_contiguous() == (gate is factors[0])
+        results.append((*launch.swiglu_backward(grad_up, gate, up, amaxes, E4M3, by_columns, True), grad_up))
+        if by_columns in ("tensor", "vector"):
+            results[-1] += (launch.amaxes(up, "none", by_columns, gate),)
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a.float(), b.float())
+    with pytest.raises(ValueError, match="must be contiguous"):
+        launch.swiglu_backward(grad.t(), gate.t(), up.t(), amaxes, E4M3, by_columns, True)
 
 
 @pytest.mark.parametrize("way", [launch, reference], ids=["triton", "reference"])
@@ -143,18 +164,18 @@ def test_bytes_moved_per_element() -> None:
 
 
 class FeedForward(nn.Module):
-    def __init__(self, project: Callable[..., Tensor] = swiglu_linear, bias: bool = False) -> None:
+    def __init__(self, swiglu: Callable[..., Tensor] = swiglu_linear, bias: bool = False) -> None:
         super().__init__()
         self.w1, self.w3 = (nn.Linear(64, 96, bias=False) for _ in range(2))
-        self.w2, self.project = nn.Linear(96, 48, bias=bias), project
+        self.w2, self.swiglu = nn.Linear(96, 48, bias=bias), swiglu
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.project(self.w2, self.w1(x), self.w3(x))
+        return self.swiglu(self.w2, self.w1(x), self.w3(x))
 
 
-def model(config: Float8LinearConfig, project: Callable[..., Tensor] = swiglu_linear, **kwargs: Any) -> FeedForward:
+def model(config: Float8LinearConfig, swiglu: Callable[..., Tensor] = swiglu_linear, **kwargs: Any) -> FeedForward:
     torch.manual_seed(0)
-    found = FeedForward(project, **kwargs).bfloat16()
+    found = FeedForward(swiglu, **kwargs).bfloat16()
     convert_to_float8_training(found, config=config)
     return found
 
@@ -197,7 +218,7 @@ def in_two_roundings(layer: nn.Module, gate: Tensor, up: Tensor) -> Tensor:
 @pytest.mark.parametrize("bias", [False, True])
 def test_same_as_a_product_that_is_written(native: None, recipe: str, bias: bool) -> None:
     config = Float8LinearConfig.from_recipe_name(recipe)
-    found, expected = (step(model(config, project, bias=bias)) for project in (swiglu_linear, written))
+    found, expected = (step(model(config, swiglu, bias=bias)) for swiglu in (swiglu_linear, written))
     assert len(found) == 5 + bias
     for a, b in zip(found, expected, strict=True):
         assert torch.equal(a, b)
@@ -297,13 +318,16 @@ def test_compiled_and_checkpointed_per_operation_nothing_of_it_is_computed_again
 
 @on_cpu
 @pytest.mark.parametrize("frozen", ["weight", "factors", "all but the gate"])
-def test_what_needs_no_gradient(native: None, frozen: str) -> None:
+def test_what_needs_no_gradient(native: None, frozen: str, monkeypatch: pytest.MonkeyPatch) -> None:
     layer = model(Float8LinearConfig.from_recipe_name("rowwise")).w2
     _, gate, up = inputs(32, 96)
     gate.requires_grad_(frozen != "factors")
     up.requires_grad_(frozen == "weight")
     layer.weight.requires_grad_(frozen == "factors")
-    swiglu_linear(layer, gate, up).sum().backward()
+    with monkeypatch.context() as without:
+        if frozen == "factors":
+            without.delattr(products, "_grad_input")  # one matmul less
+        swiglu_linear(layer, gate, up).sum().backward()
     found = [gate.grad, up.grad, layer.weight.grad]
     assert [g is not None for g in found] == [gate.requires_grad, up.requires_grad, layer.weight.requires_grad]
     all_of_them = [gate.detach().requires_grad_(), up.detach().requires_grad_()]
@@ -335,7 +359,7 @@ def test_otherwise_the_product_is_an_input_like_any(native: None, why: str, monk
 def test_other_factors_than_two_alike(native: None) -> None:
     layer = model(Float8LinearConfig()).w2
     _, gate, up = inputs(16, 96)
-    for factors in ((gate.float(), up), (gate[:1], up)):
+    for factors in ((gate.float(), up), (gate[:1], up), (up, up)):
         assert torch.equal(swiglu_linear(layer, *factors), layer(F.silu(factors[0]) * factors[1]))
 
 
@@ -356,6 +380,49 @@ def test_other_layers() -> None:
     assert torch.equal(swiglu_linear(plain, gate, up), expected)
     with high_precision(feed_forward):
         assert torch.equal(swiglu_linear(feed_forward.w2, gate, up), expected)
+
+
+WATCHED: dict[str, Callable[[nn.Module], Any]] = {
+    "forward hook": lambda layer: layer.register_forward_hook(lambda *_: None),
+    "forward pre-hook": lambda layer: layer.register_forward_pre_hook(lambda _, args: (args[0] * 1,)),
+    "backward hook": lambda layer: layer.register_full_backward_hook(lambda *_: None),
+    "replaced forward": lambda layer: setattr(layer, "forward", layer.forward),
+    "compiled by itself": lambda layer: layer.compile(backend="eager"),
+}
+
+
+@on_cpu
+@pytest.mark.parametrize("how", WATCHED)
+def test_who_watches_the_layer_sees_the_product(native: None, how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(products.Float8SwiGLUMatmul, "forward")
+    config = Float8LinearConfig.from_recipe_name("rowwise")
+    watched, expected = model(config), model(config, in_two_roundings)
+    WATCHED[how](watched.w2)
+    for a, b in zip(step(watched), step(expected), strict=True):
+        assert torch.equal(a, b)
+
+
+@on_cpu
+def test_calibration_sees_the_product(native: None) -> None:
+    feed_forward = model(Float8LinearConfig())
+    x = torch.randn(16, 64, dtype=torch.bfloat16)
+    with torch.no_grad(), calibrate(feed_forward) as found:
+        feed_forward(x)
+    with torch.no_grad():
+        product = F.silu(feed_forward.w1(x)) * feed_forward.w3(x)
+    assert found["w2"] == product.abs().max()
+
+
+@on_cpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_dtypes_and_changing_numbers_of_tokens(native: None, dtype: torch.dtype) -> None:
+    layer = model(Float8LinearConfig()).w2.to(dtype)
+    compiled = torch.compile(swiglu_linear, fullgraph=True, dynamic=True, backend="aot_eager")
+    for tokens in (16, 24, 7):
+        _, gate, up = inputs(tokens, 96)
+        whole = layer(reference.swiglu(gate.to(dtype), up.to(dtype)))
+        for way in (swiglu_linear, compiled):
+            assert torch.equal(way(layer, gate.to(dtype), up.to(dtype)), whole)
 
 
 def test_the_error_of_the_cast_is_that_of_float8() -> None:

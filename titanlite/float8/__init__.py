@@ -11,8 +11,9 @@ from titanlite.float8.config import (
 )
 from titanlite.float8.convert import convert_to_float8_training, high_precision
 from titanlite.float8.fsdp import precompute_float8_dynamic_scale_for_fsdp
-from titanlite.float8.linear import Float8Linear, swiglu_linear, why_not_convertible
+from titanlite.float8.linear import Float8Linear, why_not_convertible
 from titanlite.float8.scaling import sync_float8_amax_and_scale_history
+from titanlite.float8.swiglu import swiglu_linear
 
 __all__ = [
     "CastConfig",

@@ -10,12 +10,12 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from titanlite.float8 import kernels, scaling
-from titanlite.float8.config import CastConfig, Float8LinearConfig, ScalingType
+from titanlite.float8.config import CastConfig, Float8LinearConfig
 from titanlite.float8.devices import must_emulate
 from titanlite.float8.fsdp import gathered_in_float8, plain
-from titanlite.float8.matmul import Operand, cast, cast_by_kernels, layout_of
+from titanlite.float8.matmul import Operand, cast, cast_by_kernels
 from titanlite.float8.numerics import dequantize
-from titanlite.float8.products import Float8Matmul, Float8SwiGLUMatmul, Ranks
+from titanlite.float8.products import Float8Matmul, Ranks
 from titanlite.float8.reuse import WeightCopies, remember, remembered
 from titanlite.float8.tensor import Float8Tensor
 
@@ -94,50 +94,24 @@ class Float8Linear(nn.Linear):
 
     # ---- forward
 
-    def forward(self, input: Tensor, gate: Tensor | None = None) -> Tensor:
-        """``input`` [..., in_features] -> [..., out_features], in the dtype of ``input``, or of autocast.
-
-        Args:
-            gate: like ``input``; then it is of ``silu(gate) * input``, see :func:`swiglu_linear`.
-        """
+    def forward(self, input: Tensor) -> Tensor:
+        """``input`` [..., in_features] -> [..., out_features], in the dtype of ``input``, or of autocast."""
         if self.in_high_precision:
-            # With a bias, not the same as multiply to the last bit.
-            return super().forward(input if gate is None else F.silu(gate) * input)
-        out = self.multiply(input, gate=gate)
+            return super().forward(input)  # with a bias, not the same as multiply to the last bit
+        out = self.multiply(input)
         return out if self.bias is None else out + self.bias.to(out.dtype)
 
-    def multiply(self, input: Tensor, ranks: Ranks | None = None, gate: Tensor | None = None) -> Tensor:
+    def multiply(self, input: Tensor, ranks: Ranks | None = None) -> Tensor:
         """:meth:`forward` without the bias.
 
         Args:
             ranks: that share the input features; the result is what their sum leaves this one with.
         """
-        if isinstance(input, DTensor):
-            raise TypeError(
-                "Float8Linear takes plain tensors, not a DTensor: parallelize it with titanlite.float8's "
-                "Float8ColwiseParallel or Float8RowwiseParallel"
-            )
-        # (Of the meta device autocast cannot be asked; is_autocast_available cannot be compiled with torch 2.11.)
-        if not input.is_meta and torch.is_autocast_enabled(input.device.type):
-            input = input.to(torch.get_autocast_dtype(input.device.type))
-            gate = None if gate is None else gate.to(input.dtype)
-        weight = self.weight.to_local() if isinstance(self.weight, DTensor) else self.weight
-        if input.shape[-1] != weight.shape[-1]:
-            raise ValueError(f"Float8Linear: input of shape {tuple(input.shape)}, must be [..., {weight.shape[-1]}]")
+        input = self._autocast(input)
+        weight, emulate, for_weight = self._ready(input)
         if self.in_high_precision:
             product = F.linear(input, weight)
             return product if ranks is None else ranks.sum(product)
-        if self.config.enable_fsdp_float8_all_gather and not isinstance(weight, Float8Tensor):
-            raise RuntimeError(
-                "enable_fsdp_float8_all_gather: FSDP2 has not gathered this weight; call fully_shard on the model, or "
-                "leave the flag out"
-            )
-        emulate = must_emulate(input.device, self.config.dtypes, self.config.emulate, torch.compiler.is_compiling())
-        for_weight = torch.is_grad_enabled() and weight.requires_grad
-        if gate is not None:
-            if ranks is None and self._casts_swiglu(gate, input, emulate):
-                return self._multiply_swiglu(gate, input, weight, for_weight)
-            input = F.silu(gate) * input
         x, saved = self._cast_input(input, emulate, for_weight)
         w = self._weight_for_output(weight, self.weight, emulate)
         if saved is x:
@@ -145,19 +119,37 @@ class Float8Linear(nn.Linear):
         out: Tensor = Float8Matmul.apply(input, weight, *x, *w, *saved, self, emulate, ranks)
         return out
 
-    def _multiply_swiglu(self, gate: Tensor, up: Tensor, weight: Tensor, for_weight: bool) -> Tensor:
-        first, second = self.config.cast_config_input, self.config.cast_config_input_for_grad_weight
-        data, scale, amaxes = kernels.swiglu_cast(
-            gate.detach().reshape(-1, gate.shape[-1]),
-            up.detach().reshape(-1, up.shape[-1]),
-            first.dtype,
-            layout_of(first),
-            layout_of(second) if for_weight else "none",
-            self.config.round_scales_to_power_of_2,
-        )
-        w = self._weight_for_output(weight, self.weight, emulate=False)
-        out: Tensor = Float8SwiGLUMatmul.apply(gate, up, weight, data, scale, *w, amaxes, self)
-        return out
+    def _autocast(self, input: Tensor) -> Tensor:
+        """``input`` in the dtype of autocast, where that is on."""
+        # (Of the meta device autocast cannot be asked; is_autocast_available cannot be compiled with torch 2.11.)
+        if not input.is_meta and torch.is_autocast_enabled(input.device.type):
+            return input.to(torch.get_autocast_dtype(input.device.type))
+        return input
+
+    def _ready(self, input: Tensor) -> tuple[Tensor, bool, bool]:
+        """The local weight for ``input``, whether to emulate, and whether the weight is to have a gradient.
+
+        Raises:
+            TypeError, ValueError, RuntimeError: it cannot be multiplied.
+        """
+        if isinstance(input, DTensor):
+            raise TypeError(
+                "Float8Linear takes plain tensors, not a DTensor: parallelize it with titanlite.float8's "
+                "Float8ColwiseParallel or Float8RowwiseParallel"
+            )
+        weight = self.weight.to_local() if isinstance(self.weight, DTensor) else self.weight
+        if input.shape[-1] != weight.shape[-1]:
+            raise ValueError(f"Float8Linear: input of shape {tuple(input.shape)}, must be [..., {weight.shape[-1]}]")
+        for_weight = torch.is_grad_enabled() and weight.requires_grad
+        if self.in_high_precision:
+            return weight, False, for_weight
+        if self.config.enable_fsdp_float8_all_gather and not isinstance(weight, Float8Tensor):
+            raise RuntimeError(
+                "enable_fsdp_float8_all_gather: FSDP2 has not gathered this weight; call fully_shard on the model, or "
+                "leave the flag out"
+            )
+        emulate = must_emulate(input.device, self.config.dtypes, self.config.emulate, torch.compiler.is_compiling())
+        return weight, emulate, for_weight
 
     # ---- the operands
 
@@ -165,13 +157,6 @@ class Float8Linear(nn.Linear):
         """Whether kernels cast ``x``, if its scale is dynamic, rather than plain operations."""
         chosen = kernels.AVAILABLE and self.config.kernels != "inductor" and not emulate
         return chosen and x.dtype in kernels.DTYPES and x.numel() > 0
-
-    def _casts_swiglu(self, gate: Tensor, up: Tensor, emulate: bool) -> bool:
-        """Whether kernels cast ``silu(gate) * up`` without its being written."""
-        how = self.config.cast_config_input
-        dynamic = how.is_cast and how.scaling_type is ScalingType.DYNAMIC
-        alike = (gate.shape, gate.dtype) == (up.shape, up.dtype)
-        return dynamic and alike and self._by_kernels(up, emulate)
 
     def _cast(self, x: Tensor, how: CastConfig, contracted: int, emulate: bool, scale: Tensor | None) -> Operand:
         rounded = self.config.round_scales_to_power_of_2
@@ -312,16 +297,3 @@ class Float8Linear(nn.Linear):
             if short != casts[name.split("_for_")[0]] or "_for_" not in name
         }
         return f"{super().extra_repr()}, " + ", ".join(f"{name}={short}" for name, short in others.items())
-
-
-def swiglu_linear(linear: nn.Module, gate: Tensor, up: Tensor) -> Tensor:
-    """``linear(silu(gate) * up)``. Where ``linear`` is a :class:`Float8Linear` whose input is cast by kernels with
-    dynamic scales, the product is never written, nor kept for backward: ``gate`` and ``up`` are enough. It is then
-    rounded once, not twice.
-
-    Args:
-        gate, up: [..., in_features].
-    """
-    if type(linear) is Float8Linear:
-        return linear(up, gate)  # type: ignore[no-any-return]
-    return linear(F.silu(gate) * up)  # type: ignore[no-any-return]

@@ -105,13 +105,16 @@ class Float8SwiGLUMatmul(torch.autograd.Function):
         gate, up, weight, amaxes = ctx.saved_tensors
         _begin_backward(ctx)
         config = ctx.layer.config
-        for_weight = ctx.needs_input_grad[2]
+        for_gate, for_up, for_weight, *_ = ctx.needs_input_grad
         g_for_input, g_for_weight = ctx.layer._cast_grad_output(grad_output, False, for_weight)
         how = config.cast_config_input_for_grad_weight
+        gate, up = gate.reshape(-1, gate.shape[-1]), up.reshape(-1, up.shape[-1])
+        # Without factors that learn, the kernel makes gradients of anything, for nobody, and the copy.
+        grad = _grad_input(ctx, g_for_input, weight) if for_gate or for_up else torch.empty_like(up)
         grad_gate, grad_up, data, scale = kernels.swiglu_backward(
-            _grad_input(ctx, g_for_input, weight),
-            gate.reshape(-1, gate.shape[-1]),
-            up.reshape(-1, up.shape[-1]),
+            grad,
+            gate,
+            up,
             amaxes,
             how.dtype,
             "none" if not for_weight else layout_of(how) if how.is_cast else "high_precision",
@@ -121,7 +124,8 @@ class Float8SwiGLUMatmul(torch.autograd.Function):
         if for_weight:
             product = Operand(data.t(), scale) if how.is_cast else Operand(data, None)
             grad_weight = _grad_weight(ctx, g_for_weight, product)
-        return grad_gate.view(ctx.shape), grad_up.view(ctx.shape), grad_weight, *[None] * 6
+        found = (of.view(ctx.shape) if wanted else None for of, wanted in ((grad_gate, for_gate), (grad_up, for_up)))
+        return *found, grad_weight, *[None] * 6
 
 
 def _remember(ctx: Any, layer: Float8Linear, x: Tensor, emulate: bool) -> None:

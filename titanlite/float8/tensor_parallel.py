@@ -214,7 +214,7 @@ class _ColumnParallelLinear(Float8Linear):
     # each a forward of their own.
     style: Float8ColwiseParallel
 
-    def forward(self, input: Tensor) -> Tensor:  # type: ignore[override]  # swiglu_linear gives it no gate
+    def forward(self, input: Tensor) -> Tensor:
         assert isinstance(self.weight, DTensor)
         mesh, style, x = self.weight.device_mesh, self.style, input
         layout = x.placements[0] if isinstance(x, DTensor) else style.input_layout
@@ -287,7 +287,7 @@ class _RowParallelLinear(Float8Linear):
     style: Float8RowwiseParallel
     ranks: _Summation
 
-    def forward(self, input: Tensor) -> Tensor:  # type: ignore[override]  # swiglu_linear gives it no gate
+    def forward(self, input: Tensor) -> Tensor:
         assert isinstance(self.weight, DTensor)
         mesh, layout = self.weight.device_mesh, self.style.output_layout
         x = input.redistribute(mesh, (Shard(-1),)).to_local() if isinstance(input, DTensor) else input

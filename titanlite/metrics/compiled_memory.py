@@ -57,7 +57,7 @@ def _is_view(node: fx.Node) -> bool:
 def _run(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """``target(*args, **kwargs)``; attention that may drop out, and is computed again in backward, comes with the state
     of the random generator, which tensors without data do not need; and an operator that writes to what it is given
-    does so, as in generated code, where nobody reads what was there before."""
+    does so. (Generated code copies it first where somebody still reads what was there, which is not counted.)"""
     if target is auto_functionalized_v2:
         return auto_functionalized_v2_dense(args[0], (), **kwargs)  # in place
     name = getattr(target, "__name__", "")

@@ -1,7 +1,7 @@
 """Quantization in one or two passes over memory, as PyTorch operators that compile.
 
 ``titanlite_float8::amaxes``, ``::cast``, ``::swiglu_backward`` and ``::rescale`` are Triton kernels on GPUs and plain
-operations on the CPU, with the same numbers: to the bit, but for the exponential function of SwiGLU.
+operations on the CPU, with the same numbers: to the bit, but for exponential functions and divisions in SwiGLU.
 """
 
 from __future__ import annotations

@@ -45,7 +45,7 @@ class Tile(NamedTuple):
 
 AMAX_TILE = Tile(64, 256, 8)
 CAST_TILE = Tile(64, 128, 8)
-SWIGLU_TILE = Tile(64, 128, 8)
+SWIGLU_TILE = Tile(64, 64, 8)
 RESCALE_TILE = Tile(32, 256, 4)
 ROW_PER_WARP = 1024  # elements, in row_cast_kernel
 
@@ -107,13 +107,15 @@ def cast(
 def swiglu_backward(
     grad: Tensor, gate: Tensor, up: Tensor, amaxes: Tensor, dtype: torch.dtype, by_columns: str, power_of_2: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """``titanlite_float8::swiglu_backward``. ``grad``, without gaps, becomes the gradient of ``up``."""
-    gate, up = gate.contiguous(), up.contiguous()
+    """``titanlite_float8::swiglu_backward``. ``grad`` becomes the gradient of ``up``."""
+    if not grad.is_contiguous():
+        raise ValueError(f"swiglu_backward: a gradient with strides {grad.stride()}; it must be contiguous")
+    up, of_gate = _alike(up, gate)
     grad_gate, product, scale = outputs_of_swiglu_backward(grad, gate, up, amaxes, dtype, by_columns, power_of_2)
     with _on(up):
         kernels.swiglu_backward_kernel[SWIGLU_TILE.grid(up)](
-            *(grad, gate, up, amaxes, grad_gate),
-            *(None if by_columns == "none" else product, scale, *up.shape),
+            *(grad, of_gate, up, amaxes, grad_gate),
+            *(None if by_columns == "none" else product, scale, *up.shape, up.stride(0)),
             BY_COLUMNS=HOW.get(by_columns, HOW["none"]),
             **_numbers(dtype, power_of_2),
             **SWIGLU_TILE.options(),
@@ -126,10 +128,10 @@ def _numbers(dtype: torch.dtype, power_of_2: bool) -> dict[str, object]:
 
 
 def _alike(x: Tensor, gate: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """With neighbours in a row side by side, and if there is a gate both without gaps between rows."""
-    if gate is not None:
-        return x.contiguous(), gate.contiguous()
-    return x if x.stride(1) == 1 else x.contiguous(), None
+    """With neighbours in a row side by side, and from row to row, if there is a gate, of both as far."""
+    if x.stride(1) == 1 and (gate is None or gate.stride() == x.stride()):
+        return x, gate
+    return x.contiguous(), None if gate is None else gate.contiguous()
 
 
 def _parts(amaxes: Tensor, x: Tensor, by_rows: str, by_columns: str) -> tuple[Tensor, Tensor]:

@@ -213,6 +213,7 @@ def swiglu_backward_kernel(
     column_scale,
     M,
     N,
+    stride,
     FP8_MAX: constexpr,
     POWER_OF_2: constexpr,
     DTYPE: constexpr,
@@ -221,14 +222,17 @@ def swiglu_backward_kernel(
     BLOCK_N: constexpr,
 ):
     """The gradients of silu(gate) * up, that of up in grad, where its own was; and, unless ``product`` is None, the
-    product, as it is, or by columns. All of them (M, N), row-major and without gaps. Reads each once."""
+    product, as it is, or by columns. All of them (M, N) and row-major, between the rows of gate and up a stride. Reads
+    each once."""
     down, _, rows, columns = _tile(M, N, BLOCK_M, BLOCK_N, True)
     inside = (rows < M)[:, None] & (columns < N)[None, :]
     offsets = rows.to(tl.int64)[:, None] * N + columns[None, :]
-    g = tl.load(gate + offsets, mask=inside, other=0.0).to(tl.float32)
-    u = tl.load(up + offsets, mask=inside, other=0.0).to(tl.float32)
+    of_factors = rows.to(tl.int64)[:, None] * stride + columns[None, :]
+    g = tl.load(gate + of_factors, mask=inside, other=0.0).to(tl.float32)
+    u = tl.load(up + of_factors, mask=inside, other=0.0).to(tl.float32)
     out = tl.load(grad + offsets, mask=inside, other=0.0).to(tl.float32)
-    sigmoid, silu = 1.0 / (1.0 + tl.exp(-g)), _silu(g)
+    sigmoid = 1.0 / (1.0 + tl.exp(-g))
+    silu = _silu(g)
     grad_of_gate = out * u * sigmoid * (1.0 + g * (1.0 - sigmoid))
     tl.store(grad_gate + offsets, grad_of_gate.to(gate.dtype.element_ty), mask=inside)
     tl.store(grad + offsets, (out * silu).to(up.dtype.element_ty), mask=inside)
