@@ -133,6 +133,20 @@ def test_factors_that_are_slices(by_columns: str) -> None:
         launch.swiglu_backward(grad.t(), gate.t(), up.t(), amaxes, E4M3, by_columns, True)
 
 
+@pytest.mark.skipif(DEVICE == "cuda", reason="of the operators on the CPU")
+@pytest.mark.parametrize("scales", ["tensor", "vector"])
+def test_operators_keep_their_promises(scales: str) -> None:
+    """What they write to, and the shapes of what they return, are those that the compiler is told."""
+    grad, gate, up = inputs(16, 32)
+    ops = torch.ops.titanlite_float8
+    for by_rows, by_columns in ((scales, "none"), ("none", scales)):
+        amaxes = ops.amaxes(up, by_rows, by_columns, gate)
+        torch.library.opcheck(ops.amaxes, (up, by_rows, by_columns, gate))
+        torch.library.opcheck(ops.cast, (up, amaxes, E4M3, by_rows, by_columns, True, gate))
+    for by_columns in ("none", "high_precision", scales):
+        torch.library.opcheck(ops.swiglu_backward, (grad, gate, up, amaxes, E4M3, by_columns, True))
+
+
 @pytest.mark.parametrize("way", [launch, reference], ids=["triton", "reference"])
 def test_extreme_gates(way: Any) -> None:
     """Where exp overflows or vanishes there is still a product, and there are gradients."""
