@@ -260,7 +260,7 @@ def test_float8_of_gpus_is_estimated_without_one(recipe: str, compile: str) -> N
     float8 = estimated(1, model__converters="float8", float8__recipe_name=recipe, **options)
     assert float8.about["converter float8"] == f"{recipe}, 43 of 43 linear layers"
     kept = float8.ranks[0].activations / bf16.ranks[0].activations
-    assert kept == 1 if recipe == "rowwise_with_gw_hp" else kept < 0.95  # that one keeps inputs as they are
+    assert kept < 0.95  # also with gw_hp, whose inputs stay as they are: SwiGLU's product is not among them
 
 
 def test_the_ways_of_the_cpu_are_not_those_of_gpus() -> None:
