@@ -82,8 +82,11 @@ def _segment(address: int, size: int, frames: list[Frame]) -> dict[str, Any]:
 
 def _living_tensors() -> Iterator[Tensor]:
     for thing in gc.get_objects():
-        # Not their subclasses: those wrap tensors that are met here by themselves.
-        if type(thing) in (Tensor, torch.nn.Parameter) and thing.device.type == "cpu" and not thing.is_sparse:
+        # Not their subclasses, and not the compiler's, which it leaves behind: those wrap tensors that are met here by
+        # themselves, or have no memory.
+        if type(thing) not in (Tensor, torch.nn.Parameter) or torch._is_functional_tensor(thing):
+            continue
+        if thing.device.type == "cpu" and not thing.is_sparse:
             yield thing
 
 

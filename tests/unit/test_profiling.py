@@ -74,6 +74,7 @@ def load(path: Path) -> dict[str, Any]:
 
 def test_a_snapshot_of_the_cpu_has_what_was_allocated_and_what_is_alive(tmp_path: Path) -> None:
     old, kept = torch.empty(1000, 3), []
+    compilers = torch._to_functional_tensor(torch.empty(3))  # whose address cannot be asked for
 
     def step(number: int) -> None:
         kept.append(torch.empty(number, 1000))
@@ -93,6 +94,7 @@ def test_a_snapshot_of_the_cpu_has_what_was_allocated_and_what_is_alive(tmp_path
     assert allocation["addr"] == kept[3].data_ptr()
     blocks = {segment["address"]: segment["blocks"][0] for segment in found["segments"]}
     assert blocks[kept[3].data_ptr()]["frames"] == allocation["frames"]
+    del compilers
     for tensor, shape in ((old, "(1000, 3)"), (kept[0], "(1, 1000)")):
         block = blocks[tensor.data_ptr()]
         assert block["size"] == tensor.untyped_storage().nbytes()
