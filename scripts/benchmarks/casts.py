@@ -81,6 +81,12 @@ def reads(by_rows: str, by_columns: str, columns: int) -> int:
     return 1 if in_one_pass(columns, by_rows, by_columns) else 2
 
 
+def swiglu_reads(first: str, second: str, columns: int) -> int:
+    """How often the cast of SwiGLU's product reads both factors: for the first layout's copy, and once for the largest
+    magnitudes of the second, which backward makes."""
+    return reads(first, "none", columns) + (second != "none" and not first == second == "tensor")
+
+
 def bytes_per_element(by_rows: str, by_columns: str, columns: int = 0, itemsize: int = 2) -> int:
     """That a cast moves for each element of its input, whose elements have ``itemsize`` bytes; scales left out."""
     return itemsize * reads(by_rows, by_columns, columns) + (by_rows != "none") + (by_columns != "none")
@@ -215,8 +221,8 @@ def mismatch(found: Outputs, expected: Outputs) -> float:
 
 def moved(kernel: Kernel, x: Tensor, outputs: Outputs) -> int:
     """Bytes that titanlite's kernel moves: reads of ``x``, and what is as large, and writes of ``outputs``."""
-    if kernel.kernel == SWIGLU:  # both factors in each pass: of the first cast, and for the amaxes of the second
-        times = 2 * (reads(kernel.scales, "none", x.shape[1]) + (kernel.scales == "vector"))
+    if kernel.kernel == SWIGLU:
+        times = 2 * swiglu_reads(kernel.scales, kernel.scales, x.shape[1])
     elif kernel.kernel == SWIGLU_BACKWARD:
         times = 3
     else:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from casts import bytes_per_element, reads
+from casts import bytes_per_element, reads, swiglu_reads
 
 from titanlite.float8 import Float8LinearConfig
 from titanlite.float8.matmul import layout_of
@@ -102,9 +102,7 @@ def swiglu_bytes(recipe: str, k: int) -> tuple[int, int]:
     if config is None:
         return 3 * BF16, 5 * BF16
     first, second = layout_of(config.cast_config_input), layout_of(config.cast_config_input_for_grad_weight)
-    # Beside those of the first cast, one for the largest magnitudes of the second.
-    passes = reads(first, "none", k) + (second != "none" and not first == second == "tensor")
-    return 2 * BF16 * passes + 1, 5 * BF16 + (BF16 if second == "none" else 1)
+    return 2 * BF16 * swiglu_reads(first, second, k) + 1, 5 * BF16 + (BF16 if second == "none" else 1)
 
 
 def grad_bytes(recipe: str, n: int) -> int:

@@ -68,7 +68,7 @@ def step_gemms(args: Llama3Args, recipe: str, tokens: int) -> tuple[list[Gemm], 
 
 
 def cast_bytes(args: Llama3Args, recipe: str, tokens: int, scales_follow: bool) -> int:
-    """Of the casts and the passes that apply scales, of all layers."""
+    """Of the casts but that of SwiGLU's product, and the passes that apply scales, of all layers."""
     linears = Linears(args)
     found = sum(tokens * k * cost.input_bytes(recipe, k) for k in linears.inputs)
     for k, n in linears.all.values():

@@ -5,8 +5,9 @@ columns: scales of rows and row-major data. One *by columns* gives what a matmul
 columns, and the data transposed, since float8 units take both operands with what they sum over lying together. Where
 there is a gate, it is silu(gate) * x that is cast, as in SwiGLU.
 
-Numbers are those of :mod:`titanlite.float8.numerics`, to the bit. An amax travels as the bits of its float32, which
-order as magnitudes do, NaN above infinity: integer maxima, and thereby atomic ones, then keep a NaN.
+Numbers are those of :mod:`titanlite.float8.numerics`, to the bit (SwiGLU's but for exponential and division). An amax
+travels as the bits of its float32, which order as magnitudes do, NaN above infinity: integer maxima, and thereby atomic
+ones, then keep a NaN.
 """
 
 from __future__ import annotations
@@ -232,7 +233,7 @@ def swiglu_backward_kernel(
     u = tl.load(up + of_factors, mask=inside, other=0.0).to(tl.float32)
     out = tl.load(grad + offsets, mask=inside, other=0.0).to(tl.float32)
     sigmoid = 1.0 / (1.0 + tl.exp(-g))
-    silu = _silu(g)
+    silu = _silu(g)  # as in forward to the bit, so that the copy of the product fits its scale
     grad_of_gate = out * u * sigmoid * (1.0 + g * (1.0 - sigmoid))
     tl.store(grad_gate + offsets, grad_of_gate.to(gate.dtype.element_ty), mask=inside)
     tl.store(grad + offsets, (out * silu).to(up.dtype.element_ty), mask=inside)
