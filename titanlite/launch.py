@@ -24,6 +24,7 @@ import tempfile
 import threading
 import time
 import uuid
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -52,26 +53,56 @@ HERE = Path(__file__).parent
 TRAIN_CONFIGS = next((d for d in (HERE / "train_configs", HERE.parent / "train_configs") if d.is_dir()), HERE)
 
 
+@dataclass(frozen=True)
+class Plan:
+    """What a command starts.
+
+    Attributes:
+        module: what each process runs, ``titanlite.train`` or ``titanlite.estimate``.
+        machines: launchers that meet.
+        processes: on this machine; an estimate is one, whatever it stands for.
+        meeting: where the launchers meet, arguments of torchrun's ``LaunchConfig``.
+        env: for the process of an estimate.
+    """
+
+    module: str
+    machines: int = 1
+    processes: int = 1
+    meeting: dict[str, Any] = field(default_factory=dict)
+    env: dict[str, str] = field(default_factory=dict)
+
+
+def plan(argv: list[str]) -> Plan:
+    """What the arguments and the environment ask for, checked against each other and this machine.
+
+    Raises:
+        ConfigError: they ask for what cannot be; bad input among the options ends the process.
+    """
+    os.environ.setdefault(CONFIG_FILE, _default_file())
+    config = read_config(argv)
+    if _is_estimate(config):
+        devices = (_count(NNODES, "machines") or 1) * (_count(NGPU, "processes") or max(_gpu_count(), 1))
+        return Plan("titanlite.estimate", env={"WORLD_SIZE": str(devices)})
+    machines, processes = _count(NNODES, "machines") or 1, _process_count()
+    check_config(config, machines * processes)
+    return Plan("titanlite.train", machines, processes, _meeting(machines, config.comm.init_timeout_seconds))
+
+
 def main() -> None:
     # Until there are handlers, across the exec below too: counting GPUs and importing torch take seconds.
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     argv = sys.argv[1:]
-    os.environ.setdefault(CONFIG_FILE, _default_file())
-    config = read_config(argv)
     try:
-        if _is_estimate(config):
-            devices = (_count(NNODES, "machines") or 1) * (_count(NGPU, "processes") or max(_gpu_count(), 1))
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)  # an estimate has nothing to save
-            os.environ["WORLD_SIZE"] = str(devices)
-            os.execv(sys.executable, [sys.executable, "-m", "titanlite.estimate", *argv])
-        machines, processes = _count(NNODES, "machines") or 1, _process_count()
-        check_config(config, machines * processes)
-        meeting = _meeting(machines, config.comm.init_timeout_seconds)
+        planned = plan(argv)
     except ConfigError as e:
         sys.exit(report(e))
-    if machines * processes == 1:
-        os.execv(sys.executable, [sys.executable, "-m", "titanlite.train", *argv])
-    sys.exit(_run_workers({"min_nodes": machines, "max_nodes": machines, **meeting}, processes, argv))
+    if planned.machines * planned.processes == 1:
+        os.environ.update(planned.env)
+        if planned.module == "titanlite.estimate":
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)  # an estimate has nothing to save
+        os.execv(sys.executable, [sys.executable, "-m", planned.module, *argv])
+    nodes = {"min_nodes": planned.machines, "max_nodes": planned.machines}
+    sys.exit(_run_workers({**nodes, **planned.meeting}, planned.processes, argv))
 
 
 def _is_estimate(config: JobConfig) -> bool:
@@ -275,12 +306,8 @@ def _alone(folder: str, meeting: dict[str, Any], why: str) -> int:
 
 def _explain(folder: str, failures: dict[int, ProcessFailure]) -> int:
     """Show why the workers failed: their own message where they left one, else who ended how."""
-    for path in reported(folder):
-        from titanlite.out_of_memory import advise
-
-        print(path.read_text(), file=sys.stderr, flush=True)
-        advise(Path(folder), int(path.stem.partition("-")[2]))
-        return int(path.suffix[1:])
+    if (status := show_reported(folder)) is not None:
+        return status
     first = min(failure.timestamp for failure in failures.values())
 
     def order(rank: int) -> tuple[bool, float]:
@@ -309,6 +336,18 @@ def _explain(folder: str, failures: dict[int, ProcessFailure]) -> int:
         file=sys.stderr,
     )
     return 1
+
+
+def show_reported(folder: str) -> int | None:
+    """Show the message that a worker has left, and advice if it ran out of memory; returns the exit status it means,
+    None where there is no message."""
+    for path in reported(folder):
+        from titanlite.out_of_memory import advise
+
+        print(path.read_text(), file=sys.stderr, flush=True)
+        advise(Path(folder), int(path.stem.partition("-")[2]))
+        return int(path.suffix[1:])
+    return None
 
 
 def _show_stacks(folder: str) -> None:

@@ -1,17 +1,15 @@
-"""A worker: trains through bad steps, and writes down what each of its runs did.
+"""A worker: trains through bad steps, and reports what each of its runs did.
 
-torchrun ... bad_steps.py OUT CASES, where CASES is a JSON file: {name: {"options": {option: value}, "bad": {step: how},
-"rank": the only one that is bad, or null for all, "window": losses before the first step}}. How: nan, inf or spike, the
-factor of the loss; gradients, one of which is infinite; or omitted, as if the step's update had never been asked for.
+Cases are {name: {"options": {option: value}, "bad": {step: kind}, "rank": the only one that is bad, or None for all,
+"window": losses before the first step}}. Kinds: nan, inf or spike, the factor of the loss; gradients, one of which is
+infinite; or omitted, as if the step's update had never been asked for.
 """
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
 import logging
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,21 +22,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from models.llama3.model import Llama3Args
 from models.llama3.spec import FLAVORS
+from tests.distributed.parallel import share_meshes
 from titanlite import train
 from titanlite.config import load_config
-from titanlite.config.schema import Comm
-from titanlite.distributed import runtime
 from titanlite.errors import TrainingError
 from titanlite.train import Trainer
 
-FLAVORS["tiny"] = Llama3Args(dim=32, n_layers=2, n_heads=2, n_kv_heads=2, ffn_dim=64, vocab_size=0)
 FACTORS = {"nan": float("nan"), "inf": float("inf"), "spike": 50.0}
 
-# One mesh, and one group beside it, for all runs of the same degrees: each group has threads of its own.
-train.build_mesh = functools.cache(train.build_mesh)
-start_runtime = runtime.start_runtime
-first_runtime = functools.cache(lambda: start_runtime(Comm()))
-runtime.start_runtime = lambda comm: first_runtime()
 build_loss = train.build_loss
 
 
@@ -138,8 +129,10 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def main() -> None:
-    folder, cases = Path(sys.argv[1]), json.loads(Path(sys.argv[2]).read_text())
+def report(cases: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """What each case did, on this rank."""
+    FLAVORS["tiny"] = Llama3Args(dim=32, n_layers=2, n_heads=2, n_kv_heads=2, ffn_dim=64, vocab_size=0)
+    share_meshes()
     reports = {}
     for name, case in cases.items():
         run_folder = folder / name.replace(" ", "_")
@@ -147,8 +140,5 @@ def main() -> None:
         dist.barrier()
         lines = (run_folder / "metrics.jsonl").read_text().splitlines()
         reports[name]["rows"] = [json.loads(line) for line in lines]
-    (folder / f"rank-{dist.get_rank()}.json").write_text(json.dumps(reports))
     dist.destroy_process_group()
-
-
-main()
+    return reports

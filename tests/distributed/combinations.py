@@ -5,7 +5,6 @@ docs/parallelism.md has a table of them, made from here by scripts/benchmarks/ta
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -114,17 +113,25 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "compile, rowwise, AC selective op": {**_COMPILE, **_recipe("rowwise"), **_checkpointing("selective", "op")},
 }
 
-# All variants are tried with a way for each dimension, some with more, and all with all where EVERY is set in the
-# environment: that takes half an hour.
-EVERY = "TITANLITE_TEST_EVERY_COMBINATION"
-_MAIN = {"FSDP 2", "TP 2", "CP 2 alltoall", "PP 2 1F1B"}
-_MORE = {"HSDP 2 x 2", "PP 2 ZBVZeroBubble", "FSDP 2 x TP 2"}
-_MOST_TELLING = {"bfloat16", "rowwise", "float8 all-gather", "AC selective op"}
-_ALSO = {("FSDP 2 x TP 2 x PP 2", "bfloat16"), ("FSDP 2 x TP 2", "compile, rowwise, AC selective op")}
-
-
-# With the debug model, which is slower: schedules and rotations differ from each other as on the smallest model.
-DEBUG_WAYS = [way for way in WAYS if os.environ.get(EVERY) or way in {*_MAIN, "FSDP 2 x TP 2"}]
+# The ways whose mechanism a variant touches, with which the tests try it; every other pair that composes is run by
+# scripts/test.sh --long. The last two of a list combine dimensions.
+TOUCHED: dict[str, list[str]] = {
+    "bfloat16": ["FSDP 2", "TP 2", "CP 2 alltoall", "PP 2 1F1B", "HSDP 2 x 2", "FSDP 2 x TP 2 x PP 2"],
+    "tensorwise": ["FSDP 2", "TP 2"],  # a scale of each shard
+    "rowwise": ["TP 2", "PP 2 ZBVZeroBubble"],  # gathers in float8; the backward in two halves
+    "rowwise_with_gw_hp": ["TP 2"],  # gathers in high precision
+    "float8 delayed": ["FSDP 2", "PP 2 1F1B"],  # amaxes agreed by the ranks that hold a layer
+    "float8 all-gather": ["FSDP 2", "HSDP 2 x 2", "FSDP 2 x TP 2"],
+    "AC full": ["TP 2", "CP 2 alltoall"],  # collectives are repeated
+    "AC selective 2": ["PP 2 1F1B"],  # counts blocks of the whole model
+    "AC selective op": ["FSDP 2", "TP 2", "CP 2 alltoall"],  # keeps results of collectives, and of attention
+    "compile": ["FSDP 2", "TP 2", "CP 2 alltoall", "PP 2 1F1B"],
+    "compile, AC full": ["TP 2"],  # compiled before it is checkpointed
+    "compile, tensorwise, AC selective 2": ["FSDP 2"],
+    "compile, rowwise, AC selective op": ["FSDP 2 x TP 2"],
+}
+# Schedules and rotations differ from each other as on the smallest model.
+DEBUG_WAYS = ["FSDP 2", "TP 2", "CP 2 alltoall", "PP 2 1F1B", "FSDP 2 x TP 2"]
 
 
 def composes(way: str, variant: str) -> bool:
@@ -134,12 +141,9 @@ def composes(way: str, variant: str) -> bool:
 
 def tried(way: str, variant: str) -> bool:
     """Whether the tests try this combination without being asked for every one."""
-    return composes(way, variant) and (
-        way in _MAIN or (way in _MORE and variant in _MOST_TELLING) or (way, variant) in _ALSO
-    )
+    return composes(way, variant) and way in TOUCHED[variant]
 
 
 def cases(variants: list[str]) -> list[tuple[str, str]]:
-    """The combinations to try now, as (way, variant)."""
-    chosen = composes if os.environ.get(EVERY) else tried
-    return [(way, variant) for variant in variants for way in WAYS if chosen(way, variant)]
+    """The combinations that compose, as (way, variant)."""
+    return [(way, variant) for variant in variants for way in WAYS if composes(way, variant)]

@@ -1,14 +1,10 @@
-"""One process of the float8 all-gather tests: trains a small model in every variant and writes what it saw."""
+"""One process of the float8 all-gather tests: trains a small model in every variant and reports what it saw."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
-import os
-import sys
 from collections import Counter
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,7 +21,7 @@ from titanlite.float8 import (
     precompute_float8_dynamic_scale_for_fsdp,
 )
 
-STEPS, MICROBATCHES, BATCH, TOKENS, DIM, HIDDEN = 10, 2, 4, 24, 64, 160
+STEPS, MICROBATCHES, BATCH, TOKENS, DIM, HIDDEN = 5, 2, 4, 24, 64, 160
 
 
 class Block(nn.Module):
@@ -94,7 +90,7 @@ def run(traffic: Traffic, recipe: str, gather: bool, precompute: bool, compiled:
     elements = linear_elements(model)
     config = dataclasses.replace(Float8LinearConfig.from_recipe_name(recipe), enable_fsdp_float8_all_gather=gather)
     convert_to_float8_training(model, config=config)
-    counter = torch._dynamo.testing.CompileCounterWithBackend("inductor")
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager_decomp_partition")
     torch._dynamo.reset()
     mesh = init_device_mesh("cpu", (world,), mesh_dim_names=("dp",))
     policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32)
@@ -147,15 +143,9 @@ def run(traffic: Traffic, recipe: str, gather: bool, precompute: bool, compiled:
     }
 
 
-def main() -> None:
-    folder, variants = Path(sys.argv[1]), json.loads(sys.argv[2])
+def report(variants: list[dict[str, Any]]) -> list[dict[str, Any]]:
     dist.init_process_group("gloo")
-    torch.set_num_threads(1)
     traffic = Traffic()
     results = [{"variant": variant, **run(traffic, **variant)} for variant in variants]
-    (folder / f"{os.environ['WORLD_SIZE']}-{dist.get_rank()}.json").write_text(json.dumps(results))
     dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main()
+    return results

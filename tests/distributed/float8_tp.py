@@ -1,15 +1,12 @@
-"""One process of the tests of float8 tensor parallelism: runs every case and writes what it saw."""
+"""One process of the tests of float8 tensor parallelism: runs every case and reports what it saw."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
-import sys
 from collections import Counter
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -564,18 +561,16 @@ def four_processes() -> dict[str, Any]:
     }
 
 
-def main() -> None:
+def report() -> dict[str, Any]:
     dist.init_process_group("gloo")
-    torch.set_num_threads(1)
-    world = dist.get_world_size()
-    if sys.argv[2:] == ["inductor"]:
-        mesh = init_device_mesh("cpu", (world,), mesh_dim_names=("tp",))
-        results = compiled_all("inductor", ["rowwise", "rowwise_with_gw_hp"], mesh)
-    else:
-        results = two_processes() if world == 2 else four_processes()
-    (Path(sys.argv[1]) / f"{world}-{dist.get_rank()}.json").write_text(json.dumps(results))
+    results = two_processes() if dist.get_world_size() == 2 else four_processes()
     dist.destroy_process_group()
+    return results
 
 
-if __name__ == "__main__":
-    main()
+def report_inductor() -> Any:
+    dist.init_process_group("gloo")
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("tp",))
+    results = compiled_all("inductor", ["rowwise", "rowwise_with_gw_hp"], mesh)
+    dist.destroy_process_group()
+    return results

@@ -1,13 +1,7 @@
-"""A worker: generates with the model whole, and spread over two processes; writes down the tokens.
-
-torchrun --nproc-per-node=2 ... generation.py OUT
-"""
+"""A worker: generates with the model whole, and spread over two processes; reports the tokens."""
 
 from __future__ import annotations
 
-import json
-import sys
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -110,9 +104,10 @@ def step(model: nn.Module) -> float:
     return float(out.detach()) + sum(float(g.abs().sum()) for g in local)
 
 
-def main() -> None:
+def report() -> dict[str, Any]:
+    FLAVORS["tiny"] = TINY  # here only: the tests import this module, too
     here = runtime.start_runtime(Comm())
-    report: dict[str, Any] = {"whole": whole(here.device)}
+    results: dict[str, Any] = {"whole": whole(here.device)}
     meshes: dict[Degrees, Mesh] = {}
     for name, options in CASES.items():
         replicate = options.get("parallelism.data_parallel_replicate_degree", 1)
@@ -120,12 +115,7 @@ def main() -> None:
         degrees = Degrees(replicate, shard, 1, options.get("parallelism.tensor_parallel_degree", 1), 1)
         if degrees not in meshes:
             meshes[degrees] = build_mesh(degrees, here.device.type)
-        report[name] = spread(options, meshes[degrees], here)
+        results[name] = spread(options, meshes[degrees], here)
         torch._dynamo.reset()
-    Path(sys.argv[1], f"rank-{here.rank}.json").write_text(json.dumps(report))
     runtime.stop_runtime()
-
-
-if __name__ == "__main__":
-    FLAVORS["tiny"] = TINY  # here only: the tests import this module, too
-    main()
+    return results

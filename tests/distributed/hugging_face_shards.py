@@ -1,12 +1,10 @@
-"""A worker: reads a folder of weights into models that are sharded in different ways; writes down what is wrong.
+"""A worker: reads a folder of weights into models that are sharded in different ways; reports what is wrong.
 
-torchrun --nproc-per-node=4 ... hugging_face_shards.py OUT, whose folders plain, tied and float8 hold weights of seed 3
+The folder's folders plain, tied and float8 hold weights of seed 3.
 """
 
 from __future__ import annotations
 
-import json
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -116,14 +114,8 @@ def problems(out: Path, kind: str, degrees: dict[str, int]) -> list[str]:
     return found if state else ["there was nothing to load"]
 
 
-def main() -> None:
+def report(folder: Path) -> dict[str, list[str]]:
     dist.init_process_group("gloo")
-    torch.set_num_threads(1)
-    out = Path(sys.argv[1])
-    results = {name: problems(out, *case) for name, case in CASES.items()}
-    (out / f"rank-{dist.get_rank()}.json").write_text(json.dumps(results))
+    results = {name: problems(folder, *case) for name, case in CASES.items()}
     dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main()
+    return results

@@ -1,14 +1,10 @@
-"""A worker: trains in one way of parallelism after the other, and writes down what each did.
-
-torchrun ... parallel.py OUT CASES, where CASES is a JSON file: {name: {option: value}}
-"""
+"""A worker: trains in one way of parallelism after the other, and reports what each did."""
 
 from __future__ import annotations
 
 import faulthandler
 import functools
 import json
-import sys
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -33,7 +29,7 @@ from titanlite.distributed.mesh import Mesh
 from titanlite.train import Trainer
 
 # As small as all dimensions allow, with grouped queries.
-FLAVORS["tiny"] = Llama3Args(dim=64, n_layers=4, n_heads=4, n_kv_heads=2, ffn_dim=128, vocab_size=0)
+TINY_MODEL = Llama3Args(dim=64, n_layers=4, n_heads=4, n_kv_heads=2, ffn_dim=128, vocab_size=0)
 
 _KINDS = {
     "all_gather": ("_allgather_base_", "all_gather_into_tensor", "allgather_into_tensor_coalesced_"),
@@ -96,11 +92,11 @@ def is_checkpointed(block: nn.Module) -> bool:
     return isinstance(function, functools.partial) and function.func is checkpoint
 
 
-# One mesh, and one group beside it, for all runs of the same degrees: each group has threads of its own.
-train.build_mesh = functools.cache(train.build_mesh)
-start_runtime = runtime.start_runtime
-first_runtime = functools.cache(lambda: start_runtime(Comm()))
-runtime.start_runtime = lambda comm: first_runtime()
+def share_meshes() -> None:
+    """One mesh, and one group beside it, for all runs of the same degrees: each group has threads of its own."""
+    train.build_mesh = functools.cache(train.build_mesh)
+    here = runtime.start_runtime(Comm())
+    runtime.start_runtime = lambda comm: here
 
 
 def run(name: str, options: dict[str, Any], folder: Path) -> dict[str, Any]:
@@ -143,16 +139,15 @@ def run(name: str, options: dict[str, Any], folder: Path) -> dict[str, Any]:
     return report
 
 
-def main() -> None:
-    folder, cases = Path(sys.argv[1]), json.loads(Path(sys.argv[2]).read_text())
+def report(cases: dict[str, dict[str, Any]], folder: Path) -> dict[str, Any]:
+    """What each case did, on this rank."""
+    FLAVORS["tiny"] = TINY_MODEL
+    share_meshes()
     reports = {}
     for name, options in cases.items():
         try:
             reports[name] = run(name, options, folder)
         except Exception as e:
             raise RuntimeError(f"{name}: {options}") from e
-    (folder / f"rank-{dist.get_rank()}.json").write_text(json.dumps(reports))
     dist.destroy_process_group()
-
-
-main()
+    return reports

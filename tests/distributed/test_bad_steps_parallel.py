@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import itertools
-import json
 import math
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.conftest import TINY, environment
+from tests.distributed import bad_steps
+from tests.support.forks import on_ranks
+from tests.support.runs import TINY, environment
 
 OPTIONS = {
     **TINY,
@@ -73,20 +71,9 @@ def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str
     for processes in (1, 2, 4):
         folder = tmp_path_factory.mktemp(f"on-{processes}")
         cases = {name: c for way, (n, _) in WAYS.items() if n == processes for name, c in cases_of(way).items()}
-        (folder / "cases.json").write_text(json.dumps(cases))
-        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-        done = subprocess.run(
-            [*torchrun, Path(__file__).with_name("bad_steps.py"), folder, folder / "cases.json"],
-            env=environment(OMP_NUM_THREADS="1"),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            timeout=300,
-        )
-        assert done.returncode == 0, done.stdout[-8000:]
-        ranks = [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in range(processes)]
+        ranks = on_ranks(processes, folder, environment(), bad_steps.report, cases, folder)
         found |= {name: [rank[name] for rank in ranks] for name in cases}
-        found |= {f"on {processes}": [{"output": done.stdout}]}
+        found |= {f"on {processes}": [{"output": (folder / "output.txt").read_text()}]}
     return found
 
 

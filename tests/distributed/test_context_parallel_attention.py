@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,7 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tests.conftest import environment
+from tests.distributed import context_parallel_attention
 from tests.distributed.context_parallel_attention import (
     BATCHES,
     DTYPES,
@@ -31,6 +27,8 @@ from tests.distributed.context_parallel_attention import (
     SIZES,
     WORLD,
 )
+from tests.support.forks import on_ranks
+from tests.support.runs import environment
 from titanlite.distributed.context_parallel import (
     METHODS,
     ContextParallel,
@@ -44,11 +42,7 @@ from titanlite.distributed.context_parallel import (
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each process saw."""
-    folder = tmp_path_factory.mktemp("cp")
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={WORLD}"]
-    worker = [str(Path(__file__).with_name("context_parallel_attention.py")), str(folder)]
-    subprocess.run([*launcher, *worker], env=environment(), check=True, timeout=500)
-    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(WORLD)]
+    return on_ranks(WORLD, tmp_path_factory.mktemp("cp"), environment(), context_parallel_attention.report)
 
 
 each_size = pytest.mark.parametrize("size", SIZES)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.conftest import environment
+from tests.distributed import report_start
+from tests.support.forks import on_ranks
+from tests.support.runs import environment
 
 BATCHES = 50
 GLOBAL_BATCH = 8
@@ -18,7 +18,6 @@ GLOBAL_BATCH = 8
 
 def start(folder: Path, world: int) -> list[dict[str, Any]]:
     """What each of ``world`` processes starts from, by rank."""
-    worker = Path(__file__).with_name("report_start.py")
     options = {
         "job.dump_folder": folder / f"run-{world}",
         "training.seq_len": 64,
@@ -26,17 +25,7 @@ def start(folder: Path, world: int) -> list[dict[str, Any]]:
         "training.seed": 7,
         "metrics.enable_tensorboard": "false",
     }
-    subprocess.run(
-        [
-            *(sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}"),
-            *(worker, folder, str(BATCHES)),
-            *(f"--{key}={value}" for key, value in options.items()),
-        ],
-        env=environment(),
-        check=True,
-        timeout=300,
-    )
-    return [json.loads((folder / f"{world}-{rank}.json").read_text()) for rank in range(world)]
+    return on_ranks(world, folder / f"ranks-{world}", environment(), report_start.report, BATCHES, options)
 
 
 @pytest.fixture(scope="module")

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.conftest import environment
+from tests.distributed import float8_fsdp
 from tests.distributed.float8_fsdp import DIM, HIDDEN, MICROBATCHES, STEPS
+from tests.support.forks import on_ranks
+from tests.support.runs import environment
 
 # What all tests look at is trained once, in the set-up of the first; on a busy machine that takes minutes.
 pytestmark = pytest.mark.timeout(1500)
@@ -36,14 +34,12 @@ def variants(modes: list[bool]) -> list[dict[str, Any]]:
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[Any, Any]:
     """Of rank 0 and the last rank, by (processes, recipe, (gather, precompute), compiled)."""
-    folder = tmp_path_factory.mktemp("float8")
     found: dict[Any, Any] = {}
     for world, modes in ((1, [False]), (2, [False, True]), (4, [False])):
-        worker = [str(Path(__file__).with_name("float8_fsdp.py")), str(folder), json.dumps(variants(modes))]
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}"]
-        subprocess.run([*launcher, *worker], env=environment(), check=True, timeout=900)
+        folder = tmp_path_factory.mktemp(f"float8-{world}")
+        reports = on_ranks(world, folder, environment(), float8_fsdp.report, variants(modes), timeout=900)
         for rank in {0, world - 1}:
-            for result in json.loads((folder / f"{world}-{rank}.json").read_text()):
+            for result in reports[rank]:
                 v = result["variant"]
                 key = (world, v["recipe"], (v["gather"], v["precompute"]), v["compiled"])
                 found.setdefault(key, []).append(result)

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import math
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,7 +16,7 @@ from torch.distributed.tensor import Partial, Replicate, Shard, distribute_tenso
 from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, parallelize_module
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from tests.conftest import environment
+from tests.distributed import float8_tp
 from tests.distributed.float8_tp import (
     BATCH,
     CASES,
@@ -33,27 +30,21 @@ from tests.distributed.float8_tp import (
     FeedForward,
     recipe_config,
 )
+from tests.support.forks import on_ranks
+from tests.support.runs import environment
 from titanlite.float8 import Float8Linear, convert_to_float8_training
 from titanlite.float8.tensor_parallel import Float8ColwiseParallel, Float8RowwiseParallel, PrepareFloat8ModuleInput
 
 
-def run(folder: Path, processes: int, *arguments: str) -> list[dict[str, Any]]:
-    """What each process of float8_tp.py saw."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    worker = [str(Path(__file__).with_name("float8_tp.py")), str(folder), *arguments]
-    subprocess.run([*launcher, *worker], env=environment(), check=True, timeout=500)
-    return [json.loads((folder / f"{processes}-{rank}.json").read_text()) for rank in range(processes)]
-
-
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    return run(tmp_path_factory.mktemp("tp"), 2)
+    return on_ranks(2, tmp_path_factory.mktemp("tp"), environment(), float8_tp.report, timeout=500)
 
 
 @pytest.fixture(scope="module")
 def four(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """With FSDP2, on a mesh of 2 x 2."""
-    return run(tmp_path_factory.mktemp("tp"), 4)
+    return on_ranks(4, tmp_path_factory.mktemp("tp"), environment(), float8_tp.report, timeout=500)
 
 
 each_pair = pytest.mark.parametrize(("case", "recipe"), PAIRS, ids=[f"{c}-{r}" for c, r in PAIRS])
@@ -192,9 +183,9 @@ def test_compiled(two: Any) -> None:
         check_compiled(rank["compiled"]["tensorwise"], rel=1e-5)  # measured: the same
 
 
-@pytest.mark.slow
+@pytest.mark.long  # the graphs are those of test_compiled
 def test_compiled_by_inductor(tmp_path: Path) -> None:
-    for rank in run(tmp_path, 2, "inductor"):
+    for rank in on_ranks(2, tmp_path, environment(), float8_tp.report_inductor):
         for recipe in ("rowwise", "rowwise_with_gw_hp"):
             check_compiled(rank[recipe], rel=1e-3)  # measured: 2e-4
 

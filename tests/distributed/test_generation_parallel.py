@@ -2,34 +2,19 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.conftest import environment
+from tests.distributed import generation
 from tests.distributed.generation import CASES, VOCAB_SIZE
+from tests.support.forks import on_ranks
+from tests.support.runs import environment
 
 
 @pytest.fixture(scope="module")
 def reports(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    folder = tmp_path_factory.mktemp("generation")
-    done = subprocess.run(
-        [
-            *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"),
-            *(Path(__file__).with_name("generation.py"), folder),
-        ],
-        env=environment(OMP_NUM_THREADS="1"),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=300,
-    )
-    assert (folder / "rank-1.json").exists(), done.stdout[-8000:]
-    return [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in range(2)]
+    return on_ranks(2, tmp_path_factory.mktemp("generation"), environment(), generation.report)
 
 
 def test_one_process_writes_something(reports: list[dict[str, Any]]) -> None:

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
 from models.llama3.hugging_face import HUGGING_FACE
 from models.llama3.model import Llama3
-from tests.conftest import environment
+from tests.distributed import hugging_face_shards
 from tests.distributed.hugging_face_shards import CASES, FOLDERS, SEED
+from tests.support.forks import on_ranks
+from tests.support.runs import environment
 from titanlite.checkpoint.hugging_face_export import write_hugging_face
 from titanlite.data import load_tokenizer
 from titanlite.distributed.init import WeightInit
@@ -39,19 +36,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, list[str]]
             dtype=torch.float32,
             max_shard_bytes=50_000,
         )
-    done = subprocess.run(
-        [
-            *(sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={PROCESSES}"),
-            *(Path(__file__).with_name("hugging_face_shards.py"), out),
-        ],
-        env=environment(OMP_NUM_THREADS="1"),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stdout[-8000:]
-    return [json.loads((out / f"rank-{rank}.json").read_text()) for rank in range(PROCESSES)]
+    return on_ranks(PROCESSES, out / "ranks", environment(), hugging_face_shards.report, out)
 
 
 @pytest.mark.parametrize("name", CASES)

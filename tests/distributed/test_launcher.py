@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import ROOT, TINY, command, environment
+from tests.support.runs import ROOT, TINY, command, environment, run_trainer
 
 LONG = {**TINY, "training.steps": 100000, "metrics.log_freq": 1}
 
@@ -128,8 +128,9 @@ def started(tmp_path: Path) -> Iterator[Any]:
     yield from start_in(tmp_path)
 
 
-@pytest.mark.parametrize("ngpu", [1, 2])
-@pytest.mark.parametrize("delay", [1.0, 2.5])
+@pytest.mark.parametrize(
+    ("ngpu", "delay"), [(1, 2.5), (2, 2.5), *(pytest.param(n, 1.0, marks=pytest.mark.long) for n in (1, 2))]
+)
 def test_a_signal_during_start_up_ends_the_run_in_order(started: Any, ngpu: int, delay: float) -> None:
     run = started(ngpu)
     time.sleep(delay)
@@ -141,9 +142,11 @@ def test_a_signal_during_start_up_ends_the_run_in_order(started: Any, ngpu: int,
     assert run.workers() == []
 
 
-@pytest.mark.parametrize("ngpu", [1, 2])
-def test_nohup_survives_the_terminal(started: Any, ngpu: int) -> None:
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+@pytest.mark.parametrize(("ngpu", "number"), [(1, signal.SIGINT), (2, signal.SIGTERM)])
+def test_a_run_survives_the_terminal_keeps_its_folder_and_ends_in_order(
+    started: Any, ngpu: int, number: signal.Signals
+) -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup starts it
     try:
         run = started(ngpu)
     finally:
@@ -151,15 +154,13 @@ def test_nohup_survives_the_terminal(started: Any, ngpu: int) -> None:
     run.wait_for("step:  2")
     for pid in [run.process.pid, *run.workers()]:
         os.kill(pid, signal.SIGHUP)
-    run.wait_for("step: 10")
+    holder = run.process.pid if ngpu == 1 else run.ranks()[0]
+    for other in (1, 2):
+        second = run_trainer(run.folder.parent, other, name=run.folder.name)
+        assert second.status == 2
+        assert f"another run (process {holder}) is writing to this folder" in second.output
+        assert "Traceback" not in second.output
     assert run.process.poll() is None
-
-
-@pytest.mark.parametrize("ngpu", [1, 2])
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_ends_the_run_in_order(started: Any, ngpu: int, number: signal.Signals) -> None:
-    run = started(ngpu)
-    run.wait_for("step:  2")
     run.process.send_signal(number)
     assert run.process.wait(timeout=30) == 0
     output = run.log.read_text()
@@ -203,7 +204,9 @@ def test_a_signal_to_the_launcher_and_its_workers_is_one_request(started: Any) -
     assert "most recent call" not in run.output()
 
 
-@pytest.mark.parametrize(("ngpu", "victim"), [(2, 0), (2, 1), (4, 2)])
+@pytest.mark.parametrize(
+    ("ngpu", "victim"), [(2, 1), *(pytest.param(*case, marks=pytest.mark.long) for case in ((2, 0), (4, 2)))]
+)
 def test_a_killed_worker_ends_the_others_and_is_named(started: Any, ngpu: int, victim: int) -> None:
     run = started(ngpu, comm__train_timeout_seconds=60)
     run.wait_for("step:  2")
@@ -227,7 +230,7 @@ def test_a_crash_shows_where(started: Any) -> None:
     assert run.says_where(1)
 
 
-@pytest.mark.slow  # torch's agent waits 30 s before it kills
+@pytest.mark.long  # torch's agent waits 30 s before it kills
 def test_a_survivor_that_hangs_shows_where(started: Any, tmp_path: Path) -> None:
     (tmp_path / "hang.py").write_text(HANG)
     path = {"PYTHONPATH": f"{ROOT}:{tmp_path}"}
@@ -256,26 +259,7 @@ def test_a_worker_that_is_stopped_ends_the_others_in_time(started: Any) -> None:
     assert run.workers() == []
 
 
-@pytest.mark.parametrize("ngpu", [1, 2])
-def test_a_run_folder_in_use_is_refused(started: Any, ngpu: int) -> None:
-    run = started(1)
-    run.wait_for("step:  2")
-    second = subprocess.run(
-        command(run.folder, {}), env=environment(NGPU=str(ngpu)), capture_output=True, text=True, timeout=120
-    )
-    assert second.returncode == 2
-    assert f"another run (process {run.process.pid}) is writing to this folder" in second.stderr
-    assert "Traceback" not in second.stderr
-    assert run.process.poll() is None
-
-
 TORCHRUN = ["--standalone", "--nproc-per-node=2"]
-
-
-def test_torchrun_alone_works(started: Any) -> None:
-    run = started(2, torchrun=TORCHRUN, training__steps=3)
-    assert run.process.wait(timeout=200) == 0, run.output()
-    assert (run.folder / "metrics.jsonl").read_text().count("\n") == 3
 
 
 def test_torchrun_alone_ends_when_a_worker_is_killed(started: Any) -> None:
@@ -287,7 +271,7 @@ def test_torchrun_alone_ends_when_a_worker_is_killed(started: Any) -> None:
     assert run.workers() == []
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_survivor_that_hangs_under_torchrun_alone_shows_where(started: Any, tmp_path: Path) -> None:
     (tmp_path / "hang.py").write_text(HANG)
     path = {"PYTHONPATH": f"{ROOT}:{tmp_path}"}

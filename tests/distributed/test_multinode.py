@@ -6,7 +6,6 @@ import contextlib
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -16,14 +15,9 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import ROOT, TINY, command, environment, run_trainer
 from tests.distributed.test_launcher import Started, start_in
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("localhost", 0))
-        return s.getsockname()[1]
+from tests.support.forks import free_port
+from tests.support.runs import ROOT, TINY, command, environment, run_trainer
 
 
 @pytest.fixture
@@ -58,6 +52,7 @@ def losses_in(folder: Path) -> list[float]:
     return [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.long  # test_hosts_on_a_network is this with a real network
 def test_two_hosts_train_as_one(hosts: Any, one_host_losses: list[float]) -> None:
     runs = hosts(training__steps=3)
     assert [run.process.wait(timeout=200) for run in runs] == [0, 0], output(runs)
@@ -65,7 +60,8 @@ def test_two_hosts_train_as_one(hosts: Any, one_host_losses: list[float]) -> Non
     assert losses_in(runs[0].folder) == one_host_losses
 
 
-@pytest.mark.parametrize("host", [0, 1])
+@pytest.mark.slow
+@pytest.mark.parametrize("host", [pytest.param(0, marks=pytest.mark.long), 1])
 def test_a_signal_to_one_host_ends_both_in_order(hosts: Any, host: int) -> None:
     runs = hosts()
     wait_for(runs, "step:  2")
@@ -75,7 +71,8 @@ def test_a_signal_to_one_host_ends_both_in_order(hosts: Any, host: int) -> None:
     assert "most recent call" not in output(runs)
 
 
-@pytest.mark.parametrize("host", [0, 1])  # the first one also serves as the meeting place
+@pytest.mark.slow
+@pytest.mark.parametrize("host", [0, pytest.param(1, marks=pytest.mark.long)])  # the first is the meeting place
 def test_a_killed_worker_ends_both_hosts(hosts: Any, host: int) -> None:
     runs = hosts(comm__train_timeout_seconds=60)
     wait_for(runs, "step:  2")
@@ -88,6 +85,7 @@ def test_a_killed_worker_ends_both_hosts(hosts: Any, host: int) -> None:
     assert "titanlite/launch.py" not in output(runs)  # no traceback of the launcher
 
 
+@pytest.mark.slow
 def test_a_killed_launcher_ends_the_other_host(hosts: Any) -> None:
     runs = hosts(comm__train_timeout_seconds=60)
     wait_for(runs, "step:  2")
@@ -126,7 +124,7 @@ def test_a_host_that_waits_alone_gives_up(tmp_path: Path) -> None:
     assert "Traceback" not in done.stderr
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_torchrun_on_two_hosts(tmp_path: Path, one_host_losses: list[float]) -> None:
     meet = ["--nnodes=2", "--nproc-per-node=1", "--rdzv-backend=c10d", f"--rdzv-endpoint=localhost:{free_port()}"]
     with contextlib.contextmanager(start_in)(tmp_path) as start:
@@ -228,7 +226,7 @@ def test_hosts_on_a_network(tmp_path: Path, one_host_losses: list[float]) -> Non
     assert losses_in(tmp_path / "run") == one_host_losses
 
 
-@pytest.mark.slow
+@pytest.mark.long  # a minute of timeouts
 @pytest.mark.usefixtures("namespaces")
 def test_hosts_that_lose_their_network_end_in_time(tmp_path: Path) -> None:
     """No connection is closed: each host must find out by itself."""

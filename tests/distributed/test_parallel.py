@@ -4,23 +4,21 @@ the communication that the dimensions imply."""
 from __future__ import annotations
 
 import itertools
-import json
-import os
 import re
-import subprocess
-import sys
 import warnings
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.conftest import TINY, environment
-from tests.distributed.combinations import BATCH, DEBUG_WAYS, EVERY, SEQ_LEN, VARIANTS, WAYS, cases
+from tests.distributed import parallel
+from tests.distributed.combinations import BATCH, DEBUG_WAYS, SEQ_LEN, VARIANTS, WAYS, cases, tried
+from tests.support.forks import on_ranks
+from tests.support.runs import TINY, environment
 
-STEPS = 10
+STEPS = 4
 ONE = "one process"
 COMMON = {
     **TINY,
@@ -39,9 +37,6 @@ CSV = """0F0,0F1,0F2,0F3,,,0B0,0B1,0B2,0B3
 """
 
 
-SEEN_HANGING = "Timeout (0:01:30)!"  # faulthandler's words, before gloo's own timeout of 100 s
-
-
 Reports = dict[str, list[dict[str, Any]]]  # of each rank, by case
 
 
@@ -55,32 +50,22 @@ class Cluster:
         self.reports: Reports = {}
 
     def run(self, processes: int, cases: dict[str, dict[str, Any]]) -> None:
-        folder = self.folder / f"{processes}-{len(self.reports)}"
-        folder.mkdir()
         listed = {name: {**COMMON, **options} for name, options in cases.items()}
         for options in listed.values():
             if options.get("parallelism.pipeline_parallel_schedule") == "PipelineScheduleMulti":
                 options["parallelism.pipeline_parallel_schedule_csv"] = str(self.csv)
                 options["parallelism.pipeline_parallel_microbatch_size"] = 2
-        (folder / "cases.json").write_text(json.dumps(listed))
-        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
         for last_try in (False, True):
-            done = subprocess.run(
-                [*torchrun, Path(__file__).with_name("parallel.py"), folder, folder / "cases.json"],
-                env=environment(OMP_NUM_THREADS="1"),
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-                timeout=3600 if os.environ.get(EVERY) else 900,
-            )
-            # Seen twice in hundreds of runs of PP 2 x TP 2: all ranks wait for gloo, until it times out. PyTorch's
-            # developers know that its batched sends and receives can hang (pytorch/PiPPy issue 1130).
-            if done.returncode == 0 or last_try or "Timed out waiting" not in done.stdout:
+            folder = self.folder / f"{processes}-{len(self.reports)}{'-again' if last_try else ''}"
+            try:
+                ranks = on_ranks(processes, folder, environment(), parallel.report, listed, folder, timeout=3600)
                 break
-            where = done.stdout.find(SEEN_HANGING)
-            warnings.warn(f"gloo hung; once more. {done.stdout[max(where, 0) :][:10000]}", stacklevel=2)
-        assert done.returncode == 0, done.stdout[-8000:]
-        ranks = [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in range(processes)]
+            except AssertionError as e:
+                # Seen twice in hundreds of runs of PP 2 x TP 2: all ranks wait for gloo, until it times out. PyTorch's
+                # developers know that its batched sends and receives can hang (pytorch/PiPPy issue 1130).
+                if last_try or "Timed out waiting" not in str(e):
+                    raise
+                warnings.warn(f"gloo hung; once more. {e}", stacklevel=2)
         for name in cases:
             self.reports[name] = [rank[name] for rank in ranks]
 
@@ -136,7 +121,7 @@ def test_losses_are_those_of_one_process(small: Reports, way: str) -> None:
     check_parity(small[ONE], small[way])
 
 
-@pytest.mark.slow
+@pytest.mark.long  # test_losses_are_those_of_one_process is this with a smaller model
 @pytest.mark.parametrize("way", DEBUG_WAYS)
 def test_losses_of_the_debug_model_are_those_of_one_process(debug: Reports, way: str) -> None:
     check_parity(debug[ONE], debug[way])
@@ -255,22 +240,38 @@ BOUNDS = {
     "compile, tensorwise, AC selective 2": _ONE_SCALE,
     "compile, rowwise, AC selective op": _SCALES_OF_ROWS,
 }
+COMPARED = {"compile, AC full": "compile", "float8 all-gather": "bfloat16"}  # with another variant, too
 SAME_BITS = [variant for variant in VARIANTS if variant.startswith("AC")]
 
 
 @pytest.fixture(scope="module")
-def varied(tmp_path_factory: pytest.TempPathFactory) -> Reports:
-    """A tiny model in every way with every variant that composes with it."""
+def varied(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Reports:
+    """A tiny model in the ways and with the variants that the chosen tests ask for."""
+    tests = [i.callspec.params for i in request.session.items if "varied" in getattr(i, "fixturenames", ())]  # type: ignore[attr-defined]
+    pairs = {(test["way"], test["variant"]) for test in tests}
+    pairs |= {(way, COMPARED[variant]) for way, variant in pairs if variant in COMPARED}
+    variants = {variant for _, variant in pairs}
     cluster = Cluster(tmp_path_factory.mktemp("varied"))
-    cluster.run(1, {ONE: SMALL, **{f"{ONE}, {v}": {**options, **SMALL} for v, options in VARIANTS.items()}})
-    for processes, group in by_processes(*options_of(cases(list(VARIANTS)))).items():
+    cluster.run(1, {ONE: SMALL, **{f"{ONE}, {v}": {**VARIANTS[v], **SMALL} for v in VARIANTS if v in variants}})
+    for processes, group in by_processes(*options_of(sorted(pairs))).items():
         cluster.run(processes, group)
     return cluster.reports
 
 
-@pytest.mark.slow
+def each(variants: Iterable[str], which: Callable[[str], bool] = lambda way: True) -> pytest.MarkDecorator:
+    """All ways with these variants; those that no mechanism ties together only in long runs."""
+    return pytest.mark.parametrize(
+        ("way", "variant"),
+        [
+            pytest.param(way, variant, marks=[pytest.mark.slow] if tried(way, variant) else [pytest.mark.long])
+            for way, variant in cases(list(variants))
+            if which(way)
+        ],
+    )
+
+
 @pytest.mark.timeout(7200)
-@pytest.mark.parametrize(("way", "variant"), cases(list(BOUNDS)))
+@each(BOUNDS)
 def test_variants_are_as_on_one_process(varied: Reports, way: str, variant: str) -> None:
     one, many = varied[f"{ONE}, {variant}"], varied[f"{way}, {variant}"]
     loss, first_norm, norm = BOUNDS[variant]
@@ -281,8 +282,7 @@ def test_variants_are_as_on_one_process(varied: Reports, way: str, variant: str)
         assert column(many, "loss") != pytest.approx(column(varied[ONE], "loss"), rel=1e-6)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("way", "variant"), cases(SAME_BITS))
+@each(SAME_BITS)
 def test_checkpointing_changes_no_bit(varied: Reports, small: Reports, way: str, variant: str) -> None:
     kept, recomputed = small[way], varied[f"{way}, {variant}"]
     assert column(recomputed, "loss") == column(kept, "loss")
@@ -293,27 +293,24 @@ def test_checkpointing_changes_no_bit(varied: Reports, small: Reports, way: str,
     assert sum(report["checkpointed"] for report in stages) == wanted
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("way", [way for way, _ in cases(["compile, AC full"])])
-def test_checkpointing_changes_no_bit_of_compiled_blocks(varied: Reports, way: str) -> None:
-    assert column(varied[f"{way}, compile, AC full"], "loss") == column(varied[f"{way}, compile"], "loss")
+@each(["compile, AC full"])
+def test_checkpointing_changes_no_bit_of_compiled_blocks(varied: Reports, way: str, variant: str) -> None:
+    assert column(varied[f"{way}, {variant}"], "loss") == column(varied[f"{way}, {COMPARED[variant]}"], "loss")
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("way", "variant"), cases([variant for variant in VARIANTS if "compile" in variant]))
+@each([variant for variant in VARIANTS if "compile" in variant])
 def test_nothing_is_compiled_after_the_first_step(varied: Reports, way: str, variant: str) -> None:
     for report in varied[f"{way}, {variant}"]:
         assert report["graphs"] == [report["graphs"][0]] * STEPS
         assert report["graphs"][0] > 0
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("way", [way for way, _ in cases(["float8 all-gather"]) if WAYS[way].shard * WAYS[way].cp > 1])
-def test_float8_gathers_a_byte_per_element(varied: Reports, way: str) -> None:
+@each(["float8 all-gather"], lambda way: WAYS[way].shard * WAYS[way].cp > 1)
+def test_float8_gathers_a_byte_per_element(varied: Reports, way: str, variant: str) -> None:
     """Of a bfloat16 run's two; all but the embedding and the norms, and as often as it."""
     w = WAYS[way]
     for rank, (high, low) in enumerate(
-        zip(varied[f"{way}, bfloat16"], varied[f"{way}, float8 all-gather"], strict=True)
+        zip(varied[f"{way}, {COMPARED[variant]}"], varied[f"{way}, {variant}"], strict=True)
     ):
         share = Share(way, low)
         blocks = share.layers * BLOCK_LINEARS * (2 if w.pp == 1 else 1)  # gathered in forward and in backward

@@ -17,7 +17,6 @@ VALIDATION = {"validation.enable": "true", "validation.interval": 2, "validation
 
 # The weights stay what they are, so that models that compute their gradients in other ways have the same.
 STILL = {"training.steps": 1, "optimizer.lr": 1e-30, **VALIDATION, "training.mixed_precision_param": "bfloat16"}
-FLOAT8 = ["rowwise", "float8 delayed", "compile, tensorwise, AC selective 2"]
 
 
 @pytest.fixture(scope="module")
@@ -34,15 +33,6 @@ def reports(tmp_path_factory: pytest.TempPathFactory) -> Reports:
         by_processes[count][f"{way}, held out"] = {**common, **VALIDATION}
         by_processes[count][f"{way}, apart"] = {**common, **VALIDATION, **apart}
         by_processes[count][f"{way}, off"] = common
-    for way in ("FSDP 2", "TP 2"):
-        for name in FLOAT8:
-            converted = {**SMALL, **WAYS[way].all_options(), **STILL, **VARIANTS[name]}
-            plain = {
-                key: value for key, value in converted.items() if "float8" not in key and key != "model.converters"
-            }
-            by_processes[2][f"{way}, {name}, in bfloat16"] = {**converted, "validation.precision": "bfloat16"}
-            by_processes[2][f"{way}, {name}"] = converted
-            by_processes[2][f"{way}, {name}, not converted"] = plain
     for count, cases in by_processes.items():
         cluster.run(count, cases)
     return cluster.reports
@@ -72,13 +62,27 @@ def test_training_does_not_notice(reports: Reports, way: str) -> None:
     assert [(row["loss"], row["grad_norm"]) for row in on] == [(row["loss"], row["grad_norm"]) for row in off]
 
 
-@pytest.mark.parametrize("recipe", FLOAT8)
-@pytest.mark.parametrize("way", ["FSDP 2", "TP 2"])
-def test_bfloat16_is_the_model_without_float8_to_the_bit(reports: Reports, way: str, recipe: str) -> None:
-    case = f"{way}, {recipe}"
-    assert values(reports, f"{case}, in bfloat16") == values(reports, f"{case}, not converted")
-    assert values(reports, case) != values(reports, f"{case}, not converted")
-    assert reports[f"{case}, in bfloat16"][0]["rows"][0]["loss"] == reports[case][0]["rows"][0]["loss"]
+@pytest.mark.parametrize(
+    ("way", "recipe"),
+    [
+        ("FSDP 2", "rowwise"),
+        ("TP 2", "rowwise"),
+        pytest.param("FSDP 2", "float8 delayed", marks=pytest.mark.slow),
+        pytest.param("FSDP 2", "compile, tensorwise, AC selective 2", marks=pytest.mark.slow),
+        pytest.param("TP 2", "float8 delayed", marks=pytest.mark.long),
+        pytest.param("TP 2", "compile, tensorwise, AC selective 2", marks=pytest.mark.long),
+    ],
+)
+def test_bfloat16_is_the_model_without_float8_to_the_bit(tmp_path: Path, way: str, recipe: str) -> None:
+    converted = {**SMALL, **WAYS[way].all_options(), **STILL, **VARIANTS[recipe]}
+    plain = {key: value for key, value in converted.items() if "float8" not in key and key != "model.converters"}
+    in_bfloat16 = {**converted, "validation.precision": "bfloat16"}
+    cluster = Cluster(tmp_path)
+    cluster.run(2, {"converted": converted, "in bfloat16": in_bfloat16, "plain": plain})
+    reports = cluster.reports
+    assert values(reports, "in bfloat16") == values(reports, "plain")
+    assert values(reports, "converted") != values(reports, "plain")
+    assert reports["in bfloat16"][0]["rows"][0]["loss"] == reports["converted"][0]["rows"][0]["loss"]
 
 
 @pytest.mark.slow

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.conftest import checkpoints, saved
+from tests.support.runs import checkpoints, saved
 from titanlite.config.schema import Optimizer, Training
 from titanlite.optim import StepGuard, build_optimizer
 from titanlite.optim.step_guard import StepRecord

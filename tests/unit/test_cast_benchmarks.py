@@ -20,7 +20,10 @@ import cast_sweep
 from tests.unit.interpreted import exact_conversions
 from titanlite.float8.kernels import launch, reference
 
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU the benchmark itself is run")
+pytestmark = [
+    pytest.mark.long,
+    pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU the benchmark itself is run"),
+]
 
 
 @pytest.fixture(autouse=True)

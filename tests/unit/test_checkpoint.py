@@ -15,8 +15,8 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import Run, checkpoints, faulty, run_trainer, saved
 from tests.distributed.test_launcher import start_in
+from tests.support.runs import Run, checkpoints, faulty, run_trainer, saved
 
 WAYS = {1: {}, 2: {"training__local_batch_size": 2}}
 
@@ -439,7 +439,7 @@ wait $run
 
 def test_a_full_disk(tmp_path: Path) -> None:
     """In a file system of 200 MB, 60 of them taken: one checkpoint of 74 MB fits, the second does not."""
-    from tests.conftest import command, environment
+    from tests.support.runs import command, environment
 
     folder, log = tmp_path / "run", tmp_path / "log"
     folder.mkdir()

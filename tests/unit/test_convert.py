@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from models.llama3.model import Llama3, rope_table
-from tests.conftest import Run, checkpoints, run_trainer
+from tests.support.runs import Run, checkpoints, run_trainer
 from tests.unit.test_generate_script import larger_tokenizer
 from tests.unit.test_tokenizer_scripts import load_script
 from titanlite.checkpoint.storage import load, saved_shapes, verify

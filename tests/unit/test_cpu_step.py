@@ -20,11 +20,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from models.llama3.model import Attention, Llama3, Llama3Args, causal_attention
 from models.llama3.parallelize import float32_attention, parallelize
-from tests.conftest import ROOT
+from tests.support.runs import ROOT
 from titanlite.config import load_config
 from titanlite.config.parallelism import Degrees
 from titanlite.distributed.init import WeightInit
 from titanlite.distributed.mesh import Mesh, build_mesh
+
+pytestmark = pytest.mark.long
 
 ARGS = Llama3Args(dim=64, n_layers=2, n_heads=4, n_kv_heads=2, ffn_dim=96, vocab_size=128, max_seq_len=32)
 

@@ -9,6 +9,8 @@ from typing import Any
 import data_throughput
 import pytest
 
+pytestmark = pytest.mark.long
+
 
 def write_rows(file: Path, rates: list[Any]) -> None:
     file.write_text("".join(json.dumps({"step": n, "tps": rate}) + "\n" for n, rate in enumerate(rates)))

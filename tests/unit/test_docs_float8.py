@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-from tests.conftest import ROOT
+from tests.support.runs import ROOT
 from titanlite.config import check_config, load_config
 from titanlite.config.schema import Float8
 from titanlite.converters.float8 import Float8Converter, too_small
@@ -39,6 +39,8 @@ from titanlite.float8 import (
 from titanlite.float8.inference import Float8InferenceLinear
 from titanlite.float8.numerics import quantize
 from titanlite.model_spec import get_model_spec
+
+pytestmark = pytest.mark.long
 
 PAGE = ROOT / "docs" / "float8.md"
 TEXT = PAGE.read_text(encoding="utf-8")

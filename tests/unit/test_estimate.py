@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from tests.conftest import ROOT, environment
+from tests.support.runs import ROOT, environment
 from titanlite.config import load_config
 from titanlite.estimate import ASSUMED_VOCAB_SIZE, Estimate, estimate
 from titanlite.metrics.memory_model import MemoryTracker

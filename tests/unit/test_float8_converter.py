@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 
-from tests.conftest import ROOT, run_trainer
+from tests.support.runs import ROOT, run_trainer
 from titanlite.config import load_config
 from titanlite.converters.float8 import Float8Converter, matches, too_small
 from titanlite.errors import ConfigError

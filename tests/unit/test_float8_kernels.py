@@ -19,7 +19,7 @@ from torch import Tensor
 pytest.importorskip("triton")
 from triton.runtime import interpreter
 
-from tests.conftest import environment
+from tests.support.runs import environment
 from tests.unit.interpreted import exact_conversions
 from titanlite.float8.kernels import launch, outputs, reference
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from models.llama3.model import Attention, FeedForward, Llama3, Llama3Args, rope_table
-from tests.conftest import ROOT
+from tests.support.runs import ROOT
 from titanlite.config.schema import ActivationCheckpoint
 from titanlite.distributed.activation_checkpoint import _op_contexts, apply_activation_checkpoint
 from titanlite.distributed.init import WeightInit

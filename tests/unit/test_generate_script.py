@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from models.llama3.model import Llama3, Llama3Args
 from models.llama3.spec import FLAVORS, configure
-from tests.conftest import ROOT, environment
+from tests.support.runs import ROOT, environment
 from tests.unit.test_llama3 import GQA, TIED, build
 from tests.unit.test_tokenizer_scripts import load_script
 from titanlite.checkpoint.hugging_face import is_hugging_face

@@ -20,6 +20,8 @@ import suite_summary
 import torch
 import train as train_benchmark
 
+pytestmark = pytest.mark.long
+
 
 def results_of(file: Path) -> list[dict[str, Any]]:
     content = json.loads(file.read_text())

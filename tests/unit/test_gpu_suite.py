@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 import suite_summary
 
+pytestmark = pytest.mark.long
+
 ROOT = Path(__file__).parents[2]
 SECTIONS = ["tests", "peers", "linear", "casts", "matmul", "eager", "budget", "train", "roofline", "loss_curves"]
 

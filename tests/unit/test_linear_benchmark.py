@@ -12,6 +12,8 @@ import linear
 import pytest
 import torch
 
+pytestmark = pytest.mark.long
+
 EAGER = ["--device=cpu", "--modes=eager", "--rounds=1"]
 
 

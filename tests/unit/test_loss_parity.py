@@ -10,6 +10,8 @@ from pathlib import Path
 import loss_parity
 import pytest
 
+pytestmark = pytest.mark.long
+
 
 @pytest.fixture
 def runs(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:

@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from tests.conftest import ROOT, faulty
+from tests.support.runs import ROOT, faulty
 from titanlite.config import JobConfig, load_config
 from titanlite.memory_advice import Advice, Knob, Need, describe, knobs
 from titanlite.metrics.device import GIB
@@ -178,7 +178,7 @@ def test_an_estimate_that_fails_is_one_line_and_leaves_no_process(train: Any, tm
     (tmp_path / "broken.py").write_text(
         """
 import sys
-import faults
+import tests.support.faults
 from titanlite.converters import register_converter
 
 @register_converter("broken")
@@ -195,7 +195,6 @@ class Broken:
     )
     options = out_of_memory(at=1)
     options["env"] |= {"TMPDIR": str(tmp_path)}  # where the advice is told of the shortage
-    options["env"]["PYTHONPATH"] += f":{tmp_path}"
     run = train(**{**options, "experimental__custom_import": "broken", "model__converters": "fault,broken"})
     assert run.status == 1
     assert "titanlite: there is no estimate of it: RuntimeError: not here" in run.output

@@ -20,7 +20,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from models.llama3.model import Llama3Args
 from models.llama3.parallelize import check
 from models.llama3.spec import FLAVORS, configure
-from tests.conftest import ROOT
+from tests.support.runs import ROOT
 from titanlite.config import JobConfig, check_config, load_config, pipeline_microbatches, resolve_degrees
 from titanlite.config.parallelism import Degrees
 from titanlite.config.schema import Parallelism

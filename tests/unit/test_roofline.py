@@ -24,6 +24,8 @@ from torch import Tensor, nn
 from titanlite.float8 import Float8LinearConfig, convert_to_float8_training, linear, matmul
 from titanlite.float8.kernels import reference
 
+pytestmark = pytest.mark.long
+
 GIVEN = ["--device=cpu", "--bf16-tflops=700", "--fp8-tflops=1400", "--bandwidth-gbs=4000"]
 AT = cost.Ceilings(700e12, 1400e12, 1400e12, 4000e9)
 

@@ -8,7 +8,7 @@ import sys
 import time
 from pathlib import Path
 
-from tests.conftest import environment
+from tests.support.runs import environment
 from titanlite.environment import LAUNCH_DIR
 
 BUSY = """

@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 import time_budget
 
+pytestmark = pytest.mark.long
+
 
 def event(name: str, cat: str, ts: float, dur: float, tid: int = 0) -> dict[str, Any]:
     return {"ph": "X", "name": name, "cat": cat, "ts": ts, "dur": dur, "tid": tid}

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import tomli
 
-from tests.conftest import ROOT
+from tests.support.runs import ROOT
 from titanlite.config import check_config, load_config
 from titanlite.errors import ConfigError
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from models.llama3.model import Llama3
-from tests.conftest import TINY
+from tests.support.runs import TINY
 from titanlite import train
 from titanlite.config import JobConfig, check_config, load_config
 from titanlite.data import is_held_out, load_tokenizer

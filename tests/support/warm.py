@@ -1,0 +1,17 @@
+"""What the warm parent of :mod:`tests.support.forks` has imported: its children begin with it."""
+
+import torch._dynamo
+import torch._inductor.compile_fx
+import torch.distributed.checkpoint
+import torch.distributed.fsdp
+import torch.distributed.pipelining
+import torch.distributed.tensor.parallel
+import torch.testing._internal.distributed.fake_pg  # noqa: F401
+
+import titanlite.build
+import titanlite.checkpoint
+import titanlite.launch
+import titanlite.metrics.compiled_memory
+import titanlite.profiling
+import titanlite.sample
+import titanlite.validation  # noqa: F401
