@@ -10,4 +10,4 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 . "$root/scripts/setup.sh"
 set_up "$root"
 export TITANLITE_COMMAND=$0  # what the summary tells to type
-exec "$PYTHON" -m titanlite.launch "$@"
+exec "$PYTHON" -m titanlite.commands train "$@"

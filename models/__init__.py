@@ -1,1 +1,1 @@
-"""Model families: one package each, found by its name and registered by its ``spec`` module."""
+"""Model families, a package each: ``titanlite.models.<name>``, which its module ``spec`` registers."""

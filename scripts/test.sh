@@ -3,7 +3,7 @@
 #   scripts/test.sh          6 minutes: without the tests marked slow or long
 #   scripts/test.sh --all    25 minutes: with the slow ones
 #   scripts/test.sh --long   hours: what is left, and mutation testing (tests/mutants.py)
-# Other arguments go to pytest: scripts/test.sh tests/unit/test_config.py -k base
+# Other arguments go to pytest: scripts/test.sh tests/unit/config/test_config.py -k base
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 . "$root/scripts/setup.sh"

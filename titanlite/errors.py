@@ -1,11 +1,56 @@
 """The errors that titanlite raises on purpose; each message states the value, the rule and the fix."""
 
+from __future__ import annotations
+
+from pathlib import PurePath
+from typing import Any
+
+
+def shown(value: object) -> str:
+    """A value as it would stand in a TOML file; None is "unset"."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, (str, PurePath)):
+        return f'"{value}"'
+    if isinstance(value, (list, tuple)):
+        return f"[{', '.join(map(shown, value))}]"
+    return "unset" if value is None else str(value)
+
 
 class ConfigError(Exception):
     """What was asked for cannot be done: a bad option, file, or combination.
 
-    The command line shows the message alone and ends with exit status 2.
+    The command line shows the message alone and ends with exit status 2. Where one option is to blame, the message is
+    ``key = value (origin): why``.
+
+    Args:
+        why: the rule that is broken, and how to mend it.
+        key: the option, ``section.key``; empty where no option alone is to blame.
+        value: of the option.
+        origin: where the value came from, a file and line or an argument; empty where that is not known. Whoever has
+            the configuration fills it in before the message is shown.
     """
+
+    def __init__(self, why: str, *, key: str = "", value: object = None, origin: str = "") -> None:
+        super().__init__(why)
+        self.why, self.key, self.value, self.origin = why, key, value, origin
+
+    def __str__(self) -> str:
+        if not self.key:
+            return self.why
+        origin = f" ({self.origin})" if self.origin else ""
+        return f"{self.key} = {shown(self.value)}{origin}: {self.why}"
+
+    def __reduce__(self) -> Any:
+        return _rebuilt, (type(self), self.args, self.__dict__)
+
+
+def _rebuilt(kind: type[ConfigError], args: tuple[Any, ...], attributes: dict[str, Any]) -> ConfigError:
+    """An error that was sent from another process."""
+    error = kind.__new__(kind, *args)
+    error.args = args
+    error.__dict__.update(attributes)
+    return error
 
 
 class TrainingError(Exception):

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import sys
 
-from titanlite.command_line import read_config, report, reported
-from titanlite.stop_request import StopRequest
+from titanlite.launch.command_line import read_config, report, reported
+from titanlite.launch.stop_request import StopRequest
 
 # Read first, imported after: --help and bad input answer before torch takes its seconds.
 CONFIG = read_config(sys.argv[1:]) if __name__ == "__main__" else None
@@ -27,7 +27,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from titanlite.build import build_loss, build_model, build_pipeline, check_memory
 from titanlite.checkpoint import CheckpointManager, Info, Process, saved_steps
 from titanlite.config import (
     JobConfig,
@@ -47,9 +46,10 @@ from titanlite.distributed.init import WeightInit
 from titanlite.distributed.mesh import build_mesh
 from titanlite.environment import LAUNCH_DIR
 from titanlite.errors import ConfigError, NothingToDo, TrainingError
+from titanlite.launch.stacks import end_soon, keep_stacks, show_traceback
 from titanlite.metrics.device import GIB, device_name, is_out_of_memory, peak_flops, peak_memory
 from titanlite.metrics.flops import flops_per_token
-from titanlite.metrics.loss_watch import LossWatch, rank_of_claim
+from titanlite.metrics.profiling import Profiler
 from titanlite.metrics.recorder import Recorder
 from titanlite.metrics.report import next_command, shown_path, summary, table
 from titanlite.metrics.sinks import (
@@ -60,16 +60,17 @@ from titanlite.metrics.sinks import (
     init_logging,
     is_terminal,
 )
-from titanlite.model_spec import get_model_spec
-from titanlite.optim import StepGuard, build_optimizer, build_schedule
-from titanlite.out_of_memory import give_up
-from titanlite.profiling import Profiler
-from titanlite.run_folder import CONFIG as CONFIG_TOML
-from titanlite.run_folder import METRICS, VALIDATION, RunFolder, drop_rows_after
-from titanlite.sample import log_sample
-from titanlite.stacks import end_soon, keep_stacks, show_traceback
-from titanlite.start import find_start
-from titanlite.validation import Validator, read_validation_data, training_part
+from titanlite.models.spec import get_model_spec
+from titanlite.optim import build_optimizer, build_schedule
+from titanlite.training.build import build_loss, build_model, build_pipeline, check_memory
+from titanlite.training.loss_watch import LossWatch, rank_of_claim
+from titanlite.training.origin import find_start
+from titanlite.training.out_of_memory import give_up
+from titanlite.training.run_folder import CONFIG as CONFIG_TOML
+from titanlite.training.run_folder import METRICS, VALIDATION, RunFolder, drop_rows_after
+from titanlite.training.sample import log_sample
+from titanlite.training.step_guard import StepGuard
+from titanlite.training.validate import Validator, read_validation_data, training_part
 
 logger = logging.getLogger()
 
@@ -425,7 +426,7 @@ def main(config: JobConfig | None = None) -> int:
     except NothingToDo as e:
         logger.info("%s", e)
     except (ConfigError, TrainingError) as e:
-        return report(e)
+        return report(e, config)
     except Exception as e:
         if is_out_of_memory(e):
             where = (0, None) if trainer is None else (trainer.step, trainer.profiler.exit_snapshot)

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from dataclasses import fields, replace
 from typing import Any
 
-from models.llama3.model import Llama3Args, RopeScaling
 from titanlite.errors import ConfigError
-from titanlite.model_spec import HuggingFaceFormat
+from titanlite.models.llama3.model import Llama3Args, RopeScaling
+from titanlite.models.spec import HuggingFaceFormat
 
 _REQUIRED = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")
 

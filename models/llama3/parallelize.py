@@ -11,8 +11,8 @@ from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor.parallel import SequenceParallel, parallelize_module
 from torch.distributed.tensor.parallel.style import ParallelStyle
 
-from models.llama3.model import Llama3, Llama3Args, TransformerBlock, causal_attention
 from titanlite.config import JobConfig
+from titanlite.config.refuse import refuse
 from titanlite.distributed.blocks import checkpoint_and_compile
 from titanlite.distributed.context_parallel import ContextParallel
 from titanlite.distributed.data_parallel import apply_fsdp
@@ -26,6 +26,7 @@ from titanlite.distributed.tensor_parallel import (
 )
 from titanlite.errors import ConfigError
 from titanlite.float8 import Float8Linear, swiglu_linear
+from titanlite.models.llama3.model import Llama3, Llama3Args, TransformerBlock, causal_attention
 
 
 def parallelize(model: nn.Module, mesh: Mesh, config: JobConfig) -> dict[str, str]:
@@ -88,23 +89,26 @@ def check(args: Llama3Args, mesh: Mesh, config: JobConfig) -> None:
     """
     tp, pp, ac = mesh.tp.size(), mesh.pp.size(), config.activation_checkpoint
     if ac.mode == "selective" and ac.selective_ac_option != "op" and int(ac.selective_ac_option) > args.n_layers:
-        key = "activation_checkpoint.selective_ac_option"
-        raise ConfigError(
-            f'{key} = "{ac.selective_ac_option}" ({config.origin(key)}): the model has {args.n_layers} layers, so none '
-            'would be checkpointed; use a smaller number, "op", or activation_checkpoint.mode = "none"'
+        refuse(
+            config,
+            "activation_checkpoint.selective_ac_option",
+            f"the model has {args.n_layers} layers, so none would be checkpointed; use a smaller number, "
+            '"op", or activation_checkpoint.mode = "none"',
         )
     for what in ("n_heads", "n_kv_heads", "ffn_dim", "vocab_size"):
         size = getattr(args, what)
         if size % tp:
             raise ConfigError(
-                f"parallelism.tensor_parallel_degree = {tp}: must divide the model's {what} = {size}; choose another "
-                "degree or flavor"
+                f"must divide the model's {what} = {size}; choose another degree or flavor",
+                key="parallelism.tensor_parallel_degree",
+                value=tp,
             )
     if args.tie_embeddings and pp > 1:
         raise ConfigError(
-            f"parallelism.pipeline_parallel_degree = {pp}: this flavor's embedding is also its output projection "
-            "(tied), and its two uses would be on different processes; shard with data_parallel_shard_degree, or "
-            "choose another flavor"
+            "this flavor's embedding is also its output projection (tied), and its two uses would be on different "
+            "processes; shard with data_parallel_shard_degree, or choose another flavor",
+            key="parallelism.pipeline_parallel_degree",
+            value=pp,
         )
 
 
@@ -144,7 +148,7 @@ def apply_tensor_parallel(model: nn.Module, mesh: Mesh, config: JobConfig) -> st
                 },
             )
     except ValueError as e:
-        raise ConfigError(f"parallelism.tensor_parallel_degree = {tp.size()}: {e}") from e
+        raise ConfigError(str(e), key="parallelism.tensor_parallel_degree", value=tp.size()) from e
     if model.args.tie_embeddings:  # both ends shard the vocabulary, each a copy of its own until here
         assert model.tok_embeddings is not None
         assert model.output is not None

@@ -6,12 +6,12 @@ from dataclasses import replace
 
 from torch import nn
 
-from models.llama3.hugging_face import HUGGING_FACE
-from models.llama3.model import Llama3, Llama3Args, RopeScaling
-from models.llama3.parallelize import apply_tensor_parallel, check, parallelize
 from titanlite.errors import ConfigError
 from titanlite.metrics.flops import ModelSize
-from titanlite.model_spec import ModelSpec, register_model
+from titanlite.models.llama3.hugging_face import HUGGING_FACE
+from titanlite.models.llama3.model import Llama3, Llama3Args, RopeScaling
+from titanlite.models.llama3.parallelize import apply_tensor_parallel, check, parallelize
+from titanlite.models.spec import ModelSpec, register_model
 
 # 8B and 70B are Llama 3 (8192 positions); 405B exists as Llama 3.1 only, and 1B and 3B as Llama 3.2 only, with their
 # scaled rotary frequencies.

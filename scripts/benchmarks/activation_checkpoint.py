@@ -41,7 +41,7 @@ def train(config: str, mode: str, compiled: bool, options: list[str]) -> dict[st
         given += ["--model.converters=float8", f"--float8.recipe_name={config}"]
     with tempfile.TemporaryDirectory() as folder:
         fixed = [f"--job.dump_folder={folder}", "--metrics.log_freq=1", "--metrics.enable_tensorboard=false"]
-        command = [sys.executable, "-m", "titanlite.launch", "--training.seed=1", *fixed, *given]
+        command = [sys.executable, "-m", "titanlite.commands", "train", "--training.seed=1", *fixed, *given]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
         row: dict[str, Any] = {"system": "titanlite", "config": config, "activation_checkpoint": mode}
         row["compile"] = compiled

@@ -5,8 +5,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from models.llama3.model import Llama3Args
-from titanlite.model_spec import get_model_spec, register_model
+from titanlite.models.llama3.model import Llama3Args
+from titanlite.models.spec import get_model_spec, register_model
 
 FAMILY = "llama3_benchmark"
 _llama3 = get_model_spec("llama3")

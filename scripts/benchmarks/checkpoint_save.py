@@ -26,11 +26,11 @@ from typing import Any
 import results
 import torch
 
-from models.llama3.model import Llama3Args
-from models.llama3.spec import FLAVORS
 from titanlite.checkpoint.state import local_bytes, model_state, optimizer_state
 from titanlite.config import load_config
 from titanlite.distributed.runtime import stop_runtime
+from titanlite.models.llama3.model import Llama3Args
+from titanlite.models.llama3.spec import FLAVORS
 from titanlite.train import Trainer
 
 ROOT = Path(__file__).parents[2]

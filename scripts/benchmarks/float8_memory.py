@@ -22,8 +22,8 @@ from benchmark_models import FAMILY, FLAVORS
 from harness import RECIPES
 
 from titanlite.config import load_config
-from titanlite.estimate import estimate
 from titanlite.metrics.device import GIB
+from titanlite.plan.estimate import estimate
 
 MIB = 2**20
 CHECKPOINTING = {

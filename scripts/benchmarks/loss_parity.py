@@ -39,7 +39,14 @@ T_975 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 
 def train(config: str, seed: int, options: list[str]) -> list[float]:
     """The loss of every step of one run."""
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "titanlite.launch", f"--job.dump_folder={folder}", f"--training.seed={seed}"]
+        command = [
+            sys.executable,
+            "-m",
+            "titanlite.commands",
+            "train",
+            f"--job.dump_folder={folder}",
+            f"--training.seed={seed}",
+        ]
         fixed = ["--metrics.log_freq=1", "--metrics.enable_tensorboard=false"]
         given = [*command, *fixed, *CONFIGS[config], *options]
         done = subprocess.run(given, cwd=ROOT, capture_output=True, text=True)

@@ -20,12 +20,12 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor.parallel import loss_parallel
 
-from titanlite import estimate
-from titanlite.build import build_loss
 from titanlite.config import JobConfig, load_config
 from titanlite.distributed.mesh import Mesh
 from titanlite.metrics.device import GIB
 from titanlite.optim import cross_entropy_loss
+from titanlite.plan import estimate
+from titanlite.training.build import build_loss
 
 ROOT = Path(__file__).parents[2]
 TUTORIAL = "docs.pytorch.org/ao, Pretraining with float8, the log of Llama 3 8B, step 10 (June 2025)"

@@ -23,7 +23,7 @@ from titanlite.config import JobConfig, import_module, load_config
 from titanlite.data import Batch
 from titanlite.metrics.device import GIB, device_name, peak_flops, peak_memory
 from titanlite.metrics.flops import flops_per_token
-from titanlite.model_spec import get_model_spec
+from titanlite.models.spec import get_model_spec
 
 COMPARED = 5  # first steps, which warm up, and whose losses and norms are kept: later ones drift apart by rounding
 Step = Callable[[], tuple[Tensor, Tensor]]  # the loss and the gradients' norm, on the device
@@ -49,8 +49,8 @@ class Batches(Iterator[Batch]):
 
 
 def titanlite_step(config: JobConfig) -> tuple[Step, int]:
-    from titanlite.optim.step_guard import StepRecord
     from titanlite.train import Trainer
+    from titanlite.training.step_guard import StepRecord
 
     trainer = Trainer(config)
     pin = trainer.runtime.device.type == "cuda"

@@ -29,7 +29,7 @@ from cost import BF16, Ceilings, Gemm
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from models.llama3.model import Llama3, Llama3Args
+from titanlite.models.llama3.model import Llama3, Llama3Args
 
 SEQ_LEN = 8192
 _PARTS = ("matmul_s", "matmul_again_s", "attention_s", "memory_s", "memory_again_s", "casts_s", "casts_again_s")

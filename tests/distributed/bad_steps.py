@@ -20,12 +20,12 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from models.llama3.model import Llama3Args
-from models.llama3.spec import FLAVORS
 from tests.distributed.parallel import share_meshes
 from titanlite import train
 from titanlite.config import load_config
 from titanlite.errors import TrainingError
+from titanlite.models.llama3.model import Llama3Args
+from titanlite.models.llama3.spec import FLAVORS
 from titanlite.train import Trainer
 
 FACTORS = {"nan": float("nan"), "inf": float("inf"), "spike": 50.0}

@@ -9,9 +9,6 @@ from torch import nn
 from torch._dynamo.utils import counters
 from torch.distributed.tensor import DTensor
 
-from models.llama3.model import Llama3, Llama3Args
-from models.llama3.spec import FLAVORS
-from titanlite.build import build_model
 from titanlite.config import load_config
 from titanlite.config.parallelism import Degrees
 from titanlite.config.schema import Comm
@@ -19,8 +16,11 @@ from titanlite.distributed import runtime
 from titanlite.distributed.data_parallel import allocate
 from titanlite.distributed.init import WeightInit
 from titanlite.distributed.mesh import Mesh, build_mesh
-from titanlite.generation import Decoder, Sampling, generate
-from titanlite.model_spec import get_model_spec
+from titanlite.inference.generate import Decoder, Sampling, generate
+from titanlite.models.llama3.model import Llama3, Llama3Args
+from titanlite.models.llama3.spec import FLAVORS
+from titanlite.models.spec import get_model_spec
+from titanlite.training.build import build_model
 
 TINY = Llama3Args(dim=64, n_layers=2, n_heads=4, n_kv_heads=2, ffn_dim=64, vocab_size=128, max_seq_len=40)
 VOCAB_SIZE = 100  # in tensor parallelism the second process has few of them

@@ -19,13 +19,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
-from models.llama3.model import Llama3Args
-from models.llama3.spec import FLAVORS
 from titanlite import train
 from titanlite.config import load_config
 from titanlite.config.schema import Comm
 from titanlite.distributed import runtime
 from titanlite.distributed.mesh import Mesh
+from titanlite.models.llama3.model import Llama3Args
+from titanlite.models.llama3.spec import FLAVORS
 from titanlite.train import Trainer
 
 # As small as all dimensions allow, with grouped queries.

@@ -20,8 +20,6 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.distributed.tensor.parallel.style import ParallelStyle
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from models.llama3.model import Llama3, Llama3Args
-from models.llama3.parallelize import parallelize
 from titanlite.config import JobConfig, load_config
 from titanlite.config.parallelism import Degrees
 from titanlite.distributed.data_parallel import allocate, reduce_gradients_after
@@ -37,6 +35,8 @@ from titanlite.float8 import (
     convert_to_float8_training,
     sync_float8_amax_and_scale_history,
 )
+from titanlite.models.llama3.model import Llama3, Llama3Args
+from titanlite.models.llama3.parallelize import parallelize
 from titanlite.optim import cross_entropy_loss
 
 CHECKS: dict[str, Callable[[], None]] = {}

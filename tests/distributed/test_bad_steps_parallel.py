@@ -12,6 +12,8 @@ from tests.distributed import bad_steps
 from tests.support.forks import on_ranks
 from tests.support.runs import TINY, environment
 
+pytestmark = pytest.mark.slow
+
 OPTIONS = {
     **TINY,
     "model.flavor": "tiny",  # bad_steps.py registers it

@@ -12,7 +12,7 @@ from tests.support.forks import on_ranks
 from tests.support.runs import environment
 
 # What all tests look at is trained once, in the set-up of the first; on a busy machine that takes minutes.
-pytestmark = pytest.mark.timeout(1500)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
 
 RECIPES = ["tensorwise", "rowwise", "rowwise_with_gw_hp"]
 LINEARS = 6

@@ -11,6 +11,8 @@ from tests.distributed.generation import CASES, VOCAB_SIZE
 from tests.support.forks import on_ranks
 from tests.support.runs import environment
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def reports(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 
-from models.llama3.hugging_face import HUGGING_FACE
-from models.llama3.model import Llama3
 from tests.distributed import hugging_face_shards
 from tests.distributed.hugging_face_shards import CASES, FOLDERS, SEED
 from tests.support.forks import on_ranks
@@ -14,6 +12,8 @@ from tests.support.runs import environment
 from titanlite.checkpoint.hugging_face_export import write_hugging_face
 from titanlite.data import load_tokenizer
 from titanlite.distributed.init import WeightInit
+from titanlite.models.llama3.hugging_face import HUGGING_FACE
+from titanlite.models.llama3.model import Llama3
 
 PROCESSES = 4
 

@@ -82,7 +82,7 @@ def test_a_killed_worker_ends_both_hosts(hosts: Any, host: int) -> None:
     assert f"titanlite: error: rank {rank} (process {pid}) ended with SIGKILL" in runs[host].output()
     assert runs[1 - host].says_where(other)
     assert "titanlite: error: " in runs[1 - host].output()
-    assert "titanlite/launch.py" not in output(runs)  # no traceback of the launcher
+    assert "titanlite/launch/launcher.py" not in output(runs)  # no traceback of the launcher
 
 
 @pytest.mark.slow
@@ -92,7 +92,7 @@ def test_a_killed_launcher_ends_the_other_host(hosts: Any) -> None:
     runs[0].process.kill()  # with it goes the meeting place
     assert runs[1].process.wait(timeout=60) == 1
     assert "titanlite: error: " in runs[1].output()
-    assert "titanlite/launch.py" not in runs[1].output()
+    assert "titanlite/launch/launcher.py" not in runs[1].output()
 
 
 BAD = [
@@ -234,4 +234,4 @@ def test_hosts_that_lose_their_network_end_in_time(tmp_path: Path) -> None:
     assert in_namespaces(tmp_path, command(tmp_path / "run", limits), CUT="1") == ["1", "1"]
     for log in ("alpha.txt", "beta.txt"):
         assert "Timed out" in (tmp_path / log).read_text()
-        assert "titanlite/launch.py" not in (tmp_path / log).read_text()
+        assert "titanlite/launch/launcher.py" not in (tmp_path / log).read_text()

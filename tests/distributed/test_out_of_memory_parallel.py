@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from tests.unit.test_out_of_memory import assert_advised, out_of_memory
+import pytest
+
+from tests.unit.plan.test_out_of_memory import assert_advised, out_of_memory
+
+pytestmark = pytest.mark.slow
 
 
 def test_the_rank_that_ran_out_of_memory_ends_the_run_and_is_named(train: Any) -> None:

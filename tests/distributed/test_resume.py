@@ -16,6 +16,8 @@ import pytest
 from tests.distributed.test_launcher import start_in
 from tests.support.runs import TINY, Run, checkpoints, faulty, run_trainer, saved
 
+pytestmark = pytest.mark.slow
+
 # What of a row is a result, not a measurement.
 RESULTS = ("step", "loss", "max_loss", "grad_norm", "lr", "tokens_seen")
 

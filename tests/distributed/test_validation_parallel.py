@@ -10,6 +10,8 @@ import pytest
 from tests.distributed.combinations import SCHEDULES, VARIANTS, WAYS
 from tests.distributed.test_parallel import ONE, SMALL, Cluster, Reports
 
+pytestmark = pytest.mark.slow
+
 PIPELINES = [f"PP 2 {name}" for name in ("1F1B", "Interleaved1F1B", "ZBVZeroBubble") if name in SCHEDULES]
 TESTED = ["FSDP 2", "TP 2", "CP 2 allgather", *PIPELINES]
 STEPS = {"training.steps": 3, "training.deterministic": "true"}

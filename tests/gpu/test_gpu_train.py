@@ -9,8 +9,8 @@ import torch
 
 from tests.support.runs import checkpoints, saved
 from titanlite.config.schema import Optimizer, Training
-from titanlite.optim import StepGuard, build_optimizer
-from titanlite.optim.step_guard import StepRecord
+from titanlite.optim import build_optimizer
+from titanlite.training.step_guard import StepGuard, StepRecord
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 

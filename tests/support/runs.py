@@ -17,10 +17,10 @@ import torch
 
 from tests.support import forks
 from tests.support.forks import ROOT
-from titanlite import launch
-from titanlite.command_line import report, reported
 from titanlite.environment import LAUNCH_DIR
 from titanlite.errors import ConfigError
+from titanlite.launch import launcher
+from titanlite.launch.command_line import report, reported
 
 # A process that has used a GPU, or asked for one, cannot be forked: there every run is a real one.
 FORKS = not torch.cuda.is_available()
@@ -75,7 +75,7 @@ def arguments(folder: Path, options: Mapping[str, Any], base: Mapping[str, Any] 
 
 def command(folder: Path, options: Mapping[str, Any], base: Mapping[str, Any] | None = None) -> list[str]:
     """The real command of a run, as run_train.sh gives it."""
-    return [sys.executable, "-m", "titanlite.launch", *arguments(folder, options, base)]
+    return [sys.executable, "-m", "titanlite.commands", "train", *arguments(folder, options, base)]
 
 
 def dotted(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -143,7 +143,7 @@ _NEEDS_WORKERS = 77
 def launch_alone(argv: list[str]) -> None:
     """What the launcher does before it starts several processes, or becomes one."""
     try:
-        planned = launch.plan(argv)
+        planned = launcher.plan(argv)
     except ConfigError as e:
         sys.exit(report(e))
     if planned.processes > 1:
@@ -154,7 +154,7 @@ def launch_alone(argv: list[str]) -> None:
 
 def show_reported(launch_dir: str) -> None:
     """What the launcher does when a worker has left a message."""
-    sys.exit(launch.show_reported(launch_dir))
+    sys.exit(launcher.show_reported(launch_dir))
 
 
 def run_module(name: str, argv: list[str]) -> None:

@@ -8,10 +8,10 @@ import torch.distributed.pipelining
 import torch.distributed.tensor.parallel
 import torch.testing._internal.distributed.fake_pg  # noqa: F401
 
-import titanlite.build
 import titanlite.checkpoint
-import titanlite.launch
-import titanlite.metrics.compiled_memory
-import titanlite.profiling
-import titanlite.sample
-import titanlite.validation  # noqa: F401
+import titanlite.launch.launcher
+import titanlite.metrics.profiling
+import titanlite.plan.compiled_memory
+import titanlite.training.build
+import titanlite.training.sample
+import titanlite.training.validate  # noqa: F401

@@ -10,7 +10,7 @@ import pytest
 from titanlite.config import load_config
 from titanlite.converters import build_converters
 from titanlite.errors import ConfigError
-from titanlite.model_spec import get_model_spec
+from titanlite.models.spec import get_model_spec
 from titanlite.registry import Registry, nearest
 
 

@@ -28,12 +28,9 @@ class DamagedCheckpoint(ConfigError):
     """Files of a checkpoint that are not what was written; ``problems`` has a line for each."""
 
     def __init__(self, folder: Path, problems: list[str]) -> None:
-        super().__init__(folder, problems)  # so that it can be sent to other processes
-        self.folder, self.problems = folder, problems
         self.what = f"the checkpoint {folder} is damaged: {'; '.join(problems)}"
-
-    def __str__(self) -> str:
-        return f"{self.what}; restore the files"
+        super().__init__(f"{self.what}; restore the files")
+        self.folder, self.problems = folder, problems
 
 
 def step_folder(root: Path, step: int) -> Path:

@@ -140,7 +140,7 @@ class CheckpointManager:
         try:
             return Found(folder, self._open(folder), own=False)
         except DamagedCheckpoint as e:
-            raise ConfigError(f'checkpoint.initial_load_path = "{path}": {e}, or choose another') from e
+            raise ConfigError(f"{e}, or choose another", key="checkpoint.initial_load_path", value=path) from e
 
     def _choose(self) -> int | None:
         left = clear_leftovers(self.root)
@@ -151,7 +151,7 @@ class CheckpointManager:
             return steps[-1] if steps else None
         if wanted not in steps:
             there = f"there are {', '.join(map(str, steps))}" if steps else "there is none"
-            raise ConfigError(f"checkpoint.load_step = {wanted}: {self.root} has no such checkpoint; {there}")
+            raise ConfigError(f"{self.root} has no such checkpoint; {there}", key="checkpoint.load_step", value=wanted)
         return wanted
 
     def _open(self, folder: Path) -> Info:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from titanlite.config.parallelism import check_parallelism, global_batch_size, resolve_degrees
+from titanlite.config.refuse import refuse
 from titanlite.config.schema import Checkpoint, Float8, JobConfig
 from titanlite.config.validation import check_validation
-from titanlite.errors import ConfigError
 
 # Keys of the schema that this version has no implementation for: the value at which each does nothing, and what
 # to do instead. Asking for more than that is an error, never silently ignored. (Keys that only say how, such as
@@ -36,25 +36,26 @@ def check_config(config: JobConfig, world_size: int, *, train: bool = True) -> N
     if train:
         _check_tokenizer(config)
         if config.memory_estimation.enabled:
-            key = "memory_estimation.enabled"
-            raise ConfigError(
-                f"{key} = true ({config.origin(key)}): the trainer makes no estimates; start run_train.sh, or "
-                "python -m titanlite.estimate with WORLD_SIZE set to the number of devices"
+            refuse(
+                config,
+                "memory_estimation.enabled",
+                "the trainer makes no estimates; start run_train.sh, or titanlite train",
             )
     degrees = resolve_degrees(config.parallelism, world_size)
     for name, (inert, instead) in UNSUPPORTED.items():
         section, key = name.split(".")
         value = getattr(getattr(config, section), key)
         if value != inert:
-            raise ConfigError(f"{_shown(config, name)}: this version of titanlite does not implement it; {instead}")
+            refuse(config, name, f"this version of titanlite does not implement it; {instead}")
     _check_checkpoint(config)
     _check_float8(config)
     check_validation(config)
     if config.sample.enable and degrees.pipeline_parallel * degrees.context_parallel > 1:
-        raise ConfigError(
-            f"sample.enable = true ({config.origin('sample.enable')}): no process has the whole model, or the whole "
-            "text, under pipeline or context parallelism; leave it out, and let scripts/generate.py write from a "
-            "checkpoint"
+        refuse(
+            config,
+            "sample.enable",
+            "no process has the whole model, or the whole text, under pipeline or context parallelism; leave it out, "
+            "and let titanlite generate write from a checkpoint",
         )
     global_batch_size(config, degrees.data_parallel)
     check_parallelism(config, degrees)
@@ -64,8 +65,8 @@ def _check_checkpoint(config: JobConfig) -> None:
     """Refuse options of [checkpoint] that would have no effect."""
     options, defaults = config.checkpoint, Checkpoint()
 
-    def refuse(key: str, reason: str) -> NoReturn:
-        raise ConfigError(f"{_shown(config, f'checkpoint.{key}')}: {reason}")
+    def no_effect(key: str, reason: str) -> None:
+        refuse(config, f"checkpoint.{key}", f"has no effect {reason}")
 
     def asked(key: str) -> bool:
         return bool(getattr(options, key) != getattr(defaults, key))
@@ -74,66 +75,71 @@ def _check_checkpoint(config: JobConfig) -> None:
         # (Keys that only say how, such as interval, ask for nothing by themselves, and files of the period carry them.)
         for key in ("create_seed_checkpoint", "load_step", "async_mode", "enable_first_step_checkpoint", "fallback"):
             if asked(key):
-                refuse(key, "has no effect without checkpoints; set checkpoint.enable_checkpoint too")
+                no_effect(key, "without checkpoints; set checkpoint.enable_checkpoint too")
     if not options.initial_load_path and asked("initial_load_model_weights_only"):
-        refuse("initial_load_model_weights_only", "has no effect without checkpoint.initial_load_path")
+        no_effect("initial_load_model_weights_only", "without checkpoint.initial_load_path; set that too")
     if asked("export_dtype") and not options.last_save_model_weights_only:
-        refuse("export_dtype", "has no effect without checkpoint.last_save_model_weights_only: a run needs float32")
+        no_effect("export_dtype", "without checkpoint.last_save_model_weights_only: a run needs float32; set that too")
     excluded = options.exclude_from_loading
     if options.fallback and not options.verify:
-        refuse("fallback", "needs checkpoint.verify: what is not verified is not known to be damaged")
+        refuse(
+            config,
+            "checkpoint.fallback",
+            "what is not verified is not known to be damaged; set checkpoint.verify = true too",
+        )
     # With an initial checkpoint, what is left out is left out of that one.
     whole = not options.initial_load_model_weights_only if options.initial_load_path else options.enable_checkpoint
     if excluded and not whole:
-        refuse("exclude_from_loading", "has no effect where nothing but weights is loaded")
+        no_effect("exclude_from_loading", "where nothing but weights is loaded; leave it out")
     if "lr_scheduler" in excluded and "train_state" not in excluded:
         refuse(
-            "exclude_from_loading",
+            config,
+            "checkpoint.exclude_from_loading",
             "the learning rate is a function of the step, which train_state holds; exclude that too to begin at step "
             "1, or leave lr_scheduler out",
         )
-
-
-def _shown(config: JobConfig, name: str) -> str:
-    """An option, its value and where it came from."""
-    section, key = name.split(".")
-    value = getattr(getattr(config, section), key)
-    shown = str(value).lower() if isinstance(value, bool) else ",".join(value) if isinstance(value, list) else value
-    return f"{name} = {shown} ({config.origin(name)})"
 
 
 def _check_float8(config: JobConfig) -> None:
     """Refuse options of [float8] that would have no effect."""
     float8 = config.float8
 
-    def refuse(key: str, reason: str) -> NoReturn:
-        raise ConfigError(f"{_shown(config, f'float8.{key}')}: {reason}")
-
     if "float8" not in config.model.converters:
         for field in dataclasses.fields(Float8):
             # filter_fqns alone asks for nothing: published files carry it beside converters = [].
             if field.name != "filter_fqns" and getattr(float8, field.name) != field.default:
-                refuse(field.name, "has no effect without the converter; add float8 to model.converters")
+                refuse(
+                    config,
+                    f"float8.{field.name}",
+                    "has no effect without the converter; add float8 to model.converters",
+                )
         return
     if float8.precompute_float8_dynamic_scale_for_fsdp and not float8.enable_fsdp_float8_all_gather:
         refuse(
-            "precompute_float8_dynamic_scale_for_fsdp",
+            config,
+            "float8.precompute_float8_dynamic_scale_for_fsdp",
             "has no effect unless weights are gathered in float8; set float8.enable_fsdp_float8_all_gather too",
         )
     for operand in ("input", "weight", "grad_output"):
         scaling, scale = getattr(float8, f"scaling_type_{operand}"), getattr(float8, f"static_scale_{operand}")
         if scaling != "dynamic" and float8.recipe_name not in (None, "tensorwise"):
             refuse(
-                f"scaling_type_{operand}",
+                config,
+                f"float8.scaling_type_{operand}",
                 f'the scales of rows (float8.recipe_name = "{float8.recipe_name}") are dynamic; use tensorwise',
             )
         if scaling == "static" and scale is None:
-            refuse(f"scaling_type_{operand}", f"needs the scale; set float8.static_scale_{operand}")
+            refuse(config, f"float8.scaling_type_{operand}", f"needs the scale; set float8.static_scale_{operand}")
         if scaling != "static" and scale is not None:
-            refuse(f"static_scale_{operand}", f'has no effect; set float8.scaling_type_{operand} = "static"')
+            refuse(
+                config,
+                f"float8.static_scale_{operand}",
+                f'has no effect; set float8.scaling_type_{operand} = "static"',
+            )
     if float8.enable_fsdp_float8_all_gather and float8.scaling_type_weight != "dynamic":
         refuse(
-            "enable_fsdp_float8_all_gather",
+            config,
+            "float8.enable_fsdp_float8_all_gather",
             f'weights gathered in float8 have dynamic scales, and float8.scaling_type_weight = "'
             f'{float8.scaling_type_weight}"; use one or the other',
         )
@@ -142,9 +148,10 @@ def _check_float8(config: JobConfig) -> None:
 def _check_tokenizer(config: JobConfig) -> None:
     path = config.model.tokenizer_path
     if path and not Path(path).expanduser().exists():
-        raise ConfigError(
-            f'model.tokenizer_path = "{path}" ({config.origin("model.tokenizer_path")}): there is no such file or '
-            f"folder (relative to {Path.cwd()}); fetch it with\n"
-            "    python scripts/download_tokenizer.py --repo_id meta-llama/Llama-3.1-8B --hf_token=...\n"
-            "or leave the option empty for the tokenizer that titanlite ships"
+        refuse(
+            config,
+            "model.tokenizer_path",
+            f"there is no such file or folder (relative to {Path.cwd()}); fetch it with\n"
+            "    titanlite tokenizer download --repo_id meta-llama/Llama-3.1-8B --hf_token=...\n"
+            "or leave the option empty for the tokenizer that titanlite ships",
         )

@@ -22,6 +22,7 @@ from typing import Any, NoReturn
 
 import tomli
 
+from titanlite.config import packaged
 from titanlite.config.options import Option, options_of
 from titanlite.config.schema import JobConfig
 from titanlite.environment import CONFIG_FILE
@@ -78,7 +79,10 @@ def _parse_toml(path: Path, named_by: str) -> tuple[dict[str, Any], str]:
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise ConfigError(f"{named_by}: there is no file {path} (relative to {Path.cwd()})") from None
+        raise ConfigError(
+            f"{named_by}: there is no file {path} (relative to {Path.cwd()}), "
+            f"and none of this name comes with titanlite ({', '.join(packaged.names())})"
+        ) from None
     except (OSError, UnicodeDecodeError) as e:
         raise ConfigError(f"{named_by}: {path} cannot be read: {e}") from None
     try:
@@ -105,7 +109,7 @@ def _lines_of(text: str) -> dict[str, int]:
 def _file_chain(file: str, origin: str) -> list[tuple[Path, dict[str, Any], str]]:
     """The file and its bases, the furthest base first."""
     chain: list[tuple[Path, dict[str, Any], str]] = []
-    path, named_by = Path(file), f'job.config_file = "{file}" ({origin})'
+    path, named_by = _found(Path(file), file), f'job.config_file = "{file}" ({origin})'
     while True:
         if any(path.resolve() == seen.resolve() for seen, _, _ in chain):
             circle = " -> ".join(str(p) for p, _, _ in [*chain, (path, {}, "")])
@@ -118,7 +122,13 @@ def _file_chain(file: str, origin: str) -> list[tuple[Path, dict[str, Any], str]
         named_by = f"{path}, line {_lines_of(text).get('base', '?')}: base = {base!r}"
         if not isinstance(base, str):
             raise ConfigError(f"{named_by}: must be a string, the path of a TOML file relative to this one")
-        path = path.parent / base
+        path = _found(path.parent / base, base)
+
+
+def _found(path: Path, name: str) -> Path:
+    """``path``, or where there is no such file the one that comes with titanlite under ``name``."""
+    known = None if path.exists() else packaged.find(name)
+    return Path(known) if known else path
 
 
 def _place(path: Path, lines: Mapping[str, int], name: str) -> str:
@@ -176,7 +186,7 @@ def _shown(value: Any) -> str:
 def _parser(options: Options) -> argparse.ArgumentParser:
     parser = _Parser(
         prog="titanlite",
-        usage="./run_train.sh [--section.key=value ...]   (or: python -m titanlite.train, titanlite)",
+        usage="./run_train.sh [--section.key=value ...]   or: titanlite train [FILE] [--section.key=value ...]",
         description="Pre-train a language model. Every option is also a key of the TOML file that CONFIG_FILE or "
         "--job.config_file names; the command line wins. Lists are separated by commas. A boolean option is "
         'switched on by its name and off by "=false" or --section.no-key.',
@@ -290,8 +300,10 @@ def _config_class(argv: Sequence[str], default_file: str | None) -> type[JobConf
     custom = getattr(import_module(known.module, name, where), "JobConfig", None)
     if not (isinstance(custom, type) and dataclasses.is_dataclass(custom)):
         raise ConfigError(
-            f'{name} = "{known.module}" ({where}): the module must define a dataclass '
-            "JobConfig whose fields are sections (dataclasses with defaults)"
+            "the module must define a dataclass JobConfig whose fields are sections (dataclasses with defaults)",
+            key=name,
+            value=known.module,
+            origin=where,
         )
     return _merge(custom)
 
@@ -319,7 +331,10 @@ def import_module(name: str, key: str, where: str) -> Any:
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     missing = ConfigError(
-        f'{key} = "{name}" ({where}): there is no such module; it must be importable from {os.getcwd()} or installed'
+        f"there is no such module; it must be importable from {os.getcwd()} or installed",
+        key=key,
+        value=name,
+        origin=where,
     )
     if name.startswith("."):
         raise missing

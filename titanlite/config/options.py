@@ -71,10 +71,7 @@ class Option:
             and (self.rule is None or self.rule.holds(value))
         ):
             return value
-        shown = (
-            f'"{value}"' if isinstance(value, str) else str(value).lower() if value is True or value is False else value
-        )
-        raise ConfigError(f"{self.name} = {shown} ({origin}): must be {self.expected()}")
+        raise ConfigError(f"must be {self.expected()}", key=self.name, value=value, origin=origin)
 
     def parse(self, text: str, origin: str) -> Any:
         """A command-line string in this option's type."""

@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from titanlite.config.refuse import refuse
 from titanlite.config.schema import JobConfig, Parallelism
 from titanlite.errors import ConfigError
 from titanlite.registry import nearest
@@ -77,10 +78,12 @@ def global_batch_size(config: JobConfig, data_parallel: int) -> int:
         return per_microbatch
     if wanted % per_microbatch:
         below = wanted // per_microbatch * per_microbatch
-        raise ConfigError(
-            f"training.global_batch_size = {wanted} ({config.origin('training.global_batch_size')}): must be a "
-            f"multiple of training.local_batch_size x the data-parallel degree = {config.training.local_batch_size} x "
-            f"{data_parallel} = {per_microbatch}, for example {below or per_microbatch}"
+        refuse(
+            config,
+            "training.global_batch_size",
+            "must be a multiple of training.local_batch_size x the data-parallel degree = "
+            f"{config.training.local_batch_size} x {data_parallel} = {per_microbatch}, for example "
+            f"{below or per_microbatch}",
         )
     return wanted
 
@@ -104,18 +107,19 @@ def check_parallelism(config: JobConfig, degrees: Degrees) -> None:
     if degrees.context_parallel == 1 and p.context_parallel_rotate_method != "allgather":
         _no_effect(config, "context_parallel_rotate_method", "context_parallel_degree")
     if t.enable_cpu_offload and f.enable_fsdp_float8_all_gather:
-        raise ConfigError(
-            "training.enable_cpu_offload = true and float8.enable_fsdp_float8_all_gather = true: weights in host memory"
-            " would be quantized again, with an all-reduce each, whenever they are gathered; use one or the other"
+        refuse(
+            config,
+            "training.enable_cpu_offload",
+            "and float8.enable_fsdp_float8_all_gather = true: weights in host memory would be quantized again, with an "
+            "all-reduce each, whenever they are gathered; use one or the other",
         )
 
 
 def _no_effect(config: JobConfig, key: str, without: str) -> None:
-    value, name = getattr(config.parallelism, key), f"parallelism.{key}"
-    shown = "true" if value is True else f'"{value}"' if isinstance(value, str) else value
-    raise ConfigError(
-        f"{name} = {shown} ({config.origin(name)}): has no effect with parallelism.{without} = 1; set that, "
-        "or leave this out"
+    refuse(
+        config,
+        f"parallelism.{key}",
+        f"has no effect with parallelism.{without} = 1; set that, or leave this out",
     )
 
 
@@ -129,10 +133,8 @@ def _check_sequence(config: JobConfig, degrees: Degrees) -> None:
         if tp > 1:
             both = "context_parallel_degree x tensor_parallel_degree" if cp > 1 else "tensor_parallel_degree"
             rules.append(f"{both} = {cp * tp}")
-        raise ConfigError(
-            f"training.seq_len = {seq_len} ({config.origin('training.seq_len')}): must be a multiple of "
-            f"{' and of '.join(rules)}, for example {-(-seq_len // unit) * unit}"
-        )
+        multiple = -(-seq_len // unit) * unit
+        refuse(config, "training.seq_len", f"must be a multiple of {' and of '.join(rules)}, for example {multiple}")
 
 
 def _check_tensor_parallel(config: JobConfig, degrees: Degrees) -> None:
@@ -142,14 +144,15 @@ def _check_tensor_parallel(config: JobConfig, degrees: Degrees) -> None:
             if getattr(p, key):
                 _no_effect(config, key, "tensor_parallel_degree")
     if p.enable_async_tensor_parallel:
-        name = "parallelism.enable_async_tensor_parallel"
-        key = f"{name} = true ({config.origin(name)})"
+        key = "parallelism.enable_async_tensor_parallel"
         if not config.training.compile or "model" not in config.compile.components:
-            raise ConfigError(
-                f"{key}: it is the compiler that overlaps the communication with the matmuls; set training.compile too"
+            refuse(
+                config,
+                key,
+                "it is the compiler that overlaps the communication with the matmuls; set training.compile too",
             )
         if config.compile.backend != "inductor":
-            raise ConfigError(f'{key} and compile.backend = "{config.compile.backend}": only inductor overlaps them')
+            refuse(config, key, f'and compile.backend = "{config.compile.backend}": only inductor overlaps them')
 
 
 def _check_pipeline(config: JobConfig, degrees: Degrees) -> None:
@@ -167,16 +170,11 @@ def _check_pipeline(config: JobConfig, degrees: Degrees) -> None:
                 _no_effect(config, key, "pipeline_parallel_degree")
         return
 
-    def refuse(key: str, reason: str) -> None:
-        name = f"parallelism.{key}"
-        value = getattr(p, key)
-        shown = f'"{value}"' if isinstance(value, str) else value
-        raise ConfigError(f"{name} = {shown} ({config.origin(name)}): {reason}")
-
     mode = config.compile.mode
     if config.training.compile and mode in ("reduce-overhead", "max-autotune"):
         refuse(
-            "pipeline_parallel_degree",
+            config,
+            "parallelism.pipeline_parallel_degree",
             f'several microbatches are under way at a time, and compile.mode = "{mode}" '
             f"({config.origin('compile.mode')}) has one set of buffers for all (CUDA graphs); use "
             '"max-autotune-no-cudagraphs" or "default"',
@@ -185,24 +183,38 @@ def _check_pipeline(config: JobConfig, degrees: Degrees) -> None:
     known = (*SINGLE_STAGE_SCHEDULES, *LOOPED_SCHEDULES, *V_SCHEDULES, CSV_SCHEDULE)
     if schedule not in known:
         refuse(
-            "pipeline_parallel_schedule",
+            config,
+            "parallelism.pipeline_parallel_schedule",
             f"there is no such schedule{nearest(schedule, known)}; known: {', '.join(known)}",
         )
     csv = p.pipeline_parallel_schedule_csv
     if csv and schedule != CSV_SCHEDULE:
-        refuse("pipeline_parallel_schedule_csv", f'needs parallelism.pipeline_parallel_schedule = "{CSV_SCHEDULE}"')
+        refuse(
+            config,
+            "parallelism.pipeline_parallel_schedule_csv",
+            f'needs parallelism.pipeline_parallel_schedule = "{CSV_SCHEDULE}"',
+        )
     if schedule == CSV_SCHEDULE and not csv:
-        refuse("pipeline_parallel_schedule", "needs the schedule; set parallelism.pipeline_parallel_schedule_csv")
+        refuse(
+            config,
+            "parallelism.pipeline_parallel_schedule",
+            "needs the schedule; set parallelism.pipeline_parallel_schedule_csv",
+        )
     if csv and not Path(csv).expanduser().is_file():
-        refuse("pipeline_parallel_schedule_csv", f"there is no such file (relative to {Path.cwd()})")
+        refuse(
+            config,
+            "parallelism.pipeline_parallel_schedule_csv",
+            f"there is no such file (relative to {Path.cwd()}); correct the path",
+        )
     if p.pipeline_parallel_split_points and p.pipeline_parallel_layers_per_stage is not None:
         refuse(
-            "pipeline_parallel_layers_per_stage",
+            config,
+            "parallelism.pipeline_parallel_layers_per_stage",
             f"the stages are given already, by parallelism.pipeline_parallel_split_points = "
             f"{p.pipeline_parallel_split_points}; use one or the other",
         )
     if schedule in SPLIT_BACKWARD_SCHEDULES and (why := whole_backward(config)):
-        refuse("pipeline_parallel_schedule", why)
+        refuse(config, "parallelism.pipeline_parallel_schedule", why)
     _check_microbatches(config, degrees)
 
 
@@ -228,10 +240,10 @@ def _check_microbatches(config: JobConfig, degrees: Degrees) -> None:
     p, pp = config.parallelism, degrees.pipeline_parallel
     local, size = config.training.local_batch_size, p.pipeline_parallel_microbatch_size
     if local % size:
-        raise ConfigError(
-            f"parallelism.pipeline_parallel_microbatch_size = {size} "
-            f"({config.origin('parallelism.pipeline_parallel_microbatch_size')}): must divide "
-            f"training.local_batch_size = {local}"
+        refuse(
+            config,
+            "parallelism.pipeline_parallel_microbatch_size",
+            f"must divide training.local_batch_size = {local}",
         )
     count, schedule = pipeline_microbatches(config, degrees.data_parallel), p.pipeline_parallel_schedule
     shown = (
@@ -240,13 +252,17 @@ def _check_microbatches(config: JobConfig, degrees: Degrees) -> None:
     )
     least = pp if schedule == "1F1B" else 1
     if count < least:
-        raise ConfigError(
-            f'parallelism.pipeline_parallel_schedule = "{schedule}" over {pp} processes: needs at least {least} '
-            f"microbatches, and there are {shown}; raise training.local_batch_size or training.global_batch_size"
+        refuse(
+            config,
+            "parallelism.pipeline_parallel_schedule",
+            f"over {pp} processes needs at least {least} microbatches, and there are {shown}; raise "
+            "training.local_batch_size or training.global_batch_size",
         )
     rounds = max(1, count // pp)
     if schedule in ("Interleaved1F1B", "InterleavedZeroBubble") and count % rounds:
-        raise ConfigError(
-            f'parallelism.pipeline_parallel_schedule = "{schedule}" over {pp} processes: takes the microbatches in '
-            f"{count} // {pp} = {rounds} rounds of the same size, and there are {shown}; a multiple of {pp} always fits"
+        refuse(
+            config,
+            "parallelism.pipeline_parallel_schedule",
+            f"over {pp} processes takes the microbatches in {count} // {pp} = {rounds} rounds of the same size, and "
+            f"there are {shown}; a multiple of {pp} always fits",
         )

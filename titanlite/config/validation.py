@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NoReturn
-
+from titanlite.config.refuse import refuse
 from titanlite.config.schema import JobConfig, Validation
-from titanlite.errors import ConfigError
 
 
 def holds_out(config: JobConfig) -> bool:
@@ -20,34 +18,36 @@ def check_validation(config: JobConfig) -> None:
     """Refuse options of [validation] that would have no effect, or cannot be honoured."""
     validation, default = config.validation, Validation()
 
-    def refuse(key: str, reason: str) -> NoReturn:
-        value, name = getattr(validation, key), f"validation.{key}"
-        shown = f'"{value}"' if isinstance(value, str) else value
-        raise ConfigError(f"{name} = {shown} ({config.origin(name)}): {reason}")
-
     if not validation.enable:
         for key in ("dataset", "dataset_path", "held_out_percent", "precision"):
             if getattr(validation, key) != getattr(default, key):
-                refuse(key, "has no effect unless validation.enable = true; set that, or leave this out")
+                refuse(
+                    config,
+                    f"validation.{key}",
+                    "has no effect unless validation.enable = true; set that, or leave this out",
+                )
         return
     if validation.held_out_percent != default.held_out_percent and not holds_out(config):
         refuse(
-            "held_out_percent",
+            config,
+            "validation.held_out_percent",
             "has no effect, as validation.dataset names data of their own and nothing is held out from training; leave "
             "one of them out",
         )
     if validation.precision == "bfloat16":
         if "float8" not in config.model.converters:
-            refuse("precision", "has no effect without the converter float8; leave it out")
+            refuse(config, "validation.precision", "has no effect without the converter float8; leave it out")
         if config.training.mixed_precision_param != "bfloat16":
             refuse(
-                "precision",
+                config,
+                "validation.precision",
                 "layers without float8 compute in the dtype of the parameters, and training.mixed_precision_param = "
                 f'"{config.training.mixed_precision_param}"; set that to bfloat16, or leave this out',
             )
         if config.float8.enable_fsdp_float8_all_gather:
             refuse(
-                "precision",
+                config,
+                "validation.precision",
                 "the weights are gathered in float8 (float8.enable_fsdp_float8_all_gather = true) and are not there in "
                 "bfloat16; use one or the other",
             )

@@ -85,7 +85,9 @@ class Float8Converter:
         if options.kernels == "triton" and (options.emulate or not native):
             why = "float8.emulate = true" if options.emulate else f"{architecture(device)} has no float8 units"
             raise ConfigError(
-                f'float8.kernels = "triton": {why}, and emulation is plain operations; leave float8.kernels out'
+                f"{why}, and emulation is plain operations; leave float8.kernels out",
+                key="float8.kernels",
+                value="triton",
             )
         self.config = library_config(config, emulate=options.emulate or not native)
         self.compiled = config.training.compile and "model" in config.compile.components
@@ -97,7 +99,7 @@ class Float8Converter:
             compiled=self.compiled,
         )
         if reason:
-            raise ConfigError(f'model.converters = "float8": {reason}')
+            raise ConfigError(reason, key="model.converters", value="float8")
         if not native and not options.emulate:
             logger.warning(
                 "float8 is emulated: %s has no float8 units; the same quantized values are multiplied in float32",
@@ -106,7 +108,6 @@ class Float8Converter:
         self.mesh = mesh
         self.filters = [entry for entry in options.filter_fqns if entry != AUTO_FILTER]
         self.filter_small = AUTO_FILTER in options.filter_fqns
-        self.filters_origin = config.origin("float8.filter_fqns")
         self.precompute = options.precompute_float8_dynamic_scale_for_fsdp
         self.delayed = any(c.scaling_type is ScalingType.DELAYED for c in self.config.casts.values())
 
@@ -115,15 +116,18 @@ class Float8Converter:
         for entry in self.filters:
             if not any(matches(entry, name) for name in linears):
                 raise ConfigError(
-                    f'float8.filter_fqns = "{entry}" ({self.filters_origin}): matches no linear layer'
+                    "matches no linear layer"
                     f"{nearest(entry, {*linears, *(name.split('.')[-1] for name in linears)})}; an entry is a whole "
-                    "part of a dotted name, such as output or attention.wk"
+                    "part of a dotted name, such as output or attention.wk",
+                    key="float8.filter_fqns",
+                    value=entry,
                 )
         kept = {name: reason for name, linear in linears.items() if (reason := self._why_kept(name, linear))}
         if len(kept) == len(linears):
             raise ConfigError(
-                'model.converters = "float8": there is nothing to convert\n'
-                + "\n".join(f"    {name}: {reason}" for name, reason in kept.items())
+                "there is nothing to convert\n" + "\n".join(f"    {name}: {reason}" for name, reason in kept.items()),
+                key="model.converters",
+                value="float8",
             )
         chosen = {name: linear for name, linear in linears.items() if name not in kept}
         self._check_shards(chosen)
@@ -132,7 +136,7 @@ class Float8Converter:
         try:
             convert_to_float8_training(model, module_filter_fn=lambda _, name: name not in kept, config=self.config)
         except ValueError as e:
-            raise ConfigError(f'model.converters = "float8": {e}') from e
+            raise ConfigError(str(e), key="model.converters", value="float8") from e
         logger.info(conversion_table(linears, kept))
         emulated = ", emulated" if self.config.emulate else ""
         return f"{self.recipe}{emulated}, {len(linears) - len(kept)} of {len(linears)} linear layers"
@@ -182,9 +186,11 @@ class Float8Converter:
         for name, linear in chosen.items():
             if linear.out_features % shards:
                 raise ConfigError(
-                    f"float8.enable_fsdp_float8_all_gather = true: the {linear.out_features} rows of {name} over "
+                    f"the {linear.out_features} rows of {name} over "
                     f"{shards} shards: with recipe {self.recipe} each shard must have as many; add {name} to "
-                    "float8.filter_fqns, choose another degree, or leave the flag out"
+                    "float8.filter_fqns, choose another degree, or leave the flag out",
+                    key="float8.enable_fsdp_float8_all_gather",
+                    value=True,
                 )
 
     def post_optimizer_hook(self, model: nn.Module) -> None:

@@ -49,7 +49,7 @@ class FusedNormConverter:
                     count += 1
         if not count:
             raise ConfigError(
-                'model.converters = "fused_rmsnorm": the model has no nn.RMSNorm to convert; leave it out'
+                "the model has no nn.RMSNorm to convert; leave it out", key="model.converters", value="fused_rmsnorm"
             )
         return f"{count} RMSNorm layers fused"
 

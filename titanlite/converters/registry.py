@@ -35,5 +35,5 @@ def build_converters(config: JobConfig, mesh: Mesh) -> dict[str, ModelConverter]
     names = config.model.converters
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
-        raise ConfigError(f'model.converters = "{",".join(names)}": {twice[0]} stands there twice; name it once')
+        raise ConfigError(f"{twice[0]} stands there twice; name it once", key="model.converters", value=",".join(names))
     return {name: _registry.get(name)(config, mesh) for name in names}

@@ -15,7 +15,7 @@ def require_path(name: str, path: str | None, what: str) -> str:
     """The path, or a ConfigError that says what the source ``name`` would read from it."""
     if not path:
         raise ConfigError(
-            f'training.dataset = "{name}" reads local files, and {_OPTION} is empty; set {_OPTION} to {what}'
+            f"reads local files, and {_OPTION} is empty; set {_OPTION} to {what}", key="training.dataset", value=name
         )
     return path
 

@@ -191,8 +191,10 @@ def _check_sizes(seq_len: int, global_batch_size: int, local_batch_size: int, dp
             str(n) for n in (global_batch_size // unit * unit, -(-global_batch_size // unit) * unit) if n
         )
         raise ConfigError(
-            f"training.global_batch_size = {global_batch_size}: must be a multiple of training.local_batch_size x the "
-            f"data-parallel degree = {local_batch_size} x {dp_degree} = {unit}; use {nearest}"
+            "must be a multiple of training.local_batch_size x the "
+            f"data-parallel degree = {local_batch_size} x {dp_degree} = {unit}; use {nearest}",
+            key="training.global_batch_size",
+            value=global_batch_size,
         )
 
 

@@ -83,15 +83,18 @@ class JsonSource(RandomAccessSource):
 def _pystdlib(options: SourceOptions) -> Source:
     if options.path:
         raise ConfigError(
-            f'training.dataset_path = "{options.path}": training.dataset = "pystdlib" reads Python\'s own library '
-            'and takes no path; leave it empty, or set training.dataset = "text"'
+            'training.dataset = "pystdlib" reads Python\'s own library '
+            'and takes no path; leave it empty, or set training.dataset = "text"',
+            key="training.dataset_path",
+            value=options.path,
         )
     root = Path(sysconfig.get_path("stdlib"))
     files = sorted(_library_files(root))
     if not files:
         raise ConfigError(
-            f'training.dataset = "pystdlib": this Python has no library source in {root}; '
-            'use training.dataset = "text" with a training.dataset_path'
+            f'this Python has no library source in {root}; use training.dataset = "text" with a training.dataset_path',
+            key="training.dataset",
+            value="pystdlib",
         )
     return TextSource(options, files)
 
@@ -120,9 +123,11 @@ def _json(options: SourceOptions) -> Source:
 def _c4_test(options: SourceOptions) -> Source:
     if not options.path:
         raise ConfigError(
-            'training.dataset = "c4_test" is a small local sample, and training.dataset_path is empty; save some '
+            "is a small local sample, and training.dataset_path is empty; save some "
             'documents of c4 as JSON lines (one object with "text" per line) and set training.dataset_path to that '
-            'file or folder, or use training.dataset = "pystdlib", which needs no files'
+            'file or folder, or use training.dataset = "pystdlib", which needs no files',
+            key="training.dataset",
+            value="c4_test",
         )
     return JsonSource(options, find_files(options.path, (".json", ".jsonl")))
 

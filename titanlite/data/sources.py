@@ -104,8 +104,9 @@ class RandomAccessSource(Source):
         super().__init__(options)
         if num_documents == 0:
             raise ConfigError(
-                f'training.dataset_path = "{options.path}": there is no document in it (all files are empty); '
-                "point it at files with text"
+                "there is no document in it (all files are empty); point it at files with text",
+                key="training.dataset_path",
+                value=options.path,
             )
         self.num_documents = num_documents
         self.identity["documents"] = num_documents
@@ -157,7 +158,7 @@ def build_source(
     """
     builder = SOURCES.get(name)
     if on_corrupt not in ("stop", "skip"):
-        raise ConfigError(f'data.on_corrupt = "{on_corrupt}": must be "stop" or "skip"')
+        raise ConfigError('must be "stop" or "skip"', key="data.on_corrupt", value=on_corrupt)
     if seed < 0:
-        raise ConfigError(f"training.seed = {seed}: must be 0 or more")
+        raise ConfigError("must be 0 or more", key="training.seed", value=seed)
     return builder(SourceOptions(name, path or None, text_field, on_corrupt, seed))

@@ -107,8 +107,10 @@ def _hub_or_copy(options: SourceOptions, repo: str, subset: str) -> Source:
         formats = {fmt for file in files for suffix, fmt in _FORMATS.items() if file.name.endswith(suffix)}
         if len(formats) != 1:
             raise ConfigError(
-                f'training.dataset_path = "{options.path}": a local copy of {repo} must be either parquet or JSON '
-                f"lines, not {' and '.join(sorted(formats)) or 'other files'}; narrow it with a glob"
+                f"a local copy of {repo} must be either parquet or JSON "
+                f"lines, not {' and '.join(sorted(formats)) or 'other files'}; narrow it with a glob",
+                key="training.dataset_path",
+                value=options.path,
             )
         return _stream_files(options, files, formats.pop())
     return StreamedSource(options, _open_hub(options.name, repo, subset), [])
@@ -127,8 +129,9 @@ def _stream_files(options: SourceOptions, files: list[Path], file_format: str) -
         stream = load_dataset(file_format, data_files={"train": names}, split="train", streaming=True)
     except Exception as error:  # datasets reads the first file's header and raises what its reader raises
         raise ConfigError(
-            f'training.dataset_path = "{options.path}": cannot be read as {file_format} '
-            f"({type(error).__name__}: {_first_line(error)}); replace the damaged file"
+            f"cannot be read as {file_format} ({type(error).__name__}: {_first_line(error)}); replace the damaged file",
+            key="training.dataset_path",
+            value=options.path,
         ) from error
     return StreamedSource(options, stream, files)
 
@@ -144,9 +147,11 @@ def _open_hub(name: str, repo: str, subset: str) -> IterableDataset:
         return load_dataset(repo, subset, split="train", streaming=True)
     except Exception as error:  # the hub library's own, and those of the HTTP library under it
         raise ConfigError(
-            f'training.dataset = "{name}": {repo} cannot be read from the Hugging Face hub '
+            f"{repo} cannot be read from the Hugging Face hub "
             f"({type(error).__name__}: {_first_line(error)}); check the network, or set training.dataset_path "
-            'to a local copy, or use training.dataset = "pystdlib", which needs no network'
+            'to a local copy, or use training.dataset = "pystdlib", which needs no network',
+            key="training.dataset",
+            value=name,
         ) from error
 
 

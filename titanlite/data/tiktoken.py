@@ -70,8 +70,10 @@ def _read_ranks(file: Path) -> dict[bytes, int]:
     # A SentencePiece model is a protobuf whose first field has the tag 0x0a and that always holds an <unk> piece.
     if data[:1] == b"\n" and b"<unk>" in data:
         raise ConfigError(
-            f'model.tokenizer_path = "{file}": this is a SentencePiece model (Llama 1 and 2, Mistral), which is not '
-            "supported; use the same model's tokenizer.json"
+            "this is a SentencePiece model (Llama 1 and 2, Mistral), which is not "
+            "supported; use the same model's tokenizer.json",
+            key="model.tokenizer_path",
+            value=file,
         )
     ranks: dict[bytes, int] = {}
     for number, line in enumerate(data.splitlines(), start=1):
@@ -82,14 +84,18 @@ def _read_ranks(file: Path) -> dict[bytes, int]:
             ranks[base64.b64decode(token, validate=True)] = int(rank)
         except (ValueError, binascii.Error) as error:
             raise ConfigError(
-                f'model.tokenizer_path = "{file}": line {number} is not "base64 rank", so this is no Llama 3 '
-                "tokenizer.model; download it again, or use the model's tokenizer.json"
+                f'line {number} is not "base64 rank", so this is no Llama 3 '
+                "tokenizer.model; download it again, or use the model's tokenizer.json",
+                key="model.tokenizer_path",
+                value=file,
             ) from error
     missing = [byte for byte in range(256) if bytes([byte]) not in ranks]
     if missing or sorted(ranks.values()) != list(range(len(ranks))):
         raise ConfigError(
-            f'model.tokenizer_path = "{file}": the ranks must be 0 to {len(ranks) - 1} and hold all 256 single bytes '
-            f"({len(missing)} are missing): the file is cut short or damaged; download it again"
+            f"the ranks must be 0 to {len(ranks) - 1} and hold all 256 single bytes "
+            f"({len(missing)} are missing): the file is cut short or damaged; download it again",
+            key="model.tokenizer_path",
+            value=file,
         )
     return ranks
 

@@ -131,8 +131,10 @@ def load_tokenizer(path: str = "") -> Tokenizer:
             backend = tokenizers.Tokenizer.from_file(str(file))
         except Exception as error:  # the library raises bare Exception
             raise ConfigError(
-                f'model.tokenizer_path = "{path}": {file} is not a Hugging Face tokenizer.json ({error}); '
-                "download it again, or leave model.tokenizer_path empty for the shipped tokenizer"
+                f"{file} is not a Hugging Face tokenizer.json ({error}); "
+                "download it again, or leave model.tokenizer_path empty for the shipped tokenizer",
+                key="model.tokenizer_path",
+                value=path,
             ) from error
     bos, eos = _document_tokens(backend, file)
     return Tokenizer(backend, bos, eos, str(file))
@@ -150,9 +152,11 @@ def _find(path: str) -> Path:
             return given / name
     what = f"the folder has no {', '.join(names[:-1])} or {names[-1]}" if given.is_dir() else "there is no such file"
     raise ConfigError(
-        f'model.tokenizer_path = "{path}": {what} (a path is relative to the current folder, {Path.cwd()}); '
-        "get it with: python scripts/download_tokenizer.py --repo_id meta-llama/Llama-3.1-8B --hf_token=..., "
-        "or leave model.tokenizer_path empty for the shipped tokenizer"
+        f"{what} (a path is relative to the current folder, {Path.cwd()}); "
+        "get it with: titanlite tokenizer download --repo_id meta-llama/Llama-3.1-8B --hf_token=..., "
+        "or leave model.tokenizer_path empty for the shipped tokenizer",
+        key="model.tokenizer_path",
+        value=path,
     )
 
 

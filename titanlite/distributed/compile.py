@@ -72,8 +72,9 @@ def compiled(function: Callable[..., Any], options: Compile) -> Callable[..., An
     backends = torch.compiler.list_backends(exclude_tags=())
     if options.backend not in backends:
         raise ConfigError(
-            f'compile.backend = "{options.backend}": there is no such backend{nearest(options.backend, backends)}; '
-            f"known: {', '.join(backends)}"
+            f"there is no such backend{nearest(options.backend, backends)}; known: {', '.join(backends)}",
+            key="compile.backend",
+            value=options.backend,
         )
     return torch.compile(
         function,

@@ -49,7 +49,7 @@ def stream_key(seed: int, name: str) -> int:
 
 
 class WeightInit:
-    """Fills the parameters of ``model``, whole or sharded, from ``seed``; implements ``models.llama3.model.Init``."""
+    """Fills the parameters of ``model``, whole or sharded, from ``seed``; what models call ``Init``."""
 
     def __init__(self, model: nn.Module, seed: int) -> None:
         self._names = {id(param): name for name, param in model.named_parameters()}

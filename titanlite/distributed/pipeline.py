@@ -127,8 +127,9 @@ class Pipeline:
         if schedule in V_SCHEDULES and device.type == "cpu" and torch.__version__ < "2.13":
             # It greets the neighbours of each stage first, and a gloo process cannot send to itself.
             raise ConfigError(
-                f'parallelism.pipeline_parallel_schedule = "{schedule}": on the CPU needs torch 2.13 or later, and '
-                f"this is {torch.__version__}; choose another schedule"
+                f"on the CPU needs torch 2.13 or later, and this is {torch.__version__}; choose another schedule",
+                key="parallelism.pipeline_parallel_schedule",
+                value=schedule,
             )
         self._schedule: PipelineScheduleSingle | PipelineScheduleMulti
         try:
@@ -140,8 +141,10 @@ class Pipeline:
                 single = issubclass(kind, PipelineScheduleSingle)
                 self._schedule = kind(stages[0] if single else stages, **options)
         except (ValueError, RuntimeError, AssertionError) as e:
-            name = f'"{schedule}"' + (f", {csv}" if csv else "")
-            raise ConfigError(f"parallelism.pipeline_parallel_schedule = {name}: {e}") from e
+            file = f"{csv}: " if csv else ""
+            raise ConfigError(
+                f"{file}{e}; choose another schedule", key="parallelism.pipeline_parallel_schedule", value=schedule
+            ) from e
 
     def step(self, inputs: Tensor, labels: Tensor) -> Tensor:
         """Forward and backward of all microbatches; returns the mean loss, 0 where the last stage is elsewhere.

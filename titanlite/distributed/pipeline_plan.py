@@ -9,6 +9,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 from torch import nn
 
@@ -20,6 +21,7 @@ from titanlite.config.parallelism import (
     V_SCHEDULES,
     whole_backward,
 )
+from titanlite.config.refuse import refuse
 from titanlite.errors import ConfigError
 from titanlite.registry import nearest
 
@@ -75,8 +77,10 @@ def plan_pipeline(model: nn.Module, chain: Chain, config: JobConfig, ranks: int)
     if stages is None:
         if wanted > len(chain):
             raise ConfigError(
-                f"parallelism.pipeline_parallel_degree = {ranks}: {why} {wanted} stages, and the model has no more "
-                f"than {len(chain)} modules in a row; use fewer processes"
+                f"{why} {wanted} stages, and the model has no more "
+                f"than {len(chain)} modules in a row; use fewer processes",
+                key="parallelism.pipeline_parallel_degree",
+                value=ranks,
             )
         costs = [sum(matmul_elements(model, name) for name in names) for names in chain]
         stages = [[name for i in stage for name in chain[i]] for stage in balanced(costs, wanted)]
@@ -84,12 +88,12 @@ def plan_pipeline(model: nn.Module, chain: Chain, config: JobConfig, ranks: int)
     fits = len(stages) in range(wanted, len(chain) + 1, ranks) if looped else len(stages) == wanted
     if not fits:
         key = "split_points" if p.pipeline_parallel_split_points else "layers_per_stage"
-        key = f"parallelism.pipeline_parallel_{key}"
-        raise ConfigError(
-            f"{key} ({config.origin(key)}) makes {len(stages)} stages "
-            f"({'; '.join(', '.join(stage) for stage in stages)}): {why} {wanted}"
+        refuse(
+            config,
+            f"parallelism.pipeline_parallel_{key}",
+            f"makes {len(stages)} stages ({'; '.join(', '.join(stage) for stage in stages)}), and {why} {wanted}"
             f"{' or another multiple of the processes' if looped else ''}; change it, or leave it out for stages of "
-            "about the same work"
+            "about the same work",
         )
     if owners:
         return Plan(stages, owners)
@@ -107,18 +111,16 @@ def _asked_for(chain: Chain, config: JobConfig) -> list[list[str]] | None:
         points = [name for name in begins if "." in name][each::each]
     elif not points:
         return None
-    origin = config.origin("parallelism.pipeline_parallel_split_points")
     for point in points:
         if point not in begins[1:]:
-            raise ConfigError(
-                f'parallelism.pipeline_parallel_split_points = "{point}" ({origin}): no stage can begin there'
-                f"{nearest(point, begins[1:])}; can be {begins[1]} to {begins[-1]}"
+            refuse(
+                config,
+                "parallelism.pipeline_parallel_split_points",
+                f'no stage can begin at "{point}"{nearest(point, begins[1:])}; can be {begins[1]} to {begins[-1]}',
             )
     cuts = [0, *(begins.index(point) for point in points), len(chain)]
     if cuts != sorted({*cuts}):
-        raise ConfigError(
-            f"parallelism.pipeline_parallel_split_points = {points} ({origin}): must be in the order of the model"
-        )
+        refuse(config, "parallelism.pipeline_parallel_split_points", "must be in the order of the model")
     return [[name for names in chain[a:b] for name in names] for a, b in itertools.pairwise(cuts)]
 
 
@@ -156,14 +158,17 @@ _CELL = re.compile(r"^(\d+)([FBIW])(\d+)$")
 def _owners_in_csv(config: JobConfig, ranks: int) -> list[int]:
     """The rank of each stage in a schedule of the user's own."""
     path = config.parallelism.pipeline_parallel_schedule_csv
-    key = f'parallelism.pipeline_parallel_schedule_csv = "{path}"'
+
+    def refuse_schedule(why: str) -> NoReturn:
+        refuse(config, "parallelism.pipeline_parallel_schedule_csv", why)
+
     try:
         with Path(path).expanduser().open(newline="", encoding="utf-8") as file:
             rows = [[text.strip() for text in row] for row in csv.reader(file)]
     except (OSError, UnicodeDecodeError, csv.Error) as e:
-        raise ConfigError(f"{key}: cannot be read: {e}") from e
+        refuse_schedule(f"cannot be read ({e}); correct the file")
     if len(rows) != ranks:
-        raise ConfigError(f"{key}: has {len(rows)} rows, must be one for each of {ranks} processes")
+        refuse_schedule(f"has {len(rows)} rows, must be one for each of {ranks} processes")
     owners: set[tuple[int, int]] = set()
     forwards: defaultdict[int, list[int]] = defaultdict(list)
     kinds: set[str] = set()
@@ -171,8 +176,8 @@ def _owners_in_csv(config: JobConfig, ranks: int) -> list[int]:
         for text in filter(None, row):
             match = _CELL.match(text)
             if match is None:
-                raise ConfigError(
-                    f'{key}, row {rank + 1}: "{text}" must be a stage, F, B, I or W, and a microbatch, such as 0F1'
+                refuse_schedule(
+                    f'row {rank + 1}: "{text}" must be a stage, F, B, I or W, and a microbatch, such as 0F1'
                 )
             stage, kind, microbatch = int(match[1]), match[2], int(match[3])
             owners.add((stage, rank))
@@ -180,14 +185,14 @@ def _owners_in_csv(config: JobConfig, ranks: int) -> list[int]:
             if kind == "F":
                 forwards[stage].append(microbatch)
     if [stage for stage, _ in sorted(owners)] != [*range(len(owners))]:
-        raise ConfigError(f"{key}: each stage from 0 on must be in one row; found (stage, row) {sorted(owners)}")
+        refuse_schedule(f"each stage from 0 on must be in one row; the (stage, row) are {sorted(owners)}")
     idle = sorted({*range(ranks)} - {rank for _, rank in owners})
     if idle:
-        raise ConfigError(f"{key}: each of {ranks} processes must have a stage; row {idle[0] + 1} has none")
+        refuse_schedule(f"each of {ranks} processes must have a stage; row {idle[0] + 1} has none")
     last = forwards[len(owners) - 1]
     if last != sorted(last):
         # The runtime keeps the losses in the order of the forwards, and looks for them by microbatch.
-        raise ConfigError(f"{key}: the last stage must take the microbatches in their order, not {last}")
+        refuse_schedule(f"the last stage must take the microbatches in their order, not {last}")
     if kinds & {"I", "W"} and (why := whole_backward(config)):
-        raise ConfigError(f"{key}: {why}")
+        refuse_schedule(why)
     return [rank for _, rank in sorted(owners)]

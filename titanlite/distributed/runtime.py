@@ -65,18 +65,18 @@ class Runtime:
     def on_rank_zero(self, function: Callable[[], None]) -> None:
         """Run ``function`` on rank 0 alone; its :class:`ConfigError` is everybody's, so that all ranks end alike. What
         the operating system refuses, and a package that is missing, are reported in the same way."""
-        message: list[str | None] = [None]
+        error: list[ConfigError | None] = [None]
         if self.rank == 0:
             try:
                 function()
             except ConfigError as e:
-                message = [str(e)]
+                error = [e]
             except (OSError, ImportError) as e:
-                message = [f"rank 0 could not prepare the run: {type(e).__name__}: {e}"]
+                error = [ConfigError(f"rank 0 could not prepare the run: {type(e).__name__}: {e}")]
         if self.world_size > 1:
-            dist.broadcast_object_list(message, src=0, group=self.control)
-        if message[0] is not None:
-            raise ConfigError(message[0])
+            dist.broadcast_object_list(error, src=0, group=self.control)
+        if error[0] is not None:
+            raise error[0]
 
 
 def start_runtime(comm: Comm) -> Runtime:

@@ -69,8 +69,7 @@ class Recorder:
         """Close the window at ``step`` and write its row. Reading ``loss`` has waited for the device.
 
         Args:
-            skipped_steps: so far (see :class:`titanlite.optim.step_guard.StepGuard`); what a skipped step had that was
-                not finite is a row's too.
+            skipped_steps: so far; what a skipped step had that was not finite is a row's too.
         """
         elapsed = time.perf_counter() - self._start
         tps = self._tokens / elapsed

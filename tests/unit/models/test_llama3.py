@@ -1,0 +1,164 @@
+"""The model against transformers' Llama on copied weights, and its published sizes."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+from titanlite.distributed.init import WeightInit
+from titanlite.errors import ConfigError
+from titanlite.models.llama3.model import Llama3, Llama3Args, RopeScaling, causal_attention
+from titanlite.models.llama3.spec import FLAVORS, configure, model_size
+
+SMALL = Llama3Args(dim=64, n_layers=2, n_heads=8, n_kv_heads=8, ffn_dim=96, vocab_size=128, max_seq_len=64)
+GQA = replace(SMALL, n_kv_heads=2)
+# The scaling's blend needs wavelengths on both sides of original_max_seq_len: a short one brings them within 64.
+SCALED = replace(GQA, rope_scaling=RopeScaling(factor=8.0, original_max_seq_len=32))
+TIED = replace(SCALED, tie_embeddings=True)
+
+HF_NAMES = {
+    "tok_embeddings.": "model.embed_tokens.",
+    "layers.": "model.layers.",
+    "attention.wq": "self_attn.q_proj",
+    "attention.wk": "self_attn.k_proj",
+    "attention.wv": "self_attn.v_proj",
+    "attention.wo": "self_attn.o_proj",
+    "feed_forward.w1": "mlp.gate_proj",
+    "feed_forward.w2": "mlp.down_proj",
+    "feed_forward.w3": "mlp.up_proj",
+    "attention_norm": "input_layernorm",
+    "ffn_norm": "post_attention_layernorm",
+    "output.": "lm_head.",
+}
+
+
+def build(args: Llama3Args, seed: int = 0) -> Llama3:
+    model = Llama3(args)
+    model.init_weights(WeightInit(model, seed))
+    return model
+
+
+def transformers_llama(args: Llama3Args, ours: Llama3) -> nn.Module:
+    transformers = pytest.importorskip("transformers")
+    scaling = args.rope_scaling
+    rope = {"rope_type": "default", "rope_theta": args.rope_theta}
+    if scaling is not None:
+        rope = {
+            "rope_type": "llama3",
+            "rope_theta": args.rope_theta,
+            "factor": scaling.factor,
+            "low_freq_factor": scaling.low_freq_factor,
+            "high_freq_factor": scaling.high_freq_factor,
+            "original_max_position_embeddings": scaling.original_max_seq_len,
+        }
+    config = transformers.LlamaConfig(
+        vocab_size=args.vocab_size,
+        hidden_size=args.dim,
+        intermediate_size=args.ffn_dim,
+        num_hidden_layers=args.n_layers,
+        num_attention_heads=args.n_heads,
+        num_key_value_heads=args.n_kv_heads,
+        rms_norm_eps=args.norm_eps,
+        tie_word_embeddings=args.tie_embeddings,
+        max_position_embeddings=args.max_seq_len,
+        rope_parameters=rope,
+    )
+    theirs = transformers.LlamaForCausalLM(config)
+    state = {}
+    for name, value in ours.state_dict().items():
+        for ours_part, hf_part in HF_NAMES.items():
+            name = name.replace(ours_part, hf_part)
+        state[name if name.startswith(("model.", "lm_head.")) else f"model.{name}"] = value
+    theirs.load_state_dict(state, strict=True)
+    return theirs.eval()
+
+
+@pytest.mark.parametrize("args", [SMALL, GQA, SCALED, TIED], ids=["mha", "gqa", "rope_scaling", "tied"])
+def test_logits_are_those_of_transformers(args: Llama3Args) -> None:
+    ours = build(args)
+    theirs = transformers_llama(args, ours)
+    tokens = torch.randint(args.vocab_size, (2, 64), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        mine, reference = ours(tokens), theirs(tokens).logits
+    assert (mine - reference).abs().max() < 1e-5
+    assert reference.abs().max() > 0.1  # the comparison is of something
+
+
+def test_gradients_are_those_of_transformers() -> None:
+    ours = build(SCALED)
+    theirs = transformers_llama(SCALED, ours)
+    tokens = torch.randint(SCALED.vocab_size, (2, 64), generator=torch.Generator().manual_seed(1))
+    ours(tokens).logsumexp(-1).sum().backward()
+    theirs(tokens).logits.logsumexp(-1).sum().backward()
+    assert torch.allclose(
+        ours.layers["0"].attention.wk.weight.grad, theirs.model.layers[0].self_attn.k_proj.weight.grad, atol=1e-4
+    )
+    assert torch.allclose(ours.tok_embeddings.weight.grad, theirs.model.embed_tokens.weight.grad, atol=1e-4)
+
+
+def test_a_token_sees_only_what_came_before_it() -> None:
+    model = build(GQA)
+    tokens = torch.randint(GQA.vocab_size, (1, 32), generator=torch.Generator().manual_seed(2))
+    changed = tokens.clone()
+    changed[0, 20] = (changed[0, 20] + 1) % GQA.vocab_size
+    with torch.no_grad():
+        before, after = model(tokens), model(changed)
+    assert torch.equal(before[:, :20], after[:, :20])
+    assert not torch.allclose(before[:, 20:], after[:, 20:])
+
+
+# The parameter counts that Meta and Hugging Face publish.
+@pytest.mark.parametrize(
+    ("flavor", "params"),
+    [
+        ("1B", 1_235_814_400),
+        ("3B", 3_212_749_824),
+        ("8B", 8_030_261_248),
+        ("70B", 70_553_706_496),
+        ("405B", 405_853_388_800),
+    ],
+)
+def test_flavors_have_the_published_sizes(flavor: str, params: int) -> None:
+    with torch.device("meta"):
+        model = Llama3(FLAVORS[flavor])
+    size = model_size(model)
+    assert size.params == params
+    assert size.heads * size.head_dim == FLAVORS[flavor].dim
+
+
+def test_attention_compiles_for_any_number_of_heads() -> None:
+    attend = torch.compile(causal_attention, backend="aot_eager", fullgraph=True, dynamic=True)
+    for heads, kv_heads in ((4, 2), (8, 8), (6, 3)):
+        q, k, v = (torch.randn(2, n, 16, 8) for n in (heads, kv_heads, kv_heads))
+        torch.testing.assert_close(attend(q, k, v), causal_attention(q, k, v))
+
+
+def test_debugmodel_takes_the_tokenizers_vocabulary() -> None:
+    assert configure(FLAVORS["debugmodel"], 2049, 16).vocab_size == 2176
+    assert configure(FLAVORS["8B"], 2049, 16).vocab_size == 128256
+    with pytest.raises(ConfigError, match="128257 tokens, more than the 128256"):
+        configure(FLAVORS["8B"], 128257, 16)
+
+
+def test_initial_weights_have_the_published_spread() -> None:
+    args = replace(SMALL, dim=256, n_layers=2, ffn_dim=768, vocab_size=1024)
+    model = build(args)
+    depth = 2
+    expected = {
+        "tok_embeddings.weight": 1.0,
+        "layers.1.attention.wq.weight": 0.02,
+        "layers.1.attention.wo.weight": 0.02 / (2 * depth) ** 0.5,
+        "layers.1.feed_forward.w1.weight": 0.02,
+        "layers.1.feed_forward.w2.weight": 0.02 / (2 * depth) ** 0.5,
+        "output.weight": 256**-0.5,
+    }
+    for name, std in expected.items():
+        weight = model.get_parameter(name)
+        cut = 1.0 if name.startswith("tok") else 0.9866  # a normal cut off at 3 standard deviations
+        assert weight.std().item() == pytest.approx(std * cut, rel=0.02), name
+        assert abs(weight.mean().item()) < 3 * std / weight.numel() ** 0.5, name
+        assert cut == 1.0 or weight.abs().max() <= 3 * std
+    assert all((p == 1).all() for n, p in model.named_parameters() if "norm" in n)

@@ -1,0 +1,291 @@
+"""Estimates without devices, against what real runs of the same configuration hold and send."""
+
+from __future__ import annotations
+
+import json
+import resource
+import subprocess
+import sys
+import time
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from tests.support.runs import ROOT, environment
+from titanlite.config import load_config
+from titanlite.plan.estimate import ASSUMED_VOCAB_SIZE, Estimate, estimate
+from titanlite.plan.memory import MemoryTracker
+
+DEBUG = {
+    "training.seq_len": 64,
+    "training.local_batch_size": 2,
+    "training.seed": 0,
+    "activation_checkpoint.mode": "none",
+    "training.compile": "false",
+}
+
+
+def arguments(options: dict[str, Any]) -> list[str]:
+    return [f"--{key}={value}" for key, value in options.items()]
+
+
+@cache
+def estimated(devices: int, file: str = "debug_model", **options: str) -> Estimate:
+    given = {**DEBUG, **{key.replace("__", "."): value for key, value in options.items()}}
+    return estimate(load_config(arguments(given), str(ROOT / "train_configs" / f"{file}.toml")), devices)
+
+
+# What a real step leaves: one process of it, run as a script.
+REAL = """
+import json, os, sys
+import torch
+import torch.distributed as dist
+from titanlite.config import load_config
+from titanlite.plan.estimate import _bytes, _dimensions
+from titanlite.plan.memory import MemoryTracker
+from titanlite.train import Trainer
+
+trainer = Trainer(load_config(sys.argv[2:], "train_configs/debug_model.toml"))
+batch = next(trainer.loader)
+trainer._forward_backward(batch)  # in the first step, pipeline stages also agree about what they will send
+trainer.optimizer.zero_grad()
+with MemoryTracker(_dimensions(trainer.mesh)) as tracker:
+    trainer._forward_backward(batch)
+parameters = [p for part in trainer.model_parts for p in part.parameters()]
+buffers = [b for part in trainer.model_parts for b in part.buffers()]
+gradients = _bytes(p.grad for p in parameters)
+trainer.optimizer.step()
+found = {
+    "parameters": _bytes([*parameters, *buffers]),
+    "gradients": gradients,
+    "optimizer": _bytes(trainer.optimizer.state.values()),
+    "traffic": sorted([*c, t.calls, t.nbytes, t.sent] for c, t in tracker.traffic.items()),
+}
+with open(f"{sys.argv[1]}/{os.environ.get('RANK', 0)}.json", "w") as file:
+    json.dump(found, file)
+trainer.close()
+dist.destroy_process_group()
+"""
+
+
+def really(folder: Path, devices: int, **options: str) -> list[dict[str, Any]]:
+    given = {**DEBUG, **{key.replace("__", "."): value for key, value in options.items()}}
+    script = folder / "real.py"
+    script.write_text(REAL)
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={devices}"]
+    shown = arguments({**given, "job.dump_folder": folder / "run"})
+    subprocess.run(
+        [sys.executable, *(torchrun if devices > 1 else []), str(script), str(folder), *shown],
+        env=environment(OMP_NUM_THREADS="1"),
+        cwd=ROOT,
+        check=True,
+        timeout=300,
+    )
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(devices)]
+
+
+def assert_same(found: Estimate, real: list[dict[str, Any]]) -> None:
+    for rank in found.ranks:
+        other = real[rank.rank]
+        for key in ("parameters", "gradients", "optimizer"):
+            assert getattr(rank, key) == other[key], key
+        # Without the norm of the gradients, which the real run here leaves out.
+        sent = sorted([*c, t.calls, t.nbytes, t.sent] for c, t in rank.traffic.items() if c.dimension != "all ranks")
+        assert sent == other["traffic"]
+        assert len(real) == 1 or sent
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("devices", "options"),
+    [
+        (1, {}),
+        (2, {"training__global_batch_size": "8"}),
+        (2, {"parallelism__tensor_parallel_degree": "2"}),
+        (2, {"parallelism__pipeline_parallel_degree": "2"}),
+        (2, {"parallelism__context_parallel_degree": "2"}),
+        (2, {"parallelism__data_parallel_replicate_degree": "2"}),
+    ],
+    ids=["one", "accumulation", "TP", "PP", "CP", "HSDP"],
+)
+def test_a_real_run_holds_and_sends_as_much(tmp_path: Path, devices: int, options: dict[str, str]) -> None:
+    if "parallelism__data_parallel_replicate_degree" in options:
+        options = {**options, "parallelism__data_parallel_shard_degree": "1"}
+    assert_same(estimated(devices, **options), really(tmp_path, devices, **options))
+
+
+@pytest.mark.slow
+def test_a_real_run_with_shards_that_are_uneven_holds_and_sends_as_much(tmp_path: Path) -> None:
+    """3 shards of 256 rows: 86, 86 and 84, of which FSDP2 allocates 86."""
+    found, real = estimated(3), really(tmp_path, 3)
+    assert_same(found, real)
+    (rank,) = found.ranks
+    assert [r["parameters"] for r in real] == [rank.parameters] * 3
+    assert [r["gradients"] for r in real] == [rank.gradients] * 3
+    assert real[2]["optimizer"] < rank.optimizer
+    assert any("do not divide into shards" in note for note in found.notes)
+    assert not any("do not divide" in note for note in estimated(2).notes)
+
+
+@pytest.mark.parametrize("mode", ["none", "selective 2", "selective op", "full"])
+def test_activations_are_those_that_autograd_saves(mode: str) -> None:
+    """What is alive behind a forward without data, against the hooks through which autograd saves in a real one."""
+    from titanlite.config.schema import ActivationCheckpoint
+    from titanlite.distributed.activation_checkpoint import apply_activation_checkpoint
+    from titanlite.models.llama3.model import Llama3, Llama3Args
+
+    args = Llama3Args(dim=64, n_layers=4, n_heads=4, n_kv_heads=2, ffn_dim=128, vocab_size=128, max_seq_len=32)
+    kind, _, option = mode.partition(" ")
+
+    def build() -> Llama3:
+        model = Llama3(args)
+        apply_activation_checkpoint(model.layers, ActivationCheckpoint(mode=kind, selective_ac_option=option or "2"))  # type: ignore[arg-type]
+        return model
+
+    model = build()
+    tokens = torch.zeros(2, 32, dtype=torch.int64)
+    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers(), tokens)}
+    saved: dict[int, int] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.untyped_storage().data_ptr() not in own:
+            saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        kept = model(tokens)
+    with FakeTensorMode(), MemoryTracker() as tracker:
+        model = build()
+        tokens = torch.zeros(2, 32, dtype=torch.int64)
+        before = tracker.live
+        out = model(tokens)
+        found, result = tracker.live - before, out.untyped_storage().nbytes()
+        if mode != "selective op":  # whose cache is not of saved tensors
+            assert found == sum(saved.values()) + result
+        assert found > result
+        del out
+        assert tracker.live == before
+    del kept
+
+
+@pytest.mark.slow
+def test_less_is_kept_the_more_is_recomputed() -> None:
+    def peak(mode: str, option: str = "2") -> int:
+        ac = {"activation_checkpoint__mode": mode, "activation_checkpoint__selective_ac_option": option}
+        return estimated(2, training__seq_len="512", training__local_batch_size="8", **ac).peak
+
+    assert peak("full") < peak("selective", "op") < peak("selective", "2") < peak("none")
+    compiled = estimated(2, training__seq_len="512", training__local_batch_size="8", training__compile="true").peak
+    assert compiled < peak("none")
+
+
+def test_pipeline_ranks_have_a_row_each() -> None:
+    found = estimated(4, parallelism__pipeline_parallel_degree="2")
+    assert [rank.rank for rank in found.ranks] == [0, 2]
+    assert {c.name for rank in found.ranks for c in rank.traffic if c.dimension == "pipeline parallel"} == {
+        "send",
+        "receive",
+    }
+
+
+def run(ngpu: int, *options: str, **extra: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "titanlite.commands", "train", *options],
+        env=environment(NGPU=str(ngpu), **extra),
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "mode", "message"),
+    [
+        ((), "foo", "COMM_MODE=foo: there is no such mode; known: fake"),
+        (("--parallelism.data_parallel_shard_degree=3",), "fake", "but there are 512 processes: set NGPU=3"),
+        (("--parallelism.tensor_parallel_degree=32",), "fake", "must divide the model's n_heads = 16"),
+        (("--training.enable_cpu_offload",), "fake", "is not modelled"),
+    ],
+)
+def test_bad_input_ends_as_in_training(options: tuple[str, ...], mode: str, message: str) -> None:
+    ended = run(512, *options, COMM_MODE=mode)
+    assert ended.returncode == 2, ended.stderr
+    assert message in ended.stderr
+    assert "Traceback" not in ended.stderr
+    assert len(ended.stderr.strip().splitlines()) == 1
+
+
+def test_the_key_does_what_the_variable_does() -> None:
+    by_key = run(2, "--memory_estimation.enabled", "--training.seq_len=64")
+    by_variable = run(2, "--training.seq_len=64", COMM_MODE="fake")
+    assert by_key.returncode == by_variable.returncode == 0, by_key.stderr
+    assert by_key.stdout == by_variable.stdout
+    assert f"{ASSUMED_VOCAB_SIZE} tokens are assumed" in by_key.stdout
+
+
+def test_it_opens_neither_tokenizers_nor_data() -> None:
+    code = "import sys, titanlite.plan.estimate; print({'tokenizers', 'datasets', 'titanlite.data'} & {*sys.modules})"
+    out = subprocess.run(
+        [sys.executable, "-c", code], env=environment(), cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert out.stdout.strip() == "set()"
+
+
+def test_the_assumed_vocabulary_is_the_shipped_one() -> None:
+    from titanlite.data import load_tokenizer
+
+    assert load_tokenizer("").vocab_size == ASSUMED_VOCAB_SIZE
+
+
+@pytest.mark.slow
+def test_8b_takes_less_than_a_minute_and_no_memory_to_speak_of() -> None:
+    start = time.perf_counter()
+    found = estimated(
+        8, "llama3_8b", training__compile="true", training__seq_len="8192", model__tokenizer_path="not/there"
+    )
+    assert time.perf_counter() - start < 60
+    assert found.ranks[0].parameters > 3 << 30
+    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss < 3 << 20  # KiB
+
+
+@pytest.mark.parametrize("compile", ["false", "true"])
+@pytest.mark.parametrize("recipe", ["tensorwise", "rowwise", "rowwise_with_gw_hp"])
+def test_float8_of_gpus_is_estimated_without_one(recipe: str, compile: str) -> None:
+    """No kernels can be timed, and the casts are the operators that GPUs have kernels for."""
+    options = {"training__compile": compile, "training__seq_len": "512"}
+    bf16 = estimated(1, **options)
+    float8 = estimated(1, model__converters="float8", float8__recipe_name=recipe, **options)
+    assert float8.about["converter float8"] == f"{recipe}, 43 of 43 linear layers"
+    kept = float8.ranks[0].activations / bf16.ranks[0].activations
+    assert kept < 0.95  # also with gw_hp, whose inputs stay as they are: SwiGLU's product is not among them
+
+
+def test_the_ways_of_the_cpu_are_not_those_of_gpus() -> None:
+    """Attention in float32, and gradients reduced where they lie: this process would do both if it trained."""
+    found = estimated(1, training__mixed_precision_param="bfloat16")
+    assert "attention" not in found.about
+    from_one_device = found.ranks[0].at_peak.get("unsharded gradients", 0)
+    assert from_one_device < found.ranks[0].gradients / 2
+
+
+def test_its_processes_end_with_it() -> None:
+    """Also when a signal ends it, as it ends those of the advice after an out-of-memory error."""
+    code = "from titanlite.config import load_config; from titanlite.plan.estimate import estimate\n"
+    code += "estimate(load_config(['--model.flavor=70B', '--training.seq_len=8192']), 8)"
+    run = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, env=environment())
+    children = Path(f"/proc/{run.pid}/task/{run.pid}/children")
+    give_up = time.monotonic() + 60
+    while not (found := children.read_text().split()) and time.monotonic() < give_up:
+        time.sleep(0.05)
+    run.kill()
+    run.wait()
+    assert found
+    give_up = time.monotonic() + 10
+    while any(Path(f"/proc/{pid}").exists() for pid in found) and time.monotonic() < give_up:
+        time.sleep(0.05)
+    assert not [pid for pid in found if Path(f"/proc/{pid}").exists()]

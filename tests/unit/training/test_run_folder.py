@@ -1,0 +1,84 @@
+"""The run folder: one writer at a time, and nothing of an earlier run lost."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.support.forks import ROOT
+from titanlite.errors import ConfigError
+from titanlite.training.run_folder import CONFIG, METRICS, RunFolder
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from titanlite.training.run_folder import RunFolder
+folder = RunFolder(Path(sys.argv[1]))
+print("locked", flush=True)
+time.sleep(60)
+"""
+
+
+def test_a_second_process_is_refused_until_the_first_has_ended(tmp_path: Path) -> None:
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(tmp_path / "run")], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "locked\n"
+        with pytest.raises(ConfigError, match=rf"job.dump_folder = .*another run \(process {holder.pid}\)"):
+            RunFolder(tmp_path / "run")
+        RunFolder(tmp_path / "another")
+    finally:
+        holder.send_signal(signal.SIGKILL)
+        holder.communicate()
+    RunFolder(tmp_path / "run")
+    assert (tmp_path / "run" / ".lock").read_text() == f"{os.getpid()}\n"
+
+
+@pytest.mark.parametrize("path", ["file", "file/below"])
+def test_a_folder_that_cannot_be_written(tmp_path: Path, path: str) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match=r"job.dump_folder = .*cannot be written: .*--job.dump_folder"):
+        RunFolder(tmp_path / path)
+
+
+def test_a_file_system_without_locks_is_not_called_another_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_locks(*_: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr("fcntl.flock", no_locks)
+    with pytest.raises(ConfigError, match=r"job.dump_folder = .* has no locks"):
+        RunFolder(tmp_path)
+
+
+def test_setting_aside_loses_nothing(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "run")
+    for run in range(3):
+        (folder.path / CONFIG).write_text(f"config {run}")
+        (folder.path / METRICS).write_text(f"metrics {run}")
+        (folder.path / "logs" / "tb").mkdir(parents=True)
+        (folder.path / "logs" / "tb" / "events").write_text(f"events {run}")
+        for file in (folder.path / CONFIG, folder.path / METRICS, folder.path / "logs" / "tb"):
+            os.utime(file, (1e9, 1e9))
+        folder.set_earlier_aside([CONFIG, METRICS, "logs/tb", "never_there"])
+        assert not any((folder.path / name).exists() for name in (CONFIG, METRICS, "logs/tb"))
+    asides = sorted((folder.path / "earlier").iterdir())
+    assert len(asides) == 3
+    for run, aside in enumerate(asides):
+        assert (aside / CONFIG).read_text() == f"config {run}"
+        assert (aside / METRICS).read_text() == f"metrics {run}"
+        assert (aside / "tb" / "events").read_text() == f"events {run}"
+
+
+def test_what_is_not_named_stays(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    (tmp_path / "notes.txt").write_text("mine")
+    folder.set_earlier_aside([CONFIG, METRICS])
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".lock", "notes.txt"]

@@ -1,0 +1,43 @@
+"""Turn a checkpoint into a Hugging Face folder, or the other way round.
+
+SOURCE is a checkpoint of titanlite, the folder of one step: TARGET becomes a folder that transformers loads. Or SOURCE
+is a folder with config.json and *.safetensors: TARGET becomes a folder of checkpoints, with the weights as its step-0.
+Tensors go through memory one after the other.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(
+        prog="titanlite convert", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    made.add_argument("source", type=Path, metavar="SOURCE")
+    made.add_argument("target", type=Path, metavar="TARGET")
+    made.add_argument("--dtype", choices=["bfloat16", "float16", "float32"],
+        help="of the weights in a Hugging Face folder; default: bfloat16. A checkpoint keeps the source's")  # fmt: skip
+    made.add_argument("--tokenizer_path", metavar="PATH", help="default: what the checkpoint was trained with")
+    made.add_argument("--custom_import", metavar="MODULE", help="a Python module to import first, which may register "
+        "the model")  # fmt: skip
+    made.add_argument("--no-verify", action="store_true", help="do not compare the checkpoint's checksums first")
+    return made
+
+
+def main(argv: list[str]) -> int:
+    args = parser().parse_args(argv)
+    from titanlite.config import import_module
+    from titanlite.errors import ConfigError
+    from titanlite.inference.convert import convert
+
+    try:
+        if args.custom_import:
+            import_module(args.custom_import, "--custom_import", "the command line")
+        print(convert(args.source, args.target, args.dtype, args.tokenizer_path, verify_sums=not args.no_verify))
+    except ConfigError as error:
+        print(f"titanlite convert: {error}", file=sys.stderr)
+        return 2
+    return 0

@@ -1,0 +1,82 @@
+"""Let a trained model continue a text.
+
+The text goes to stdout, everything else to stderr. On several processes, with tensor parallelism over all of them:
+torchrun --nproc-per-node=2 -m titanlite.commands generate --checkpoint outputs/checkpoint/step-1000 --prompt "import"
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TextIO
+
+
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(
+        prog="titanlite generate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = made.add_argument
+    add("--checkpoint", required=True, metavar="PATH", help="the folder of one step")
+    add("--prompt", required=True, metavar="TEXT", help='what to continue; "" begins a document')
+    add("--max_new_tokens", type=int, metavar="N", help="default: what the model has positions for, at most "
+        "256")  # fmt: skip
+    add("--temperature", type=float, default=0.8, help="0 takes the most likely token; default: 0.8")
+    add("--top_k", type=int, default=0, metavar="K", help="draw from the K most likely tokens alone; default: 0, off")
+    add("--top_p", type=float, default=1.0, metavar="P", help="draw from the fewest tokens that have together the "
+        "probability P; default: 1, off")  # fmt: skip
+    add("--seed", type=int, default=0, help="the same seed, the same text; default: 0")
+    add("--dtype", choices=["bfloat16", "float32"], default="float32", help="of the weights; default: "
+        "float32. bfloat16 takes half the memory, and its coarser rounding can make another text of another number of "
+        "processes, and of --no-cache")  # fmt: skip
+    add("--tokenizer_path", metavar="PATH", help="default: what the checkpoint was trained with")
+    add("--custom_import", metavar="MODULE", help="a Python module to import first, which may register the model")
+    add("--no-cache", action="store_true", help="compute all tokens again for each one: slow, for comparison")
+    return made
+
+
+@contextmanager
+def text_alone() -> Iterator[TextIO]:
+    """The process's stdout for the text, while what libraries print there, as gloo does, goes to stderr."""
+    sys.stdout.flush()
+    kept = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        with os.fdopen(os.dup(kept), "w", encoding="utf-8") as stdout:
+            yield stdout
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
+
+
+def main(argv: list[str]) -> int:
+    args = parser().parse_args(argv)
+    from titanlite.config import import_module
+    from titanlite.errors import ConfigError, TrainingError
+    from titanlite.inference.generate import Sampling
+    from titanlite.inference.text import continue_text
+
+    first = os.environ.get("RANK", "0") == "0"
+    with text_alone() as stdout:
+        try:
+            if args.custom_import:
+                import_module(args.custom_import, "--custom_import", "the command line")
+            sampling = Sampling(args.temperature, args.top_k, args.top_p, args.seed)
+            text = continue_text(
+                args.checkpoint,
+                args.prompt,
+                args.max_new_tokens,
+                sampling,
+                args.dtype,
+                args.tokenizer_path,
+                cached=not args.no_cache,
+            )
+        except (ConfigError, TrainingError) as error:
+            if first:
+                print(f"titanlite generate: {error}", file=sys.stderr)
+            return 2 if isinstance(error, ConfigError) else 1
+        if first:
+            print(text, file=stdout)
+    return 0

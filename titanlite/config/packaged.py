@@ -1,0 +1,23 @@
+"""The TOML files that come with titanlite: beside the package in a clone, inside it in a wheel."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+_PACKAGE = Path(__file__).parents[1]
+FOLDER = next((d for d in (_PACKAGE / "train_configs", _PACKAGE.parent / "train_configs") if d.is_dir()), _PACKAGE)
+
+
+def names() -> list[str]:
+    """What :func:`find` knows."""
+    return sorted(path.stem for path in FOLDER.glob("*.toml"))
+
+
+def find(name: str) -> str | None:
+    """The path of the file called ``name``, without its ending: from the current folder where that is above it; None if
+    there is none."""
+    path = FOLDER / f"{name}.toml"
+    if "/" in name or not path.is_file():
+        return None
+    return os.path.relpath(path) if path.is_relative_to(Path.cwd()) else str(path)

@@ -1,0 +1,96 @@
+"""A checkpoint as a Hugging Face folder, and the other way round; tensors go through memory one after the other."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from titanlite.checkpoint import Info
+from titanlite.checkpoint.hugging_face import HuggingFaceFolder, is_hugging_face
+from titanlite.checkpoint.hugging_face_export import write_hugging_face
+from titanlite.checkpoint.storage import SaveError, load, save, saved_shapes, verify
+from titanlite.config.schema import Comm
+from titanlite.distributed import runtime
+from titanlite.errors import ConfigError
+from titanlite.inference.load import describe, tokenizer_of
+
+
+def convert(
+    source: Path, target: Path, dtype: str | None = None, tokenizer_path: str | None = None, *, verify_sums: bool = True
+) -> str:
+    """Write ``source``, a checkpoint's folder or Hugging Face's, to ``target`` as the other of the two; returns what
+    was done, and how to use it.
+
+    Args:
+        dtype: of the weights in a Hugging Face folder, the name of one of torch's; None: bfloat16. A checkpoint keeps
+            the source's.
+        tokenizer_path: None: what the weights were trained with.
+        verify_sums: compare a checkpoint's checksums first.
+
+    Raises:
+        ConfigError: it cannot be converted, read or written.
+    """
+    if not is_hugging_face(source):
+        return to_hugging_face(source, target, dtype or "bfloat16", tokenizer_path, verify_sums)
+    if dtype is not None:
+        raise ConfigError(f"--dtype={dtype}: a checkpoint keeps the dtypes of {source}; leave it out")
+    if not verify_sums:
+        raise ConfigError(f"--no-verify: {source} is no checkpoint and has no checksums; leave it out")
+    return to_checkpoint(source, target, tokenizer_path)
+
+
+def to_hugging_face(folder: Path, target: Path, dtype: str, tokenizer_path: str | None, verify_sums: bool) -> str:
+    found = describe(folder)
+    family = found.spec.hugging_face
+    if family is None:
+        raise ConfigError(f'the model family "{found.spec.name}" has no form in transformers: nothing to convert to')
+    tokenizer = tokenizer_of(found, tokenizer_path)
+    if verify_sums:
+        verify(folder)
+    names = family.names(found.args)
+    saved = saved_shapes(folder)
+    lacking = [name for name in names if f"model.{name}" not in saved]
+    if lacking:
+        raise ConfigError(f"{folder} lacks {len(lacking)} weights of its own model, such as {lacking[0]}")
+
+    def get(wanted: list[str]) -> dict[str, torch.Tensor]:
+        state = {f"model.{name}": torch.empty(saved[f"model.{name}"]) for name in wanted}
+        load(folder, state)
+        return {name.removeprefix("model."): tensor for name, tensor in state.items()}
+
+    write_hugging_face(
+        target,
+        family.to_config(found.args),
+        {name: saved[f"model.{name}"] for name in names},
+        names,
+        get,
+        tokenizer,
+        dtype=getattr(torch, dtype),
+    )
+    return f"{folder} -> {target}: transformers.AutoModelForCausalLM.from_pretrained({str(target)!r})"
+
+
+def to_checkpoint(folder: Path, target: Path, tokenizer_path: str | None) -> str:
+    source, found = HuggingFaceFolder(folder), describe(folder)
+    tokenizer_of(found, tokenizer_path)
+    family = found.spec.hugging_face
+    assert family is not None
+    names = family.names(found.args)
+    source.check({}, names, family.ignored)
+    with source.opened() as get:
+        state = {f"model.{ours}": get(theirs) for ours, theirs in names.items()}  # as views of the files
+        shape: dict[str, Any] = json.loads(json.dumps(asdict(found.args)))
+        model = {"name": found.spec.name, "flavor": found.flavor, "args": shape}
+        tokenizer = str(folder.absolute()) if tokenizer_path is None else tokenizer_path
+        runtime.start_runtime(Comm())
+        try:
+            done = save(target, state, Info(0, model, tokenizer_path=tokenizer, weights_only=True), None)
+        except SaveError as e:
+            raise ConfigError(f"{target}: cannot be written: {e}; choose another folder, or make room") from e
+        finally:
+            runtime.stop_runtime()
+    return f"{folder} -> {done}: --checkpoint.initial_load_path={done}"

@@ -1,0 +1,196 @@
+"""A model to compute with, from a folder of weights: no optimizer, no FSDP, one copy in the dtype asked for.
+
+On several processes it is tensor parallel over all of them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from titanlite.checkpoint.hugging_face import HuggingFaceFolder, is_hugging_face
+from titanlite.checkpoint.state import model_state
+from titanlite.checkpoint.storage import INFO, SUMS, load, read_info, verify
+from titanlite.config import JobConfig
+from titanlite.data import Tokenizer, load_tokenizer
+from titanlite.distributed.mesh import Mesh
+from titanlite.errors import ConfigError
+from titanlite.models.spec import ModelSpec, get_model_spec, model_spec_of
+
+
+class Described(NamedTuple):
+    """What a folder says that its weights belong to; ``args`` is a configured flavor, ``flavor`` the name of the one
+    that it is, which need not be known here, or empty if there is none."""
+
+    spec: ModelSpec
+    flavor: str
+    args: Any
+    tokenizer_path: str
+
+
+class LoadedModel(NamedTuple):
+    """``max_seq_len``: positions that the model knows."""
+
+    model: nn.Module
+    tokenizer: Tokenizer
+    max_seq_len: int
+
+
+def fill_weights(model: nn.Module, found: Described, folder: Path) -> None:
+    """Read the parameters of ``model``, plain or sharded, of any dtype, from a checkpoint, whose checksums are compared
+    first, or from Hugging Face's files.
+
+    Raises:
+        ConfigError: a file is missing or damaged.
+    """
+    state = model_state([model])
+    family = found.spec.hugging_face
+    if family is not None and is_hugging_face(folder):
+        parameters = {name.removeprefix("model."): tensor for name, tensor in state.items()}
+        HuggingFaceFolder(folder).load_into(parameters, family.names(found.args), family.ignored)
+        return
+    verify(folder)
+    load(folder, state)
+
+
+def load_model(
+    path: str | Path,
+    dtype: torch.dtype,
+    mesh: Mesh,
+    device: torch.device,
+    *,
+    tokenizer_path: str | None = None,
+) -> LoadedModel:
+    """Build the model of a folder and give it its weights.
+
+    Args:
+        path: a checkpoint (the folder of one step), or a Hugging Face folder.
+        dtype: of the parameters; buffers keep theirs.
+        mesh: of tensor parallelism alone.
+        tokenizer_path: in place of the one that the checkpoint names.
+
+    Raises:
+        ConfigError: the folder is no checkpoint, the tokenizer does not fit, or the model does not divide over the
+            processes.
+    """
+    folder = Path(path).expanduser()
+    found = describe(folder)
+    tokenizer = tokenizer_of(found, tokenizer_path)
+    model = build(found.spec, found.args, dtype, mesh, device)
+    fill_weights(model, found, folder)
+    return LoadedModel(model.eval(), tokenizer, found.args.max_seq_len)
+
+
+def tokenizer_of(found: Described, path: str | None = None) -> Tokenizer:
+    """The tokenizer that a folder names, or the one at ``path`` in its place.
+
+    Raises:
+        ConfigError: it cannot be read, or has tokens that the model does not know.
+    """
+    tokenizer = load_tokenizer(found.tokenizer_path if path is None else path)
+    if tokenizer.vocab_size > found.args.vocab_size:
+        raise ConfigError(
+            f"the tokenizer {tokenizer.path} has {tokenizer.vocab_size} tokens, more than the {found.args.vocab_size} "
+            "of the model's vocabulary; --tokenizer_path names the one that belongs to the model"
+        )
+    return tokenizer
+
+
+def build(spec: ModelSpec, args: Any, dtype: torch.dtype, mesh: Mesh, device: torch.device) -> nn.Module:
+    """The model with its memory and its buffers; what its parameters hold is left to chance."""
+    config = JobConfig()
+    config.parallelism.tensor_parallel_degree = mesh.tp.size()
+    config.parallelism.disable_loss_parallel = True
+    config.activation_checkpoint.mode = "none"
+    spec.check(args, mesh, config)
+    with torch.device("meta"):
+        model = spec.build(args)
+    for param in model.parameters():
+        param.data = param.data.to(dtype)
+    if mesh.tp.size() > 1:
+        if spec.tensor_parallel is None:
+            raise ConfigError(
+                f'the model family "{spec.name}" has no tensor parallelism of its own (ModelSpec.tensor_parallel): '
+                "start one process"
+            )
+        spec.tensor_parallel(model, mesh, config)
+    # A parameter that two modules share is one afterwards too.
+    swap = torch.__future__.get_swap_module_params_on_conversion()
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        model.to_empty(device=device)
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(swap)
+    model.init_weights(_BuffersAlone())  # type: ignore[operator]
+    return model.requires_grad_(False)
+
+
+class _BuffersAlone:
+    """The initialization of a model whose parameters come from a file: a :class:`WeightInit` that leaves them."""
+
+    def trunc_normal(self, param: Tensor, std: float, bound: float = 3.0) -> None: ...
+    def normal(self, param: Tensor, std: float) -> None: ...
+    def ones(self, param: Tensor) -> None: ...
+
+
+def describe(folder: Path) -> Described:
+    """Read what a folder says of itself.
+
+    Raises:
+        ConfigError: it is no checkpoint and no Hugging Face folder, or of a model that is not computed here.
+        DamagedCheckpoint: see :func:`titanlite.checkpoint.storage.read_info`.
+    """
+    if is_hugging_face(folder):
+        config = HuggingFaceFolder(folder).config
+        spec, args = model_spec_of(config)
+        return Described(spec, _flavor_of(spec, args), args, str(folder.absolute()))
+    if not any((folder / name).exists() for name in (INFO, SUMS)):
+        raise ConfigError(f"{folder} is no checkpoint: {_what_is_there(folder)}")
+    try:
+        info = read_info(folder)
+    except OSError as e:
+        raise ConfigError(f"{folder / INFO} cannot be read ({e}); correct its permissions") from e
+    name, flavor, values = (info.model[key] for key in ("name", "flavor", "args"))
+    try:
+        spec = get_model_spec(name)
+    except ConfigError as e:
+        raise ConfigError(f"{folder}: {e}; one of your own comes with --custom_import") from e
+    try:
+        # A flavor of somebody's own may be unknown here; all of a family are of one type.
+        args = _rebuilt(type(next(iter(spec.flavors.values()))), values)
+    except TypeError as e:
+        raise ConfigError(
+            f"{folder / INFO}: its model.args are not those of a {name} ({e}); it is of another version"
+        ) from e
+    return Described(spec, flavor, args, info.tokenizer_path)
+
+
+def _flavor_of(spec: ModelSpec, args: Any) -> str:
+    for name, flavor in spec.flavors.items():
+        if spec.configure(flavor, args.vocab_size, args.max_seq_len) == args:
+            return name
+    return ""
+
+
+def _what_is_there(folder: Path) -> str:
+    if not folder.is_dir():
+        return f"there is no such folder (relative to {Path.cwd()})"
+    inside = sorted(file.parent for pattern in ("*/", "*/*/") for file in folder.glob(pattern + INFO))
+    if inside:
+        return f"there are some in it, so name one: {', '.join(map(str, inside))}"
+    return f"it has no {INFO}; a checkpoint is a folder such as outputs/checkpoint/step-100"
+
+
+def _rebuilt(kind: Any, value: Any) -> Any:
+    """What ``dataclasses.asdict`` made ``value`` of; ``kind`` is its type."""
+    if isinstance(value, dict):
+        for cls in (kind, *typing.get_args(kind)):
+            if dataclasses.is_dataclass(cls):
+                kinds = typing.get_type_hints(cls)
+                return cls(**{key: _rebuilt(kinds.get(key), v) for key, v in value.items()})  # type: ignore[operator]
+    return value

@@ -1,0 +1,49 @@
+"""What ``run_train.sh``, ``titanlite`` and ``python -m titanlite.train`` share: options in, messages and exit status
+out. Nothing here imports torch."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from titanlite.config import JobConfig, load_config
+from titanlite.environment import CONFIG_FILE, LAUNCH_DIR
+from titanlite.errors import ConfigError, TrainingError
+
+EXIT_CONFIG = 2
+
+
+def read_config(argv: Sequence[str]) -> JobConfig:
+    """The configuration, from the arguments and the file that CONFIG_FILE names; bad input ends the process."""
+    try:
+        return load_config(argv, os.environ.get(CONFIG_FILE) or None)
+    except ConfigError as e:
+        sys.exit(report(e))
+
+
+def report(error: ConfigError | TrainingError, config: JobConfig | None = None) -> int:
+    """Show the message of an expected error, without a traceback; returns the exit status.
+
+    Args:
+        config: knows where the option that is to blame came from.
+
+    All workers of a run meet the same errors: under the launcher each leaves its message in a file, and the launcher
+    shows one.
+    """
+    if isinstance(error, ConfigError) and error.key and not error.origin and config is not None:
+        error.origin = config.origin(error.key)
+    status = EXIT_CONFIG if isinstance(error, ConfigError) else 1
+    message = f"titanlite: error: {error}"
+    folder = os.environ.get(LAUNCH_DIR)
+    if folder:
+        Path(folder, f"error-{os.environ.get('RANK', '0')}.{status}").write_text(message)
+    else:
+        print(message, file=sys.stderr)
+    return status
+
+
+def reported(folder: str | None) -> list[Path]:
+    """The messages that workers have left in the launcher's folder, the first one first; the suffix is the status."""
+    return sorted(Path(folder).glob("error-*"), key=lambda path: path.stat().st_mtime_ns) if folder else []

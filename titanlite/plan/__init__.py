@@ -1,0 +1,1 @@
+"""What a configuration needs and how long it takes, without the devices."""

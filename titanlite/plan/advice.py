@@ -1,0 +1,307 @@
+"""What would have saved a run that ran out of memory: every option that is not on yet and takes less, with an estimate
+of what it saves for the run's own model and configuration (:mod:`titanlite.plan.estimate`).
+
+``python -m titanlite.plan.advice FILE`` takes the file that :mod:`titanlite.training.out_of_memory` leaves.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import multiprocessing
+import os
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import TimeoutError as NotInTime
+from dataclasses import dataclass
+from operator import itemgetter
+from pathlib import Path
+from typing import Any
+
+from titanlite.config import Degrees, JobConfig, global_batch_size, load_config, resolve_degrees
+from titanlite.data import load_tokenizer
+from titanlite.errors import ConfigError
+from titanlite.launch.shortage import Shortage
+from titanlite.metrics.device import GIB
+from titanlite.plan.estimate import START_METHOD, Estimate, estimate
+
+TIME_LIMIT = 180  # seconds for all estimates; those that are not there then are named
+_NOTICEABLE = 0.005  # of the peak; what saves less is not worth its line
+
+
+@dataclass(frozen=True)
+class Knob:
+    """A change of the configuration. ``group``: of those in the same one, one can be on at a time.
+
+    Attributes:
+        changes: new values by ``section.key``; in the order of the command line.
+        world_size: of the changed run.
+    """
+
+    group: str
+    changes: dict[str, Any]
+    world_size: int
+
+    def apply(self, config: JobConfig) -> JobConfig:
+        changed = copy.deepcopy(config)
+        for name, value in self.changes.items():
+            section, key = name.split(".")
+            setattr(getattr(changed, section), key, value)
+        return changed
+
+    def shown(self, shortage: Shortage) -> str:
+        """As it is typed."""
+        ngpu = f"on {self.world_size} devices:" if self.world_size != shortage.world_size else ""
+        options = (f"--{name}={_shown(value)}" for name, value in self.changes.items())
+        return " ".join(filter(None, (ngpu, *options)))
+
+
+def _shown(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else ",".join(value) if isinstance(value, list) else str(value)
+
+
+def knobs(config: JobConfig, shortage: Shortage) -> list[Knob]:
+    """All that is not on yet, whether or not it fits this model or saves anything."""
+    degrees = resolve_degrees(config.parallelism, shortage.world_size)
+    changes = [*_recomputation(config), *_precision(config, shortage), *_batch(config, degrees)]
+    if config.parallelism.fsdp_reshard_after_forward != "always":
+        changes.append(("reshard", {"parallelism.fsdp_reshard_after_forward": "always"}))
+    if config.parallelism.disable_loss_parallel:
+        changes.append(("loss parallel", {"parallelism.disable_loss_parallel": False}))
+    if config.optimizer.implementation == "foreach":
+        changes.append(("optimizer", {"optimizer.implementation": "fused"}))
+    if shortage.device == "cuda" and not (
+        config.training.enable_cpu_offload or config.float8.enable_fsdp_float8_all_gather
+    ):
+        changes.append(("offload", {"training.enable_cpu_offload": True}))
+    if not config.training.compile:
+        changes.append(("compile", {"training.compile": True}))
+    found = [Knob(group, change, shortage.world_size) for group, change in changes]
+    return [*found, *_other_meshes(config, degrees, shortage)]
+
+
+_Changes = Iterator[tuple[str, dict[str, Any]]]
+
+
+def _recomputation(config: JobConfig) -> _Changes:
+    ac, key = config.activation_checkpoint, "activation_checkpoint"
+    if ac.mode == "none" or (ac.mode == "selective" and ac.selective_ac_option != "op"):
+        yield key, {f"{key}.mode": "selective", f"{key}.selective_ac_option": "op"}
+    if ac.mode != "full":
+        yield key, {f"{key}.mode": "full"}
+
+
+def _precision(config: JobConfig, shortage: Shortage) -> _Changes:
+    if config.training.mixed_precision_param == "float32":
+        yield "precision", {"training.mixed_precision_param": "bfloat16"}
+    if "float8" in config.model.converters:
+        if not config.float8.force_recompute_fp8_weight_in_bwd:
+            yield "float8", {"float8.force_recompute_fp8_weight_in_bwd": True}
+    elif shortage.float8:
+        yield "float8", {"model.converters": [*config.model.converters, "float8"]}
+
+
+def _batch(config: JobConfig, degrees: Degrees) -> _Changes:
+    """Smaller microbatches, more of them: the global batch stays."""
+    local, key = config.training.local_batch_size, "training.local_batch_size"
+    if degrees.pipeline_parallel > 1:
+        size, key = (
+            config.parallelism.pipeline_parallel_microbatch_size,
+            "parallelism.pipeline_parallel_microbatch_size",
+        )
+        if size > 1:
+            yield "batch", {key: 1}
+        return
+    batch = {"training.global_batch_size": global_batch_size(config, degrees.data_parallel)}
+    smaller = [size for size in range(1, local) if local % size == 0]
+    for size in sorted({smaller[0], smaller[-1]} if smaller else ()):
+        yield "batch", {"training.local_batch_size": size, **batch}
+
+
+def _other_meshes(config: JobConfig, degrees: Degrees, shortage: Shortage) -> Iterator[Knob]:
+    """More shards of the model or of the sequence, on the same devices and on twice as many. Processes on the CPU share
+    one machine's memory: more of them have no more of it."""
+    world, replicas, shards = shortage.world_size, degrees.data_parallel_replicate, degrees.data_parallel_shard
+    p = "parallelism."
+    batch = {"training.global_batch_size": global_batch_size(config, degrees.data_parallel)}
+    if replicas > 1:
+        change = {f"{p}data_parallel_replicate_degree": 1, f"{p}data_parallel_shard_degree": replicas * shards}
+        yield Knob("mesh", change, world)
+    context = {f"{p}context_parallel_degree": 2 * degrees.context_parallel}
+    if shards % 2 == 0:
+        yield Knob("mesh", {**context, f"{p}data_parallel_shard_degree": shards // 2, **batch}, world)
+    if shortage.device == "cuda":
+        yield Knob("mesh", {**context, f"{p}data_parallel_shard_degree": shards, **batch}, 2 * world)
+        local = config.training.local_batch_size
+        more = {f"{p}data_parallel_shard_degree": 2 * shards, **batch}
+        if batch["training.global_batch_size"] % (2 * degrees.data_parallel * local) == 0:
+            yield Knob("mesh", more, 2 * world)
+        elif local % 2 == 0:
+            yield Knob("mesh", {**more, "training.local_batch_size": local // 2}, 2 * world)
+
+
+@dataclass(frozen=True)
+class Need:
+    """The estimated peak of a configuration, and how much of that could be in host memory instead, in bytes."""
+
+    peak: int
+    movable: int
+
+
+def need(config: JobConfig, world_size: int, vocab_size: int) -> Need:
+    """Estimate what a rank holds at most. What is not modelled is left out before, and taken off behind.
+
+    Raises:
+        ConfigError: the configuration is not possible.
+    """
+    modelled, offload = copy.deepcopy(config), config.training.enable_cpu_offload
+    modelled.training.enable_cpu_offload = modelled.parallelism.enable_async_tensor_parallel = False
+    found: Estimate = estimate(modelled, world_size, vocab_size)
+    largest = max(found.ranks, key=lambda rank: rank.peak)
+    movable = largest.parameters + largest.optimizer
+    return Need(largest.peak - movable, 0) if offload else Need(largest.peak, movable)
+
+
+@dataclass
+class Advice:
+    """Estimated peaks in bytes.
+
+    Attributes:
+        now: of the configuration as it was.
+        alone: of every knob that takes less, the best first.
+        together: of those of them that go together on the same devices; None where there are not two.
+        missing: knobs whose estimates were not there in time.
+    """
+
+    now: Need
+    alone: list[tuple[Knob, int]]
+    together: tuple[Knob, int] | None
+    missing: list[Knob]
+
+
+def find_advice(config: JobConfig, shortage: Shortage, vocab_size: int, time_limit: float = TIME_LIMIT) -> Advice:
+    """Estimate all knobs, as many at a time as there are processors.
+
+    Raises:
+        ConfigError, TimeoutError: there is no estimate of the configuration as it was.
+    """
+    deadline = time.monotonic() + time_limit
+    candidates = knobs(config, shortage)
+    workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    pool = ProcessPoolExecutor(min(workers, len(candidates) + 1), multiprocessing.get_context(START_METHOD))
+
+    def begin(knob: Knob) -> Future[Need]:
+        return pool.submit(need, knob.apply(config), knob.world_size, vocab_size)
+
+    def left() -> float:
+        return max(0.0, deadline - time.monotonic())
+
+    try:
+        first, others = begin(Knob("", {}, shortage.world_size)), [begin(knob) for knob in candidates]
+        now = first.result(left())
+        alone, missing = [], []
+        for knob, future in zip(candidates, others, strict=True):
+            try:
+                alone.append((knob, future.result(left()).peak))
+            except NotInTime:
+                missing.append(knob)
+            except ConfigError:
+                pass  # it does not fit this model, or does not go with its other options
+        alone = sorted((pair for pair in alone if now.peak - pair[1] > _NOTICEABLE * now.peak), key=itemgetter(1))
+        chosen = _together([knob for knob, _ in alone], shortage.world_size)
+        together = None
+        while len(chosen) > 1 and together is None:
+            changes = {name: value for knob in chosen for name, value in knob.changes.items()}
+            merged = Knob("", changes, shortage.world_size)
+            try:
+                together = merged, begin(merged).result(left()).peak
+            except ConfigError:
+                chosen.pop()  # some do not go together: the one that saves least is left out
+            except NotInTime:
+                break
+        return Advice(now, alone, together, missing)
+    finally:
+        for process in [*(pool._processes or {}).values()]:
+            process.terminate()
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _together(best_first: list[Knob], world_size: int) -> list[Knob]:
+    """The best one of each group that needs no more devices."""
+    chosen: dict[str, Knob] = {}
+    for knob in best_first:
+        if knob.world_size == world_size:
+            chosen.setdefault(knob.group, knob)
+    return [*chosen.values()]
+
+
+def describe(advice: Advice, shortage: Shortage) -> str:
+    """The advice as it is printed."""
+    now, room = advice.now.peak, shortage.room
+    # What was asked for last did not fit, whatever the estimate says.
+    limit = None if room is None else min(room, now - shortage.requested)
+
+    def row(peak: int, what: str) -> str:
+        verdict = "" if limit is None else "enough  " if peak <= limit else "        "
+        return f"    {peak / GIB:9.3f}  {(now - peak) / GIB:9.3f}  {verdict}{what}"
+
+    there = "" if room is None else f", and there were about {room / GIB:.3f} GiB for tensors"
+    lines = [f"titanlite: a step of this configuration holds an estimated {now / GIB:.3f} GiB at its peak{there}."]
+    if room is not None and now <= room:
+        lines.append(
+            "What estimates leave out did not fit: fragmentation, what libraries allocate, what others on the device "
+            "or machine have taken."
+        )
+    if shortage.unused >= max(shortage.requested, 1):
+        lines.append(
+            f"{shortage.unused / GIB:.3f} GiB were reserved, but in pieces too small: with "
+            "PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True they might have done."
+        )
+    if advice.alone:
+        lines += ["What is not on yet, and takes less:", "    takes GiB  saves GiB"]
+        lines += (row(peak, knob.shown(shortage)) for knob, peak in advice.alone)
+    else:
+        lines.append("No option that is not on yet takes less.")
+    if advice.together is not None:
+        knob, peak = advice.together
+        lines.append(row(peak, f"together: {knob.shown(shortage)}"))
+    if advice.missing:
+        late = "; ".join(knob.shown(shortage) for knob in advice.missing)
+        lines.append(f"Not estimated within {TIME_LIMIT} s: {late}")
+    here = [peak for knob, peak in advice.alone if knob.world_size == shortage.world_size]
+    least = min([now, *here, *([advice.together[1]] if advice.together else [])])
+    if limit is not None and least > limit and not advice.missing:
+        all_of = "Even all that go together" if here else "That"
+        lines.append(
+            f"{all_of} would not have been enough on {shortage.world_size} of these devices: use more of them, a "
+            "shorter training.seq_len, or a smaller model.flavor."
+        )
+    return "\n".join(lines)
+
+
+def main() -> int:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    shortage = Shortage(**json.loads(Path(sys.argv[1]).read_text()))
+    print("titanlite: estimating what would have saved it ...", file=sys.stderr, flush=True)
+    try:
+        with tempfile.NamedTemporaryFile("w", suffix=".toml") as file:
+            file.write(shortage.config)
+            file.flush()
+            config = load_config([], file.name)
+        advice = find_advice(config, shortage, load_tokenizer(config.model.tokenizer_path).vocab_size)
+    except NotInTime:
+        print("titanlite: there is no estimate of it: it takes too long", file=sys.stderr)
+        return 1
+    except Exception as e:  # of whatever kind: the run has said why it ended, and this is only about what could help
+        print(f"titanlite: there is no estimate of it: {type(e).__name__}: {e}", file=sys.stderr)
+        return 1
+    print(describe(advice, shortage), file=sys.stderr)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

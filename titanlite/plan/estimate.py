@@ -1,0 +1,433 @@
+"""What a configuration needs on each device, without the devices: ``COMM_MODE=fake`` or ``memory_estimation.enabled``.
+
+The model is built and sharded as for training, one rank of each pipeline stage after the other, over a process group
+that communicates with nobody. One step, forward, backward and optimizer, then runs on tensors that have a shape and a
+dtype and no data, while every storage and every collective is counted (:mod:`titanlite.plan.memory`).
+
+``python -m titanlite.plan.estimate`` takes the number of processes from WORLD_SIZE.
+"""
+
+# ruff: noqa: E402
+from __future__ import annotations
+
+import sys
+
+from titanlite.launch.command_line import read_config, report
+
+CONFIG = read_config(sys.argv[1:]) if __name__ == "__main__" else None
+
+import multiprocessing
+import os
+import threading
+import time
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.pipelining import schedules
+from torch.distributed.tensor import DTensor
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._pytree import tree_leaves
+
+from titanlite.config import (
+    Degrees,
+    JobConfig,
+    check_config,
+    global_batch_size,
+    import_module,
+    resolve_degrees,
+)
+from titanlite.config.refuse import refuse
+from titanlite.distributed import context_parallel, gradients
+from titanlite.distributed.data_parallel import allocate, reduce_gradients_after
+from titanlite.distributed.gradients import clip_gradients
+from titanlite.distributed.mesh import Mesh, build_mesh
+from titanlite.distributed.pipeline import Pipeline
+from titanlite.errors import ConfigError
+from titanlite.float8 import devices as float8_devices
+from titanlite.metrics.device import GIB
+from titanlite.metrics.flops import ModelSize, flops_per_token
+from titanlite.metrics.report import table
+from titanlite.models.spec import get_model_spec
+from titanlite.optim import build_optimizer
+from titanlite.plan.compiled_memory import memory_backend
+from titanlite.plan.memory import (
+    ACTIVATIONS,
+    GATHERED,
+    OPTIMIZER,
+    PARAMETERS,
+    TEMPORARY,
+    UNREDUCED,
+    Collective,
+    MemoryTracker,
+    Traffic,
+)
+from titanlite.training.build import BuiltModel, build_loss, build_model, build_pipeline
+
+# For a flavor that takes its vocabulary from the tokenizer, which is not opened: that of the one that titanlite ships.
+ASSUMED_VOCAB_SIZE = 2048
+START_METHOD = "fork" if sys.platform == "linux" else "spawn"
+DEVICE = torch.device("cpu")  # what stands for it: tensors without data need no GPU
+
+
+COLUMNS = {  # of the table, and the attributes that they show
+    "parameters": "parameters",
+    "gradients": "gradients",
+    "optimizer state": "optimizer",
+    "activations": "activations",
+    "gathered, unreduced": "gathered",
+}
+NOT_COUNTED = (
+    "The peak is that of one moment, when gradients may not be there yet, and of what torch calls active memory. Not "
+    "counted: the CUDA context, buffers of NCCL and cuBLAS, and what the allocator rounds up and cannot reuse "
+    "(reserved memory)."
+)
+
+
+@dataclass
+class RankEstimate:
+    """One rank, in bytes.
+
+    Attributes:
+        rank: the first one of its pipeline stages; the others there have as much, or less of shards that are uneven.
+        parameters, gradients, optimizer: what it has of them, with what pads uneven shards. Parameters and buffers.
+        peak: the most that is alive during a step.
+        at_peak: what it is made of, by kind.
+        traffic: of one step.
+    """
+
+    rank: int
+    parameters: int
+    gradients: int
+    optimizer: int
+    peak: int
+    at_peak: dict[str, int]
+    traffic: dict[Collective, Traffic]
+
+    @property
+    def activations(self) -> int:
+        """At the peak: what forward left for backward, and temporaries."""
+        return self.at_peak.get(ACTIVATIONS, 0) + self.at_peak.get(TEMPORARY, 0)
+
+    @property
+    def gathered(self) -> int:
+        """At the peak: parameters that FSDP has gathered, and gradients that it has not reduced yet."""
+        return self.at_peak.get(GATHERED, 0) + self.at_peak.get(UNREDUCED, 0)
+
+
+@dataclass
+class Estimate:
+    """Of a configuration: one :class:`RankEstimate` for each rank of the pipeline, FLOPs per step and device (see
+    :func:`titanlite.metrics.flops.flops_per_token`), and what to know, in words."""
+
+    world_size: int
+    ranks: list[RankEstimate]
+    flops_per_device: int
+    about: dict[str, str]
+    notes: list[str]
+
+    @property
+    def peak(self) -> int:
+        return max(rank.peak for rank in self.ranks)
+
+
+def _end_with(parent: int) -> None:
+    """End this process when ``parent`` ends, be it by a signal: it would wait for work for ever, and what it has of its
+    parent's pipes would keep others waiting for the parent."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.2)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def estimate(config: JobConfig, world_size: int, vocab_size: int | None = None) -> Estimate:
+    """Build, shard and run one step of ``config`` for ``world_size`` devices; nothing of the model's size is allocated.
+
+    Args:
+        vocab_size: the tokenizer's, for flavors that take theirs from it; None: ``ASSUMED_VOCAB_SIZE``.
+
+    Raises:
+        ConfigError: as training with this configuration on as many devices would.
+    """
+    check_config(config, world_size, train=False)
+    _check_modelled(config)
+    degrees = resolve_degrees(config.parallelism, world_size)
+    ranks, notes = [], [NOT_COUNTED]
+    for stage in range(degrees.pipeline_parallel):
+        # Each in a process of its own: DTensor remembers process groups beyond their end.
+        ending: dict[str, Any] = {"initializer": _end_with, "initargs": (os.getpid(),)}
+        with ProcessPoolExecutor(1, multiprocessing.get_context(START_METHOD), **ending) as process:
+            rank = stage * (world_size // degrees.pipeline_parallel)
+            found, size, how, own_notes = process.submit(
+                _estimate_rank, config, degrees, rank, world_size, vocab_size
+            ).result()
+        ranks.append(found)
+        notes += [note for note in own_notes if note not in notes]
+    tokens = global_batch_size(config, degrees.data_parallel) * config.training.seq_len
+    flops = flops_per_token(size, config.training.seq_len) * tokens // world_size
+    about = {
+        "model": f"{config.model.name} {config.model.flavor}, {size.params:,} parameters",
+        "degrees": " x ".join(f"{name} {n}" for name, n in degrees._asdict().items() if n > 1) or "1",
+        **how,
+        "tokens per step": f"{tokens:,}",
+        "FLOPs per step and device": f"{flops:.4g}",
+    }
+    return Estimate(world_size, ranks, flops, about, notes)
+
+
+def _estimate_rank(
+    config: JobConfig, degrees: Degrees, rank: int, world_size: int, vocab_size: int | None
+) -> tuple[RankEstimate, ModelSize, dict[str, str], list[str]]:
+    warnings.simplefilter("ignore")  # those of a step are for those who train
+    if config.experimental.custom_import:
+        key = "experimental.custom_import"
+        import_module(config.experimental.custom_import, key, config.origin(key))
+    with _as_on_gpus(), _process_group(rank, world_size):
+        mesh = build_mesh(degrees, DEVICE.type)
+        built, notes = _build(config, mesh, vocab_size)
+        return _measure(built, config, mesh), built.size, built.about, notes
+
+
+def _check_modelled(config: JobConfig) -> None:
+    for key, on in {
+        "training.enable_cpu_offload": config.training.enable_cpu_offload,
+        "parallelism.enable_async_tensor_parallel": config.parallelism.enable_async_tensor_parallel,
+    }.items():
+        if on:
+            refuse(config, key, "is not modelled by estimates; leave it out for one")
+
+
+@contextmanager
+def _process_group(rank: int, world_size: int) -> Iterator[None]:
+    """A world of which this process is one rank and the others are not there."""
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def _never_run(*_: Any) -> Any:
+    raise NotImplementedError
+
+
+def _with_known_shapes(_: Any, stages: Iterable[Any], *__: Any) -> None:
+    for stage in stages:
+        stage._inference_mode = schedules.InferenceMode.STATIC  # type: ignore[attr-defined]
+
+
+@contextmanager
+def _as_on_gpus() -> Iterator[None]:
+    """Tensors without data say that they are on the CPU, since a build of torch without CUDA differentiates no others;
+    what the CPU would do in other ways is done as a GPU does it."""
+    compiler = torch.compile
+
+    def compile_for_memory(*args: Any, **options: Any) -> Any:
+        if options.get("backend", "inductor") == "inductor":
+            options |= {"backend": memory_backend, "mode": None}
+        return compiler(*args, **options)
+
+    with ExitStack() as stack:
+        library = torch.library.Library("aten", "IMPL")
+        stack.callback(library._destroy)
+        for name in ("_fused_rms_norm", "_fused_rms_norm_backward"):
+            # With a kernel for it, RMSNorm is one operation, as on a GPU, and not its parts.
+            library.impl(name, _never_run, "CPU")
+        replace = mock.patch.object
+        if hasattr(schedules._PipelineSchedule, "_warmup_p2p"):
+            # torch 2.13 sends messages to learn whether all stages know their shapes; titanlite's do.
+            stack.enter_context(replace(schedules._PipelineSchedule, "_warmup_p2p", _with_known_shapes))
+        stack.enter_context(replace(torch, "compile", compile_for_memory))
+        stack.enter_context(replace(gradients, "_CPU_PART", sys.maxsize))
+        stack.enter_context(replace(context_parallel, "_for_each_head", lambda x, q: x))
+        stack.enter_context(replace(Mesh, "on_cpu", False))
+        stack.enter_context(replace(float8_devices, "architecture", lambda device: "sm_90"))
+        stack.enter_context(replace(float8_devices, "cuda_version", lambda: (13, 0)))
+        float8_devices._must_emulate.cache_clear()
+        stack.callback(float8_devices._must_emulate.cache_clear)
+        yield
+
+
+def _build(config: JobConfig, mesh: Mesh, vocab_size: int | None) -> tuple[BuiltModel, list[str]]:
+    """The model, as the trainer builds it, and what to know about that."""
+    spec = get_model_spec(config.model.name)
+    flavor, notes = spec.flavor(config.model.flavor), []
+    args = spec.configure(flavor, vocab_size or 0, config.training.seq_len)
+    if getattr(args, "vocab_size", None) == 0:
+        args = spec.configure(flavor, ASSUMED_VOCAB_SIZE, config.training.seq_len)
+        notes.append(
+            f"The flavor {config.model.flavor} takes its vocabulary from the tokenizer, which is not opened: "
+            f"{ASSUMED_VOCAB_SIZE} tokens are assumed, as many as the one that titanlite ships has."
+        )
+    built = build_model(spec, args, config, mesh)
+    if uneven := _uneven(built.parameters()):
+        notes.append(
+            f"{uneven} of {len(built.parameters())} parameters do not divide into shards of one size: the last ranks "
+            "have less optimizer state than is shown, and as much of the rest, which is padded."
+        )
+    if "float8" in built.converters:
+        notes.append("float8 is computed as on an H100.")
+    return built, notes
+
+
+def _dimensions(mesh: Mesh) -> dict[str, str]:
+    """The dimension of parallelism that each process group is for. Where one group serves two, the later counts."""
+    meshes = {
+        "all ranks": mesh.world,
+        "pipeline stage": mesh.stage,
+        "pipeline parallel": mesh.pp,
+        "context parallel": mesh.cp,
+        "tensor parallel": mesh.tp,
+        "replicas (HSDP)": mesh.world["dp_replicate"],
+        "FSDP": mesh.fsdp,
+    }
+    return {m.get_group().group_name: name for name, m in meshes.items() if m.ndim == 1 and m.size() > 1}
+
+
+def _measure(built: BuiltModel, config: JobConfig, mesh: Mesh) -> RankEstimate:
+    """Allocate what this rank keeps, then run a step as :class:`titanlite.train.Trainer` does."""
+    loss_fn = build_loss(config, mesh)
+    pipeline = build_pipeline(built, loss_fn, config, mesh, DEVICE)
+    parameters = built.parameters()
+    with FakeTensorMode(allow_non_fake_inputs=True), MemoryTracker(_dimensions(mesh)) as tracker:
+        with tracker.kind(PARAMETERS):
+            for part in built.parts:
+                allocate(part, DEVICE, config)
+                part.train()
+        optimizer = build_optimizer(parameters, config.optimizer)
+        with tracker.kind(OPTIMIZER):
+            _make_state(optimizer)
+        tracker.restart_peak()
+        _forward_backward(built, loss_fn, pipeline, config, mesh)
+        sharded_gradients = _bytes(p.grad for p in parameters)
+        with tracker.kind(TEMPORARY, "all ranks"):
+            clip_gradients(parameters, config.training.max_norm, mesh, torch.zeros(()))
+        with tracker.kind(TEMPORARY):
+            optimizer.step()
+            optimizer.zero_grad()
+            for converter in built.converters.values():
+                for part in built.parts:
+                    converter.post_optimizer_hook(part)
+        return RankEstimate(
+            rank=dist.get_rank(),
+            parameters=_bytes(t for part in built.parts for t in (*part.parameters(), *part.buffers())),
+            gradients=sharded_gradients,
+            optimizer=_bytes(optimizer.state.values()),
+            peak=tracker.peak,
+            at_peak=dict(tracker.at_peak()),
+            traffic=dict(tracker.traffic),
+        )
+
+
+def _make_state(optimizer: torch.optim.Optimizer) -> None:
+    """As it is after a first step; its gradients and temporaries do not stay."""
+    for group in optimizer.param_groups:
+        for param in group["params"]:
+            param.grad = torch.zeros_like(param)
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def _forward_backward(
+    built: BuiltModel,
+    loss_fn: Callable[[Tensor, Tensor], Tensor],
+    pipeline: Pipeline | None,
+    config: JobConfig,
+    mesh: Mesh,
+) -> None:
+    training, degrees = config.training, mesh.degrees
+    count = global_batch_size(config, degrees.data_parallel) // degrees.data_parallel // training.local_batch_size
+    shape = count, training.local_batch_size, training.seq_len // degrees.context_parallel
+    inputs, labels = (torch.zeros(shape, dtype=torch.int64) for _ in range(2))
+    if pipeline is not None:
+        pipeline.step(inputs.flatten(0, 1), labels.flatten(0, 1))
+        return
+    (model,) = built.parts
+    for i in range(count):
+        reduce_gradients_after(model, last=i == count - 1)
+        logits = model(inputs[i])
+        loss = loss_fn(logits, labels[i]) / count
+        del logits
+        loss.backward()
+
+
+def _bytes(tree: Any) -> int:
+    """Of all storages of the tensors in ``tree``, this rank's part of them, each once; with what pads uneven shards."""
+    storages = {}
+    for leaf in tree_leaves(list(tree)):
+        if isinstance(leaf, Tensor):
+            local = leaf.to_local() if isinstance(leaf, DTensor) else leaf
+            local = getattr(local, "shard", local)
+            storages[local.untyped_storage()._cdata] = local.untyped_storage().nbytes()
+    return sum(storages.values())
+
+
+def _uneven(parameters: Iterable[nn.Parameter]) -> int:
+    """How many of the parameters do not divide into shards of one size."""
+    count = 0
+    for param in parameters:
+        shards: Counter[int] = Counter()
+        if isinstance(param, DTensor):
+            for size, placement in zip(param.device_mesh.shape, param.placements, strict=True):
+                dim = getattr(placement, "dim", None)  # a shard, strided or not
+                if dim is not None:
+                    shards[dim] = max(shards[dim], 1) * size
+        count += any(param.shape[dim] % n for dim, n in shards.items())
+    return count
+
+
+def describe(found: Estimate) -> str:
+    """The estimate as the command prints it."""
+    memory = [["rank", *COLUMNS, "peak"]]
+    for r in found.ranks:
+        memory.append([str(r.rank), *(_gib(getattr(r, name)) for name in (*COLUMNS.values(), "peak"))])
+    sent = [["rank", "dimension", "collective", "ranks", "calls", "GiB", "GiB sent by this rank"]]
+    for r in found.ranks:
+        for c, t in r.traffic.items():
+            sent.append([str(r.rank), *c[:2], str(c.ranks), str(t.calls), _gib(t.nbytes), _gib(t.sent)])
+    return "\n".join(
+        [
+            table(f"estimate for {found.world_size} devices, made without them", found.about),
+            "memory of each device, GiB",
+            *_aligned(memory),
+            "collectives of a step",
+            *_aligned(sent),
+            "notes",
+            *(f"    {note}" for note in found.notes),
+        ]
+    )
+
+
+def _gib(nbytes: int) -> str:
+    return f"{nbytes / GIB:.2f}" if nbytes >= GIB / 10 else f"{nbytes / GIB:.2g}"
+
+
+def _aligned(rows: list[list[str]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["    " + "  ".join(f"{cell:<{w}}" for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
+
+
+def main() -> int:
+    config = CONFIG or read_config(sys.argv[1:])
+    try:
+        found = estimate(config, int(os.environ.get("WORLD_SIZE", 1)))
+    except ConfigError as e:
+        return report(e)
+    print(describe(found))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""What one run is made of: the built model, where it begins, validation, its folder, guards against bad steps."""

@@ -1,0 +1,132 @@
+"""From a configuration to the sharded model and what a step computes, on the meta device: nothing is allocated before
+:func:`titanlite.distributed.data_parallel.allocate`."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from titanlite.config import JobConfig, pipeline_microbatches
+from titanlite.config.parallelism import Degrees
+from titanlite.config.refuse import refuse
+from titanlite.converters import ModelConverter, build_converters
+from titanlite.distributed.compile import compiled
+from titanlite.distributed.mesh import Mesh
+from titanlite.distributed.pipeline import Pipeline, boundary_of, part_of
+from titanlite.distributed.pipeline_plan import Plan, plan_pipeline
+from titanlite.distributed.tensor_parallel import VocabParallelCrossEntropy
+from titanlite.errors import ConfigError
+from titanlite.metrics.device import GIB, total_memory
+from titanlite.metrics.flops import ModelSize
+from titanlite.models.spec import ModelSpec
+from titanlite.optim import cross_entropy_loss
+
+logger = logging.getLogger()
+
+
+@dataclass
+class BuiltModel:
+    """This process's share of a model.
+
+    Attributes:
+        parts: one module, or those of this process's pipeline stages.
+        size: of the whole model.
+        plan: of the pipeline; None without one.
+        about: what was done, in words.
+    """
+
+    parts: list[nn.Module]
+    size: ModelSize
+    converters: dict[str, ModelConverter]
+    plan: Plan | None = None
+    about: dict[str, str] = field(default_factory=dict)
+
+    def parameters(self) -> list[nn.Parameter]:
+        return [param for part in self.parts for param in part.parameters()]
+
+
+def build_model(spec: ModelSpec, args: Any, config: JobConfig, mesh: Mesh) -> BuiltModel:
+    """The model on the meta device, converted, cut into pipeline stages and sharded.
+
+    Args:
+        args: a flavor that ``spec.configure`` has completed.
+    """
+    spec.check(args, mesh, config)
+    if mesh.cp.size() > 1 and mesh.device_type == "cuda" and config.training.mixed_precision_param == "float32":
+        refuse(
+            config,
+            "training.mixed_precision_param",
+            f"and parallelism.context_parallel_degree = {mesh.cp.size()}: flash attention on GPUs takes 16-bit "
+            "numbers; use bfloat16, or another dimension",
+        )
+    with torch.device("meta"):
+        model = spec.build(args)
+    built = BuiltModel([model], spec.size(model), build_converters(config, mesh))
+    for name, converter in built.converters.items():
+        built.about[f"converter {name}"] = converter.convert(model)
+    if config.model.print_after_conversion:
+        logger.info("the model after conversion:\n%s", model)
+    if mesh.pp.size() > 1:
+        built.plan = plan_pipeline(model, spec.chain(model), config, mesh.pp.size())
+        own = built.plan.of(mesh.pp.get_local_rank())
+        built.parts = [part_of(model, built.plan.stages[stage]) for stage in own]
+        built.about["pipeline"] = f"{config.parallelism.pipeline_parallel_schedule}, {built.plan}"
+    done = [spec.parallelize(part, mesh, config) for part in built.parts]
+    for what in done[0]:
+        # Of several stages, each in turn where they differ.
+        built.about[what] = "; ".join(dict.fromkeys(of_part[what] for of_part in done))
+    return built
+
+
+def build_loss(config: JobConfig, mesh: Mesh) -> Callable[[Tensor, Tensor], Tensor]:
+    """The mean loss of logits, as the model puts them out on this process, and labels."""
+    loss_fn: Callable[[Tensor, Tensor], Tensor] = cross_entropy_loss
+    if mesh.tp.size() > 1 and not config.parallelism.disable_loss_parallel:
+        loss_fn = VocabParallelCrossEntropy(mesh.tp)
+    if config.training.compile and "loss" in config.compile.components:
+        loss_fn = compiled(loss_fn, config.compile)
+    return loss_fn
+
+
+def build_pipeline(
+    built: BuiltModel,
+    loss_fn: Callable[[Tensor, Tensor], Tensor],
+    config: JobConfig,
+    mesh: Mesh,
+    device: torch.device,
+) -> Pipeline | None:
+    """The schedule of this process's stages; None without pipeline parallelism."""
+    if built.plan is None:
+        return None
+    count = pipeline_microbatches(config, mesh.degrees.data_parallel)
+    boundary = boundary_of(built.size, mesh, config)
+    return Pipeline(built.plan, built.parts, boundary, mesh, device, config, count, loss_fn)
+
+
+def check_memory(config: JobConfig, size: ModelSize, degrees: Degrees, device: torch.device) -> None:
+    """Refuse what cannot fit, before the machine is brought to its knees: float32 weights, gradients and two moments
+    are 16 bytes per parameter, whatever else a step needs.
+
+    Raises:
+        ConfigError: there is less memory than that.
+    """
+    per_process = 16 * size.params / degrees.model_shards
+    on_host = config.training.enable_cpu_offload or device.type != "cuda"
+    sharing = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if on_host else 1
+    total = total_memory(torch.device("cpu") if on_host else device)
+    if per_process * sharing > total:
+        raise ConfigError(
+            f"its {size.params:,} parameters need at least "
+            f"{per_process * sharing / GIB:.1f} GiB here (16 bytes each for weights, gradients and optimizer "
+            f"state, {sharing} of {degrees.model_shards} shards), and this "
+            f"{'machine' if on_host else 'GPU'} has {total / GIB:.1f} GiB: use more devices (NGPU), or a smaller "
+            "flavor",
+            key="model.flavor",
+            value=config.model.flavor,
+        )

@@ -1,0 +1,147 @@
+"""Looks at the loss and the gradient norm of every step without making the device wait, and says what was bad."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections import deque
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from titanlite.config.schema import Training
+from titanlite.training.step_guard import WINDOW, StepRecord
+
+logger = logging.getLogger()
+
+_RANK_BITS = 20
+_NONE_IS_LATER = 1 << 62
+
+
+def rank_of_claim(claim: int) -> int:
+    """The rank that made the winning :meth:`LossWatch.claim`."""
+    return (_NONE_IS_LATER - claim) & ((1 << _RANK_BITS) - 1)
+
+
+class _Pending(NamedTuple):
+    step: int
+    values: Tensor  # of StepRecord
+    arrived: torch.cuda.Event | None
+
+
+class LossWatch:
+    """Copies each step's record to the host beside the device's work, and looks at those that have arrived.
+
+    At most ``depth`` steps are in flight: on a GPU a bad step is seen up to that many steps later, on the CPU at once.
+    A step that was skipped is a warning, on rank 0 for all, until ``training.max_skipped_in_a_row``.
+
+    Attributes:
+        latest: what was seen last.
+        bad: the first step that the run must end for, with its number.
+        last_good: the last good step before it.
+    """
+
+    def __init__(self, training: Training, rank: int, depth: int = 2) -> None:
+        self._training, self._rank, self._depth = training, rank, depth
+        self._pending: deque[_Pending] = deque()
+        self.latest: StepRecord | None = None
+        self.last_good: tuple[int, StepRecord] | None = None
+        self.bad: tuple[int, StepRecord] | None = None
+
+    def add(self, step: int, record: Tensor) -> None:
+        """Watch a step, of which :meth:`StepGuard.step` returned ``record``."""
+        if record.device.type == "cpu":
+            self._pending.append(_Pending(step, record, None))
+        else:
+            host = torch.empty(record.shape, dtype=record.dtype, pin_memory=True)
+            host.copy_(record, non_blocking=True)
+            event = torch.cuda.Event()
+            event.record()
+            self._pending.append(_Pending(step, host, event))
+        self._look(self._depth)
+
+    def drain(self) -> None:
+        """Wait for all that is in flight."""
+        self._look(0)
+
+    def _look(self, in_flight: int) -> None:
+        while self._pending:
+            step, values, arrived = self._pending[0]
+            if arrived is not None and not arrived.query():
+                if len(self._pending) <= in_flight:
+                    return
+                arrived.synchronize()
+            self._pending.popleft()
+            self.latest = StepRecord.of(values)
+            if self.bad is None:
+                self._see(step, self.latest)
+
+    def _see(self, step: int, record: StepRecord) -> None:
+        if not record.is_bad:
+            self.last_good = (step, record)
+            return
+        if self._training.on_bad_step == "skip":
+            if self._rank == 0:
+                counts = f"skipped {record.skipped}, {record.in_a_row} in a row"
+                logger.warning("step %d skipped: %s (%s)", step, self._reason(record), counts)
+            if record.in_a_row < self._training.max_skipped_in_a_row:
+                return
+        self.bad = (step, record)
+
+    def claim(self) -> int:
+        """0, or a number that is the larger the better this rank explains a failure: the earliest step, then a loss of
+        its own that is not finite (all else is bad on all ranks at once), then the lowest rank."""
+        if self.bad is None:
+            return 0
+        step, record = self.bad
+        finite = math.isfinite(record.own_loss)
+        return _NONE_IS_LATER - ((step << (_RANK_BITS + 1)) + (finite << _RANK_BITS) + self._rank)
+
+    def describe(self) -> str:
+        """The bad step in words, with the last good values."""
+        if self.bad is None:
+            return ""
+        step, record = self.bad
+        advice = (
+            "Lower optimizer.lr or training.max_norm, lengthen lr_scheduler.warmup_steps, or look at the data of that "
+            "step"
+        )
+        leave_out = "--training.on_bad_step=skip leaves out the updates of such steps"
+        if self._training.on_bad_step == "skip":
+            return (
+                f"step {step}: {record.in_a_row} steps in a row were skipped, and training.max_skipped_in_a_row = "
+                f"{self._training.max_skipped_in_a_row}; this one for {self._reason(record)}; {self._last_good()}. "
+                f"{advice}"
+            )
+        if _is_finite(record):
+            return (
+                f"step {step}: {self._reason(record)}; {self._last_good()}. {advice}; {leave_out}, "
+                "--training.spike_sigmas=0 takes no finite loss for bad"
+            )
+        return (
+            f"step {step}, rank {self._rank}: loss {record.own_loss}, grad_norm {record.grad_norm} is not finite; "
+            f"{self._last_good()}. {advice}; {leave_out}"
+        )
+
+    def _last_good(self) -> str:
+        if self.last_good is None:
+            return "no good step came before it since the start"
+        at, good = self.last_good
+        return f"the last good values were loss {good.own_loss:.4f}, grad_norm {good.grad_norm:.4f} at step {at}"
+
+    def _reason(self, record: StepRecord) -> str:
+        if not math.isfinite(record.loss):
+            return f"loss {record.loss} is not finite"
+        if not math.isfinite(record.grad_norm):
+            return f"grad_norm {record.grad_norm} is not finite"
+        sigmas = (record.loss - record.mean) / record.deviation
+        return (
+            f"loss {record.loss:.4f} is a spike, {sigmas:.1f} standard deviations above the mean of the last {WINDOW} "
+            f"good steps (mean {record.mean:.4f}, standard deviation {record.deviation:.4f}, "
+            f"training.spike_sigmas = {self._training.spike_sigmas:g})"
+        )
+
+
+def _is_finite(record: StepRecord) -> bool:
+    return math.isfinite(record.loss) and math.isfinite(record.grad_norm)

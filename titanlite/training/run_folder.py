@@ -1,0 +1,100 @@
+"""The run folder: one job, one folder, one writer."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import logging
+import os
+import time
+from pathlib import Path
+
+from titanlite.errors import ConfigError
+
+logger = logging.getLogger(__name__)
+
+CONFIG = "config.toml"
+METRICS = "metrics.jsonl"
+VALIDATION = "validation.jsonl"
+
+
+class RunFolder:
+    """``job.dump_folder``, locked for as long as this process lives.
+
+    Raises:
+        ConfigError: the folder cannot be written, or another run is using it.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = (self.path / ".lock").open("a")
+        except OSError as e:
+            raise ConfigError(
+                f"the run folder cannot be written: {e.strerror or e}; choose another with --job.dump_folder",
+                key="job.dump_folder",
+                value=path,
+            ) from None
+        self._take_lock()
+
+    def _take_lock(self) -> None:
+        # A worker of a run that was killed a moment ago may still be ending.
+        for attempt in range(6):
+            try:
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                time.sleep(0.5 if attempt < 5 else 0)
+            except OSError as e:
+                raise ConfigError(
+                    f"this file system has no locks ({e.strerror or e}); choose a "
+                    "folder on another with --job.dump_folder",
+                    key="job.dump_folder",
+                    value=self.path,
+                ) from None
+            else:
+                self._lock.truncate(0)
+                self._lock.write(f"{os.getpid()}\n")
+                self._lock.flush()
+                return
+        holder = (self.path / ".lock").read_text().strip()
+        raise ConfigError(
+            f"another run (process {holder}) is writing to this folder; wait for it, "
+            "or choose another folder with --job.dump_folder",
+            key="job.dump_folder",
+            value=self.path,
+        )
+
+    def set_earlier_aside(self, names: list[str]) -> None:
+        """Move what an earlier run left here to ``earlier/<time of its start>``, so that nothing is mixed or lost."""
+        left = [self.path / name for name in names if (self.path / name).exists()]
+        if not left:
+            return
+        when = time.strftime("%Y%m%d-%H%M%S", time.localtime(min(p.stat().st_mtime for p in left)))
+        aside = self.path / "earlier" / when
+        number = 1
+        while aside.exists():
+            number += 1
+            aside = aside.with_name(f"{when}-{number}")
+        aside.mkdir(parents=True)
+        for path in left:
+            path.rename(aside / path.name)
+        logger.info("%s held an earlier run: its %s are now in %s", self.path, ", ".join(p.name for p in left), aside)
+
+
+def drop_rows_after(file: Path, step: int) -> None:
+    """Leave out of a file of JSON lines what was written after ``step``, and a last line that was cut off."""
+    if not file.exists():
+        return
+    kept = [line for line in file.read_text().splitlines() if _step_of(line) <= step]
+    beside = file.with_name(f".{file.name}.partial")
+    beside.write_text("".join(f"{line}\n" for line in kept))
+    beside.rename(file)
+
+
+def _step_of(line: str) -> float:
+    try:
+        step: int = json.loads(line)["step"]
+    except ValueError:
+        return float("inf")
+    return step

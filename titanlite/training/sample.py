@@ -1,0 +1,91 @@
+"""What a finished run ends with: a few lines that its model writes."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from pathlib import Path
+
+from torch import nn
+
+from titanlite.config import JobConfig
+from titanlite.data import Tokenizer
+from titanlite.distributed.mesh import Mesh
+from titanlite.distributed.runtime import Runtime
+from titanlite.errors import ConfigError, TrainingError
+from titanlite.inference.generate import Decoder, Sampling, generate
+
+logger = logging.getLogger()
+
+# Likely words stay likely, and nothing goes round in circles as the most likely ones do.
+SAMPLING = Sampling(temperature=0.8, seed=0)
+LARGE = 10**9  # parameters
+# Without a space at the end: tokenizers join it with the word that follows.
+PROMPTS = {"pystdlib": "import"}
+
+
+def log_sample(parts: list[nn.Module], tokenizer: Tokenizer, config: JobConfig, mesh: Mesh, runtime: Runtime) -> None:
+    """Log how the model continues ``sample.prompt``, or why it does not; to be called by all processes.
+
+    Args:
+        parts: the model, or what this process has of a pipeline.
+    """
+    if config.sample.enable is False:
+        return
+    if why := _why_not(parts, config, mesh):
+        logger.info("no sample %s; from a checkpoint: %s", why, _command(config))
+        return
+    prompt = config.sample.prompt
+    if prompt is None:
+        prompt = PROMPTS.get(config.training.dataset, "")
+    ids = [tokenizer.bos_id, *tokenizer.encode(prompt)]
+    decoder = Decoder(
+        parts[0],
+        runtime.device,
+        max_seq_len=config.training.seq_len,
+        vocab_size=tokenizer.vocab_size,
+        tp=mesh.tp,
+        sharded_logits=mesh.tp.size() > 1 and not config.parallelism.disable_loss_parallel,
+        group=runtime.control if runtime.world_size > 1 else None,
+    )
+    room = config.training.seq_len - len(ids)
+    try:
+        if room < 1:
+            raise ConfigError(
+                f"sample.prompt has {len(ids) - 1} tokens, and training.seq_len = {config.training.seq_len} leaves no "
+                "room for more; shorten it"
+            )
+        done = generate(decoder, ids, min(config.sample.max_new_tokens, room), SAMPLING, {tokenizer.eos_id})
+    except (ConfigError, TrainingError) as e:
+        logger.warning("no sample: %s", e)  # the run itself is done
+        return
+    text = printable(tokenizer.decode([*ids[1:], *done.ids]))
+    logger.info("a sample of what it learned, from %s on:\n%s", repr(prompt) if prompt else "an empty page", text)
+
+
+def _why_not(parts: list[nn.Module], config: JobConfig, mesh: Mesh) -> str | None:
+    for dimension in ("pipeline", "context"):
+        if getattr(mesh.degrees, f"{dimension}_parallel") > 1:
+            return f"under {dimension} parallelism"
+    params = sum(param.numel() for param in parts[0].parameters())
+    if config.sample.enable is None and params > LARGE:
+        return f"of {params:,} parameters unless sample.enable = true: each token would gather them all"
+    return None
+
+
+def _command(config: JobConfig) -> str:
+    folder = Path(config.job.dump_folder) / config.checkpoint.folder
+    needed = "" if config.checkpoint.enable_checkpoint else " (which needs checkpoint.enable_checkpoint = true)"
+    step = folder / f"step-{config.training.steps}"
+    module = config.experimental.custom_import
+    own = f" --custom_import {module}" if module else ""
+    return f"titanlite generate --checkpoint {step} --prompt ...{own}{needed}"
+
+
+def printable(text: str) -> str:
+    """``text`` for the console, indented: a model writes any character, and some would move its cursor or are not in
+    its encoding."""
+    shown = "".join(c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in text)
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    shown = shown.encode(encoding, "backslashreplace").decode(encoding)
+    return "\n".join(f"    {line}" for line in shown.split("\n"))

@@ -1,0 +1,293 @@
+"""Validation: the loss of text that training never sees, every now and then during training."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+
+from titanlite.config import JobConfig, global_batch_size, holds_out
+from titanlite.data import Batch, DataLoader, PartOfSource, Source, Tokenizer, TooLittleText, build_source
+from titanlite.distributed.compile import CompileWatch
+from titanlite.distributed.context_parallel import ContextParallel
+from titanlite.distributed.mesh import Mesh
+from titanlite.distributed.pipeline import Pipeline
+from titanlite.distributed.runtime import Runtime
+from titanlite.errors import ConfigError, TrainingError
+from titanlite.float8 import high_precision
+from titanlite.metrics.recorder import Recorder
+
+logger = logging.getLogger()
+
+# Not training's: runs with other seeds validate on the same text.
+_SEED = 0
+
+
+def training_part(source: Source, config: JobConfig) -> Source:
+    """What training reads of its source: all of it, but for the documents that [validation] holds out."""
+    if not holds_out(config):
+        return source
+    return PartOfSource(source, config.validation.held_out_percent, held_out=False)
+
+
+@dataclass(frozen=True)
+class ValidationData:
+    """What every validation reads.
+
+    Attributes:
+        batches: this rank's shares of the global batches, each as long as training's.
+        tokens, nbytes: how many tokens are predicted, over all ranks, and the bytes of text that they stand for; None
+            where the tokenizer cannot tell.
+        about: in words.
+    """
+
+    batches: list[Batch]
+    tokens: int
+    nbytes: int | None
+    about: str
+
+
+def read_validation_data(
+    training_source: Source, tokenizer: Tokenizer, config: JobConfig, mesh: Mesh, runtime: Runtime
+) -> ValidationData:
+    """Read and tokenize the text of all validations: the same sequences for any number of processes and any seed, each
+    document once.
+
+    Raises:
+        ConfigError: the text cannot be read, is less than one batch, or is in files that training reads.
+    """
+    with _of_validation():
+        source = _source(training_source, config)
+        sequences = global_batch_size(config, mesh.degrees.data_parallel)
+        loader = DataLoader(
+            source,
+            tokenizer,
+            seq_len=config.training.seq_len,
+            global_batch_size=sequences,
+            local_batch_size=config.training.local_batch_size,
+            dp_rank=mesh.data_parallel_rank,
+            dp_degree=mesh.degrees.data_parallel,
+            pin_memory=runtime.device.type == "cuda",
+        )
+        runtime.check_same("the validation data", loader.identity)
+        batches = _read_once(loader, config.validation.steps)
+    count = -runtime.agree_max(-len(batches))[0]
+    what = f"{sequences} sequences of {config.training.seq_len} tokens"
+    if not count:
+        raise ConfigError(_too_little(source, what, config))
+    if count < config.validation.steps and runtime.rank == 0:
+        logger.warning(
+            "validation.steps = %d: the text makes %d batches of %s; every validation reads these once",
+            config.validation.steps,
+            count,
+            what,
+        )
+    batches = batches[:count]
+    nbytes = _count_bytes(batches, tokenizer, mesh, runtime)
+    tokens = count * sequences * config.training.seq_len
+    name = config.validation.dataset or config.training.dataset
+    which = f"{config.validation.held_out_percent}% of the documents of {name}, held out" if holds_out(config) else name
+    precision = ", in bfloat16" if config.validation.precision == "bfloat16" else ""
+    every = f"every {config.validation.interval} steps, {count} x {what}{precision}"
+    return ValidationData(batches, tokens, nbytes, f"{every}: {which}")
+
+
+def _source(training_source: Source, config: JobConfig) -> Source:
+    training, validation = config.training, config.validation
+    held_out = holds_out(config)
+    name = validation.dataset or training.dataset
+    path = training.dataset_path if held_out else validation.dataset_path
+    if name == training.dataset and bool(path) != bool(training.dataset_path):
+        raise ConfigError(
+            "the same set is trained on, once from the hub and once from a copy, and "
+            "documents could be in both; leave out validation.dataset and validation.dataset_path, which holds out a "
+            "part of the training data",
+            key="validation.dataset",
+            value=name,
+        )
+    source = build_source(
+        name, path=path, text_field=config.data.text_field, on_corrupt=config.data.on_corrupt, seed=_SEED
+    )
+    if held_out:
+        return PartOfSource(source, validation.held_out_percent, held_out=True)
+    shared = {file.resolve() for file in source.files} & {file.resolve() for file in training_source.files}
+    if shared:
+        raise ConfigError(
+            f"{len(shared)} of its {len(source.files)} files are trained on too, for "
+            f"example {min(shared)}; name others, or leave out validation.dataset and validation.dataset_path, which "
+            "holds out a part of the training data",
+            key="validation.dataset",
+            value=name,
+        )
+    return source
+
+
+@contextmanager
+def _of_validation() -> Iterator[None]:
+    """Sources know their options by the names that they have in [training]."""
+
+    def renamed(text: str) -> str:
+        return text.replace("training.dataset", "validation.dataset")
+
+    try:
+        yield
+    except ConfigError as e:
+        raise ConfigError(renamed(e.why), key=renamed(e.key), value=e.value, origin=e.origin) from e
+    except TrainingError as e:
+        raise TrainingError(renamed(str(e))) from e
+
+
+def _read_once(loader: DataLoader, steps: int) -> list[Batch]:
+    """Up to ``steps`` batches, as many as this rank can make without reading a document twice."""
+    batches = []
+    try:
+        for _ in range(steps):
+            batch = next(loader)
+            if any(epoch for epoch, *_ in loader.state_dict()["shards"].values()):
+                break
+            batches.append(batch)
+    except TooLittleText:
+        pass  # not even one sequence
+    finally:
+        loader.close()
+    return batches
+
+
+def _too_little(source: Source, what: str, config: JobConfig) -> str:
+    problem = f"validation.enable = true: the text to validate on is less than one batch of {what}"
+    if isinstance(source, PartOfSource):
+        percent = config.validation.held_out_percent
+        return (
+            f"{problem}: of {source.read} documents read here {source.kept} are held out "
+            f"(validation.held_out_percent = {percent}); raise that, use more text, or name other data with "
+            "validation.dataset"
+        )
+    return f"{problem}; use more text, or smaller batches (training.global_batch_size, training.seq_len)"
+
+
+def _count_bytes(batches: Sequence[Batch], tokenizer: Tokenizer, mesh: Mesh, runtime: Runtime) -> int | None:
+    """The bytes of text that the labels stand for, over all ranks; None where the tokenizer cannot tell."""
+    if tokenizer.token_bytes is None:
+        return None
+    sizes = torch.from_numpy(tokenizer.token_bytes)
+    total = torch.tensor(sum(int(sizes[batch.labels].sum()) for batch in batches))
+    if runtime.world_size > 1:
+        dist.all_reduce(total, group=runtime.control)
+    return int(total) // (runtime.world_size // mesh.degrees.data_parallel)  # the others read the same
+
+
+class Validator:
+    """Computes the mean loss over ``data`` with the model as it is trained: sharded, cut, converted, compiled.
+
+    Args:
+        parts: this process's parts of the model.
+        loss_fn: of the logits and labels of a microbatch; not called where there is a pipeline, which has its own.
+        context: cuts sequences under context parallelism.
+    """
+
+    def __init__(
+        self,
+        config: JobConfig,
+        data: ValidationData,
+        parts: Sequence[nn.Module],
+        loss_fn: Callable[[Tensor, Tensor], Tensor],
+        pipeline: Pipeline | None,
+        context: ContextParallel | None,
+        mesh: Mesh,
+        device: torch.device,
+    ) -> None:
+        self.data = data
+        self.interval, self.last_step = config.validation.interval, config.training.steps
+        self.in_high_precision = config.validation.precision == "bfloat16"
+        self._parts, self._loss_fn, self._pipeline, self._context = parts, loss_fn, pipeline, context
+        self._mesh, self._device = mesh, device
+
+    def is_due(self, step: int) -> bool:
+        return step % self.interval == 0 or step == self.last_step
+
+    def run(self, step: int, recorder: Recorder, watch: CompileWatch, asked_to_stop: Callable[[], bool]) -> None:
+        """Validate after ``step`` and write the result; nothing of both if ``asked_to_stop`` meanwhile, which is the
+        same on all ranks.
+
+        Raises:
+            TrainingError: the loss is not finite.
+        """
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)  # the training steps before are not of its time
+        start = time.perf_counter()
+        loss = self.loss(asked_to_stop)
+        if loss is None:
+            logger.info("the validation after step %d is left out", step)
+            return
+        if not math.isfinite(loss):
+            raise TrainingError(
+                f"the validation after step {step}: loss {loss} is not finite, so the weights are beyond repair; lower "
+                "optimizer.lr or training.max_norm, or lengthen lr_scheduler.warmup_steps"
+            )
+        seconds = time.perf_counter() - start
+        bits = self.bits_per_byte(loss)
+        recorder.log_validation(step, loss=loss, bits_per_byte=bits, tokens=self.data.tokens, seconds=seconds)
+        watch.validation_done(step)
+
+    def loss(self, asked_to_stop: Callable[[], bool] = lambda: False) -> float | None:
+        """The mean negative log-likelihood of the tokens of all ranks, in nats; the same number on all of them. None if
+        ``asked_to_stop`` between two batches."""
+        found = []
+        with self._evaluating():
+            for batch in self.data.batches:
+                if asked_to_stop():
+                    return None
+                found.append(self._loss_of(batch))
+        losses = torch.stack(found)
+        # All batches have as many tokens. Ranks of tensor parallelism have the same loss, and of the pipeline's stages
+        # only the last has one.
+        degrees = self._mesh.degrees
+        mean = losses.double().mean() / (degrees.data_parallel * degrees.context_parallel * degrees.tensor_parallel)
+        if self._mesh.world.size() > 1:
+            dist.all_reduce(mean)
+        return mean.item()
+
+    def bits_per_byte(self, loss: float) -> float | None:
+        """Of a loss, which bits per byte make comparable between tokenizers; None where the bytes are not known."""
+        return loss / math.log(2) * self.data.tokens / self.data.nbytes if self.data.nbytes else None
+
+    @torch.no_grad()
+    def _loss_of(self, batch: Batch) -> Tensor:
+        inputs, labels = batch.inputs, batch.labels
+        if self._context is not None:
+            inputs, labels = self._context.shard(inputs, -1), self._context.shard(labels, -1)
+        if self._pipeline is not None:
+            return self._pipeline.evaluate(inputs.flatten(0, 1), labels.flatten(0, 1))
+        (model,), losses = self._parts, []
+        for tokens, targets in zip(inputs, labels, strict=True):
+            logits = model(tokens.to(self._device, non_blocking=True))
+            losses.append(self._loss_fn(logits, targets.to(self._device, non_blocking=True)))
+            del logits  # before the next ones
+        return torch.stack(losses).mean()
+
+    @contextmanager
+    def _evaluating(self) -> Iterator[None]:
+        """The model in evaluation mode, in which delayed scaling notes nothing; afterwards as it was."""
+        trained = [module for part in self._parts for module in part.modules() if module.training]
+        with ExitStack() as stack:
+            for part in self._parts:
+                part.eval()
+                if self.in_high_precision:
+                    stack.enter_context(high_precision(part))
+            try:
+                yield
+            finally:
+                for module in trained:
+                    module.training = True
+                for part in self._parts:
+                    for module in part.modules():
+                        if isinstance(module, FSDPModule):
+                            module.reshard()  # what is kept gathered for a backward
