@@ -36,11 +36,11 @@ from titanlite.config import (
     import_module,
     resolve_degrees,
 )
-from titanlite.data import Batch, DataLoader, build_source, load_tokenizer, merge_states
+from titanlite.data import DataLoader, build_source, load_tokenizer, merge_states
 from titanlite.distributed import runtime
 from titanlite.distributed.compile import CompileWatch
 from titanlite.distributed.context_parallel import ContextParallel
-from titanlite.distributed.data_parallel import allocate, reduce_gradients_after
+from titanlite.distributed.data_parallel import allocate
 from titanlite.distributed.gradients import clip_gradients
 from titanlite.distributed.init import WeightInit
 from titanlite.distributed.mesh import build_mesh
@@ -69,6 +69,7 @@ from titanlite.training.out_of_memory import give_up
 from titanlite.training.run_folder import CONFIG as CONFIG_TOML
 from titanlite.training.run_folder import METRICS, VALIDATION, RunFolder, drop_rows_after
 from titanlite.training.sample import log_sample
+from titanlite.training.step import StepRunner
 from titanlite.training.step_guard import StepGuard
 from titanlite.training.validate import Validator, read_validation_data, training_part
 
@@ -164,8 +165,9 @@ class Trainer:
         self.size, self.converters = built.size, built.converters
         check_memory(config, self.size, self.degrees, device)
         self.compile_watch = CompileWatch()
-        self.loss_fn = build_loss(config, self.mesh)
-        self.pipeline = build_pipeline(built, self.loss_fn, config, self.mesh, device)
+        loss_fn = build_loss(config, self.mesh)
+        pipeline = build_pipeline(built, loss_fn, config, self.mesh, device)
+        self.runner = StepRunner(built.parts, loss_fn, pipeline, self.context, device)
         self.about.update(built.about)
         for part in self.model_parts:  # nothing was allocated before
             allocate(part, device, config)
@@ -186,8 +188,7 @@ class Trainer:
         self.validator = None
         if self.config.validation.enable:
             data = read_validation_data(self.source, self.tokenizer, self.config, self.mesh, self.runtime)
-            where = self.context, self.mesh, self.runtime.device
-            self.validator = Validator(self.config, data, self.model_parts, self.loss_fn, self.pipeline, *where)
+            self.validator = Validator(self.config, data, self.runner, self.mesh, self.runtime.device)
             self.about["validation"] = data.about
 
     def _load_checkpoint(self) -> None:
@@ -293,8 +294,10 @@ class Trainer:
         waited = time.perf_counter()
         batch = next(self.loader)
         waited = time.perf_counter() - waited
-        loss = self._forward_backward(batch)
-        grad_norm, mean_loss = clip_gradients(self.parameters(), self.config.training.max_norm, self.mesh, loss)
+        step_loss = self.runner.forward_backward(batch)
+        max_norm = self.config.training.max_norm
+        grad_norm, mean_loss = clip_gradients(self.parameters(), max_norm, self.mesh, *step_loss)
+        loss = step_loss.mean()
         lr = self.schedule.apply(self.optimizer, self.step)
         self.checkpoints.before_update()
         record = self.step_guard.step(self.optimizer, loss, mean_loss, grad_norm)
@@ -306,28 +309,8 @@ class Trainer:
         self.recorder.step_done(tokens / self.runtime.world_size, tokens, waited)
         return loss, record, lr
 
-    def _forward_backward(self, batch: Batch) -> Tensor:
-        """Leave the gradients of this rank's mean loss in the parameters; returns that loss, 0 on a rank that has not
-        the last pipeline stage."""
-        inputs, labels = batch.inputs, batch.labels
-        if self.context is not None:
-            inputs, labels = self.context.shard(inputs, -1), self.context.shard(labels, -1)
-        if self.pipeline is not None:
-            return self.pipeline.step(inputs.flatten(0, 1), labels.flatten(0, 1))
-        (model,), device, count = self.model_parts, self.runtime.device, inputs.shape[0]
-        losses = []
-        for i in range(count):
-            reduce_gradients_after(model, last=i == count - 1)
-            logits = model(inputs[i].to(device, non_blocking=True))
-            loss = self.loss_fn(logits, labels[i].to(device, non_blocking=True)) / count
-            del logits  # before backward: it is the largest activation
-            loss.backward()
-            losses.append(loss.detach())
-        return torch.stack(losses).sum()
-
     def _log_step(self, loss: Tensor, lr: float) -> None:
-        has_loss = self.pipeline is None or self.pipeline.is_last
-        largest = loss.clone() if has_loss else torch.full_like(loss, -torch.inf)
+        largest = loss.clone() if self.runner.has_loss else torch.full_like(loss, -torch.inf)
         if self.runtime.world_size > 1:
             dist.all_reduce(largest, dist.ReduceOp.MAX)
         seen = self.loss_watch.latest

@@ -48,7 +48,7 @@ def bare_step(trainer: Trainer, batch: Batch) -> Callable[[], None]:
     inputs, labels = batch.inputs[0].to(device), batch.labels[0].to(device)
 
     def step() -> None:
-        cross_entropy_loss(model(inputs), labels).backward()
+        (cross_entropy_loss(model(inputs), labels) / labels.numel()).backward()
         nn.utils.clip_grad_norm_(model.parameters(), config.training.max_norm, foreach=True)
         optimizer.step()
         optimizer.zero_grad()

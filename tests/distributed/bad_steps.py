@@ -62,7 +62,8 @@ class Run:
         options = {**case["options"], "job.dump_folder": folder}
         self.trainer = Trainer(load_config([f"--{key}={value}" for key, value in options.items()]))
         self.parameters = self.trainer.parameters()
-        self.trainer._forward_backward = self.spoiled(self.trainer._forward_backward)  # type: ignore[method-assign]
+        runner = self.trainer.runner
+        runner.forward_backward = self.spoiled(runner.forward_backward)  # type: ignore[method-assign]
         self.messages = Messages()
         logging.getLogger().addHandler(self.messages)
         if case["window"]:
@@ -77,8 +78,8 @@ class Run:
     def poisoned(self, loss_fn: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
         return lambda logits, labels: loss_fn(logits, labels) * FACTORS.get(self.how(), 1.0)
 
-    def spoiled(self, forward_backward: Callable[[Any], Tensor]) -> Callable[[Any], Tensor]:
-        def run(batch: Any) -> Tensor:
+    def spoiled(self, forward_backward: Callable[[Any], Any]) -> Callable[[Any], Any]:
+        def run(batch: Any) -> Any:
             loss = forward_backward(batch)
             grad = self.parameters[0].grad
             if self.how() == "gradients" and grad is not None:

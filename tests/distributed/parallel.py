@@ -22,10 +22,12 @@ from torch.utils.checkpoint import checkpoint
 from titanlite import train
 from titanlite.config import load_config
 from titanlite.config.schema import Comm
+from titanlite.data import Batch, DataLoader
 from titanlite.distributed import runtime
 from titanlite.distributed.mesh import Mesh
 from titanlite.models.llama3.model import Llama3Args
 from titanlite.models.llama3.spec import FLAVORS
+from titanlite.optim import IGNORED
 from titanlite.train import Trainer
 
 # As small as all dimensions allow, with grouped queries.
@@ -99,13 +101,43 @@ def share_meshes() -> None:
     runtime.start_runtime = lambda comm: here
 
 
+class Masked:
+    """A loader whose labels are scored only where they are multiples of ``modulus``."""
+
+    def __init__(self, loader: DataLoader, modulus: int) -> None:
+        self.loader, self.modulus = loader, modulus
+
+    def __next__(self) -> Batch:
+        batch = next(self.loader)
+        return Batch(batch.inputs, batch.labels.where(batch.labels % self.modulus == 0, IGNORED))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.loader, name)
+
+
+def mean_loss_by_hand(trainer: Trainer) -> float:
+    """Of the first batch of one process, in float64, from its logits."""
+    state = trainer.loader.state_dict()
+    batch = next(trainer.loader)
+    trainer.loader.load_state_dict(state)
+    (model,) = trainer.model_parts
+    with torch.no_grad():
+        logits = torch.stack([model(tokens) for tokens in batch.inputs]).double()
+    likelihoods = logits.log_softmax(-1).gather(-1, batch.labels.clamp(min=0)[..., None])[..., 0]
+    return -likelihoods[batch.labels != IGNORED].mean().item()
+
+
 def run(name: str, options: dict[str, Any], folder: Path) -> dict[str, Any]:
+    modulus = options.pop("mask", 0)
     run_folder = folder / name.replace(" ", "_")
     faulthandler.dump_traceback_later(90)  # where each rank is, should they hang
     trainer = Trainer(load_config([f"--{k}={v}" for k, v in {**options, "job.dump_folder": run_folder}.items()]))
     config = trainer.config
     compiled_graphs = []
     traffic = Traffic(trainer.mesh)
+    if modulus:
+        trainer.loader = Masked(trainer.loader, modulus)  # type: ignore[assignment]
+    by_hand = mean_loss_by_hand(trainer) if modulus and trainer.runtime.world_size == 1 else None
     try:
         for step in range(1, config.training.steps + 1):
             if step == 3 and not config.training.compile:
@@ -117,6 +149,7 @@ def run(name: str, options: dict[str, Any], folder: Path) -> dict[str, Any]:
         parameters = [p for part in trainer.model_parts for p in part.parameters()]
         local = [p.to_local() if isinstance(p, DTensor) else p for p in parameters]
         report = {
+            "by hand": by_hand,
             "elements": sum(p.numel() for p in local),
             "model_elements": trainer.size.params,
             "parts": [[name for name, _ in part.named_parameters()] for part in trainer.model_parts],

@@ -127,6 +127,41 @@ def test_losses_of_the_debug_model_are_those_of_one_process(debug: Reports, way:
     check_parity(debug[ONE], debug[way])
 
 
+# ---- labels that are not scored
+
+# Few are: microbatches, and shares of sequences, have from none to many.
+MASK = {"mask": 16}
+ACCUMULATED = {"training.local_batch_size": 2}
+MASKED = {
+    "accumulated": (1, ACCUMULATED),
+    "FSDP 2, accumulated": (2, {**WAYS["FSDP 2"].all_options(), **ACCUMULATED}),
+    "HSDP 2 x 2": (4, WAYS["HSDP 2 x 2"].all_options()),
+    "TP 2": (2, WAYS["TP 2"].all_options()),
+    "CP 2 alltoall": (2, WAYS["CP 2 alltoall"].all_options()),
+    "PP 2 1F1B": (2, WAYS["PP 2 1F1B"].all_options()),
+    "FSDP 2 x TP 2": (4, WAYS["FSDP 2 x TP 2"].all_options()),
+    "PP 2 x CP 2": (4, WAYS["PP 2 x CP 2"].all_options()),
+}
+
+
+@pytest.fixture(scope="module")
+def masked(tmp_path_factory: pytest.TempPathFactory) -> Reports:
+    cluster = Cluster(tmp_path_factory.mktemp("masked"))
+    common = {**SMALL, **MASK}
+    for processes in (1, 2, 4):
+        group = {name: {**common, **options} for name, (count, options) in MASKED.items() if count == processes}
+        cluster.run(processes, {**({ONE: common} if processes == 1 else {}), **group})
+    return cluster.reports
+
+
+@pytest.mark.parametrize("way", MASKED)
+def test_the_loss_is_the_mean_over_the_labels_that_are_scored(masked: Reports, way: str) -> None:
+    one = masked[ONE]
+    assert column(one, "loss")[0] == pytest.approx(one[0]["by hand"], rel=1e-6)
+    check_parity(one, masked[way])
+    assert column(masked[way], "max_loss")[0] > (1 - 1e-6) * column(one, "loss")[0]  # of some rank's labels alone
+
+
 # ---- that it is real
 
 

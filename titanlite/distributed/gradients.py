@@ -17,15 +17,24 @@ from titanlite.distributed.mesh import Mesh
 _CPU_PART = 8192
 
 
-def clip_gradients(params: Iterable[nn.Parameter], max_norm: float, mesh: Mesh, loss: Tensor) -> tuple[Tensor, Tensor]:
-    """Scale gradients down to ``max_norm``; returns their norm over all processes before that, float32, and the mean of
-    ``loss``, float64: scalars, the same on all ranks.
+def clip_gradients(
+    params: Iterable[nn.Parameter], max_norm: float, mesh: Mesh, total: Tensor, scored: Tensor, labels: int
+) -> tuple[Tensor, Tensor]:
+    """Make the gradients those of the mean loss over all labels that are scored, and scale them down to ``max_norm``.
 
     Each rank adds up the squares of what it has, divided by the number of ranks that have the same, so that one
-    all-reduce is enough whatever the placements are; the loss travels with it.
+    all-reduce is enough whatever the placements are; the loss and the number of labels travel with it.
 
     Args:
-        loss: the mean over this rank's sequences, 0 where the last pipeline stage is elsewhere; a scalar.
+        params: with the gradients of the sum of the losses of all ranks, divided by the number of all their labels,
+            whether they are scored or not.
+        total: the sum of the losses of this rank's labels, 0 where the last pipeline stage is elsewhere; a scalar.
+        scored: how many of them are scored, 0 where the last pipeline stage is elsewhere; a scalar.
+        labels: how many there are on each rank.
+
+    Returns:
+        The norm of the gradients over all processes before they are clipped, float32, and the mean loss, float64:
+        scalars, the same on all ranks.
     """
     params = [p for p in params if p.grad is not None]
     by_copies: defaultdict[int, list[Tensor]] = defaultdict(list)
@@ -33,17 +42,20 @@ def clip_gradients(params: Iterable[nn.Parameter], max_norm: float, mesh: Mesh, 
         assert param.grad is not None
         by_copies[_copies(param.grad, mesh)].append(param.grad)
     squares = [_norms(grads).double().square().sum() / n for n, grads in by_copies.items()]
-    total = torch.stack(squares).sum()
-    # Ranks of a stage have a loss each, those that tensor parallelism gives the same sequence the same one.
-    sums = torch.stack((total, loss.detach().to(total) / mesh.stage.size()))
+    square = torch.stack(squares).sum()
+    # Ranks of a stage have labels each, those that tensor parallelism gives the same sequence the same ones.
+    sums = torch.stack((square, total.detach().to(square), scored.to(square)))
     if mesh.world.size() > 1:
         dist.all_reduce(sums)
-    norm, mean_loss = sums[0].sqrt().float(), sums[1]
+    square, loss, count = sums.unbind()
+    count = count.clamp(min=1)
+    divisor = mesh.stage.size() * labels / count  # 1 where all labels are scored
+    norm = (square.sqrt() * divisor).float()
     # As clip_grads_with_norm_, which does not take DTensors of different meshes together.
-    scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+    scale = (max_norm / (norm + 1e-6)).clamp(max=1.0) * divisor
     with torch.no_grad():
-        torch._foreach_mul_([_local(param.grad) for param in params if param.grad is not None], scale)
-    return norm, mean_loss
+        torch._foreach_mul_([_local(param.grad) for param in params if param.grad is not None], scale.float())
+    return norm, loss / count
 
 
 def _local(grad: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,7 +86,7 @@ class Pipeline:
     Args:
         parts: the modules of the stages ``plan.of(rank)``, in order.
         microbatches: of one step; all go through the pipeline in one run, with one reduction of gradients.
-        loss_fn: of the output and the labels of a microbatch.
+        loss_fn: of the output and the labels of a microbatch, the sum over them.
     """
 
     def __init__(
@@ -118,9 +119,10 @@ class Pipeline:
             for stage, part in self._parts.items()
         ]
         # The loss of each microbatch is divided here, in place of another pass over the gradients.
+        total = microbatches * math.prod(boundary.tokens)
         options: dict[str, Any] = {
             "n_microbatches": microbatches,
-            "loss_fn": lambda output, labels: loss_fn(output, labels) / microbatches,
+            "loss_fn": lambda output, labels: loss_fn(output, labels) / total,
             "scale_grads": False,
         }
         schedule, csv = config.parallelism.pipeline_parallel_schedule, config.parallelism.pipeline_parallel_schedule_csv
@@ -147,7 +149,8 @@ class Pipeline:
             ) from e
 
     def step(self, inputs: Tensor, labels: Tensor) -> Tensor:
-        """Forward and backward of all microbatches; returns the mean loss, 0 where the last stage is elsewhere.
+        """Forward and backward of all microbatches, of their loss divided by the number of their labels; returns that,
+        0 where the last stage is elsewhere.
 
         Args:
             inputs, labels: int64 [sequences, seq_len], in the order of the microbatches.
@@ -163,7 +166,8 @@ class Pipeline:
 
     @torch.no_grad()
     def evaluate(self, inputs: Tensor, labels: Tensor) -> Tensor:
-        """Forward of any number of microbatches; arguments and result as of :meth:`step`.
+        """Forward of any number of microbatches; returns the sum of the losses of their labels, 0 where the last stage
+        is elsewhere. Arguments as of :meth:`step`.
 
         Not by the schedule: ``eval`` of PyTorch's goes through its backward too, reducing gradients that there are not
         (torch 2.11), and makes its buffers anew whenever it is turned to or from (torch 2.13). Each microbatch passes
@@ -188,7 +192,7 @@ class Pipeline:
                     sent.append((x, dist.isend(x, group=self._group, group_dst=self._ranks[stage + 1])))
             _wait(sent, keep=len(self._parts))
         _wait(sent, keep=0)
-        return torch.stack(losses).mean() if losses else torch.zeros((), device=self._device)
+        return torch.stack(losses).sum() if losses else torch.zeros((), device=self._device)
 
 
 def _wait(sent: list[tuple[Tensor, dist.Work | None]], keep: int) -> None:

@@ -18,6 +18,7 @@ from torch.distributed.tensor.parallel.style import ParallelStyle
 from titanlite.errors import ConfigError
 from titanlite.float8 import Float8Linear
 from titanlite.float8.tensor_parallel import Float8ColwiseParallel, Float8RowwiseParallel, PrepareFloat8ModuleInput
+from titanlite.optim.loss import IGNORED
 
 logger = logging.getLogger()
 
@@ -98,21 +99,23 @@ class _CrossEntropy(torch.autograd.Function):
         target = torch.where(here, x.gather(1, own[:, None])[:, 0], 0.0)
         x = x.exp_()
         total, target = _c10d.wait_tensor(_c10d.all_reduce(torch.stack((x.sum(1), target)), "sum", group)).unbind()
-        ctx.save_for_backward(x, total, own, here)
+        scored = labels != IGNORED
+        ctx.save_for_backward(x, total, own, here, scored)
         ctx.dtype = logits.dtype
-        return (total.log() - target).mean()
+        return torch.where(scored, total.log() - target, 0.0).sum()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, total, own, here = ctx.saved_tensors
-        per_token = grad / x.shape[0]
+        x, total, own, here, scored = ctx.saved_tensors
+        per_token = torch.where(scored, grad, 0.0)
         out = x * (per_token / total)[:, None]
         out.scatter_add_(1, own[:, None], torch.where(here, -per_token, 0.0)[:, None])
         return out.to(ctx.dtype), None, None, None
 
 
 class VocabParallelCrossEntropy:
-    """The mean negative log-likelihood in nats, computed in float32, of logits whose vocabulary is sharded.
+    """The sum of the negative log-likelihoods in nats, computed in float32, of logits whose vocabulary is sharded;
+    labels that are ``IGNORED`` are not scored.
 
     (``torch.distributed.tensor.parallel.loss_parallel`` does the same on DTensors and around the backward; plain
     tensors can be the output of a pipeline stage and go through the compiler.)

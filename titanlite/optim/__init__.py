@@ -1,10 +1,11 @@
 """Optimizers, learning-rate schedules and the loss, each a function in a registry."""
 
-from titanlite.optim.loss import cross_entropy_loss
+from titanlite.optim.loss import IGNORED, cross_entropy_loss
 from titanlite.optim.optimizers import build_optimizer, register_optimizer
 from titanlite.optim.schedules import Schedule, build_schedule, register_decay
 
 __all__ = [
+    "IGNORED",
     "Schedule",
     "build_optimizer",
     "build_schedule",

@@ -22,7 +22,7 @@ import threading
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -47,11 +47,11 @@ from titanlite.config import (
     resolve_degrees,
 )
 from titanlite.config.refuse import refuse
+from titanlite.data import Batch
 from titanlite.distributed import context_parallel, gradients
-from titanlite.distributed.data_parallel import allocate, reduce_gradients_after
+from titanlite.distributed.data_parallel import allocate
 from titanlite.distributed.gradients import clip_gradients
 from titanlite.distributed.mesh import Mesh, build_mesh
-from titanlite.distributed.pipeline import Pipeline
 from titanlite.errors import ConfigError
 from titanlite.float8 import devices as float8_devices
 from titanlite.metrics.device import GIB
@@ -72,6 +72,7 @@ from titanlite.plan.memory import (
     Traffic,
 )
 from titanlite.training.build import BuiltModel, build_loss, build_model, build_pipeline
+from titanlite.training.step import StepRunner
 
 # For a flavor that takes its vocabulary from the tokenizer, which is not opened: that of the one that titanlite ships.
 ASSUMED_VOCAB_SIZE = 2048
@@ -310,10 +311,10 @@ def _measure(built: BuiltModel, config: JobConfig, mesh: Mesh) -> RankEstimate:
         with tracker.kind(OPTIMIZER):
             _make_state(optimizer)
         tracker.restart_peak()
-        _forward_backward(built, loss_fn, pipeline, config, mesh)
+        loss = StepRunner(built.parts, loss_fn, pipeline, None, DEVICE).forward_backward(_batch(config, mesh))
         sharded_gradients = _bytes(p.grad for p in parameters)
         with tracker.kind(TEMPORARY, "all ranks"):
-            clip_gradients(parameters, config.training.max_norm, mesh, torch.zeros(()))
+            clip_gradients(parameters, config.training.max_norm, mesh, *loss)
         with tracker.kind(TEMPORARY):
             optimizer.step()
             optimizer.zero_grad()
@@ -340,27 +341,12 @@ def _make_state(optimizer: torch.optim.Optimizer) -> None:
     optimizer.zero_grad()
 
 
-def _forward_backward(
-    built: BuiltModel,
-    loss_fn: Callable[[Tensor, Tensor], Tensor],
-    pipeline: Pipeline | None,
-    config: JobConfig,
-    mesh: Mesh,
-) -> None:
+def _batch(config: JobConfig, mesh: Mesh) -> Batch:
+    """The tokens of a step, as context parallelism has cut them."""
     training, degrees = config.training, mesh.degrees
     count = global_batch_size(config, degrees.data_parallel) // degrees.data_parallel // training.local_batch_size
     shape = count, training.local_batch_size, training.seq_len // degrees.context_parallel
-    inputs, labels = (torch.zeros(shape, dtype=torch.int64) for _ in range(2))
-    if pipeline is not None:
-        pipeline.step(inputs.flatten(0, 1), labels.flatten(0, 1))
-        return
-    (model,) = built.parts
-    for i in range(count):
-        reduce_gradients_after(model, last=i == count - 1)
-        logits = model(inputs[i])
-        loss = loss_fn(logits, labels[i]) / count
-        del logits
-        loss.backward()
+    return Batch(*(torch.zeros(shape, dtype=torch.int64) for _ in range(2)))
 
 
 def _bytes(tree: Any) -> int:

@@ -11,19 +11,17 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from titanlite.config import JobConfig, global_batch_size, holds_out
 from titanlite.data import Batch, DataLoader, PartOfSource, Source, Tokenizer, TooLittleText, build_source
 from titanlite.distributed.compile import CompileWatch
-from titanlite.distributed.context_parallel import ContextParallel
 from titanlite.distributed.mesh import Mesh
-from titanlite.distributed.pipeline import Pipeline
 from titanlite.distributed.runtime import Runtime
 from titanlite.errors import ConfigError, TrainingError
 from titanlite.float8 import high_precision
 from titanlite.metrics.recorder import Recorder
+from titanlite.training.step import StepRunner
 
 logger = logging.getLogger()
 
@@ -188,27 +186,21 @@ class Validator:
     """Computes the mean loss over ``data`` with the model as it is trained: sharded, cut, converted, compiled.
 
     Args:
-        parts: this process's parts of the model.
-        loss_fn: of the logits and labels of a microbatch; not called where there is a pipeline, which has its own.
-        context: cuts sequences under context parallelism.
+        runner: computes the loss of a batch.
     """
 
     def __init__(
         self,
         config: JobConfig,
         data: ValidationData,
-        parts: Sequence[nn.Module],
-        loss_fn: Callable[[Tensor, Tensor], Tensor],
-        pipeline: Pipeline | None,
-        context: ContextParallel | None,
+        runner: StepRunner,
         mesh: Mesh,
         device: torch.device,
     ) -> None:
         self.data = data
         self.interval, self.last_step = config.validation.interval, config.training.steps
         self.in_high_precision = config.validation.precision == "bfloat16"
-        self._parts, self._loss_fn, self._pipeline, self._context = parts, loss_fn, pipeline, context
-        self._mesh, self._device = mesh, device
+        self._runner, self._parts, self._mesh, self._device = runner, runner.parts, mesh, device
 
     def is_due(self, step: int) -> bool:
         return step % self.interval == 0 or step == self.last_step
@@ -240,38 +232,23 @@ class Validator:
     def loss(self, asked_to_stop: Callable[[], bool] = lambda: False) -> float | None:
         """The mean negative log-likelihood of the tokens of all ranks, in nats; the same number on all of them. None if
         ``asked_to_stop`` between two batches."""
-        found = []
+        losses = []
         with self._evaluating():
             for batch in self.data.batches:
                 if asked_to_stop():
                     return None
-                found.append(self._loss_of(batch))
-        losses = torch.stack(found)
-        # All batches have as many tokens. Ranks of tensor parallelism have the same loss, and of the pipeline's stages
-        # only the last has one.
-        degrees = self._mesh.degrees
-        mean = losses.double().mean() / (degrees.data_parallel * degrees.context_parallel * degrees.tensor_parallel)
+                losses.append(self._runner.evaluate(batch))
+        total = torch.stack([loss.total for loss in losses]).double().sum()
+        scored = torch.stack([loss.scored for loss in losses]).sum()
+        # Ranks of tensor parallelism have the same labels, and of the pipeline's stages only the last has them.
+        sums = torch.stack((total, scored.to(total)))
         if self._mesh.world.size() > 1:
-            dist.all_reduce(mean)
-        return mean.item()
+            dist.all_reduce(sums)
+        return (sums[0] / sums[1]).item()
 
     def bits_per_byte(self, loss: float) -> float | None:
         """Of a loss, which bits per byte make comparable between tokenizers; None where the bytes are not known."""
         return loss / math.log(2) * self.data.tokens / self.data.nbytes if self.data.nbytes else None
-
-    @torch.no_grad()
-    def _loss_of(self, batch: Batch) -> Tensor:
-        inputs, labels = batch.inputs, batch.labels
-        if self._context is not None:
-            inputs, labels = self._context.shard(inputs, -1), self._context.shard(labels, -1)
-        if self._pipeline is not None:
-            return self._pipeline.evaluate(inputs.flatten(0, 1), labels.flatten(0, 1))
-        (model,), losses = self._parts, []
-        for tokens, targets in zip(inputs, labels, strict=True):
-            logits = model(tokens.to(self._device, non_blocking=True))
-            losses.append(self._loss_fn(logits, targets.to(self._device, non_blocking=True)))
-            del logits  # before the next ones
-        return torch.stack(losses).mean()
 
     @contextmanager
     def _evaluating(self) -> Iterator[None]:

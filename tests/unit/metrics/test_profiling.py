@@ -129,7 +129,7 @@ def test_a_snapshot_of_a_step_can_be_walked_back_as_the_viewer_does(train: Any) 
     assert state < sum(alive.values()) < 1.2 * state
     assert peak > state + 4 * 6_163_712  # and gradients
     names = {frame["name"] for event in found["device_traces"][0] for frame in event["frames"]}
-    assert {"nn.Module: FeedForward_1", "_forward_backward", "causal_attention"} <= names
+    assert {"nn.Module: FeedForward_1", "forward_backward", "causal_attention"} <= names
 
 
 @pytest.mark.parametrize(

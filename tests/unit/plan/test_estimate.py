@@ -51,10 +51,10 @@ from titanlite.train import Trainer
 
 trainer = Trainer(load_config(sys.argv[2:], "train_configs/debug_model.toml"))
 batch = next(trainer.loader)
-trainer._forward_backward(batch)  # in the first step, pipeline stages also agree about what they will send
+trainer.runner.forward_backward(batch)  # in the first step, pipeline stages also agree about what they will send
 trainer.optimizer.zero_grad()
 with MemoryTracker(_dimensions(trainer.mesh)) as tracker:
-    trainer._forward_backward(batch)
+    trainer.runner.forward_backward(batch)
 parameters = [p for part in trainer.model_parts for p in part.parameters()]
 buffers = [b for part in trainer.model_parts for b in part.buffers()]
 gradients = _bytes(p.grad for p in parameters)

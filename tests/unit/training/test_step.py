@@ -1,0 +1,87 @@
+"""The loop over microbatches, on one process; under parallelism it is tested in tests/distributed/test_parallel.py."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+
+from titanlite.config.parallelism import Degrees
+from titanlite.config.schema import Comm
+from titanlite.data import Batch
+from titanlite.distributed import runtime
+from titanlite.distributed.gradients import clip_gradients
+from titanlite.distributed.mesh import Mesh, build_mesh
+from titanlite.optim import IGNORED, cross_entropy_loss
+from titanlite.training.step import StepRunner
+
+VOCAB = 11
+
+
+class Model(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.output = nn.Embedding(VOCAB, 8), nn.Linear(8, VOCAB)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.output(self.embedding(tokens))
+
+
+@pytest.fixture
+def mesh() -> Mesh:
+    here = runtime.start_runtime(Comm())
+    yield build_mesh(Degrees(1, 1, 1, 1, 1), here.device.type)
+    dist.destroy_process_group()
+
+
+def batch(scored: list[float]) -> Batch:
+    """Microbatches of which these shares of the labels are scored."""
+    generator = torch.Generator().manual_seed(0)
+    shape = len(scored), 2, 32
+    tokens, labels = (torch.randint(VOCAB, shape, generator=generator) for _ in range(2))
+    kept = torch.rand(shape, generator=generator) < torch.tensor(scored)[:, None, None]
+    return Batch(tokens, labels.where(kept, IGNORED))
+
+
+@pytest.mark.parametrize("scored", [[1.0], [1.0, 1.0, 1.0], [0.1, 0.9, 0.0]], ids=["one", "three", "uneven"])
+def test_gradients_and_losses_are_of_the_mean_over_scored_labels(mesh: Mesh, scored: list[float]) -> None:
+    torch.manual_seed(0)
+    model, given = Model(), batch(scored)
+    expected = F.cross_entropy(
+        model(given.inputs.flatten(0, 1)).flatten(0, 1).double(), given.labels.flatten(), ignore_index=IGNORED
+    )
+    wanted = torch.autograd.grad(expected, [*model.parameters()])
+    fully_shard(model, mesh=mesh.data_parallel)
+    runner = StepRunner([model], cross_entropy_loss, None, None, torch.device("cpu"))
+    evaluated = runner.evaluate(given)
+    step = runner.forward_backward(given)
+    norm, mean = clip_gradients(model.parameters(), 1e9, mesh, *step)
+    for loss in (step.mean(), evaluated.mean(), mean):
+        assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    assert step.scored == evaluated.scored == (given.labels != IGNORED).sum()
+    assert norm.item() == pytest.approx(torch.cat([g.flatten() for g in wanted]).norm().item(), rel=1e-5)
+    for param, grad in zip(model.parameters(), wanted):
+        torch.testing.assert_close(param.grad.to_local(), grad, rtol=1e-5, atol=1e-8)  # type: ignore[union-attr]
+
+
+def test_clipping_is_of_the_corrected_gradients(mesh: Mesh) -> None:
+    model, given = Model(), batch([0.2, 0.0])
+    fully_shard(model, mesh=mesh.data_parallel)
+    runner = StepRunner([model], cross_entropy_loss, None, None, torch.device("cpu"))
+    norm, _ = clip_gradients(model.parameters(), 0.01, mesh, *runner.forward_backward(given))
+    assert norm > 0.1
+    clipped = torch.cat([p.grad.to_local().flatten() for p in model.parameters()])  # type: ignore[union-attr]
+    assert clipped.norm().item() == pytest.approx(0.01, rel=1e-4)
+
+
+def test_a_step_without_scored_labels_changes_nothing(mesh: Mesh) -> None:
+    model, given = Model(), batch([0.0, 0.0])
+    fully_shard(model, mesh=mesh.data_parallel)
+    runner = StepRunner([model], cross_entropy_loss, None, None, torch.device("cpu"))
+    step = runner.forward_backward(given)
+    norm, mean = clip_gradients(model.parameters(), 1.0, mesh, *step)
+    assert (norm, mean, step.mean()) == (0, 0, 0)
+    assert all((p.grad.to_local() == 0).all() for p in model.parameters())  # type: ignore[union-attr]
