@@ -4,8 +4,8 @@
 # The modules that show that titanlite, and what an extra brings, are installed.
 probe_of() {
     case "$1" in
-        "") echo "titanlite, torch, tokenizers, safetensors, tomli_w, datasets, tensorboard" ;;
-        dev) echo "titanlite, torch, tokenizers, safetensors, tomli_w, datasets, tensorboard, pytest, pytest_timeout, xdist, hypothesis, transformers, torchao, tiktoken, mypy, ruff" ;;
+        "") echo "titanlite, torch, tokenizers, safetensors, tomli_w, datasets, tensorboard, rich, jinja2, matplotlib" ;;
+        dev) echo "$(probe_of ""), pytest, pytest_timeout, xdist, hypothesis, transformers, torchao, tiktoken, mypy, ruff" ;;
     esac
 }
 

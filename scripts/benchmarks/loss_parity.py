@@ -68,7 +68,7 @@ def draw(curves: dict[str, list[list[float]]], path: Path) -> None:
     try:
         import matplotlib
     except ImportError:
-        print("no matplotlib, no picture: pip install -e .[plot]")
+        print("no matplotlib, no picture: pip install matplotlib")
         return
     matplotlib.use("Agg")
     from matplotlib import pyplot

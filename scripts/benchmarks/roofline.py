@@ -9,7 +9,7 @@ the time of the bytes they move at the speed of a copy (cost.py counts them, fro
 left out, launches and the small matmuls that reach less, makes the prediction too good; ``--check`` says by how much,
 against a result of linear.py. Ceilings that are not given are measured; with all of them given, no GPU is needed.
 
-The prediction is written as CSV and, where matplotlib is installed (pip install -e .[plot]), as a heat map: beside
+The prediction is written as CSV and, where matplotlib is installed (pip install matplotlib), as a heat map: beside
 --out, or where --csv says. ``--train`` holds a result of train.py or peers.py against the floor of its step
 (step_floor.py): the time of the step's matmuls, attention and memory traffic at what was measured for each.
 ``--attention-tflops`` predicts the floors of steps that nobody has measured, from the ceilings alone.
@@ -119,7 +119,7 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
     try:
         import matplotlib
     except ImportError:
-        print("no matplotlib, no picture: pip install -e .[plot]")
+        print("no matplotlib, no picture: pip install matplotlib")
         return
     matplotlib.use("Agg")
     from matplotlib import pyplot

@@ -500,5 +500,6 @@ def report() -> dict[str, str]:
         store.set(f"{name}/{rank}", "done")
         # The others may wait for what this rank has not come to.
         store.wait([f"{name}/{other}" for other in range(dist.get_world_size())], timedelta(seconds=60))
+    dist.barrier()  # rank 0 has the store, which the others may still be asking
     dist.destroy_process_group()
     return results

