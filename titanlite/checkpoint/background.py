@@ -1,4 +1,4 @@
-"""Saving while training goes on: a copy of the state on the host, and a thread that writes it."""
+"""Asynchronous saving: the state is copied to host memory, and a thread writes the copy while training continues."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ logger = logging.getLogger()
 class BackgroundSaver:
     """Runs one save at a time.
 
-    What is sharded (parameters, optimizer state) is copied by the thread, beside the next forward and backward, which
-    do not change it: call :meth:`wait_for_copy` before the optimizer does. Everything else is copied at once.
+    The thread copies the sharded tensors (parameters, optimizer state) during the next forward and backward pass, which
+    do not change them. Call :meth:`wait_for_copy` before the optimizer step, which does. All other tensors are copied
+    before :meth:`start` returns. The buffers on the host, pinned or not, are kept and reused by the next save.
 
     Args:
-        pin: page-locked memory, which GPUs copy to faster and without waiting. The memory of the copy is kept from save
-            to save, pinned or not.
+        pin: use page-locked host memory, to which GPUs copy faster and asynchronously.
     """
 
     def __init__(self, device: torch.device, pin: bool) -> None:
         self._device, self._pin = device, pin and device.type == "cuda"
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        # A thread begins with the first GPU, whichever is its process's.
-        begin = (torch.cuda.set_device, (device,)) if device.type == "cuda" else (None, ())
-        self._pool = ThreadPoolExecutor(1, "checkpoint", *begin)
+        # A new thread uses GPU 0 by default, so select the device of this process.
+        initializer = (torch.cuda.set_device, (device,)) if device.type == "cuda" else (None, ())
+        self._pool = ThreadPoolExecutor(1, "checkpoint", *initializer)
         self._buffers: State = {}
         self._copied = threading.Event()
         self._copied.set()
@@ -41,11 +41,11 @@ class BackgroundSaver:
         self.step = 0
 
     def start(self, step: int, state: State, write: Callable[[State, Exception | None], None]) -> None:
-        """Copy ``state`` and call ``write`` with the copy, in the thread, or with what copying raised. The save before
-        has ended."""
+        """Start one save in the thread: copy ``state``, then call ``write(copies, failure)``. ``failure`` is the
+        exception that the copy raised, or None. The previous save must have ended (:meth:`wait`)."""
         assert self._saving is None
         self.step = step
-        now = {name: tensor.detach().clone() for name, tensor in state.items() if not isinstance(tensor, DTensor)}
+        unsharded = {name: tensor.detach().clone() for name, tensor in state.items() if not isinstance(tensor, DTensor)}
         sharded = {name: tensor for name, tensor in state.items() if isinstance(tensor, DTensor)}
         ready = torch.cuda.current_stream(self._device).record_event() if self._stream is not None else None
         self._copied.clear()
@@ -54,8 +54,8 @@ class BackgroundSaver:
             copies: State = {}
             failure = None
             try:
-                copies = self._copy({**now, **sharded}, ready)
-            except Exception as e:  # the other processes are told, who would wait for this one
+                copies = self._copy({**unsharded, **sharded}, ready)
+            except Exception as e:  # write() tells the other processes, which would wait for this one
                 failure = e
             finally:
                 self._copied.set()
@@ -75,11 +75,11 @@ class BackgroundSaver:
         return copies
 
     def wait_for_copy(self) -> None:
-        """Return when the state may change again."""
+        """Wait until the copy is complete; after that the state may change again."""
         self._copied.wait()
 
     def wait(self) -> float:
-        """Return when nothing is being saved, with the seconds that took; raises what the save raised."""
+        """Wait for the running save, if any, and return the seconds waited. Raise the exception of that save."""
         saving, self._saving = self._saving, None
         if saving is None:
             return 0.0

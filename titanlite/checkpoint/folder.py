@@ -1,8 +1,8 @@
-"""Checkpoints on disk: each is complete and checked, or it does not exist.
+"""Checkpoint folders. A checkpoint is complete and has checksums, or it does not exist.
 
-A checkpoint is written into ``.partial-step-N``, every file flushed to the disk, and becomes ``step-N`` by one rename.
-Its ``SHA256SUMS`` can be read by ``sha256sum --check`` too. What a killed process leaves begins with a dot, and is
-cleared.
+A checkpoint is written into ``.partial-step-N``. Every file is flushed to disk, then one rename makes the folder
+``step-N``. ``sha256sum --check`` can read its ``SHA256SUMS`` too. The names of leftovers of killed processes begin with
+a dot; they are deleted at the next start.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from typing import Any
 from titanlite.errors import ConfigError
 
 SUMS = "SHA256SUMS"
-_SELF = "# of the lines above: "  # sha256sum takes it for a comment
+_SELF = "# of the lines above: "  # sha256sum reads this line as a comment
 _PARTIAL, _DELETING = ".partial-", ".deleting-"
 _BLOCK = 1 << 22
 
 
 class DamagedCheckpoint(ConfigError):
-    """Files of a checkpoint that are not what was written; ``problems`` has a line for each."""
+    """A checkpoint has missing, changed or unreadable files; ``problems`` has one line per file."""
 
     def __init__(self, folder: Path, problems: list[str]) -> None:
-        self.what = f"the checkpoint {folder} is damaged: {'; '.join(problems)}"
-        super().__init__(f"{self.what}; restore the files")
+        self.description = f"the checkpoint {folder} is damaged: {'; '.join(problems)}"
+        super().__init__(f"{self.description}; restore the files")
         self.folder, self.problems = folder, problems
 
 
@@ -42,7 +42,7 @@ def partial_folder(root: Path, step: int) -> Path:
 
 
 def saved_steps(root: Path) -> list[int]:
-    """The steps of the checkpoints in ``root``, in order."""
+    """Return the steps of the checkpoints in ``root``, in ascending order."""
     if not root.is_dir():
         return []
     matches = (re.fullmatch(r"step-(0|[1-9]\d*)", path.name) for path in root.iterdir())
@@ -50,45 +50,45 @@ def saved_steps(root: Path) -> list[int]:
 
 
 def clear_leftovers(root: Path) -> list[str]:
-    """Delete what killed saves and deletions left; returns their names."""
+    """Delete the folders that killed saves and deletions left behind; return their names."""
     if not root.is_dir():
         return []
-    left = [path for path in root.iterdir() if path.name.startswith((_PARTIAL, _DELETING))]
-    for path in left:
+    leftovers = [path for path in root.iterdir() if path.name.startswith((_PARTIAL, _DELETING))]
+    for path in leftovers:
         shutil.rmtree(path)
-    return sorted(path.name for path in left)
+    return sorted(path.name for path in leftovers)
 
 
 def delete(folder: Path) -> Path:
-    """Let a checkpoint be none any more, at once; returns the folder that is left to be removed, in whatever time that
-    takes."""
-    number, going = 1, folder.with_name(_DELETING + folder.name)
-    while going.exists():  # what could not be removed before
+    """Rename a checkpoint atomically, so that it no longer counts as one; return the new folder, whose files the caller
+    removes (slow)."""
+    number, renamed = 1, folder.with_name(_DELETING + folder.name)
+    while renamed.exists():  # an earlier removal failed
         number += 1
-        going = folder.with_name(f"{_DELETING}{folder.name}-{number}")
-    folder.rename(going)
-    return going
+        renamed = folder.with_name(f"{_DELETING}{folder.name}-{number}")
+    folder.rename(renamed)
+    return renamed
 
 
 def make_folder(folder: Path) -> None:
-    """Make a folder that is still there after a loss of power."""
+    """Create a folder, with its parents, and flush its directory entry so that it survives a power failure."""
     if not folder.is_dir():
         folder.mkdir(parents=True)
         _flush_folder(folder.parent)
 
 
 def set_damaged_aside(folder: Path) -> Path:
-    """Rename a checkpoint so that none looks for it again, and somebody can; returns its new folder."""
-    number, aside = 1, folder.with_name(f"damaged-{folder.name}")
-    while aside.exists():
+    """Rename a damaged checkpoint so that no run loads it but users can inspect it; return its new folder."""
+    number, renamed = 1, folder.with_name(f"damaged-{folder.name}")
+    while renamed.exists():
         number += 1
-        aside = folder.with_name(f"damaged-{folder.name}-{number}")
-    folder.rename(aside)
-    return aside
+        renamed = folder.with_name(f"damaged-{folder.name}-{number}")
+    folder.rename(renamed)
+    return renamed
 
 
 def write_file(path: Path, text: str) -> str:
-    """Write and flush to the disk; returns the SHA-256."""
+    """Write ``text`` to a new file and flush it to disk; return its SHA-256 (hexadecimal)."""
     with HashingFile(path) as file:
         file.write(text.encode())
         os.fsync(file.fileno())
@@ -96,10 +96,10 @@ def write_file(path: Path, text: str) -> str:
 
 
 def commit(partial: Path, final: Path, sums: Mapping[str, str]) -> None:
-    """Make ``partial``, whose files are flushed, the checkpoint ``final``.
+    """Turn the folder ``partial``, whose files are flushed, into the checkpoint ``final``.
 
     Args:
-        sums: the SHA-256 of each file by its name.
+        sums: file name -> SHA-256.
     """
     lines = "".join(f"{digest}  {name}\n" for name, digest in sorted(sums.items()))
     write_file(partial / SUMS, f"{lines}{_SELF}{hashlib.sha256(lines.encode()).hexdigest()}\n")
@@ -117,7 +117,7 @@ def _flush_folder(folder: Path) -> None:
 
 
 class HashingFile(io.RawIOBase):
-    """A new file that knows the SHA-256 of what was written to it; ``digest`` once it is closed."""
+    """A new file that computes the SHA-256 of its contents during writing; ``digest`` is set by ``close()``."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self._file = open(path, "wb", buffering=_BLOCK)  # noqa: SIM115  (closed by close)
@@ -139,7 +139,7 @@ class HashingFile(io.RawIOBase):
             self._file.flush()
 
     def fileno(self) -> int:
-        self._file.flush()  # who asks wants to fsync
+        self._file.flush()  # callers use the descriptor for fsync
         return self._file.fileno()
 
     def close(self) -> None:
@@ -150,10 +150,10 @@ class HashingFile(io.RawIOBase):
 
 
 def read_sums(folder: Path) -> dict[str, str]:
-    """The SHA-256 of each file of a checkpoint.
+    """Return file name -> SHA-256 for the files of a checkpoint.
 
     Raises:
-        DamagedCheckpoint: the list is not what was written.
+        DamagedCheckpoint: ``SHA256SUMS`` is missing or changed.
     """
     try:
         text = (folder / SUMS).read_text(encoding="ascii")
@@ -168,9 +168,9 @@ def read_sums(folder: Path) -> dict[str, str]:
 
 
 def problems_of(folder: Path, sums: Mapping[str, str], names: Iterable[str]) -> list[str]:
-    """What is wrong with the files ``names``, a line for each that is not what was written."""
-    found = ((name, _problem(folder / name, sums[name])) for name in names)
-    return [f"{name} {problem}" for name, problem in found if problem]
+    """Compare the files ``names`` with their checksums; return one line per missing, changed or unreadable file."""
+    problems = ((name, _problem(folder / name, sums[name])) for name in names)
+    return [f"{name} {problem}" for name, problem in problems if problem]
 
 
 def _problem(file: Path, expected: str) -> str | None:

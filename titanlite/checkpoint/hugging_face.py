@@ -1,6 +1,6 @@
-"""Reading weights from a folder of safetensors, as ``transformers`` writes them: each rank reads its own slices alone.
+"""Load weights from a folder of safetensors, as written by ``transformers``. Each rank reads only its own slices.
 
-``config.json`` beside them says which model it is; only the model family understands it (``ModelSpec.hugging_face``).
+``config.json`` in the folder describes the model; the model family interprets it (``ModelSpec.hugging_face``).
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ CONFIG = "config.json"
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 
-# Safetensors' names of the dtypes that hold weights by themselves; numbers of 8 bits or fewer come with scales.
+# The supported dtypes, by their names in safetensors. Dtypes of 8 bits or fewer need scales, and are not supported.
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
-_SHOWN = 10
+_MAX_LISTED = 10
 
 
 @dataclass(frozen=True)
 class Stored:
-    """A tensor in a file."""
+    """The file, shape and dtype of one tensor on disk."""
 
     file: Path
     shape: tuple[int, ...]
@@ -42,95 +42,95 @@ class Stored:
 
 
 def is_hugging_face(folder: Path) -> bool:
-    """Whether this is a folder of weights that ``transformers`` would read."""
+    """Return True if ``folder`` holds ``config.json`` and safetensors files, as ``transformers`` reads them."""
     return (folder / CONFIG).is_file() and any(folder.glob("*.safetensors"))
 
 
 class HuggingFaceFolder:
-    """A folder of weights, opened: the headers of its files are read, and none of its tensors.
+    """A folder of weights. The constructor reads the headers of the files, but no tensors.
 
     Attributes:
-        config: what ``config.json`` holds.
-        tensors: where each tensor is, by its name in the files.
+        config: the contents of ``config.json``.
+        tensors: tensor name in the files -> file, shape and dtype.
 
     Raises:
-        ConfigError: the folder has no weights, or a file is missing or damaged; the file is named.
+        ConfigError: the folder has no weights, or a file is missing or damaged; the message names the file.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         if not is_hugging_face(folder):
-            what = f"it has no {CONFIG} beside *.safetensors" if folder.is_dir() else "there is no such folder"
-            raise ConfigError(f"{folder}: not a folder of Hugging Face weights: {what}; correct the path")
+            problem = f"it has no {CONFIG} beside *.safetensors" if folder.is_dir() else "there is no such folder"
+            raise ConfigError(f"{folder}: not a folder of Hugging Face weights: {problem}; correct the path")
         self.config = read_json(folder / CONFIG)
         self.tensors = _find_tensors(folder)
 
     def check(self, shapes: Mapping[str, Sequence[int]], names: Mapping[str, str], ignored: str | None = None) -> None:
-        """Refuse a folder that holds other tensors than ``names`` says, or other shapes.
+        """Compare the names and shapes of the tensors in the files with those of the model.
 
         Args:
-            shapes: by our name. Those of a part of the model are enough; where ranks have different parts, pass the
-                whole model's, so that all ranks come to the same result.
-            names: our name of every parameter of the whole model -> theirs.
-            ignored: a regular expression; tensors of theirs whose whole name matches are left alone.
+            shapes: parameter name in the model -> shape. A part of the model is enough. If ranks have different parts,
+                pass the shapes of the whole model, so that all ranks get the same result.
+            names: parameter name in the model -> name in the files, for every parameter of the whole model.
+            ignored: a regular expression. Tensors in the files whose full name matches it are ignored.
 
         Raises:
-            ConfigError: with the names that are missing, unexpected, or of another shape.
+            ConfigError: names are missing or unexpected, or shapes differ; the message lists the names.
         """
-        wanted = dict.fromkeys(names.values())
-        spare = (name for name in self.tensors if name not in wanted)
+        expected = dict.fromkeys(names.values())
+        extra = (name for name in self.tensors if name not in expected)
         problems = {
-            "are not in its files": [name for name in wanted if name not in self.tensors],
-            "are in its files and not in the model": [n for n in spare if not ignored or not re.fullmatch(ignored, n)],
+            "are not in its files": [name for name in expected if name not in self.tensors],
+            "are in its files and not in the model": [n for n in extra if not ignored or not re.fullmatch(ignored, n)],
             "have another shape": [
-                f"{names[ours]} {list(stored.shape)}, in the model {list(shape)}"
-                for ours, shape in shapes.items()
-                if (stored := self.tensors.get(names[ours])) and stored.shape != tuple(shape)
+                f"{names[name]} {list(stored.shape)}, in the model {list(shape)}"
+                for name, shape in shapes.items()
+                if (stored := self.tensors.get(names[name])) and stored.shape != tuple(shape)
             ],
         }
-        found = [_listed(what, those) for what, those in problems.items() if those]
-        if found:
+        lines = [_report(problem, tensors) for problem, tensors in problems.items() if tensors]
+        if lines:
             raise ConfigError(
-                f"{self.folder}: these are the weights of another model, flavor or vocabulary: {'; '.join(found)}; "
+                f"{self.folder}: these are the weights of another model, flavor or vocabulary: {'; '.join(lines)}; "
                 "choose the flavor that they belong to"
             )
 
     def load_into(self, state: Mapping[str, Tensor], names: Mapping[str, str], ignored: str | None = None) -> None:
-        """Fill ``state`` in place, tensor by tensor, converted to its dtype.
+        """Copy weights into the tensors of ``state`` in place, one tensor at a time, converted to their dtypes.
 
         Args:
-            state: our name -> a plain tensor or a DTensor, whose local part alone is read; all parameters or, in a part
-                of a pipeline, some. A tied parameter may be there under several names.
-            names, ignored: as in :meth:`check`, which is called first.
+            state: parameter name in the model -> tensor or DTensor; of a DTensor only the local shard is read. A
+                pipeline stage passes only its own parameters. A tied parameter may appear under several names.
+            names, ignored: see :meth:`check`, which this method calls first.
 
         Raises:
-            ConfigError: see :meth:`check`; or a file cannot be read. ``state`` may then be filled in part.
+            ConfigError: see :meth:`check`; or a file cannot be read. Then some tensors may already be filled.
         """
         unknown = [name for name in state if name not in names]
         if unknown:
-            raise ConfigError(f"{self.folder}: {_listed('of the model have no name in Hugging Face files', unknown)}")
+            raise ConfigError(f"{self.folder}: {_report('of the model have no name in Hugging Face files', unknown)}")
         self.check({name: tensor.shape for name, tensor in state.items()}, names, ignored)
         by_file: dict[Path, list[str]] = defaultdict(list)
-        for ours in state:
-            by_file[self.tensors[names[ours]].file].append(ours)
-        for file, those in by_file.items():
+        for name in state:
+            by_file[self.tensors[names[name]].file].append(name)
+        for file, parameters in by_file.items():
             with _opened(file) as source:
-                for ours in those:
-                    _copy_own_part(state[ours], source.get_slice(names[ours]))
+                for name in parameters:
+                    _copy_local_shard(state[name], source.get_slice(names[name]))
 
     @contextmanager
     def opened(self) -> Iterator[Callable[[str], Tensor]]:
-        """What returns a tensor by its name in the files, as a view of its file, as long as all are open."""
+        """Open all files; yield a function: tensor name in the files -> tensor, a view of its memory-mapped file."""
         with ExitStack() as stack:
             files = {file: stack.enter_context(_opened(file)) for file in {t.file for t in self.tensors.values()}}
             yield lambda name: files[self.tensors[name].file].get_tensor(name)
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """The object in a JSON file.
+    """Return the object in a JSON file.
 
     Raises:
-        ConfigError: it cannot be read, or holds something else.
+        ConfigError: the file cannot be read, or does not hold a JSON object.
     """
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
@@ -153,13 +153,13 @@ def _find_tensors(folder: Path) -> dict[str, Stored]:
     missing = [name for name in files if not (folder / name).is_file()]
     if missing:
         raise ConfigError(
-            f"{folder}: {_listed(f'of {len(files)} files that {INDEX} names are missing', missing)}; download them"
+            f"{folder}: {_report(f'of {len(files)} files that {INDEX} names are missing', missing)}; download them"
         )
     tensors = _headers([folder / name for name in files])
-    astray = [n for n, file in weight_map.items() if n not in tensors or tensors[n].file != folder / file]
-    if astray:
+    misplaced = [n for n, file in weight_map.items() if n not in tensors or tensors[n].file != folder / file]
+    if misplaced:
         raise ConfigError(
-            f"{folder}: {_listed(f'are not in the file that {INDEX} names', astray)}; the files belong to different "
+            f"{folder}: {_report(f'are not in the file that {INDEX} names', misplaced)}; the files belong to different "
             "downloads: download all of them again"
         )
     return tensors
@@ -169,7 +169,7 @@ def _headers(files: Iterable[Path]) -> dict[str, Stored]:
     tensors: dict[str, Stored] = {}
     for file in files:
         with _opened(file) as source:
-            for name in source.keys():  # noqa: SIM118 (it is no dictionary)
+            for name in source.keys():  # noqa: SIM118 (it is not a dictionary)
                 entry = source.get_slice(name)
                 if entry.get_dtype() not in DTYPES:
                     raise ConfigError(
@@ -186,7 +186,7 @@ def _headers(files: Iterable[Path]) -> dict[str, Stored]:
 
 
 def _opened(file: Path) -> Any:
-    """The file as a context manager; opening compares its header with its length."""
+    """Open a safetensors file, as a context manager. Opening compares the header with the length of the file."""
     try:
         return safe_open(file, framework="pt")
     except OSError as e:
@@ -194,21 +194,21 @@ def _opened(file: Path) -> Any:
     except SafetensorError as e:
         with file.open("rb") as f:
             pointer = f.read(7) == b"version"
-        what = "a Git LFS pointer in place of the file" if pointer else f"damaged or cut short ({e})"
-        raise ConfigError(f"{file}: {what}; download it again") from None
+        problem = "a Git LFS pointer in place of the file" if pointer else f"damaged or cut short ({e})"
+        raise ConfigError(f"{file}: {problem}; download it again") from None
 
 
-def _copy_own_part(tensor: Tensor, source: Any) -> None:
+def _copy_local_shard(tensor: Tensor, source: Any) -> None:
     data = tensor.detach()
-    own: tuple[slice, ...] = tuple(slice(0, size) for size in data.shape)
+    slices: tuple[slice, ...] = tuple(slice(0, size) for size in data.shape)
     if isinstance(data, DTensor):
         shape, offset = compute_local_shape_and_global_offset(data.shape, data.device_mesh, data.placements)
-        data, own = data.to_local(), tuple(slice(start, start + size) for start, size in zip(offset, shape))
+        data, slices = data.to_local(), tuple(slice(start, start + size) for start, size in zip(offset, shape))
         assert data.shape == tuple(shape), (data.shape, shape)
     if data.numel():
-        data.copy_(source[own])
+        data.copy_(source[slices])
 
 
-def _listed(what: str, those: Sequence[str]) -> str:
-    more = f" and {len(those) - _SHOWN} more" if len(those) > _SHOWN else ""
-    return f"{len(those)} {what}: {', '.join(those[:_SHOWN])}{more}"
+def _report(predicate: str, names: Sequence[str]) -> str:
+    more = f" and {len(names) - _MAX_LISTED} more" if len(names) > _MAX_LISTED else ""
+    return f"{len(names)} {predicate}: {', '.join(names[:_MAX_LISTED])}{more}"

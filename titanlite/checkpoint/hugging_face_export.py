@@ -1,7 +1,7 @@
-"""Writing a folder that ``transformers`` loads: weights as safetensors, ``config.json`` and the tokenizer's files.
+"""Write a folder that ``transformers`` can load: weights as safetensors, ``config.json`` and the tokenizer's files.
 
-A model passes through a few tensors at a time. The file format: the length of the header (8 bytes, little-endian), the
-header (JSON: dtype, shape and place of each tensor), then the tensors, one after the other
+Only a few tensors are in memory at a time. The file format: the length of the header (8 bytes, little-endian), the
+header (JSON: dtype, shape and offsets of each tensor), then the tensors, one after the other
 (https://github.com/huggingface/safetensors#format).
 """
 
@@ -26,7 +26,7 @@ from titanlite.errors import ConfigError
 Shapes = Mapping[str, Sequence[int]]
 
 _FORMAT_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-_BATCH = 1 << 28  # elements asked for at once, unless one tensor has more: 1 GiB in float32
+_BATCH = 1 << 28  # elements per call of get(), unless one tensor has more: 1 GiB in float32
 
 
 def write_hugging_face(
@@ -40,28 +40,28 @@ def write_hugging_face(
     dtype: torch.dtype = torch.bfloat16,
     max_shard_bytes: int = 5_000_000_000,
 ) -> None:
-    """Write a folder, whole or not at all: it is filled under another name beside, flushed to disk, then renamed.
+    """Write the folder atomically: fill a temporary folder in the same parent, flush it to disk, then rename it.
 
     Args:
-        config: what ``config.json`` says of the model; the dtype and the ids of BOS and EOS are added.
-        shapes: of every parameter, by our name, in the order in which they are written.
-        names: our names -> theirs; of tied parameters the first is written.
-        get: some of our names, in order and of one shard -> their whole tensors, of any dtype and device. Called until
-            every parameter has been asked for once; what it returned before may then be freed.
+        config: the contents of ``config.json``; the dtype and the ids of BOS and EOS are added.
+        shapes: parameter name in the model -> shape, for every parameter, in the order of writing.
+        names: parameter name in the model -> name in the files. Of tied parameters only the first is written.
+        get: maps a list of parameter names, in order and all of one file, to their full tensors, of any dtype and
+            device. Every parameter is requested once. The tensors of earlier calls may be freed.
         dtype: float16, bfloat16 or float32.
-        max_shard_bytes: the most that the tensors of one file take, unless one tensor alone takes more.
+        max_shard_bytes: the largest size of the tensors of one file, unless a single tensor is larger.
 
     Raises:
-        ConfigError: the folder is there and not empty, or it cannot be written.
+        ConfigError: the folder exists and is not empty, or it cannot be written.
     """
     folder = Path(os.path.abspath(folder))
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ConfigError(f"{folder}: is there and not empty; choose another folder, or delete it first")
     special = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
-    # transformers 5 writes "dtype", and reads this too; what was there before it reads nothing else.
+    # transformers 5 writes "dtype", and also reads "torch_dtype"; earlier versions read only "torch_dtype".
     texts = {CONFIG: {**config, **special, "torch_dtype": str(dtype).removeprefix("torch.")}}
     texts["generation_config.json"] = {"_from_model_config": True, **special}
-    with _written_beside(folder) as partial:
+    with _temporary_folder(folder) as partial:
         for name, content in texts.items():
             (partial / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         tokenizer.save(partial)
@@ -69,19 +69,19 @@ def write_hugging_face(
 
 
 def plan_shards(shapes: Shapes, itemsize: int, max_shard_bytes: int) -> list[list[str]]:
-    """The names in each file, in order: as many as fit, and at least one."""
-    return _grouped(list(shapes), lambda name: prod(shapes[name]) * itemsize, max_shard_bytes)
+    """Return the parameter names of each file, in order. A file takes as many as fit, and at least one."""
+    return _group(list(shapes), lambda name: prod(shapes[name]) * itemsize, max_shard_bytes)
 
 
-def _grouped(those: list[str], size: Callable[[str], int], most: int) -> list[list[str]]:
+def _group(names: list[str], size: Callable[[str], int], limit: int) -> list[list[str]]:
     groups: list[list[str]] = []
     filled = 0
-    for one in those:
-        if not groups or filled + size(one) > most:
+    for name in names:
+        if not groups or filled + size(name) > limit:
             groups.append([])
             filled = 0
-        groups[-1].append(one)
-        filled += size(one)
+        groups[-1].append(name)
+        filled += size(name)
     return groups
 
 
@@ -94,26 +94,26 @@ def _write_weights(
     max_shard_bytes: int,
 ) -> None:
     first: dict[str, str] = {}
-    for ours in shapes:
-        first.setdefault(names[ours], ours)
-    shapes = {ours: shapes[ours] for ours in first.values()}
+    for name in shapes:
+        first.setdefault(names[name], name)
+    shapes = {name: shapes[name] for name in first.values()}
     shards = plan_shards(shapes, dtype.itemsize, max_shard_bytes)
     files = [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
     if len(shards) == 1:
         files = [SINGLE]
     else:
-        weight_map = {names[ours]: file for file, shard in zip(files, shards) for ours in shard}
+        weight_map = {names[name]: file for file, shard in zip(files, shards) for name in shard}
         total = sum(prod(shape) for shape in shapes.values()) * dtype.itemsize
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     for file, shard in zip(files, shards):
         with (folder / file).open("wb") as out:
-            out.write(_header({names[ours]: shapes[ours] for ours in shard}, dtype))
-            for batch in _grouped(shard, lambda ours: prod(shapes[ours]), _BATCH):
+            out.write(_header({names[name]: shapes[name] for name in shard}, dtype))
+            for batch in _group(shard, lambda name: prod(shapes[name]), _BATCH):
                 tensors = get(batch)
-                for ours in batch:
-                    out.write(_bytes(ours, tensors[ours], shapes[ours], dtype))
-                del tensors  # before more is read
+                for name in batch:
+                    out.write(_bytes(name, tensors[name], shapes[name], dtype))
+                del tensors  # free them before the next batch is read
 
 
 def _header(shapes: Shapes, dtype: torch.dtype) -> bytes:
@@ -123,7 +123,7 @@ def _header(shapes: Shapes, dtype: torch.dtype) -> bytes:
         start, end = end, end + prod(shape) * dtype.itemsize
         entries[name] = {"dtype": _FORMAT_NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
     text = json.dumps(entries, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # so that the tensors are aligned in a file that is mapped into memory
+    text += b" " * (-len(text) % 8)  # aligns the tensors in a memory-mapped file
     return len(text).to_bytes(8, "little") + text
 
 
@@ -136,8 +136,8 @@ def _bytes(name: str, tensor: Tensor, shape: Sequence[int], dtype: torch.dtype) 
 
 
 @contextlib.contextmanager
-def _written_beside(folder: Path) -> Iterator[Path]:
-    """A new folder that takes the name of ``folder`` when all went well, and is deleted when not."""
+def _temporary_folder(folder: Path) -> Iterator[Path]:
+    """Create a temporary folder. Rename it to ``folder`` on success, delete it on failure."""
     partial = folder.with_name(f".{folder.name}.partial")
     if partial.exists():
         raise ConfigError(

@@ -1,4 +1,4 @@
-"""When checkpoints are saved, which one a run continues from, and which are kept."""
+"""The checkpoints of a run: when to save, from which one to continue, and which ones to keep."""
 
 from __future__ import annotations
 
@@ -56,24 +56,25 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 @dataclass(frozen=True)
-class Found:
-    """A checkpoint to begin from.
+class SavedCheckpoint:
+    """A checkpoint to start from.
 
     Attributes:
-        own: of this run, which continues; not one that another run left elsewhere.
+        from_this_run: True if this run saved it and continues from it; False if it comes from another run.
     """
 
     folder: Path
     info: Info
-    own: bool
+    from_this_run: bool
 
 
 @dataclass(frozen=True)
 class Process:
-    """What a process has that is saved.
+    """The objects of a process whose state is saved.
 
     Attributes:
-        model: name, flavor and args of the model, which a checkpoint must share.
+        parts: the model, or the pipeline stages of this process.
+        model: name, flavor and args of the model; those of a checkpoint must be the same.
     """
 
     rank: int
@@ -83,22 +84,22 @@ class Process:
     model: dict[str, Any]
 
     def parameters(self) -> State:
-        """By their names, in place, as they belong in a state dict."""
+        """Return the parameters by name, as in a state dict. The tensors are references, not copies."""
         buffers, state = buffer_names(self.parts), model_state(self.parts)
         return {name.removeprefix("model."): tensor for name, tensor in state.items() if name not in buffers}
 
 
 class CheckpointManager:
-    """The checkpoints of one run. All processes make the same calls.
+    """Saves, finds, loads and deletes the checkpoints of one run. All processes must make the same calls.
 
     Args:
         root: the folder of the checkpoints.
-        timeout: seconds that a process waits for the slowest one to write or to read.
+        timeout: seconds that a process waits for the slowest process to write or read.
     """
 
     def __init__(self, options: Checkpoint, root: Path, device: torch.device, timeout: int) -> None:
         self.options, self.root = options, root
-        # A group of its own: saves in the background communicate beside training.
+        # A separate group, because background saves communicate during training.
         self.group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout))
         self._background = None
         if options.async_mode != "disabled":
@@ -106,13 +107,13 @@ class CheckpointManager:
         self.last_saved: int | None = None
         self._deleting: threading.Thread | None = None
 
-    # ---- which one to begin from
+    # ---- choosing a checkpoint
 
-    def find(self) -> Found | None:
-        """The checkpoint that this run continues from, with its files verified; None if it has none.
+    def find(self) -> SavedCheckpoint | None:
+        """Return the checkpoint that this run continues from, with its files verified; None if there is none.
 
         Raises:
-            ConfigError: ``load_step`` is not there, or the checkpoint is damaged and ``fallback`` is not set.
+            ConfigError: there is no checkpoint of ``load_step``, or it is damaged and there is no fallback.
         """
         if not self.options.enable_checkpoint:
             return None
@@ -122,37 +123,37 @@ class CheckpointManager:
             try:
                 info = self._open(folder)
             except DamagedCheckpoint as e:
-                step = self._one_before(step, e)
+                step = self._fall_back(step, e)
             else:
-                return Found(folder, info, own=True)
+                return SavedCheckpoint(folder, info, from_this_run=True)
         return None
 
-    def initial(self, path: str) -> Found:
-        """The checkpoint at ``path``: its own folder, or one that holds several, of which the latest is taken.
+    def initial(self, path: str) -> SavedCheckpoint:
+        """Return the checkpoint at ``path``: the folder of one checkpoint, or of several; then the latest is taken.
 
         Raises:
-            ConfigError: there is none, or it is damaged.
+            ConfigError: there is no checkpoint, or it is damaged.
         """
         folder = Path(path).expanduser()
         steps = saved_steps(folder)
         if steps:
             folder = step_folder(folder, steps[-1])
         try:
-            return Found(folder, self._open(folder), own=False)
+            return SavedCheckpoint(folder, self._open(folder), from_this_run=False)
         except DamagedCheckpoint as e:
             raise ConfigError(f"{e}, or choose another", key="checkpoint.initial_load_path", value=path) from e
 
     def _choose(self) -> int | None:
-        left = clear_leftovers(self.root)
-        if left:
-            logger.info("cleared what was left of saves that did not end: %s", ", ".join(left))
-        steps, wanted = saved_steps(self.root), self.options.load_step
-        if wanted == -1 or _restarted():
+        leftovers = clear_leftovers(self.root)
+        if leftovers:
+            logger.info("cleared what was left of saves that did not end: %s", ", ".join(leftovers))
+        steps, step = saved_steps(self.root), self.options.load_step
+        if step == -1 or _restarted():
             return steps[-1] if steps else None
-        if wanted not in steps:
-            there = f"there are {', '.join(map(str, steps))}" if steps else "there is none"
-            raise ConfigError(f"{self.root} has no such checkpoint; {there}", key="checkpoint.load_step", value=wanted)
-        return wanted
+        if step not in steps:
+            hint = f"there are {', '.join(map(str, steps))}" if steps else "there is none"
+            raise ConfigError(f"{self.root} has no such checkpoint; {hint}", key="checkpoint.load_step", value=step)
+        return step
 
     def _open(self, folder: Path) -> Info:
         info = from_rank_zero(self.group, lambda: read_info(folder))
@@ -162,109 +163,105 @@ class CheckpointManager:
             logger.info("%s: %s verified in %.1f s", folder, _size(size), time.perf_counter() - start)
         return info
 
-    def _one_before(self, step: int, damage: DamagedCheckpoint) -> int:
+    def _fall_back(self, step: int, damage: DamagedCheckpoint) -> int:
         def choose() -> int:
-            before = [s for s in saved_steps(self.root) if s < step]
+            earlier = [s for s in saved_steps(self.root) if s < step]
             if not self.options.fallback:
-                way = (
-                    "continue from the one before with --checkpoint.fallback"
-                    if before
-                    else "begin anew in another folder"
-                )
-                raise ConfigError(f"{damage}, or {way}")
-            if not before:
+                other = "continue from the one before with --checkpoint.fallback"
+                raise ConfigError(f"{damage}, or {other if earlier else 'begin anew in another folder'}")
+            if not earlier:
                 raise ConfigError(f"{damage}: there is none before it to fall back to")
-            logger.error("%s; it is now %s", damage.what, set_damaged_aside(damage.folder))
-            return before[-1]
+            logger.error("%s; it is now %s", damage.description, set_damaged_aside(damage.folder))
+            return earlier[-1]
 
         return from_rank_zero(self.group, choose)
 
     # ---- loading
 
-    def load(self, found: Found, process: Process, *, weights_only: bool = False) -> None:
-        """Fill the model, and unless ``weights_only`` the optimizer and the random generators too.
+    def load(self, checkpoint: SavedCheckpoint, process: Process, *, weights_only: bool = False) -> None:
+        """Load the model and, unless ``weights_only``, the optimizer and the random generators.
 
         Raises:
-            ConfigError: the checkpoint is of another model, or has only weights.
+            ConfigError: the checkpoint is of another model or optimizer, or has only weights.
         """
         start = time.perf_counter()
-        if found.info.weights_only and not weights_only:
+        if checkpoint.info.weights_only and not weights_only:
             raise ConfigError(
-                f"{found.folder} has weights only (checkpoint.last_save_model_weights_only), which a run cannot "
+                f"{checkpoint.folder} has weights only (checkpoint.last_save_model_weights_only), which a run cannot "
                 "continue from; take an earlier one with --checkpoint.load_step, or begin another run from it with "
-                f"--checkpoint.initial_load_path={found.folder}"
+                f"--checkpoint.initial_load_path={checkpoint.folder}"
             )
-        shapes = from_rank_zero(self.group, lambda: saved_shapes(found.folder))
-        state = self._matching(found, process, shapes)
+        shapes = from_rank_zero(self.group, lambda: saved_shapes(checkpoint.folder))
+        state = self._matching(checkpoint, process, shapes)
         if not weights_only:
-            if "optimizer" not in self.excluded(found) and found.info.step > 0:
+            if "optimizer" not in self.excluded(checkpoint) and checkpoint.info.step > 0:
                 saved = {name for name in shapes if name.startswith("optimizer.")}
                 prepare_optimizer(process.optimizer, process.parts, saved)
-                own = optimizer_state(process.optimizer, process.parts)
-                self._refuse_another_optimizer(found, own, {name: shapes[name] for name in saved})
-                state |= own
-            state |= self._random(found, process, shapes)
-        load(found.folder, state, self.group)
+                local = optimizer_state(process.optimizer, process.parts)
+                self._check_optimizer(checkpoint, local, {name: shapes[name] for name in saved})
+                state |= local
+            state |= self._random(checkpoint, process, shapes)
+        load(checkpoint.folder, state, self.group)
         if not weights_only:
             set_random_state(state, process.rank, process.device)
-        what = "its weights" if weights_only else f"step {found.info.step}"
-        logger.info("%s: %s loaded in %.1f s", found.folder, what, time.perf_counter() - start)
+        content = "its weights" if weights_only else f"step {checkpoint.info.step}"
+        logger.info("%s: %s loaded in %.1f s", checkpoint.folder, content, time.perf_counter() - start)
 
-    def excluded(self, found: Found) -> list[str]:
-        """The parts of ``found`` not to load: where there is an initial checkpoint it is those of that one, and what
-        the run saved itself is continued whole; so is a run that was started again after a failure."""
-        whole = found.own and (self.options.initial_load_path or _restarted())
-        return [] if whole else list(self.options.exclude_from_loading)
+    def excluded(self, checkpoint: SavedCheckpoint) -> list[str]:
+        """Return the parts of ``checkpoint`` not to load. A checkpoint of this run is loaded completely after a restart
+        or if ``initial_load_path`` is set: ``exclude_from_loading`` then applies to the initial checkpoint only."""
+        complete = checkpoint.from_this_run and (self.options.initial_load_path or _restarted())
+        return [] if complete else list(self.options.exclude_from_loading)
 
-    def _matching(self, found: Found, process: Process, shapes: dict[str, torch.Size]) -> State:
-        """The tensors of the model to fill, on the condition that they are those of the checkpoint."""
-        state, info = model_state(process.parts), found.info
-        missing, others = differences(shapes, state)
+    def _matching(self, checkpoint: SavedCheckpoint, process: Process, shapes: dict[str, torch.Size]) -> State:
+        """Return the tensors of the model to load; raise ConfigError if the checkpoint is of another model."""
+        state, info = model_state(process.parts), checkpoint.info
+        missing, mismatches = differences(shapes, state)
         gathered: list[Any] = [None] * dist.get_world_size()
         buffers = buffer_names(process.parts)
-        dist.all_gather_object(gathered, (set(state), buffers, missing, others), group=self.group)
-        names, buffers, lacking = (set().union(*(part[i] for part in gathered)) for i in range(3))
+        dist.all_gather_object(gathered, (set(state), buffers, missing, mismatches), group=self.group)
+        names, buffers, unsaved = (set().union(*(part[i] for part in gathered)) for i in range(3))
         saved = {name for name in shapes if name.startswith("model.")}
         lines = [
             *(f"{key} was {old}, is {new}" for key, old, new in _changes(info.model, process.model)),
             *sorted({line for part in gathered for line in part[3]}),
-            *(f"{name} is not in the checkpoint" for name in sorted(lacking - buffers)),
+            *(f"{name} is not in the checkpoint" for name in sorted(unsaved - buffers)),
             *(f"{name} is not in the model" for name in sorted(saved - names - set(info.buffers))),
         ]
         if lines:
             shown = [*lines[:12], *([f"and {len(lines) - 12} more"] if len(lines) > 12 else [])]
             raise ConfigError(
-                f"{found.folder} is a checkpoint of another model:\n    " + "\n    ".join(shown) + "\n"
+                f"{checkpoint.folder} is a checkpoint of another model:\n    " + "\n    ".join(shown) + "\n"
                 "restore [model] as it was, or choose another job.dump_folder"
             )
-        for names_of, what in ((lacking & buffers, "begin anew"), (saved - names, "are left out")):
-            if names_of:
-                logger.warning("%d buffers %s, such as %s", len(names_of), what, min(names_of))
-        return {name: tensor for name, tensor in state.items() if name not in lacking}
+        for changed, outcome in ((unsaved & buffers, "begin anew"), (saved - names, "are left out")):
+            if changed:
+                logger.warning("%d buffers %s, such as %s", len(changed), outcome, min(changed))
+        return {name: tensor for name, tensor in state.items() if name not in unsaved}
 
-    def _refuse_another_optimizer(self, found: Found, own: State, saved: dict[str, torch.Size]) -> None:
+    def _check_optimizer(self, checkpoint: SavedCheckpoint, local: State, saved: dict[str, torch.Size]) -> None:
         gathered: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(gathered, (set(own), *differences(saved, own)), group=self.group)
+        dist.all_gather_object(gathered, (set(local), *differences(saved, local)), group=self.group)
         names = set().union(*(part[0] for part in gathered))
         lines = sorted({line for part in gathered for line in (*part[1], *part[2])} | (saved.keys() - names))
         if lines:
             raise ConfigError(
-                f"{found.folder} was saved by another optimizer: {len(lines)} of its tensors differ, such as "
+                f"{checkpoint.folder} was saved by another optimizer: {len(lines)} of its tensors differ, such as "
                 f"{lines[0]}; restore optimizer.name, or begin its state anew with "
                 "--checkpoint.exclude_from_loading=optimizer"
             )
 
-    def _random(self, found: Found, process: Process, shapes: dict[str, torch.Size]) -> State:
+    def _random(self, checkpoint: SavedCheckpoint, process: Process, shapes: dict[str, torch.Size]) -> State:
         world = dist.get_world_size()
-        if found.info.world_size != world:
+        if checkpoint.info.world_size != world:
             logger.info(
                 "the random generators begin from the seed: they were those of %d processes, now there are %d",
-                found.info.world_size,
+                checkpoint.info.world_size,
                 world,
             )
             return {}
         state = random_state(process.rank, process.device)
-        for name in state.keys() - shapes.keys():  # a GPU's, where there was none
+        for name in state.keys() - shapes.keys():  # such as that of a GPU, if the saved run had none
             logger.warning("%s begins from the seed: the checkpoint is of a run without it", name)
         return {name: tensor for name, tensor in state.items() if name in shapes}
 
@@ -277,14 +274,14 @@ class CheckpointManager:
         )
 
     def save(self, info: Info, process: Process, *, last: bool = False, ends: bool = False) -> None:
-        """Save, in the background if so configured.
+        """Save a checkpoint, in the background unless ``async_mode`` is "disabled".
 
         Args:
-            last: of the whole run, which may have weights only.
-            ends: the process ends after it: it waits, and a failure is an error.
+            last: this is the last save of the run, which may have weights only (``last_save_model_weights_only``).
+            ends: the process ends after this save. Then the call waits for it, and raises if it fails.
 
         Raises:
-            TrainingError: it failed, or the save before in the background did, and that ends the run.
+            TrainingError: this save or the previous background save failed, and the failure ends the run.
         """
         self.wait()
         if not self.options.enable_checkpoint or info.step == self.last_saved:
@@ -309,14 +306,14 @@ class CheckpointManager:
             self._log_failed(e, info.step)
 
     def _write_copies(self, copies: State, failure: Exception | None, info: Info) -> None:
-        """In the thread: what fails is in the log now, not at the next save."""
+        """Write the copies, in the background thread; log a failure at once, not at the next save."""
 
-        def refuse() -> None:
+        def raise_failure() -> None:
             if failure is not None:
                 raise failure
 
         try:
-            on_all(self.group, refuse)
+            on_all(self.group, raise_failure)
             self._write(copies, info)
         except Exception as e:
             self._log_failed(e, info.step)
@@ -342,7 +339,7 @@ class CheckpointManager:
             self._delete_old(self.options.keep_latest_k)
 
     def _delete_old(self, kept: int) -> None:
-        """In a thread: it may take minutes, in which the other processes would wait for this one."""
+        """Delete all but the last ``kept`` checkpoints, in a thread: it may take minutes; other ranks would wait."""
         if self._deleting is not None:
             self._deleting.join()
         steps = saved_steps(self.root)[:-kept]
@@ -367,7 +364,7 @@ class CheckpointManager:
 
     def _log_failed(self, error: Exception, step: int) -> None:
         if isinstance(error, SaveError) and self.options.on_save_failure == "continue":
-            if dist.get_rank() == 0:  # it is the same on all
+            if dist.get_rank() == 0:  # the message is the same on all ranks
                 logger.error(
                     "%s. Training goes on; checkpoint.on_save_failure=stop would end it", self._failed(error, step)
                 )
@@ -375,12 +372,12 @@ class CheckpointManager:
             logger.error("%s", self._failed(error, step))
 
     def before_update(self) -> None:
-        """To be called before the optimizer changes what may still be being copied."""
+        """Wait until the background copy is complete; call this before each optimizer step."""
         if self._background is not None:
             self._background.wait_for_copy()
 
     def wait(self) -> None:
-        """Return when nothing is being saved any more."""
+        """Wait for the running background save; raise TrainingError if its failure ends the run."""
         if self._background is None:
             return
         try:
@@ -388,7 +385,7 @@ class CheckpointManager:
         except SaveError as e:
             if self.options.on_save_failure == "stop":
                 raise self._fatal(e, self._background.step) from None
-        except Exception as e:  # not agreed on by the processes: they cannot go on together
+        except Exception as e:  # the processes did not agree on this failure: they cannot continue together
             raise TrainingError(self._failed(e, self._background.step)) from e
         else:
             if waited > 1:
@@ -402,16 +399,17 @@ class CheckpointManager:
 
 
 def _restarted() -> bool:
-    """Whether torchrun has started this process anew after a failure: then the run goes on from where it was, not from
-    where it was told to begin."""
+    """Return True if torchrun has restarted this process after a failure. Then the run continues from its latest
+    checkpoint, whatever ``load_step`` says."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
 
 
-def _changes(saved: dict[str, Any], own: dict[str, Any]) -> list[tuple[str, Any, Any]]:
-    """The keys of [model] that differ, the shape's beside the name; seq_len is no property of the weights."""
-    old, new = ({"name": m["name"], "flavor": m["flavor"], **m["args"]} for m in (saved, own))
-    for shape in (old, new):
-        shape.pop("max_seq_len", None)
+def _changes(saved: dict[str, Any], current: dict[str, Any]) -> list[tuple[str, Any, Any]]:
+    """Return (key, saved, current) for each model setting that differs, except max_seq_len: no weight depends on it.
+    Return nothing if only the flavor's name differs."""
+    old, new = ({"name": m["name"], "flavor": m["flavor"], **m["args"]} for m in (saved, current))
+    for settings in (old, new):
+        settings.pop("max_seq_len", None)
     changed = [(key, old.get(key), new.get(key)) for key in {**old, **new} if old.get(key) != new.get(key)]
     return changed if any(key != "flavor" for key, _, _ in changed) else []
 

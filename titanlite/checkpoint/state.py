@@ -1,5 +1,6 @@
-"""What a checkpoint holds of a training process, as tensors by name: ``model.<name>``, ``optimizer.<name>.<key>`` and
-``random.<rank>.<generator>``. Writing to the tensors of the model and the optimizer changes those."""
+"""The state of a training process in a checkpoint: a dictionary of tensors named ``model.<name>``,
+``optimizer.<name>.<key>`` and ``random.<rank>.<generator>``. The tensors of the model and the optimizer are references,
+not copies: a write to them changes the model or the optimizer."""
 
 from __future__ import annotations
 
@@ -18,12 +19,12 @@ State = dict[str, Tensor]
 
 
 def model_state(parts: Iterable[nn.Module]) -> State:
-    """Parameters and persistent buffers; ``parts`` are the module, or those of this process's pipeline stages."""
+    """Return parameters and persistent buffers. ``parts`` is the model, or the pipeline stages of this process."""
     return {f"model.{name}": tensor for part in parts for name, tensor in part.state_dict().items()}
 
 
 def buffer_names(parts: Iterable[nn.Module]) -> set[str]:
-    """The names of :func:`model_state` that are no parameters."""
+    """Return the names in :func:`model_state` that belong to buffers."""
     names = set()
     for part in parts:
         parameters = {name for name, _ in part.named_parameters(remove_duplicate=False)}
@@ -32,7 +33,7 @@ def buffer_names(parts: Iterable[nn.Module]) -> set[str]:
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer, parts: Iterable[nn.Module]) -> State:
-    """The state of each parameter, by the parameter's name. (Hyperparameters are the configuration's.)"""
+    """Return the optimizer state of each parameter. Hyperparameters are not saved; they come from the configuration."""
     state = {}
     for part in parts:
         for name, param in part.named_parameters():
@@ -43,9 +44,11 @@ def optimizer_state(optimizer: torch.optim.Optimizer, parts: Iterable[nn.Module]
 
 
 def prepare_optimizer(optimizer: torch.optim.Optimizer, parts: Iterable[nn.Module], saved: Iterable[str]) -> None:
-    """Let the optimizer create its state for the parameters that have some in ``saved``, to be loaded into: a step with
-    gradients of zero, at a rate of zero. A parameter that never had a gradient has none; where none has any, what was
-    saved is of an optimizer without, and this one shows whether it is one: it makes all that it has."""
+    """Make the optimizer create its state, to load into, by a step with zero gradients at learning rate 0.
+
+    Only parameters with state in ``saved`` get a gradient, because a parameter without gradients has no state. If
+    ``saved`` has none at all, every parameter gets one, so that an optimizer with state shows up as another optimizer.
+    """
     with_state = {name.removeprefix("optimizer.").rpartition(".")[0] for name in saved if name.startswith("optimizer.")}
     rates = [group["lr"] for group in optimizer.param_groups]
     for group in optimizer.param_groups:
@@ -60,15 +63,15 @@ def prepare_optimizer(optimizer: torch.optim.Optimizer, parts: Iterable[nn.Modul
 
 
 def random_state(rank: int, device: torch.device) -> State:
-    """Copies of the state of this process's random generators."""
+    """Return copies of the states of the random generators of this process."""
     version, numbers, gauss = random.getstate()
     assert version == 3
-    numpys: Any = np.random.get_state()
-    name, keys, position, has_gauss, cached = numpys
+    numpy_state: Any = np.random.get_state()
+    name, keys, position, has_gauss, cached = numpy_state
     assert name == "MT19937"
     state = {
         "torch": torch.get_rng_state(),
-        # A cached Gaussian is a float64; NaN where there is none.
+        # The cached Gaussian is a float64; NaN means that there is none.
         "python": torch.tensor(numbers, dtype=torch.int64),
         "python_gauss": torch.tensor(float("nan") if gauss is None else gauss, dtype=torch.float64),
         "numpy": torch.tensor([*keys.tolist(), position, has_gauss], dtype=torch.int64),
@@ -80,31 +83,31 @@ def random_state(rank: int, device: torch.device) -> State:
 
 
 def set_random_state(state: Mapping[str, Tensor], rank: int, device: torch.device) -> None:
-    """Put the generators where :func:`random_state` found them; those that ``state`` has not stay where they are."""
-    own = {name.rpartition(".")[2]: tensor for name, tensor in state.items() if name.startswith(f"random.{rank}.")}
-    if not own:
+    """Restore the generators from :func:`random_state`; generators that are not in ``state`` stay unchanged."""
+    local = {name.rpartition(".")[2]: tensor for name, tensor in state.items() if name.startswith(f"random.{rank}.")}
+    if not local:
         return
-    torch.set_rng_state(own["torch"])
-    gauss = own["python_gauss"].item()
-    random.setstate((3, tuple(own["python"].tolist()), None if gauss != gauss else gauss))
-    *keys, position, has_gauss = own["numpy"].tolist()
-    np.random.set_state(("MT19937", np.array(keys, dtype=np.uint32), position, has_gauss, own["numpy_gauss"].item()))
-    if "cuda" in own:
-        torch.cuda.set_rng_state(own["cuda"], device)
+    torch.set_rng_state(local["torch"])
+    gauss = local["python_gauss"].item()
+    random.setstate((3, tuple(local["python"].tolist()), None if gauss != gauss else gauss))
+    *keys, position, has_gauss = local["numpy"].tolist()
+    np.random.set_state(("MT19937", np.array(keys, dtype=np.uint32), position, has_gauss, local["numpy_gauss"].item()))
+    if "cuda" in local:
+        torch.cuda.set_rng_state(local["cuda"], device)
 
 
-def differences(saved: Mapping[str, torch.Size], own: Mapping[str, Tensor]) -> tuple[list[str], list[str]]:
-    """The names of ``own`` that were not saved, and those whose shapes were others, in words."""
-    missing = [name for name in own if name not in saved]
-    others = [
+def differences(saved: Mapping[str, torch.Size], state: Mapping[str, Tensor]) -> tuple[list[str], list[str]]:
+    """Return the names in ``state`` that were not saved, and one line for each tensor whose saved shape differs."""
+    missing = [name for name in state if name not in saved]
+    mismatches = [
         f"{name} is {tuple(tensor.shape)}, was {tuple(saved[name])}"
-        for name, tensor in own.items()
+        for name, tensor in state.items()
         if name in saved and saved[name] != tensor.shape
     ]
-    return missing, others
+    return missing, mismatches
 
 
 def local_bytes(state: Mapping[str, Tensor]) -> int:
-    """What this process has of ``state``."""
-    locals_ = (t.to_local() if isinstance(t, DTensor) else t for t in state.values())
-    return sum(t.numel() * t.element_size() for t in locals_)
+    """Return the bytes of ``state`` that this process holds."""
+    tensors = (t.to_local() if isinstance(t, DTensor) else t for t in state.values())
+    return sum(t.numel() * t.element_size() for t in tensors)

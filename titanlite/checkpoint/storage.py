@@ -1,7 +1,7 @@
-"""Reading and writing checkpoints together: every process its part, through ``torch.distributed.checkpoint`` (DCP).
+"""Read and write distributed checkpoints: every process handles its shards (``torch.distributed.checkpoint``, DCP).
 
 A checkpoint is a folder of DCP's files (``__<rank>_<n>.distcp`` and ``.metadata``), ``checkpoint.json`` (:class:`Info`)
-and ``SHA256SUMS``. All functions that take a group are called by all its processes, and fail on all of them alike.
+and ``SHA256SUMS``. All processes of a group must call a function that takes a group; if it fails, it fails on all.
 """
 
 from __future__ import annotations
@@ -51,19 +51,19 @@ T = TypeVar("T")
 
 @dataclass
 class Info:
-    """What is not tensors: plain values, in ``checkpoint.json``.
+    """The values of a checkpoint that are not tensors; saved in ``checkpoint.json``.
 
     Attributes:
-        step: optimizer steps made.
-        model: its ``name``, ``flavor`` and ``args``.
-        tokenizer_path: as configured; empty for the shipped one.
-        weights_only: there are no optimizer and random states.
-        world_size: processes that saved it.
-        seed: of the run.
-        tokens_seen: of all devices.
-        buffers: the names of tensors of the model that are no parameters.
+        step: the number of optimizer steps made.
+        model: ``name``, ``flavor`` and ``args`` of the model.
+        tokenizer_path: the configured path; empty for the shipped tokenizer.
+        weights_only: True if the checkpoint has no optimizer and random states.
+        world_size: the number of processes that saved the checkpoint.
+        seed: the seed of the run.
+        tokens_seen: training tokens, summed over all devices.
+        buffers: the names of the model's tensors that are buffers, not parameters.
         data: the position of the data loader.
-        step_guard: what the coming verdicts on steps depend on.
+        step_guard: the state of the step guard, on which its next verdicts depend.
     """
 
     step: int
@@ -79,22 +79,22 @@ class Info:
 
 
 class SaveError(Exception):
-    """A checkpoint could not be written; on all processes."""
+    """A checkpoint could not be written. Raised on all processes."""
 
 
-# ---- together
+# ---- collective calls
 
 
 def on_all(group: dist.ProcessGroup | None, function: Callable[[], T]) -> list[T]:
-    """Call ``function`` on every process; returns what each returned, by rank.
+    """Call ``function`` on every process; return all results, ordered by rank.
 
     Raises:
-        SaveError: on all, if it raised on any.
+        SaveError: on all processes, if ``function`` raised on any of them.
     """
     try:
         result: tuple[T | None, str] = (function(), "")
-    except Exception as e:  # whatever it is, the others must not wait for this process
-        result = (None, f"rank {dist.get_rank()}: {_words(e)}")
+    except Exception as e:  # any exception: the other processes must not wait for this one
+        result = (None, f"rank {dist.get_rank()}: {_message(e)}")
     results: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(results, result, group=group)
     errors = [error for _, error in results if error]
@@ -104,10 +104,10 @@ def on_all(group: dist.ProcessGroup | None, function: Callable[[], T]) -> list[T
 
 
 def from_rank_zero(group: dist.ProcessGroup | None, function: Callable[[], T]) -> T:
-    """Call ``function`` on rank 0; returns what it returned on every process.
+    """Call ``function`` on rank 0; return its result on every process.
 
     Raises:
-        ConfigError: on every process, if it raised that, or met what the operating system refuses.
+        ConfigError: on every process, if ``function`` raised ConfigError or OSError.
     """
     outcome: list[Any] = [None, None]
     if dist.get_rank() == 0:
@@ -129,7 +129,7 @@ def from_rank_zero(group: dist.ProcessGroup | None, function: Callable[[], T]) -
 
 
 class _HashingFileSystem(FileSystem):
-    """DCP's own, with the SHA-256 of each file made as it is written."""
+    """DCP's file system, which also computes the SHA-256 of each file during writing."""
 
     def __init__(self) -> None:
         self.sums: dict[str, str] = {}
@@ -149,10 +149,10 @@ class _HashingFileSystem(FileSystem):
 
 
 def save(root: Path, state: State, info: Info, group: dist.ProcessGroup | None) -> Path:
-    """Write the checkpoint ``root/step-N`` of ``info.step``; returns its folder. Complete, or not there.
+    """Write the checkpoint ``root/step-N``, where N is ``info.step``, atomically; return its folder.
 
     Raises:
-        SaveError: what the operating system refused, on any process. There is nothing new then.
+        SaveError: writing failed on any process. Then no new checkpoint exists.
     """
     partial, final = partial_folder(root, info.step), step_folder(root, info.step)
 
@@ -174,7 +174,7 @@ def save(root: Path, state: State, info: Info, group: dist.ProcessGroup | None) 
         on_all(group, (lambda: end(sums)) if is_first else _nothing)
     except SaveError:
         if is_first:
-            shutil.rmtree(partial, ignore_errors=True)  # the disk may be full
+            shutil.rmtree(partial, ignore_errors=True)  # frees the space: the disk may be full
         raise
     return final
 
@@ -184,28 +184,28 @@ def _nothing() -> None:
 
 
 def _write_tensors(folder: Path, state: State, group: dist.ProcessGroup | None) -> dict[str, str]:
-    """Returns the SHA-256 of all processes' files by name."""
-    # By default it copies ahead, to overlap with writing, and waits for training's stream for that: here only where
-    # there is something to copy.
+    """Write the tensors; return file name -> SHA-256 for the files of all processes."""
+    # By default the writer copies tensors ahead, to overlap with writing, and for that waits for the training stream.
+    # Copy ahead only if there are tensors on a GPU.
     on_device = any(tensor.device.type != "cpu" for tensor in state.values())
     writer = FileSystemWriter(folder, sync_files=True, per_thread_copy_ahead=_COPY_AHEAD if on_device else 0)
     writer.fs = files = _HashingFileSystem()
     planner = DefaultSavePlanner(flatten_state_dict=False)
     try:
-        # There is a SHA-256 of the same bytes; and PyTorch holds Python's lock while it computes a CRC-32.
+        # CRC-32 adds nothing to SHA-256, and PyTorch holds the interpreter lock while it computes a CRC-32.
         with config.patch({"save.compute_crc32": False}):  # type: ignore[attr-defined]
             save_tensors(state, storage_writer=writer, planner=planner, process_group=group)
     except CheckpointException as e:
         raise SaveError(
-            "; ".join(f"rank {rank}: {_words(failure[0])}" for rank, failure in sorted(e.failures.items()))
+            "; ".join(f"rank {rank}: {_message(failure[0])}" for rank, failure in sorted(e.failures.items()))
         ) from e
     sums: dict[str, str] = {}
-    for own in on_all(group, lambda: files.sums):
-        sums |= own
+    for rank_sums in on_all(group, lambda: files.sums):
+        sums |= rank_sums
     return sums
 
 
-def _words(error: BaseException) -> str:
+def _message(error: BaseException) -> str:
     return str(error) if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
 
 
@@ -213,11 +213,11 @@ def _words(error: BaseException) -> str:
 
 
 def read_info(folder: Path) -> Info:
-    """What is not tensors of the checkpoint ``folder``.
+    """Read and verify ``checkpoint.json`` of the checkpoint ``folder``.
 
     Raises:
-        ConfigError: it is no checkpoint, or of a version that this one does not know.
-        DamagedCheckpoint: it is one, and this file is not what was written, or the checksums are not.
+        ConfigError: the folder is not a checkpoint, or its format version is unknown.
+        DamagedCheckpoint: ``checkpoint.json`` or ``SHA256SUMS`` is missing or changed.
     """
     try:
         text = (folder / INFO).read_bytes()
@@ -228,7 +228,7 @@ def read_info(folder: Path) -> Info:
             f"{folder} is no checkpoint of titanlite: it has no {INFO}; a checkpoint is a folder such as "
             "outputs/checkpoint/step-100"
         ) from None
-    # Whatever else is verified: a change here could be mistaken for another version, or for other values.
+    # Always verified, whatever checkpoint.verify says: a changed file could pass for another version or other values.
     if hashlib.sha256(text).hexdigest() != read_sums(folder).get(INFO):
         raise DamagedCheckpoint(folder, [f"{INFO} is changed"])
     content = json.loads(text)
@@ -238,33 +238,36 @@ def read_info(folder: Path) -> Info:
 
 
 def verify(folder: Path, group: dist.ProcessGroup | None = None) -> int:
-    """Read all files of a checkpoint, each process its share, and compare their checksums; returns their bytes.
+    """Read all files of a checkpoint, shared out among the processes, and compare their checksums.
+
+    Returns:
+        The total size in bytes.
 
     Raises:
-        DamagedCheckpoint: on all processes; with every file that is not what was written.
+        DamagedCheckpoint: on all processes; ``problems`` lists every missing, changed or unreadable file.
     """
 
-    def listed() -> tuple[dict[str, str], dict[str, int]]:
+    def sums_and_sizes() -> tuple[dict[str, str], dict[str, int]]:
         sums = read_sums(folder)
         return sums, {name: (folder / name).stat().st_size if (folder / name).is_file() else 0 for name in sums}
 
     if not dist.is_initialized():
-        sums, sizes = listed()
+        sums, sizes = sums_and_sizes()
         problems = problems_of(folder, sums, sums)
     else:
-        sums, sizes = from_rank_zero(group, listed)
-        # The largest first, dealt in turn.
-        own = sorted(sums, key=lambda name: (-sizes[name], name))[dist.get_rank() :: dist.get_world_size(group)]
-        found: list[Any] = [None] * dist.get_world_size(group)
-        dist.all_gather_object(found, problems_of(folder, sums, own), group=group)
-        problems = sorted(problem for part in found for problem in part)
+        sums, sizes = from_rank_zero(group, sums_and_sizes)
+        # Files in order of size, largest first; each rank takes every n-th.
+        names = sorted(sums, key=lambda name: (-sizes[name], name))[dist.get_rank() :: dist.get_world_size(group)]
+        gathered: list[Any] = [None] * dist.get_world_size(group)
+        dist.all_gather_object(gathered, problems_of(folder, sums, names), group=group)
+        problems = sorted(problem for rank_problems in gathered for problem in rank_problems)
     if problems:
         raise DamagedCheckpoint(folder, problems)
     return sum(sizes.values())
 
 
 def saved_shapes(folder: Path) -> dict[str, torch.Size]:
-    """The tensors of a checkpoint, by name."""
+    """Return tensor name -> shape for the tensors of a checkpoint."""
     entries = _metadata(folder).state_dict_metadata
     return {name: entry.size for name, entry in entries.items() if isinstance(entry, TensorStorageMetadata)}
 
@@ -274,19 +277,18 @@ def _metadata(folder: Path) -> Metadata:
         return FileSystemReader(folder).read_metadata()
     except FileNotFoundError:
         raise DamagedCheckpoint(folder, [".metadata is missing"]) from None
-    except Exception as e:  # whatever unpickling raises
+    except Exception as e:  # unpickling can raise any exception
         raise DamagedCheckpoint(folder, [f".metadata cannot be read ({type(e).__name__}: {e})"]) from None
 
 
 def load(folder: Path, state: Mapping[str, Tensor], group: dist.ProcessGroup | None = None) -> None:
-    """Fill the tensors of ``state``, sharded in any way, from those of the same names; other dtypes are converted. In a
-    program without processes that know each other, alone.
+    """Copy the saved tensors into the tensors of the same names in ``state``, with any sharding; dtypes are converted.
+    Also works in a single process where ``torch.distributed`` is not initialized.
 
     Raises:
         DamagedCheckpoint: a file is missing, or cannot be read.
     """
     planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
-    alone = not dist.is_initialized()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         try:
@@ -295,10 +297,10 @@ def load(folder: Path, state: Mapping[str, Tensor], group: dist.ProcessGroup | N
                 storage_reader=FileSystemReader(folder),
                 planner=planner,
                 process_group=group,
-                no_dist=alone,
+                no_dist=not dist.is_initialized(),
             )
         except CheckpointException as e:
-            problems = [f"rank {rank}: {_words(failure[0])}" for rank, failure in sorted(e.failures.items())]
+            problems = [f"rank {rank}: {_message(failure[0])}" for rank, failure in sorted(e.failures.items())]
             raise DamagedCheckpoint(folder, problems) from e
 
 

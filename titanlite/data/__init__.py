@@ -1,4 +1,4 @@
-"""Training data: sources of documents, tokenizers, and the loader that packs one into batches of the other."""
+"""Training data: sources of documents, tokenizers, and the loader that packs tokenized documents into batches."""
 
 from titanlite.data import local, streamed  # noqa: F401  (registers the sources)
 from titanlite.data.held_out import PartOfSource, is_held_out

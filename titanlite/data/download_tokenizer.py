@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from titanlite.errors import ConfigError
 
-# What titanlite.data.load_tokenizer can use; a model publishes at least one of the first and the last.
+# With tokenizer.model, the files that load_tokenizer reads. A model publishes tokenizer.json or tokenizer.model.
 _HUGGING_FACE_FILES = ("tokenizer.json", "tokenizer_config.json")
 _PROBE_TIMEOUT_S = 10.0
 
 
 def download(repo_id: str, token: str | None, local_dir: str, tokenizer_path: str) -> list[str]:
-    """Download those of the tokenizer's files that the repository has.
+    """Download the tokenizer's files, as far as the repository has them.
 
     Args:
         tokenizer_path: the folder in the repository that holds tokenizer.model; "" for its root.
@@ -26,13 +26,13 @@ def download(repo_id: str, token: str | None, local_dir: str, tokenizer_path: st
 
     model = f"{tokenizer_path.rstrip('/')}/tokenizer.model" if tokenizer_path else "tokenizer.model"
     try:
-        # One request first, because the download alone retries for 20 seconds and more without a network.
-        listed = HfApi().model_info(repo_id, token=token, timeout=_PROBE_TIMEOUT_S).siblings or []
-        there = {file.rfilename for file in listed}
-        wanted = [name for name in (*_HUGGING_FACE_FILES, model) if name in there]
-        if "tokenizer.json" not in wanted and model not in wanted:
+        # A request with a timeout first: without a network, the download alone retries for 20 seconds or more.
+        siblings = HfApi().model_info(repo_id, token=token, timeout=_PROBE_TIMEOUT_S).siblings or []
+        published = {file.rfilename for file in siblings}
+        names = [name for name in (*_HUGGING_FACE_FILES, model) if name in published]
+        if "tokenizer.json" not in names and model not in names:
             raise ConfigError(f"{repo_id} has neither tokenizer.json nor {model}; correct --tokenizer_path")
-        return [hf_hub_download(repo_id, filename=name, local_dir=local_dir, token=token) for name in wanted]
+        return [hf_hub_download(repo_id, filename=name, local_dir=local_dir, token=token) for name in names]
     except ConfigError:
         raise
     except GatedRepoError as error:
@@ -45,7 +45,7 @@ def download(repo_id: str, token: str | None, local_dir: str, tokenizer_path: st
             f"{repo_id}: there is no such repository, or it is private; check --repo_id (such as "
             "meta-llama/Llama-3.1-8B) and --hf_token"
         ) from error
-    except Exception as error:  # the hub library's own, and those of the HTTP library under it
+    except Exception as error:  # exceptions of the hub library and of its HTTP library
         reason = (str(error).strip().splitlines() or ["no message"])[0]
         raise ConfigError(
             f"{repo_id}: the hub cannot be reached or refuses ({type(error).__name__}: {reason}); check the network, "

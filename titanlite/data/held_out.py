@@ -1,4 +1,4 @@
-"""A source in two parts that share no document: what training reads, and what is held out for validation."""
+"""Split a source into two disjoint parts: documents for training, and documents held out for validation."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from titanlite.data.sources import MIN_DOCUMENTS, Position, RandomAccessSource, 
 
 
 def is_held_out(text: str, percent: float) -> bool:
-    """Whether a document is among the ``percent`` of all that are held out.
+    """Return True if a document belongs to the ``percent`` of all documents that are held out.
 
-    Its text alone decides, so that it is on the same side in every source, with every seed, order and number of
-    processes, and so are all its copies.
+    The decision depends only on a hash of the text. It is therefore the same in every source, for every seed, order and
+    number of processes, and for all copies of the document.
     """
     digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
     return int.from_bytes(digest, "big") < percent / 100 * 2**64
 
 
 class PartOfSource(Source):
-    """The documents of ``source`` that are held out, or those that are not; positions are those of ``source``.
+    """The held-out documents of ``source``, or all others; positions are those of ``source``.
 
     Attributes:
-        read, kept: how many documents were read so far in this process, and how many of them belong to this part.
+        read, kept: the number of documents that this process has read, and the number of them that are in this part.
     """
 
     def __init__(self, source: Source, percent: float, *, held_out: bool) -> None:
@@ -35,8 +35,8 @@ class PartOfSource(Source):
         self.read = self.kept = 0
 
     def num_shards(self, at_most: int) -> int:
-        """As the whole source for what is left of it. The few documents held out make fewer shards: of 16 documents,
-        as far as one can tell, or where their number is not known, of a file."""
+        """Return the number of shards: that of ``source`` for the training part. The held-out part is small and gets
+        fewer: about 16 documents or more per shard, or, if the number of documents is unknown, one file or more."""
         if not self._held_out:
             return self._source.num_shards(at_most)
         if isinstance(self._source, RandomAccessSource):

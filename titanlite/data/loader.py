@@ -1,8 +1,8 @@
-"""The loader: packs documents into sequences, the same global batches on any number of processes.
+"""The data loader: packs documents into sequences. Global batches do not depend on the number of processes.
 
-The k-th global batch of B sequences depends on the source, its seed, B and seq_len alone. The documents are dealt to V
-virtual shards (V divides B), each an endless stream of BOS + document + EOS. Slot b of every global batch is the next
-sequence of shard b mod V. A rank owns a contiguous range of slots, and reads those shards that its slots need.
+The k-th global batch of B sequences depends only on the source, its seed, B and seq_len. The documents are dealt to V
+virtual shards (V divides B). Each shard is an endless stream of BOS + document + EOS. Slot b of every global batch is
+the next sequence of shard b mod V. A rank owns a contiguous range of slots, and reads the shards of these slots.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from titanlite.errors import ConfigError
 
 @dataclass(frozen=True)
 class Batch:
-    """One optimizer step of one data-parallel rank.
+    """The tokens of one data-parallel rank for one optimizer step.
 
     Attributes:
         inputs: int64 [n_microbatches, local_batch_size, seq_len].
-        labels: the same shape; ``labels[..., i]`` is the token after ``inputs[..., i]``.
+        labels: int64, the same shape; ``labels[..., i]`` is the token after ``inputs[..., i]``.
     """
 
     inputs: torch.Tensor
@@ -36,21 +36,21 @@ class Batch:
 
 
 class DataLoader:
-    """An endless iterator of :class:`Batch`, prepared ahead by a thread.
+    """An endless iterator of :class:`Batch`. A thread prepares the batches ahead of time.
 
     Args:
         seq_len: tokens per sequence.
         global_batch_size: sequences per optimizer step, over all ranks.
         local_batch_size: sequences per forward pass of this rank.
-        dp_rank, dp_degree: this process's place among the data-parallel ranks.
+        dp_rank, dp_degree: the data-parallel rank of this process, and the number of data-parallel ranks.
         pin_memory: put batches in page-locked memory, for asynchronous copies to a GPU.
-        prefetch: batches to keep ready.
+        prefetch: the number of batches to keep ready.
 
     Attributes:
-        identity: plain values that all ranks must share for their batches to be one global batch.
+        identity: plain values; they must be equal on all ranks, or the batches do not form one global batch.
 
     Raises:
-        ConfigError: the batch sizes do not divide; also from ``next()``, where reading or packing fails.
+        ConfigError: the batch sizes do not divide. ``next()`` raises it too, if reading or packing fails.
     """
 
     def __init__(
@@ -86,8 +86,8 @@ class DataLoader:
             "vocab_size": tokenizer.vocab_size,
         }
         shards = sorted({shard for shard, _ in self._slots})
-        self._handed_out = _Progress(0, dict.fromkeys(shards, BEGINNING))
-        self._ahead: Prefetcher[tuple[Batch, _Progress]] | None = None
+        self._progress = _Progress(0, dict.fromkeys(shards, BEGINNING))
+        self._prefetcher: Prefetcher[tuple[Batch, _Progress]] | None = None
         self._closed = False
 
     def __iter__(self) -> DataLoader:
@@ -96,46 +96,47 @@ class DataLoader:
     def __next__(self) -> Batch:
         if self._closed:
             raise RuntimeError("the loader was closed")
-        # Started here and not on construction, so that a position can be loaded first.
-        if self._ahead is None:
-            self._ahead = Prefetcher(self._batches(self._handed_out), self._prefetch)
-        batch, self._handed_out = self._ahead.get()
+        # The thread starts here, not in the constructor, so that a position can be loaded first.
+        if self._prefetcher is None:
+            self._prefetcher = Prefetcher(self._batches(self._progress), self._prefetch)
+        batch, self._progress = self._prefetcher.get()
         return batch
 
     def state_dict(self) -> dict[str, Any]:
-        """The position after the last batch that ``next()`` returned, of the shards that this rank reads.
+        """Return the position after the last batch that ``next()`` returned, for the shards that this rank reads.
 
-        Plain strings and integers: ``step``, ``identity``, and ``shards``, which maps a shard's number (a string) to
-        [epoch, part, document, token]. Owners of the same shard give the same entry; see :func:`merge_states`.
+        The values are plain strings and integers: ``step``, ``identity``, and ``shards``: shard number (a string) ->
+        [epoch, part, document, token]. Ranks that read the same shard return the same entry; see :func:`merge_states`.
         """
-        shards = {str(shard): [p.epoch, *p.position, p.token] for shard, p in self._handed_out.shards.items()}
-        return {"step": self._handed_out.step, "identity": dict(self.identity), "shards": shards}
+        shards = {str(shard): [p.epoch, *p.position, p.token] for shard, p in self._progress.shards.items()}
+        return {"step": self._progress.step, "identity": dict(self.identity), "shards": shards}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue where ``state``, merged from all ranks of any number, was saved.
+        """Continue from ``state``, the merged state of all ranks; their number may have been another.
 
         Raises:
-            ConfigError: it was saved with another corpus, seed, tokenizer size, global batch size or seq_len.
+            ConfigError: the state has another corpus, seed, tokenizer size, global batch size or seq_len.
+            ValueError: the state lacks a shard that this rank reads.
         """
         _check_identity(state["identity"], self.identity)
-        missing = [shard for shard in self._handed_out.shards if str(shard) not in state["shards"]]
+        missing = [shard for shard in self._progress.shards if str(shard) not in state["shards"]]
         if missing:
             raise ValueError(f"the state lacks the data shards {missing}: merge the states of all ranks first")
-        if self._ahead is not None:
-            self._ahead.close()
-            self._ahead = None
-        saved = {shard: [int(number) for number in state["shards"][str(shard)]] for shard in self._handed_out.shards}
+        if self._prefetcher is not None:
+            self._prefetcher.close()
+            self._prefetcher = None
+        saved = {shard: [int(number) for number in state["shards"][str(shard)]] for shard in self._progress.shards}
         places = {shard: Place(n[0], Position(n[1], n[2]), n[3]) for shard, n in saved.items()}
-        self._handed_out = _Progress(int(state["step"]), places)
+        self._progress = _Progress(int(state["step"]), places)
 
     def close(self) -> None:
-        """End the thread; ``state_dict()`` still works afterwards."""
+        """Stop the thread; ``state_dict()`` still works afterwards."""
         self._closed = True
-        if self._ahead is not None:
-            self._ahead.close()
+        if self._prefetcher is not None:
+            self._prefetcher.close()
 
     def _batches(self, begin: _Progress) -> Iterator[tuple[Batch, _Progress]]:
-        """Every step from ``begin`` on, with the progress that holds after it."""
+        """Yield the batch of each step after ``begin``, with the progress after that step."""
         streams = {
             shard: ShardStream(self._source, shard, self._num_shards, self._seq_len, place)
             for shard, place in begin.shards.items()
@@ -149,7 +150,7 @@ class DataLoader:
             yield self._assemble([rows[shard][sequence] for shard, sequence in self._slots]), progress
 
     def _assemble(self, rows: list[NDArray[np.int32]]) -> Batch:
-        """Rows of seq_len + 1 tokens, in the order of the slots, to the inputs and labels of the microbatches."""
+        """Convert rows of seq_len + 1 tokens, in slot order, to the inputs and labels of the microbatches."""
         tokens = torch.from_numpy(np.stack(rows).astype(np.int64))
         inputs = tokens[:, :-1].reshape(self._shape).contiguous()
         labels = tokens[:, 1:].reshape(self._shape).contiguous()
@@ -159,7 +160,7 @@ class DataLoader:
 
 
 def merge_states(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """One state of all shards from the ``state_dict()`` of every rank, all after the same step."""
+    """Merge the ``state_dict()`` of all ranks, taken after the same step, into one state of all shards."""
     merged = {**states[0], "shards": {}}
     for state in states:
         if (state["step"], state["identity"]) != (merged["step"], merged["identity"]):
@@ -170,7 +171,7 @@ def merge_states(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class _Progress:
-    """How many steps were made, and where each shard is after them."""
+    """The number of steps made, and the position of each shard after them."""
 
     step: int
     shards: dict[int, Place]
@@ -198,9 +199,11 @@ def _check_sizes(seq_len: int, global_batch_size: int, local_batch_size: int, dp
         )
 
 
-def _check_identity(saved: dict[str, Any], own: dict[str, str | int]) -> None:
+def _check_identity(saved: dict[str, Any], current: dict[str, str | int]) -> None:
     changed = [
-        f"{key} was {saved.get(key)}, is {own.get(key)}" for key in {**saved, **own} if saved.get(key) != own.get(key)
+        f"{key} was {saved.get(key)}, is {current.get(key)}"
+        for key in {**saved, **current}
+        if saved.get(key) != current.get(key)
     ]
     if changed:
         raise ConfigError(

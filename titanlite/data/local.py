@@ -1,4 +1,4 @@
-"""Sources that read local files at random: the standard library, text files, JSON lines."""
+"""Sources with random access to local files: the standard library, text files, JSON lines."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from titanlite.data.files import find_files, require_path, unreadable
 from titanlite.data.sources import SOURCES, RandomAccessSource, Source, SourceOptions
 from titanlite.errors import ConfigError
 
-# Larger files are cut here, so that one big file still makes many documents to shuffle and deal.
+# Larger files are cut into documents of this size, so that one big file gives many documents to shuffle and deal.
 _DOCUMENT_BYTES = 64 * 1024
 
 _NOT_LIBRARY = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"}
@@ -58,7 +58,7 @@ class JsonSource(RandomAccessSource):
         return text
 
     def _parse(self, line: bytes) -> tuple[str, str | None]:
-        """(what is wrong, None) or ("", the text)."""
+        """Return (problem, None) if the line is corrupt, else ("", text)."""
         field = self.options.text_field
         try:
             record = json.loads(line.decode("utf-8"))
@@ -102,9 +102,9 @@ def _pystdlib(options: SourceOptions) -> Source:
 def _library_files(root: Path) -> Iterator[Path]:
     for folder, subfolders, names in os.walk(root):
         subfolders[:] = [name for name in subfolders if name not in _NOT_LIBRARY]
-        # _sysconfigdata*.py is written by the build and differs on every machine.
-        chosen = (name for name in names if name.endswith(".py") and not name.startswith("_sysconfigdata"))
-        yield from (Path(folder, name) for name in chosen)
+        # The build of Python writes _sysconfigdata*.py, which differs on every machine.
+        sources = (name for name in names if name.endswith(".py") and not name.startswith("_sysconfigdata"))
+        yield from (Path(folder, name) for name in sources)
 
 
 @SOURCES.register("text")
@@ -133,7 +133,7 @@ def _c4_test(options: SourceOptions) -> Source:
 
 
 def _cut(file: Path) -> list[tuple[int, int]]:
-    """The (begin, end) bytes of a file's documents; none for an empty file."""
+    """Return (begin, end) of each document in bytes; the list is empty for an empty file."""
     try:
         size = file.stat().st_size
         if size <= _DOCUMENT_BYTES:
@@ -150,7 +150,7 @@ def _cut(file: Path) -> list[tuple[int, int]]:
 
 
 def _line_spans(file: Path) -> np.ndarray[tuple[int, ...], np.dtype[np.int64]]:
-    """int64 [lines, 2]: the (begin, end) bytes of each line that can hold an object (``{}`` is two bytes)."""
+    """Return int64 [lines, 2]: the (begin, end) bytes of each line that can hold an object (``{}`` is two bytes)."""
     ends: list[np.ndarray[tuple[int, ...], np.dtype[np.int64]]] = []
     size = 0
     try:

@@ -1,4 +1,4 @@
-"""One virtual shard as an endless stream of tokens, cut into sequences."""
+"""Packing: cut the endless token stream of each virtual shard into sequences."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from titanlite.data.sources import START, Position, Source
 from titanlite.data.tokenizer import Tokenizer
 from titanlite.errors import ConfigError
 
-# Text to fetch per missing token. Less than most text needs: a second round costs little, and tokens that no
-# sequence asks for yet only delay the first step.
+# Characters to fetch per missing token; most text has more characters per token. Then a second, cheap fetch follows,
+# while fetching too much would delay the first step.
 _CHARACTERS_PER_TOKEN = 3
 
 
 class TooLittleText(ConfigError):
-    """A data shard has less than a sequence in a whole epoch."""
+    """The documents of a data shard have fewer tokens in a whole epoch than one sequence needs."""
 
 
 class Place(NamedTuple):
-    """Where the next token of a shard's stream is: its epoch, its document, and its number in BOS + document + EOS."""
+    """The position of the next token in a shard's stream: epoch, document, and index in BOS + document + EOS."""
 
     epoch: int
     position: Position
@@ -36,8 +36,8 @@ BEGINNING = Place(0, START, 0)
 class ShardStream:
     """The endless stream of one shard: BOS + document + EOS, document after document, epoch after epoch.
 
-    Sequence n is the tokens [n * seq_len, (n + 1) * seq_len] of the stream, both ends included: each is input once, and
-    label once.
+    Sequence n is the tokens n * seq_len to (n + 1) * seq_len of the stream, both included. So each token is an input
+    once and a label once.
     """
 
     def __init__(self, source: Source, shard: int, num_shards: int, seq_len: int, place: Place) -> None:
@@ -46,32 +46,32 @@ class ShardStream:
         self._num_shards = num_shards
         self._seq_len = seq_len
         self.place = place
-        # Documents that were tokenized and not used up yet, each from its first token.
+        # Tokenized documents with unused tokens, each stored from its first token.
         self._ready: deque[tuple[Place, NDArray[np.int32]]] = deque()
         self._num_ready = -place.token
         self._epoch = place.epoch
-        # Tokens of the epoch so far; None in an epoch that was entered in its middle, on resume.
+        # Tokens of this epoch so far; None if the stream resumed in the middle of the epoch.
         self._epoch_tokens: int | None = 0 if place.position == START else None
         self._texts = self._read(place)
 
     def missing(self, sequences: int) -> int:
-        """How many tokens the next ``sequences`` sequences still need."""
+        """Return the number of tokens that the next ``sequences`` sequences still need."""
         return max(0, sequences * self._seq_len + 1 - self._num_ready)
 
     def fetch(self, characters: int) -> list[tuple[Place, str]]:
-        """The next documents, of at least so many characters together."""
+        """Return the next documents: at least ``characters`` characters in total, counting BOS and EOS as one each."""
         documents: list[tuple[Place, str]] = []
         while characters > 0:
             place, text = next(self._texts)
             documents.append((place, text))
-            characters -= len(text) + 2  # an empty document is two tokens
+            characters -= len(text) + 2  # BOS and EOS; an empty document has these two tokens
         return documents
 
     def add(self, place: Place, tokens: NDArray[np.int32]) -> None:
-        """Append a document that was tokenized, its BOS and EOS included.
+        """Append a tokenized document, including its BOS and EOS.
 
         Raises:
-            TooLittleText: it begins a new epoch, and the one before had less than a sequence in it.
+            TooLittleText: the document begins a new epoch, and the previous epoch was shorter than one sequence.
         """
         if place.epoch > self._epoch:
             if self._epoch_tokens is not None:
@@ -83,7 +83,7 @@ class ShardStream:
         self._num_ready += len(tokens)
 
     def take(self, sequences: int) -> NDArray[np.int32]:
-        """The next sequences, int32 [sequences, seq_len + 1]; moves on by ``sequences * seq_len`` tokens.
+        """Return the next sequences, int32 [sequences, seq_len + 1]; advance by ``sequences * seq_len`` tokens.
 
         ``missing(sequences)`` must be 0.
         """
@@ -96,7 +96,7 @@ class ShardStream:
     def _advance(self, length: int) -> None:
         self._num_ready -= length
         token = self.place.token + length
-        # The label of the last input is always ready too, so the last document is never used up here.
+        # The label of the last input is in the queue too, so this loop never empties the queue.
         while token >= len(self._ready[0][1]):
             token -= len(self._ready.popleft()[1])
         self.place = self._ready[0][0]._replace(token=token)
@@ -122,9 +122,9 @@ class ShardStream:
 
 
 def fill(streams: Collection[ShardStream], tokenizer: Tokenizer, sequences: int) -> None:
-    """Make ``sequences`` sequences ready in every stream.
+    """Tokenize documents until every stream has ``sequences`` sequences ready.
 
-    All streams' documents are tokenized together, because the tokenizer works on a batch with all cores.
+    The documents of all streams are tokenized as one batch, because the tokenizer uses all cores for a batch.
     """
     while short := [stream for stream in streams if stream.missing(sequences)]:
         fetched = [

@@ -10,14 +10,14 @@ from typing import Generic, TypeVar
 
 T = TypeVar("T")
 
-# How often a thread that waits for room looks whether it was told to end.
+# The interval, in seconds, at which a thread that waits for space in the queue checks the stop event.
 _POLL_S = 0.05
-# A thread inside a network read cannot be interrupted; it is a daemon, so that leaving it behind is harmless.
+# A thread in a network read cannot be interrupted. It is a daemon, so the process can exit without it.
 _JOIN_S = 5.0
 
 
 class Prefetcher(Generic[T]):
-    """Keeps up to ``depth`` items of an endless iterator ready; what the iterator raises, :meth:`get` raises."""
+    """Keeps up to ``depth`` items of an endless iterator ready. :meth:`get` raises the exceptions of the iterator."""
 
     def __init__(self, items: Iterator[T], depth: int) -> None:
         self._queue: queue.Queue[tuple[T | None, BaseException | None]] = queue.Queue(maxsize=depth)
@@ -25,11 +25,11 @@ class Prefetcher(Generic[T]):
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._run, args=(items,), name="titanlite-data", daemon=True)
         self._thread.start()
-        # A thread still inside PyTorch or the tokenizer while the interpreter goes away aborts the process.
+        # If a thread is inside PyTorch or the tokenizer while the interpreter shuts down, the process aborts.
         atexit.register(self.close)
 
     def get(self) -> T:
-        """The next item; waits for it. After an error every call raises it again."""
+        """Wait for the next item and return it. After an error, every call raises that error again."""
         if self._error is None:
             item, self._error = self._queue.get()
         if self._error is not None:
@@ -37,7 +37,7 @@ class Prefetcher(Generic[T]):
         return item  # type: ignore[return-value]  # an item without an error is a T
 
     def close(self) -> None:
-        """End the thread: at once where it waits for room, else after the item it is at."""
+        """Stop the thread: at once if it waits for space in the queue, else after the current item."""
         self._stop.set()
         self._thread.join(_JOIN_S)
         atexit.unregister(self.close)
@@ -48,7 +48,7 @@ class Prefetcher(Generic[T]):
                 self._put(item, None)
                 if self._stop.is_set():
                     return
-        except BaseException as error:  # it belongs to the consumer's thread, whatever it is
+        except BaseException as error:  # get() raises it in the consumer's thread
             self._put(None, error)
 
     def _put(self, item: T | None, error: BaseException | None) -> None:

@@ -1,7 +1,7 @@
-"""What a data source is, the registry of them, and how documents are shuffled and dealt to shards.
+"""The interface of data sources, their registry, and the shuffling and sharding of documents.
 
-A source hands out documents (strings) by virtual shard. Which shard a document belongs to is fixed by the source, the
-seed and the number of shards alone, so that training data do not depend on the number of processes.
+A source returns documents (strings) by virtual shard. The shard of a document depends only on the source, the seed and
+the number of shards. So the training data do not depend on the number of processes.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ logger = logging.getLogger(__name__)
 
 
 class Position(NamedTuple):
-    """Where a document stands in a shard's epoch; opaque to everyone but the source that gave it.
+    """The position of a document in a shard's epoch. Only the source that made it can interpret it.
 
-    ``part`` is the file of a streamed source (always 0 where documents are read at random), ``document`` the
+    ``part`` is the file of a streamed source, and always 0 in a random-access source. ``document`` is the index of the
     document in that part.
     """
 
@@ -35,21 +35,21 @@ class Position(NamedTuple):
 
 START = Position(0, 0)
 
-# Shards advance at the same rate in tokens. With few documents in each, their lengths differ so much that short
-# documents would be repeated many times for each pass over the long ones.
+# The fewest documents per shard. All shards advance at the same rate in tokens. With few documents per shard, their
+# lengths in tokens would differ so much that short shards repeat many times during one epoch of a long shard.
 MIN_DOCUMENTS = 16
 
 
 @dataclass(frozen=True)
 class SourceOptions:
-    """What the builder of a source receives.
+    """The arguments of a source's builder.
 
     Attributes:
         name: the source's name in the registry.
-        path: ``training.dataset_path``; None or "" where unset.
+        path: ``training.dataset_path``; None or "" if unset.
         text_field: the field of a record that holds the text.
-        on_corrupt: "stop" or "skip": what to do with a document that cannot be read.
-        seed: decides which documents form a shard, and their order.
+        on_corrupt: the action for a document that cannot be read: "stop" or "skip".
+        seed: determines the documents of each shard, and their order.
     """
 
     name: str
@@ -60,12 +60,12 @@ class SourceOptions:
 
 
 class Source(ABC):
-    """A corpus.
+    """A corpus of documents.
 
     Attributes:
-        identity: plain values that two runs must share for a position saved by one to mean the same in the other.
-        skipped: documents left out as corrupt so far, in this process (``data.on_corrupt = "skip"``).
-        files: the local files that it reads.
+        identity: plain values. A saved position is valid in another run only if these are equal.
+        skipped: the number of corrupt documents that this process has skipped (``data.on_corrupt = "skip"``).
+        files: the local files that the source reads.
     """
 
     def __init__(self, options: SourceOptions) -> None:
@@ -76,29 +76,30 @@ class Source(ABC):
 
     @abstractmethod
     def num_shards(self, at_most: int) -> int:
-        """Into how many shards to deal the documents: a divisor of ``at_most``, the global batch size."""
+        """Return the number of shards, a divisor of ``at_most``, which is the global batch size."""
 
     @abstractmethod
     def documents(self, shard: int, num_shards: int, epoch: int, start: Position) -> Iterator[tuple[Position, str]]:
-        """One shard's documents in one epoch, each with its position, from ``start`` (inclusive) to the end.
+        """Yield (position, text) of one shard's documents in one epoch, from ``start`` (inclusive) to the end.
 
         Raises:
             ConfigError: a document is corrupt and ``on_corrupt`` is "stop".
         """
 
-    def corrupt(self, where: str, problem: str) -> None:
-        """Report a document that cannot be read: raises, or counts it and warns the first time."""
+    def corrupt(self, location: str, problem: str) -> None:
+        """Report a corrupt document: raise ConfigError, or count it and log a warning for the first one."""
         if self.options.on_corrupt == "stop":
             raise ConfigError(
-                f'{where}: {problem}; correct the file, or leave out such documents with data.on_corrupt = "skip"'
+                f'{location}: {problem}; correct the file, or leave out such documents with data.on_corrupt = "skip"'
             )
         if self.skipped == 0:
-            logger.warning(f'{where}: {problem}; left out, and so is every other one (data.on_corrupt = "skip")')
+            logger.warning(f'{location}: {problem}; left out, and so is every other one (data.on_corrupt = "skip")')
         self.skipped += 1
 
 
 class RandomAccessSource(Source):
-    """A source whose documents are numbered: shuffled once by the seed, dealt, and reshuffled in every epoch."""
+    """A source with indexed documents. They are shuffled once with the seed, dealt to shards, and in every epoch each
+    shard is shuffled again."""
 
     def __init__(self, options: SourceOptions, num_documents: int) -> None:
         super().__init__(options)
@@ -114,31 +115,31 @@ class RandomAccessSource(Source):
 
     @abstractmethod
     def read(self, index: int) -> str | None:
-        """Document ``index``, or None where it is corrupt and was reported."""
+        """Return document ``index``; if it is corrupt, report it with :meth:`corrupt` and return None."""
 
     def num_shards(self, at_most: int) -> int:
-        """The largest divisor of ``at_most`` that leaves every shard at least 16 documents, or else 1."""
+        """Return the largest divisor of ``at_most`` with at least 16 documents in every shard, or else 1."""
         return largest_divisor(at_most, self.num_documents // MIN_DOCUMENTS)
 
     def documents(self, shard: int, num_shards: int, epoch: int, start: Position) -> Iterator[tuple[Position, str]]:
         members = self._shuffled[shard::num_shards]
         order = members[permutation(len(members), self.options.seed, epoch, shard)]
-        for place in range(start.document, len(order)):
-            text = self.read(int(order[place]))
+        for index in range(start.document, len(order)):
+            text = self.read(int(order[index]))
             if text is not None:
-                yield Position(0, place), text
+                yield Position(0, index), text
 
 
 def largest_divisor(number: int, limit: int) -> int:
-    """The largest divisor of ``number`` that is not above ``limit``; 1 where that is below 1."""
+    """Return the largest divisor of ``number`` that is at most ``limit``; 1 if ``limit`` is below 1."""
     return max(d for d in range(1, min(number, max(1, limit)) + 1) if number % d == 0)
 
 
 def permutation(size: int, *key: int) -> NDArray[np.int64]:
-    """A permutation of range(size) that depends on ``key`` alone.
+    """Return a permutation of range(size) that depends only on ``key``.
 
-    Sorted raw draws of the bit generator, because numpy promises to keep those across its versions, and does not
-    promise it for ``Generator.permutation``: a run resumed under another numpy must see the same order.
+    It sorts raw draws of the bit generator. A run resumed with another version of numpy must see the same order, and
+    numpy guarantees a stable stream across versions for these draws, but not for ``Generator.permutation``.
     """
     draws = np.random.PCG64(np.random.SeedSequence(key)).random_raw(size)
     return np.argsort(draws, kind="stable").astype(np.int64)
@@ -151,10 +152,10 @@ SOURCES: Registry[Builder] = Registry("data source", "training.dataset")
 def build_source(
     name: str, *, path: str | None = None, text_field: str = "text", on_corrupt: str = "stop", seed: int
 ) -> Source:
-    """The source called ``name`` (see :class:`SourceOptions` for the arguments).
+    """Build the source registered as ``name`` (see :class:`SourceOptions` for the arguments).
 
     Raises:
-        ConfigError: there is no such source, or its files are missing, unreadable or empty, or its hub is out of reach.
+        ConfigError: there is no such source, its files are missing, unreadable or empty, or the hub is not reachable.
     """
     builder = SOURCES.get(name)
     if on_corrupt not in ("stop", "skip"):

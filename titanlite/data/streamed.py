@@ -1,4 +1,4 @@
-"""Sources streamed through the ``datasets`` library: local parquet files, and named sets on the Hugging Face hub."""
+"""Sources streamed with the ``datasets`` library: local parquet files, and data sets of the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# What `datasets` calls the format of each kind of local file that a hub set is published in.
+# File name suffix -> name of the format in `datasets`, for local copies of data sets of the hub.
 _FORMATS = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".json.gz": "json", ".jsonl.gz": "json"}
 _PROBE_TIMEOUT_S = 10.0
 
 
 class StreamedSource(Source):
-    """Documents read front to back; the files, shuffled by the seed, are dealt to the shards.
+    """A source that reads files from beginning to end. The files are shuffled with the seed and dealt to the shards.
 
-    With V shards over F files, V <= F: shard i reads the shuffled files i, i + V, i + 2V, ... With V > F several
-    shards read the same file, and each keeps its own documents of it (the others are read past), so a set with at
-    least as many files as the global batch has sequences streams best. Within a file the order stays. Shards of
-    unequal size begin their next epochs at different times. A resumed run reads past what it had consumed of the
-    current file, not of those before it.
+    With V shards, F files and V <= F, shard i reads the shuffled files i, i + V, i + 2V, ... With V > F, several shards
+    read the same file, and each keeps a part of its documents and skips the rest. So streaming is fastest if there are
+    at least as many files as sequences in the global batch. The order in a file is kept. Shards of different sizes
+    start their next epochs at different times. A resumed run reads the current file again up to its position, but not
+    the files before it.
     """
 
     def __init__(self, options: SourceOptions, stream: IterableDataset, files: list[Path]) -> None:
@@ -40,7 +40,7 @@ class StreamedSource(Source):
         self._order = permutation(self._num_parts, options.seed).tolist()
 
     def num_shards(self, at_most: int) -> int:
-        """``at_most``: the number of documents of a stream is not known beforehand."""
+        """Return ``at_most``, because the number of documents in a stream is unknown."""
         return at_most
 
     def documents(self, shard: int, num_shards: int, epoch: int, start: Position) -> Iterator[tuple[Position, str]]:
@@ -62,7 +62,7 @@ class StreamedSource(Source):
         try:
             stream = self._stream.shard(num_shards=self._num_parts, index=file)
             yield from enumerate(stream.skip(first), start=first)
-        except Exception as error:  # whatever the reader of that format, or of the network, raises
+        except Exception as error:  # any exception of the reader of the format, or of the network
             problem = f"{self._name_of(file)}: reading failed ({type(error).__name__}: {_first_line(error)})"
             if self.files:
                 raise ConfigError(f"{problem}; replace the file or leave it out of training.dataset_path") from error
@@ -76,8 +76,10 @@ class StreamedSource(Source):
         text = record.get(field)
         if isinstance(text, str):
             return text
-        known = ", ".join(record)
-        problem = f'the field "{field}" is not a string' if field in record else f'no field "{field}" (it has: {known})'
+        fields = ", ".join(record)
+        problem = (
+            f'the field "{field}" is not a string' if field in record else f'no field "{field}" (it has: {fields})'
+        )
         self.corrupt(f"{self._name_of(file)}, row {row + 1}", problem)
         return None
 
@@ -127,7 +129,7 @@ def _stream_files(options: SourceOptions, files: list[Path], file_format: str) -
     names = [str(file) for file in files]
     try:
         stream = load_dataset(file_format, data_files={"train": names}, split="train", streaming=True)
-    except Exception as error:  # datasets reads the first file's header and raises what its reader raises
+    except Exception as error:  # datasets reads the header of the first file; its reader can raise any exception
         raise ConfigError(
             f"cannot be read as {file_format} ({type(error).__name__}: {_first_line(error)}); replace the damaged file",
             key="training.dataset_path",
@@ -142,10 +144,10 @@ def _open_hub(name: str, repo: str, subset: str) -> IterableDataset:
 
     logger.info(f"{name}: streaming {repo} ({subset}) from the Hugging Face hub")
     try:
-        # One request first: load_dataset alone retries for 20 seconds and more on a machine without a network.
+        # A request with a timeout first: without a network, load_dataset alone retries for 20 seconds or more.
         HfApi().dataset_info(repo, timeout=_PROBE_TIMEOUT_S)
         return load_dataset(repo, subset, split="train", streaming=True)
-    except Exception as error:  # the hub library's own, and those of the HTTP library under it
+    except Exception as error:  # exceptions of the hub library and of its HTTP library
         raise ConfigError(
             f"{repo} cannot be read from the Hugging Face hub "
             f"({type(error).__name__}: {_first_line(error)}); check the network, or set training.dataset_path "

@@ -1,4 +1,4 @@
-"""Llama 3's ``tokenizer.model`` (tiktoken's file format) as a ``tokenizers`` BPE: one library encodes everything.
+"""Load Llama 3's ``tokenizer.model`` (tiktoken's file format) as a BPE of the ``tokenizers`` library.
 
 The vocabulary, the split pattern and the special tokens are those published with Llama 3
 (https://github.com/meta-llama/llama3, ``llama/tokenizer.py``).
@@ -24,7 +24,7 @@ _NUM_SPECIAL = 256
 
 
 def special_tokens() -> list[str]:
-    """The 256 special tokens of Llama 3, whose ids follow the last rank."""
+    """Return the 256 special tokens of Llama 3. Their ids follow the last rank."""
     reserved = [f"<|reserved_special_token_{i}|>" for i in range(_NUM_SPECIAL - 5)]
     return [
         "<|begin_of_text|>",
@@ -39,7 +39,7 @@ def special_tokens() -> list[str]:
 
 
 def split_like_llama3() -> pre_tokenizers.PreTokenizer:
-    """Text to words by Llama 3's pattern, then bytes to printable characters."""
+    """Return a pre-tokenizer that splits text with Llama 3's pattern and maps bytes to printable characters."""
     return pre_tokenizers.Sequence(
         [
             pre_tokenizers.Split(tokenizers.Regex(SPLIT_PATTERN), behavior="isolated"),
@@ -49,10 +49,10 @@ def split_like_llama3() -> pre_tokenizers.PreTokenizer:
 
 
 def load_tiktoken(file: Path) -> tokenizers.Tokenizer:
-    """Convert a file of ``base64 rank`` lines.
+    """Load a file of ``base64 rank`` lines.
 
     Raises:
-        ConfigError: the file is a SentencePiece model, or not in this format.
+        ConfigError: the file is a SentencePiece model, or is not in this format.
     """
     ranks = _read_ranks(file)
     character = _byte_characters()
@@ -67,7 +67,7 @@ def load_tiktoken(file: Path) -> tokenizers.Tokenizer:
 
 def _read_ranks(file: Path) -> dict[bytes, int]:
     data = file.read_bytes()
-    # A SentencePiece model is a protobuf whose first field has the tag 0x0a and that always holds an <unk> piece.
+    # A SentencePiece model is a protobuf. Its first field has the tag 0x0a, and it always contains an <unk> piece.
     if data[:1] == b"\n" and b"<unk>" in data:
         raise ConfigError(
             "this is a SentencePiece model (Llama 1 and 2, Mistral), which is not "
@@ -101,25 +101,25 @@ def _read_ranks(file: Path) -> dict[bytes, int]:
 
 
 def _merges(ranks: dict[bytes, int], names: dict[bytes, str]) -> list[tuple[str, str]]:
-    """Every split of every token into two tokens, in the order in which tiktoken would merge them."""
+    """Return every split of every token into two tokens, in the order in which tiktoken would merge them."""
     merges: list[tuple[str, str]] = []
     for token in sorted(ranks, key=ranks.__getitem__):
         splits = [(token[:i], token[i:]) for i in range(1, len(token))]
-        known = [(left, right) for left, right in splits if left in ranks and right in ranks]
-        known.sort(key=lambda pair: (ranks[pair[0]], ranks[pair[1]]))
-        merges += [(names[left], names[right]) for left, right in known]
+        pairs = [(left, right) for left, right in splits if left in ranks and right in ranks]
+        pairs.sort(key=lambda pair: (ranks[pair[0]], ranks[pair[1]]))
+        merges += [(names[left], names[right]) for left, right in pairs]
     return merges
 
 
 def _byte_characters() -> list[str]:
-    """The printable character that stands for each byte in a byte-level BPE (GPT-2's table).
+    """Return the printable character for each byte in a byte-level BPE (GPT-2's table).
 
-    Bytes that print as themselves keep their Latin-1 character; the others take the code points from 256 on, in order.
+    Printable bytes keep their Latin-1 character. All other bytes get the code points from 256 on, in order.
     """
     printable = {
         *range(ord("!"), ord("~") + 1),
         *range(ord("¡"), ord("¬") + 1),
         *range(ord("®"), ord("ÿ") + 1),
     }
-    others = iter(range(256, 512))
-    return [chr(byte if byte in printable else next(others)) for byte in range(256)]
+    code_points = iter(range(256, 512))
+    return [chr(byte if byte in printable else next(code_points)) for byte in range(256)]

@@ -1,4 +1,4 @@
-"""Tokenizers: the small one shipped here, any Hugging Face ``tokenizer.json``, or Llama 3's ``tokenizer.model``."""
+"""Tokenizers: the small shipped one, any Hugging Face ``tokenizer.json``, and Llama 3's ``tokenizer.model``."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from titanlite.errors import ConfigError
 
 SHIPPED = Path(__file__).parent / "assets" / "tokenizer.json"
 
-# (BOS, EOS) of the families in use, looked up where no tokenizer_config.json says which they are. Order matters:
-# GPT-2's <|endoftext|> also appears in vocabularies that have a better pair.
+# (BOS, EOS) of known model families, used if no tokenizer_config.json names them. The order matters: GPT-2's
+# <|endoftext|> also appears in vocabularies that have a better pair.
 _KNOWN_PAIRS = (
     ("<|begin_of_text|>", "<|end_of_text|>"),
     ("<s>", "</s>"),
@@ -30,12 +30,12 @@ _KNOWN_PAIRS = (
 
 
 class Tokenizer:
-    """Text to token ids and back; special tokens are never added, and never read out of the text.
+    """Converts text to token ids and back. It never adds special tokens, and never parses them in the text.
 
     Attributes:
-        vocab_size: size of the id space, special tokens included: every id is below it.
-        bos_id, eos_id: the tokens put before and after each document; equal in families that have only one.
-        path: the file it was read from.
+        vocab_size: the size of the id space, including special tokens; every id is below it.
+        bos_id, eos_id: the ids of the tokens before and after each document; equal if the family has only one.
+        path: the file of the tokenizer.
     """
 
     def __init__(self, backend: tokenizers.Tokenizer, bos_id: int, eos_id: int, path: str) -> None:
@@ -44,33 +44,35 @@ class Tokenizer:
         self.bos_id = bos_id
         self.eos_id = eos_id
         self.path = path
-        # Published files may ask for truncation or padding; both would silently change the corpus.
+        # Published files may enable truncation or padding; both would silently change the corpus.
         backend.no_truncation()
         backend.no_padding()
-        # A document that contains "<|end_of_text|>" as text must not end a document.
+        # The text "<|end_of_text|>" inside a document must not become an EOS token.
         backend.encode_special_tokens = True
 
     def encode(self, text: str) -> list[int]:
-        """The ids of ``text``."""
+        """Return the token ids of ``text``."""
         ids: list[int] = self._backend.encode(text, add_special_tokens=False).ids
         return ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[NDArray[np.int32]]:
-        """One int32 array of ids per text; runs on all cores and without the interpreter's lock."""
+        """Return one int32 array of ids per text. Runs on all cores and releases the interpreter lock."""
         encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
         return [np.asarray(encoding.ids, dtype=np.int32) for encoding in encodings]
 
     @cached_property
     def token_bytes(self) -> NDArray[np.int32] | None:
-        """How many bytes of UTF-8 text each token stands for: int32 [vocab_size], 0 for special tokens and for ids that
-        no token has. None where the tokens are not made of bytes (as in SentencePiece, whose spaces depend on where a
-        token stands): then nothing can be said of a token alone."""
+        """The number of bytes of UTF-8 text of each token, int32 [vocab_size]; 0 for special tokens and unused ids.
+
+        None if the tokenizer is not byte-level. For example, spaces in SentencePiece depend on the position of a token,
+        so a single token has no fixed number of bytes.
+        """
         if not _is_byte_level(self._backend):
             return None
         characters = set(pre_tokenizers.ByteLevel.alphabet())
         sizes = np.zeros(self.vocab_size, dtype=np.int32)
         for token, i in self._backend.get_vocab(with_added_tokens=False).items():
-            # What holds a character that stands for no byte is decoded as it is.
+            # A token with a character that represents no byte is decoded literally.
             sizes[i] = len(token) if characters.issuperset(token) else len(token.encode())
         for i, added in self._backend.get_added_tokens_decoder().items():
             sizes[i] = 0 if added.special else len(added.content.encode())
@@ -78,14 +80,13 @@ class Tokenizer:
         return sizes
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of ``ids``, special tokens included."""
+        """Return the text of ``ids``, including special tokens."""
         text: str = self._backend.decode([int(i) for i in ids], skip_special_tokens=False)
         return text
 
     def save(self, folder: Path) -> None:
         """Write ``tokenizer.json`` and ``tokenizer_config.json`` into ``folder``, for :func:`load_tokenizer` and for
-        ``transformers``; where the tokenizer does not say what it adds to a text, that is BOS before it, as in
-        training."""
+        ``transformers``. A tokenizer without a post-processor gets one that puts BOS before a text, as in training."""
         backend = tokenizers.Tokenizer.from_str(self._backend.to_str())
         bos, eos = (backend.id_to_token(i) for i in (self.bos_id, self.eos_id))
         if backend.post_processor is None:
@@ -103,7 +104,7 @@ class Tokenizer:
 
 
 def _is_byte_level(backend: tokenizers.Tokenizer) -> bool:
-    """Whether each character of a token stands for a byte of the text, and no space is put before it."""
+    """Return True if each character of a token represents one byte of the text, and no space is added before it."""
     parts = json.loads(backend.to_str())
     kinds = []
     for name, inner in (("decoder", "decoders"), ("pre_tokenizer", "pretokenizers")):
@@ -114,14 +115,14 @@ def _is_byte_level(backend: tokenizers.Tokenizer) -> bool:
 
 
 def load_tokenizer(path: str = "") -> Tokenizer:
-    """Read a tokenizer.
+    """Load a tokenizer.
 
     Args:
         path: a ``tokenizer.json``, a Llama 3 ``tokenizer.model``, or a folder with one of them (``tokenizer.json``
             is preferred); empty for the tokenizer shipped with titanlite (2,048 tokens).
 
     Raises:
-        ConfigError: the file is missing, in no known format, or names no BOS and EOS token.
+        ConfigError: the file is missing, its format is unknown, or no BOS and EOS tokens are known.
     """
     file = _find(path)
     if file.suffix == ".model":
@@ -143,16 +144,16 @@ def load_tokenizer(path: str = "") -> Tokenizer:
 def _find(path: str) -> Path:
     if not path:
         return SHIPPED
-    given = Path(path).expanduser()
-    if given.is_file():
-        return given
+    file = Path(path).expanduser()
+    if file.is_file():
+        return file
     names = ("tokenizer.json", "tokenizer.model", "original/tokenizer.model")
     for name in names:
-        if (given / name).is_file():
-            return given / name
-    what = f"the folder has no {', '.join(names[:-1])} or {names[-1]}" if given.is_dir() else "there is no such file"
+        if (file / name).is_file():
+            return file / name
+    problem = f"the folder has no {', '.join(names[:-1])} or {names[-1]}" if file.is_dir() else "there is no such file"
     raise ConfigError(
-        f"{what} (a path is relative to the current folder, {Path.cwd()}); "
+        f"{problem} (a path is relative to the current folder, {Path.cwd()}); "
         "get it with: titanlite tokenizer download --repo_id meta-llama/Llama-3.1-8B --hf_token=..., "
         "or leave model.tokenizer_path empty for the shipped tokenizer",
         key="model.tokenizer_path",
@@ -161,12 +162,12 @@ def _find(path: str) -> Path:
 
 
 def _document_tokens(backend: tokenizers.Tokenizer, file: Path) -> tuple[int, int]:
-    """The ids of BOS and EOS: from ``tokenizer_config.json`` beside the file, else from well-known names."""
+    """Return the ids of BOS and EOS, from ``tokenizer_config.json`` in the same folder or from well-known names."""
     config = _read_config(file.parent / "tokenizer_config.json")
-    named = [_token_name(config.get(key)) for key in ("bos_token", "eos_token")]
-    known = next((p for p in _KNOWN_PAIRS if all(backend.token_to_id(t) is not None for t in p)), (None, None))
-    bos, eos = (name or fallback for name, fallback in zip(named, known))
-    # Families with one document separator name only that one.
+    configured = [_token_name(config.get(key)) for key in ("bos_token", "eos_token")]
+    defaults = next((p for p in _KNOWN_PAIRS if all(backend.token_to_id(t) is not None for t in p)), (None, None))
+    bos, eos = (name or default for name, default in zip(configured, defaults))
+    # Families with a single separator token configure only one of the two.
     bos, eos = bos or eos, eos or bos
     ids = [backend.token_to_id(token) if token else None for token in (bos, eos)]
     if ids[0] is None or ids[1] is None:

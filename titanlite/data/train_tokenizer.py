@@ -1,5 +1,6 @@
-"""Train a byte-level BPE tokenizer; the same corpus always gives the same file. (The
-one shipped with titanlite is what ``titanlite tokenizer train`` makes without options.)
+"""Train a byte-level BPE tokenizer. The same corpus always gives the same file.
+
+``titanlite tokenizer train`` without options reproduces the tokenizer that is shipped with titanlite.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ SPECIAL_TOKENS = ["<|begin_of_text|>", "<|end_of_text|>"]
 
 
 def train(source: Source, vocab_size: int) -> tokenizers.Tokenizer:
-    """A byte-level BPE with ``vocab_size`` ids, of which the last two are BOS and EOS.
+    """Train a byte-level BPE with ``vocab_size`` ids; the last two are BOS and EOS.
 
     Raises:
         ConfigError: ``vocab_size`` is not a multiple of 128, or the corpus is too small to fill it.

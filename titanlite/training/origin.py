@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from titanlite.checkpoint import CheckpointManager, Found, HuggingFaceFolder, Process, is_hugging_face
+from titanlite.checkpoint import CheckpointManager, HuggingFaceFolder, Process, SavedCheckpoint, is_hugging_face
 from titanlite.config import JobConfig
 from titanlite.errors import ConfigError, NothingToDo
 from titanlite.models.spec import ModelSpec
@@ -23,7 +23,7 @@ class Start:
         excluded: the parts of it that are left out.
     """
 
-    found: Found | None = None
+    found: SavedCheckpoint | None = None
     pretrained: HuggingFaceFolder | None = None
     whole: bool = False
     excluded: tuple[str, ...] = ()
@@ -36,7 +36,7 @@ class Start:
     @property
     def continues(self) -> bool:
         """It is the run that was in this run folder before."""
-        return self.found is not None and self.found.own and self.keeps_step
+        return self.found is not None and self.found.from_this_run and self.keeps_step
 
     @property
     def seed(self) -> int | None:
@@ -82,18 +82,18 @@ def find_start(config: JobConfig, spec: ModelSpec, checkpoints: CheckpointManage
         found = checkpoints.initial(path)
     if found is None:
         return Start()
-    whole = found.own or not options.initial_load_model_weights_only
+    whole = found.from_this_run or not options.initial_load_model_weights_only
     start = Start(found, whole=whole, excluded=tuple(checkpoints.excluded(found)))
     if start.keeps_step:
         _refuse_no_steps(found, config)
     return start
 
 
-def _refuse_no_steps(found: Found, config: JobConfig) -> None:
+def _refuse_no_steps(found: SavedCheckpoint, config: JobConfig) -> None:
     steps = config.training.steps
     if found.info.step < steps:
         return
-    if found.own:
+    if found.from_this_run:
         raise NothingToDo(
             f"{config.job.dump_folder} has a run of {found.info.step} steps, and training.steps = {steps}: nothing to "
             "do. Ask for more with --training.steps, or begin another with --job.dump_folder"

@@ -198,9 +198,9 @@ def test_state_counts_batches_handed_out_not_prefetched(corpus: Path) -> None:
     eager, lazy = world(corpus, 1, 8, prefetch=30)[0], world(corpus, 1, 8, prefetch=1)[0]
     next(eager), next(lazy)
     deadline = time.monotonic() + 10
-    while eager._ahead._queue.qsize() < 30 and time.monotonic() < deadline:  # type: ignore[union-attr]
+    while eager._prefetcher._queue.qsize() < 30 and time.monotonic() < deadline:  # type: ignore[union-attr]
         time.sleep(0.01)
-    assert eager._ahead._queue.qsize() == 30  # type: ignore[union-attr]
+    assert eager._prefetcher._queue.qsize() == 30  # type: ignore[union-attr]
     assert eager.state_dict() == lazy.state_dict()
     assert eager.state_dict()["step"] == 1
     close([eager, lazy])
