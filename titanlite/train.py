@@ -1,6 +1,6 @@
 """The trainer. Read this first: set-up in named steps, then the loop.
 
-``python -m titanlite.train`` is one process of a run: alone a world of one, or started by the launcher or torchrun.
+``python -m titanlite.train`` is one process of a run: the only one, or one that the launcher or torchrun starts.
 """
 
 # ruff: noqa: E402
@@ -11,7 +11,7 @@ import sys
 from titanlite.launch.command_line import read_config, report, reported
 from titanlite.launch.stop_request import StopRequest
 
-# Read first, imported after: --help and bad input answer before torch takes its seconds.
+# Read the options before the imports: --help and bad input must not wait seconds for torch.
 CONFIG = read_config(sys.argv[1:]) if __name__ == "__main__" else None
 STOP = StopRequest() if __name__ == "__main__" else None
 
@@ -82,7 +82,7 @@ class Trainer:
     def __init__(self, config: JobConfig, stop_request: StopRequest | None = None) -> None:
         self.config = config
         self.stop_request = stop_request or StopRequest()
-        self.about: dict[str, str] = {}  # what the header will say
+        self.about: dict[str, str] = {}  # the rows of the header
         self.sinks: list[Sink] = []
         self._start_process()
         self.run_path = Path(config.job.dump_folder).expanduser()
@@ -94,7 +94,7 @@ class Trainer:
         self._build_optimizer()
         self._build_validator()
         self._load_checkpoint()
-        self.runtime.on_rank_zero(self._fill_run_folder)  # last: what was refused before leaves an earlier run alone
+        self.runtime.on_rank_zero(self._fill_run_folder)  # last: a refused run leaves earlier files as they are
         self._build_recorder()
 
     def _start_process(self) -> None:
@@ -114,7 +114,7 @@ class Trainer:
         self.about["processes"] = f"{self.runtime.world_size}"
 
     def _find_checkpoint(self) -> None:
-        """Where to begin: at the last checkpoint of this run, at one from elsewhere, or from the seed alone."""
+        """Find the start: the last checkpoint of this run, another checkpoint, or new weights from the seed."""
         config, training = self.config, self.config.training
         root = self.run_path / config.checkpoint.folder
         self.checkpoints = CheckpointManager(
@@ -194,20 +194,20 @@ class Trainer:
     def _load_checkpoint(self) -> None:
         config = self.config
         self.step = self.tokens_before = 0
-        shape = json.loads(json.dumps(asdict(self.model_args)))  # as it comes back from a file
+        shape = json.loads(json.dumps(asdict(self.model_args)))  # the same types as when read from a file
         model = {"name": config.model.name, "flavor": config.model.flavor, "args": shape}
         self.process = Process(self.runtime.rank, self.runtime.device, self.model_parts, self.optimizer, model)
         source = self.start.load(self.checkpoints, self.process, self.spec, self.model_args)
         if source:
             self.about["starts from"] = source
-        if self.start.found is not None and self.start.whole:
-            info = self.start.found.info
+        if self.start.checkpoint is not None and self.start.whole:
+            info = self.start.checkpoint.info
             if "dataloader" not in self.start.excluded:
                 self.loader.load_state_dict(info.data)
             if self.start.keeps_step:
                 self.step, self.tokens_before = info.step, info.tokens_seen
                 self.step_guard.load_state_dict(info.step_guard)
-                logger.info("resuming from step %d: %s", self.step, self.start.found.folder)
+                logger.info("resuming from step %d: %s", self.step, self.start.checkpoint.folder)
         if self.start.continues:
             self.checkpoints.last_saved = self.step
         self.first_step = self.step + 1
@@ -265,13 +265,13 @@ class Trainer:
         self.recorder.check_complete()
 
     def advance(self) -> bool:
-        """One step and all that goes with it; returns whether the run was asked to end here."""
+        """Make one step, then log, validate and save if they are due. Return True if the run was asked to stop here."""
         self.step += 1
         loss, record, lr = self.train_step()
         self.compile_watch.step_done(self.step)
         self.loss_watch.add(self.step, record)
         due, save = self.recorder.is_due(self.step), self.checkpoints.is_due(self.step)
-        stop = self._should_stop(wait=due or save)  # no checkpoint of a step gone wrong
+        stop = self._should_stop(wait=due or save)  # do not save a bad step
         last = self.step == self.config.training.steps
         if due or stop:
             self._log_step(loss, lr)
@@ -282,15 +282,15 @@ class Trainer:
             runtime.set_train_timeout(self.config.comm, except_for=self.checkpoints.group)
         if save or stop or last:
             self._save(last=last, ends=stop or last)
-        if save and not (stop or last) and self._should_stop(wait=False):  # asked to while it was saved
+        if save and not (stop or last) and self._should_stop(wait=False):  # the request came during the save
             self._save(ends=True)
             stop = True
         self.gc.run(self.step)
         return stop
 
     def train_step(self) -> tuple[Tensor, Tensor, float]:
-        """One optimizer step; returns this rank's mean loss and what :class:`StepGuard` says of the step (both on the
-        device), and the learning rate."""
+        """Make one optimizer step. Return this rank's mean loss and the result of :meth:`StepGuard.step`, both on the
+        device, and the learning rate."""
         waited = time.perf_counter()
         batch = next(self.loader)
         waited = time.perf_counter() - waited
@@ -313,16 +313,16 @@ class Trainer:
         largest = loss.clone() if self.runner.has_loss else torch.full_like(loss, -torch.inf)
         if self.runtime.world_size > 1:
             dist.all_reduce(largest, dist.ReduceOp.MAX)
-        seen = self.loss_watch.latest
-        assert seen is not None  # _should_stop has drained
+        latest = self.loss_watch.latest
+        assert latest is not None  # _should_stop has drained
         self.recorder.log(
             self.step,
-            loss=seen.loss,
-            # Of NaN and a number, which is the larger depends on who asks.
-            max_loss=largest.item() if math.isfinite(seen.loss) else seen.loss,
-            grad_norm=seen.grad_norm,
+            loss=latest.loss,
+            # The maximum of NaN and a number depends on the implementation.
+            max_loss=largest.item() if math.isfinite(latest.loss) else latest.loss,
+            grad_norm=latest.grad_norm,
             lr=lr,
-            skipped_steps=seen.skipped,
+            skipped_steps=latest.skipped,
         )
 
     def _asked_to_stop(self) -> bool:
@@ -330,9 +330,9 @@ class Trainer:
         return bool(stop)
 
     def _should_stop(self, wait: bool) -> bool:
-        """Whether somebody asked the run to end after this step, the same on every rank. A bad step that is not skipped
-        ends it with an error on all of them, in the words of the first rank that saw it; ``wait`` for this step's own.
-        """
+        """Return True on every rank if the run was asked to end after this step. ``wait``: wait for the verdict on this
+        step too. If a step is bad and not skipped, raise :class:`TrainingError` on all ranks, with the message of the
+        first affected rank."""
         if wait:
             self.loss_watch.drain()
         stop, claim = self.runtime.agree_max(int(self.stop_request.requested()), self.loss_watch.claim())
@@ -348,7 +348,7 @@ class Trainer:
         return bool(stop)
 
     def _save(self, *, last: bool = False, ends: bool = False) -> None:
-        """Save what continues the run after this step, if checkpoints are asked for; its time is no training's."""
+        """Save a checkpoint of this step, if checkpoints are enabled. The time is excluded from the training speed."""
         if not self.config.checkpoint.enable_checkpoint:
             return
         start, tokenizer = time.perf_counter(), self.config.model.tokenizer_path
@@ -397,7 +397,7 @@ class Trainer:
 
 
 def main(config: JobConfig | None = None) -> int:
-    """Train as the command line, or ``config``, says; returns the exit status."""
+    """Train as the command line or ``config`` says, and return the exit status."""
     config = config or CONFIG or read_config(sys.argv[1:])
     runtime.end_with_launcher()
     if STOP is not None:
@@ -412,15 +412,15 @@ def main(config: JobConfig | None = None) -> int:
         return report(e, config)
     except Exception as e:
         if is_out_of_memory(e):
-            where = (0, None) if trainer is None else (trainer.step, trainer.profiler.exit_snapshot)
-            status = give_up(e, config, *where)
+            progress = (0, None) if trainer is None else (trainer.step, trainer.profiler.exit_snapshot)
+            status = give_up(e, config, *progress)
             if STOP is not None:
                 end_soon()
             return status
         if reported(os.environ.get(LAUNCH_DIR)):
-            return 1  # another rank has said why the run ends; that its connections broke is no news
+            return 1  # another rank has reported the error; broken connections only follow from it
         if STOP is None:
-            raise  # called by somebody's own program
+            raise  # called from another program
         show_traceback()
         return 1
     finally:

@@ -1,1 +1,1 @@
-"""The command ``titanlite``, a file for each subcommand: arguments in, text out; what they do stands in other rooms."""
+"""The command ``titanlite``, one file for each subcommand: arguments and output. Other packages do the work."""

@@ -23,7 +23,7 @@ def usage() -> str:
 
 
 def main() -> int:
-    """Run the subcommand that the arguments name; returns the exit status."""
+    """Run the subcommand that the arguments name, and return the exit status."""
     argv = sys.argv[1:]
     if argv[:1] in (["--help"], ["-h"], ["help"]):
         print(usage())

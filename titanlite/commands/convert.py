@@ -13,18 +13,18 @@ from pathlib import Path
 
 
 def parser() -> argparse.ArgumentParser:
-    made = argparse.ArgumentParser(
+    cli = argparse.ArgumentParser(
         prog="titanlite convert", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    made.add_argument("source", type=Path, metavar="SOURCE")
-    made.add_argument("target", type=Path, metavar="TARGET")
-    made.add_argument("--dtype", choices=["bfloat16", "float16", "float32"],
+    cli.add_argument("source", type=Path, metavar="SOURCE")
+    cli.add_argument("target", type=Path, metavar="TARGET")
+    cli.add_argument("--dtype", choices=["bfloat16", "float16", "float32"],
         help="of the weights in a Hugging Face folder; default: bfloat16. A checkpoint keeps the source's")  # fmt: skip
-    made.add_argument("--tokenizer_path", metavar="PATH", help="default: what the checkpoint was trained with")
-    made.add_argument("--custom_import", metavar="MODULE", help="a Python module to import first, which may register "
+    cli.add_argument("--tokenizer_path", metavar="PATH", help="default: what the checkpoint was trained with")
+    cli.add_argument("--custom_import", metavar="MODULE", help="a Python module to import first, which may register "
         "the model")  # fmt: skip
-    made.add_argument("--no-verify", action="store_true", help="do not compare the checkpoint's checksums first")
-    return made
+    cli.add_argument("--no-verify", action="store_true", help="do not compare the checkpoint's checksums first")
+    return cli
 
 
 def main(argv: list[str]) -> int:

@@ -15,10 +15,10 @@ from typing import TextIO
 
 
 def parser() -> argparse.ArgumentParser:
-    made = argparse.ArgumentParser(
+    cli = argparse.ArgumentParser(
         prog="titanlite generate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    add = made.add_argument
+    add = cli.add_argument
     add("--checkpoint", required=True, metavar="PATH", help="the folder of one step")
     add("--prompt", required=True, metavar="TEXT", help='what to continue; "" begins a document')
     add("--max_new_tokens", type=int, metavar="N", help="default: what the model has positions for, at most "
@@ -34,12 +34,12 @@ def parser() -> argparse.ArgumentParser:
     add("--tokenizer_path", metavar="PATH", help="default: what the checkpoint was trained with")
     add("--custom_import", metavar="MODULE", help="a Python module to import first, which may register the model")
     add("--no-cache", action="store_true", help="compute all tokens again for each one: slow, for comparison")
-    return made
+    return cli
 
 
 @contextmanager
 def text_alone() -> Iterator[TextIO]:
-    """The process's stdout for the text, while what libraries print there, as gloo does, goes to stderr."""
+    """Yield stdout for the text. Meanwhile, the stdout output of libraries, such as gloo, goes to stderr."""
     sys.stdout.flush()
     kept = os.dup(1)
     os.dup2(2, 1)

@@ -9,8 +9,8 @@ from pathlib import Path
 
 
 def parser() -> argparse.ArgumentParser:
-    made = argparse.ArgumentParser(prog="titanlite tokenizer", description="Train a tokenizer, or download one.")
-    verbs = made.add_subparsers(dest="verb", required=True)
+    cli = argparse.ArgumentParser(prog="titanlite tokenizer", description="Train a tokenizer, or download one.")
+    verbs = cli.add_subparsers(dest="verb", required=True)
     text = "Train a byte-level BPE tokenizer; the same corpus always gives the same file."
     train = verbs.add_parser("train", help=text, description=f"{text} Without options: the one that titanlite ships.")
     train.add_argument("--source", choices=["pystdlib", "text"], default="pystdlib")
@@ -23,7 +23,7 @@ def parser() -> argparse.ArgumentParser:
     download.add_argument("--hf_token", default=os.environ.get("HF_TOKEN"), help="default: the variable HF_TOKEN")
     download.add_argument("--local_dir", default="./assets/tokenizer", help="where to put the files")
     download.add_argument("--tokenizer_path", default="original", help="the repository's folder of tokenizer.model")
-    return made
+    return cli
 
 
 def train(args: argparse.Namespace) -> str:

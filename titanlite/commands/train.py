@@ -1,4 +1,4 @@
-"""``titanlite train [FILE] [--section.key=value ...]``: what run_train.sh does."""
+"""``titanlite train [FILE] [--section.key=value ...]``: the same as run_train.sh."""
 
 from __future__ import annotations
 

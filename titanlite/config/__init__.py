@@ -1,4 +1,4 @@
-"""The configuration: ``schema`` says what there is, ``load`` reads it, ``check`` holds it against itself."""
+"""The configuration: ``schema`` defines the options, ``load`` reads them, ``check`` checks that they fit together."""
 
 from titanlite.config.check import check_config
 from titanlite.config.load import dump_toml, import_module, load_config

@@ -1,4 +1,4 @@
-"""What can be held against itself, or against the number of processes, before anything is built."""
+"""Checks of the options against each other and against the number of processes, before anything is built."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from titanlite.config.refuse import refuse
 from titanlite.config.schema import Checkpoint, Float8, JobConfig
 from titanlite.config.validation import check_validation
 
-# Keys of the schema that this version has no implementation for: the value at which each does nothing, and what
-# to do instead. Asking for more than that is an error, never silently ignored. (Keys that only say how, such as
-# checkpoint.interval, ask for nothing by themselves, and files of the period carry them.)
+# Keys of the schema without an implementation in this version: the value at which the key does nothing, and what to do
+# instead. Any other value is an error and never silently ignored. (Keys such as checkpoint.interval, which only modify
+# a feature, are not here: files from June 2025 contain them.)
 UNSUPPORTED: dict[str, tuple[Any, str]] = {
     "metrics.enable_wandb": (False, "read metrics.jsonl or TensorBoard"),
     "optimizer.early_step_in_backward": (False, "leave it out"),
@@ -28,10 +28,10 @@ UNSUPPORTED: dict[str, tuple[Any, str]] = {
 
 
 def check_config(config: JobConfig, world_size: int, *, train: bool = True) -> None:
-    """Refuse what this machine or this version cannot do; the missing file first, which is the user's to fetch.
+    """Refuse options that this machine or this version cannot honour. A missing tokenizer is reported first.
 
     Args:
-        train: or only estimate what training would need, which opens no files.
+        train: check for training; False: for an estimate, which opens no files.
     """
     if train:
         _check_tokenizer(config)
@@ -68,17 +68,17 @@ def _check_checkpoint(config: JobConfig) -> None:
     def no_effect(key: str, reason: str) -> None:
         refuse(config, f"checkpoint.{key}", f"has no effect {reason}")
 
-    def asked(key: str) -> bool:
+    def is_set(key: str) -> bool:
         return bool(getattr(options, key) != getattr(defaults, key))
 
     if not options.enable_checkpoint:
-        # (Keys that only say how, such as interval, ask for nothing by themselves, and files of the period carry them.)
+        # Keys such as interval, which only modify the feature, are allowed: files from June 2025 contain them.
         for key in ("create_seed_checkpoint", "load_step", "async_mode", "enable_first_step_checkpoint", "fallback"):
-            if asked(key):
+            if is_set(key):
                 no_effect(key, "without checkpoints; set checkpoint.enable_checkpoint too")
-    if not options.initial_load_path and asked("initial_load_model_weights_only"):
+    if not options.initial_load_path and is_set("initial_load_model_weights_only"):
         no_effect("initial_load_model_weights_only", "without checkpoint.initial_load_path; set that too")
-    if asked("export_dtype") and not options.last_save_model_weights_only:
+    if is_set("export_dtype") and not options.last_save_model_weights_only:
         no_effect("export_dtype", "without checkpoint.last_save_model_weights_only: a run needs float32; set that too")
     excluded = options.exclude_from_loading
     if options.fallback and not options.verify:
@@ -87,7 +87,7 @@ def _check_checkpoint(config: JobConfig) -> None:
             "checkpoint.fallback",
             "what is not verified is not known to be damaged; set checkpoint.verify = true too",
         )
-    # With an initial checkpoint, what is left out is left out of that one.
+    # With an initial checkpoint, the exclusion applies to that checkpoint.
     whole = not options.initial_load_model_weights_only if options.initial_load_path else options.enable_checkpoint
     if excluded and not whole:
         no_effect("exclude_from_loading", "where nothing but weights is loaded; leave it out")
@@ -106,7 +106,7 @@ def _check_float8(config: JobConfig) -> None:
 
     if "float8" not in config.model.converters:
         for field in dataclasses.fields(Float8):
-            # filter_fqns alone asks for nothing: published files carry it beside converters = [].
+            # filter_fqns alone is allowed: published files have it together with converters = [].
             if field.name != "filter_fqns" and getattr(float8, field.name) != field.default:
                 refuse(
                     config,

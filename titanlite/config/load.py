@@ -1,8 +1,8 @@
-"""From the command line and TOML files to one validated :class:`JobConfig`.
+"""Read the command line and TOML files into one validated :class:`JobConfig`.
 
-Precedence: command line > TOML file > its ``base = "other.toml"`` > defaults. Every message names the key, where
-it came from, the rule, and the nearest valid name. Nothing here imports torch, so that ``--help`` and bad input
-answer at once.
+Precedence: command line > TOML file > its ``base = "other.toml"`` > defaults. Every message names the key, its
+origin, the rule, and the nearest valid name. Nothing in this module imports torch, so that ``--help`` and errors appear
+at once.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ from titanlite.errors import ConfigError
 from titanlite.registry import nearest
 
 Options = dict[str, dict[str, Option]]
-Values = dict[str, tuple[Any, str]]  # "section.key" -> (value, where it came from)
+Values = dict[str, tuple[Any, str]]  # "section.key" -> (value, its origin)
 
 
 def load_config(argv: Sequence[str], default_file: str | None = None) -> JobConfig:
-    """The configuration that a command line asks for.
+    """Load the configuration of a command line.
 
     Args:
         argv: the arguments, without the program's name. ``--help`` prints and exits.
-        default_file: the TOML file where the arguments name none.
+        default_file: the TOML file to use if the arguments name none.
 
     Raises:
         ConfigError: an unknown section or key, a wrong type or value, an unreadable file.
@@ -50,8 +50,8 @@ def load_config(argv: Sequence[str], default_file: str | None = None) -> JobConf
     values = {**(_read_file(options, file, origin) if file else {}), **arguments}
     sections = {}
     for section, keys in options.items():
-        given = {key: values[opt.name][0] for key, opt in keys.items() if opt.name in values}
-        sections[section] = typing.get_type_hints(config_class)[section](**given)
+        assigned = {key: values[opt.name][0] for key, opt in keys.items() if opt.name in values}
+        sections[section] = typing.get_type_hints(config_class)[section](**assigned)
     config = config_class(**sections)
     if file:
         config.job.config_file = file
@@ -60,14 +60,14 @@ def load_config(argv: Sequence[str], default_file: str | None = None) -> JobConf
 
 
 def dump_toml(config: JobConfig) -> str:
-    """The configuration as TOML that loads again; unset options are left out."""
+    """Return the configuration as TOML that can be loaded again; unset options are omitted."""
     import tomli_w
 
     sections = {
         section: {key: value for key, value in keys.items() if value is not None}
         for section, keys in dataclasses.asdict(config).items()
     }
-    # The file is a whole configuration: it must not send its reader to the one that it came from.
+    # The file is complete, so it must not refer to the file that it was loaded from.
     sections["job"].pop("config_file", None)
     return "# The effective configuration of this run; it loads again as CONFIG_FILE.\n\n" + tomli_w.dumps(sections)
 
@@ -88,13 +88,13 @@ def _parse_toml(path: Path, named_by: str) -> tuple[dict[str, Any], str]:
     try:
         return tomli.loads(text), text
     except tomli.TOMLDecodeError as e:
-        found = re.search(r"\(at (line \d+), column \d+\)$", str(e))
-        line = found[1] if found else f"line {len(text.splitlines())}"  # else it is "at end of document"
+        match = re.search(r"\(at (line \d+), column \d+\)$", str(e))
+        line = match[1] if match else f"line {len(text.splitlines())}"  # the other case: "at end of document"
         raise ConfigError(f"{path}, {line}: not valid TOML: {e}") from None
 
 
 def _lines_of(text: str) -> dict[str, int]:
-    """The line of each ``[section]`` and ``section.key``, for messages."""
+    """Return the line number of each ``[section]`` and ``section.key``, for messages."""
     lines: dict[str, int] = {}
     section = ""
     for number, line in enumerate(text.splitlines(), 1):
@@ -107,11 +107,11 @@ def _lines_of(text: str) -> dict[str, int]:
 
 
 def _file_chain(file: str, origin: str) -> list[tuple[Path, dict[str, Any], str]]:
-    """The file and its bases, the furthest base first."""
+    """Read the file and its bases; the last base is the first in the list."""
     chain: list[tuple[Path, dict[str, Any], str]] = []
-    path, named_by = _found(Path(file), file), f'job.config_file = "{file}" ({origin})'
+    path, named_by = _resolve(Path(file), file), f'job.config_file = "{file}" ({origin})'
     while True:
-        if any(path.resolve() == seen.resolve() for seen, _, _ in chain):
+        if any(path.resolve() == earlier.resolve() for earlier, _, _ in chain):
             circle = " -> ".join(str(p) for p, _, _ in [*chain, (path, {}, "")])
             raise ConfigError(f"{named_by}: the base files go in a circle: {circle}")
         tree, text = _parse_toml(path, named_by)
@@ -122,11 +122,11 @@ def _file_chain(file: str, origin: str) -> list[tuple[Path, dict[str, Any], str]
         named_by = f"{path}, line {_lines_of(text).get('base', '?')}: base = {base!r}"
         if not isinstance(base, str):
             raise ConfigError(f"{named_by}: must be a string, the path of a TOML file relative to this one")
-        path = _found(path.parent / base, base)
+        path = _resolve(path.parent / base, base)
 
 
-def _found(path: Path, name: str) -> Path:
-    """``path``, or where there is no such file the one that comes with titanlite under ``name``."""
+def _resolve(path: Path, name: str) -> Path:
+    """Return ``path``; if there is no such file, the one that comes with titanlite as ``name``, if there is one."""
     known = None if path.exists() else packaged.find(name)
     return Path(known) if known else path
 
@@ -138,24 +138,24 @@ def _place(path: Path, lines: Mapping[str, int], name: str) -> str:
 def _read_file(options: Options, file: str, origin: str) -> Values:
     values: Values = {}
     for path, tree, text in _file_chain(file, origin):
-        where = partial(_place, path, _lines_of(text))
+        location = partial(_place, path, _lines_of(text))
         for section, table in tree.items():
             if not isinstance(table, dict):
                 if section in options:
-                    raise ConfigError(f"{where(section)}: {section} is a section: it must be written [{section}]")
+                    raise ConfigError(f"{location(section)}: {section} is a section: it must be written [{section}]")
                 keys = [opt.name for opt in _all(options) if opt.key == section]
                 hint = f'; "{section}" belongs to the section [{keys[0].split(".")[0]}]' if keys else ""
-                raise ConfigError(f"{where(section)}: the key {section} stands outside of any section{hint}")
+                raise ConfigError(f"{location(section)}: the key {section} stands outside of any section{hint}")
             if section not in options:
-                raise ConfigError(f"{where(section)}: unknown section [{section}]{_near_section(options, section)}")
+                raise ConfigError(f"{location(section)}: unknown section [{section}]{_near_section(options, section)}")
             for key, value in table.items():
                 name = f"{section}.{key}"
-                option = options[section].get(key) or _unknown(options, section, key, where(name))
+                option = options[section].get(key) or _unknown(options, section, key, location(name))
                 if name == "job.config_file":
                     raise ConfigError(
-                        f'{where(name)}: a file builds on another with base = "other.toml", not with {name}'
+                        f'{location(name)}: a file builds on another with base = "other.toml", not with {name}'
                     )
-                values[name] = (option.convert(value, where(name)), where(name))
+                values[name] = (option.convert(value, location(name)), location(name))
     return values
 
 
@@ -222,21 +222,21 @@ def _read_arguments(options: Options, argv: Sequence[str]) -> Values:
     by_name = {opt.name: opt for opt in _all(options)}
     values: Values = {}
     for name, text in vars(namespace).items():
-        where = f"the argument --{name}"
-        values[name] = (by_name[name].parse(text, where), where)
+        origin = f"the argument --{name}"
+        values[name] = (by_name[name].parse(text, origin), origin)
     return values
 
 
 def _underscored(arg: str) -> str:
-    """The argument with its name in the schema's spelling: seq-len is seq_len."""
+    """Return the argument with its name in the schema's spelling: seq-len becomes seq_len."""
     name, equals, value = arg.partition("=")
     return f"--{name[2:].replace('-', '_')}{equals}{value}" if name.startswith("--") else arg
 
 
 def _checked(options: Options, arg: str) -> str:
-    """The argument as the parser knows it.
+    """Return the argument in the parser's spelling.
 
-    An unknown one is refused here with its nearest name; argparse would only list the whole usage.
+    An unknown argument is refused here with the nearest name, because argparse would only print the whole usage.
     """
     if not arg.startswith("--") or arg == "--help":
         return arg
@@ -253,7 +253,7 @@ def _checked(options: Options, arg: str) -> str:
     return f"--{section}.{key}{equals}{value}"
 
 
-# ---- names
+# ---- names of sections and keys
 
 
 def _all(options: Options) -> list[Option]:
@@ -269,51 +269,52 @@ def _find_key(options: Options, key: str) -> str:
     return matches[0] if matches else "training.steps"
 
 
-def _unknown(options: Options, section: str, key: str, where: str) -> NoReturn:
+def _unknown(options: Options, section: str, key: str, origin: str) -> NoReturn:
     elsewhere = [opt.name for opt in _all(options) if opt.key == key]
     hint = f' (did you mean "{elsewhere[0]}"?)' if elsewhere else nearest(key, options[section])
-    raise ConfigError(f"{where}: unknown key {section}.{key}{hint}; [{section}] has {', '.join(options[section])}")
+    raise ConfigError(f"{origin}: unknown key {section}.{key}{hint}; [{section}] has {', '.join(options[section])}")
 
 
 # ---- keys added by third-party code
 
 
 def _config_class(argv: Sequence[str], default_file: str | None) -> type[JobConfig]:
-    """JobConfig, extended by the module that ``experimental.custom_args_module`` names.
+    """Return JobConfig, extended by the module that ``experimental.custom_args_module`` names.
 
-    The module's name has to be found before the options are known, so the sources are read for it alone first.
+    The module's name is needed before the options are known, so the arguments and files are first read only for it.
     """
     name = "experimental.custom_args_module"
     parser = _Parser(add_help=False, allow_abbrev=False)
     parser.add_argument("--job.config_file", dest="file")
     parser.add_argument(f"--{name}", dest="module")
     known, _ = parser.parse_known_args([_underscored(arg) for arg in argv])
-    where = f"the argument --{name}"
+    module_origin = f"the argument --{name}"
     file, origin = (default_file, CONFIG_FILE) if known.file is None else (known.file, "the argument --job.config_file")
     if known.module is None and file:
         for path, tree, text in _file_chain(file, origin):
             section = tree.get("experimental")
             if isinstance(section, Mapping) and isinstance(section.get("custom_args_module"), str):
-                known.module, where = section["custom_args_module"], _place(path, _lines_of(text), name)
+                known.module = section["custom_args_module"]
+                module_origin = _place(path, _lines_of(text), name)
     if not known.module:
         return JobConfig
-    custom = getattr(import_module(known.module, name, where), "JobConfig", None)
+    custom = getattr(import_module(known.module, name, module_origin), "JobConfig", None)
     if not (isinstance(custom, type) and dataclasses.is_dataclass(custom)):
         raise ConfigError(
             "the module must define a dataclass JobConfig whose fields are sections (dataclasses with defaults)",
             key=name,
             value=known.module,
-            origin=where,
+            origin=module_origin,
         )
     return _merge(custom)
 
 
 def _merge(custom: type) -> type[JobConfig]:
-    """JobConfig with the sections of ``custom`` added; a section of both has the keys of both."""
-    ours, theirs = typing.get_type_hints(JobConfig), typing.get_type_hints(custom)
+    """Return JobConfig with the sections of ``custom``. A section that is in both has the keys of both."""
+    base, extension = typing.get_type_hints(JobConfig), typing.get_type_hints(custom)
     merged: dict[str, type] = {}
-    for section in {**ours, **theirs}:
-        parts = [side[section] for side in (theirs, ours) if section in side]
+    for section in {**base, **extension}:
+        parts = [sections[section] for sections in (extension, base) if section in sections]
         if len(parts) == 2 and not issubclass(parts[0], parts[1]):
             merged[section] = dataclasses.dataclass(
                 type(parts[1].__name__, tuple(parts), {"__module__": parts[0].__module__})
@@ -321,20 +322,20 @@ def _merge(custom: type) -> type[JobConfig]:
         else:
             merged[section] = parts[0]
     fields = [(section, cls, dataclasses.field(default_factory=cls)) for section, cls in merged.items()]
-    made = dataclasses.make_dataclass("JobConfig", fields, bases=(JobConfig,))
-    made.__annotations__ = dict(merged)
-    return made
+    config_class = dataclasses.make_dataclass("JobConfig", fields, bases=(JobConfig,))
+    config_class.__annotations__ = dict(merged)
+    return config_class
 
 
-def import_module(name: str, key: str, where: str) -> Any:
-    """Import what an option names; a module that is not there is a :class:`ConfigError`."""
+def import_module(name: str, key: str, origin: str) -> Any:
+    """Import the module that the option ``key`` names; raise :class:`ConfigError` if there is no such module."""
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     missing = ConfigError(
         f"there is no such module; it must be importable from {os.getcwd()} or installed",
         key=key,
         value=name,
-        origin=where,
+        origin=origin,
     )
     if name.startswith("."):
         raise missing
@@ -342,5 +343,5 @@ def import_module(name: str, key: str, where: str) -> Any:
         return importlib.import_module(name)
     except ModuleNotFoundError as e:
         if e.name is None or not (name + ".").startswith(e.name + "."):
-            raise  # the module is there, and what it imports is not: that is its own error
+            raise  # the module exists, but one of its imports does not: an error of the module
         raise missing from None

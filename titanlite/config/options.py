@@ -28,8 +28,8 @@ _KINDS = {
 class Option:
     """One key of one section.
 
-    ``base`` is ``bool``, ``int``, ``float``, ``str`` or ``list``; ``choices`` are the only values allowed (of
-    each item, for a list); ``None`` is a value only where ``optional``.
+    ``base`` is ``bool``, ``int``, ``float``, ``str`` or ``list``. ``choices`` are the only valid values (for a list:
+    of each item). ``None`` is valid only if ``optional`` is true.
     """
 
     section: str
@@ -46,7 +46,7 @@ class Option:
         return f"{self.section}.{self.key}"
 
     def expected(self) -> str:
-        """What a value must be, completing "must be ..."."""
+        """Describe the valid values, to complete the sentence "must be ..."."""
         if self.base is list:
             each = f", each one of {_quoted(self.choices)}" if self.choices else ""
             return f"a list of strings{each}"
@@ -55,7 +55,7 @@ class Option:
         return _KINDS[self.base] + (f", {self.rule.text}" if self.rule else "")
 
     def convert(self, value: Any, origin: str) -> Any:
-        """A TOML value in this option's type, or a :class:`ConfigError` with the rule."""
+        """Convert a TOML value to this option's type; raise :class:`ConfigError` with the rule if it is not valid."""
         items = value.split(",") if self.base is list and isinstance(value, str) else value
         if self.base is list and isinstance(items, list):
             good = all(isinstance(item, str) for item in items)
@@ -74,7 +74,7 @@ class Option:
         raise ConfigError(f"must be {self.expected()}", key=self.name, value=value, origin=origin)
 
     def parse(self, text: str, origin: str) -> Any:
-        """A command-line string in this option's type."""
+        """Convert a command-line string to this option's type; raise :class:`ConfigError` if it is not valid."""
         value: Any = text
         if self.optional and text.lower() == "none":
             return None
@@ -110,7 +110,7 @@ def _option(section: str, field: dataclasses.Field[Any], hint: Any, text: str) -
 
 @cache
 def _help_texts(module: str) -> dict[tuple[str, str], str]:
-    """The string under each field of each class of a module, by (class, field)."""
+    """Return the string under each field of each class of a module, by (class, field)."""
     texts = {}
     for cls in ast.parse(inspect.getsource(sys.modules[module])).body:
         if not isinstance(cls, ast.ClassDef):
@@ -127,7 +127,7 @@ def _help_texts(module: str) -> dict[tuple[str, str], str]:
 
 
 def section_options(section: str, cls: type) -> dict[str, Option]:
-    """The options of one section's dataclass, by key; inherited ones included."""
+    """Return the options of one section's dataclass, with inherited ones, by key."""
     hints = typing.get_type_hints(cls, include_extras=True)
     texts: dict[str, str] = {}
     for parent in reversed(cls.__mro__[:-1]):
@@ -139,6 +139,6 @@ def section_options(section: str, cls: type) -> dict[str, Option]:
 
 @cache
 def options_of(config_class: type) -> dict[str, dict[str, Option]]:
-    """``{section: {key: option}}`` of a JobConfig class."""
+    """Return ``{section: {key: option}}`` of a JobConfig class."""
     hints = typing.get_type_hints(config_class)
     return {f.name: section_options(f.name, hints[f.name]) for f in dataclasses.fields(config_class)}

@@ -1,4 +1,4 @@
-"""The TOML files that come with titanlite: beside the package in a clone, inside it in a wheel."""
+"""The TOML files that come with titanlite: next to the package in a clone, inside it in a wheel."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ FOLDER = next((d for d in (_PACKAGE / "train_configs", _PACKAGE.parent / "train_
 
 
 def names() -> list[str]:
-    """What :func:`find` knows."""
+    """Return all names that :func:`find` accepts."""
     return sorted(path.stem for path in FOLDER.glob("*.toml"))
 
 
 def find(name: str) -> str | None:
-    """The path of the file called ``name``, without its ending: from the current folder where that is above it; None if
-    there is none."""
+    """Return the path of the file ``name``.toml, relative if it is below the current folder; None if there is no such
+    file."""
     path = FOLDER / f"{name}.toml"
     if "/" in name or not path.is_file():
         return None

@@ -1,4 +1,4 @@
-"""The degrees of parallelism, and which options do not go together: checked before anything is built."""
+"""The degrees of parallelism, and the options that cannot be combined: checked before anything is built."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from titanlite.config.schema import JobConfig, Parallelism
 from titanlite.errors import ConfigError
 from titanlite.registry import nearest
 
-# How many pipeline stages a process has under each schedule, and whether the backward is split into two parts, of the
-# inputs and of the weights, that run at different times.
+# The schedules by their pipeline stages per process: one, several, or two in V shape. SPLIT_BACKWARD schedules compute
+# the gradients of inputs and of weights at different times.
 SINGLE_STAGE_SCHEDULES = ("1F1B", "GPipe")
 LOOPED_SCHEDULES = ("Interleaved1F1B", "LoopedBFS", "InterleavedZeroBubble")
 V_SCHEDULES = ("ZBVZeroBubble",)
@@ -41,43 +41,43 @@ class Degrees(NamedTuple):
 
 
 def resolve_degrees(parallelism: Parallelism, world_size: int) -> Degrees:
-    """The degrees with -1 inferred, or a :class:`ConfigError` that shows the arithmetic."""
-    given = {
+    """Return the degrees, with -1 inferred; raise :class:`ConfigError` with the arithmetic if they do not fit."""
+    degrees = {
         "data_parallel_replicate_degree": parallelism.data_parallel_replicate_degree,
         "data_parallel_shard_degree": parallelism.data_parallel_shard_degree,
         "context_parallel_degree": parallelism.context_parallel_degree,
         "tensor_parallel_degree": parallelism.tensor_parallel_degree,
         "pipeline_parallel_degree": parallelism.pipeline_parallel_degree,
     }
-    others = 1
-    for name, degree in given.items():
-        others *= degree if name != "data_parallel_shard_degree" else 1
-    shown = " x ".join(f"{name} {degree}" for name, degree in given.items())
-    if given["data_parallel_shard_degree"] == -1:
-        if world_size % others:
+    fixed = 1  # the product of the other degrees
+    for name, degree in degrees.items():
+        fixed *= degree if name != "data_parallel_shard_degree" else 1
+    shown = " x ".join(f"{name} {degree}" for name, degree in degrees.items())
+    if degrees["data_parallel_shard_degree"] == -1:
+        if world_size % fixed:
             raise ConfigError(
-                f"[parallelism] {shown}: the degrees other than data_parallel_shard_degree multiply to {others}, which "
-                f"does not divide the {world_size} processes (NGPU={world_size}); use a multiple of {others} "
+                f"[parallelism] {shown}: the degrees other than data_parallel_shard_degree multiply to {fixed}, which "
+                f"does not divide the {world_size} processes (NGPU={world_size}); use a multiple of {fixed} "
                 "processes, or smaller degrees"
             )
-        given["data_parallel_shard_degree"] = world_size // others
-    product = others * given["data_parallel_shard_degree"]
+        degrees["data_parallel_shard_degree"] = world_size // fixed
+    product = fixed * degrees["data_parallel_shard_degree"]
     if product != world_size:
         raise ConfigError(
             f"[parallelism] {shown} = {product}, but there are {world_size} processes: set NGPU={product}, or "
             "data_parallel_shard_degree = -1 to take what the other degrees leave"
         )
-    return Degrees(*given.values())
+    return Degrees(*degrees.values())
 
 
 def global_batch_size(config: JobConfig, data_parallel: int) -> int:
-    """Sequences per optimizer step, or a :class:`ConfigError` where the microbatches do not fill it."""
+    """Return the sequences per optimizer step; raise :class:`ConfigError` if microbatches cannot fill it."""
     per_microbatch = config.training.local_batch_size * data_parallel
-    wanted = config.training.global_batch_size
-    if wanted == -1:
+    requested = config.training.global_batch_size
+    if requested == -1:
         return per_microbatch
-    if wanted % per_microbatch:
-        below = wanted // per_microbatch * per_microbatch
+    if requested % per_microbatch:
+        below = requested // per_microbatch * per_microbatch
         refuse(
             config,
             "training.global_batch_size",
@@ -85,12 +85,12 @@ def global_batch_size(config: JobConfig, data_parallel: int) -> int:
             f"{config.training.local_batch_size} x {data_parallel} = {per_microbatch}, for example "
             f"{below or per_microbatch}",
         )
-    return wanted
+    return requested
 
 
 def pipeline_microbatches(config: JobConfig, data_parallel: int) -> int:
-    """Microbatches of one optimizer step that go through the pipeline, of all that this process's batch has: those
-    that accumulate gradients too, so that there is one bubble per step and not one per local batch."""
+    """Return the pipeline microbatches of one optimizer step. They include those of gradient accumulation, so that
+    there is one bubble per step and not one per local batch."""
     return (
         global_batch_size(config, data_parallel)
         // data_parallel
@@ -99,7 +99,7 @@ def pipeline_microbatches(config: JobConfig, data_parallel: int) -> int:
 
 
 def check_parallelism(config: JobConfig, degrees: Degrees) -> None:
-    """Refuse what does not go together, or would have no effect, with the two options and the reason."""
+    """Refuse options that cannot be combined, or would have no effect; the message has the options and the reason."""
     _check_sequence(config, degrees)
     _check_tensor_parallel(config, degrees)
     _check_pipeline(config, degrees)
@@ -124,8 +124,8 @@ def _no_effect(config: JobConfig, key: str, without: str) -> None:
 
 
 def _check_sequence(config: JobConfig, degrees: Degrees) -> None:
-    """Context parallelism cuts a sequence into two chunks per process, tensor parallelism each of those processes'
-    shares again."""
+    """Check that the sequence divides: context parallelism cuts it into two chunks per process, and tensor parallelism
+    divides the share of each of those processes again."""
     cp, tp, seq_len = degrees.context_parallel, degrees.tensor_parallel, config.training.seq_len
     unit = cp * math.lcm(2, tp) if cp > 1 else tp
     if seq_len % unit:
@@ -213,24 +213,24 @@ def _check_pipeline(config: JobConfig, degrees: Degrees) -> None:
             f"the stages are given already, by parallelism.pipeline_parallel_split_points = "
             f"{p.pipeline_parallel_split_points}; use one or the other",
         )
-    if schedule in SPLIT_BACKWARD_SCHEDULES and (why := whole_backward(config)):
-        refuse(config, "parallelism.pipeline_parallel_schedule", why)
+    if schedule in SPLIT_BACKWARD_SCHEDULES and (reason := whole_backward(config)):
+        refuse(config, "parallelism.pipeline_parallel_schedule", reason)
     _check_microbatches(config, degrees)
 
 
 def whole_backward(config: JobConfig) -> str | None:
-    """Why the gradients of inputs and of weights cannot be computed at different times; None if they can."""
+    """Return the reason why gradients of inputs and of weights must be computed together; None if they need not."""
     compiled = config.training.compile and "model" in config.compile.components
     reasons = {
         "training.compile": (compiled, "a compiled block"),
         "activation_checkpoint.mode": (config.activation_checkpoint.mode != "none", "a recomputed block"),
     }
-    for name, (on, what) in reasons.items():
+    for name, (on, block) in reasons.items():
         if on:
             section, key = name.split(".")
             value = str(getattr(getattr(config, section), key)).lower()
             return (
-                f"runs the gradients of inputs and of weights at different times, which {what} cannot ({name} = "
+                f"runs the gradients of inputs and of weights at different times, which {block} cannot ({name} = "
                 f"{value}, {config.origin(name)}); choose another schedule, or turn that off"
             )
     return None

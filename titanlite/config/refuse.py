@@ -1,4 +1,4 @@
-"""The one way to refuse an option."""
+"""The function that refuses an option."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from titanlite.errors import ConfigError
 
 
 def refuse(config: JobConfig, key: str, why: str) -> NoReturn:
-    """Raise the :class:`ConfigError` of the option ``key``, "section.key": its value, where that came from, and ``why``
-    it cannot be, with the fix."""
+    """Raise a :class:`ConfigError` for the option ``key`` ("section.key"), with its value and origin. ``why`` is the
+    reason and the fix."""
     section, name = key.split(".")
     raise ConfigError(why, key=key, value=getattr(getattr(config, section), name), origin=config.origin(key))

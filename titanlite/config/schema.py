@@ -1,7 +1,7 @@
 """Every option of titanlite: one dataclass per TOML section, one field per key.
 
 The string under a field is its help text. Sections, keys and defaults are torchtitan's of June 2025, so that
-its TOML files of that time load unchanged; what differs says so. This file is data: no logic, no torch.
+its TOML files of that time load unchanged; differences are noted. This file is data: no logic, no torch.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 
 class Rule(NamedTuple):
-    """A condition on a value, carried by its type: ``text`` completes the sentence "must be ..."."""
+    """A condition on the values of an option, part of its type. ``text`` completes the sentence "must be ..."."""
 
     text: str
     holds: Callable[[Any], bool]
@@ -61,29 +61,29 @@ class Profiling:
     enable_profiling: bool = False
     """Write torch.profiler traces (Chrome format), one per rank and period."""
     save_traces_folder: InnerFolder = "profile_traces"
-    """Where the traces go, under the run folder."""
+    """The folder of the traces, in the run folder."""
     profile_freq: Positive = 10
-    """The period of traces and memory snapshots, in steps: they are of its last step. Traces are recorded after three
-    steps of warm-up."""
+    """The period of traces and memory snapshots, in steps. They record the last step of each period, traces after
+    three steps of warm-up."""
     enable_memory_snapshot: bool = False
-    """Write what is allocated, with the stacks that asked for it, for pytorch.org/memory_viz, one file per rank and
-    period, and when memory runs out. On GPUs alone."""
+    """Write snapshots of allocated memory with stack traces, for pytorch.org/memory_viz: one file per rank and period,
+    and one when memory runs out. Only on GPUs."""
     save_memory_snapshot_folder: InnerFolder = "memory_snapshot"
-    """Where the snapshots go, under the run folder."""
+    """The folder of the snapshots, in the run folder."""
 
 
 @dataclass
 class Metrics:
     log_freq: Positive = 10
-    """Log every this many steps."""
+    """Log every N steps."""
     enable_tensorboard: bool = True
     """Write TensorBoard events. (torchtitan's default is false.)"""
     disable_color_printing: bool = False
-    """No colors on the console, even where it is a terminal."""
+    """Use no colors on the console, even if it is a terminal."""
     save_tb_folder: InnerFolder = "tb"
-    """Where TensorBoard events go, under the run folder."""
+    """The folder of TensorBoard events, in the run folder."""
     save_for_all_ranks: bool = False
-    """TensorBoard events from every rank (tb/rank_N), not from rank 0 alone."""
+    """Write TensorBoard events from every rank (tb/rank_N), not only from rank 0."""
     enable_wandb: bool = False
     """Log to Weights & Biases."""
 
@@ -116,11 +116,11 @@ class Optimizer:
     eps: PositiveFloat = 1e-8
     """Added to the denominator of the update."""
     weight_decay: NotNegativeFloat = 0.1
-    """Weight decay, of every parameter as in torchtitan."""
+    """Weight decay; applied to every parameter, as in torchtitan."""
     implementation: Literal["fused", "foreach", "for-loop"] = "fused"
     """fused: one kernel for all parameters; foreach: one per operation; for-loop: one per parameter."""
     early_step_in_backward: bool = False
-    """Step each parameter as soon as its gradient is there."""
+    """Update each parameter as soon as its gradient is ready."""
 
 
 @dataclass
@@ -129,7 +129,7 @@ class LRScheduler:
     """The learning rate rises linearly over this many steps."""
     decay_ratio: Fraction | None = None
     """The last part of the run, as a fraction of its steps, over which the learning rate decays. Unset: all
-    that follows the warm-up; 0: no decay."""
+    steps after the warm-up; 0: no decay."""
     decay_type: str = "linear"
     """The shape of the decay: linear, sqrt (1 - sqrt(progress)), cosine, or one that custom_import registers."""
     lr_min: Fraction = 0.0
@@ -151,36 +151,36 @@ class Training:
     seq_len: Positive = 2048
     """Tokens per sequence."""
     max_norm: PositiveFloat = 1.0
-    """The gradient norm above which gradients are scaled down to it."""
+    """The largest gradient norm; larger gradients are scaled down to it."""
     steps: Positive = 10000
     """Optimizer steps."""
     enable_cpu_offload: bool = False
     """Keep parameters, gradients and optimizer state in host memory."""
     mixed_precision_param: Literal["bfloat16", "float32"] = "bfloat16"
-    """The dtype of parameters and activations in forward and backward; master weights are float32. The same
-    on one device as on many."""
+    """The dtype of parameters and activations in forward and backward; master weights are float32. It
+    applies with one device too."""
     mixed_precision_reduce: Literal["float32"] = "float32"
     """The dtype in which gradients are reduced."""
     compile: bool = False
     """torch.compile the model block by block, and the loss; see [compile]."""
     gc_freq: Positive = 50
-    """Collect Python's garbage every this many steps, on all ranks at once, and never in between."""
+    """Collect Python's garbage every N steps, on all ranks at once, and never in between."""
     gc_debug: bool = False
-    """Log what each garbage collection found."""
+    """Log the result of each garbage collection."""
     seed: NotNegative | None = None
-    """The seed of weights, data order and everything random. Unset: drawn, logged, and written to
-    config.toml."""
+    """The seed of weights, data order and everything random. Unset: a random seed, which is logged and
+    written to config.toml."""
     deterministic: bool = False
-    """Use deterministic algorithms alone: two runs give byte-identical losses."""
+    """Use only deterministic algorithms: two runs give byte-identical losses."""
     on_bad_step: Literal["stop", "skip"] = "stop"
-    """A loss or gradients that are not finite, or a spike of the loss: stop with an error, or skip the update, which
-    leaves parameters and optimizer state as they are, and go on. Where optimizer.implementation is not fused, skip
+    """The reaction to a loss or gradients that are not finite, or to a spike of the loss. stop: end with an error;
+    skip: leave parameters and optimizer state unchanged, and continue. Unless optimizer.implementation is fused, skip
     makes every step wait for the device."""
     spike_sigmas: NotNegativeFloat = 6.0
-    """A spike is a loss more than this many standard deviations above the mean of the last 128 good steps (and there
-    is none before there are as many); 0: nothing is a spike."""
+    """A spike is a loss more than this many standard deviations above the mean of the last 128 good steps. Before 128
+    good steps, no loss is a spike. 0: no loss is ever a spike."""
     max_skipped_in_a_row: Positive = 10
-    """Under on_bad_step = skip: stop at this many skipped steps in a row."""
+    """With on_bad_step = skip: end the run after this many skipped steps in a row."""
 
 
 @dataclass
@@ -188,10 +188,10 @@ class Parallelism:
     data_parallel_replicate_degree: Positive = 1
     """Groups of devices that hold the same shards (HSDP); 1 is off."""
     data_parallel_shard_degree: PositiveOrAuto = -1
-    """Devices over which FSDP2 shards the model; -1: all that the other degrees leave."""
+    """Devices over which FSDP2 shards the model; -1: all devices that the other degrees do not use."""
     fsdp_reshard_after_forward: Literal["default", "always", "never"] = "default"
-    """Free a block's gathered parameters after its forward: default is always, except under pipeline
-    parallelism and with one shard, unless that is in host memory: gathering it is but copies."""
+    """Free a block's gathered parameters after its forward. default: always, but not under pipeline parallelism,
+    and not with a single shard on the device, where gathering only copies."""
     enable_compiled_autograd: bool = False
     """Compile the backward with compiled autograd."""
     tensor_parallel_degree: Positive = 1
@@ -203,12 +203,12 @@ class Parallelism:
     pipeline_parallel_degree: Positive = 1
     """Devices over which the layers are split; 1 is off."""
     pipeline_parallel_split_points: list[str] = field(default_factory=list)
-    """The modules that begin a stage, for example layers.2,layers.4."""
+    """The first module of each stage after the first, for example layers.2,layers.4."""
     pipeline_parallel_layers_per_stage: Positive | None = None
-    """Layers per pipeline stage, where no split points are given. Neither: stages of about the same work."""
+    """Layers per pipeline stage, if there are no split points. Neither is set: stages of about equal work."""
     pipeline_parallel_schedule: str = "1F1B"
     """The pipeline schedule: 1F1B, GPipe, Interleaved1F1B, LoopedBFS, InterleavedZeroBubble, ZBVZeroBubble; or
-    PipelineScheduleMulti, which pipeline_parallel_schedule_csv describes."""
+    PipelineScheduleMulti, with the schedule in pipeline_parallel_schedule_csv."""
     pipeline_parallel_schedule_csv: str = ""
     """A CSV file with a schedule: a row per process, a cell per time slot, such as 0F1 (stage 0, forward,
     microbatch 1), 0B1 (backward), or 0I1 and 0W1 (its two halves)."""
@@ -217,7 +217,7 @@ class Parallelism:
     context_parallel_degree: Positive = 1
     """Devices over which each sequence is split; 1 is off."""
     context_parallel_rotate_method: Literal["allgather", "alltoall"] = "allgather"
-    """How context parallelism exchanges keys and values: all at once, or one process's at a time (less memory)."""
+    """The exchange of keys and values: all at once (allgather), or one process's at a time (alltoall, less memory)."""
 
 
 @dataclass
@@ -225,40 +225,40 @@ class Checkpoint:
     enable_checkpoint: bool = False
     """Save checkpoints, and continue from the latest one in the run folder."""
     folder: InnerFolder = "checkpoint"
-    """Where checkpoints go, under the run folder."""
+    """The folder of the checkpoints, in the run folder."""
     initial_load_path: str | None = None
-    """Where to start from when the run folder has no checkpoint: a checkpoint of any run (or the folder of several, for
-    the latest), or a Hugging Face folder (config.json and *.safetensors)."""
+    """The start if the run folder has no checkpoint: a checkpoint of any run, a folder of checkpoints (the latest is
+    used), or a Hugging Face folder (config.json and *.safetensors)."""
     initial_load_model_weights_only: bool = True
-    """Take only the weights from initial_load_path; false: everything, and go on from its step."""
+    """Load only the weights from initial_load_path; false: load everything, and continue from its step."""
     interval: Positive = 500
-    """Save every this many steps; the last step is saved too."""
+    """Save every N steps, and after the last step."""
     last_save_model_weights_only: bool = False
-    """Save only the weights at the last step. (torchtitan's default is true; false lets a finished run be
-    continued.)"""
+    """Save only the weights at the last step. (torchtitan's default is true. With false, a finished run
+    can be continued.)"""
     export_dtype: Literal["float16", "bfloat16", "float32"] = "float32"
     """The dtype of a weights-only last save."""
     create_seed_checkpoint: bool = False
-    """Save the initial weights as step 0 and end."""
+    """Save the initial weights as step 0, then end the run."""
     async_mode: Literal["disabled", "async", "async_with_pinned_mem"] = "disabled"
-    """Save beside training, from a copy of the state in host memory; pinned is faster on GPUs."""
+    """Save while training continues, from a copy of the state in host memory; pinned memory is faster on GPUs."""
     keep_latest_k: NotNegative = 10
-    """Keep this many checkpoints; 0 keeps all."""
+    """The number of latest checkpoints to keep; 0 keeps all."""
     load_step: Annotated[int, Rule("0 or more, or -1 for the latest", lambda v: v >= -1)] = -1
-    """The step to continue from, later ones are set aside; -1: the latest."""
+    """The step to continue from; -1: the latest. Later checkpoints are moved aside."""
     exclude_from_loading: list[Literal["optimizer", "lr_scheduler", "dataloader", "train_state"]] = field(  # type: ignore[assignment]
         default_factory=list
     )
-    """Parts not to load, of optimizer, lr_scheduler, dataloader, train_state (the step). The schedule of the learning
-    rate follows from the step, so lr_scheduler goes with train_state."""
+    """Parts that are not loaded: optimizer, lr_scheduler, dataloader, train_state (the step). The learning rate follows
+    from the step, so lr_scheduler requires train_state."""
     enable_first_step_checkpoint: bool = False
     """Save after the first step too."""
     verify: bool = True
-    """Compare every file's checksum before loading; the log says how long it took."""
+    """Verify every file's checksum before loading; the log has the time that it took."""
     fallback: bool = False
-    """Continue from the checkpoint before a damaged one; otherwise damage ends the run."""
+    """If a checkpoint is damaged, continue from the one before it; false: end the run."""
     on_save_failure: Literal["continue", "stop"] = "continue"
-    """What to do when a checkpoint cannot be written (disk full, folder gone). At the end of a run it is an error."""
+    """The reaction to a checkpoint that cannot be written (disk full, folder deleted). An error at the end of a run."""
 
 
 @dataclass
@@ -274,34 +274,34 @@ ScalingTypeName = Literal["dynamic", "delayed", "static"]
 
 @dataclass
 class Float8:
-    """Of the converter ``float8``; docs/float8.md says what each option costs."""
+    """Options of the converter ``float8``; docs/float8.md has the cost of each option."""
 
     enable_fsdp_float8_all_gather: bool = False
     """Gather FSDP's weights in float8: one byte per element, quantized once per optimizer step."""
     precompute_float8_dynamic_scale_for_fsdp: bool = False
     """Compute the scales of all gathered weights at once after the optimizer step, with one all-reduce."""
     force_recompute_fp8_weight_in_bwd: bool = False
-    """Keep no quantized weight between forward and backward: less memory, one more quantization."""
+    """Do not keep quantized weights between forward and backward: less memory, one more quantization."""
     recipe_name: Literal["tensorwise", "rowwise", "rowwise_with_gw_hp"] | None = None
     """The float8 recipe; unset is tensorwise."""
     filter_fqns: list[str] = field(default_factory=list)
-    """Layers to leave in high precision, by whole parts of their names; auto_filter_small_kn: too small ones."""
+    """Layers to leave in high precision, by whole parts of their names; auto_filter_small_kn: small layers."""
     emulate: bool = False
-    """Multiply the quantized values in float32; where there are no float8 units this is done anyway."""
+    """Multiply the quantized values in float32. Without float8 units this is always done."""
     kernels: Literal["auto", "triton", "inductor"] = "auto"
-    """What casts on float8 units: titanlite's Triton kernels, the compiler's own, or what is faster (auto)."""
+    """The kernels of float8 casts: titanlite's (triton), the compiler's (inductor), or the faster of both (auto)."""
     scaling_type_input: ScalingTypeName = "dynamic"
-    """Scale of the inputs: from the tensor itself, from the steps before (delayed), or a constant (static)."""
+    """Scale of the inputs: from the tensor itself (dynamic), from earlier steps (delayed), or constant (static)."""
     scaling_type_weight: ScalingTypeName = "dynamic"
-    """Scale of the weights."""
+    """Scale of the weights: as for the inputs."""
     scaling_type_grad_output: ScalingTypeName = "dynamic"
-    """Scale of the gradients."""
+    """Scale of the gradients: as for the inputs."""
     static_scale_input: PositiveFloat | None = None
-    """What inputs are multiplied with under static scaling: 448 / (the largest value expected)."""
+    """The factor of the inputs with static scaling: 448 / (the largest expected value)."""
     static_scale_weight: PositiveFloat | None = None
-    """The same for weights."""
+    """The factor of the weights with static scaling: 448 / (the largest expected value)."""
     static_scale_grad_output: PositiveFloat | None = None
-    """The same for gradients: 57344 / (the largest value expected)."""
+    """The factor of the gradients with static scaling: 57344 / (the largest expected value)."""
 
 
 @dataclass
@@ -339,7 +339,7 @@ class FaultTolerance:
     group_size: NotNegative = 0
     """The number of replicas."""
     min_replica_size: Positive = 1
-    """The fewest replicas to go on with."""
+    """The smallest number of replicas to continue with."""
     semi_sync_method: str | None = None
     """Semi-synchronous training: local_sgd or diloco."""
     sync_steps: Positive = 5
@@ -356,63 +356,63 @@ class Experimental:
 
 @dataclass
 class Compile:
-    """Not in torchtitan's of June 2025."""
+    """Options that torchtitan of June 2025 does not have."""
 
     mode: Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"] = "default"
     """torch.compile's mode."""
     fullgraph: bool = True
-    """A graph break in a block is an error."""
+    """Raise an error on a graph break in a block."""
     dynamic: bool | None = None
-    """Dynamic shapes: true, false, or unset for what torch.compile finds."""
+    """Dynamic shapes: true, false, or unset: torch.compile detects them."""
     backend: str = "inductor"
     """torch.compile's backend."""
     components: list[Literal["model", "loss"]] = field(default_factory=lambda: ["model", "loss"])  # type: ignore[assignment]
-    """What training.compile compiles."""
+    """The parts that training.compile compiles."""
 
 
 @dataclass
 class Data:
-    """Not in torchtitan's of June 2025."""
+    """Options that torchtitan of June 2025 does not have."""
 
     text_field: str = "text"
     """The field of a json or parquet document that holds its text."""
     on_corrupt: Literal["stop", "skip"] = "stop"
-    """A document that cannot be read: stop with its file and line, or skip and count it."""
+    """If a document cannot be read: stop with an error (file and line), or skip and count it."""
 
 
 @dataclass
 class Validation:
-    """Not in torchtitan's of June 2025."""
+    """Options that torchtitan of June 2025 does not have."""
 
     enable: bool = False
     """Compute the loss, and bits per byte, of text that training never sees."""
     dataset: str = ""
-    """The data source to validate on. Empty, or with dataset_path the same as training's: documents of the training
-    data that are held out from training. One that shares files with the training data is refused."""
+    """The data source of validation. Empty, or the same source and path as training: documents of the training data,
+    held out from training. A source that shares files with the training data is refused."""
     dataset_path: str | None = None
     """The files of that source. Unset with an empty dataset: the training data's."""
     interval: Positive = 100
-    """Validate after every this many steps, and after the last one."""
+    """Validate every N steps, and after the last step."""
     steps: Positive = 10
-    """Batches of a validation, each as large as training's: the same in every validation. Fewer where the text, read
-    once, has no more."""
+    """Batches of a validation, of the size of training batches; the same in every validation. Fewer if the text, read
+    once, does not suffice."""
     held_out_percent: Percentage = 1.0
-    """The share of the training data's documents that is held out; a hash of its text says whether a document is."""
+    """The share of the training data's documents that is held out; a hash of the text selects the documents."""
     precision: Literal["as_trained", "bfloat16"] = "as_trained"
-    """bfloat16: compute layers that train in float8 in bfloat16 instead."""
+    """bfloat16: validate layers that train in float8 in bfloat16 instead."""
 
 
 @dataclass
 class Sample:
-    """Not in torchtitan's of June 2025."""
+    """Options that torchtitan of June 2025 does not have."""
 
     enable: bool | None = None
-    """When the last step is done, log how the model continues a prompt. Each token takes a forward, for which FSDP
-    gathers all parameters. Unset: for models of up to a billion. Not under pipeline or context parallelism."""
+    """After the last step, log how the model continues a prompt. Each token needs a forward, for which FSDP gathers all
+    parameters. Unset: only for models of up to a billion parameters. Not under pipeline or context parallelism."""
     prompt: str | None = None
-    """The text to continue; empty begins a document. Unset: import for pystdlib, empty for other data."""
+    """The text to continue; empty begins a document. Unset: "import" for pystdlib, empty for other data."""
     max_new_tokens: Positive = 64
-    """The length of the sample, in tokens, of which training.seq_len leaves no more than fit behind the prompt."""
+    """The largest length of the sample, in tokens; prompt and sample together have at most training.seq_len tokens."""
 
 
 @dataclass
@@ -442,5 +442,5 @@ class JobConfig:
         self.origins: dict[str, str] = {}
 
     def origin(self, name: str) -> str:
-        """Where ``section.key`` got its value, for messages: a file and line, an argument, or "the default"."""
+        """Return the origin of ``section.key``, for messages: a file and line, an argument, or "the default"."""
         return self.origins.get(name, "the default")

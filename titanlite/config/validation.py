@@ -1,4 +1,4 @@
-"""What [validation] asks for, and what of it does not go together."""
+"""Checks of the section [validation]."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from titanlite.config.schema import JobConfig, Validation
 
 
 def holds_out(config: JobConfig) -> bool:
-    """Whether documents of the training data are held out for validation."""
+    """Return True if documents of the training data are held out for validation."""
     training, validation = config.training, config.validation
     named = (validation.dataset or training.dataset, validation.dataset_path or None)
     without_path = not validation.dataset and not validation.dataset_path

@@ -1,1 +1,1 @@
-"""A trained model that answers: loading, generating, converting."""
+"""Use of a trained model: load it, generate text, convert it."""

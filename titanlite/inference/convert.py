@@ -1,4 +1,4 @@
-"""A checkpoint as a Hugging Face folder, and the other way round; tensors go through memory one after the other."""
+"""Convert a checkpoint to a Hugging Face folder, or back. Tensors go through memory one after the other."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ from titanlite.inference.load import describe, tokenizer_of
 def convert(
     source: Path, target: Path, dtype: str | None = None, tokenizer_path: str | None = None, *, verify_sums: bool = True
 ) -> str:
-    """Write ``source``, a checkpoint's folder or Hugging Face's, to ``target`` as the other of the two; returns what
-    was done, and how to use it.
+    """Convert ``source``, a checkpoint or a Hugging Face folder, to the other format, in ``target``. Return a message
+    with the result and its use.
 
     Args:
-        dtype: of the weights in a Hugging Face folder, the name of one of torch's; None: bfloat16. A checkpoint keeps
-            the source's.
-        tokenizer_path: None: what the weights were trained with.
-        verify_sums: compare a checkpoint's checksums first.
+        dtype: the torch dtype, by name, of the weights in a Hugging Face folder; None: bfloat16. A checkpoint keeps the
+            dtypes of the source.
+        tokenizer_path: the tokenizer; None: the one that the weights were trained with.
+        verify_sums: verify the checksums of a checkpoint first.
 
     Raises:
-        ConfigError: it cannot be converted, read or written.
+        ConfigError: the source cannot be converted or read, or the target cannot be written.
     """
     if not is_hugging_face(source):
         return to_hugging_face(source, target, dtype or "bfloat16", tokenizer_path, verify_sums)
@@ -44,27 +44,27 @@ def convert(
 
 
 def to_hugging_face(folder: Path, target: Path, dtype: str, tokenizer_path: str | None, verify_sums: bool) -> str:
-    found = describe(folder)
-    family = found.spec.hugging_face
+    description = describe(folder)
+    spec, family = description.spec, description.spec.hugging_face
     if family is None:
-        raise ConfigError(f'the model family "{found.spec.name}" has no form in transformers: nothing to convert to')
-    tokenizer = tokenizer_of(found, tokenizer_path)
+        raise ConfigError(f'the model family "{spec.name}" has no form in transformers: nothing to convert to')
+    tokenizer = tokenizer_of(description, tokenizer_path)
     if verify_sums:
         verify(folder)
-    names = family.names(found.args)
+    names = family.names(description.args)
     saved = saved_shapes(folder)
     lacking = [name for name in names if f"model.{name}" not in saved]
     if lacking:
         raise ConfigError(f"{folder} lacks {len(lacking)} weights of its own model, such as {lacking[0]}")
 
-    def get(wanted: list[str]) -> dict[str, torch.Tensor]:
-        state = {f"model.{name}": torch.empty(saved[f"model.{name}"]) for name in wanted}
+    def get(requested: list[str]) -> dict[str, torch.Tensor]:
+        state = {f"model.{name}": torch.empty(saved[f"model.{name}"]) for name in requested}
         load(folder, state)
         return {name.removeprefix("model."): tensor for name, tensor in state.items()}
 
     write_hugging_face(
         target,
-        family.to_config(found.args),
+        family.to_config(description.args),
         {name: saved[f"model.{name}"] for name in names},
         names,
         get,
@@ -75,22 +75,22 @@ def to_hugging_face(folder: Path, target: Path, dtype: str, tokenizer_path: str 
 
 
 def to_checkpoint(folder: Path, target: Path, tokenizer_path: str | None) -> str:
-    source, found = HuggingFaceFolder(folder), describe(folder)
-    tokenizer_of(found, tokenizer_path)
-    family = found.spec.hugging_face
+    source, description = HuggingFaceFolder(folder), describe(folder)
+    tokenizer_of(description, tokenizer_path)
+    family = description.spec.hugging_face
     assert family is not None
-    names = family.names(found.args)
+    names = family.names(description.args)
     source.check({}, names, family.ignored)
     with source.opened() as get:
-        state = {f"model.{ours}": get(theirs) for ours, theirs in names.items()}  # as views of the files
-        shape: dict[str, Any] = json.loads(json.dumps(asdict(found.args)))
-        model = {"name": found.spec.name, "flavor": found.flavor, "args": shape}
+        state = {f"model.{name}": get(hf_names) for name, hf_names in names.items()}  # as views of the files
+        shape: dict[str, Any] = json.loads(json.dumps(asdict(description.args)))
+        model = {"name": description.spec.name, "flavor": description.flavor, "args": shape}
         tokenizer = str(folder.absolute()) if tokenizer_path is None else tokenizer_path
         runtime.start_runtime(Comm())
         try:
-            done = save(target, state, Info(0, model, tokenizer_path=tokenizer, weights_only=True), None)
+            checkpoint = save(target, state, Info(0, model, tokenizer_path=tokenizer, weights_only=True), None)
         except SaveError as e:
             raise ConfigError(f"{target}: cannot be written: {e}; choose another folder, or make room") from e
         finally:
             runtime.stop_runtime()
-    return f"{folder} -> {done}: --checkpoint.initial_load_path={done}"
+    return f"{folder} -> {checkpoint}: --checkpoint.initial_load_path={checkpoint}"

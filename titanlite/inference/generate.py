@@ -1,8 +1,9 @@
-"""Text from a model: one token after the other, each attending to the keys and values of those before.
+"""Generate text with a model, token by token. Each token attends to the cached keys and values of the tokens before it.
 
-A model family takes part as it is if its ``forward(tokens, positions)`` takes the positions of the tokens, and its
-attention modules have an ``attend(q, k, v)`` that can be replaced on the instance: q [batch, heads, seq_len, head_dim],
-k and v [batch, kv_heads, seq_len, head_dim], positions already in them, causal over the whole sequence.
+A model family works without changes if its ``forward(tokens, positions)`` takes the positions of the tokens, and its
+attention modules have a method ``attend(q, k, v)`` that can be replaced on the instance. Shapes: q [batch, heads,
+seq_len, head_dim], k and v [batch, kv_heads, seq_len, head_dim]; positions are already applied to q and k, and
+attention is causal over the whole sequence.
 """
 
 from __future__ import annotations
@@ -24,16 +25,16 @@ from torch.distributed.fsdp import FSDPModule
 
 from titanlite.errors import ConfigError, TrainingError
 
-MOST = 256  # new tokens, where nobody says how many
+DEFAULT_MAX_NEW_TOKENS = 256
 
 
 def forward(model: nn.Module, tokens: Tensor, start: int = 0, multiple: int = 1) -> Tensor:
-    """Logits [batch, n, vocab] of ``tokens`` [batch, n], which stand at the positions from ``start`` on.
+    """Return the logits [batch, n, vocab] of ``tokens`` [batch, n], at the positions from ``start`` on.
 
     Args:
-        multiple: sequence parallelism divides the sequence, so it is filled up to a multiple of this. What fills it are
-            copies of the last token at its own position: no activation is there that was not there before, which leaves
-            the scales of float8 as they are.
+        multiple: pad the sequence to a multiple of this, because sequence parallelism divides it. The padding is copies
+            of the last token at the same position. They add no new activation values, so the scales of float8 do not
+            change.
     """
     n = tokens.shape[1]
     positions = torch.arange(start, start + n, device=tokens.device)
@@ -45,29 +46,29 @@ def forward(model: nn.Module, tokens: Tensor, start: int = 0, multiple: int = 1)
 
 
 class KVCache:
-    """The keys and values of the tokens so far, in every attention of ``model``, which is changed for as long as the
-    context lasts::
+    """A cache of the keys and values of all tokens so far, for every attention of ``model``. Inside the context, it
+    replaces the ``attend`` of these modules::
 
         with KVCache(model, capacity=100) as cache:
             logits = cache(prompt)  # [batch, n, vocab]
             logits = cache(next_token)  # [batch, 1, vocab]
 
     Args:
-        capacity: tokens that there is room for.
-        multiple: as in :func:`forward`; the tokens that fill up are not kept.
+        capacity: the largest number of tokens.
+        multiple: as in :func:`forward`; the cache does not keep the padding.
 
     Attributes:
-        length: tokens so far.
+        length: the number of tokens so far.
 
     Raises:
-        ConfigError: the model has no attention that can be replaced; later, the capacity is used up.
+        ConfigError: the model has no attention that can be replaced, or, in a call, the capacity is exceeded.
     """
 
     def __init__(self, model: nn.Module, capacity: int, multiple: int = 1) -> None:
         self.model, self.capacity, self.multiple = model, capacity, multiple
         self.length = self._new = 0
         self._modules = [module for module in model.modules() if callable(getattr(module, "attend", None))]
-        self._own = [module.__dict__.get("attend") for module in self._modules]
+        self._instance_attends = [module.__dict__.get("attend") for module in self._modules]
         self._kept: dict[nn.Module, tuple[Tensor, Tensor]] = {}
         if not self._modules:
             raise ConfigError(
@@ -81,16 +82,16 @@ class KVCache:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, e: BaseException | None, trace: TracebackType | None) -> None:
-        for module, own in zip(self._modules, self._own, strict=True):
-            if own is None:
-                del module.attend  # back to that of its class
+        for module, attend in zip(self._modules, self._instance_attends, strict=True):
+            if attend is None:
+                del module.attend  # back to the method of the class
             else:
-                module.attend = own
+                module.attend = attend
         self._kept.clear()
 
     @torch.no_grad()
     def __call__(self, tokens: Tensor) -> Tensor:
-        """Logits [batch, n, vocab] of the tokens [batch, n] that come next."""
+        """Return the logits [batch, n, vocab] of the next tokens [batch, n], and cache their keys and values."""
         new = tokens.shape[1]
         if self.length + new > self.capacity:
             raise ConfigError(
@@ -106,20 +107,20 @@ class KVCache:
         self, module: nn.Module, causal: Callable[[Tensor, Tensor, Tensor], Tensor], q: Tensor, k: Tensor, v: Tensor
     ) -> Tensor:
         start, new = self.length, self._new
-        filling = q.shape[2] - new
+        padding = q.shape[2] - new
         q, k, v = q[:, :, :new], k[:, :, :new], v[:, :, :new]
         keys, values = self._append(module, k, v)
         if start == 0:
-            out = causal(q, k, v)  # as in training: without a mask there are kernels that need no memory for one
+            out = causal(q, k, v)  # as in training; kernels without a mask need less memory
         else:
-            mask = None  # the last token sees all
+            mask = None  # a single token sees all tokens before it
             if new > 1:
                 mask = torch.ones(new, start + new, dtype=torch.bool, device=q.device).tril(start)
             out = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask, enable_gqa=True)
-        return torch.cat((out, out[:, :, -1:].expand(-1, -1, filling, -1)), 2) if filling else out
+        return torch.cat((out, out[:, :, -1:].expand(-1, -1, padding, -1)), 2) if padding else out
 
     def _append(self, module: nn.Module, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """All keys and values of ``module`` so far, with these."""
+        """Append ``k`` and ``v`` to the cache of ``module``; return all keys and values so far."""
         if module not in self._kept:
             batch, heads, _, head_dim = k.shape
             shape = batch, heads, self.capacity, head_dim
@@ -132,14 +133,14 @@ class KVCache:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a token is drawn from the logits.
+    """The sampling of a token from the logits.
 
     Attributes:
-        temperature: what the logits are divided by; 0 takes the most likely token.
-        top_k: draw from the k most likely tokens alone; 0 is off.
-        top_p: of these, draw from the fewest whose probabilities add up to p or more (nucleus sampling, Holtzman et
+        temperature: the divisor of the logits; 0 takes the most likely token.
+        top_k: draw only from the k most likely tokens; 0 is off.
+        top_p: of these, draw only from the fewest whose probabilities sum to p or more (nucleus sampling, Holtzman et
             al., "The Curious Case of Neural Text Degeneration", 2019); 1 is off.
-        seed: of a generator of its own; the same seed draws the same tokens from the same logits.
+        seed: the seed of a separate generator; the same seed draws the same tokens from the same logits.
 
     Raises:
         ConfigError: a value is out of range.
@@ -162,33 +163,33 @@ class Sampling:
                 raise ConfigError(f"{name} = {getattr(self, name)}: must be {rule}")
 
     def probabilities(self, logits: Tensor) -> Tensor:
-        """What tokens are drawn with: float32, of the shape of ``logits`` [..., vocab]."""
+        """Return the probabilities of the tokens: float32, in the shape of ``logits`` [..., vocab]."""
         logits = logits.float()
         if self.temperature == 0:
             return torch.zeros_like(logits).scatter_(-1, logits.argmax(-1, keepdim=True), 1.0)
-        # The largest is taken off first: divided by a small temperature it would be infinite.
+        # Subtract the largest logit first; divided by a small temperature, it could become infinite.
         logits, ids = (logits - logits.amax(-1, keepdim=True)).sort(dim=-1, descending=True, stable=True)
         if self.top_k:
             logits[..., self.top_k :] = -torch.inf
-        found = (logits / self.temperature).softmax(-1)
+        probs = (logits / self.temperature).softmax(-1)
         if self.top_p < 1:
-            found[found.cumsum(-1) - found >= self.top_p] = 0.0
-            found /= found.sum(-1, keepdim=True)
-        return torch.zeros_like(found).scatter_(-1, ids, found)
+            probs[probs.cumsum(-1) - probs >= self.top_p] = 0.0
+            probs /= probs.sum(-1, keepdim=True)
+        return torch.zeros_like(probs).scatter_(-1, ids, probs)
 
 
 @dataclass(frozen=True)
 class Decoder:
-    """A model that text can be drawn from, by all processes that hold a share of it together.
+    """A model to sample text from. All processes that hold a share of the model call its methods together.
 
     Attributes:
-        model: plain, sharded by FSDP2, tensor parallel, compiled, in float8; not a part of a pipeline.
-        device: of the tokens.
-        max_seq_len: positions that the model knows.
-        vocab_size: ids that the tokenizer has. A model may have more, for a round number of them; they mean nothing.
+        model: a plain model, or sharded by FSDP2, tensor parallel, compiled, or in float8; not a part of a pipeline.
+        device: the device of the tokens.
+        max_seq_len: the number of positions of the model.
+        vocab_size: the number of ids of the tokenizer. A model may have more ids, as padding; they are never drawn.
         tp: the mesh of tensor parallelism.
-        sharded_logits: the model's logits are sharded over ``tp``, as for a loss that is.
-        group: of all these processes, for messages on the CPU; None is one process.
+        sharded_logits: True if the model's logits are sharded over ``tp``, as for the vocabulary-parallel loss.
+        group: the process group of all these processes, for messages on the CPU; None for a single process.
     """
 
     model: nn.Module
@@ -200,7 +201,7 @@ class Decoder:
     group: dist.ProcessGroup | None = None
 
     def last_logits(self, logits: Tensor) -> Tensor:
-        """Of the last token of ``logits`` [1, n, vocab]: float32 [vocab_size], on the CPU."""
+        """Return the logits of the last token of ``logits`` [1, n, vocab]: float32 [vocab_size], on the CPU."""
         last = logits[0, -1].contiguous()
         if self.tp is not None and self.sharded_logits:
             parts = [torch.empty_like(last) for _ in range(self.tp.size())]
@@ -209,13 +210,13 @@ class Decoder:
         return last[: self.vocab_size].float().cpu()
 
     def draw(self, logits: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
-        """The next token after ``logits`` [1, n, vocab]."""
+        """Draw the next token after ``logits`` [1, n, vocab]; raise :class:`TrainingError` if they are not finite."""
         last = self.last_logits(logits)
         token = torch.tensor([-1])
         if last.isfinite().all():
             token = torch.multinomial(sampling.probabilities(last), 1, generator=generator)
         if self.group is not None:
-            # Processors of other kinds may round otherwise, and ranks that end at different tokens wait for each other.
+            # Different processors may round differently, and ranks with different tokens would wait for each other.
             dist.broadcast(token, group=self.group, group_src=0)
         if token < 0:
             raise TrainingError("the model's logits are not finite: its weights are damaged, or its training diverged")
@@ -224,12 +225,12 @@ class Decoder:
 
 @dataclass
 class Generated:
-    """New tokens, and what they took.
+    """New tokens, and the time they took.
 
     Attributes:
-        ids: without the token that ended them.
-        prompt_tokens: computed in ``prefill_s`` seconds, with which the first token was drawn.
-        decoded_tokens: computed one by one in ``decode_s`` seconds.
+        ids: the new tokens, without the token that ended the text.
+        prompt_tokens: the number of prompt tokens, computed in ``prefill_s`` seconds together with the first new token.
+        decoded_tokens: the number of tokens computed one by one, in ``decode_s`` seconds.
     """
 
     ids: list[int]
@@ -248,18 +249,18 @@ class Generated:
 
 @contextmanager
 def inference(model: nn.Module) -> Iterator[None]:
-    """``model`` without gradients, dropout or the compiler, as it was afterwards: modes, and FSDP's shards."""
+    """Run ``model`` without gradients, dropout and the compiler; restore its modes and FSDP's shards at the end."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
-        # Compiled for sequences of training, a block would be compiled again for each other length.
+        # A block compiled for training would be compiled again for every other sequence length.
         with torch.no_grad(), torch.compiler.set_stance("force_eager"):
             yield
     finally:
         for module, mode in modes:
             module.training = mode
             if isinstance(module, FSDPModule):
-                module.reshard()  # what a forward leaves gathered waits for its backward
+                module.reshard()  # free parameters that stay gathered for a backward
 
 
 def generate(
@@ -271,16 +272,16 @@ def generate(
     *,
     cached: bool = True,
 ) -> Generated:
-    """Continue ``prompt`` by at most ``max_new_tokens`` tokens; to be called by all processes at once.
+    """Continue ``prompt`` by at most ``max_new_tokens`` tokens. All processes must call this.
 
     Args:
         prompt: token ids, at least one (BOS).
-        max_new_tokens: None for as many as the model has positions for, at most 256.
+        max_new_tokens: None: as many as the model has positions for, at most 256.
         stop_ids: tokens that end the text (EOS).
-        cached: keep keys and values; else each token takes a forward of all before it.
+        cached: cache keys and values; False: compute all tokens again for each new token.
 
     Raises:
-        ConfigError: nothing to begin with, no tokens wanted, more than the model has positions for, or it takes none.
+        ConfigError: no prompt, ``max_new_tokens`` below 1, too few positions, or a forward that takes no positions.
         TrainingError: the logits are not finite.
     """
     max_new_tokens = _checked_number(max_new_tokens, len(prompt), decoder.max_seq_len)
@@ -307,7 +308,7 @@ def generate(
 
 
 def _checked_number(max_new_tokens: int | None, prompt: int, positions: int) -> int:
-    """``max_new_tokens`` after a prompt of so many tokens, for a model with so many positions."""
+    """Check ``max_new_tokens`` for a prompt of ``prompt`` tokens and a model with so many ``positions``."""
     if not prompt:
         raise ConfigError("the prompt has no tokens: begin with the tokenizer's BOS")
     if max_new_tokens is None:
@@ -316,7 +317,7 @@ def _checked_number(max_new_tokens: int | None, prompt: int, positions: int) -> 
                 f"the prompt has {prompt} tokens, and the model has {positions} positions, which leaves no room for "
                 "more; shorten it"
             )
-        return min(MOST, positions - prompt)
+        return min(DEFAULT_MAX_NEW_TOKENS, positions - prompt)
     if max_new_tokens < 1:
         raise ConfigError(f"max_new_tokens = {max_new_tokens}: must be at least 1")
     if prompt + max_new_tokens > positions:

@@ -1,6 +1,6 @@
-"""A model to compute with, from a folder of weights: no optimizer, no FSDP, one copy in the dtype asked for.
+"""Load a model for inference from a folder of weights: no optimizer, no FSDP, one copy in the requested dtype.
 
-On several processes it is tensor parallel over all of them.
+On several processes, the model is tensor parallel over all of them.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from titanlite.errors import ConfigError
 from titanlite.models.spec import ModelSpec, get_model_spec, model_spec_of
 
 
-class Described(NamedTuple):
-    """What a folder says that its weights belong to; ``args`` is a configured flavor, ``flavor`` the name of the one
-    that it is, which need not be known here, or empty if there is none."""
+class ModelDescription(NamedTuple):
+    """The model of a folder of weights. ``args`` is a configured flavor. ``flavor`` is its name, which need not be
+    registered here; empty if it has none."""
 
     spec: ModelSpec
     flavor: str
@@ -34,25 +34,25 @@ class Described(NamedTuple):
 
 
 class LoadedModel(NamedTuple):
-    """``max_seq_len``: positions that the model knows."""
+    """A loaded model; ``max_seq_len`` is the number of its positions."""
 
     model: nn.Module
     tokenizer: Tokenizer
     max_seq_len: int
 
 
-def fill_weights(model: nn.Module, found: Described, folder: Path) -> None:
-    """Read the parameters of ``model``, plain or sharded, of any dtype, from a checkpoint, whose checksums are compared
-    first, or from Hugging Face's files.
+def fill_weights(model: nn.Module, description: ModelDescription, folder: Path) -> None:
+    """Read the parameters of ``model`` (plain or sharded, of any dtype) from a checkpoint or from Hugging Face's files.
+    The checksums of a checkpoint are verified first.
 
     Raises:
         ConfigError: a file is missing or damaged.
     """
     state = model_state([model])
-    family = found.spec.hugging_face
+    family = description.spec.hugging_face
     if family is not None and is_hugging_face(folder):
         parameters = {name.removeprefix("model."): tensor for name, tensor in state.items()}
-        HuggingFaceFolder(folder).load_into(parameters, family.names(found.args), family.ignored)
+        HuggingFaceFolder(folder).load_into(parameters, family.names(description.args), family.ignored)
         return
     verify(folder)
     load(folder, state)
@@ -66,43 +66,44 @@ def load_model(
     *,
     tokenizer_path: str | None = None,
 ) -> LoadedModel:
-    """Build the model of a folder and give it its weights.
+    """Build the model of a folder and load its weights.
 
     Args:
         path: a checkpoint (the folder of one step), or a Hugging Face folder.
-        dtype: of the parameters; buffers keep theirs.
-        mesh: of tensor parallelism alone.
-        tokenizer_path: in place of the one that the checkpoint names.
+        dtype: the dtype of the parameters; buffers keep their own.
+        mesh: a mesh with tensor parallelism only.
+        tokenizer_path: a tokenizer to use in place of the one that the checkpoint names.
 
     Raises:
         ConfigError: the folder is no checkpoint, the tokenizer does not fit, or the model does not divide over the
             processes.
     """
     folder = Path(path).expanduser()
-    found = describe(folder)
-    tokenizer = tokenizer_of(found, tokenizer_path)
-    model = build(found.spec, found.args, dtype, mesh, device)
-    fill_weights(model, found, folder)
-    return LoadedModel(model.eval(), tokenizer, found.args.max_seq_len)
+    description = describe(folder)
+    tokenizer = tokenizer_of(description, tokenizer_path)
+    model = build(description.spec, description.args, dtype, mesh, device)
+    fill_weights(model, description, folder)
+    return LoadedModel(model.eval(), tokenizer, description.args.max_seq_len)
 
 
-def tokenizer_of(found: Described, path: str | None = None) -> Tokenizer:
-    """The tokenizer that a folder names, or the one at ``path`` in its place.
+def tokenizer_of(description: ModelDescription, path: str | None = None) -> Tokenizer:
+    """Load the tokenizer that a folder names, or the one at ``path`` in its place.
 
     Raises:
-        ConfigError: it cannot be read, or has tokens that the model does not know.
+        ConfigError: the tokenizer cannot be read, or has more tokens than the model.
     """
-    tokenizer = load_tokenizer(found.tokenizer_path if path is None else path)
-    if tokenizer.vocab_size > found.args.vocab_size:
+    tokenizer = load_tokenizer(description.tokenizer_path if path is None else path)
+    if tokenizer.vocab_size > description.args.vocab_size:
         raise ConfigError(
-            f"the tokenizer {tokenizer.path} has {tokenizer.vocab_size} tokens, more than the {found.args.vocab_size} "
-            "of the model's vocabulary; --tokenizer_path names the one that belongs to the model"
+            f"the tokenizer {tokenizer.path} has {tokenizer.vocab_size} tokens, more than the "
+            f"{description.args.vocab_size} of the model's vocabulary; --tokenizer_path names the one that belongs to "
+            "the model"
         )
     return tokenizer
 
 
 def build(spec: ModelSpec, args: Any, dtype: torch.dtype, mesh: Mesh, device: torch.device) -> nn.Module:
-    """The model with its memory and its buffers; what its parameters hold is left to chance."""
+    """Build the model, allocate it and initialize its buffers. The parameters are uninitialized."""
     config = JobConfig()
     config.parallelism.tensor_parallel_degree = mesh.tp.size()
     config.parallelism.disable_loss_parallel = True
@@ -119,7 +120,7 @@ def build(spec: ModelSpec, args: Any, dtype: torch.dtype, mesh: Mesh, device: to
                 "start one process"
             )
         spec.tensor_parallel(model, mesh, config)
-    # A parameter that two modules share is one afterwards too.
+    # A parameter that two modules share must stay shared.
     swap = torch.__future__.get_swap_module_params_on_conversion()
     torch.__future__.set_swap_module_params_on_conversion(True)
     try:
@@ -131,26 +132,26 @@ def build(spec: ModelSpec, args: Any, dtype: torch.dtype, mesh: Mesh, device: to
 
 
 class _BuffersAlone:
-    """The initialization of a model whose parameters come from a file: a :class:`WeightInit` that leaves them."""
+    """A :class:`WeightInit` that changes no parameters, for a model whose parameters come from a file."""
 
     def trunc_normal(self, param: Tensor, std: float, bound: float = 3.0) -> None: ...
     def normal(self, param: Tensor, std: float) -> None: ...
     def ones(self, param: Tensor) -> None: ...
 
 
-def describe(folder: Path) -> Described:
-    """Read what a folder says of itself.
+def describe(folder: Path) -> ModelDescription:
+    """Read from a folder which model its weights belong to.
 
     Raises:
-        ConfigError: it is no checkpoint and no Hugging Face folder, or of a model that is not computed here.
+        ConfigError: the folder is no checkpoint and no Hugging Face folder, or its model is not known here.
         DamagedCheckpoint: see :func:`titanlite.checkpoint.storage.read_info`.
     """
     if is_hugging_face(folder):
         config = HuggingFaceFolder(folder).config
         spec, args = model_spec_of(config)
-        return Described(spec, _flavor_of(spec, args), args, str(folder.absolute()))
+        return ModelDescription(spec, _flavor_of(spec, args), args, str(folder.absolute()))
     if not any((folder / name).exists() for name in (INFO, SUMS)):
-        raise ConfigError(f"{folder} is no checkpoint: {_what_is_there(folder)}")
+        raise ConfigError(f"{folder} is no checkpoint: {_contents(folder)}")
     try:
         info = read_info(folder)
     except OSError as e:
@@ -161,13 +162,13 @@ def describe(folder: Path) -> Described:
     except ConfigError as e:
         raise ConfigError(f"{folder}: {e}; one of your own comes with --custom_import") from e
     try:
-        # A flavor of somebody's own may be unknown here; all of a family are of one type.
+        # A custom flavor may be unknown here, but all flavors of a family have the same type.
         args = _rebuilt(type(next(iter(spec.flavors.values()))), values)
     except TypeError as e:
         raise ConfigError(
             f"{folder / INFO}: its model.args are not those of a {name} ({e}); it is of another version"
         ) from e
-    return Described(spec, flavor, args, info.tokenizer_path)
+    return ModelDescription(spec, flavor, args, info.tokenizer_path)
 
 
 def _flavor_of(spec: ModelSpec, args: Any) -> str:
@@ -177,7 +178,7 @@ def _flavor_of(spec: ModelSpec, args: Any) -> str:
     return ""
 
 
-def _what_is_there(folder: Path) -> str:
+def _contents(folder: Path) -> str:
     if not folder.is_dir():
         return f"there is no such folder (relative to {Path.cwd()})"
     inside = sorted(file.parent for pattern in ("*/", "*/*/") for file in folder.glob(pattern + INFO))
@@ -187,7 +188,7 @@ def _what_is_there(folder: Path) -> str:
 
 
 def _rebuilt(kind: Any, value: Any) -> Any:
-    """What ``dataclasses.asdict`` made ``value`` of; ``kind`` is its type."""
+    """Invert ``dataclasses.asdict``: return the instance of the type ``kind`` that ``value`` was made from."""
     if isinstance(value, dict):
         for cls in (kind, *typing.get_args(kind)):
             if dataclasses.is_dataclass(cls):

@@ -1,4 +1,4 @@
-"""A text, continued by a trained model: on one process, or with tensor parallelism over all that there are."""
+"""Continue a text with a trained model, on one process or with tensor parallelism over all processes."""
 
 from __future__ import annotations
 
@@ -24,36 +24,38 @@ def continue_text(
     *,
     cached: bool = True,
 ) -> str:
-    """The prompt and its continuation; how fast it was goes to stderr.
+    """Return the prompt with its continuation. The speed is printed to stderr.
 
     Args:
         checkpoint: the folder of one step, or of Hugging Face weights.
-        prompt: what to continue; empty begins a document.
+        prompt: the text to continue; an empty prompt begins a document.
         max_new_tokens: None: as many as the model has positions for, at most 256.
-        dtype: of the weights, the name of one of torch's.
-        tokenizer_path: None: what the checkpoint was trained with.
-        cached: or compute all tokens again for each one.
+        dtype: the torch dtype of the weights, by name.
+        tokenizer_path: the tokenizer; None: the one that the checkpoint was trained with.
+        cached: cache keys and values; False: compute all tokens again for each new token.
 
     Raises:
         ConfigError: the model cannot be loaded, or the prompt does not fit.
     """
-    here = runtime.start_runtime(Comm())
+    process = runtime.start_runtime(Comm())
     try:
-        mesh = build_mesh(Degrees(1, 1, 1, tensor_parallel=here.world_size, pipeline_parallel=1), here.device.type)
-        loaded = load_model(checkpoint, getattr(torch, dtype), mesh, here.device, tokenizer_path=tokenizer_path)
+        mesh = build_mesh(
+            Degrees(1, 1, 1, tensor_parallel=process.world_size, pipeline_parallel=1), process.device.type
+        )
+        loaded = load_model(checkpoint, getattr(torch, dtype), mesh, process.device, tokenizer_path=tokenizer_path)
         tokenizer = loaded.tokenizer
         decoder = Decoder(
             loaded.model,
-            here.device,
+            process.device,
             loaded.max_seq_len,
             tokenizer.vocab_size,
             tp=mesh.tp,
-            group=here.control if here.world_size > 1 else None,
+            group=process.control if process.world_size > 1 else None,
         )
         ids = tokenizer.encode(prompt)
-        done = generate(decoder, [tokenizer.bos_id, *ids], max_new_tokens, sampling, {tokenizer.eos_id}, cached=cached)
-        if here.rank == 0:
-            print(f"{dtype} on {here.device}, {here.world_size} processes: {done.speed()}", file=sys.stderr)
-        return tokenizer.decode([*ids, *done.ids])
+        out = generate(decoder, [tokenizer.bos_id, *ids], max_new_tokens, sampling, {tokenizer.eos_id}, cached=cached)
+        if process.rank == 0:
+            print(f"{dtype} on {process.device}, {process.world_size} processes: {out.speed()}", file=sys.stderr)
+        return tokenizer.decode([*ids, *out.ids])
     finally:
         runtime.stop_runtime()

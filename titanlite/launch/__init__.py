@@ -1,1 +1,1 @@
-"""From one command to the workers and back: launcher, command line, stop requests, stacks."""
+"""Start and supervision of the workers: launcher, command line, stop requests, stacks."""

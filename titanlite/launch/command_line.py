@@ -1,5 +1,5 @@
-"""What ``run_train.sh``, ``titanlite`` and ``python -m titanlite.train`` share: options in, messages and exit status
-out. Nothing here imports torch."""
+"""Functions that ``run_train.sh``, ``titanlite`` and ``python -m titanlite.train`` share: they read options, and show
+messages. Nothing in this module imports torch."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ EXIT_CONFIG = 2
 
 
 def read_config(argv: Sequence[str]) -> JobConfig:
-    """The configuration, from the arguments and the file that CONFIG_FILE names; bad input ends the process."""
+    """Read the configuration from the arguments and the file that CONFIG_FILE names. Bad input ends the process."""
     try:
         return load_config(argv, os.environ.get(CONFIG_FILE) or None)
     except ConfigError as e:
@@ -24,13 +24,13 @@ def read_config(argv: Sequence[str]) -> JobConfig:
 
 
 def report(error: ConfigError | TrainingError, config: JobConfig | None = None) -> int:
-    """Show the message of an expected error, without a traceback; returns the exit status.
+    """Show the message of an expected error, without a traceback, and return the exit status.
 
     Args:
-        config: knows where the option that is to blame came from.
+        config: gives the origin (file and line, or argument) of the option that caused the error.
 
-    All workers of a run meet the same errors: under the launcher each leaves its message in a file, and the launcher
-    shows one.
+    All workers of a run can meet the same error. Under the launcher, each worker writes its message to a file, and the
+    launcher shows one of them.
     """
     if isinstance(error, ConfigError) and error.key and not error.origin and config is not None:
         error.origin = config.origin(error.key)
@@ -45,5 +45,5 @@ def report(error: ConfigError | TrainingError, config: JobConfig | None = None) 
 
 
 def reported(folder: str | None) -> list[Path]:
-    """The messages that workers have left in the launcher's folder, the first one first; the suffix is the status."""
+    """Return the workers' message files in the launcher's folder, oldest first; a file's suffix is the exit status."""
     return sorted(Path(folder).glob("error-*"), key=lambda path: path.stat().st_mtime_ns) if folder else []

@@ -3,10 +3,10 @@
 It checks the configuration before anything starts, then becomes the trainer (one process) or runs torchrun's elastic
 agent (several). Beyond torchrun it
 
-- ends with status 2 and one message on bad input, whichever worker found it;
+- ends with status 2 and one message on bad input, no matter which worker detected it;
 - on SIGTERM, SIGINT or SIGHUP asks the workers to stop after their step and waits as long as they need (torchrun kills
   them after 30 s), ending with status 0; a second signal ends them at once;
-- says which rank died first and how, and where the others were then;
+- says which rank died first, with its status, and shows the stacks of the other ranks;
 - leaves no worker behind when it is killed itself.
 """
 
@@ -49,7 +49,7 @@ from titanlite.launch.stop_request import STOP_SIGNALS
 
 
 class Failure(Protocol):
-    """How a worker ended (torch's ``ProcessFailure``, which importing would take seconds)."""
+    """The end of a worker: the fields of torch's ``ProcessFailure``, whose import would take seconds."""
 
     pid: int
     exitcode: int
@@ -58,14 +58,14 @@ class Failure(Protocol):
 
 @dataclass(frozen=True)
 class Plan:
-    """What a command starts.
+    """The processes that a command starts.
 
     Attributes:
-        module: what each process runs, ``titanlite.train`` or ``titanlite.plan.estimate``.
-        machines: launchers that meet.
-        processes: on this machine; an estimate is one, whatever it stands for.
-        meeting: where the launchers meet, arguments of torchrun's ``LaunchConfig``.
-        env: for the process of an estimate.
+        module: the module that each process runs, ``titanlite.train`` or ``titanlite.plan.estimate``.
+        machines: the number of machines; each has one launcher.
+        processes: the number of processes on this machine; 1 for an estimate.
+        meeting: the rendezvous of the launchers, as arguments of torchrun's ``LaunchConfig``.
+        env: environment variables for the process of an estimate.
     """
 
     module: str
@@ -76,10 +76,10 @@ class Plan:
 
 
 def plan(argv: list[str]) -> Plan:
-    """What the arguments and the environment ask for, checked against each other and this machine.
+    """Make the plan from the arguments and the environment, and check it against this machine.
 
     Raises:
-        ConfigError: they ask for what cannot be; bad input among the options ends the process.
+        ConfigError: the request is impossible. Bad input among the options ends the process instead.
     """
     os.environ.setdefault(CONFIG_FILE, packaged.find("debug_model") or "")
     config = read_config(argv)
@@ -92,9 +92,9 @@ def plan(argv: list[str]) -> Plan:
 
 
 def main(argv: list[str]) -> int:
-    """Train, or estimate, as the arguments and the environment say; returns the exit status of several processes, and
-    becomes a single one."""
-    # Until there are handlers, across the exec below too: counting GPUs and importing torch take seconds.
+    """Train or estimate, as the arguments and the environment say. Several processes: return their exit status. A
+    single process: replace this process by it, and do not return."""
+    # Block signals until handlers are installed, also across the exec below: importing torch takes seconds.
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:
         planned = plan(argv)
@@ -119,26 +119,26 @@ def _is_estimate(config: JobConfig) -> bool:
     return mode == "fake" or config.memory_estimation.enabled
 
 
-def _count(variable: str, what: str) -> int | None:
+def _count(variable: str, unit: str) -> int | None:
     value = os.environ.get(variable)
     if not value:
         return None
     if not value.isdecimal() or int(value) < 1:
-        raise ConfigError(f"{variable}={value}: must be the number of {what}, at least 1")
+        raise ConfigError(f"{variable}={value}: must be the number of {unit}, at least 1")
     return int(value)
 
 
 def _process_count() -> int:
-    asked, gpus = _count(NGPU, "processes"), _gpu_count()
-    if asked and gpus and asked > gpus:
+    requested, gpus = _count(NGPU, "processes"), _gpu_count()
+    if requested and gpus and requested > gpus:
         raise ConfigError(
-            f"NGPU={asked}: this machine has {gpus} GPUs, and each process needs one; set NGPU={gpus} or less"
+            f"NGPU={requested}: this machine has {gpus} GPUs, and each process needs one; set NGPU={gpus} or less"
         )
-    return asked or max(gpus, 1)
+    return requested or max(gpus, 1)
 
 
 def _gpu_count() -> int:
-    # Importing torch takes seconds, so look first whether there can be a GPU at all (CUDA, WSL, ROCm).
+    # Importing torch takes seconds, so first check for the device files of CUDA, WSL and ROCm.
     if not any(Path(device).exists() for device in ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd")):
         return 0
     import torch
@@ -147,7 +147,7 @@ def _gpu_count() -> int:
 
 
 def _meeting(machines: int, timeout: int) -> dict[str, Any]:
-    """Where the launchers of this run meet: arguments of torchrun's LaunchConfig."""
+    """Return the rendezvous of this run's launchers, as arguments of torchrun's LaunchConfig."""
     endpoint = os.environ.get(RDZV_ENDPOINT)
     if machines == 1:
         if endpoint:
@@ -162,31 +162,31 @@ def _meeting(machines: int, timeout: int) -> dict[str, Any]:
     if not host or not port.isdecimal() or not 0 < int(port) < 1 << 16:
         raise ConfigError(f"RDZV_ENDPOINT={endpoint}: must be host:port, for example node0:29500")
     try:
-        family, _, _, _, there = socket.getaddrinfo(host, int(port), type=socket.SOCK_STREAM)[0]
+        family, _, _, _, address = socket.getaddrinfo(host, int(port), type=socket.SOCK_STREAM)[0]
         with socket.socket(family, socket.SOCK_DGRAM) as probe:
-            probe.connect(there)  # sends nothing, but picks the network
-            here = probe.getsockname()[0]
+            probe.connect(address)  # sends nothing, but selects the network
+            local_address = probe.getsockname()[0]
     except OSError as e:
         raise ConfigError(f"RDZV_ENDPOINT={endpoint}: {host} cannot be reached ({e.strerror}); give its address") from e
-    if ipaddress.ip_address(here).is_loopback:
-        # The name of all launchers on one machine; but Debian gives a machine's own name such an address too.
-        if host not in ("localhost", there[0]):
+    if ipaddress.ip_address(local_address).is_loopback:
+        # All launchers are on one machine. But Debian gives a machine's own name a loopback address too.
+        if host not in ("localhost", address[0]):
             raise ConfigError(
-                f"RDZV_ENDPOINT={endpoint}: {host} is {there[0]} here, where no other machine reaches it; give the "
+                f"RDZV_ENDPOINT={endpoint}: {host} is {address[0]} here, where no other machine reaches it; give the "
                 "address that they use"
             )
         hosts = {}
     else:
-        # torch compares host names, and is wrong where a machine has several.
-        hosts = {"is_host": _can_listen(family, there)}
-        interface = _interface_of(here)
+        # torch compares host names, which fails on a machine with several names.
+        hosts = {"is_host": _can_listen(family, address)}
+        interface = _interface_of(local_address)
         if interface:
-            os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)  # else that of the machine's name: see Debian
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)  # not the host name's
     return {
         "run_id": os.environ.get(RDZV_ID) or "titanlite",
         "rdzv_endpoint": endpoint,
         "rdzv_configs": {"read_timeout": timeout, "join_timeout": timeout, **hosts},
-        "local_addr": here,
+        "local_addr": local_address,
     }
 
 
@@ -201,15 +201,15 @@ def _can_listen(family: socket.AddressFamily, address: Any) -> bool:
 
 
 def _interface_of(address: str) -> str | None:
-    """The network interface that has this IPv4 address, on Linux."""
+    """Return the network interface that has this IPv4 address, on Linux; None if there is none."""
     SIOCGIFADDR = 0x8915
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         for _, name in socket.if_nameindex():
             try:
-                found = fcntl.ioctl(probe, SIOCGIFADDR, struct.pack("256s", name.encode()))
+                request = fcntl.ioctl(probe, SIOCGIFADDR, struct.pack("256s", name.encode()))
             except OSError:
-                continue  # it has none
-            if socket.inet_ntoa(found[20:24]) == address:
+                continue  # it has no IPv4 address
+            if socket.inet_ntoa(request[20:24]) == address:
                 return name
     return None
 
@@ -219,16 +219,16 @@ def _cpus() -> int:
 
 
 def _run_workers(meeting: dict[str, Any], processes: int, argv: list[str]) -> int:
-    """Run the trainer in ``processes`` processes of this machine; returns the exit status."""
+    """Run the trainer in ``processes`` processes of this machine, and return the exit status."""
     import logging
 
-    logging.disable(logging.CRITICAL)  # the agent repeats what the workers say themselves, in forty lines
+    logging.disable(logging.CRITICAL)  # the agent repeats the workers' messages, in forty lines
     threads = str(max(1, _cpus() // processes))
     os.environ.setdefault("OMP_NUM_THREADS", threads)
-    os.environ.setdefault("RAYON_NUM_THREADS", threads)  # the tokenizer's
+    os.environ.setdefault("RAYON_NUM_THREADS", threads)  # threads of the tokenizer
     with tempfile.TemporaryDirectory(prefix="titanlite-") as folder:
         os.environ.update({LAUNCH_DIR: folder, LAUNCHER_PID: str(os.getpid())})
-        _stop_in_order(Path(folder, "stop"))  # before the imports: they take seconds, and a signal counts then too
+        _stop_in_order(Path(folder, "stop"))  # before the imports: a signal counts then too
         from torch.distributed import DistError
         from torch.distributed.elastic.multiprocessing import SignalException
         from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -249,7 +249,7 @@ def _run_workers(meeting: dict[str, Any], processes: int, argv: list[str]) -> in
         except ChildFailedError as e:
             return _explain(folder, e.failures)
         except (RendezvousError, DistError) as e:
-            return _alone(folder, meeting, f"{type(e).__name__}: {e}")
+            return _peers_lost(folder, meeting, f"{type(e).__name__}: {e}")
         except SignalException as e:
             print(f"titanlite: the workers were ended with {e.sigval.name}", file=sys.stderr)
             return 128 + e.sigval
@@ -261,7 +261,7 @@ def _stop_in_order(stop_file: Path) -> None:
         if stop_file.exists():
             from torch.distributed.elastic.multiprocessing import SignalException
 
-            # Whatever they are in: a rank that waits in a collective does not see a milder signal.
+            # SIGKILL, because a rank that waits in a collective does not react to a milder signal.
             raise SignalException(f"second signal {number}", signal.SIGKILL)
         stop_file.touch()
         name = signal.Signals(number).name
@@ -274,10 +274,10 @@ def _stop_in_order(stop_file: Path) -> None:
 
 
 def _end_if_stuck(folder: str, meeting: dict[str, Any]) -> None:
-    """End this launcher when torch's agent no longer sees to its workers. It asks where the launchers meet ten times a
-    second, and where the network to there is gone without a word it waits for the answer for good (torch 2.13)."""
+    """End this launcher when torch's agent no longer watches its workers. The agent polls the rendezvous ten times a
+    second. If the network to it fails silently, the agent waits for the answer forever (torch 2.13)."""
     waiting, since = 0, 0.0
-    while waiting == 0 or time.monotonic() < since + 40:  # it may leave one alone while it waits 30 s for another
+    while waiting == 0 or time.monotonic() < since + 40:  # the agent may wait 30 s for another worker
         time.sleep(1)
         try:
             ended = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
@@ -286,17 +286,17 @@ def _end_if_stuck(folder: str, meeting: dict[str, Any]) -> None:
         pid = ended.si_pid if ended else 0
         if pid != waiting:
             waiting, since = pid, time.monotonic()
-    status = _alone(folder, meeting, f"process {waiting} ended 40 s ago, and the agent still waits for an answer")
+    status = _peers_lost(folder, meeting, f"process {waiting} ended 40 s ago, and the agent still waits for an answer")
     shutil.rmtree(folder, ignore_errors=True)
     os._exit(status)  # which ends the workers
 
 
-def _alone(folder: str, meeting: dict[str, Any], why: str) -> int:
-    """Say that the other launchers are gone; their machines' logs know more."""
+def _peers_lost(folder: str, meeting: dict[str, Any], reason: str) -> int:
+    """Report that the other launchers do not answer, and return the exit status."""
     _show_stacks(folder)
     print(
         f"titanlite: error: the launchers of the other machines do not answer at {meeting['rdzv_endpoint']}: they were "
-        f"not there in time, or have ended, or the network is down ({why})",
+        f"not there in time, or have ended, or the network is down ({reason})",
         file=sys.stderr,
         flush=True,
     )
@@ -304,42 +304,43 @@ def _alone(folder: str, meeting: dict[str, Any], why: str) -> int:
 
 
 def _explain(folder: str, failures: Mapping[int, Failure]) -> int:
-    """Show why the workers failed: their own message where they left one, else who ended how."""
+    """Show the reason of the workers' failure, and return the exit status. The reason is a worker's own message if
+    there is one, else the rank that died first and its status."""
     if (status := show_reported(folder)) is not None:
         return status
     first = min(failure.timestamp for failure in failures.values())
 
     def order(rank: int) -> tuple[bool, float]:
-        # When each wrote its last words; one that died without any has not since it started, and comes first.
-        failure, words = failures[rank], stacks_file(folder, rank)
-        return hung(failure), words.stat().st_mtime if words.exists() else failure.timestamp
+        # By the time when each rank wrote its stacks. A rank that died silently has an older file, and comes first.
+        failure, stacks = failures[rank], stacks_file(folder, rank)
+        return hung(failure), stacks.stat().st_mtime if stacks.exists() else failure.timestamp
 
     def hung(failure: Failure) -> bool:
-        # The agent kills what SIGTERM has not ended in 30 s.
+        # The agent kills a process that SIGTERM has not ended in 30 s.
         return failure.exitcode == -signal.SIGKILL and failure.timestamp >= first + 25
 
     _show_stacks(folder)
-    rank, *others = sorted(failures, key=order)
-    for other in others:
-        if hung(failures[other]):
+    rank, *rest = sorted(failures, key=order)
+    for late in rest:
+        if hung(failures[late]):
             waited_for = ": it hung or had been stopped, and the others may have waited for it"
             print(
-                f"titanlite: rank {other} (process {failures[other].pid}) had not ended 30 s after SIGTERM and was "
+                f"titanlite: rank {late} (process {failures[late].pid}) had not ended 30 s after SIGTERM and was "
                 f"killed{waited_for if failures[rank].exitcode > 0 else ''}",
                 file=sys.stderr,
             )
     code = failures[rank].exitcode
-    how = f"status {code}" if code >= 0 else signal.Signals(-code).name
+    ending = f"status {code}" if code >= 0 else signal.Signals(-code).name
     print(
-        f"titanlite: error: rank {rank} (process {failures[rank].pid}) ended with {how}; the others were ended",
+        f"titanlite: error: rank {rank} (process {failures[rank].pid}) ended with {ending}; the others were ended",
         file=sys.stderr,
     )
     return 1
 
 
 def show_reported(folder: str) -> int | None:
-    """Show the message that a worker has left, and advice if it ran out of memory; returns the exit status it means,
-    None where there is no message."""
+    """Show the first worker's message, and advice if that worker ran out of memory. Return the exit status; None if no
+    worker left a message."""
     for path in reported(folder):
         print(path.read_text(), file=sys.stderr, flush=True)
         advise(Path(folder), int(path.stem.partition("-")[2]))

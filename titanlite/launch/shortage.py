@@ -1,5 +1,5 @@
-"""What a process that ran out of memory leaves for others: how much it lacked, so that they can say what would have
-saved it."""
+"""The record that a process writes when it runs out of memory. Another process reads it to estimate which options
+would have avoided that."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from titanlite.environment import LAUNCH_DIR
 
 @dataclass(frozen=True)
 class Shortage:
-    """What is known of a process that ran out of memory; sizes in bytes.
+    """Facts about a process that ran out of memory; sizes in bytes.
 
     Attributes:
         device: "cuda" or "cpu".
-        room: what there was for tensors, taken or free; None where it is not known.
-        requested: what could not be had; 0 where that is not known.
-        unused: of a GPU's allocator: reserved, but in pieces too small.
-        float8: whether the device has float8 units.
+        room: memory for tensors, used or free; None if it is not known.
+        requested: the size of the allocation that failed; 0 if it is not known.
+        unused: memory that a GPU's allocator has reserved, but in pieces that are too small.
+        float8: True if the device has float8 units.
         config: the configuration, as TOML.
     """
 
@@ -36,10 +36,10 @@ class Shortage:
 
 
 def advise(folder: Path, rank: int) -> None:
-    """Print what would have saved the ``rank`` that has left a :class:`Shortage` in this folder, if it has."""
+    """If ``rank`` has left a :class:`Shortage` in this folder, print which options would have saved enough memory."""
     file = shortage_file(folder, rank)
     if file.exists():
-        # Without a GPU: estimates need none. Without a launcher: it is no worker.
+        # Estimates need no GPU, and their process is not a worker of the launcher.
         environment = {k: v for k, v in os.environ.items() if k != LAUNCH_DIR} | {"CUDA_VISIBLE_DEVICES": ""}
         subprocess.run([sys.executable, "-m", "titanlite.plan.advice", str(file)], env=environment, check=False)
 

@@ -1,10 +1,10 @@
-"""Where a worker was when it had to end: a traceback where Python is asked, else the stacks of all its threads.
+"""The place in the code where a worker failed or was ended: a traceback, or the stacks of its threads.
 
-A rank that waits in a collective runs no signal handlers of Python, so faulthandler writes the stacks: on the SIGTERM
-by which torchrun ends the workers that are left when one has died, and when a process crashes or aborts (as NCCL's
-watchdog makes it do). They go to a file: SIGTERM is also how a run is asked to stop in order, and then they are of no
-interest. The launcher shows the files of a run that failed; without it a worker does so itself, when it is still there
-a while after SIGTERM.
+A rank that waits in a collective runs no Python signal handlers, so faulthandler writes the stacks. It does so on
+SIGTERM, by which torchrun ends the remaining workers after one has died, and when a process crashes or aborts (for
+example by NCCL's watchdog). The stacks go to a file, because SIGTERM also asks a run to stop in order, and then nobody
+needs them. The launcher shows the files of a failed run. Without a launcher, a worker shows its own stacks if it still
+runs some time after SIGTERM.
 """
 
 from __future__ import annotations
@@ -22,29 +22,30 @@ from typing import IO
 
 from titanlite.environment import LAUNCH_DIR
 
-# Less than the 30 s after which torchrun's agent kills what SIGTERM did not end; longer than a step usually takes.
+# Seconds. Less than the 30 s after which torchrun's agent kills a process; longer than a usual step.
 PATIENCE = 10
-CLEAN_UP = 30  # seconds; longer than closing files takes, and a broken NCCL communicator can take forever
+CLEAN_UP = 30  # seconds; enough to close files. A broken NCCL communicator can take forever
 
 
 def stacks_file(folder: str, rank: int) -> Path:
-    """A worker's file in the launcher's folder: last written to when the worker failed, unless it died silently."""
+    """Return a worker's file in the launcher's folder. Its last write is at the failure, if the worker noticed it."""
     return Path(folder, f"stacks-{rank}")
 
 
 def keep_stacks() -> None:
-    """Keep this process's stacks for the log from now on. After the handlers for stopping in order: these run next."""
+    """Write this process's stacks on SIGTERM or a crash, from now on. Call this after :class:`StopRequest` has
+    installed its handlers, which run next."""
     folder = os.environ.get(LAUNCH_DIR)
     if folder:
         file: IO[str] = stacks_file(folder, _rank()).open("w+")
         faulthandler.enable(file)
     else:
-        file = tempfile.TemporaryFile("w+")  # noqa: SIM115  (open as long as the process)
+        file = tempfile.TemporaryFile("w+")  # noqa: SIM115  (it stays open until the process ends)
         faulthandler.enable(sys.stderr or file)
-    # First, in C and without Python's lock, which may never come free: where the thread is that got the signal. Only
-    # that one: the others run on meanwhile, and to read their changing frames has crashed processes.
+    # First, in C and without Python's lock (GIL), which may never become free: the thread that got the signal. Only
+    # this thread: the other threads still run, and reading their changing frames has crashed processes.
     faulthandler.register(signal.SIGTERM, file, all_threads=False, chain=True)
-    # Then, with the lock, so that no frame changes, all threads.
+    # Then, with the lock, so that no frame changes: all threads.
     receive, send = os.pipe()
     os.set_blocking(send, False)
     signal.set_wakeup_fd(send, warn_on_full_buffer=False)
@@ -66,20 +67,20 @@ def _on_sigterm(signals: int, file: IO[str], show_late: bool) -> None:
         return
     time.sleep(PATIENCE)
     file.seek(0)
-    said = f"titanlite: rank {_rank()} is still there {PATIENCE} s after SIGTERM, which found it here:\n{file.read()}"
-    print(said, file=sys.stderr, flush=True)
+    text = f"titanlite: rank {_rank()} is still there {PATIENCE} s after SIGTERM, which found it here:\n{file.read()}"
+    print(text, file=sys.stderr, flush=True)
 
 
 def show_traceback() -> None:
-    """Show at once where the exception at hand was raised: what is cleaned up next may hang. It ends with the process
-    then, before long."""
+    """Show the traceback of the current exception at once, because the clean-up that follows may hang. The process ends
+    after ``CLEAN_UP`` seconds at the latest."""
     print(f"titanlite: rank {_rank()} failed:\n{traceback.format_exc()}", file=sys.stderr, flush=True)
     folder = os.environ.get(LAUNCH_DIR)
     if folder:
         faulthandler.unregister(signal.SIGTERM)
         signal.set_wakeup_fd(-1)
-        stacks_file(folder, _rank()).write_text("")  # the traceback stands for them
-        os.utime(stacks_file(folder, _rank()))  # emptying an empty file may leave its time alone
+        stacks_file(folder, _rank()).write_text("")  # the traceback replaces the stacks
+        os.utime(stacks_file(folder, _rank()))  # writing nothing to an empty file may keep its old time
     end_soon()
 
 
@@ -87,5 +88,5 @@ def end_soon() -> None:
     """End this process with status 1 in ``CLEAN_UP`` seconds, if cleaning up has not ended it by then."""
     try:
         faulthandler.dump_traceback_later(CLEAN_UP, exit=True)
-    except RuntimeError:  # no memory for its thread
+    except RuntimeError:  # no memory for the thread of the timer
         signal.alarm(CLEAN_UP)

@@ -1,4 +1,4 @@
-"""The wish to stop. Without torch, so that a signal counts from the first moment of a process on."""
+"""Requests to stop a run. This module does not import torch, so that signals are handled from the first moment."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 class StopRequest:
-    """Whether somebody asked this process to stop: a first SIGTERM, SIGINT or SIGHUP, or the launcher's file.
+    """A request to stop this process: a first SIGTERM, SIGINT or SIGHUP, or the launcher's file.
 
     The run then ends in order after the current step. A second signal ends the process at once. A signal that was
-    ignored when the process started stays ignored: that is what ``nohup`` asks for.
+    ignored when the process started stays ignored, as ``nohup`` needs it.
     """
 
     def __init__(self) -> None:
@@ -33,7 +33,7 @@ class StopRequest:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)  # the launcher blocks them until here
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        # The launcher's file does not count: Slurm and systemd signal the launcher and its workers, all once.
+        # The launcher's file is no first request: Slurm and systemd signal the launcher and each worker once.
         if self._signal:
             os._exit(128 + number)
         self._signal = number
@@ -42,6 +42,6 @@ class StopRequest:
         return self._signal != 0 or (self._file is not None and self._file.exists())
 
     def close(self) -> None:
-        """Put back the handlers that were there before."""
+        """Restore the earlier signal handlers."""
         for number, handler in self._before.items():
             signal.signal(number, handler)

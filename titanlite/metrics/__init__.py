@@ -1,1 +1,1 @@
-"""What a run tells: FLOPs and MFU, memory, the console, metrics.jsonl and TensorBoard."""
+"""Measurements of a run, and their outputs: FLOPs and MFU, memory, the console, metrics.jsonl and TensorBoard."""

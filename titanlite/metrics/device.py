@@ -1,4 +1,4 @@
-"""What the device can do, and what it holds."""
+"""The peak speed and the memory of the device."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 GIB = 1024**3
 
 # Dense bf16 FLOP/s from the vendors' data sheets (half of the figure "with sparsity"), by whole words of the device's
-# name; the first that fits counts. A device that is not here has no MFU: it is never guessed.
+# name; the first match counts. There is no MFU for a device that is not in this list: its peak is never guessed.
 _PEAKS: tuple[tuple[str, float], ...] = (
     ("H100 NVL", 835.5e12),
     ("H100 PCIe", 756.5e12),
@@ -31,7 +31,7 @@ _PEAKS: tuple[tuple[str, float], ...] = (
 )
 
 
-# Less than the device whose name they carry.
+# Devices that are slower than the one with the same name in the list.
 _LESSER = re.compile(r"\bMIG\b|\bLaptop\b|\bRTX 4090 D\b")
 
 
@@ -42,14 +42,14 @@ def device_name(device: torch.device) -> str:
 
 
 def peak_flops(name: str) -> float | None:
-    """The dense bf16 peak in FLOP/s of the device called ``name``; None where it is not known."""
+    """Return the dense bf16 peak in FLOP/s of the device called ``name``; None if it is not known."""
     if _LESSER.search(name):
         return None
     return next((peak for words, peak in _PEAKS if re.search(rf"\b{words}\b", name)), None)
 
 
 class Memory(NamedTuple):
-    """Peaks since the last reset, in bytes, out of ``total``; ``reserved`` and the counts are CUDA's alone."""
+    """Peaks since the last reset, in bytes, and the ``total``; ``reserved`` and the counts exist only on CUDA."""
 
     active: int
     total: int
@@ -59,14 +59,15 @@ class Memory(NamedTuple):
 
 
 def total_memory(device: torch.device) -> int:
-    """Bytes of the device; on the CPU, of the machine."""
+    """Return the memory of the device in bytes; on the CPU, of the machine."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def peak_memory(device: torch.device) -> Memory:
-    """On CUDA, the allocator's peak since :func:`reset_peak_memory`; on the CPU, the process's peak resident set."""
+    """Return the peak memory: on CUDA, the allocator's since :func:`reset_peak_memory`; on the CPU, the process's peak
+    resident set."""
     total = total_memory(device)
     if device.type != "cuda":
         unit = 1 if sys.platform == "darwin" else 1024
@@ -86,8 +87,7 @@ def reset_peak_memory(device: torch.device) -> None:
         torch.cuda.reset_peak_memory_stats(device)
 
 
-# What torch says when a device, or the libraries on it, cannot have the memory that they ask for, where it has no type
-# of its own for that.
+# Messages of torch when a device or one of its libraries is out of memory, for errors without a specific type.
 _OUT_OF_MEMORY = re.compile(
     r"DefaultCPUAllocator: (can't allocate|not enough) memory|std::bad_alloc|CUDA error: out of memory|"
     r"CU(BLAS|DNN)_STATUS_ALLOC_FAILED"
@@ -95,7 +95,7 @@ _OUT_OF_MEMORY = re.compile(
 
 
 def is_out_of_memory(error: BaseException | None) -> bool:
-    """Whether ``error``, or what caused it, is that a process or a device has no memory left."""
+    """Return True if ``error``, or one of its causes, is that a process or a device has no memory left."""
     while error is not None:
         if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
             return True

@@ -6,8 +6,8 @@ from typing import NamedTuple
 
 
 class ModelSize(NamedTuple):
-    """What FLOPs, and the sizes of what passes between pipeline stages, follow from. ``embedding_params`` are those
-    that are only looked up, never multiplied; ``dim`` is the width of the hidden states."""
+    """The numbers that determine the FLOPs and the sizes of the tensors between pipeline stages. ``embedding_params``
+    are the parameters that are only looked up, never multiplied; ``dim`` is the width of the hidden states."""
 
     params: int
     embedding_params: int
@@ -19,7 +19,7 @@ class ModelSize(NamedTuple):
 
 
 def flops_per_token(size: ModelSize, seq_len: int) -> int:
-    """Floating-point operations of forward and backward per token: ``6 (N - N_embedding) + 12 L H Q T``.
+    """Return the floating-point operations of forward and backward per token: ``6 (N - N_embedding) + 12 L H Q T``.
 
     Each weight multiplies and adds once in forward and twice in backward; attention's two matmuls do the same over all
     ``seq_len`` positions. Causal attention needs half of these; as in the paper and in torchtitan, no discount is made,

@@ -1,4 +1,4 @@
-"""torch.profiler traces of chosen steps, and snapshots of a GPU's memory behind them."""
+"""torch.profiler traces of chosen steps, and snapshots of a GPU's memory after them."""
 
 from __future__ import annotations
 
@@ -21,27 +21,27 @@ from titanlite.metrics.device import is_out_of_memory
 
 logger = logging.getLogger(__name__)
 
-_WARMUP = 3  # steps that the profiler watches before it records, so that its own start-up is not in the trace
-_MAX_EVENTS = 100_000  # that the allocator keeps, as in torchtitan; what is alive has its stack in any case
+_WARMUP = 3  # steps of the profiler before it records, so that its start-up is not in the trace
+_MAX_EVENTS = 100_000  # of the allocator's history, as in torchtitan; live allocations always have their stacks
 
 
 class Profiler:
-    """What ``[profiling]`` asks for, of this process: every ``profile_freq`` steps, files of that step in the run
-    folder.
+    """Writes the files that ``[profiling]`` asks for, of this process: every ``profile_freq`` steps, files of that step
+    in the run folder.
 
     - ``<save_traces_folder>/iteration_<step>/rank<rank>_trace.json``: the step's operators and kernels, for
       https://ui.perfetto.dev or chrome://tracing;
     - ``<save_memory_snapshot_folder>/iteration_<step>/rank<rank>_memory_snapshot.pickle``, on GPUs, for
-      https://pytorch.org/memory_viz: what is alive, and the last 100,000 allocations and frees. There is also one of
-      the moment when memory ran out, in ``iteration_<last step that was done>_exit``.
+      https://pytorch.org/memory_viz: live allocations, and the last 100,000 allocations and frees. When memory runs
+      out, there is one more, in ``iteration_<last completed step>_exit``.
 
-    The history of memory begins when this is made: before the model, for the stacks of its parameters.
+    The history of memory begins here. Create the profiler before the model, so that it has the parameters' stacks.
 
     Attributes:
         exit_snapshot: the file that was written when memory ran out.
 
     Raises:
-        ConfigError: memory snapshots are asked for without a GPU, whose allocator alone keeps a history.
+        ConfigError: memory snapshots need a GPU, because only its allocator keeps a history.
     """
 
     def __init__(self, options: Profiling, run_folder: Path, rank: int, device: torch.device) -> None:
@@ -60,14 +60,14 @@ class Profiler:
 
     @contextmanager
     def steps(self, after: int) -> Iterator[Callable[[], None]]:
-        """Yields what to call at the end of every step; the first one follows step ``after``."""
+        """Yield a function to call at the end of every step; the first step is the one after ``after``."""
         self._step, self._due, self._failing = after, False, False
         self._prof = self._start(after + 1) if self.options.enable_profiling else None
         try:
             yield self._step_done
         except Exception as e:
             if self._snapshots and is_out_of_memory(e):
-                clear_frames(e.__traceback__)  # to write about memory takes some
+                clear_frames(e.__traceback__)  # free memory: the snapshot needs some
                 self._failing = True
                 self._save_snapshot()
             raise
@@ -87,17 +87,17 @@ class Profiler:
             on_trace_ready=self._save_trace,
             record_shapes=True,
         )
-        # It counts from 0; what it writes is to carry the run's own numbers.
+        # The profiler counts from 0, but its files must have the step numbers of the run.
         prof.step_num, prof.current_action = first, self._action(first)  # type: ignore[assignment]
         prof.start()
         return prof
 
     def _action(self, step: int) -> ProfilerAction:
-        """What to do with the step of this number, from 1."""
-        left = -step % self.options.profile_freq
-        if left == 0:
+        """Return the profiler's action for a step, counted from 1."""
+        remaining = -step % self.options.profile_freq
+        if remaining == 0:
             return ProfilerAction.RECORD_AND_SAVE
-        return ProfilerAction.WARMUP if left <= _WARMUP else ProfilerAction.NONE
+        return ProfilerAction.WARMUP if remaining <= _WARMUP else ProfilerAction.NONE
 
     def _step_done(self) -> None:
         self._step += 1
@@ -106,7 +106,7 @@ class Profiler:
             self._save_snapshot()
         if self._prof is not None:
             self._prof.step()
-        self._due = False  # what the profiler brings at the end of the run is a step that was only begun
+        self._due = False  # at the end, the profiler reports an incomplete step
 
     def _save_trace(self, prof: torch.profiler.profile) -> None:
         if self._due:
@@ -121,7 +121,7 @@ class Profiler:
         self._save("memory snapshot", self.options.save_memory_snapshot_folder, "memory_snapshot.pickle", write)
 
     def _save(self, kind: str, folder: str, name: str, write: Callable[[Path], None]) -> None:
-        """Write a file; a run does not end because one cannot be."""
+        """Write a file. If that fails, log it, and continue the run."""
         path = self.run_folder / folder / f"iteration_{self._step}{'_exit' if self._failing else ''}"
         path /= f"rank{self.rank}_{name}"
         start = time.perf_counter()
@@ -132,6 +132,6 @@ class Profiler:
             logger.error("the %s of step %d CANNOT BE WRITTEN to %s: %s", kind, self._step, path, e)
         else:
             seconds = time.perf_counter() - start
-            when = f"of the end after step {self._step}" if self._failing else f"of step {self._step}"
-            logger.info("%s %s in %s (%.1f s)", kind, when, path, seconds)
+            step = f"of the end after step {self._step}" if self._failing else f"of step {self._step}"
+            logger.info("%s %s in %s (%.1f s)", kind, step, path, seconds)
             self.exit_snapshot = path if self._failing else None

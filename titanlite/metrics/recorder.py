@@ -1,4 +1,4 @@
-"""From what happens between two logged steps to one row for every sink, and to the summary at the end."""
+"""Measure the time between two logged steps. Write one row to every sink, and collect values for the summary."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Recorder:
         self.restart()
 
     def restart(self) -> None:
-        """Begin a window now."""
+        """Begin a new window now."""
         self._steps = 0
         self._tokens = 0.0
         self._data_loading = 0.0
@@ -51,12 +51,12 @@ class Recorder:
         reset_peak_memory(self.device)
 
     def exclude(self, seconds: float) -> None:
-        """Leave out of the window what was not training."""
+        """Exclude time that was not training from the window."""
         self._start += seconds
 
     def step_done(self, device_tokens: float, all_tokens: int, data_loading_s: float) -> None:
-        """Count a step: the tokens of this device (its share, where several work on the same) and of all, and the
-        seconds that it waited for its batch."""
+        """Count a step: the tokens of this device (its share, if several devices work on the same tokens) and of all
+        devices, and the seconds of waiting for the batch."""
         self._steps += 1
         self._tokens += device_tokens
         self._data_loading += data_loading_s
@@ -69,7 +69,7 @@ class Recorder:
         """Close the window at ``step`` and write its row. Reading ``loss`` has waited for the device.
 
         Args:
-            skipped_steps: so far; what a skipped step had that was not finite is a row's too.
+            skipped_steps: the number so far. The row of a skipped step can have values that are not finite.
         """
         elapsed = time.perf_counter() - self._start
         tps = self._tokens / elapsed
@@ -105,7 +105,7 @@ class Recorder:
     def log_validation(
         self, step: int, *, loss: float, bits_per_byte: float | None, tokens: int, seconds: float
     ) -> None:
-        """Write the row of a validation of so many tokens, and leave the seconds that it took out of the window."""
+        """Write the row of a validation of ``tokens`` tokens, and exclude its time from the window."""
         row: Row = {
             "step": step,
             "loss": loss,
@@ -119,10 +119,10 @@ class Recorder:
         self._start += seconds
 
     def remember(self, row: Row) -> None:
-        """Take a row into account for the summary."""
+        """Use a row for the summary."""
         if self.first is None:
             self.first = row
-        else:  # the first window holds compilation and warm-up: it is not steady
+        else:  # the first window has compilation and warm-up, so it is not steady
             for key, values in self._steady.items():
                 if row[key] is not None:
                     values.append(row[key])
@@ -131,12 +131,12 @@ class Recorder:
             self.peak = row
 
     def median(self, key: str) -> float | None:
-        """The median of ``tps`` or ``mfu`` over the steady windows."""
+        """Return the median of ``tps`` or ``mfu`` over the steady windows; None if there are none."""
         values = self._steady[key]
         return statistics.median(values) if values else None
 
     def check_complete(self) -> None:
-        """To be called at the end.
+        """Check at the end of the run that all rows are written.
 
         Raises:
             TrainingError: rows could not be written.

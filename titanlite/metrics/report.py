@@ -1,4 +1,4 @@
-"""The header that says what is about to happen, and the summary that says what did."""
+"""The header at the start of a run, and the summary at its end."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ from titanlite.metrics.sinks import Row
 
 
 def table(title: str, rows: Mapping[str, str]) -> str:
-    """Aligned ``name  value`` lines under a title."""
+    """Format aligned ``name  value`` lines under a title."""
     width = max(map(len, rows))
     return "\n".join([title, *(f"    {name:<{width}}  {value}" for name, value in rows.items())])
 
 
 def shown_path(path: str) -> str:
-    """A path as one would type it: relative where it lies below the current folder."""
+    """Shorten a path: relative to the current folder if it is below that, else unchanged."""
     relative = os.path.relpath(path)
     return path if relative.startswith("..") else os.path.join(".", relative)
 
 
 def _loss(row: Row) -> str:
-    """Read back from metrics.jsonl, one that was not finite is None."""
+    """Format the loss; in rows from metrics.jsonl, None means that it was not finite."""
     return "not finite" if row["loss"] is None else f"{row['loss']:.4f}"
 
 
 def summary(recorder: Recorder, places: Mapping[str, str]) -> str:
-    """What the run did: steps, tokens, losses, medians over the steady windows, peak memory, and where things are."""
+    """Summarize the run: steps, tokens, losses, medians over the steady windows, peak memory, paths of files."""
     first, last, peak = recorder.first, recorder.last, recorder.peak
     validated = recorder.last_validation
     if first is None or last is None or peak is None:
@@ -58,14 +58,14 @@ def summary(recorder: Recorder, places: Mapping[str, str]) -> str:
 
 
 def next_command(config: JobConfig, file: Path, step: int, world_size: int) -> dict[str, str]:
-    """What to type after a run that ended at ``step``, by what it does; ``file`` is its configuration."""
+    """Return the next command after a run that ended at ``step``, by purpose; ``file`` is the run's configuration."""
     machines = os.environ.get("GROUP_WORLD_SIZE", "1")
     ngpu = f"NGPU={os.environ['LOCAL_WORLD_SIZE']} " if world_size > 1 else ""
     if machines != "1":
         ngpu = f"NNODES={machines} RDZV_ENDPOINT=... {ngpu}"
-    again = f"{ngpu}CONFIG_FILE={file} {os.environ.get(COMMAND, 'titanlite')}"
+    command = f"{ngpu}CONFIG_FILE={file} {os.environ.get(COMMAND, 'titanlite')}"
     if not config.checkpoint.enable_checkpoint:
-        return {"run it again": again}
+        return {"run it again": command}
     if step < config.training.steps:
-        return {"continue it": again}
-    return {"train longer": f"{again} --training.steps={2 * step}"}
+        return {"continue it": command}
+    return {"train longer": f"{command} --training.steps={2 * step}"}

@@ -1,4 +1,4 @@
-"""Where logged steps go: the console, metrics.jsonl, TensorBoard."""
+"""Outputs for logged steps: the console, metrics.jsonl, TensorBoard."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from titanlite.errors import ConfigError
 
 logger = logging.getLogger()
 
-# One logged step, or one validation: the keys of metrics.jsonl or of validation.jsonl, None where unknown; it may hold
-# NaN and infinity.
+# One logged step or one validation, with the keys of metrics.jsonl or validation.jsonl. Unknown values are None; NaN
+# and infinity are possible.
 Row = dict[str, Any]
 
 _COLORS = {"red": 31, "green": 32, "orange": 33, "blue": 34, "magenta": 35, "cyan": 36}
@@ -27,14 +27,14 @@ class Sink(Protocol):
     def write_validation(self, row: Row) -> None: ...
 
     def lacks(self) -> str:
-        """What could not be written, and why; empty if nothing."""
+        """Return the rows that could not be written, and the reason; empty if all were written."""
         ...
 
     def close(self) -> None: ...
 
 
 def init_logging(rank: int) -> None:
-    """Log to stdout as torchtitan does; ranks that LOG_RANK (default 0) does not name only warn."""
+    """Log to stdout in torchtitan's format. Ranks that are not in LOG_RANK (default 0) log only warnings."""
     chosen = os.environ.get(LOG_RANK, "0").split(",")
     if not all(part.strip().isdecimal() for part in chosen):
         raise ConfigError(f"LOG_RANK={os.environ[LOG_RANK]}: must be rank numbers separated by commas, for example 0,1")
@@ -48,7 +48,7 @@ def init_logging(rank: int) -> None:
 
 
 class _ConsoleHandler(logging.StreamHandler[TextIO]):
-    """A reader that goes away (``| head``) silences the console, not the run."""
+    """Logs to the console. If its reader ends (``| head``), logging stops, and the run continues."""
 
     def handleError(self, record: logging.LogRecord) -> None:
         if isinstance(sys.exc_info()[1], BrokenPipeError):
@@ -67,11 +67,11 @@ def _duration(seconds: float) -> str:
 
 
 class ConsoleSink:
-    """The log line of one step.
+    """Writes one log line for each step.
 
     Args:
         colored: color the fields.
-        steps: the last step, for progress and time left on an interactive terminal; None leaves them out.
+        steps: the last step, to show progress and remaining time on an interactive terminal; None hides them.
     """
 
     def __init__(self, colored: bool, steps: int | None) -> None:
@@ -94,8 +94,8 @@ class ConsoleSink:
             self._paint("magenta", f"mfu: {mfu}"),
         ]
         if self._steps is not None:
-            left = _duration((self._steps - row["step"]) * row["step_time_s"])
-            fields.append(f"{row['step'] / self._steps:.0%}, {left} left")
+            remaining = _duration((self._steps - row["step"]) * row["step_time_s"])
+            fields.append(f"{row['step'] / self._steps:.0%}, {remaining} left")
         self._logger.info("  ".join(fields))
 
     def write_validation(self, row: Row) -> None:
@@ -116,11 +116,11 @@ class ConsoleSink:
 
 
 class JsonlSink:
-    """metrics.jsonl: a JSON object per line, written through at once, so that a killed run keeps its rows. What is not
-    finite, which JSON does not know, is null.
+    """Writes metrics.jsonl: one JSON object per line, without buffering, so that a killed run keeps its rows. Values
+    that are not finite are null, because JSON does not have them.
 
     Args:
-        validation: validation.jsonl, where there are validations.
+        validation: the path of validation.jsonl; None without validation.
     """
 
     def __init__(self, path: Path, validation: Path | None = None) -> None:
@@ -144,8 +144,8 @@ class JsonlSink:
 
 
 class _LinesFile:
-    """JSON lines. What cannot be written now (a full disk) is kept in memory, and written before the next line that
-    can be: a run of weeks does not end for it."""
+    """A file of JSON lines. Lines that cannot be written (a full disk) stay in memory and are written before the next
+    line, so that a long run does not end because of them."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -154,8 +154,8 @@ class _LinesFile:
         self._error = ""
 
     def write(self, row: Row) -> None:
-        known = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
-        self._kept += json.dumps(known, allow_nan=False).encode() + b"\n"
+        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+        self._kept += json.dumps(finite, allow_nan=False).encode() + b"\n"
         try:
             while self._kept:
                 self._kept = self._kept[self._file.write(self._kept) :]
@@ -197,10 +197,10 @@ _TENSORBOARD_TAGS = {
 
 
 class TensorBoardSink:
-    """TensorBoard's events; a run that continues after ``step`` hides what it had written of later ones."""
+    """Writes TensorBoard events. A run that continues after ``step`` hides its earlier events of later steps."""
 
     def __init__(self, folder: Path, step: int = 0) -> None:
-        # Imported where used: it takes half a second.
+        # Imported only here, because it takes half a second.
         from torch.utils.tensorboard import SummaryWriter
 
         self._folder, self._lacks = folder, ""
@@ -213,7 +213,7 @@ class TensorBoardSink:
         self._add(row["step"], {f"validation_metrics/{key}": row[key] for key in ("loss", "bits_per_byte")})
 
     def _add(self, step: int, scalars: dict[str, float | None]) -> None:
-        """Its writer does not recover from a full disk: the first error is the last."""
+        """Write scalars, but nothing after an error: TensorBoard's writer does not recover from a full disk."""
         if self._lacks:
             return
         try:

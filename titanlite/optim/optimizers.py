@@ -17,7 +17,7 @@ register_optimizer = _registry.register
 
 
 def build_optimizer(params: Iterable[nn.Parameter], options: Optimizer) -> torch.optim.Optimizer:
-    """The optimizer that ``[optimizer]`` describes; its learning rate is set anew each step by the schedule."""
+    """Build the optimizer that ``[optimizer]`` describes; the schedule sets its learning rate at each step."""
     return _registry.get(options.name)([p for p in params if p.requires_grad], options)
 
 

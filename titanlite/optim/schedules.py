@@ -15,7 +15,7 @@ from titanlite.registry import Registry
 
 logger = logging.getLogger(__name__)
 
-# From the progress of the decay, 0 to 1, to what is left of the way down to lr_min, 1 to 0.
+# Functions of the progress of the decay (0 to 1). The value goes from 1 (the peak) to 0 (lr_min).
 _decays: Registry[Callable[[float], float]] = Registry("decay type", "lr_scheduler.decay_type")
 register_decay = _decays.register
 _decays.add("linear", lambda progress: 1 - progress)
@@ -28,7 +28,7 @@ class Schedule:
     """The learning rate of every step.
 
     Attributes:
-        warmup_steps: steps of linear rise: step s of them runs at ``s / warmup_steps`` of the peak.
+        warmup_steps: the steps of the linear rise; step s of them has ``s / warmup_steps`` of the peak.
         decay_start: the last step at the peak. After it the learning rate reaches ``lr_min`` in ``decay_steps`` steps.
     """
 
@@ -40,16 +40,16 @@ class Schedule:
     lr_min: float
 
     def lr(self, step: int) -> float:
-        """The learning rate of ``step``, counted from 1."""
+        """Return the learning rate of ``step``, counted from 1."""
         if step <= self.warmup_steps:
             return self.peak_lr * step / self.warmup_steps
         if step <= self.decay_start:
             return self.peak_lr
-        left = self.decay(min((step - self.decay_start) / self.decay_steps, 1.0))
-        return self.peak_lr * (self.lr_min + (1 - self.lr_min) * left)
+        remaining = self.decay(min((step - self.decay_start) / self.decay_steps, 1.0))
+        return self.peak_lr * (self.lr_min + (1 - self.lr_min) * remaining)
 
     def apply(self, optimizer: torch.optim.Optimizer, step: int) -> float:
-        """Set the learning rate of ``step`` on every parameter group; returns it."""
+        """Set the learning rate of ``step`` on every parameter group, and return it."""
         lr = self.lr(step)
         for group in optimizer.param_groups:
             group["lr"] = lr
@@ -57,7 +57,7 @@ class Schedule:
 
 
 def build_schedule(options: LRScheduler, peak_lr: float, steps: int) -> Schedule:
-    """The schedule that ``[lr_scheduler]`` describes for a run of ``steps`` steps."""
+    """Build the schedule that ``[lr_scheduler]`` describes for a run of ``steps`` steps."""
     warmup = options.warmup_steps
     if warmup >= steps:
         logger.warning(

@@ -1,1 +1,1 @@
-"""What a configuration needs and how long it takes, without the devices."""
+"""Estimates of the memory and the traffic of a configuration, without its devices."""

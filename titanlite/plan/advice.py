@@ -1,7 +1,7 @@
-"""What would have saved a run that ran out of memory: every option that is not on yet and takes less, with an estimate
-of what it saves for the run's own model and configuration (:mod:`titanlite.plan.estimate`).
+"""Advice for a run that ran out of memory: all options that are not on yet and need less memory. For each, it estimates
+what the option saves with the run's model and configuration (:mod:`titanlite.plan.estimate`).
 
-``python -m titanlite.plan.advice FILE`` takes the file that :mod:`titanlite.training.out_of_memory` leaves.
+``python -m titanlite.plan.advice FILE`` reads the file that :mod:`titanlite.training.out_of_memory` writes.
 """
 
 from __future__ import annotations
@@ -29,17 +29,18 @@ from titanlite.launch.shortage import Shortage
 from titanlite.metrics.device import GIB
 from titanlite.plan.estimate import START_METHOD, Estimate, estimate
 
-TIME_LIMIT = 180  # seconds for all estimates; those that are not there then are named
-_NOTICEABLE = 0.005  # of the peak; what saves less is not worth its line
+TIME_LIMIT = 180  # seconds for all estimates; the advice names those that are late
+_NOTICEABLE = 0.005  # fraction of the peak; options that save less are not shown
 
 
 @dataclass(frozen=True)
 class Knob:
-    """A change of the configuration. ``group``: of those in the same one, one can be on at a time.
+    """A change of the configuration.
 
     Attributes:
-        changes: new values by ``section.key``; in the order of the command line.
-        world_size: of the changed run.
+        group: only one knob of a group can be on at a time.
+        changes: new values by ``section.key``, in the order of the command line.
+        world_size: the number of devices of the changed run.
     """
 
     group: str
@@ -54,7 +55,7 @@ class Knob:
         return changed
 
     def shown(self, shortage: Shortage) -> str:
-        """As it is typed."""
+        """Return the change as command-line arguments."""
         ngpu = f"on {self.world_size} devices:" if self.world_size != shortage.world_size else ""
         options = (f"--{name}={_shown(value)}" for name, value in self.changes.items())
         return " ".join(filter(None, (ngpu, *options)))
@@ -65,7 +66,7 @@ def _shown(value: Any) -> str:
 
 
 def knobs(config: JobConfig, shortage: Shortage) -> list[Knob]:
-    """All that is not on yet, whether or not it fits this model or saves anything."""
+    """Return all knobs that are not on yet, even if they do not fit this model or save nothing."""
     degrees = resolve_degrees(config.parallelism, shortage.world_size)
     changes = [*_recomputation(config), *_precision(config, shortage), *_batch(config, degrees)]
     if config.parallelism.fsdp_reshard_after_forward != "always":
@@ -80,8 +81,8 @@ def knobs(config: JobConfig, shortage: Shortage) -> list[Knob]:
         changes.append(("offload", {"training.enable_cpu_offload": True}))
     if not config.training.compile:
         changes.append(("compile", {"training.compile": True}))
-    found = [Knob(group, change, shortage.world_size) for group, change in changes]
-    return [*found, *_other_meshes(config, degrees, shortage)]
+    same_mesh = [Knob(group, change, shortage.world_size) for group, change in changes]
+    return [*same_mesh, *_other_meshes(config, degrees, shortage)]
 
 
 _Changes = Iterator[tuple[str, dict[str, Any]]]
@@ -106,7 +107,7 @@ def _precision(config: JobConfig, shortage: Shortage) -> _Changes:
 
 
 def _batch(config: JobConfig, degrees: Degrees) -> _Changes:
-    """Smaller microbatches, more of them: the global batch stays."""
+    """Yield smaller microbatches; the global batch size stays the same."""
     local, key = config.training.local_batch_size, "training.local_batch_size"
     if degrees.pipeline_parallel > 1:
         size, key = (
@@ -123,8 +124,8 @@ def _batch(config: JobConfig, degrees: Degrees) -> _Changes:
 
 
 def _other_meshes(config: JobConfig, degrees: Degrees, shortage: Shortage) -> Iterator[Knob]:
-    """More shards of the model or of the sequence, on the same devices and on twice as many. Processes on the CPU share
-    one machine's memory: more of them have no more of it."""
+    """Yield meshes with more shards of the model or of the sequence, on the same and on twice as many devices. On the
+    CPU, only on the same: more processes would share the same memory."""
     world, replicas, shards = shortage.world_size, degrees.data_parallel_replicate, degrees.data_parallel_shard
     p = "parallelism."
     batch = {"training.global_batch_size": global_batch_size(config, degrees.data_parallel)}
@@ -146,22 +147,22 @@ def _other_meshes(config: JobConfig, degrees: Degrees, shortage: Shortage) -> It
 
 @dataclass(frozen=True)
 class Need:
-    """The estimated peak of a configuration, and how much of that could be in host memory instead, in bytes."""
+    """The estimated peak memory of a configuration, and the part that could be in host memory instead, in bytes."""
 
     peak: int
     movable: int
 
 
 def need(config: JobConfig, world_size: int, vocab_size: int) -> Need:
-    """Estimate what a rank holds at most. What is not modelled is left out before, and taken off behind.
+    """Estimate the largest peak of a rank. Options that are not modelled are off; CPU offload is subtracted.
 
     Raises:
         ConfigError: the configuration is not possible.
     """
     modelled, offload = copy.deepcopy(config), config.training.enable_cpu_offload
     modelled.training.enable_cpu_offload = modelled.parallelism.enable_async_tensor_parallel = False
-    found: Estimate = estimate(modelled, world_size, vocab_size)
-    largest = max(found.ranks, key=lambda rank: rank.peak)
+    result: Estimate = estimate(modelled, world_size, vocab_size)
+    largest = max(result.ranks, key=lambda rank: rank.peak)
     movable = largest.parameters + largest.optimizer
     return Need(largest.peak - movable, 0) if offload else Need(largest.peak, movable)
 
@@ -171,10 +172,10 @@ class Advice:
     """Estimated peaks in bytes.
 
     Attributes:
-        now: of the configuration as it was.
-        alone: of every knob that takes less, the best first.
-        together: of those of them that go together on the same devices; None where there are not two.
-        missing: knobs whose estimates were not there in time.
+        now: the need of the unchanged configuration.
+        alone: each knob that saves memory, with its peak; the best first.
+        together: the best knobs that can be combined on the same devices, with their peak; None if there are not two.
+        missing: knobs whose estimates were not ready in time.
     """
 
     now: Need
@@ -184,10 +185,10 @@ class Advice:
 
 
 def find_advice(config: JobConfig, shortage: Shortage, vocab_size: int, time_limit: float = TIME_LIMIT) -> Advice:
-    """Estimate all knobs, as many at a time as there are processors.
+    """Estimate all knobs, in as many processes as there are processors.
 
     Raises:
-        ConfigError, TimeoutError: there is no estimate of the configuration as it was.
+        ConfigError, TimeoutError: there is no estimate of the unchanged configuration.
     """
     deadline = time.monotonic() + time_limit
     candidates = knobs(config, shortage)
@@ -197,20 +198,20 @@ def find_advice(config: JobConfig, shortage: Shortage, vocab_size: int, time_lim
     def begin(knob: Knob) -> Future[Need]:
         return pool.submit(need, knob.apply(config), knob.world_size, vocab_size)
 
-    def left() -> float:
+    def remaining() -> float:
         return max(0.0, deadline - time.monotonic())
 
     try:
-        first, others = begin(Knob("", {}, shortage.world_size)), [begin(knob) for knob in candidates]
-        now = first.result(left())
+        first, futures = begin(Knob("", {}, shortage.world_size)), [begin(knob) for knob in candidates]
+        now = first.result(remaining())
         alone, missing = [], []
-        for knob, future in zip(candidates, others, strict=True):
+        for knob, future in zip(candidates, futures, strict=True):
             try:
-                alone.append((knob, future.result(left()).peak))
+                alone.append((knob, future.result(remaining()).peak))
             except NotInTime:
                 missing.append(knob)
             except ConfigError:
-                pass  # it does not fit this model, or does not go with its other options
+                pass  # the knob does not fit this model or its other options
         alone = sorted((pair for pair in alone if now.peak - pair[1] > _NOTICEABLE * now.peak), key=itemgetter(1))
         chosen = _together([knob for knob, _ in alone], shortage.world_size)
         together = None
@@ -218,9 +219,9 @@ def find_advice(config: JobConfig, shortage: Shortage, vocab_size: int, time_lim
             changes = {name: value for knob in chosen for name, value in knob.changes.items()}
             merged = Knob("", changes, shortage.world_size)
             try:
-                together = merged, begin(merged).result(left()).peak
+                together = merged, begin(merged).result(remaining()).peak
             except ConfigError:
-                chosen.pop()  # some do not go together: the one that saves least is left out
+                chosen.pop()  # they cannot be combined: drop the knob that saves least
             except NotInTime:
                 break
         return Advice(now, alone, together, missing)
@@ -231,7 +232,7 @@ def find_advice(config: JobConfig, shortage: Shortage, vocab_size: int, time_lim
 
 
 def _together(best_first: list[Knob], world_size: int) -> list[Knob]:
-    """The best one of each group that needs no more devices."""
+    """Return the best knob of each group, of those that need no more devices."""
     chosen: dict[str, Knob] = {}
     for knob in best_first:
         if knob.world_size == world_size:
@@ -240,17 +241,17 @@ def _together(best_first: list[Knob], world_size: int) -> list[Knob]:
 
 
 def describe(advice: Advice, shortage: Shortage) -> str:
-    """The advice as it is printed."""
+    """Format the advice for printing."""
     now, room = advice.now.peak, shortage.room
-    # What was asked for last did not fit, whatever the estimate says.
+    # The last allocation did not fit, so there was less room than the estimate without it.
     limit = None if room is None else min(room, now - shortage.requested)
 
-    def row(peak: int, what: str) -> str:
+    def row(peak: int, options: str) -> str:
         verdict = "" if limit is None else "enough  " if peak <= limit else "        "
-        return f"    {peak / GIB:9.3f}  {(now - peak) / GIB:9.3f}  {verdict}{what}"
+        return f"    {peak / GIB:9.3f}  {(now - peak) / GIB:9.3f}  {verdict}{options}"
 
-    there = "" if room is None else f", and there were about {room / GIB:.3f} GiB for tensors"
-    lines = [f"titanlite: a step of this configuration holds an estimated {now / GIB:.3f} GiB at its peak{there}."]
+    available = "" if room is None else f", and there were about {room / GIB:.3f} GiB for tensors"
+    lines = [f"titanlite: a step of this configuration holds an estimated {now / GIB:.3f} GiB at its peak{available}."]
     if room is not None and now <= room:
         lines.append(
             "What estimates leave out did not fit: fragmentation, what libraries allocate, what others on the device "
@@ -272,12 +273,12 @@ def describe(advice: Advice, shortage: Shortage) -> str:
     if advice.missing:
         late = "; ".join(knob.shown(shortage) for knob in advice.missing)
         lines.append(f"Not estimated within {TIME_LIMIT} s: {late}")
-    here = [peak for knob, peak in advice.alone if knob.world_size == shortage.world_size]
-    least = min([now, *here, *([advice.together[1]] if advice.together else [])])
+    same_devices = [peak for knob, peak in advice.alone if knob.world_size == shortage.world_size]
+    least = min([now, *same_devices, *([advice.together[1]] if advice.together else [])])
     if limit is not None and least > limit and not advice.missing:
-        all_of = "Even all that go together" if here else "That"
+        subject = "Even all that go together" if same_devices else "That"
         lines.append(
-            f"{all_of} would not have been enough on {shortage.world_size} of these devices: use more of them, a "
+            f"{subject} would not have been enough on {shortage.world_size} of these devices: use more of them, a "
             "shorter training.seq_len, or a smaller model.flavor."
         )
     return "\n".join(lines)
@@ -296,7 +297,7 @@ def main() -> int:
     except NotInTime:
         print("titanlite: there is no estimate of it: it takes too long", file=sys.stderr)
         return 1
-    except Exception as e:  # of whatever kind: the run has said why it ended, and this is only about what could help
+    except Exception as e:  # any error: the run has already reported its end, and advice is optional
         print(f"titanlite: there is no estimate of it: {type(e).__name__}: {e}", file=sys.stderr)
         return 1
     print(describe(advice, shortage), file=sys.stderr)

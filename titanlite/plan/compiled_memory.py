@@ -1,4 +1,4 @@
-"""The memory of compiled code, counted on tensors without data: a backend for ``torch.compile`` that stands in for the
+"""The memory of compiled code, counted on tensors without data. A backend for ``torch.compile`` takes the place of the
 default one (see :mod:`titanlite.plan.memory`)."""
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch._higher_order_ops.auto_functionalize import auto_functionalized_v2, a
 from titanlite.plan.memory import active_tracker
 
 _aten = torch.ops.aten
-# What generated kernels do not compute: vendors' matmuls, attention, and (by namespace) whatever is not aten's.
+# Operations that generated kernels do not compute: vendors' matmuls, attention, and all outside the namespace aten.
 _EXTERN = {
     _aten.mm,
     _aten.addmm,
@@ -55,9 +55,9 @@ def _is_view(node: fx.Node) -> bool:
 
 
 def _run(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """``target(*args, **kwargs)``; attention that may drop out, and is computed again in backward, comes with the state
-    of the random generator, which tensors without data do not need; and an operator that writes to what it is given
-    does so. (Generated code copies it first where somebody still reads what was there, which is not counted.)"""
+    """Return ``target(*args, **kwargs)``, with two exceptions. Attention with dropout that backward recomputes carries
+    the state of the random generator, which tensors without data do not need. An operator that writes to its arguments
+    writes in place. (Generated code first copies an argument whose old value is still read; this is not counted.)"""
     if target is auto_functionalized_v2:
         return auto_functionalized_v2_dense(args[0], (), **kwargs)  # in place
     name = getattr(target, "__name__", "")
@@ -71,14 +71,15 @@ def _run(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 
 class _CountedGraph:
-    """A compiled graph as the default backend of ``torch.compile`` would run it on a GPU, in memory: pointwise
-    operations and reductions are fused into their users, and exist as tensors only where an operation that no generated
-    kernel computes, or the graph's end, takes them; a tensor is freed behind its last use, and what a generated kernel
-    writes can take the place of what it read last.
+    """A compiled graph that uses memory as the default backend of ``torch.compile`` would on a GPU.
+
+    Pointwise operations and reductions are fused into their users. Their results exist as tensors only as inputs of an
+    operation that no generated kernel computes, or as outputs of the graph. A tensor is freed after its last use, and
+    the output of a generated kernel can reuse the memory of an input that nothing reads later.
     """
 
     def __init__(self, graph: fx.GraphModule) -> None:
-        self._boxed_call = True  # on the instance, where wrappers look for it
+        self._boxed_call = True  # on the instance, because wrappers read it there
         self.graph = graph
         nodes = list(graph.graph.nodes)
         self.stored: set[fx.Node] = set()
@@ -87,7 +88,7 @@ class _CountedGraph:
                 self.stored.add(node)
                 if node.op != "placeholder":
                     self.stored.update(self._behind_views(node.all_input_nodes))
-        # What has to be kept for a value: itself, or what those kernels read that will compute it.
+        # The tensors that must be kept for a value: itself, or the inputs of the kernels that will compute it.
         sources: dict[fx.Node, set[fx.Node]] = {}
         last: dict[fx.Node, fx.Node] = {}
         for node in nodes:
@@ -96,8 +97,8 @@ class _CountedGraph:
             if node in self.stored:
                 last[node] = node
                 last.update(dict.fromkeys(reads, node))
-        # Not the graph's own, so nothing can be written over them.
-        self._given = {n for n in nodes if n.op == "placeholder" and n.name.startswith(("primals", "tangents"))}
+        # They belong to the caller, so their memory cannot be reused.
+        self._inputs = {n for n in nodes if n.op == "placeholder" and n.name.startswith(("primals", "tangents"))}
         order = {node: i for i, node in enumerate(nodes)}
         self.ends: defaultdict[fx.Node, list[fx.Node]] = defaultdict(list)
         for node in nodes:
@@ -114,7 +115,7 @@ class _CountedGraph:
     def __call__(self, args: list[Any]) -> Any:
         values: dict[fx.Node, Any] = {}
         arguments = list(args)
-        args.clear()  # the caller has given them up
+        args.clear()  # the caller has released them
         arguments.reverse()
         tracker = active_tracker()
         for node in self.graph.graph.nodes:
@@ -123,14 +124,14 @@ class _CountedGraph:
             elif node.op == "get_attr":
                 values[node] = getattr(self.graph, node.target)
             else:
-                taken = fx.map_arg((node.args, node.kwargs), values.__getitem__)
+                operands = fx.map_arg((node.args, node.kwargs), values.__getitem__)
                 if node.op == "output":
-                    return taken[0][0]
+                    return operands[0][0]
                 with tracker.paused() if tracker else nullcontext():
-                    values[node] = out = _run(node.target, *taken)
-                del taken
+                    values[node] = out = _run(node.target, *operands)
+                del operands
                 if not _is_extern(node):
-                    self._end(node, values, self._given)
+                    self._end(node, values, self._inputs)
                 if tracker and node in self.stored:
                     tracker.add(out)
                 del out
@@ -139,15 +140,15 @@ class _CountedGraph:
                 del values[node]
         raise AssertionError("a graph without an output")
 
-    def _end(self, node: fx.Node, values: dict[fx.Node, Any], but: set[fx.Node]) -> None:
+    def _end(self, node: fx.Node, values: dict[fx.Node, Any], kept: set[fx.Node]) -> None:
         for ended in self.ends[node]:
-            if ended is not node and ended not in but:
+            if ended is not node and ended not in kept:
                 values.pop(ended, None)
 
 
 def memory_backend(graph: fx.GraphModule, inputs: list[Tensor], **_: Any) -> Any:
-    """A backend for ``torch.compile`` that computes nothing faster, but holds in memory what "inductor" holds: the same
-    decompositions, and the same cut of forward from backward, which recomputes what is cheap (min-cut)."""
+    """A backend for ``torch.compile`` that computes nothing faster, but uses as much memory as "inductor". It has the
+    same decompositions and the same partition of forward and backward, which recomputes cheap operations (min-cut)."""
     from torch._dynamo.backends.common import aot_autograd
     from torch._functorch.partitioners import min_cut_rematerialization_partition
     from torch._inductor.decomposition import select_decomp_table

@@ -1,8 +1,8 @@
-"""What a configuration needs on each device, without the devices: ``COMM_MODE=fake`` or ``memory_estimation.enabled``.
+"""Estimate memory and traffic of each device, without devices: ``COMM_MODE=fake`` or ``memory_estimation.enabled``.
 
 The model is built and sharded as for training, one rank of each pipeline stage after the other, over a process group
-that communicates with nobody. One step, forward, backward and optimizer, then runs on tensors that have a shape and a
-dtype and no data, while every storage and every collective is counted (:mod:`titanlite.plan.memory`).
+that does not communicate. Then one step (forward, backward and optimizer) runs on tensors with a shape and a dtype but
+no data, and every storage and every collective is counted (:mod:`titanlite.plan.memory`).
 
 ``python -m titanlite.plan.estimate`` takes the number of processes from WORLD_SIZE.
 """
@@ -74,13 +74,13 @@ from titanlite.plan.memory import (
 from titanlite.training.build import BuiltModel, build_loss, build_model, build_pipeline
 from titanlite.training.step import StepRunner
 
-# For a flavor that takes its vocabulary from the tokenizer, which is not opened: that of the one that titanlite ships.
+# The vocabulary size of the tokenizer that titanlite ships, for flavors without one; no tokenizer is opened.
 ASSUMED_VOCAB_SIZE = 2048
 START_METHOD = "fork" if sys.platform == "linux" else "spawn"
-DEVICE = torch.device("cpu")  # what stands for it: tensors without data need no GPU
+DEVICE = torch.device("cpu")  # in place of a GPU, which tensors without data do not need
 
 
-COLUMNS = {  # of the table, and the attributes that they show
+COLUMNS = {  # the columns of the table, and the attributes of RankEstimate
     "parameters": "parameters",
     "gradients": "gradients",
     "optimizer state": "optimizer",
@@ -96,14 +96,15 @@ NOT_COUNTED = (
 
 @dataclass
 class RankEstimate:
-    """One rank, in bytes.
+    """The estimate of one rank, in bytes.
 
     Attributes:
-        rank: the first one of its pipeline stages; the others there have as much, or less of shards that are uneven.
-        parameters, gradients, optimizer: what it has of them, with what pads uneven shards. Parameters and buffers.
-        peak: the most that is alive during a step.
-        at_peak: what it is made of, by kind.
-        traffic: of one step.
+        rank: the first rank of its pipeline stages. The others have as much, or less if shards are uneven.
+        parameters: its parameters and buffers, with the padding of uneven shards.
+        gradients, optimizer: its gradients and optimizer state, with the padding of uneven shards.
+        peak: the largest memory during a step.
+        at_peak: the memory at the peak, by kind.
+        traffic: the collectives of one step.
     """
 
     rank: int
@@ -116,19 +117,19 @@ class RankEstimate:
 
     @property
     def activations(self) -> int:
-        """At the peak: what forward left for backward, and temporaries."""
+        """Activations that forward keeps for backward, and temporaries, at the peak."""
         return self.at_peak.get(ACTIVATIONS, 0) + self.at_peak.get(TEMPORARY, 0)
 
     @property
     def gathered(self) -> int:
-        """At the peak: parameters that FSDP has gathered, and gradients that it has not reduced yet."""
+        """Parameters that FSDP has gathered, and gradients that it has not reduced yet, at the peak."""
         return self.at_peak.get(GATHERED, 0) + self.at_peak.get(UNREDUCED, 0)
 
 
 @dataclass
 class Estimate:
-    """Of a configuration: one :class:`RankEstimate` for each rank of the pipeline, FLOPs per step and device (see
-    :func:`titanlite.metrics.flops.flops_per_token`), and what to know, in words."""
+    """The estimate of a configuration: one :class:`RankEstimate` for each rank of the pipeline, FLOPs per step and
+    device (see :func:`titanlite.metrics.flops.flops_per_token`), a description, and notes."""
 
     world_size: int
     ranks: list[RankEstimate]
@@ -142,8 +143,8 @@ class Estimate:
 
 
 def _end_with(parent: int) -> None:
-    """End this process when ``parent`` ends, be it by a signal: it would wait for work for ever, and what it has of its
-    parent's pipes would keep others waiting for the parent."""
+    """End this process when ``parent`` ends, also by a signal. Else it would wait for work forever and keep its
+    parent's pipes open, so that their readers would wait too."""
 
     def watch() -> None:
         while os.getppid() == parent:
@@ -157,31 +158,31 @@ def estimate(config: JobConfig, world_size: int, vocab_size: int | None = None) 
     """Build, shard and run one step of ``config`` for ``world_size`` devices; nothing of the model's size is allocated.
 
     Args:
-        vocab_size: the tokenizer's, for flavors that take theirs from it; None: ``ASSUMED_VOCAB_SIZE``.
+        vocab_size: the size of the tokenizer's vocabulary, for flavors without one; None: ``ASSUMED_VOCAB_SIZE``.
 
     Raises:
-        ConfigError: as training with this configuration on as many devices would.
+        ConfigError: training with this configuration on as many devices would raise it, or it is not modelled.
     """
     check_config(config, world_size, train=False)
     _check_modelled(config)
     degrees = resolve_degrees(config.parallelism, world_size)
     ranks, notes = [], [NOT_COUNTED]
     for stage in range(degrees.pipeline_parallel):
-        # Each in a process of its own: DTensor remembers process groups beyond their end.
+        # Each stage has its own process, because DTensor caches process groups that no longer exist.
         ending: dict[str, Any] = {"initializer": _end_with, "initargs": (os.getpid(),)}
         with ProcessPoolExecutor(1, multiprocessing.get_context(START_METHOD), **ending) as process:
             rank = stage * (world_size // degrees.pipeline_parallel)
-            found, size, how, own_notes = process.submit(
+            rank_estimate, size, model_about, rank_notes = process.submit(
                 _estimate_rank, config, degrees, rank, world_size, vocab_size
             ).result()
-        ranks.append(found)
-        notes += [note for note in own_notes if note not in notes]
+        ranks.append(rank_estimate)
+        notes += [note for note in rank_notes if note not in notes]
     tokens = global_batch_size(config, degrees.data_parallel) * config.training.seq_len
     flops = flops_per_token(size, config.training.seq_len) * tokens // world_size
     about = {
         "model": f"{config.model.name} {config.model.flavor}, {size.params:,} parameters",
         "degrees": " x ".join(f"{name} {n}" for name, n in degrees._asdict().items() if n > 1) or "1",
-        **how,
+        **model_about,
         "tokens per step": f"{tokens:,}",
         "FLOPs per step and device": f"{flops:.4g}",
     }
@@ -191,7 +192,7 @@ def estimate(config: JobConfig, world_size: int, vocab_size: int | None = None) 
 def _estimate_rank(
     config: JobConfig, degrees: Degrees, rank: int, world_size: int, vocab_size: int | None
 ) -> tuple[RankEstimate, ModelSize, dict[str, str], list[str]]:
-    warnings.simplefilter("ignore")  # those of a step are for those who train
+    warnings.simplefilter("ignore")  # warnings about a step matter only in training
     if config.experimental.custom_import:
         key = "experimental.custom_import"
         import_module(config.experimental.custom_import, key, config.origin(key))
@@ -212,7 +213,7 @@ def _check_modelled(config: JobConfig) -> None:
 
 @contextmanager
 def _process_group(rank: int, world_size: int) -> Iterator[None]:
-    """A world of which this process is one rank and the others are not there."""
+    """Make a process group in which this process is one rank, and the other ranks do not exist."""
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
     try:
         yield
@@ -231,8 +232,8 @@ def _with_known_shapes(_: Any, stages: Iterable[Any], *__: Any) -> None:
 
 @contextmanager
 def _as_on_gpus() -> Iterator[None]:
-    """Tensors without data say that they are on the CPU, since a build of torch without CUDA differentiates no others;
-    what the CPU would do in other ways is done as a GPU does it."""
+    """Make code for the CPU take the paths of a GPU. The tensors without data have the device "cpu", because torch
+    without CUDA supports autograd on no other; this replaces what differs on a GPU."""
     compiler = torch.compile
 
     def compile_for_memory(*args: Any, **options: Any) -> Any:
@@ -244,7 +245,7 @@ def _as_on_gpus() -> Iterator[None]:
         library = torch.library.Library("aten", "IMPL")
         stack.callback(library._destroy)
         for name in ("_fused_rms_norm", "_fused_rms_norm_backward"):
-            # With a kernel for it, RMSNorm is one operation, as on a GPU, and not its parts.
+            # With a registered kernel, RMSNorm is one operation, as on a GPU, and is not decomposed.
             library.impl(name, _never_run, "CPU")
         replace = mock.patch.object
         if hasattr(schedules._PipelineSchedule, "_warmup_p2p"):
@@ -262,7 +263,7 @@ def _as_on_gpus() -> Iterator[None]:
 
 
 def _build(config: JobConfig, mesh: Mesh, vocab_size: int | None) -> tuple[BuiltModel, list[str]]:
-    """The model, as the trainer builds it, and what to know about that."""
+    """Build the model as the trainer does; return it with notes on the estimate."""
     spec = get_model_spec(config.model.name)
     flavor, notes = spec.flavor(config.model.flavor), []
     args = spec.configure(flavor, vocab_size or 0, config.training.seq_len)
@@ -284,7 +285,7 @@ def _build(config: JobConfig, mesh: Mesh, vocab_size: int | None) -> tuple[Built
 
 
 def _dimensions(mesh: Mesh) -> dict[str, str]:
-    """The dimension of parallelism that each process group is for. Where one group serves two, the later counts."""
+    """Return the dimension of parallelism of each process group, by group name; the last one if a group has two."""
     meshes = {
         "all ranks": mesh.world,
         "pipeline stage": mesh.stage,
@@ -298,7 +299,7 @@ def _dimensions(mesh: Mesh) -> dict[str, str]:
 
 
 def _measure(built: BuiltModel, config: JobConfig, mesh: Mesh) -> RankEstimate:
-    """Allocate what this rank keeps, then run a step as :class:`titanlite.train.Trainer` does."""
+    """Allocate the state of this rank, then run a step as :class:`titanlite.train.Trainer` does."""
     loss_fn = build_loss(config, mesh)
     pipeline = build_pipeline(built, loss_fn, config, mesh, DEVICE)
     parameters = built.parameters()
@@ -333,7 +334,7 @@ def _measure(built: BuiltModel, config: JobConfig, mesh: Mesh) -> RankEstimate:
 
 
 def _make_state(optimizer: torch.optim.Optimizer) -> None:
-    """As it is after a first step; its gradients and temporaries do not stay."""
+    """Create the optimizer state of a first step; its gradients and temporaries are freed."""
     for group in optimizer.param_groups:
         for param in group["params"]:
             param.grad = torch.zeros_like(param)
@@ -342,7 +343,7 @@ def _make_state(optimizer: torch.optim.Optimizer) -> None:
 
 
 def _batch(config: JobConfig, mesh: Mesh) -> Batch:
-    """The tokens of a step, as context parallelism has cut them."""
+    """Return the tokens of a step, already cut by context parallelism."""
     training, degrees = config.training, mesh.degrees
     count = global_batch_size(config, degrees.data_parallel) // degrees.data_parallel // training.local_batch_size
     shape = count, training.local_batch_size, training.seq_len // degrees.context_parallel
@@ -350,7 +351,7 @@ def _batch(config: JobConfig, mesh: Mesh) -> Batch:
 
 
 def _bytes(tree: Any) -> int:
-    """Of all storages of the tensors in ``tree``, this rank's part of them, each once; with what pads uneven shards."""
+    """Return the bytes of this rank's storages of the tensors in ``tree``, each once, with padding of uneven shards."""
     storages = {}
     for leaf in tree_leaves(list(tree)):
         if isinstance(leaf, Tensor):
@@ -361,7 +362,7 @@ def _bytes(tree: Any) -> int:
 
 
 def _uneven(parameters: Iterable[nn.Parameter]) -> int:
-    """How many of the parameters do not divide into shards of one size."""
+    """Count the parameters that do not divide into shards of equal size."""
     count = 0
     for param in parameters:
         shards: Counter[int] = Counter()
@@ -374,24 +375,24 @@ def _uneven(parameters: Iterable[nn.Parameter]) -> int:
     return count
 
 
-def describe(found: Estimate) -> str:
-    """The estimate as the command prints it."""
+def describe(result: Estimate) -> str:
+    """Format the estimate for printing."""
     memory = [["rank", *COLUMNS, "peak"]]
-    for r in found.ranks:
+    for r in result.ranks:
         memory.append([str(r.rank), *(_gib(getattr(r, name)) for name in (*COLUMNS.values(), "peak"))])
     sent = [["rank", "dimension", "collective", "ranks", "calls", "GiB", "GiB sent by this rank"]]
-    for r in found.ranks:
+    for r in result.ranks:
         for c, t in r.traffic.items():
             sent.append([str(r.rank), *c[:2], str(c.ranks), str(t.calls), _gib(t.nbytes), _gib(t.sent)])
     return "\n".join(
         [
-            table(f"estimate for {found.world_size} devices, made without them", found.about),
+            table(f"estimate for {result.world_size} devices, made without them", result.about),
             "memory of each device, GiB",
             *_aligned(memory),
             "collectives of a step",
             *_aligned(sent),
             "notes",
-            *(f"    {note}" for note in found.notes),
+            *(f"    {note}" for note in result.notes),
         ]
     )
 
@@ -408,10 +409,10 @@ def _aligned(rows: list[list[str]]) -> list[str]:
 def main() -> int:
     config = CONFIG or read_config(sys.argv[1:])
     try:
-        found = estimate(config, int(os.environ.get("WORLD_SIZE", 1)))
+        result = estimate(config, int(os.environ.get("WORLD_SIZE", 1)))
     except ConfigError as e:
         return report(e)
-    print(describe(found))
+    print(describe(result))
     return 0
 
 

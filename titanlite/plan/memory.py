@@ -1,8 +1,8 @@
-"""What a step holds in memory and sends, counted while it runs on tensors without data.
+"""Count the memory and the traffic of a step while it runs on tensors without data.
 
-Every operation of a step, forward and backward, passes a dispatch mode that follows each storage from its allocation to
-its end: what a caching allocator calls active memory, without its rounding (512 bytes a tensor) and its fragmentation.
-(What generated kernels allocate: :mod:`titanlite.plan.compiled_memory`.)
+Every operation of a step, forward and backward, passes a dispatch mode, which follows each storage from its allocation
+to its end. The result is what a caching allocator calls active memory, without its rounding (512 bytes a tensor) and
+its fragmentation. (For the memory of generated kernels, see :mod:`titanlite.plan.compiled_memory`.)
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ TEMPORARY = "optimizer temporaries"
 
 @dataclass(eq=False)
 class Allocation:
-    """A storage's memory, from the event ``born`` to the event ``died`` (None: it is alive)."""
+    """The memory of a storage, from the event ``born`` to the event ``died`` (None if it is still alive)."""
 
     nbytes: int
     kind: str
@@ -46,9 +46,9 @@ class Collective(NamedTuple):
 
 @dataclass
 class Traffic:
-    """Of one collective over a step: ``nbytes`` of the whole tensor (what is gathered, or reduced), and what each rank
-    sends of it, by the ring algorithms that NCCL's bus bandwidth is defined by (nccl-tests, PERFORMANCE.md): all-gather
-    and reduce-scatter (n - 1) / n of it, all-reduce twice that."""
+    """The traffic of one collective over a step: ``nbytes`` of the whole tensors (gathered or to be reduced), and the
+    bytes that each rank sends. The latter follow the ring algorithms that define NCCL's bus bandwidth (nccl-tests,
+    PERFORMANCE.md): (n - 1) / n of ``nbytes`` for all-gather and reduce-scatter, twice that for all-reduce."""
 
     calls: int = 0
     nbytes: int = 0
@@ -84,7 +84,7 @@ def _tensors(tree: Any) -> list[Tensor]:
 
 
 def _traffic(func: Any, args: tuple[Any, ...], out: Any) -> tuple[ProcessGroup, str, int] | None:
-    """The group, the collective's name and its bytes; None for what communicates nothing."""
+    """Return the group, the name and the bytes of a collective; None for an operator that does not communicate."""
     packet = func._schema.name.split("::")[1]
     if packet not in _NAMES:
         return None
@@ -107,14 +107,14 @@ def _share(name: str, ranks: int) -> float:
 
 
 class MemoryTracker(TorchDispatchMode):
-    """Follows the memory of all tensors made while it is entered; enter it inside a ``FakeTensorMode``, or with real
-    tensors. Tensors on the meta device have none.
+    """Follows the memory of all tensors that are created inside this context. Enter it inside a ``FakeTensorMode``, or
+    use real tensors. Tensors on the meta device have no memory.
 
     Args:
         dimensions: the name of the dimension of parallelism by the name of its process group.
 
     Attributes:
-        live, peak: bytes.
+        live, peak: the memory now and its maximum, in bytes.
     """
 
     def __init__(self, dimensions: Mapping[str, str] | None = None) -> None:
@@ -134,11 +134,11 @@ class MemoryTracker(TorchDispatchMode):
     def ignore_compile_internals(cls) -> bool:
         return True  # the compiler's own tensors are not the step's
 
-    # ---- what the caller says
+    # ---- for the caller
 
     @contextmanager
     def kind(self, name: str, dimension: str | None = None) -> Iterator[None]:
-        """What is allocated meanwhile is of this kind, and what is communicated of this dimension."""
+        """Label allocations inside this context with a kind, and collectives with a dimension."""
         before = self._kind, self._dimension
         self._kind, self._dimension = name, dimension or self._dimension
         try:
@@ -148,7 +148,7 @@ class MemoryTracker(TorchDispatchMode):
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """What is allocated meanwhile does not count, until :meth:`add` says so."""
+        """Do not count allocations inside this context; :meth:`add` can count them later."""
         before, self._paused = self._paused, True
         try:
             yield
@@ -156,22 +156,22 @@ class MemoryTracker(TorchDispatchMode):
             self._paused = before
 
     def restart_peak(self) -> None:
-        """Begin a new peak and a new count of collectives at what is alive now."""
+        """Restart the peak at the memory of now, and the count of collectives at zero."""
         self.peak, self._peak_at = self.live, self._now
         self.traffic.clear()
 
     def at_peak(self) -> Counter[str]:
-        """Bytes by kind of what was alive at the peak."""
-        found: Counter[str] = Counter()
+        """Return the bytes that were alive at the peak, by kind."""
+        by_kind: Counter[str] = Counter()
         for a in self.all:
             if a.born <= self._peak_at and (a.died is None or a.died > self._peak_at):
-                found[a.kind] += a.nbytes
-        return found
+                by_kind[a.kind] += a.nbytes
+        return by_kind
 
     # ---- storages
 
     def add(self, tree: Any) -> None:
-        """Count the storages of these tensors, if they are not yet."""
+        """Count the storages of these tensors, unless they are counted already."""
         for tensor in _tensors(tree):
             if tensor.device.type != "meta":
                 storage = tensor.untyped_storage()
@@ -182,7 +182,7 @@ class MemoryTracker(TorchDispatchMode):
                         self._watched[key] = weakref.finalize(storage, self._ended, key)
 
     def name(self, tensors: Any, kind: str) -> None:
-        """These storages turn out to be of another kind."""
+        """Change the kind of the storages of these tensors."""
         for tensor in _tensors(tensors):
             allocation = self._by_storage.get(tensor.untyped_storage()._cdata)
             if allocation is not None:
@@ -209,7 +209,7 @@ class MemoryTracker(TorchDispatchMode):
         self._watched.pop(key, None)
 
     def _resized(self, storage: torch.UntypedStorage) -> None:
-        """FSDP2 frees a gathered parameter and fills it again by resizing its storage, which no operation shows."""
+        """Count a storage after a resize. FSDP2 frees and refills gathered parameters so, without an operation."""
         key = storage._cdata
         before = self._died(key)
         if storage.nbytes():
@@ -233,7 +233,7 @@ class MemoryTracker(TorchDispatchMode):
         propagate = ShardingPropagator._propagate_tensor_meta_non_cached
 
         def propagate_paused(*args: Any) -> Any:
-            with self.paused():  # DTensor learns shapes from whole tensors without data, which are not the step's
+            with self.paused():  # DTensor infers shapes with tensors that are not part of the step
                 return propagate(*args)
 
         self._patches = ExitStack()
@@ -254,7 +254,7 @@ class MemoryTracker(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if any(issubclass(t, Tensor) and t not in _PLAIN for t in types):
-            return NotImplemented  # a subclass: its own operations come by one by one
+            return NotImplemented  # a subclass: its inner operations arrive here one by one
         out = func(*args, **(kwargs or {}))
         namespace = func.namespace
         if namespace in ("c10d", "_c10d_functional", "_c10d_functional_autograd", "_dtensor"):
@@ -266,16 +266,16 @@ class MemoryTracker(TorchDispatchMode):
         return out
 
     def _count(self, func: Any, args: Any, out: Any) -> None:
-        found = _traffic(func, args, out)
-        if found is not None:
-            group, name, nbytes = found
+        collective = _traffic(func, args, out)
+        if collective is not None:
+            group, name, nbytes = collective
             dimension = self._dimension or self.dimensions.get(group.group_name, "world")
             ranks = group.size()
             if ranks > 1:
                 self.traffic[Collective(dimension, name, ranks)].add(nbytes, _share(name, ranks))
 
     def _name_fsdp(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
-        """By the operators that FSDP2 moves its parameters and gradients with."""
+        """Set the kind of FSDP2's parameters and gradients, by the operators that FSDP2 uses to move them."""
         name = func._schema.name.split("::")[1]
         if name == "all_gather_copy_in":
             self.name(out, GATHERED)
@@ -292,5 +292,5 @@ _PLAIN = {Tensor, torch.nn.Parameter, torch._subclasses.fake_tensor.FakeTensor}
 
 
 def active_tracker() -> MemoryTracker | None:
-    """The innermost one that is entered."""
+    """Return the innermost active tracker; None if there is none."""
     return _active[-1] if _active else None

@@ -1,1 +1,1 @@
-"""What one run is made of: the built model, where it begins, validation, its folder, guards against bad steps."""
+"""The components of one run: the built model, its start, validation, the run folder, guards against bad steps."""

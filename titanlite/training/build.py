@@ -1,5 +1,5 @@
-"""From a configuration to the sharded model and what a step computes, on the meta device: nothing is allocated before
-:func:`titanlite.distributed.data_parallel.allocate`."""
+"""Build the sharded model, the loss and the pipeline of a configuration, on the meta device. Nothing is allocated
+before :func:`titanlite.distributed.data_parallel.allocate`."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ class BuiltModel:
     """This process's share of a model.
 
     Attributes:
-        parts: one module, or those of this process's pipeline stages.
-        size: of the whole model.
-        plan: of the pipeline; None without one.
-        about: what was done, in words.
+        parts: the model as one module, or the modules of this process's pipeline stages.
+        size: the size of the whole model.
+        plan: the plan of the pipeline; None without one.
+        about: descriptions of the conversions and of the parallelism, for the log.
     """
 
     parts: list[nn.Module]
@@ -52,10 +52,10 @@ class BuiltModel:
 
 
 def build_model(spec: ModelSpec, args: Any, config: JobConfig, mesh: Mesh) -> BuiltModel:
-    """The model on the meta device, converted, cut into pipeline stages and sharded.
+    """Build the model on the meta device, convert it, cut it into pipeline stages, and shard it.
 
     Args:
-        args: a flavor that ``spec.configure`` has completed.
+        args: the model's arguments: a flavor that ``spec.configure`` has completed.
     """
     spec.check(args, mesh, config)
     if mesh.cp.size() > 1 and mesh.device_type == "cuda" and config.training.mixed_precision_param == "float32":
@@ -74,18 +74,18 @@ def build_model(spec: ModelSpec, args: Any, config: JobConfig, mesh: Mesh) -> Bu
         logger.info("the model after conversion:\n%s", model)
     if mesh.pp.size() > 1:
         built.plan = plan_pipeline(model, spec.chain(model), config, mesh.pp.size())
-        own = built.plan.of(mesh.pp.get_local_rank())
-        built.parts = [part_of(model, built.plan.stages[stage]) for stage in own]
+        local = built.plan.of(mesh.pp.get_local_rank())
+        built.parts = [part_of(model, built.plan.stages[stage]) for stage in local]
         built.about["pipeline"] = f"{config.parallelism.pipeline_parallel_schedule}, {built.plan}"
-    done = [spec.parallelize(part, mesh, config) for part in built.parts]
-    for what in done[0]:
-        # Of several stages, each in turn where they differ.
-        built.about[what] = "; ".join(dict.fromkeys(of_part[what] for of_part in done))
+    descriptions = [spec.parallelize(part, mesh, config) for part in built.parts]
+    for name in descriptions[0]:
+        # Where the stages differ, the descriptions of all of them.
+        built.about[name] = "; ".join(dict.fromkeys(description[name] for description in descriptions))
     return built
 
 
 def build_loss(config: JobConfig, mesh: Mesh) -> Callable[[Tensor, Tensor], Tensor]:
-    """The mean loss of logits, as the model puts them out on this process, and labels."""
+    """Return the loss function of this process's logits and labels: the sum over the labels."""
     loss_fn: Callable[[Tensor, Tensor], Tensor] = cross_entropy_loss
     if mesh.tp.size() > 1 and not config.parallelism.disable_loss_parallel:
         loss_fn = VocabParallelCrossEntropy(mesh.tp)
@@ -101,7 +101,7 @@ def build_pipeline(
     mesh: Mesh,
     device: torch.device,
 ) -> Pipeline | None:
-    """The schedule of this process's stages; None without pipeline parallelism."""
+    """Build the schedule of this process's stages; None without pipeline parallelism."""
     if built.plan is None:
         return None
     count = pipeline_microbatches(config, mesh.degrees.data_parallel)
@@ -110,11 +110,11 @@ def build_pipeline(
 
 
 def check_memory(config: JobConfig, size: ModelSize, degrees: Degrees, device: torch.device) -> None:
-    """Refuse what cannot fit, before the machine is brought to its knees: float32 weights, gradients and two moments
-    are 16 bytes per parameter, whatever else a step needs.
+    """Refuse a model that cannot fit, before anything is allocated. The least that training needs is 16 bytes per
+    parameter: weights, gradients and two moments in float32.
 
     Raises:
-        ConfigError: there is less memory than that.
+        ConfigError: the device has less memory than that.
     """
     per_process = 16 * size.params / degrees.model_shards
     on_host = config.training.enable_cpu_offload or device.type != "cuda"

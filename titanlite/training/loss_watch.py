@@ -1,4 +1,4 @@
-"""Looks at the loss and the gradient norm of every step without making the device wait, and says what was bad."""
+"""Check the loss and the gradient norm of every step, without making the device wait, and describe bad steps."""
 
 from __future__ import annotations
 
@@ -20,26 +20,26 @@ _NONE_IS_LATER = 1 << 62
 
 
 def rank_of_claim(claim: int) -> int:
-    """The rank that made the winning :meth:`LossWatch.claim`."""
+    """Return the rank that made the largest :meth:`LossWatch.claim`."""
     return (_NONE_IS_LATER - claim) & ((1 << _RANK_BITS) - 1)
 
 
 class _Pending(NamedTuple):
     step: int
-    values: Tensor  # of StepRecord
+    values: Tensor  # the fields of StepRecord
     arrived: torch.cuda.Event | None
 
 
 class LossWatch:
-    """Copies each step's record to the host beside the device's work, and looks at those that have arrived.
+    """Copies each step's record to the host while the device works, and checks the records that have arrived.
 
-    At most ``depth`` steps are in flight: on a GPU a bad step is seen up to that many steps later, on the CPU at once.
-    A step that was skipped is a warning, on rank 0 for all, until ``training.max_skipped_in_a_row``.
+    At most ``depth`` steps are in flight. On a GPU a bad step is seen up to ``depth`` steps later, on the CPU at once.
+    Rank 0 logs a warning for each skipped step, until ``training.max_skipped_in_a_row`` is reached.
 
     Attributes:
-        latest: what was seen last.
-        bad: the first step that the run must end for, with its number.
-        last_good: the last good step before it.
+        latest: the latest record that was checked.
+        bad: the number and record of the first step that must end the run.
+        last_good: the number and record of the last good step before it.
     """
 
     def __init__(self, training: Training, rank: int, depth: int = 2) -> None:
@@ -50,7 +50,7 @@ class LossWatch:
         self.bad: tuple[int, StepRecord] | None = None
 
     def add(self, step: int, record: Tensor) -> None:
-        """Watch a step, of which :meth:`StepGuard.step` returned ``record``."""
+        """Watch a step; ``record`` is the result of :meth:`StepGuard.step`."""
         if record.device.type == "cpu":
             self._pending.append(_Pending(step, record, None))
         else:
@@ -62,7 +62,7 @@ class LossWatch:
         self._look(self._depth)
 
     def drain(self) -> None:
-        """Wait for all that is in flight."""
+        """Wait for all steps in flight, and check them."""
         self._look(0)
 
     def _look(self, in_flight: int) -> None:
@@ -90,16 +90,17 @@ class LossWatch:
         self.bad = (step, record)
 
     def claim(self) -> int:
-        """0, or a number that is the larger the better this rank explains a failure: the earliest step, then a loss of
-        its own that is not finite (all else is bad on all ranks at once), then the lowest rank."""
+        """Return 0 if no step is bad. Else return a positive number; the largest of all ranks belongs to the rank that
+        explains the failure best: the earliest step, then a local loss that is not finite (the other reasons are the
+        same on all ranks), then the lowest rank."""
         if self.bad is None:
             return 0
         step, record = self.bad
-        finite = math.isfinite(record.own_loss)
+        finite = math.isfinite(record.local_loss)
         return _NONE_IS_LATER - ((step << (_RANK_BITS + 1)) + (finite << _RANK_BITS) + self._rank)
 
     def describe(self) -> str:
-        """The bad step in words, with the last good values."""
+        """Describe the bad step and the last good values, for a message."""
         if self.bad is None:
             return ""
         step, record = self.bad
@@ -120,7 +121,7 @@ class LossWatch:
                 "--training.spike_sigmas=0 takes no finite loss for bad"
             )
         return (
-            f"step {step}, rank {self._rank}: loss {record.own_loss}, grad_norm {record.grad_norm} is not finite; "
+            f"step {step}, rank {self._rank}: loss {record.local_loss}, grad_norm {record.grad_norm} is not finite; "
             f"{self._last_good()}. {advice}; {leave_out}"
         )
 
@@ -128,7 +129,7 @@ class LossWatch:
         if self.last_good is None:
             return "no good step came before it since the start"
         at, good = self.last_good
-        return f"the last good values were loss {good.own_loss:.4f}, grad_norm {good.grad_norm:.4f} at step {at}"
+        return f"the last good values were loss {good.local_loss:.4f}, grad_norm {good.grad_norm:.4f} at step {at}"
 
     def _reason(self, record: StepRecord) -> str:
         if not math.isfinite(record.loss):

@@ -1,4 +1,4 @@
-"""Where a run begins: after its own last checkpoint, with one from elsewhere, with published weights, or anew."""
+"""The start of a run: its own last checkpoint, another checkpoint, published weights, or new weights."""
 
 from __future__ import annotations
 
@@ -14,45 +14,45 @@ from titanlite.models.spec import ModelSpec
 
 @dataclass(frozen=True)
 class Start:
-    """What a run begins with; :func:`find_start` finds it.
+    """The state that a run begins with; :func:`find_start` finds it.
 
     Attributes:
-        found: a checkpoint.
-        pretrained: or a Hugging Face folder.
-        whole: more than the weights of the checkpoint.
-        excluded: the parts of it that are left out.
+        checkpoint: the checkpoint to load.
+        pretrained: or the Hugging Face folder to load.
+        whole: load more of the checkpoint than its weights.
+        excluded: the parts of the checkpoint that are not loaded.
     """
 
-    found: SavedCheckpoint | None = None
+    checkpoint: SavedCheckpoint | None = None
     pretrained: HuggingFaceFolder | None = None
     whole: bool = False
     excluded: tuple[str, ...] = ()
 
     @property
     def keeps_step(self) -> bool:
-        """The run goes on after the step of the checkpoint; else it begins at step 1 with what that has."""
+        """True if the run continues after the step of the checkpoint; False if it begins at step 1."""
         return self.whole and "train_state" not in self.excluded
 
     @property
     def continues(self) -> bool:
-        """It is the run that was in this run folder before."""
-        return self.found is not None and self.found.from_this_run and self.keeps_step
+        """True if this continues the earlier run of the run folder."""
+        return self.checkpoint is not None and self.checkpoint.from_this_run and self.keeps_step
 
     @property
     def seed(self) -> int | None:
-        """Of the run that goes on."""
-        return self.found.info.seed if self.found is not None and self.whole else None
+        """The seed in the checkpoint; None if the checkpoint is not loaded as a whole."""
+        return self.checkpoint.info.seed if self.checkpoint is not None and self.whole else None
 
     def load(self, checkpoints: CheckpointManager, process: Process, spec: ModelSpec, args: Any) -> str:
-        """Fill the model, and what else there is, of the configured ``args``; returns where it came from, for the
-        header; empty if there is nothing, and the seed alone decides.
+        """Load the weights, and other state if there is any, into ``process``. Return the source, for the
+        header; an empty string if there is nothing to load. ``args`` are the model's configured arguments.
 
         Raises:
-            ConfigError: it is of another model, or damaged.
+            ConfigError: the source belongs to another model, or is damaged.
         """
-        if self.found is not None:
-            checkpoints.load(self.found, process, weights_only=not self.whole)
-            return f"{self.found.folder}" + ("" if self.whole else ", its weights alone")
+        if self.checkpoint is not None:
+            checkpoints.load(self.checkpoint, process, weights_only=not self.whole)
+            return f"{self.checkpoint.folder}" + ("" if self.whole else ", its weights alone")
         if self.pretrained is not None and spec.hugging_face is not None:
             family, folder = spec.hugging_face, self.pretrained
             family.check(args, folder.config)
@@ -62,44 +62,44 @@ class Start:
 
 
 def find_start(config: JobConfig, spec: ModelSpec, checkpoints: CheckpointManager) -> Start:
-    """Decide, with all processes.
+    """Find the start of the run. All processes must call this.
 
     Raises:
-        NothingToDo: the run has made its steps.
-        ConfigError: what was asked for is not there, is damaged, or does not fit.
+        NothingToDo: the run has already made all its steps.
+        ConfigError: the requested start does not exist, is damaged, or does not fit the configuration.
     """
-    options, found = config.checkpoint, checkpoints.find()
-    if found is not None and options.create_seed_checkpoint:
+    options, checkpoint = config.checkpoint, checkpoints.find()
+    if checkpoint is not None and options.create_seed_checkpoint:
         raise ConfigError(
             f"{checkpoints.root} has checkpoints already; choose another folder with --job.dump_folder",
             key="checkpoint.create_seed_checkpoint",
             value=True,
         )
     path = options.initial_load_path
-    if found is None and path:
+    if checkpoint is None and path:
         if is_hugging_face(Path(path).expanduser()):
             return Start(pretrained=_open_pretrained(path, options.initial_load_model_weights_only, spec))
-        found = checkpoints.initial(path)
-    if found is None:
+        checkpoint = checkpoints.initial(path)
+    if checkpoint is None:
         return Start()
-    whole = found.from_this_run or not options.initial_load_model_weights_only
-    start = Start(found, whole=whole, excluded=tuple(checkpoints.excluded(found)))
+    whole = checkpoint.from_this_run or not options.initial_load_model_weights_only
+    start = Start(checkpoint, whole=whole, excluded=tuple(checkpoints.excluded(checkpoint)))
     if start.keeps_step:
-        _refuse_no_steps(found, config)
+        _refuse_no_steps(checkpoint, config)
     return start
 
 
-def _refuse_no_steps(found: SavedCheckpoint, config: JobConfig) -> None:
+def _refuse_no_steps(checkpoint: SavedCheckpoint, config: JobConfig) -> None:
     steps = config.training.steps
-    if found.info.step < steps:
+    if checkpoint.info.step < steps:
         return
-    if found.from_this_run:
+    if checkpoint.from_this_run:
         raise NothingToDo(
-            f"{config.job.dump_folder} has a run of {found.info.step} steps, and training.steps = {steps}: nothing to "
-            "do. Ask for more with --training.steps, or begin another with --job.dump_folder"
+            f"{config.job.dump_folder} has a run of {checkpoint.info.step} steps, and training.steps = {steps}: "
+            "nothing to do. Ask for more with --training.steps, or begin another with --job.dump_folder"
         )
     raise ConfigError(
-        f"{found.folder} is at step {found.info.step} already; ask for more, or begin at "
+        f"{checkpoint.folder} is at step {checkpoint.info.step} already; ask for more, or begin at "
         "step 1 with --checkpoint.exclude_from_loading=train_state",
         key="training.steps",
         value=steps,

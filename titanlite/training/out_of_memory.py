@@ -1,7 +1,7 @@
-"""When memory runs out: which rank, where, in which step, and what would have saved it.
+"""The report of a run that is out of memory: the rank, the place in the code, the step, and options that save memory.
 
-What would have is estimated by :mod:`titanlite.plan.advice` in a process of its own: the launcher starts it when its
-workers have ended, and a process that is the whole run does so itself.
+:mod:`titanlite.plan.advice` estimates these options in a separate process. The launcher starts it after its workers
+have ended; a run of a single process starts it itself.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ _UNITS = {"bytes": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
 
 
 def give_up(error: Exception, config: JobConfig, step: int, snapshot: Path | None) -> int:
-    """Report that memory ran out, after ``step`` had begun (0: before the first); returns the exit status."""
+    """Report that memory ran out in ``step`` (0: before the first), and return the exit status."""
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     cause = _cause(error)
     when = f"in step {step}" if step else "before the first step"
     lines = [f"rank {rank} ran out of memory {when}, {_place(cause)}", f"{type(cause).__name__}: {_text(cause)}"]
     if snapshot is not None:
         lines.append(f"memory snapshot, for https://pytorch.org/memory_viz: {shown_path(str(snapshot))}")
-    traceback.clear_frames(error.__traceback__)  # what they hold is free for what follows
+    traceback.clear_frames(error.__traceback__)  # free the memory of their variables
     shortage = _shortage(cause, config, rank, world_size)
     folder = os.environ.get(LAUNCH_DIR)
     if folder:
@@ -48,27 +48,27 @@ def give_up(error: Exception, config: JobConfig, step: int, snapshot: Path | Non
         lines.append("run_train.sh, in place of torchrun, would estimate here which options save how much")
     status = report(TrainingError("\n    ".join(lines)))
     if not folder and world_size == 1:
-        with tempfile.TemporaryDirectory(prefix="titanlite-") as alone:
-            shortage_file(Path(alone), rank).write_text(json.dumps(asdict(shortage)))
-            advise(Path(alone), rank)
+        with tempfile.TemporaryDirectory(prefix="titanlite-") as temporary:
+            shortage_file(Path(temporary), rank).write_text(json.dumps(asdict(shortage)))
+            advise(Path(temporary), rank)
     return status
 
 
 def _cause(error: BaseException) -> BaseException:
-    """The first of a chain that is about memory; pipeline schedules, for one, wrap what their stages raise."""
+    """Return the first error of the chain that is about memory; pipeline schedules wrap the errors of their stages."""
     while error.__cause__ is not None and is_out_of_memory(error.__cause__):
         error = error.__cause__
     return error
 
 
 def _place(error: BaseException) -> str:
-    """The innermost line that is not torch's own."""
+    """Describe the innermost line of the traceback outside torch."""
     inside = os.path.dirname(torch.__file__)
     frames = traceback.extract_tb(error.__traceback__)
-    own = [frame for frame in frames if not frame.filename.startswith((inside, "<"))]
-    if not own:
+    user_frames = [frame for frame in frames if not frame.filename.startswith((inside, "<"))]
+    if not user_frames:
         return "at a place that is not known"
-    frame = own[-1]
+    frame = user_frames[-1]
     return f"at {shown_path(frame.filename)}:{frame.lineno}, in {frame.name}: {frame.line}"
 
 
@@ -98,18 +98,18 @@ def _room_on_gpu() -> int:
 
 
 def _statm() -> tuple[int, int]:
-    """Bytes of this process on Linux: virtual, resident."""
+    """Return the virtual and the resident memory of this process in bytes, on Linux."""
     virtual, resident, *_ = Path("/proc/self/statm").read_text().split()
     return int(virtual) * _PAGE, int(resident) * _PAGE
 
 
-# Of the process without a model: what is not there for tensors.
+# The resident memory of the process without a model, which tensors cannot use.
 _RESIDENT_AT_START = _statm()[1] if Path("/proc/self/statm").exists() else 0
 
 
 def _room_on_cpu() -> int | None:
-    """What is resident and not the program's, and what is free of the machine's memory, the container's (cgroup v2),
-    and what ``ulimit -v`` leaves; None where the system does not say."""
+    """Return the memory for tensors in bytes: the resident part beyond the program's, and the free part. Free is the
+    least of the machine's memory, the container's (cgroup v2) and ``ulimit -v``. None if the system does not say."""
     try:
         virtual, resident = _statm()
         meminfo = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())

@@ -39,7 +39,7 @@ class RunFolder:
         self._take_lock()
 
     def _take_lock(self) -> None:
-        # A worker of a run that was killed a moment ago may still be ending.
+        # A worker of a run that was just killed may still hold the lock.
         for attempt in range(6):
             try:
                 fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -66,30 +66,30 @@ class RunFolder:
         )
 
     def set_earlier_aside(self, names: list[str]) -> None:
-        """Move what an earlier run left here to ``earlier/<time of its start>``, so that nothing is mixed or lost."""
-        left = [self.path / name for name in names if (self.path / name).exists()]
-        if not left:
+        """Move the files of an earlier run to ``earlier/<time of its start>``, so that nothing is mixed or lost."""
+        files = [self.path / name for name in names if (self.path / name).exists()]
+        if not files:
             return
-        when = time.strftime("%Y%m%d-%H%M%S", time.localtime(min(p.stat().st_mtime for p in left)))
-        aside = self.path / "earlier" / when
+        started = time.strftime("%Y%m%d-%H%M%S", time.localtime(min(p.stat().st_mtime for p in files)))
+        aside = self.path / "earlier" / started
         number = 1
         while aside.exists():
             number += 1
-            aside = aside.with_name(f"{when}-{number}")
+            aside = aside.with_name(f"{started}-{number}")
         aside.mkdir(parents=True)
-        for path in left:
+        for path in files:
             path.rename(aside / path.name)
-        logger.info("%s held an earlier run: its %s are now in %s", self.path, ", ".join(p.name for p in left), aside)
+        logger.info("%s held an earlier run: its %s are now in %s", self.path, ", ".join(p.name for p in files), aside)
 
 
 def drop_rows_after(file: Path, step: int) -> None:
-    """Leave out of a file of JSON lines what was written after ``step``, and a last line that was cut off."""
+    """Remove from a file of JSON lines the rows after ``step``, and a last line that is incomplete."""
     if not file.exists():
         return
     kept = [line for line in file.read_text().splitlines() if _step_of(line) <= step]
-    beside = file.with_name(f".{file.name}.partial")
-    beside.write_text("".join(f"{line}\n" for line in kept))
-    beside.rename(file)
+    partial = file.with_name(f".{file.name}.partial")
+    partial.write_text("".join(f"{line}\n" for line in kept))
+    partial.rename(file)
 
 
 def _step_of(line: str) -> float:

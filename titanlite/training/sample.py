@@ -1,4 +1,4 @@
-"""What a finished run ends with: a few lines that its model writes."""
+"""The sample at the end of a run: a few lines of text from its model."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ from titanlite.inference.generate import Decoder, Sampling, generate
 
 logger = logging.getLogger()
 
-# Likely words stay likely, and nothing goes round in circles as the most likely ones do.
+# Likely words stay likely, but without the loops that always taking the most likely word makes.
 SAMPLING = Sampling(temperature=0.8, seed=0)
 LARGE = 10**9  # parameters
-# Without a space at the end: tokenizers join it with the word that follows.
+# No space at the end: tokenizers join a space with the word that follows.
 PROMPTS = {"pystdlib": "import"}
 
 
 def log_sample(parts: list[nn.Module], tokenizer: Tokenizer, config: JobConfig, mesh: Mesh, runtime: Runtime) -> None:
-    """Log how the model continues ``sample.prompt``, or why it does not; to be called by all processes.
+    """Log how the model continues ``sample.prompt``, or why there is no sample. All processes must call this.
 
     Args:
-        parts: the model, or what this process has of a pipeline.
+        parts: the model as one module, or the modules of this process's pipeline stages.
     """
     if config.sample.enable is False:
         return
-    if why := _why_not(parts, config, mesh):
-        logger.info("no sample %s; from a checkpoint: %s", why, _command(config))
+    if reason := _obstacle(parts, config, mesh):
+        logger.info("no sample %s; from a checkpoint: %s", reason, _command(config))
         return
     prompt = config.sample.prompt
     if prompt is None:
@@ -55,15 +55,15 @@ def log_sample(parts: list[nn.Module], tokenizer: Tokenizer, config: JobConfig, 
                 f"sample.prompt has {len(ids) - 1} tokens, and training.seq_len = {config.training.seq_len} leaves no "
                 "room for more; shorten it"
             )
-        done = generate(decoder, ids, min(config.sample.max_new_tokens, room), SAMPLING, {tokenizer.eos_id})
+        generated = generate(decoder, ids, min(config.sample.max_new_tokens, room), SAMPLING, {tokenizer.eos_id})
     except (ConfigError, TrainingError) as e:
         logger.warning("no sample: %s", e)  # the run itself is done
         return
-    text = printable(tokenizer.decode([*ids[1:], *done.ids]))
+    text = printable(tokenizer.decode([*ids[1:], *generated.ids]))
     logger.info("a sample of what it learned, from %s on:\n%s", repr(prompt) if prompt else "an empty page", text)
 
 
-def _why_not(parts: list[nn.Module], config: JobConfig, mesh: Mesh) -> str | None:
+def _obstacle(parts: list[nn.Module], config: JobConfig, mesh: Mesh) -> str | None:
     for dimension in ("pipeline", "context"):
         if getattr(mesh.degrees, f"{dimension}_parallel") > 1:
             return f"under {dimension} parallelism"
@@ -78,13 +78,13 @@ def _command(config: JobConfig) -> str:
     needed = "" if config.checkpoint.enable_checkpoint else " (which needs checkpoint.enable_checkpoint = true)"
     step = folder / f"step-{config.training.steps}"
     module = config.experimental.custom_import
-    own = f" --custom_import {module}" if module else ""
-    return f"titanlite generate --checkpoint {step} --prompt ...{own}{needed}"
+    custom_import = f" --custom_import {module}" if module else ""
+    return f"titanlite generate --checkpoint {step} --prompt ...{custom_import}{needed}"
 
 
 def printable(text: str) -> str:
-    """``text`` for the console, indented: a model writes any character, and some would move its cursor or are not in
-    its encoding."""
+    """Return ``text`` for the console, indented. Characters that would move the cursor, or are not in the console's
+    encoding, are escaped."""
     shown = "".join(c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in text)
     encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
     shown = shown.encode(encoding, "backslashreplace").decode(encoding)

@@ -1,5 +1,5 @@
-"""Forward and backward of one optimizer step: the one place where microbatches are looped over, and where their losses
-are summed and divided."""
+"""Forward and backward of one optimizer step. This is the only place that loops over microbatches, and that sums and
+divides their losses."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from titanlite.distributed.data_parallel import reduce_gradients_after
 from titanlite.distributed.pipeline import Pipeline
 from titanlite.optim.loss import IGNORED
 
-LossFunction = Callable[[Tensor, Tensor], Tensor]  # of the logits and labels of a microbatch: the sum over its labels
+LossFunction = Callable[[Tensor, Tensor], Tensor]  # (logits, labels) of a microbatch: the loss, summed
 
 
 class StepLoss(NamedTuple):
-    """The loss of this rank's tokens; zeros on a rank that has not the last pipeline stage.
+    """The loss of this rank's tokens; zeros on a rank without the last pipeline stage.
 
     Attributes:
-        total: the sum over the labels that are scored; float32 scalar on the device.
-        scored: how many these are; int64 scalar on the device.
-        labels: how many labels there are, scored or not.
+        total: the sum over the scored labels; float32 scalar on the device.
+        scored: the number of scored labels; int64 scalar on the device.
+        labels: the number of all labels, scored or not.
     """
 
     total: Tensor
@@ -32,7 +32,7 @@ class StepLoss(NamedTuple):
     labels: int
 
     def mean(self) -> Tensor:
-        """Over the labels of this rank that are scored; 0 where there are none."""
+        """Return the mean over the scored labels of this rank; 0 if there are none."""
         return self.total / self.scored.clamp(min=1)
 
 
@@ -41,7 +41,7 @@ class StepRunner:
 
     Args:
         parts: the model, or the modules of this process's pipeline stages.
-        loss_fn: not called where there is a pipeline, which has its own.
+        loss_fn: the loss of a microbatch. A pipeline has its own loss, and this one is not called.
         context: cuts sequences under context parallelism.
     """
 
@@ -58,14 +58,14 @@ class StepRunner:
 
     @property
     def has_loss(self) -> bool:
-        """Whether this rank has the last pipeline stage."""
+        """True if this rank has the last pipeline stage."""
         return self.pipeline is None or self.pipeline.is_last
 
     def forward_backward(self, batch: Batch) -> StepLoss:
-        """Leave in the parameters the gradients of the step's loss: the sum over the labels of all ranks, divided by
-        the number of all labels, scored or not. (FSDP2 takes the mean over its ranks, each of which divides by its own
-        number.) :func:`~titanlite.distributed.gradients.clip_gradients` corrects the divisor to those that are scored,
-        in a pass over the gradients that it makes anyway, with a count from an all-reduce that it makes anyway."""
+        """Compute the gradients of the step's loss: the sum over the labels of all ranks, divided by the number of all
+        labels, scored or not. (Each rank divides by its own number, and FSDP2 takes the mean over the ranks.)
+        :func:`~titanlite.distributed.gradients.clip_gradients` corrects the divisor to the number of scored labels. It
+        needs no extra pass over the gradients and no extra all-reduce for that."""
         inputs, labels = self._share(batch)
         if self.pipeline is not None:
             total = self.pipeline.step(inputs.flatten(0, 1), labels.flatten(0, 1)) * labels.numel()
@@ -83,7 +83,7 @@ class StepRunner:
 
     @torch.no_grad()
     def evaluate(self, batch: Batch) -> StepLoss:
-        """The loss alone, with the model as it is."""
+        """Compute the loss without gradients. The mode of the model is not changed."""
         inputs, labels = self._share(batch)
         if self.pipeline is not None:
             return self._step_loss(self.pipeline.evaluate(inputs.flatten(0, 1), labels.flatten(0, 1)), labels)
@@ -91,11 +91,11 @@ class StepRunner:
         for tokens, targets in zip(inputs, labels, strict=True):
             logits = model(tokens.to(self._device, non_blocking=True))
             losses.append(self._loss_fn(logits, targets.to(self._device, non_blocking=True)))
-            del logits  # before the next ones
+            del logits  # before the next logits are allocated
         return self._step_loss(torch.stack(losses).sum(), labels)
 
     def _share(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """This rank's part of the sequences."""
+        """Return this rank's part of the sequences."""
         if self._context is None:
             return batch.inputs, batch.labels
         return self._context.shard(batch.inputs, -1), self._context.shard(batch.labels, -1)

@@ -1,4 +1,4 @@
-"""Validation: the loss of text that training never sees, every now and then during training."""
+"""Validation: during training, compute the loss of text that training never sees."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ from titanlite.training.step import StepRunner
 
 logger = logging.getLogger()
 
-# Not training's: runs with other seeds validate on the same text.
+# Independent of training.seed, so that runs with different seeds validate on the same text.
 _SEED = 0
 
 
 def training_part(source: Source, config: JobConfig) -> Source:
-    """What training reads of its source: all of it, but for the documents that [validation] holds out."""
+    """Return the part of the source that training reads: all but the documents that [validation] holds out."""
     if not holds_out(config):
         return source
     return PartOfSource(source, config.validation.held_out_percent, held_out=False)
@@ -38,13 +38,13 @@ def training_part(source: Source, config: JobConfig) -> Source:
 
 @dataclass(frozen=True)
 class ValidationData:
-    """What every validation reads.
+    """The data of every validation.
 
     Attributes:
-        batches: this rank's shares of the global batches, each as long as training's.
-        tokens, nbytes: how many tokens are predicted, over all ranks, and the bytes of text that they stand for; None
-            where the tokenizer cannot tell.
-        about: in words.
+        batches: this rank's shares of the global batches; each has the size of a training batch.
+        tokens: the number of predicted tokens, over all ranks.
+        nbytes: the bytes of text that these tokens represent; None if the tokenizer does not know them.
+        about: a description, for the log.
     """
 
     batches: list[Batch]
@@ -56,13 +56,13 @@ class ValidationData:
 def read_validation_data(
     training_source: Source, tokenizer: Tokenizer, config: JobConfig, mesh: Mesh, runtime: Runtime
 ) -> ValidationData:
-    """Read and tokenize the text of all validations: the same sequences for any number of processes and any seed, each
-    document once.
+    """Read and tokenize the text of all validations. Each document is read once, and the sequences are the same for any
+    number of processes and any seed.
 
     Raises:
         ConfigError: the text cannot be read, is less than one batch, or is in files that training reads.
     """
-    with _of_validation():
+    with _validation_names():
         source = _source(training_source, config)
         sequences = global_batch_size(config, mesh.degrees.data_parallel)
         loader = DataLoader(
@@ -78,24 +78,24 @@ def read_validation_data(
         runtime.check_same("the validation data", loader.identity)
         batches = _read_once(loader, config.validation.steps)
     count = -runtime.agree_max(-len(batches))[0]
-    what = f"{sequences} sequences of {config.training.seq_len} tokens"
+    batch_size = f"{sequences} sequences of {config.training.seq_len} tokens"
     if not count:
-        raise ConfigError(_too_little(source, what, config))
+        raise ConfigError(_too_little(source, batch_size, config))
     if count < config.validation.steps and runtime.rank == 0:
         logger.warning(
             "validation.steps = %d: the text makes %d batches of %s; every validation reads these once",
             config.validation.steps,
             count,
-            what,
+            batch_size,
         )
     batches = batches[:count]
     nbytes = _count_bytes(batches, tokenizer, mesh, runtime)
     tokens = count * sequences * config.training.seq_len
     name = config.validation.dataset or config.training.dataset
-    which = f"{config.validation.held_out_percent}% of the documents of {name}, held out" if holds_out(config) else name
+    data = f"{config.validation.held_out_percent}% of the documents of {name}, held out" if holds_out(config) else name
     precision = ", in bfloat16" if config.validation.precision == "bfloat16" else ""
-    every = f"every {config.validation.interval} steps, {count} x {what}{precision}"
-    return ValidationData(batches, tokens, nbytes, f"{every}: {which}")
+    every = f"every {config.validation.interval} steps, {count} x {batch_size}{precision}"
+    return ValidationData(batches, tokens, nbytes, f"{every}: {data}")
 
 
 def _source(training_source: Source, config: JobConfig) -> Source:
@@ -129,8 +129,8 @@ def _source(training_source: Source, config: JobConfig) -> Source:
 
 
 @contextmanager
-def _of_validation() -> Iterator[None]:
-    """Sources know their options by the names that they have in [training]."""
+def _validation_names() -> Iterator[None]:
+    """Rename options in error messages: sources use the names of [training], but the user set those of [validation]."""
 
     def renamed(text: str) -> str:
         return text.replace("training.dataset", "validation.dataset")
@@ -144,7 +144,7 @@ def _of_validation() -> Iterator[None]:
 
 
 def _read_once(loader: DataLoader, steps: int) -> list[Batch]:
-    """Up to ``steps`` batches, as many as this rank can make without reading a document twice."""
+    """Read up to ``steps`` batches; fewer if this rank would have to read a document twice."""
     batches = []
     try:
         for _ in range(steps):
@@ -159,8 +159,8 @@ def _read_once(loader: DataLoader, steps: int) -> list[Batch]:
     return batches
 
 
-def _too_little(source: Source, what: str, config: JobConfig) -> str:
-    problem = f"validation.enable = true: the text to validate on is less than one batch of {what}"
+def _too_little(source: Source, batch_size: str, config: JobConfig) -> str:
+    problem = f"validation.enable = true: the text to validate on is less than one batch of {batch_size}"
     if isinstance(source, PartOfSource):
         percent = config.validation.held_out_percent
         return (
@@ -172,18 +172,18 @@ def _too_little(source: Source, what: str, config: JobConfig) -> str:
 
 
 def _count_bytes(batches: Sequence[Batch], tokenizer: Tokenizer, mesh: Mesh, runtime: Runtime) -> int | None:
-    """The bytes of text that the labels stand for, over all ranks; None where the tokenizer cannot tell."""
+    """Count the bytes of text that the labels represent, over all ranks; None if the tokenizer does not know them."""
     if tokenizer.token_bytes is None:
         return None
     sizes = torch.from_numpy(tokenizer.token_bytes)
     total = torch.tensor(sum(int(sizes[batch.labels].sum()) for batch in batches))
     if runtime.world_size > 1:
         dist.all_reduce(total, group=runtime.control)
-    return int(total) // (runtime.world_size // mesh.degrees.data_parallel)  # the others read the same
+    return int(total) // (runtime.world_size // mesh.degrees.data_parallel)  # count shared data once
 
 
 class Validator:
-    """Computes the mean loss over ``data`` with the model as it is trained: sharded, cut, converted, compiled.
+    """Computes the mean loss over ``data`` with the model of training: sharded, cut into stages, converted, compiled.
 
     Args:
         runner: computes the loss of a batch.
@@ -206,14 +206,14 @@ class Validator:
         return step % self.interval == 0 or step == self.last_step
 
     def run(self, step: int, recorder: Recorder, watch: CompileWatch, asked_to_stop: Callable[[], bool]) -> None:
-        """Validate after ``step`` and write the result; nothing of both if ``asked_to_stop`` meanwhile, which is the
-        same on all ranks.
+        """Validate after ``step`` and write the result. Write nothing if ``asked_to_stop`` becomes true meanwhile; it
+        is the same on all ranks.
 
         Raises:
             TrainingError: the loss is not finite.
         """
         if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)  # the training steps before are not of its time
+            torch.cuda.synchronize(self._device)  # exclude earlier training steps from the time
         start = time.perf_counter()
         loss = self.loss(asked_to_stop)
         if loss is None:
@@ -230,8 +230,8 @@ class Validator:
         watch.validation_done(step)
 
     def loss(self, asked_to_stop: Callable[[], bool] = lambda: False) -> float | None:
-        """The mean negative log-likelihood of the tokens of all ranks, in nats; the same number on all of them. None if
-        ``asked_to_stop`` between two batches."""
+        """Return the mean negative log-likelihood of the tokens of all ranks, in nats; the same number on all ranks.
+        None if ``asked_to_stop`` becomes true between two batches."""
         losses = []
         with self._evaluating():
             for batch in self.data.batches:
@@ -240,19 +240,19 @@ class Validator:
                 losses.append(self._runner.evaluate(batch))
         total = torch.stack([loss.total for loss in losses]).double().sum()
         scored = torch.stack([loss.scored for loss in losses]).sum()
-        # Ranks of tensor parallelism have the same labels, and of the pipeline's stages only the last has them.
+        # Tensor-parallel ranks have equal sums, which cancel out; of the pipeline stages, only the last has any.
         sums = torch.stack((total, scored.to(total)))
         if self._mesh.world.size() > 1:
             dist.all_reduce(sums)
         return (sums[0] / sums[1]).item()
 
     def bits_per_byte(self, loss: float) -> float | None:
-        """Of a loss, which bits per byte make comparable between tokenizers; None where the bytes are not known."""
+        """Convert a loss to bits per byte, which are comparable between tokenizers; None if the bytes are not known."""
         return loss / math.log(2) * self.data.tokens / self.data.nbytes if self.data.nbytes else None
 
     @contextmanager
     def _evaluating(self) -> Iterator[None]:
-        """The model in evaluation mode, in which delayed scaling notes nothing; afterwards as it was."""
+        """Put the model in evaluation mode, in which delayed scaling records nothing; restore its mode at the end."""
         trained = [module for part in self._parts for module in part.modules() if module.training]
         with ExitStack() as stack:
             for part in self._parts:
@@ -267,4 +267,4 @@ class Validator:
                 for part in self._parts:
                     for module in part.modules():
                         if isinstance(module, FSDPModule):
-                            module.reshard()  # what is kept gathered for a backward
+                            module.reshard()  # free parameters that are gathered for a backward
