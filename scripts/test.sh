@@ -12,7 +12,7 @@ cd "$root"
 select="not (slow or long)" takes="6 minutes"
 case "${1:-}" in
     --all) select="not long" takes="25 minutes" && shift ;;
-    --long) select="long" takes="four hours" && shift ;;
+    --long) select="long" takes="some hours" && shift ;;
 esac
 if [ $# -gt 0 ]; then
     exec "$PYTHON" -m pytest -m "$select" "$@"

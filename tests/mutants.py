@@ -2,7 +2,7 @@
 
 ``python -m tests.mutants OUT.json`` chooses statements at random (the same for the same seed and sources), runs the
 suite once with a probe before each of them to learn which tests come by, then deletes each in turn and runs those
-tests. OUT.json gets the verdict on each; what survived is printed. Two hours on 2 cores.
+tests. OUT.json gets the verdict on each; what survived is printed. It takes hours.
 """
 
 from __future__ import annotations

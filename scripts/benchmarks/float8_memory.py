@@ -4,7 +4,7 @@ a whole step, with each recipe, eager and compiled.
     python scripts/benchmarks/float8_memory.py --output docs/benchmarks/float8_memory.json
 
 Llama 3 8B cut to --layers layers and to half of them, with its vocabulary, in sequences of 8192 tokens. Each estimate
-is a step of the trainer on tensors without data (``COMM_MODE=fake``, titanlite/estimate.py), which is of active memory.
+is a step of the trainer on tensors without data (``COMM_MODE=fake``), which is of active memory.
 What a layer keeps is the difference of the two peaks, per layer, less parameters, optimizer state, and the weights that
 FSDP2 has gathered.
 """
