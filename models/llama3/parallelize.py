@@ -25,8 +25,8 @@ from titanlite.distributed.tensor_parallel import (
     row_parallel,
 )
 from titanlite.errors import ConfigError
-from titanlite.float8 import Float8Linear, swiglu_linear
 from titanlite.models.llama3.model import Llama3, Llama3Args, TransformerBlock, causal_attention
+from titanlite.quant.swiglu import swiglu_linear
 
 
 def parallelize(model: nn.Module, mesh: Mesh, config: JobConfig) -> dict[str, str]:
@@ -48,8 +48,7 @@ def parallelize(model: nn.Module, mesh: Mesh, config: JobConfig) -> dict[str, st
         positions = torch.arange(model.args.max_seq_len, device=mesh.device_type)
     for layer in model.layers.values():
         assert isinstance(layer, TransformerBlock)
-        if isinstance(layer.feed_forward.w2, Float8Linear):
-            layer.feed_forward.swiglu = swiglu_linear  # type: ignore[method-assign]
+        layer.feed_forward.swiglu = swiglu_linear  # type: ignore[method-assign]
     if mesh.cp.size() == 1 and attends_in_float32(model.args, mesh, config):
         for layer in model.layers.values():
             assert isinstance(layer, TransformerBlock)

@@ -8,7 +8,6 @@ from typing import NamedTuple
 from casts import bytes_per_element, reads, swiglu_reads
 
 from titanlite.float8 import Float8LinearConfig
-from titanlite.float8.matmul import layout_of
 
 BF16 = 2  # bytes
 RESCALE = 2 * BF16  # a product is read and written once more
@@ -17,7 +16,7 @@ RESCALE = 2 * BF16  # a product is read and written once more
 class Ceilings(NamedTuple):
     """What the device reaches: FLOP/s of bfloat16 matmuls and of float8 ones with fast and with full accumulation, and
     bytes/s of a copy, reads and writes together. ``scales_follow``: scales of rows take a pass of their own after
-    matmuls with full accumulation (titanlite/float8/matmul.py)."""
+    matmuls with full accumulation (titanlite/quant/float8/matmul.py)."""
 
     bf16: float
     fp8: float
@@ -91,7 +90,7 @@ def input_bytes(recipe: str, k: int, again: bool = False) -> int:
     config = config_of(recipe)
     if config is None:
         return 0
-    layouts = layout_of(config.cast_config_input), layout_of(config.cast_config_input_for_grad_weight)
+    layouts = config.cast_config_input.layout, config.cast_config_input_for_grad_weight.layout
     return _again(*layouts, k) if again else bytes_per_element(*layouts, k)
 
 
@@ -101,7 +100,7 @@ def swiglu_bytes(recipe: str, k: int) -> tuple[int, int]:
     config = config_of(recipe)
     if config is None:
         return 3 * BF16, 5 * BF16
-    first, second = layout_of(config.cast_config_input), layout_of(config.cast_config_input_for_grad_weight)
+    first, second = config.cast_config_input.layout, config.cast_config_input_for_grad_weight.layout
     return 2 * BF16 * swiglu_reads(first, second, k) + 1, 5 * BF16 + (BF16 if second == "none" else 1)
 
 
@@ -110,7 +109,7 @@ def grad_bytes(recipe: str, n: int) -> int:
     config = config_of(recipe)
     if config is None:
         return 0
-    layouts = layout_of(config.cast_config_grad_output), layout_of(config.cast_config_grad_output_for_grad_weight)
+    layouts = config.cast_config_grad_output.layout, config.cast_config_grad_output_for_grad_weight.layout
     return bytes_per_element(*layouts, n)
 
 
@@ -120,7 +119,7 @@ def weight_bytes(recipe: str, k: int) -> int:
     config = config_of(recipe)
     if config is None:
         return 0
-    backward = bytes_per_element("none", layout_of(config.cast_config_weight_for_grad_input), k)
+    backward = bytes_per_element("none", config.cast_config_weight_for_grad_input.layout, k)
     return weight_bytes_of_output(recipe, k) + backward
 
 
@@ -129,7 +128,7 @@ def weight_bytes_of_output(recipe: str, k: int, again: bool = False) -> int:
     config = config_of(recipe)
     if config is None:
         return 0
-    layout = layout_of(config.cast_config_weight)
+    layout = config.cast_config_weight.layout
     return _again(layout, "none", k) if again else bytes_per_element(layout, "none", k)
 
 

@@ -4,7 +4,7 @@
 
 Of every kind of linear layer (wq and wo, wk and wv, w1 and w3, w2, output), at 8192 and 16384 tokens, the three matmuls
 of forward and backward: output, grad_input, grad_weight. Scales per tensor, and per row of what is contracted, with
-fast accumulation and without; by ``torch._scaled_mm`` alone, and through ``titanlite.float8.matmul.scaled_mm``, which
+fast accumulation and without; by ``torch._scaled_mm`` alone, and through ``quant.float8.matmul.scaled_mm``, which
 inverts the scales; and as that does where the kernel for scales of rows is slow or missing, "row, after": the product
 is scaled in a pass of its own. Casting is no part of it. All
 ways to compute a product take turns on the same random data, and what each puts out is compared with a float64 product
@@ -25,10 +25,11 @@ import results
 import torch
 from torch import Tensor
 
-from titanlite.float8.devices import has_native_float8
-from titanlite.float8.matmul import Operand, multiply_then_scale, scaled_mm
-from titanlite.float8.numerics import amax_of, amax_to_scale, quantize
 from titanlite.metrics.device import peak_flops
+from titanlite.quant.float8.devices import has_native_float8
+from titanlite.quant.float8.matmul import multiply_then_scale, scaled_mm
+from titanlite.quant.float8.numerics import amax_of, amax_to_scale, quantize
+from titanlite.quant.format import Operand
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 GEMMS = ("output", "grad_input", "grad_weight")

@@ -36,7 +36,7 @@ import torch
 from cost import Ceilings, predict
 from matmul import E4M3, quantized
 
-from titanlite.float8.devices import scales_rows_in_matmuls
+from titanlite.quant.float8.devices import scales_rows_in_matmuls
 
 K_AND_N = [512, 1024, 2048, 4096, 8192, 14336, 16384, 28672]
 RATES = Ceilings._fields[:4]

@@ -37,10 +37,15 @@ from titanlite.float8 import (
     convert_to_float8_training,
     precompute_float8_dynamic_scale_for_fsdp,
 )
-from titanlite.float8.matmul import Operand
-from titanlite.float8.matmul import cast as cast_operand
-from titanlite.float8.tensor import Float8Tensor
-from titanlite.float8.tensor_parallel import Float8ColwiseParallel, Float8RowwiseParallel, PrepareFloat8ModuleInput
+from titanlite.float8.float8_tensor_parallel import (
+    Float8ColwiseParallel,
+    Float8RowwiseParallel,
+    PrepareFloat8ModuleInput,
+)
+from titanlite.quant.float8.matmul import cast as cast_operand
+from titanlite.quant.format import Operand
+from titanlite.quant.operands import Operands
+from titanlite.quant.tensor import QuantTensor
 
 BATCH, TOKENS, DIM, HIDDEN = 2, 32, 64, 128
 RECIPES = ["tensorwise", "rowwise", "rowwise_with_gw_hp"]
@@ -266,7 +271,7 @@ class Recorder(TorchDispatchMode):
         self.casts: Counter[str] = Counter()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if any(issubclass(t, (DTensor, Float8Tensor)) for t in types):
+        if any(issubclass(t, (DTensor, QuantTensor)) for t in types):
             return NotImplemented  # they do it in terms of plain tensors, which comes here again
         out = func(*args, **(kwargs or {}))
         if func in COLLECTIVES:
@@ -314,23 +319,23 @@ def arrived(recipe: str, mesh: DeviceMesh) -> dict[str, Any]:
     seen: dict[str, Any] = {}
     model.ff.w1.register_forward_pre_hook(lambda _, inputs: seen.update(input=inputs[0]))
     model.norm.register_forward_hook(lambda _, inputs, out: seen.update(norm=out.to_local()))
-    original = Float8Linear._cast_grad_output
+    original = Operands.grad_output
 
-    def spy(layer: Float8Linear, grad: Tensor | Operand, *args: Any) -> Any:
-        if layer is model.ff.w2:
+    def spy(operands: Operands, grad: Tensor | Operand, *args: Any) -> Any:
+        if operands.layer is model.ff.w2:
             seen["grad"] = grad
-        return original(layer, grad, *args)
+        return original(operands, grad, *args)
 
-    Float8Linear._cast_grad_output = spy  # type: ignore[method-assign]
+    Operands.grad_output = spy  # type: ignore[method-assign]
     forward_backward(model, case, mesh, torch.bfloat16)
-    Float8Linear._cast_grad_output = original  # type: ignore[method-assign]
+    Operands.grad_output = original  # type: ignore[method-assign]
     x, grad = whole(seen["norm"].detach(), Shard(1), mesh), data(case, torch.bfloat16)[1]
     found: dict[str, Any] = {}
     for key, plain, how in (
         ("input", x, config.cast_config_input),
         ("grad", grad, config.cast_config_grad_output),
     ):
-        got = seen[key].operand() if isinstance(seen[key], Float8Tensor) else seen[key]
+        got = seen[key].operand() if isinstance(seen[key], QuantTensor) else seen[key]
         if isinstance(got, Operand):
             rounded = config.round_scales_to_power_of_2
             expected = cast_operand(plain.flatten(0, -2), how, contracted=1, power_of_2=rounded, emulate=True)

@@ -21,11 +21,11 @@ from titanlite.distributed.data_parallel import allocate
 from titanlite.distributed.init import WeightInit
 from titanlite.distributed.pipeline import part_of
 from titanlite.float8 import Float8LinearConfig, convert_to_float8_training
-from titanlite.float8.fsdp import ShardedWeight
 from titanlite.models.llama3.hugging_face import HUGGING_FACE
 from titanlite.models.llama3.model import Llama3, Llama3Args
 from titanlite.models.llama3.parallelize import parallelize
 from titanlite.models.llama3.spec import chain
+from titanlite.quant.fsdp import ShardedWeight
 
 # Sizes that four do not divide: FSDP's shards are uneven, and some are empty.
 ARGS = Llama3Args(dim=40, n_layers=3, n_heads=4, n_kv_heads=2, ffn_dim=54, vocab_size=70, max_seq_len=8)

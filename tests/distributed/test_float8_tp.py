@@ -33,7 +33,11 @@ from tests.distributed.float8_tp import (
 from tests.support.forks import on_ranks
 from tests.support.runs import environment
 from titanlite.float8 import Float8Linear, convert_to_float8_training
-from titanlite.float8.tensor_parallel import Float8ColwiseParallel, Float8RowwiseParallel, PrepareFloat8ModuleInput
+from titanlite.float8.float8_tensor_parallel import (
+    Float8ColwiseParallel,
+    Float8RowwiseParallel,
+    PrepareFloat8ModuleInput,
+)
 
 
 @pytest.fixture(scope="module")
@@ -276,7 +280,7 @@ def data(tokens: int = TOKENS, features: int = DIM) -> Tensor:
 @pytest.mark.parametrize("style", [Float8ColwiseParallel(), Float8RowwiseParallel()], ids=["column", "row"])
 def test_refuses_other_layers(mesh: DeviceMesh, style: ParallelStyle) -> None:
     name = type(style).__name__
-    message = f"{name} on a Linear: is for Float8Linear; convert the layer, or use {name[6:]}"
+    message = f"{name} on a Linear: is for quantized layers; convert the layer, or use the style of torch"
     with pytest.raises(ValueError, match=message):
         parallelize_module(nn.Linear(DIM, DIM), mesh, style)
 
@@ -340,14 +344,14 @@ def test_refuses_other_arguments(mesh: DeviceMesh) -> None:
 
 
 def test_refuses_modules_to_prepare(mesh: DeviceMesh) -> None:
-    with pytest.raises(ValueError, match="the module has no Float8Linear; use PrepareModuleInput"):
+    with pytest.raises(ValueError, match="the module has no quantized layer; use PrepareModuleInput"):
         prepare(FeedForward(), mesh)
     differing = nn.Sequential(linear(), linear(recipe="rowwise"))
     with pytest.raises(ValueError, match="cast their input differently; name the one to follow with fwd_config_submod"):
         prepare(differing, mesh)
     for name in "01":
         prepare(differing, mesh, fwd_config_submodule_fqn=name)
-    with pytest.raises(ValueError, match="PrepareFloat8ModuleInput on a Linear: is for Float8Linear"):
+    with pytest.raises(ValueError, match="PrepareFloat8ModuleInput on a Linear: is for quantized layers"):
         prepare(nn.Sequential(nn.Linear(DIM, DIM), linear()), mesh, fwd_config_submodule_fqn="0")
 
 
@@ -358,11 +362,11 @@ def test_what_arrives_in_float8_is_for_float8_layers(mesh: DeviceMesh, style: Pa
     if style is not None:
         parallelize_module(module.w1, mesh, style)
     prepare(module, mesh)
-    with pytest.raises(NotImplementedError, match="which arrived in float8: only float8 layers compute with it"):
+    with pytest.raises(NotImplementedError, match=r"arrived as torch\.float8_e4m3fn: only quantized layers compute"):
         module(data())
 
 
 def test_stock_style_on_a_float8_layer(mesh: DeviceMesh) -> None:
     layer = parallelize_module(linear(), mesh, ColwiseParallel())
-    with pytest.raises(TypeError, match=r"parallelize it .* Float8ColwiseParallel or Float8RowwiseParallel"):
+    with pytest.raises(TypeError, match=r"parallelize it .* Float8ColwiseParallel, Float8RowwiseParallel"):
         layer(data())

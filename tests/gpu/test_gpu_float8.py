@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from titanlite.float8 import Float8LinearConfig, convert_to_float8_training, devices, swiglu_linear
+from titanlite.float8 import Float8LinearConfig, convert_to_float8_training, swiglu_linear
 from titanlite.float8.inference import Float8DynamicActivationFloat8WeightConfig, PerRow, PerTensor, quantize_
+from titanlite.quant.float8 import devices
 
 NATIVE = torch.cuda.is_available() and devices.has_native_float8(torch.device("cuda"))
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not NATIVE, reason="needs a GPU with float8 units")]

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from titanlite.float8 import devices, kernels
-from titanlite.float8.kernels import reference
-from titanlite.float8.kernels.choose import measure
+from titanlite.quant.float8 import devices, kernels
+from titanlite.quant.float8.kernels import reference
+from titanlite.quant.float8.kernels.choose import measure
 
 NATIVE = torch.cuda.is_available() and devices.has_native_float8(torch.device("cuda"))
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not NATIVE, reason="needs a GPU with float8 units")]

@@ -29,6 +29,7 @@ FLOORS = (
     ("data", "optim"),
     ("config",),
     ("float8", "registry"),
+    ("quant",),
     ("errors", "environment"),
 )
 # At the root lie these modules; everything else is in a room.
@@ -150,10 +151,31 @@ def test_no_room_knows_a_family_by_name() -> None:
     assert [b for b in breaches(others, *families) if not within(b.split()[0], *families)] == []
 
 
-def test_float8_stands_alone() -> None:
-    inside = [name for name in SOURCES if within(name, "titanlite.float8")]
-    allowed = (*sys.stdlib_module_names, "torch", "triton", "titanlite.float8")
+@pytest.mark.parametrize(("room", "others"), [("quant", ()), ("float8", ("quant",))])
+def test_number_formats_stand_alone(room: str, others: tuple[str, ...]) -> None:
+    inside = [name for name in SOURCES if within(name, f"titanlite.{room}")]
+    allowed = (*sys.stdlib_module_names, "torch", "triton", *titanlite(room, *others))
     assert [f"{name}: {i.module}" for name in inside for i in IMPORTS[name] if not within(i.module, *allowed)] == []
+
+
+def test_one_converter_and_the_library_know_float8() -> None:
+    """A number format is its files in quant/, its converter, and the rules of its section, whose options and their help
+    the schema has."""
+    allowed = (
+        *titanlite("quant", "float8", "converters.float8", "config.float8_rules"),
+        *titanlite("config.schema", "config.number_formats", "converters", "plan.estimate"),
+    )
+    named = [name for name, path in SOURCES.items() if "float8" in code_of(path).lower()]
+    assert [name for name in named if not within(name, *allowed)] == []
+
+
+def code_of(path: Path) -> str:
+    """The file without its docstrings, comments and longer texts, which are messages and help."""
+    tree = ast.parse(path.read_text())
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and " " in node.value:
+            node.value = ""
+    return ast.unparse(tree)
 
 
 def test_nothing_imports_torchao_at_run_time() -> None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from titanlite.float8.fsdp import plain
+from titanlite.quant.fsdp import plain
 
 State = dict[str, Tensor]
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 from typing import Any
 
+from titanlite.config.number_formats import NUMBER_FORMATS
 from titanlite.config.parallelism import check_parallelism, global_batch_size, resolve_degrees
 from titanlite.config.refuse import refuse
-from titanlite.config.schema import Checkpoint, Float8, JobConfig
+from titanlite.config.schema import Checkpoint, JobConfig
 from titanlite.config.validation import check_validation
 
 # Keys of the schema without an implementation in this version: the value at which the key does nothing, and what to do
@@ -48,7 +48,8 @@ def check_config(config: JobConfig, world_size: int, *, train: bool = True) -> N
         if value != inert:
             refuse(config, name, f"this version of titanlite does not implement it; {instead}")
     _check_checkpoint(config)
-    _check_float8(config)
+    for number_format in NUMBER_FORMATS:
+        number_format.check(config)
     check_validation(config)
     if config.sample.enable and degrees.pipeline_parallel * degrees.context_parallel > 1:
         refuse(
@@ -97,51 +98,6 @@ def _check_checkpoint(config: JobConfig) -> None:
             "checkpoint.exclude_from_loading",
             "the learning rate is a function of the step, which train_state holds; exclude that too to begin at step "
             "1, or leave lr_scheduler out",
-        )
-
-
-def _check_float8(config: JobConfig) -> None:
-    """Refuse options of [float8] that would have no effect."""
-    float8 = config.float8
-
-    if "float8" not in config.model.converters:
-        for field in dataclasses.fields(Float8):
-            # filter_fqns alone is allowed: published files have it together with converters = [].
-            if field.name != "filter_fqns" and getattr(float8, field.name) != field.default:
-                refuse(
-                    config,
-                    f"float8.{field.name}",
-                    "has no effect without the converter; add float8 to model.converters",
-                )
-        return
-    if float8.precompute_float8_dynamic_scale_for_fsdp and not float8.enable_fsdp_float8_all_gather:
-        refuse(
-            config,
-            "float8.precompute_float8_dynamic_scale_for_fsdp",
-            "has no effect unless weights are gathered in float8; set float8.enable_fsdp_float8_all_gather too",
-        )
-    for operand in ("input", "weight", "grad_output"):
-        scaling, scale = getattr(float8, f"scaling_type_{operand}"), getattr(float8, f"static_scale_{operand}")
-        if scaling != "dynamic" and float8.recipe_name not in (None, "tensorwise"):
-            refuse(
-                config,
-                f"float8.scaling_type_{operand}",
-                f'the scales of rows (float8.recipe_name = "{float8.recipe_name}") are dynamic; use tensorwise',
-            )
-        if scaling == "static" and scale is None:
-            refuse(config, f"float8.scaling_type_{operand}", f"needs the scale; set float8.static_scale_{operand}")
-        if scaling != "static" and scale is not None:
-            refuse(
-                config,
-                f"float8.static_scale_{operand}",
-                f'has no effect; set float8.scaling_type_{operand} = "static"',
-            )
-    if float8.enable_fsdp_float8_all_gather and float8.scaling_type_weight != "dynamic":
-        refuse(
-            config,
-            "float8.enable_fsdp_float8_all_gather",
-            f'weights gathered in float8 have dynamic scales, and float8.scaling_type_weight = "'
-            f'{float8.scaling_type_weight}"; use one or the other',
         )
 
 

@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from titanlite.config.number_formats import gathers_quantized
 from titanlite.config.refuse import refuse
 from titanlite.config.schema import JobConfig, Parallelism
 from titanlite.errors import ConfigError
@@ -103,15 +104,16 @@ def check_parallelism(config: JobConfig, degrees: Degrees) -> None:
     _check_sequence(config, degrees)
     _check_tensor_parallel(config, degrees)
     _check_pipeline(config, degrees)
-    p, t, f = config.parallelism, config.training, config.float8
+    p = config.parallelism
     if degrees.context_parallel == 1 and p.context_parallel_rotate_method != "allgather":
         _no_effect(config, "context_parallel_rotate_method", "context_parallel_degree")
-    if t.enable_cpu_offload and f.enable_fsdp_float8_all_gather:
+    if config.training.enable_cpu_offload and gathers_quantized(config):
         refuse(
             config,
             "training.enable_cpu_offload",
-            "and float8.enable_fsdp_float8_all_gather = true: weights in host memory would be quantized again, with an "
-            "all-reduce each, whenever they are gathered; use one or the other",
+            "weights in host memory that are gathered in their number format (for float8: "
+            "float8.enable_fsdp_float8_all_gather = true) would be quantized again, with an all-reduce each, whenever "
+            "they are gathered; use one or the other",
         )
 
 

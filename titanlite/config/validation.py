@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from titanlite.config.number_formats import NUMBER_FORMATS, formats_of, gathers_quantized
 from titanlite.config.refuse import refuse
 from titanlite.config.schema import JobConfig, Validation
 
@@ -35,19 +36,24 @@ def check_validation(config: JobConfig) -> None:
             "one of them out",
         )
     if validation.precision == "bfloat16":
-        if "float8" not in config.model.converters:
-            refuse(config, "validation.precision", "has no effect without the converter float8; leave it out")
+        if not formats_of(config):
+            names = ", ".join(number_format.name for number_format in NUMBER_FORMATS)
+            refuse(
+                config,
+                "validation.precision",
+                f"has no effect without a converter that computes in a number format ({names}); leave it out",
+            )
         if config.training.mixed_precision_param != "bfloat16":
             refuse(
                 config,
                 "validation.precision",
-                "layers without float8 compute in the dtype of the parameters, and training.mixed_precision_param = "
+                "other layers compute in the dtype of the parameters, and training.mixed_precision_param = "
                 f'"{config.training.mixed_precision_param}"; set that to bfloat16, or leave this out',
             )
-        if config.float8.enable_fsdp_float8_all_gather:
+        if gathers_quantized(config):
             refuse(
                 config,
                 "validation.precision",
-                "the weights are gathered in float8 (float8.enable_fsdp_float8_all_gather = true) and are not there in "
-                "bfloat16; use one or the other",
+                "the weights are gathered in their number format (for float8: float8.enable_fsdp_float8_all_gather = "
+                "true) and are not there in bfloat16; use one or the other",
             )

@@ -22,15 +22,14 @@ from titanlite.float8 import (
     Float8LinearConfig,
     ScalingType,
     convert_to_float8_training,
-    kernels,
     precompute_float8_dynamic_scale_for_fsdp,
     sync_float8_amax_and_scale_history,
     why_not_convertible,
 )
-from titanlite.float8.config import Kernels
-from titanlite.float8.devices import architecture, has_native_float8, why_not
-from titanlite.float8.kernels.choose import measure
-from titanlite.float8.matmul import layout_of
+from titanlite.quant.float8 import kernels
+from titanlite.quant.float8.devices import architecture, has_native_float8, why_not
+from titanlite.quant.float8.format import Kernels
+from titanlite.quant.float8.kernels.choose import measure
 from titanlite.registry import nearest
 
 logger = logging.getLogger()
@@ -77,6 +76,8 @@ def library_config(config: JobConfig, emulate: bool) -> Float8LinearConfig:
 
 @register_converter("float8")
 class Float8Converter:
+    is_native = staticmethod(has_native_float8)
+
     def __init__(self, config: JobConfig, mesh: Mesh) -> None:
         options = config.float8
         device = torch.device(mesh.device_type)
@@ -94,7 +95,7 @@ class Float8Converter:
         self.tokens = config.training.local_batch_size * config.training.seq_len
         reason = why_not(
             architecture(device),
-            set(self.config.dtypes),
+            set(self.config.format.dtypes),
             emulate=self.config.emulate,
             compiled=self.compiled,
         )
@@ -167,7 +168,7 @@ class Float8Converter:
         else:
             features = max(layer.in_features for layer in layers)
             rounded = self.config.round_scales_to_power_of_2
-            times = measure(self.tokens, features, x.dtype, layout_of(x), layout_of(other), rounded)
+            times = measure(self.tokens, features, x.dtype, x.layout, other.layout, rounded)
             chosen = "triton" if times.triton <= times.inductor else "inductor"
             why = (
                 f"the cast of a {self.tokens} x {features} input takes {times.triton:.0f} us in Triton's kernels, "

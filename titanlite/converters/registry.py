@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Protocol
 
+import torch
 from torch import nn
 
 from titanlite.config import JobConfig
@@ -14,7 +15,10 @@ from titanlite.registry import Registry
 
 
 class ModelConverter(Protocol):
-    """Changes a model after it is built on the meta device and before it is sharded."""
+    """Changes a model after it is built on the meta device and before it is sharded.
+
+    One that computes in a number format has a static method ``is_native(device) -> bool`` too.
+    """
 
     def convert(self, model: nn.Module) -> str:
         """Change ``model`` in place; returns what was done, for the log. Nothing to convert is a
@@ -28,6 +32,11 @@ class ModelConverter(Protocol):
 
 _registry: Registry[Callable[[JobConfig, Mesh], ModelConverter]] = Registry("converter", "model.converters")
 register_converter = _registry.register
+
+
+def native_formats(device: torch.device) -> list[str]:
+    """Return the converters to a number format that ``device`` has units for."""
+    return [name for name in _registry.names() if getattr(_registry.get(name), "is_native", lambda _: False)(device)]
 
 
 def build_converters(config: JobConfig, mesh: Mesh) -> dict[str, ModelConverter]:

@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from titanlite.config.schema import ActivationCheckpoint
-from titanlite.float8 import kernels
+from titanlite.quant.kept import SMALL_RESULTS
 
 # What the "op" policy keeps: results that cost much to compute and, of matmuls, every second one, which halves their
 # memory for a quarter more compute (torchtitan's policy of June 2025).
@@ -22,8 +22,6 @@ _ATTENTION = {
     torch.ops.aten._scaled_dot_product_cudnn_attention.default,
 }
 _MATMULS = {torch.ops.aten.mm.default, torch.ops.aten._scaled_mm.default}
-# Of float8: a few numbers that take a pass over a tensor to compute.
-_SCALES = {torch.ops.aten.amax.default, kernels.AMAXES}
 _COMMUNICATION = {torch.ops._c10d_functional.reduce_scatter_tensor.default}
 
 
@@ -61,7 +59,7 @@ def _op_contexts() -> Any:
             seen[phase] += 1
             keep = seen[phase] % 2 == 1
         else:
-            keep = op in _ATTENTION or op in _COMMUNICATION or op in _SCALES
+            keep = op in _ATTENTION or op in _COMMUNICATION or op in SMALL_RESULTS
         return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
 
     return create_selective_checkpoint_contexts(policy)

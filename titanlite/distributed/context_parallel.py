@@ -22,7 +22,7 @@ from torch.distributed.device_mesh import DeviceMesh
 METHODS = ("allgather", "alltoall")
 
 _aten = torch.ops.aten
-# The operators themselves, as in float8/tensor_parallel.py: what they return is on its way until wait_tensor.
+# The operators themselves, as in quant/tensor_parallel.py: what they return is on its way until wait_tensor.
 _c10d = torch.ops._c10d_functional
 
 

@@ -1,4 +1,4 @@
-"""Tensor and sequence parallelism: the styles for a layer as it is, plain or float8, and the loss over a sharded
+"""Tensor and sequence parallelism: the styles for a layer as it is, plain or quantized, and the loss over a sharded
 vocabulary."""
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from torch.distributed.tensor.parallel import ColwiseParallel, PrepareModuleInpu
 from torch.distributed.tensor.parallel.style import ParallelStyle
 
 from titanlite.errors import ConfigError
-from titanlite.float8 import Float8Linear
-from titanlite.float8.tensor_parallel import Float8ColwiseParallel, Float8RowwiseParallel, PrepareFloat8ModuleInput
 from titanlite.optim.loss import IGNORED
+from titanlite.quant.linear import QuantLinear, quant_layers
+from titanlite.quant.tensor_parallel import PrepareQuantInput, QuantColwiseParallel, QuantRowwiseParallel
 
 logger = logging.getLogger()
 
@@ -27,12 +27,12 @@ _c10d = torch.ops._c10d_functional
 
 def column_parallel(layer: nn.Module, **layouts: Any) -> ParallelStyle:
     """Shards the output features of ``layer``; takes what ``ColwiseParallel`` takes."""
-    return (Float8ColwiseParallel if isinstance(layer, Float8Linear) else ColwiseParallel)(**layouts)
+    return (QuantColwiseParallel if isinstance(layer, QuantLinear) else ColwiseParallel)(**layouts)
 
 
 def row_parallel(layer: nn.Module, **layouts: Any) -> ParallelStyle:
     """Shards the input features of ``layer``; takes what ``RowwiseParallel`` takes."""
-    return (Float8RowwiseParallel if isinstance(layer, Float8Linear) else RowwiseParallel)(**layouts)
+    return (QuantRowwiseParallel if isinstance(layer, QuantLinear) else RowwiseParallel)(**layouts)
 
 
 class VocabParallelEmbedding(RowwiseParallel):
@@ -52,8 +52,8 @@ class VocabParallelEmbedding(RowwiseParallel):
 
 def gathered_input(consumers: Sequence[nn.Module], arguments: int) -> ParallelStyle:
     """Gathers the first of a module's ``arguments`` along the sequence, dimension 1, once for all its ``consumers``: in
-    float8 where all of them compute in it."""
-    style = PrepareFloat8ModuleInput if all(isinstance(c, Float8Linear) for c in consumers) else PrepareModuleInput
+    their number format where all of them have one."""
+    style = PrepareQuantInput if all(isinstance(c, QuantLinear) for c in consumers) else PrepareModuleInput
     others: tuple[Placement | None, ...] = (None,) * (arguments - 1)
     return style(input_layouts=(Shard(1), *others), desired_input_layouts=(Replicate(), *others))
 
@@ -67,9 +67,9 @@ def enable_async_tensor_parallel(model: nn.Module, mesh: DeviceMesh) -> None:
     key = "parallelism.enable_async_tensor_parallel = true"
     if mesh.device_type != "cuda":
         raise ConfigError(f"{key}: needs GPUs that reach each other's memory, and this runs on {mesh.device_type}")
-    if any(isinstance(module, Float8Linear) for module in model.modules()):
+    if quant_layers(model):
         logger.warning(
-            "%s: inductor overlaps the layers in high precision; float8's gathers it leaves as they are", key
+            "%s: inductor overlaps the layers in high precision; gathers in a number format it leaves as they are", key
         )
     import torch._inductor.config
     from torch.distributed._symmetric_memory import enable_symm_mem_for_group

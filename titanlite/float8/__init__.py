@@ -1,4 +1,5 @@
-"""Float8 training and inference of linear layers, on torch alone. The names are torchao.float8's."""
+"""Float8 training and inference of linear layers, on torch alone. The names and modules are those of torchao.float8;
+what they do is in ``titanlite.quant``."""
 
 from titanlite.float8.config import (
     CastConfig,
@@ -9,11 +10,15 @@ from titanlite.float8.config import (
     ScalingGranularity,
     ScalingType,
 )
-from titanlite.float8.convert import convert_to_float8_training, high_precision
-from titanlite.float8.fsdp import precompute_float8_dynamic_scale_for_fsdp
-from titanlite.float8.linear import Float8Linear, why_not_convertible
-from titanlite.float8.scaling import sync_float8_amax_and_scale_history
-from titanlite.float8.swiglu import swiglu_linear
+from titanlite.float8.float8_linear import Float8Linear
+from titanlite.float8.float8_linear_utils import (
+    convert_to_float8_training,
+    sync_float8_amax_and_scale_history,
+    why_not_convertible,
+)
+from titanlite.float8.fsdp_utils import precompute_float8_dynamic_scale_for_fsdp
+from titanlite.quant.linear import high_precision
+from titanlite.quant.swiglu import swiglu_linear
 
 __all__ = [
     "CastConfig",

@@ -4,110 +4,28 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, Literal, NoReturn, get_args
+from functools import cached_property
+from typing import Any, NoReturn, get_args
 
-import torch
+from titanlite.quant.float8 import kernels
+from titanlite.quant.float8.casts import CastConfig, ScalingGranularity, ScalingType
+from titanlite.quant.float8.devices import default_dtypes
+from titanlite.quant.float8.format import Float8Format, Kernels
+from titanlite.quant.format import Matmul
 
-from titanlite.float8 import kernels
-from titanlite.float8.devices import default_dtypes
-from titanlite.float8.numerics import FP8_DTYPES
-
-
-class ScalingType(enum.Enum):
-    """Where the scale of an operand comes from."""
-
-    DYNAMIC = "dynamic"
-    """The amax of the tensor itself."""
-    DELAYED = "delayed"
-    """The amaxes of the steps before; see :func:`~titanlite.float8.sync_float8_amax_and_scale_history`."""
-    STATIC = "static"
-    """A constant, ``CastConfig.static_scale``."""
-    DISABLED = "disabled"
-    """The operand is not cast."""
-
-    def short_str(self) -> str:
-        return self.value[:3]
-
-
-class ScalingGranularity(enum.Enum):
-    """How many scales an operand has."""
-
-    TENSORWISE = "tensorwise"
-    """One."""
-    AXISWISE = "axiswise"
-    """One for each row, or column, that the matmul contracts ("rowwise")."""
-
-    def short_str(self) -> str:
-        return "ten" if self is ScalingGranularity.TENSORWISE else "axs"
+__all__ = [
+    "CastConfig",
+    "DelayedScalingConfig",
+    "Float8GemmConfig",
+    "Float8LinearConfig",
+    "Float8LinearRecipeName",
+    "ScalingGranularity",
+    "ScalingType",
+]
 
 
 def _refuse(message: str) -> NoReturn:
     raise ValueError(message)
-
-
-@dataclass(frozen=True)
-class CastConfig:
-    """How one operand is cast to float8.
-
-    Args:
-        target_dtype: a float8 dtype; None takes the device's own e4m3, and e5m2 for a tensorwise ``grad_output``.
-        static_scale: the multiplier of ``ScalingType.STATIC``, a positive number or a tensor of one.
-
-    Raises:
-        ValueError: for combinations that have no meaning.
-    """
-
-    scaling_type: ScalingType = ScalingType.DYNAMIC
-    scaling_granularity: ScalingGranularity = ScalingGranularity.TENSORWISE
-    target_dtype: torch.dtype | None = None
-    static_scale: float | None = None
-
-    def __post_init__(self) -> None:
-        if self.static_scale is not None:  # a number: it compares, hashes and pickles
-            object.__setattr__(self, "static_scale", float(self.static_scale))
-        static = self.scaling_type is ScalingType.STATIC
-        if static and self.static_scale is None:
-            _refuse(
-                "CastConfig(scaling_type=STATIC): needs a static_scale, for example 448 / (the largest value expected)"
-            )
-        if self.static_scale is not None and not static:
-            _refuse(
-                f"CastConfig(static_scale={self.static_scale}): has no effect with scaling_type="
-                f"{self.scaling_type.name}; use ScalingType.STATIC"
-            )
-        if self.static_scale is not None and not 0 < self.static_scale < float("inf"):
-            _refuse(f"CastConfig(static_scale={self.static_scale}): must be positive and finite")
-        stateful = self.scaling_type in (ScalingType.DELAYED, ScalingType.STATIC)
-        if stateful and self.scaling_granularity is ScalingGranularity.AXISWISE:
-            _refuse(
-                f"CastConfig(scaling_type={self.scaling_type.name}, scaling_granularity=AXISWISE): scales of rows are "
-                "dynamic only; use TENSORWISE, or ScalingType.DYNAMIC"
-            )
-        if self.target_dtype is not None and self.target_dtype not in FP8_DTYPES:
-            _refuse(
-                f"CastConfig(target_dtype={self.target_dtype}): must be a float8 dtype, one of "
-                f"{', '.join(str(d) for d in FP8_DTYPES)}"
-            )
-
-    @property
-    def is_cast(self) -> bool:
-        return self.scaling_type is not ScalingType.DISABLED
-
-    @property
-    def is_axiswise(self) -> bool:
-        return self.is_cast and self.scaling_granularity is ScalingGranularity.AXISWISE
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """``target_dtype``, once a Float8LinearConfig has settled it."""
-        assert self.target_dtype is not None
-        return self.target_dtype
-
-    def short_str(self) -> str:
-        if not self.is_cast:
-            return "dis"
-        dtype = str(self.target_dtype).removeprefix("torch.float8_")
-        return f"{self.scaling_type.short_str()}_{self.scaling_granularity.short_str()}_{dtype}"
 
 
 @dataclass(frozen=True)
@@ -164,9 +82,6 @@ _MATMULS = (
     ("grad_input", "cast_config_grad_output", "cast_config_weight_for_grad_input"),
     ("grad_weight", "cast_config_input_for_grad_weight", "cast_config_grad_output_for_grad_weight"),
 )
-
-
-Kernels = Literal["auto", "triton", "inductor"]
 
 
 @dataclass(frozen=True)
@@ -250,8 +165,7 @@ class Float8LinearConfig:
         """Delayed and static scales belong to a tensor, which both of its matmuls then share."""
         for _, own, other, _ in _OPERANDS:
             first, second = getattr(self, own), getattr(self, other)
-            types = {c.scaling_type for c in (first, second) if c.is_cast}
-            if types & {ScalingType.DELAYED, ScalingType.STATIC} and first != second:
+            if (first.is_stateful or second.is_stateful) and first != second:
                 _refuse(
                     f"{own} = {first.short_str()}, {other} = {second.short_str()}: delayed and static scaling hold for "
                     f"both matmuls of an operand; leave {other} out"
@@ -270,10 +184,25 @@ class Float8LinearConfig:
         """The six operands' casts, by field name."""
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name.startswith("cast_config")}
 
-    @property
-    def dtypes(self) -> tuple[torch.dtype, ...]:
-        """The float8 dtypes of the operands."""
-        return tuple(dict.fromkeys(c.dtype for c in self.casts.values() if c.is_cast))
+    @cached_property
+    def format(self) -> Float8Format:
+        """The number format that a layer of this configuration computes in."""
+        casts: dict[str, Any] = {
+            operand: (getattr(self, own), getattr(self, other)) for operand, own, other, _ in _OPERANDS
+        }
+        fast: dict[Matmul, Float8GemmConfig] = {
+            "output": self.gemm_config_output,
+            "grad_input": self.gemm_config_grad_input,
+            "grad_weight": self.gemm_config_grad_weight,
+        }
+        return Float8Format(
+            **casts,
+            power_of_2=self.round_scales_to_power_of_2,
+            fast_accum=tuple(matmul for matmul, config in fast.items() if config.use_fast_accum),
+            kernels=self.kernels,
+            emulate=self.emulate,
+            history_len=self.delayed_scaling_config.history_len,
+        )
 
     @staticmethod
     def from_recipe_name(recipe_name: Float8LinearRecipeName | str) -> Float8LinearConfig:

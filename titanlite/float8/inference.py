@@ -2,8 +2,8 @@
 
     quantize_(model, Float8DynamicActivationFloat8WeightConfig(granularity=PerRow()))
 
-The names are torchao's; the numbers are those of training, :mod:`titanlite.float8.numerics`: a scale is the multiplier
-``fp8_max / max(amax, EPS)``, in the machine's e4m3.
+The names are torchao's; the numbers are those of training, :mod:`titanlite.quant.float8.numerics`: a scale is the
+multiplier ``fp8_max / max(amax, EPS)``, in the machine's e4m3.
 """
 
 from __future__ import annotations
@@ -19,11 +19,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from titanlite.float8.devices import default_dtypes, has_native_float8
-from titanlite.float8.linear import Float8Linear
-from titanlite.float8.matmul import Operand, scaled_mm
-from titanlite.float8.numerics import amax_of, amax_to_scale, dequantize, quantize
-from titanlite.float8.products import refuse_double_backward
+from titanlite.float8.float8_linear import Float8Linear
+from titanlite.quant.autograd import refuse_double_backward
+from titanlite.quant.float8.devices import default_dtypes, has_native_float8
+from titanlite.quant.float8.matmul import scaled_mm
+from titanlite.quant.float8.numerics import amax_of, amax_to_scale, dequantize, quantize
+from titanlite.quant.format import Operand
 
 logger = logging.getLogger("titanlite.float8")
 
@@ -163,7 +164,7 @@ class _Matmul(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         if not torch.compiler.is_compiling():
-            refuse_double_backward()
+            refuse_double_backward("float8")
         return grad_output @ dequantize(*ctx.saved_tensors).to(grad_output.dtype), None, None, None, None
 
 
@@ -313,7 +314,8 @@ def _why_not(module: nn.Linear, reader: str | None, config: QuantizationConfig, 
         return "its weight is computed from other tensors (a parametrization, weight norm, pruning)"
     if type(weight) is not nn.Parameter:
         return f"its weight is a {type(weight).__name__}, not a plain tensor"
-    if type(module) not in (nn.Linear, Float8Linear) or "forward" in vars(module):
+    sharded = isinstance(module, Float8Linear) and module.sharding is not None
+    if type(module) not in (nn.Linear, Float8Linear) or sharded or "forward" in vars(module):
         return f"is a {type(module).__name__} with a forward of its own"
     if weight.is_meta:
         return "its weight is on the meta device"

@@ -33,8 +33,8 @@ def forward(model: nn.Module, tokens: Tensor, start: int = 0, multiple: int = 1)
 
     Args:
         multiple: pad the sequence to a multiple of this, because sequence parallelism divides it. The padding is copies
-            of the last token at the same position. They add no new activation values, so the scales of float8 do not
-            change.
+            of the last token at the same position. They add no new activation values, so the scales of quantized
+            layers do not change.
     """
     n = tokens.shape[1]
     positions = torch.arange(start, start + n, device=tokens.device)
@@ -183,7 +183,7 @@ class Decoder:
     """A model to sample text from. All processes that hold a share of the model call its methods together.
 
     Attributes:
-        model: a plain model, or sharded by FSDP2, tensor parallel, compiled, or in float8; not a part of a pipeline.
+        model: a plain model, or sharded by FSDP2, tensor parallel, compiled, or quantized; not a part of a pipeline.
         device: the device of the tokens.
         max_seq_len: the number of positions of the model.
         vocab_size: the number of ids of the tokenizer. A model may have more ids, as padding; they are never drawn.

@@ -21,7 +21,7 @@ class Shortage:
         room: memory for tensors, used or free; None if it is not known.
         requested: the size of the allocation that failed; 0 if it is not known.
         unused: memory that a GPU's allocator has reserved, but in pieces that are too small.
-        float8: True if the device has float8 units.
+        native_formats: the converters whose number format the device has units for.
         config: the configuration, as TOML.
     """
 
@@ -31,7 +31,7 @@ class Shortage:
     room: int | None
     requested: int
     unused: int
-    float8: bool
+    native_formats: list[str]
     config: str
 
 

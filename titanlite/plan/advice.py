@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from titanlite.config import Degrees, JobConfig, global_batch_size, load_config, resolve_degrees
+from titanlite.config.number_formats import formats_of, gathers_quantized
 from titanlite.data import load_tokenizer
 from titanlite.errors import ConfigError
 from titanlite.launch.shortage import Shortage
@@ -75,9 +76,7 @@ def knobs(config: JobConfig, shortage: Shortage) -> list[Knob]:
         changes.append(("loss parallel", {"parallelism.disable_loss_parallel": False}))
     if config.optimizer.implementation == "foreach":
         changes.append(("optimizer", {"optimizer.implementation": "fused"}))
-    if shortage.device == "cuda" and not (
-        config.training.enable_cpu_offload or config.float8.enable_fsdp_float8_all_gather
-    ):
+    if shortage.device == "cuda" and not (config.training.enable_cpu_offload or gathers_quantized(config)):
         changes.append(("offload", {"training.enable_cpu_offload": True}))
     if not config.training.compile:
         changes.append(("compile", {"training.compile": True}))
@@ -99,11 +98,12 @@ def _recomputation(config: JobConfig) -> _Changes:
 def _precision(config: JobConfig, shortage: Shortage) -> _Changes:
     if config.training.mixed_precision_param == "float32":
         yield "precision", {"training.mixed_precision_param": "bfloat16"}
-    if "float8" in config.model.converters:
-        if not config.float8.force_recompute_fp8_weight_in_bwd:
-            yield "float8", {"float8.force_recompute_fp8_weight_in_bwd": True}
-    elif shortage.float8:
-        yield "float8", {"model.converters": [*config.model.converters, "float8"]}
+    for number_format in formats_of(config):
+        if savings := number_format.memory_savings(config):
+            yield "number format", savings
+    if not formats_of(config):
+        for name in shortage.native_formats:
+            yield "number format", {"model.converters": [*config.model.converters, name]}
 
 
 def _batch(config: JobConfig, degrees: Degrees) -> _Changes:

@@ -46,6 +46,7 @@ from titanlite.config import (
     import_module,
     resolve_degrees,
 )
+from titanlite.config.number_formats import formats_of
 from titanlite.config.refuse import refuse
 from titanlite.data import Batch
 from titanlite.distributed import context_parallel, gradients
@@ -53,7 +54,6 @@ from titanlite.distributed.data_parallel import allocate
 from titanlite.distributed.gradients import clip_gradients
 from titanlite.distributed.mesh import Mesh, build_mesh
 from titanlite.errors import ConfigError
-from titanlite.float8 import devices as float8_devices
 from titanlite.metrics.device import GIB
 from titanlite.metrics.flops import ModelSize, flops_per_token
 from titanlite.metrics.report import table
@@ -71,6 +71,7 @@ from titanlite.plan.memory import (
     MemoryTracker,
     Traffic,
 )
+from titanlite.quant.float8 import devices as float8_devices
 from titanlite.training.build import BuiltModel, build_loss, build_model, build_pipeline
 from titanlite.training.step import StepRunner
 
@@ -279,8 +280,7 @@ def _build(config: JobConfig, mesh: Mesh, vocab_size: int | None) -> tuple[Built
             f"{uneven} of {len(built.parameters())} parameters do not divide into shards of one size: the last ranks "
             "have less optimizer state than is shown, and as much of the rest, which is padded."
         )
-    if "float8" in built.converters:
-        notes.append("float8 is computed as on an H100.")
+    notes += [f"{number_format.name} is computed as on an H100." for number_format in formats_of(config)]
     return built, notes
 
 

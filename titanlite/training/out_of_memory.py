@@ -19,9 +19,9 @@ from pathlib import Path
 import torch
 
 from titanlite.config import JobConfig, dump_toml
+from titanlite.converters import native_formats
 from titanlite.environment import LAUNCH_DIR
 from titanlite.errors import TrainingError
-from titanlite.float8.devices import architecture, native_dtypes
 from titanlite.launch.command_line import report
 from titanlite.launch.shortage import Shortage, advise, shortage_file
 from titanlite.metrics.device import is_out_of_memory
@@ -86,7 +86,7 @@ def _shortage(error: BaseException, config: JobConfig, rank: int, world_size: in
         room=_room_on_gpu() if on_gpu else _room_on_cpu(),
         requested=int(float(requested[1]) * _UNITS[requested[2]]) if requested else 0,
         unused=torch.cuda.memory_reserved() - torch.cuda.memory_allocated() if on_gpu else 0,
-        float8=bool(native_dtypes(architecture(torch.device("cuda" if on_gpu else "cpu")))),
+        native_formats=native_formats(torch.device("cuda" if on_gpu else "cpu")),
         config=dump_toml(config),
     )
 

@@ -19,8 +19,8 @@ from titanlite.distributed.compile import CompileWatch
 from titanlite.distributed.mesh import Mesh
 from titanlite.distributed.runtime import Runtime
 from titanlite.errors import ConfigError, TrainingError
-from titanlite.float8 import high_precision
 from titanlite.metrics.recorder import Recorder
+from titanlite.quant.linear import high_precision
 from titanlite.training.step import StepRunner
 
 logger = logging.getLogger()

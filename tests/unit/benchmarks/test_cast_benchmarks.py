@@ -18,7 +18,7 @@ pytest.importorskip("triton")
 import cast_sweep
 
 from tests.unit.float8.interpreted import exact_conversions
-from titanlite.float8.kernels import launch, reference
+from titanlite.quant.float8.kernels import launch, reference
 
 pytestmark = [
     pytest.mark.long,

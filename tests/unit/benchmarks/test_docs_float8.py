@@ -37,8 +37,8 @@ from titanlite.float8 import (
     matmul,
 )
 from titanlite.float8.inference import Float8InferenceLinear
-from titanlite.float8.numerics import quantize
 from titanlite.models.spec import get_model_spec
+from titanlite.quant.float8.numerics import quantize
 
 pytestmark = pytest.mark.long
 

@@ -21,8 +21,9 @@ import torch
 from benchmark_models import FLAVORS
 from torch import Tensor, nn
 
-from titanlite.float8 import Float8LinearConfig, convert_to_float8_training, linear, matmul
-from titanlite.float8.kernels import reference
+from titanlite.float8 import Float8LinearConfig, convert_to_float8_training
+from titanlite.quant.float8 import format, matmul
+from titanlite.quant.float8.kernels import reference
 
 pytestmark = pytest.mark.long
 
@@ -55,7 +56,7 @@ def moved(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     with torch.library._scoped_library("titanlite_float8", "IMPL") as library:
         library.impl("cast", cast, "CPU", allow_override=True)
         library.impl("rescale", rescale, "CPU", allow_override=True)
-        monkeypatch.setattr(linear, "must_emulate", lambda device, dtypes, emulate, compiled: emulate)
+        monkeypatch.setattr(format, "must_emulate", lambda device, dtypes, emulate, compiled: emulate)
         monkeypatch.setattr(matmul.kernels, "AVAILABLE", True)
         yield found
 

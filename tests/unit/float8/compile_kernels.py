@@ -13,9 +13,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from titanlite.float8.devices import native_dtypes
-from titanlite.float8.kernels import launch
-from titanlite.float8.kernels import triton_kernels as kernels
+from titanlite.quant.float8.devices import native_dtypes
+from titanlite.quant.float8.kernels import launch
+from titanlite.quant.float8.kernels import triton_kernels as kernels
 
 NAMES = {torch.float8_e4m3fn: "fp8e4nv", torch.float8_e5m2: "fp8e5", torch.float8_e4m3fnuz: "fp8e4b8"}
 NAMES |= {torch.float8_e5m2fnuz: "fp8e5b16"}

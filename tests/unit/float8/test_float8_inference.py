@@ -18,6 +18,7 @@ from torch.nn.utils import prune
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from titanlite.float8.config import CastConfig, Float8LinearConfig, ScalingType
+from titanlite.float8.float8_linear import Float8Linear
 from titanlite.float8.inference import (
     Float8DynamicActivationFloat8WeightConfig,
     Float8InferenceLinear,
@@ -29,7 +30,6 @@ from titanlite.float8.inference import (
     calibrate,
     quantize_,
 )
-from titanlite.float8.linear import Float8Linear
 
 DYNAMIC = Float8DynamicActivationFloat8WeightConfig
 STATIC = Float8StaticActivationFloat8WeightConfig

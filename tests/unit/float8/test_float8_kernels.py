@@ -21,7 +21,7 @@ from triton.runtime import interpreter
 
 from tests.support.runs import environment
 from tests.unit.float8.interpreted import exact_conversions
-from titanlite.float8.kernels import launch, outputs, reference
+from titanlite.quant.float8.kernels import launch, outputs, reference
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 NONE, TENSOR, VECTOR = "none", "tensor", "vector"

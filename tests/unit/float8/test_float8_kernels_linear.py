@@ -15,8 +15,9 @@ from torch import Tensor, nn
 pytest.importorskip("triton")
 
 from tests.unit.float8.interpreted import exact_conversions
-from titanlite.float8 import Float8LinearConfig, convert_to_float8_training, linear, matmul
-from titanlite.float8.kernels import launch, reference
+from titanlite.float8 import Float8LinearConfig, convert_to_float8_training
+from titanlite.quant.float8 import format, matmul
+from titanlite.quant.float8.kernels import launch, reference
 
 RECIPES = ["tensorwise", "rowwise", "rowwise_with_gw_hp"]
 each_recipe = pytest.mark.parametrize("recipe", RECIPES)
@@ -37,7 +38,7 @@ def native(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[Any, ...]]]:
 
     with torch.library._scoped_library("titanlite_float8", "IMPL") as library:
         library.impl("cast", cast, "CPU", allow_override=True)
-        monkeypatch.setattr(linear, "must_emulate", lambda device, dtypes, emulate, compiled: emulate)
+        monkeypatch.setattr(format, "must_emulate", lambda device, dtypes, emulate, compiled: emulate)
         yield made
 
 

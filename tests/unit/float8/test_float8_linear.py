@@ -32,15 +32,14 @@ from titanlite.float8 import (
     ScalingGranularity,
     ScalingType,
     convert_to_float8_training,
-    devices,
-    linear,
     precompute_float8_dynamic_scale_for_fsdp,
     sync_float8_amax_and_scale_history,
     why_not_convertible,
 )
-from titanlite.float8.fsdp import ShardedWeight
-from titanlite.float8.matmul import cast
 from titanlite.models.llama3.model import Attention, FeedForward, Llama3, Llama3Args, rope_table
+from titanlite.quant.float8 import devices, format
+from titanlite.quant.float8.matmul import cast
+from titanlite.quant.fsdp import ShardedWeight
 
 RECIPES = ["tensorwise", "rowwise", "rowwise_with_gw_hp"]
 each_recipe = pytest.mark.parametrize("recipe", RECIPES)
@@ -237,7 +236,7 @@ def test_what_is_not_finite_shows(recipe: str, bad: float) -> None:
 @pytest.fixture
 def native_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """The CPU taken for a device with float8 units: ``torch._scaled_mm`` has a kernel for it."""
-    monkeypatch.setattr(linear, "must_emulate", lambda device, dtypes, emulate, compiled: emulate)
+    monkeypatch.setattr(format, "must_emulate", lambda device, dtypes, emulate, compiled: emulate)
 
 
 @each_recipe
@@ -249,7 +248,7 @@ def test_the_native_path(recipe: str, tokens: tuple[int, ...], dtype: torch.dtyp
     torch.manual_seed(0)
     native = Float8Linear(64, 96, config=configured(recipe)).to(dtype)
     emulated = copy.deepcopy(native)
-    emulated.config = configured(recipe, emulate=True)
+    Float8Linear.from_float(emulated.to_linear(), configured(recipe, emulate=True))
     x = torch.randn(*tokens, 64).to(dtype)
     grads = []
     for layer in (native, emulated):
@@ -321,7 +320,7 @@ class Counter:
             self.casts.append(x.data_ptr())
             return cast(x, *args, **kwargs)
 
-        monkeypatch.setattr(linear, "cast", counting)
+        monkeypatch.setattr(format, "cast", counting)
 
     def of(self, t: Tensor) -> int:
         return self.casts.count(t.data_ptr())
@@ -422,7 +421,7 @@ def test_a_copy_that_was_not_used_again_is_not_kept(counter: Counter) -> None:
     for microbatches in (1, 1, 2, 2, 1, 1):
         for _ in range(microbatches):
             layer(torch.randn(8, 64, requires_grad=True)).sum().backward()
-        kept.append(len(layer._copies.copies))
+        kept.append(len(layer.operands.copies.copies))
         casts.append(counter.of(layer.weight))
         optimizer.step()
         optimizer.zero_grad()
@@ -435,7 +434,7 @@ def test_a_copy_that_was_not_used_again_is_not_kept(counter: Counter) -> None:
 def test_force_recompute_keeps_nothing(recipe: str, counter: Counter) -> None:
     kept = Float8Linear(64, 32, config=configured(recipe))
     forced = copy.deepcopy(kept)
-    forced.config = configured(recipe, force_recompute_fp8_weight_in_bwd=True)
+    forced = Float8Linear.from_float(forced.to_linear(), configured(recipe, force_recompute_fp8_weight_in_bwd=True))
     x = torch.randn(8, 64)
     grads = []
     for layer in (kept, forced):
@@ -444,8 +443,8 @@ def test_force_recompute_keeps_nothing(recipe: str, counter: Counter) -> None:
             layer(leaf).square().sum().backward()
         grads.append((leaf.grad, layer.weight.grad))
     assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))  # type: ignore[arg-type]
-    assert len(kept._copies.copies) == USES[recipe]
-    assert len(forced._copies.copies) == 0
+    assert len(kept.operands.copies.copies) == USES[recipe]
+    assert len(forced.operands.copies.copies) == 0
     assert counter.of(forced.weight) == 4  # forward and backward, twice
 
 
@@ -516,7 +515,7 @@ def test_a_changed_weight_is_never_stale(recipe: str, change: Callable[[nn.Linea
     for _ in range(2):
         before = layer(x)
         before.sum().backward()
-    assert layer._copies.copies
+    assert layer.operands.copies.copies
     change(layer)
     fresh = Float8Linear(64, 32, bias=False, config=layer.config)
     fresh.load_state_dict(layer.state_dict())
@@ -842,7 +841,7 @@ def test_float8_all_gather_of_a_weight_that_an_embedding_shares() -> None:
     model = nn.ModuleDict({"embed": nn.Embedding(64, 32), "output": nn.Linear(32, 64, bias=False)})
     model["output"].weight = model["embed"].weight
     config = configured("tensorwise", enable_fsdp_float8_all_gather=True)
-    refused(lambda: convert_to_float8_training(model, config=config), "enable_fsdp_float8_all_gather", '"embed.weight"')
+    refused(lambda: convert_to_float8_training(model, config=config), "gathered in float8", '"embed.weight"')
     both = nn.ModuleDict({"a": nn.Linear(32, 32, bias=False), "b": nn.Linear(32, 32, bias=False)})
     both["b"].weight = both["a"].weight
     convert_to_float8_training(both, config=config)
@@ -917,10 +916,11 @@ class Gone:
 sys.meta_path.insert(0, Gone())
 import torch
 from titanlite.float8 import convert_to_float8_training
-import titanlite.float8.inference, titanlite.float8.tensor_parallel
+import titanlite.float8.inference, titanlite.float8.float8_tensor_parallel
 model = convert_to_float8_training(torch.nn.Linear(16, 16))
 model(torch.randn(2, 16)).sum().backward()
-print([name for name in sys.modules if name.startswith("titanlite") and not name.startswith("titanlite.float8")])
+inside = ("titanlite.float8", "titanlite.quant")
+print([name for name in sys.modules if name.startswith("titanlite") and not name.startswith(inside)])
 """
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "['titanlite']"

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from titanlite.float8 import CastConfig, ScalingGranularity, ScalingType
-from titanlite.float8.matmul import Operand, cast, scaled_mm
-from titanlite.float8.numerics import (
+from titanlite.quant.float8.matmul import cast, scaled_mm
+from titanlite.quant.float8.numerics import (
     EPS,
     FP8_DTYPES,
     amax_of,
@@ -22,6 +22,7 @@ from titanlite.float8.numerics import (
     quantize,
     round_down_to_power_of_2,
 )
+from titanlite.quant.format import Operand
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 MANTISSA = {E4M3: 3, E5M2: 2, torch.float8_e4m3fnuz: 3, torch.float8_e5m2fnuz: 2}

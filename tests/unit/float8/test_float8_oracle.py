@@ -19,10 +19,10 @@ from titanlite.float8 import (
     ScalingGranularity,
     convert_to_float8_training,
 )
-from titanlite.float8.matmul import cast
-from titanlite.float8.numerics import round_down_to_power_of_2
 from titanlite.models.llama3.model import Llama3
 from titanlite.models.llama3.spec import FLAVORS
+from titanlite.quant.float8.matmul import cast
+from titanlite.quant.float8.numerics import round_down_to_power_of_2
 
 torchao = pytest.importorskip("torchao.float8")
 

@@ -25,12 +25,12 @@ from titanlite.float8 import (
     ScalingType,
     convert_to_float8_training,
     high_precision,
-    linear,
-    products,
     swiglu_linear,
 )
 from titanlite.float8.inference import calibrate
-from titanlite.float8.kernels import launch, reference
+from titanlite.quant import autograd
+from titanlite.quant.float8 import format
+from titanlite.quant.float8.kernels import launch, reference
 
 E4M3 = torch.float8_e4m3fn
 RECIPES = ["tensorwise", "rowwise", "rowwise_with_gw_hp"]
@@ -49,7 +49,7 @@ def as_on_a_gpu() -> Iterator[None]:
 @pytest.fixture
 def native(monkeypatch: pytest.MonkeyPatch) -> None:
     """The CPU as a device with float8 units."""
-    monkeypatch.setattr(linear, "must_emulate", lambda device, dtypes, emulate, compiled: emulate)
+    monkeypatch.setattr(format, "must_emulate", lambda device, dtypes, emulate, compiled: emulate)
 
 
 class FeedForward(nn.Module):
@@ -215,7 +215,7 @@ def test_what_needs_no_gradient(native: None, frozen: str, monkeypatch: pytest.M
     layer.weight.requires_grad_(frozen == "factors")
     with monkeypatch.context() as without:
         if frozen == "factors":
-            without.delattr(products, "_grad_input")  # one matmul less
+            without.delattr(autograd, "_grad_input")  # one matmul less
         swiglu_linear(layer, gate, up).sum().backward()
     found = [gate.grad, up.grad, layer.weight.grad]
     assert [g is not None for g in found] == [gate.requires_grad, up.requires_grad, layer.weight.requires_grad]
@@ -238,7 +238,7 @@ WHOLE = {
 @on_cpu
 @pytest.mark.parametrize("why", WHOLE)
 def test_otherwise_the_product_is_an_input_like_any(native: None, why: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delattr(products.Float8SwiGLUMatmul, "forward")
+    monkeypatch.delattr(autograd.QuantSwiGLUMatmul, "forward")
     config = WHOLE[why]
     for a, b in zip(step(model(config)), step(model(config, in_two_roundings)), strict=True):
         assert torch.equal(a, b)
@@ -283,7 +283,7 @@ WATCHED: dict[str, Callable[[nn.Module], Any]] = {
 @on_cpu
 @pytest.mark.parametrize("how", WATCHED)
 def test_who_watches_the_layer_sees_the_product(native: None, how: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delattr(products.Float8SwiGLUMatmul, "forward")
+    monkeypatch.delattr(autograd.QuantSwiGLUMatmul, "forward")
     config = Float8LinearConfig.from_recipe_name("rowwise")
     watched, expected = model(config), model(config, in_two_roundings)
     WATCHED[how](watched.w2)

@@ -14,8 +14,8 @@ pytest.importorskip("triton")
 
 from tests.unit.float8.interpreted import exact_conversions
 from tests.unit.float8.test_float8_kernels import DEVICE, Traffic, each_layout
-from titanlite.float8.kernels import launch, reference
-from titanlite.float8.numerics import dequantize
+from titanlite.quant.float8.kernels import launch, reference
+from titanlite.quant.float8.numerics import dequantize
 
 E4M3 = torch.float8_e4m3fn
 COPIES = ["none", "high_precision", "tensor", "vector"]

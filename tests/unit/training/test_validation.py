@@ -291,7 +291,7 @@ def test_messages_name_the_options_of_validation(trainer: Any, tmp_path: Path) -
             ["--validation.enable", "--validation.dataset=text", "--validation.held_out_percent=2"],
             "has no effect, as validation.dataset names data of their own",
         ),
-        (["--validation.enable", "--validation.precision=bfloat16"], "has no effect without the converter float8"),
+        (["--validation.enable", "--validation.precision=bfloat16"], "has no effect without a converter"),
         (
             [
                 *("--validation.enable", "--validation.precision=bfloat16", "--model.converters=float8"),
@@ -304,7 +304,7 @@ def test_messages_name_the_options_of_validation(trainer: Any, tmp_path: Path) -
                 *("--validation.enable", "--validation.precision=bfloat16", "--model.converters=float8"),
                 "--float8.enable_fsdp_float8_all_gather",
             ],
-            "the weights are gathered in float8",
+            "the weights are gathered in their number format",
         ),
     ],
 )

@@ -2,31 +2,15 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from titanlite.float8 import kernels
-from titanlite.float8.config import CastConfig
-from titanlite.float8.devices import scales_rows_in_matmuls
-from titanlite.float8.numerics import amax_of, amax_to_scale, dequantize, quantize
-
-
-class Operand(NamedTuple):
-    """One side of a matmul.
-
-    Args:
-        data: 2-D; float8, or high precision where ``scale`` is None.
-        scale: float32 multiplier, broadcastable to ``data``: a scalar, or one per row or column.
-    """
-
-    data: Tensor
-    scale: Tensor | None
-
-    def t(self) -> Operand:
-        return Operand(self.data.t(), None if self.scale is None else self.scale.t() if self.scale.ndim else self.scale)
+from titanlite.quant.float8 import kernels
+from titanlite.quant.float8.casts import CastConfig
+from titanlite.quant.float8.devices import scales_rows_in_matmuls
+from titanlite.quant.float8.numerics import amax_of, amax_to_scale, dequantize, quantize
+from titanlite.quant.format import Operand
 
 
 def cast(
@@ -52,10 +36,6 @@ def cast(
     return Operand(data, scale)
 
 
-def layout_of(config: CastConfig) -> kernels.Layout:
-    return "none" if not config.is_cast else "vector" if config.is_axiswise else "tensor"
-
-
 def cast_by_kernels(
     x: Tensor, by_features: CastConfig | None, by_rows: CastConfig | None, *, power_of_2: bool
 ) -> tuple[Operand, Operand]:
@@ -63,13 +43,14 @@ def cast_by_kernels(
     rows, or for both, in as few reads as there can be; without elements where there is no configuration. The numbers of
     :func:`cast`, to the bit; the memory layouts that float8 units need."""
 
-    def layout(config: CastConfig | None) -> kernels.Layout:
-        return "none" if config is None else layout_of(config)
-
     config = by_features or by_rows
     assert config is not None
     data, scale, transposed, its_scale = kernels.cast(
-        x.detach(), config.dtype, layout(by_features), layout(by_rows), power_of_2
+        x.detach(),
+        config.dtype,
+        "none" if by_features is None else by_features.layout,
+        "none" if by_rows is None else by_rows.layout,
+        power_of_2,
     )
     return Operand(data, scale), Operand(transposed.t(), its_scale)
 

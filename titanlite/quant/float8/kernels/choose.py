@@ -7,8 +7,8 @@ from typing import NamedTuple
 
 import torch
 
-from titanlite.float8 import kernels
-from titanlite.float8.kernels import reference
+from titanlite.quant.float8 import kernels
+from titanlite.quant.float8.kernels import reference
 
 DIFFERENT = 1e-3  # the largest share of numbers that may
 

@@ -10,8 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from titanlite.float8.kernels import triton_kernels as kernels
-from titanlite.float8.kernels.outputs import (
+from titanlite.quant.float8.kernels import triton_kernels as kernels
+from titanlite.quant.float8.kernels.outputs import (
     counts,
     in_one_pass,
     output_of_amaxes,
@@ -100,7 +100,7 @@ def cast_with(
 def cast(
     x: Tensor, dtype: torch.dtype, by_rows: str, by_columns: str, power_of_2: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """:func:`titanlite.float8.kernels.cast`, without the dispatcher."""
+    """:func:`titanlite.quant.float8.kernels.cast`, without the dispatcher."""
     return cast_with(x, amaxes(x, by_rows, by_columns), dtype, by_rows, by_columns, power_of_2)
 
 

@@ -1,14 +1,13 @@
-"""Tensor and sequence parallelism for float8 layers, communicating float8 where the recipe allows.
+"""Tensor and sequence parallelism for layers in a number format, which is also communicated where its recipe allows.
 
-The styles of ``torch.distributed.tensor.parallel`` for ``parallelize_module``, with ``Float8`` in their names. What is
-gathered before a matmul travels in float8: the input of column-parallel layers, and the gradient of row-parallel ones.
-What is summed travels in high precision. One tensor scale is agreed by all ranks with an all-reduce of one number;
-scales of rows need none, as the rows are whole on their rank, and are gathered with them. Where the matmul that
-computes grad_weight wants the operand in high precision (``rowwise_with_gw_hp``), or its scale is not dynamic, it is
-gathered in high precision.
+The styles are made for ``torch.distributed.tensor.parallel.parallelize_module``. What is gathered before a matmul
+travels in the format: the input of column-parallel layers, and the gradient of row-parallel ones. What is summed
+travels in high precision. One scale of a whole tensor is agreed by all ranks with an all-reduce of one number; scales
+of rows need none, as the rows are whole on their rank, and are gathered with them. Where the matmul that computes
+grad_weight wants the operand in high precision, or its scale is not dynamic, it is gathered in high precision.
 
-A sharded weight has the scale of its shard, and so has what is sharded like it (the gradient of column-parallel layers,
-the input of row-parallel ones): that needs no communication and is more exact than one scale for all.
+A sharded weight has the scales of its shard, and so has what is sharded like it (the gradient of column-parallel
+layers, the input of row-parallel ones): that needs no communication and is more exact than one scale for all.
 
 Parallelize all blocks with one and the same mesh object: torch.compile lets them share their code only then.
 """
@@ -24,12 +23,10 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel.style import ParallelStyle
 
-from titanlite.float8.config import CastConfig, Float8LinearConfig, ScalingType
-from titanlite.float8.fsdp import plain
-from titanlite.float8.linear import Float8Linear
-from titanlite.float8.matmul import Operand
-from titanlite.float8.numerics import amax_of, amax_to_scale, quantize
-from titanlite.float8.tensor import Float8Tensor
+from titanlite.quant.format import Format, Operand, OperandName
+from titanlite.quant.fsdp import plain
+from titanlite.quant.linear import QuantLinear, autocast, quant_layers
+from titanlite.quant.tensor import QuantTensor
 
 # The operators themselves: their names last, while those of the functions around them changed in torch 2.13.
 _c10d = torch.ops._c10d_functional
@@ -55,61 +52,50 @@ def _reduce_scatter(x: Tensor, dim: int, size: int, group: str) -> Tensor:
     return _c10d.wait_tensor(_c10d.reduce_scatter_tensor(by_rank.contiguous(), "sum", size, group))
 
 
-def _gather_float8(
-    x: Tensor, dim: int, size: int, group: str, dtype: torch.dtype, axiswise: bool, power_of_2: bool
+def _gather_quantized(
+    x: Tensor, dim: int, size: int, group: str, format: Format, operand: OperandName
 ) -> tuple[Tensor, Tensor]:
-    """``x``, sharded along ``dim``, whole and in float8 on every rank: its data and scales."""
-    amax = amax_of(x, -1 if axiswise else None).float()
-    if not axiswise:
+    """``x``, sharded along ``dim``, whole and in the format on every rank: its data and scales."""
+    amax = format.amax(x, operand)
+    if not amax.ndim:
         amax = _c10d.wait_tensor(_c10d.all_reduce(amax, "max", group))
-    scale = amax_to_scale(amax, dtype, power_of_2)
+    local, scale = format.quantize(x, amax, operand)
+    assert scale is not None
     # As uint8, which every backend can send. One after the other: on a GPU they queue up anyway, and gloo (torch 2.13)
     # has crashed with two of one group under way.
-    data = _joined(_all_gather(quantize(x, scale, dtype).view(torch.uint8), dim, size, group), dim, size).view(dtype)
-    if axiswise:
+    data = _joined(_all_gather(local.view(torch.uint8), dim, size, group), dim, size).view(local.dtype)
+    if scale.ndim:
         scale = _joined(_all_gather(scale, dim, size, group), dim, size)
     return data, scale
 
 
-# The compiler would trace the backward with a Float8Tensor for a gradient, taking it to be like the output.
+# The compiler would trace the backward with a QuantTensor for a gradient, taking it to be like the output.
 @torch.compiler.allow_in_graph  # type: ignore[untyped-decorator]
 class _GatherInput(torch.autograd.Function):
-    """Forward gathers in float8; backward sums the gradients of all ranks and keeps this rank's share."""
+    """Forward gathers in the format; backward sums the gradients of all ranks and keeps this rank's share."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, dim: int, size: int, group: str, *how: Any) -> Tensor:
+    def forward(ctx: Any, x: Tensor, dim: int, size: int, group: str, format: Format) -> Tensor:
         ctx.where = dim, size, group
-        return Float8Tensor(*_gather_float8(x, dim, size, group, *how), x.dtype)
+        return QuantTensor(*_gather_quantized(x, dim, size, group, format, "input"), x.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return _reduce_scatter(grad, *ctx.where), *[None] * 6
+        return _reduce_scatter(grad, *ctx.where), *[None] * 4
 
 
-def _float8(config: Float8LinearConfig, operand: str) -> tuple[torch.dtype, bool, bool] | None:
-    """How an operand is gathered in float8; None where it cannot be, as one of its two matmuls does not use those
-    bytes."""
-    own: CastConfig = getattr(config, f"cast_config_{operand}")
-    other: CastConfig = getattr(config, f"cast_config_{operand}_for_grad_weight")
-    if own.scaling_type is not ScalingType.DYNAMIC or other.scaling_type is not ScalingType.DYNAMIC:
-        return None
-    return own.dtype, own.is_axiswise, config.round_scales_to_power_of_2
-
-
-def _gathered_input(x: Tensor, layout: Shard, layer: Float8Linear, mesh: DeviceMesh) -> Tensor:
-    """``x``, sharded by ``layout`` over ``mesh``, whole: in float8, or where ``layer`` does not allow that, as a
-    replicated DTensor."""
+def _gathered_input(x: Tensor, layout: Shard, layer: QuantLinear, mesh: DeviceMesh) -> Tensor:
+    """``x``, sharded by ``layout`` over ``mesh``, whole: in the format of ``layer``, or where that does not allow it,
+    as a replicated DTensor."""
     dim = _token_dim(layout, x)
     if isinstance(x, DTensor):
         if x.shape[dim] % mesh.size():
             raise ValueError(f"tensor parallelism: dimension {dim} of {tuple(x.shape)} is not sharded evenly")
         x = x.to_local()
-    if torch.is_autocast_enabled(x.device.type):
-        x = x.to(torch.get_autocast_dtype(x.device.type))
-    how = None if layer.in_high_precision else _float8(layer.config, "input")
-    if how is None:
+    x = autocast(x)
+    if layer.in_high_precision or not layer.format.travels("input"):
         return DTensor.from_local(x, mesh, (Shard(dim),), run_check=False).redistribute(mesh, (Replicate(),))
-    whole: Tensor = _GatherInput.apply(x, dim, mesh.size(), mesh.get_group().group_name, *how)
+    whole: Tensor = _GatherInput.apply(x, dim, mesh.size(), mesh.get_group().group_name, layer.format)
     return whole
 
 
@@ -128,7 +114,7 @@ class _Summation:
     """What row-parallel ranks do with their partial outputs: sum them, and take a share of that or the whole."""
 
     layout: Placement
-    config: Float8LinearConfig
+    format: Format
     size: int
     group: str
 
@@ -141,41 +127,40 @@ class _Summation:
         if not isinstance(self.layout, Shard):
             return grad
         dim = _token_dim(self.layout, grad)
-        how = _float8(self.config, "grad_output")
-        if how is None:
+        if not self.format.travels("grad_output"):
             return _joined(_all_gather(grad, dim, self.size, self.group), dim, self.size)
-        data, scale = _gather_float8(grad, dim, self.size, self.group, *how)
+        data, scale = _gather_quantized(grad, dim, self.size, self.group, self.format, "grad_output")
         return Operand(data.flatten(0, -2), scale.flatten(0, -2) if scale.ndim else scale)
 
 
-def _float8_linear(style: ParallelStyle, module: nn.Module) -> Float8Linear:
-    if not isinstance(module, Float8Linear):
-        name = type(style).__name__
+def _quant_linear(style: ParallelStyle, module: nn.Module) -> QuantLinear:
+    if not isinstance(module, QuantLinear):
         raise ValueError(
-            f"{name} on a {type(module).__name__}: is for Float8Linear; convert the layer, or use "
-            f"{name.replace('Float8', '')}"
+            f"{type(style).__name__} on a {type(module).__name__}: is for quantized layers; convert the layer, or "
+            "use the style of torch.distributed.tensor.parallel"
         )
     return module
 
 
-def _shard(style: ParallelStyle, layer: Float8Linear, name: str, mesh: DeviceMesh, placement: Placement) -> None:
+def _shard(style: ParallelStyle, layer: QuantLinear, name: str, mesh: DeviceMesh, placement: Placement) -> None:
     """Replace a parameter by its shard, a DTensor; the layer prepares a new weight for FSDP2 by itself."""
     param = getattr(layer, name)
-    if isinstance(placement, Shard) and param.shape[placement.dim] % (16 * mesh.size()):
+    if isinstance(placement, Shard) and param.shape[placement.dim] % (layer.format.multiple * mesh.size()):
         raise ValueError(
             f"{type(style).__name__}: {name} of shape {tuple(param.shape)}, dimension {placement.dim} over "
-            f"{mesh.size()} ranks: float8 matmuls need a multiple of 16 on each; leave this layer in high precision"
+            f"{mesh.size()} ranks: {layer.format.name} matmuls need a multiple of {layer.format.multiple} on each; "
+            "leave this layer in high precision"
         )
     sharded = distribute_tensor(plain(param), mesh, (placement,), src_data_rank=style.src_data_rank)
     setattr(layer, name, nn.Parameter(sharded, requires_grad=param.requires_grad))
 
 
-class Float8ColwiseParallel(ParallelStyle):
+class QuantColwiseParallel(ParallelStyle):
     """Shards a layer's output features.
 
     Args:
         input_layouts: of a plain input: ``Replicate()``, or ``Shard(dim)`` of another dimension than the last: gathered
-            along it, in float8. A DTensor says so itself.
+            along it, in the format. A DTensor says so itself.
         output_layouts: ``Shard(-1)``, or ``Replicate()``: gathered in high precision.
         use_local_output: return a plain tensor, else a DTensor.
     """
@@ -193,35 +178,36 @@ class Float8ColwiseParallel(ParallelStyle):
         self.use_local_output = use_local_output
         if self.output_layout not in (Shard(-1), Replicate()):
             raise ValueError(
-                f"Float8ColwiseParallel(output_layouts={output_layouts}): must be Shard(-1) or Replicate()"
+                f"{type(self).__name__}(output_layouts={output_layouts}): must be Shard(-1) or Replicate()"
             )
         if self.input_layout != Replicate() and not isinstance(self.input_layout, Shard):
-            raise ValueError(f"Float8ColwiseParallel(input_layouts={input_layouts}): must be Replicate() or Shard(dim)")
+            raise ValueError(f"{type(self).__name__}(input_layouts={input_layouts}): must be Replicate() or Shard(dim)")
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
-        layer = _float8_linear(self, module)
+        layer = _quant_linear(self, module)
         _shard(self, layer, "weight", device_mesh, Shard(0))
         if layer.bias is not None:
             _shard(self, layer, "bias", device_mesh, Shard(0))
-        layer.__class__ = _ColumnParallelLinear  # type: ignore[assignment]
-        assert isinstance(layer, _ColumnParallelLinear)
-        layer.style = self
+        layer.sharding = _ColumnSharding(self.input_layout, self.output_layout, self.use_local_output)
         return layer
 
 
-class _ColumnParallelLinear(Float8Linear):
-    # The class of a layer is replaced, not its forward: compiled code would not be shared by blocks whose layers have
-    # each a forward of their own.
-    style: Float8ColwiseParallel
+@dataclass(frozen=True)
+class _ColumnSharding:
+    """The forward of a layer whose output features are sharded."""
 
-    def forward(self, input: Tensor) -> Tensor:
-        assert isinstance(self.weight, DTensor)
-        mesh, style, x = self.weight.device_mesh, self.style, input
-        layout = x.placements[0] if isinstance(x, DTensor) else style.input_layout
-        if isinstance(x, Float8Tensor):
-            pass  # PrepareFloat8ModuleInput gathered it
+    input_layout: Placement
+    output_layout: Placement
+    use_local_output: bool
+
+    def __call__(self, layer: QuantLinear, input: Tensor) -> Tensor:
+        assert isinstance(layer.weight, DTensor)
+        mesh, x = layer.weight.device_mesh, input
+        layout = x.placements[0] if isinstance(x, DTensor) else self.input_layout
+        if isinstance(x, QuantTensor):
+            pass  # PrepareQuantInput gathered it
         elif isinstance(layout, Shard):
-            x = _gathered_input(x, layout, self, mesh)
+            x = _gathered_input(x, layout, layer, mesh)
         elif not isinstance(x, DTensor):
             x = DTensor.from_local(x, mesh, (Replicate(),), run_check=False)
         if isinstance(x, DTensor):
@@ -230,25 +216,25 @@ class _ColumnParallelLinear(Float8Linear):
             # Each rank has the gradient of its output features alone. Whoever made the DTensor sums them, once for all
             # layers that take it.
             x = x.to_local(grad_placements=(Partial(),))
-        out = self.multiply(x)
-        if self.bias is not None:
-            assert isinstance(self.bias, DTensor)
-            out = out + self.bias.to_local().to(out.dtype)
-        if style.use_local_output and style.output_layout == Shard(-1):
+        out = layer.multiply(x)
+        if layer.bias is not None:
+            assert isinstance(layer.bias, DTensor)
+            out = out + layer.bias.to_local().to(out.dtype)
+        if self.use_local_output and self.output_layout == Shard(-1):
             return out
         whole = DTensor.from_local(out, mesh, (Shard(-1),), run_check=False)
-        if style.output_layout != Shard(-1):
-            whole = whole.redistribute(mesh, (style.output_layout,))
-        return whole.to_local() if style.use_local_output else whole
+        if self.output_layout != Shard(-1):
+            whole = whole.redistribute(mesh, (self.output_layout,))
+        return whole.to_local() if self.use_local_output else whole
 
 
-class Float8RowwiseParallel(ParallelStyle):
+class QuantRowwiseParallel(ParallelStyle):
     """Shards a layer's input features; the partial outputs are summed in high precision.
 
     Args:
         input_layouts: ``Shard(-1)``.
         output_layouts: ``Replicate()``, or ``Shard(dim)`` of another dimension than the last; the gradient is then
-            gathered along it, in float8.
+            gathered along it, in the format.
         use_local_output: return a plain tensor, else a DTensor.
     """
 
@@ -263,54 +249,55 @@ class Float8RowwiseParallel(ParallelStyle):
         self.output_layout = output_layouts or Replicate()
         self.use_local_output = use_local_output
         if (input_layouts or Shard(-1)) != Shard(-1):
-            raise ValueError(f"Float8RowwiseParallel(input_layouts={input_layouts}): can only be Shard(-1)")
+            raise ValueError(f"{type(self).__name__}(input_layouts={input_layouts}): can only be Shard(-1)")
         if self.output_layout != Replicate() and not isinstance(self.output_layout, Shard):
             raise ValueError(
-                f"Float8RowwiseParallel(output_layouts={output_layouts}): must be Replicate() or Shard(dim)"
+                f"{type(self).__name__}(output_layouts={output_layouts}): must be Replicate() or Shard(dim)"
             )
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
-        layer = _float8_linear(self, module)
+        layer = _quant_linear(self, module)
         _shard(self, layer, "weight", device_mesh, Shard(1))
         if layer.bias is not None:
             _shard(self, layer, "bias", device_mesh, Replicate())
-        layer.__class__ = _RowParallelLinear  # type: ignore[assignment]
-        assert isinstance(layer, _RowParallelLinear)
-        layer.style = self
-        layer.ranks = _Summation(
-            self.output_layout, layer.config, device_mesh.size(), device_mesh.get_group().group_name
-        )
+        group = device_mesh.get_group().group_name
+        ranks = _Summation(self.output_layout, layer.format, device_mesh.size(), group)
+        layer.sharding = _RowSharding(ranks, self.use_local_output)
         return layer
 
 
-class _RowParallelLinear(Float8Linear):
-    style: Float8RowwiseParallel
-    ranks: _Summation
+@dataclass(frozen=True)
+class _RowSharding:
+    """The forward of a layer whose input features are sharded."""
 
-    def forward(self, input: Tensor) -> Tensor:
-        assert isinstance(self.weight, DTensor)
-        mesh, layout = self.weight.device_mesh, self.style.output_layout
+    ranks: _Summation
+    use_local_output: bool
+
+    def __call__(self, layer: QuantLinear, input: Tensor) -> Tensor:
+        assert isinstance(layer.weight, DTensor)
+        mesh, layout = layer.weight.device_mesh, self.ranks.layout
         x = input.redistribute(mesh, (Shard(-1),)).to_local() if isinstance(input, DTensor) else input
-        out = self.multiply(x, self.ranks)
-        if self.bias is not None:
-            assert isinstance(self.bias, DTensor)
+        out = layer.multiply(x, self.ranks)
+        if layer.bias is not None:
+            assert isinstance(layer.bias, DTensor)
             if isinstance(layout, Shard):
                 # Each rank adds it to its share of the tokens: its gradient is the sum over the ranks, which
                 # redistribute does in backward (in forward it finds nothing to do).
-                bias = self.bias.redistribute(mesh, (Replicate(),)).to_local(grad_placements=(Partial(),))
+                bias = layer.bias.redistribute(mesh, (Replicate(),)).to_local(grad_placements=(Partial(),))
             else:
-                bias = self.bias.to_local()
+                bias = layer.bias.to_local()
             out = out + bias.to(out.dtype)
-        return out if self.style.use_local_output else DTensor.from_local(out, mesh, (layout,), run_check=False)
+        return out if self.use_local_output else DTensor.from_local(out, mesh, (layout,), run_check=False)
 
 
-class PrepareFloat8ModuleInput(ParallelStyle):
-    """Gathers a module's input once, in float8, for all the float8 layers in it that take it.
+class PrepareQuantInput(ParallelStyle):
+    """Gathers a module's input once, in the number format of the layers in it that take it.
 
     Args:
         input_layouts: of each positional argument; None leaves one alone.
         desired_input_layouts: what the module needs.
-        use_local_output: give the module plain tensors instead of DTensors. What is gathered in float8 is neither.
+        use_local_output: give the module plain tensors instead of DTensors. What is gathered in the format is
+            neither.
         fwd_config_submodule_fqn: the layer whose casts to use; by default those of the layers in the module, which must
             agree.
     """
@@ -331,7 +318,7 @@ class PrepareFloat8ModuleInput(ParallelStyle):
         self.layer_name = fwd_config_submodule_fqn
         if len(self.input_layouts) != len(self.desired_layouts):
             raise ValueError(
-                f"PrepareFloat8ModuleInput: {len(self.input_layouts)} input_layouts, {len(self.desired_layouts)} "
+                f"{type(self).__name__}: {len(self.input_layouts)} input_layouts, {len(self.desired_layouts)} "
                 "desired_input_layouts: must be as many"
             )
 
@@ -340,24 +327,24 @@ class PrepareFloat8ModuleInput(ParallelStyle):
         module.register_forward_pre_hook(lambda _, inputs: self._prepare(inputs, layer, device_mesh))
         return module
 
-    def _layer(self, module: nn.Module) -> Float8Linear:
+    def _layer(self, module: nn.Module) -> QuantLinear:
         """The one whose casts to use."""
         if self.layer_name is not None:
-            return _float8_linear(self, module.get_submodule(self.layer_name))
-        layers = [m for m in module.modules() if isinstance(m, Float8Linear)]
+            return _quant_linear(self, module.get_submodule(self.layer_name))
+        layers, name = quant_layers(module), type(self).__name__
         if not layers:
-            raise ValueError("PrepareFloat8ModuleInput: the module has no Float8Linear; use PrepareModuleInput")
-        if any(_input_casts(layer.config) != _input_casts(layers[0].config) for layer in layers):
+            raise ValueError(f"{name}: the module has no quantized layer; use PrepareModuleInput")
+        if any(layer.format.input_key() != layers[0].format.input_key() for layer in layers):
             raise ValueError(
-                "PrepareFloat8ModuleInput: the float8 layers of the module cast their input differently; name the one "
-                "to follow with fwd_config_submodule_fqn"
+                f"{name}: the layers of the module cast their input differently; name the one to follow with "
+                "fwd_config_submodule_fqn"
             )
         return layers[0]
 
-    def _prepare(self, inputs: tuple[Any, ...], layer: Float8Linear, mesh: DeviceMesh) -> tuple[Any, ...]:
+    def _prepare(self, inputs: tuple[Any, ...], layer: QuantLinear, mesh: DeviceMesh) -> tuple[Any, ...]:
         if len(inputs) != len(self.input_layouts):
             raise ValueError(
-                f"PrepareFloat8ModuleInput: the module was given {len(inputs)} positional arguments, input_layouts "
+                f"{type(self).__name__}: the module was given {len(inputs)} positional arguments, input_layouts "
                 f"has {len(self.input_layouts)}; give a None for each argument to leave alone"
             )
         return tuple(
@@ -366,7 +353,7 @@ class PrepareFloat8ModuleInput(ParallelStyle):
         )
 
     def _prepared(
-        self, x: Tensor, layout: Placement, desired: Placement, layer: Float8Linear, mesh: DeviceMesh
+        self, x: Tensor, layout: Placement, desired: Placement, layer: QuantLinear, mesh: DeviceMesh
     ) -> Tensor:
         layout = x.placements[0] if isinstance(x, DTensor) else layout
         if isinstance(layout, Shard) and desired == Replicate():
@@ -375,7 +362,3 @@ class PrepareFloat8ModuleInput(ParallelStyle):
             x = x if isinstance(x, DTensor) else DTensor.from_local(x, mesh, (layout,), run_check=False)
             x = x.redistribute(mesh, (desired,))
         return x.to_local() if self.use_local_output and isinstance(x, DTensor) else x
-
-
-def _input_casts(config: Float8LinearConfig) -> tuple[Any, ...]:
-    return config.cast_config_input, config.cast_config_input_for_grad_weight, config.round_scales_to_power_of_2

@@ -5,9 +5,9 @@ columns: scales of rows and row-major data. One *by columns* gives what a matmul
 columns, and the data transposed, since float8 units take both operands with what they sum over lying together. Where
 there is a gate, it is silu(gate) * x that is cast, as in SwiGLU.
 
-Numbers are those of :mod:`titanlite.float8.numerics`, to the bit (SwiGLU's but for exponential and division). An amax
-travels as the bits of its float32, which order as magnitudes do, NaN above infinity: integer maxima, and thereby atomic
-ones, then keep a NaN.
+Numbers are those of :mod:`titanlite.quant.float8.numerics`, to the bit (SwiGLU's but for exponential and division). An
+amax travels as the bits of its float32, which order as magnitudes do, NaN above infinity: integer maxima, and thereby
+atomic ones, then keep a NaN.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from triton.language import constexpr
 
-from titanlite.float8.numerics import EPS
+from titanlite.quant.float8.numerics import EPS
 
 _EPS = constexpr(EPS)
 _MANTISSA, _INFINITY = constexpr(0x007FFFFF), constexpr(0x7F800000)  # bits of a float32

@@ -1,8 +1,8 @@
-"""Float8 all-gather for FSDP2: weights travel as one byte per element.
+"""FSDP2's all-gather in a number format: weights travel as one byte per element.
 
 A weight that FSDP2 shards is wrapped, before sharding, in a :class:`ShardedWeight`, whose ``fsdp_pre_all_gather`` and
 ``fsdp_post_all_gather`` FSDP2 calls (its extension point for tensor subclasses). The shard is rounded to the dtype that
-FSDP2 would have gathered and quantized once per optimizer step; what is gathered becomes a :class:`Float8Tensor`.
+FSDP2 would have gathered and quantized once per optimizer step; what is gathered becomes a :class:`QuantTensor`.
 """
 
 from __future__ import annotations
@@ -19,11 +19,9 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_map_only
 
-from titanlite.float8.config import Float8LinearConfig
-from titanlite.float8.matmul import Operand
-from titanlite.float8.numerics import amax_of, amax_to_scale, quantize
-from titanlite.float8.reuse import optimizer_steps
-from titanlite.float8.tensor import Float8Tensor
+from titanlite.quant.format import Format, Operand
+from titanlite.quant.reuse import optimizer_steps
+from titanlite.quant.tensor import QuantTensor
 
 _aten = torch.ops.aten
 _VIEWS = {
@@ -52,22 +50,22 @@ class _Writes:
 
 
 class ShardedWeight(Tensor):
-    """A high-precision weight, or shard of one, that FSDP2 gathers in float8. Everything else sees the weight.
+    """A high-precision weight, or shard of one, that FSDP2 gathers in a number format. Everything else sees the weight.
 
     Args:
         shard: the plain tensor, (rows, columns).
-        config: of the layer; its ``cast_config_weight`` says how to quantize.
+        format: of the layer.
     """
 
     shard: Tensor
-    config: Float8LinearConfig
+    format: Format
     writes: _Writes
     sharded_over: DeviceMesh | None  # once FSDP2 has said so
     _amax: tuple[Any, Tensor] | None
     _quantized: tuple[Any, Operand] | None
 
     @staticmethod
-    def __new__(cls, shard: Tensor, config: Float8LinearConfig, writes: _Writes | None = None) -> ShardedWeight:
+    def __new__(cls, shard: Tensor, format: Format, writes: _Writes | None = None) -> ShardedWeight:
         self = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
             cls,
             shard.shape,
@@ -76,19 +74,17 @@ class ShardedWeight(Tensor):
             dtype=shard.dtype,
             device=shard.device,
         )
-        self.shard, self.config, self.writes = shard, config, writes or _Writes()
+        self.shard, self.format, self.writes = shard, format, writes or _Writes()
         self.sharded_over = None
         self._amax = self._quantized = None
         return self  # type: ignore[no-any-return]
 
-    def __tensor_flatten__(self) -> tuple[list[str], Float8LinearConfig]:
-        return ["shard"], self.config
+    def __tensor_flatten__(self) -> tuple[list[str], Format]:
+        return ["shard"], self.format
 
     @staticmethod
-    def __tensor_unflatten__(
-        tensors: dict[str, Tensor], config: Float8LinearConfig, size: Any, stride: Any
-    ) -> ShardedWeight:
-        return ShardedWeight(tensors["shard"], config)
+    def __tensor_unflatten__(tensors: dict[str, Tensor], format: Format, size: Any, stride: Any) -> ShardedWeight:
+        return ShardedWeight(tensors["shard"], format)
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"ShardedWeight({self.shard})"
@@ -113,7 +109,7 @@ class ShardedWeight(Tensor):
         if func not in _VIEWS and func not in _COPIES:
             return out
         writes = seen[0].writes if func in _VIEWS else None
-        return tree_map_only(Tensor, lambda t: ShardedWeight(t, seen[0].config, writes), out)
+        return tree_map_only(Tensor, lambda t: ShardedWeight(t, seen[0].format, writes), out)
 
     # ---- FSDP2
 
@@ -127,7 +123,7 @@ class ShardedWeight(Tensor):
     def scale_amax(self) -> Tensor:
         """The amaxes that the scales are made of: of the whole weight, agreed by all shards, or of each row."""
         if self._amax is None or self._amax[0] != self._state:
-            amax = _amax(self)
+            amax = self.format.amax(self.shard, "weight")
             if not amax.ndim:  # of the whole tensor
                 assert self.sharded_over is not None
                 dist.all_reduce(amax, op=dist.ReduceOp.MAX, group=self.sharded_over.get_group())
@@ -138,10 +134,9 @@ class ShardedWeight(Tensor):
         """The shard as it is gathered, after rounding to ``dtype``; made once until the weight changes."""
         state = (*self._state, dtype)
         if self._quantized is None or self._quantized[0] != state:
-            cast = self.config.cast_config_weight
             # Rounding keeps the order, so the rounded amax is the amax of the rounded.
-            scale = amax_to_scale(self.scale_amax.to(dtype), cast.dtype, self.config.round_scales_to_power_of_2)
-            self._quantized = state, Operand(quantize(self.shard.to(dtype), scale, cast.dtype), scale)
+            amax = self.scale_amax.to(dtype)
+            self._quantized = state, self.format.quantize(self.shard.to(dtype), amax, "weight")
         return self._quantized[1]
 
     def fsdp_pre_all_gather(
@@ -152,23 +147,25 @@ class ShardedWeight(Tensor):
         module: nn.Module,
         mp_policy: MixedPrecisionPolicy,
     ) -> tuple[tuple[Tensor, ...], Any]:
-        """What to gather: the float8 bytes, and the scales where each shard has its own; and what need not be: the
-        scale they share. The bytes go as uint8, which every backend can send."""
+        """What to gather: the bytes, and the scales where each shard has its own; and what need not be gathered: the
+        dtype, and the scale they share. The bytes go as uint8, which every backend can send."""
         self.sharded_over = mesh
         shards, rows = 1 if self.shape == outer_size else mesh.size(), outer_size[0]
-        axiswise = self.config.cast_config_weight.is_axiswise
-        if self.shape[1:] != outer_size[1:] or (axiswise and rows % shards):
+        uneven = self.format.has_scales_of_rows("weight") and rows % shards
+        if self.shape[1:] != outer_size[1:] or uneven:
             raise ValueError(
-                f"enable_fsdp_float8_all_gather: a weight of shape {tuple(outer_size)} over {shards} shards: must be "
-                "sharded by rows, and with rowwise scales each shard must have as many; leave this layer out, or "
-                "gather in high precision"
+                f"a weight of shape {tuple(outer_size)} over {shards} shards, to be gathered in {self.format.name}: "
+                "must be sharded by rows, and with scales of rows each shard must have as many; leave this layer out, "
+                "or gather in high precision"
             )
         data, scale = self.quantized(mp_policy.param_dtype or self.dtype)
+        assert scale is not None
         missing = -(-rows // shards) - self.shape[0]
         payload = F.pad(data.view(torch.uint8), (0, 0, 0, missing)) if missing else data.view(torch.uint8)
-        assert scale is not None
         # A world of one has all scales; FSDP2 (2.13) then also takes no more than one tensor.
-        return ((payload, scale), None) if axiswise and shards > 1 else ((payload,), scale)
+        if scale.ndim and shards > 1:
+            return (payload, scale), (data.dtype, None)
+        return (payload,), (data.dtype, scale)
 
     def fsdp_post_all_gather(
         self,
@@ -180,19 +177,15 @@ class ShardedWeight(Tensor):
     ) -> tuple[Tensor, tuple[Tensor, ...]] | None:
         """The gathered weight; FSDP2 keeps it, frees its memory, and with ``out`` says that it has filled it again."""
         payload = all_gather_outputs[0]
-        scale = all_gather_outputs[1] if metadata is None else metadata
+        dtype, scale = metadata
+        if scale is None:
+            scale = all_gather_outputs[1]
         if out is not None:
             local = out._local_tensor if isinstance(out, DTensor) else out
-            assert isinstance(local, Float8Tensor)
+            assert isinstance(local, QuantTensor)
             local.scale = scale
             return None
-        data = payload.view(self.config.cast_config_weight.dtype)
-        return Float8Tensor(data, scale, param_dtype), (payload,)
-
-
-def _amax(weight: ShardedWeight) -> Tensor:
-    """Of the local shard: float32, () or (rows, 1)."""
-    return amax_of(weight.shard, 1 if weight.config.cast_config_weight.is_axiswise else None).float()
+        return QuantTensor(payload.view(dtype), scale, param_dtype), (payload,)
 
 
 def _local(tensor: Tensor) -> Tensor:
@@ -214,37 +207,37 @@ def plain(tensor: Tensor) -> Tensor:
     return _with_local(tensor, (local.shard if isinstance(local, ShardedWeight) else local).detach())
 
 
-def gathered_in_float8(param: nn.Parameter, config: Float8LinearConfig) -> nn.Parameter:
-    """``param``, wrapped for FSDP2 to gather it in float8, if it is not yet (or is what was gathered)."""
+def wrapped_for_gather(param: nn.Parameter, format: Format) -> nn.Parameter:
+    """Return ``param`` wrapped for FSDP2 to gather it in the format; as it is, if that was done before, or if it is
+    what was gathered."""
     local = _local(param)
-    if isinstance(local, (ShardedWeight, Float8Tensor)):
+    if isinstance(local, (ShardedWeight, QuantTensor)):
         return param
-    wrapped = _with_local(param, ShardedWeight(local.detach(), config))
+    wrapped = _with_local(param, ShardedWeight(local.detach(), format))
     return nn.Parameter(wrapped, requires_grad=param.requires_grad)
 
 
 @torch.no_grad()
-def precompute_float8_dynamic_scale_for_fsdp(module: nn.Module) -> None:
-    """Compute the scales of all float8 weights at once, instead of one by one as each is gathered: for tensorwise
-    scales with one all-reduce, for scales of rows with none. To be called after the optimizer step; changes no result.
+def precompute_scales(module: nn.Module) -> None:
+    """Compute the scales of all weights that are gathered in a number format at once, instead of one by one as each is
+    gathered: for scales of whole weights with one all-reduce, for scales of rows with none. To be called after the
+    optimizer step; changes no result.
 
     Args:
-        module: holds layers converted with ``enable_fsdp_float8_all_gather`` and sharded by ``fully_shard``.
+        module: holds layers whose weights FSDP2 gathers in their format, sharded by ``fully_shard``.
     """
     by_group: defaultdict[Any, list[ShardedWeight]] = defaultdict(list)
     for param in module.parameters():
         weight = _local(param)
         if isinstance(weight, ShardedWeight) and weight.sharded_over is not None:
-            axiswise = weight.config.cast_config_weight.is_axiswise
-            by_group[None if axiswise else weight.sharded_over.get_group()].append(weight)
+            if weight.format.has_scales_of_rows("weight"):
+                weight._amax = weight._state, weight.format.amax(weight.shard, "weight")
+            else:
+                by_group[weight.sharded_over.get_group()].append(weight)
     for group, weights in by_group.items():
-        if group is None:
-            amaxes = [_amax(weight) for weight in weights]
-        else:
-            # With fewer rows than shards, some shards are empty, and have no norm.
-            shards = [w.shard if w.shard.numel() else w.shard.new_zeros(1) for w in weights]
-            together = torch.stack(torch._foreach_norm(shards, torch.inf)).float()
-            dist.all_reduce(together, op=dist.ReduceOp.MAX, group=group)
-            amaxes = list(together.unbind())
-        for weight, amax in zip(weights, amaxes, strict=True):
+        # With fewer rows than shards, some shards are empty, and have no norm.
+        shards = [w.shard if w.shard.numel() else w.shard.new_zeros(1) for w in weights]
+        amaxes = torch.stack(torch._foreach_norm(shards, torch.inf)).float()
+        dist.all_reduce(amaxes, op=dist.ReduceOp.MAX, group=group)
+        for weight, amax in zip(weights, amaxes.unbind(), strict=True):
             weight._amax = weight._state, amax

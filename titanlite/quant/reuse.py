@@ -72,6 +72,8 @@ class WeightCopies:
     optimizer stepped, and when its gradient was thrown away after a backward (a hand-written update may have come
     between). FSDP2 fills its weights again behind the version counter's back, but assigns them to the layer when it
     does, which then begins anew.
+
+    Copied with its layer, or pickled, it begins anew.
     """
 
     def __init__(self) -> None:
@@ -82,6 +84,9 @@ class WeightCopies:
         self.uses: Counter[Hashable] = Counter()  # of this state of the weight
         self.used_again: dict[Hashable, bool] = {}  # in its last state
         self.backward_ran = False
+
+    def __reduce__(self) -> tuple[type[WeightCopies], tuple[()]]:
+        return WeightCopies, ()
 
     def forget(self) -> None:
         """Drop the copies, not what is known of their use."""

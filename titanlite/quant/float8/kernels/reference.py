@@ -6,14 +6,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from titanlite.float8.kernels.outputs import (
+from titanlite.quant.float8.kernels.outputs import (
     counts,
     in_one_pass,
     output_of_amaxes,
     outputs_of_cast,
     outputs_of_swiglu_backward,
 )
-from titanlite.float8.numerics import amax_of, amax_to_scale, quantize
+from titanlite.quant.float8.numerics import amax_of, amax_to_scale, quantize
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:

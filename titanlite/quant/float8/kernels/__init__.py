@@ -12,8 +12,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from titanlite.float8.kernels import reference
-from titanlite.float8.kernels.outputs import (
+from titanlite.quant.float8.kernels import reference
+from titanlite.quant.float8.kernels.outputs import (
     output_of_amaxes,
     output_of_rescale,
     outputs_of_cast,
@@ -127,27 +127,27 @@ torch.library.register_fake("titanlite_float8::rescale", output_of_rescale)
 
 @torch.library.impl(_library, "amaxes", "CUDA")
 def _amaxes(*args: Any) -> Tensor:
-    from titanlite.float8.kernels import launch  # here, since triton is not everywhere
+    from titanlite.quant.float8.kernels import launch  # here, since triton is not everywhere
 
     return launch.amaxes(*args)
 
 
 @torch.library.impl(_library, "cast", "CUDA")
 def _cast(*args: Any) -> tuple[Tensor, ...]:
-    from titanlite.float8.kernels import launch
+    from titanlite.quant.float8.kernels import launch
 
     return launch.cast_with(*args)
 
 
 @torch.library.impl(_library, "swiglu_backward", "CUDA")
 def _swiglu_backward(*args: Any) -> tuple[Tensor, ...]:
-    from titanlite.float8.kernels import launch
+    from titanlite.quant.float8.kernels import launch
 
     return launch.swiglu_backward(*args)
 
 
 @torch.library.impl(_library, "rescale", "CUDA")
 def _rescale(*args: Any) -> Tensor:
-    from titanlite.float8.kernels import launch
+    from titanlite.quant.float8.kernels import launch
 
     return launch.rescale(*args)

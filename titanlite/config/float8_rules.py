@@ -1,0 +1,64 @@
+"""The rules of the converter ``float8`` and its section."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from typing import Any
+
+from titanlite.config.refuse import refuse
+from titanlite.config.schema import Float8, JobConfig
+
+
+def check(config: JobConfig) -> None:
+    """Refuse options of [float8] that would have no effect, or do not go together."""
+    float8 = config.float8
+    if "float8" not in config.model.converters:
+        for field in fields(Float8):
+            # filter_fqns alone is allowed: published files have it together with converters = [].
+            if field.name != "filter_fqns" and getattr(float8, field.name) != field.default:
+                refuse(
+                    config,
+                    f"float8.{field.name}",
+                    "has no effect without the converter; add float8 to model.converters",
+                )
+        return
+    if float8.precompute_float8_dynamic_scale_for_fsdp and not float8.enable_fsdp_float8_all_gather:
+        refuse(
+            config,
+            "float8.precompute_float8_dynamic_scale_for_fsdp",
+            "has no effect unless weights are gathered in float8; set float8.enable_fsdp_float8_all_gather too",
+        )
+    for operand in ("input", "weight", "grad_output"):
+        scaling, scale = getattr(float8, f"scaling_type_{operand}"), getattr(float8, f"static_scale_{operand}")
+        if scaling != "dynamic" and float8.recipe_name not in (None, "tensorwise"):
+            refuse(
+                config,
+                f"float8.scaling_type_{operand}",
+                f'the scales of rows (float8.recipe_name = "{float8.recipe_name}") are dynamic; use tensorwise',
+            )
+        if scaling == "static" and scale is None:
+            refuse(config, f"float8.scaling_type_{operand}", f"needs the scale; set float8.static_scale_{operand}")
+        if scaling != "static" and scale is not None:
+            refuse(
+                config,
+                f"float8.static_scale_{operand}",
+                f'has no effect; set float8.scaling_type_{operand} = "static"',
+            )
+    if float8.enable_fsdp_float8_all_gather and float8.scaling_type_weight != "dynamic":
+        refuse(
+            config,
+            "float8.enable_fsdp_float8_all_gather",
+            f'weights gathered in float8 have dynamic scales, and float8.scaling_type_weight = "'
+            f'{float8.scaling_type_weight}"; use one or the other',
+        )
+
+
+def gathers_quantized(config: JobConfig) -> bool:
+    """Return whether FSDP2 gathers weights in float8, so that they are not there in high precision."""
+    return config.float8.enable_fsdp_float8_all_gather
+
+
+def memory_savings(config: JobConfig) -> dict[str, Any]:
+    """Return options of [float8] that would save memory and are not set."""
+    key = "force_recompute_fp8_weight_in_bwd"
+    return {} if getattr(config.float8, key) else {f"float8.{key}": True}

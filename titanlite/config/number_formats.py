@@ -1,0 +1,42 @@
+"""The converters that compute in a number format, as far as the configuration and other rooms have to know them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from titanlite.config import float8_rules
+from titanlite.config.schema import JobConfig
+
+
+@dataclass(frozen=True)
+class NumberFormat:
+    """The rules of one converter.
+
+    Attributes:
+        name: of the converter, and of its section.
+        check: refuses options of the section.
+        gathers_quantized: whether FSDP2 gathers weights in the format, where the converter is used.
+        memory_savings: options of the section that would save memory and are not set.
+    """
+
+    name: str
+    check: Callable[[JobConfig], None]
+    gathers_quantized: Callable[[JobConfig], bool]
+    memory_savings: Callable[[JobConfig], dict[str, Any]]
+
+
+NUMBER_FORMATS = (
+    NumberFormat("float8", float8_rules.check, float8_rules.gathers_quantized, float8_rules.memory_savings),
+)
+
+
+def formats_of(config: JobConfig) -> list[NumberFormat]:
+    """Return the number formats among the converters of ``config``."""
+    return [number_format for number_format in NUMBER_FORMATS if number_format.name in config.model.converters]
+
+
+def gathers_quantized(config: JobConfig) -> bool:
+    """Return whether FSDP2 gathers weights in a number format, so that they are not there in high precision."""
+    return any(number_format.gathers_quantized(config) for number_format in formats_of(config))

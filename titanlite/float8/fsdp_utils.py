@@ -1,0 +1,5 @@
+"""FSDP2's all-gather in float8, by torchao's names."""
+
+from titanlite.quant.fsdp import precompute_scales as precompute_float8_dynamic_scale_for_fsdp
+
+__all__ = ["precompute_float8_dynamic_scale_for_fsdp"]

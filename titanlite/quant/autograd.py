@@ -1,0 +1,153 @@
+"""The three matmuls of a layer, as autograd takes them."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from titanlite.quant.format import Format, Operand
+from titanlite.quant.operands import Operands
+
+
+class Ranks(Protocol):
+    """The ranks of a row-parallel layer, each of which has a part of its input features.
+
+    What they communicate is part of the matmul: its backward takes the gradient in the format as it arrives, which
+    autograd could not hand on.
+    """
+
+    def sum(self, output: Tensor) -> Tensor:
+        """Return the sum over the ranks, or this rank's share of it."""
+
+    def whole(self, grad: Tensor) -> Tensor | Operand:
+        """Return the gradient of the whole sum, made of the gradient of what :meth:`sum` returned."""
+
+
+class QuantMatmul(torch.autograd.Function):
+    """``x @ weight.T`` and its two gradients.
+
+    ``x`` is there for autograd alone: the output is computed from its cast, and what backward needs of it is saved as
+    the cast for grad_weight, one byte per element. ``weight`` is saved as it is, which costs nothing: it is a parameter
+    (and under FSDP2 freed and gathered again in between).
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        x_data: Tensor,
+        x_scale: Tensor | None,
+        w_data: Tensor,
+        w_scale: Tensor | None,
+        saved_data: Tensor | None,
+        saved_scale: Tensor | None,
+        operands: Operands,
+        format: Format,
+        ranks: Ranks | None,
+    ) -> Tensor:
+        if saved_data is None:
+            saved_data, saved_scale = x_data, x_scale
+        if weight.requires_grad:
+            ctx.save_for_backward(weight, saved_data, saved_scale)
+        else:
+            ctx.save_for_backward(weight)
+        ctx.ranks = ranks
+        _save(ctx, operands, format, x)
+        out = _output(ctx, Operand(x_data, x_scale), Operand(w_data, w_scale))
+        return out if ranks is None else ranks.sum(out)
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        weight, *saved = ctx.saved_tensors
+        _begin_backward(ctx)
+        grad_input = grad_weight = None
+        whole = grad_output if ctx.ranks is None else ctx.ranks.whole(grad_output)
+        g_for_input, g_for_weight = ctx.operands.grad_output(whole, ctx.format, ctx.needs_input_grad[1])
+        if ctx.needs_input_grad[0]:
+            grad_input = _grad_input(ctx, g_for_input, weight).view(ctx.shape)
+        if ctx.needs_input_grad[1]:
+            grad_weight = _grad_weight(ctx, g_for_weight, Operand(*saved))
+        return grad_input, grad_weight, *[None] * 9
+
+
+class QuantSwiGLUMatmul(torch.autograd.Function):
+    """``(silu(gate) * up) @ weight.T`` and its gradients, by the format's kernels.
+
+    The product of SwiGLU, as large as ``gate`` and ``up``, which are kept anyway, is neither written nor kept: backward
+    makes the copy of it that grad_weight takes while it reads both for their gradients.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        gate: Tensor,
+        up: Tensor,
+        weight: Tensor,
+        x_data: Tensor,
+        x_scale: Tensor,
+        w_data: Tensor,
+        w_scale: Tensor,
+        saved: Tensor,
+        operands: Operands,
+        format: Format,
+    ) -> Tensor:
+        ctx.save_for_backward(gate, up, weight, saved)
+        _save(ctx, operands, format, up)
+        return _output(ctx, Operand(x_data, x_scale), Operand(w_data, w_scale))
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        gate, up, weight, saved = ctx.saved_tensors
+        _begin_backward(ctx)
+        for_gate, for_up, for_weight, *_ = ctx.needs_input_grad
+        g_for_input, g_for_weight = ctx.operands.grad_output(grad_output, ctx.format, for_weight)
+        gate, up = gate.reshape(-1, gate.shape[-1]), up.reshape(-1, up.shape[-1])
+        # Without factors that learn, the kernel makes gradients of anything, for nobody, and the copy.
+        grad = _grad_input(ctx, g_for_input, weight) if for_gate or for_up else torch.empty_like(up)
+        grad_gate, grad_up, product = ctx.format.swiglu_backward(grad, gate, up, saved, for_weight)
+        grad_weight = None if product is None else _grad_weight(ctx, g_for_weight, product)
+        return (
+            grad_gate.view(ctx.shape) if for_gate else None,
+            grad_up.view(ctx.shape) if for_up else None,
+            grad_weight,
+            *[None] * 7,
+        )
+
+
+def _save(ctx: Any, operands: Operands, format: Format, x: Tensor) -> None:
+    """Save what the backward of a matmul with the input ``x`` needs beside tensors."""
+    ctx.source = None if torch.compiler.is_compiling() else operands.layer.weight
+    ctx.operands, ctx.format, ctx.shape, ctx.dtype = operands, format, x.shape, x.dtype
+
+
+def _output(ctx: Any, x: Operand, w: Operand) -> Tensor:
+    out = ctx.format.multiply(x, w.t(), "output", ctx.dtype)
+    # Not a view in the eyes of autograd, as of F.linear: FSDP2 warns of modules that return one.
+    return torch.ops.aten._unsafe_view(out, [*ctx.shape[:-1], out.shape[-1]])  # type: ignore[no-any-return]
+
+
+def _begin_backward(ctx: Any) -> None:
+    if not torch.compiler.is_compiling():
+        ctx.operands.copies.backward_ran = True
+        refuse_double_backward(ctx.format.name)
+
+
+def refuse_double_backward(format_name: str) -> None:
+    """Raise a RuntimeError in a backward that builds a graph. The backward of a cast matmul is not differentiable:
+    gradients of it would lack terms."""
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            f"a {format_name} layer has no second derivative: leave out create_graph=True, or convert the layer back"
+        )
+
+
+def _grad_input(ctx: Any, grad_output: Operand, weight: Tensor) -> Tensor:
+    w = ctx.operands.weight_for_grad_input(weight, ctx.source, ctx.format)
+    return ctx.format.multiply(grad_output, w, "grad_input", ctx.dtype)  # type: ignore[no-any-return]
+
+
+def _grad_weight(ctx: Any, grad_output: Operand, x: Operand) -> Tensor:
+    return ctx.format.multiply(grad_output.t(), x, "grad_weight", ctx.dtype)  # type: ignore[no-any-return]

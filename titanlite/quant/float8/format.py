@@ -1,0 +1,170 @@
+"""Float8 as a number format: which cast each operand has, and which kernels compute it."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from dataclasses import dataclass, replace
+from typing import Literal, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from titanlite.quant.float8 import delayed, kernels
+from titanlite.quant.float8.casts import CastConfig, ScalingType
+from titanlite.quant.float8.devices import must_emulate
+from titanlite.quant.float8.matmul import cast, cast_by_kernels, scaled_mm
+from titanlite.quant.float8.numerics import amax_of, amax_to_scale, dequantize, quantize
+from titanlite.quant.format import OPERANDS, Format, Matmul, Operand, OperandName, Use
+
+Kernels = Literal["auto", "triton", "inductor"]
+Casts: TypeAlias = tuple[CastConfig, CastConfig]
+
+
+@dataclass(frozen=True)
+class Float8Format(Format):
+    """Float8 with the given casts.
+
+    Args:
+        input, weight, grad_output: the two casts of each operand: for the matmul that contracts its features, and for
+            the one that contracts its rows. Their dtypes are settled; ``titanlite.float8.Float8LinearConfig`` checks
+            that they go together, and describes the other options.
+    """
+
+    input: Casts
+    weight: Casts
+    grad_output: Casts
+    power_of_2: bool = False
+    fast_accum: tuple[Matmul, ...] = ("output",)
+    kernels: Kernels = "auto"
+    emulate: bool = False
+    history_len: int = 16
+
+    name = "float8"
+    multiple = 16
+
+    def __post_init__(self) -> None:
+        # Made here, not in on(): the compiler traces that, and cannot make dataclasses.
+        emulated = self if self.emulate else replace(self, emulate=True)
+        object.__setattr__(self, "emulated", emulated)
+
+    @property
+    def casts(self) -> tuple[CastConfig, ...]:
+        return (*self.input, *self.weight, *self.grad_output)
+
+    @property
+    def dtypes(self) -> tuple[torch.dtype, ...]:
+        """The float8 dtypes of the operands."""
+        return tuple(dict.fromkeys(config.dtype for config in self.casts if config.is_cast))
+
+    def on(self, device: torch.device) -> Float8Format:
+        emulate = must_emulate(device, self.dtypes, self.emulate, torch.compiler.is_compiling())
+        return self.emulated if emulate else self  # type: ignore[attr-defined, no-any-return]
+
+    # ---- casts
+
+    def _casts(self, operand: OperandName) -> Casts:
+        return getattr(self, operand)  # type: ignore[no-any-return]
+
+    def _cast(self, use: Use) -> CastConfig:
+        return self._casts(use.operand)[1 - use.contracted]
+
+    def _by_kernels(self, x: Tensor) -> bool:
+        """Whether kernels cast ``x``, if its scale is dynamic, rather than plain operations."""
+        chosen = kernels.AVAILABLE and self.kernels != "inductor" and not self.emulate
+        return chosen and x.dtype in kernels.DTYPES and x.numel() > 0
+
+    def cast(self, x: Tensor, use: Use, scale: Tensor | None = None) -> Operand:
+        config = self._cast(use)
+        if config.is_cast and scale is None and self._by_kernels(x):
+            by_features, by_rows = (config, None) if use.contracted == 1 else (None, config)
+            return cast_by_kernels(x, by_features, by_rows, power_of_2=self.power_of_2)[1 - use.contracted]
+        return cast(x, config, contracted=use.contracted, power_of_2=self.power_of_2, scale=scale, emulate=self.emulate)
+
+    def one_cast_serves_both(self, x: Tensor, operand: OperandName, scale: Tensor | None = None) -> bool:
+        by_features, by_rows = self._casts(operand)
+        # The kernels write a transposed copy too, which float8 units need.
+        written_twice = by_features.is_cast and scale is None and self._by_kernels(x)
+        return by_features == by_rows and not by_features.is_axiswise and not written_twice
+
+    def cast_both(self, x: Tensor, operand: OperandName, scale: Tensor | None = None) -> tuple[Operand, Operand]:
+        by_features, by_rows = self._casts(operand)
+        if by_features.is_cast and by_rows.is_cast and scale is None and self._by_kernels(x):
+            return cast_by_kernels(x, by_features, by_rows, power_of_2=self.power_of_2)
+        return super().cast_both(x, operand, scale)
+
+    def recast(self, arrived: Operand, operand: OperandName) -> Operand:
+        if arrived.scale is not None and not arrived.scale.ndim and not self._casts(operand)[1].is_axiswise:
+            return arrived
+        return self.cast(dequantize(*arrived), Use(operand, 0))  # type: ignore[arg-type]
+
+    def input_key(self) -> Hashable:
+        return None if self.input[0].is_stateful else (self.input, self.power_of_2, self.emulate)
+
+    # ---- matmuls
+
+    def multiply(self, a: Operand, b: Operand, matmul: Matmul, dtype: torch.dtype) -> Tensor:
+        return scaled_mm(a, b, out_dtype=dtype, fast_accum=matmul in self.fast_accum, emulate=self.emulate)
+
+    # ---- communication
+
+    def travels(self, operand: OperandName) -> bool:
+        return all(config.is_dynamic for config in self._casts(operand))
+
+    def has_scales_of_rows(self, operand: OperandName) -> bool:
+        return self._casts(operand)[0].is_axiswise
+
+    def amax(self, x: Tensor, operand: OperandName) -> Tensor:
+        return amax_of(x, -1 if self.has_scales_of_rows(operand) else None).float()
+
+    def quantize(self, x: Tensor, amax: Tensor, operand: OperandName) -> Operand:
+        dtype = self._casts(operand)[0].dtype
+        scale = amax_to_scale(amax, dtype, self.power_of_2)
+        return Operand(quantize(x, scale, dtype), scale)
+
+    # ---- state
+
+    def state(self) -> dict[OperandName, dict[str, tuple[int, ...]]]:
+        return {name: delayed.buffers(name, self.history_len) for name in self.delayed_operands()}
+
+    def delayed_operands(self) -> list[OperandName]:
+        return [name for name in OPERANDS if self._casts(name)[0].scaling_type is ScalingType.DELAYED]
+
+    def scale_from_state(self, layer: nn.Module, x: Tensor, operand: OperandName) -> Tensor | None:
+        return delayed.scale_of(layer, operand, self._casts(operand)[0], x, self.power_of_2)
+
+    # ---- SwiGLU
+
+    def fuses_swiglu(self, x: Tensor) -> bool:
+        return self.input[0].is_cast and self.input[0].is_dynamic and self._by_kernels(x)
+
+    def swiglu_cast(self, gate: Tensor, up: Tensor, for_weight: bool) -> tuple[Operand, Tensor]:
+        by_features, by_rows = self.input
+        data, scale, amaxes = kernels.swiglu_cast(
+            gate,
+            up,
+            by_features.dtype,
+            by_features.layout,
+            by_rows.layout if for_weight else "none",
+            self.power_of_2,
+        )
+        return Operand(data, scale), amaxes
+
+    def swiglu_backward(
+        self, grad: Tensor, gate: Tensor, up: Tensor, saved: Tensor, for_weight: bool
+    ) -> tuple[Tensor, Tensor, Operand | None]:
+        by_rows = self.input[1]
+        layout = "none" if not for_weight else by_rows.layout if by_rows.is_cast else "high_precision"
+        grad_gate, grad_up, data, scale = kernels.swiglu_backward(
+            grad, gate, up, saved, by_rows.dtype, layout, self.power_of_2
+        )
+        product = Operand(data.t(), scale) if by_rows.is_cast else Operand(data, None)
+        return grad_gate, grad_up, product if for_weight else None
+
+    def describe(self) -> dict[str, str]:
+        shown = {}
+        for operand, other in (("input", "grad_weight"), ("weight", "grad_input"), ("grad_output", "grad_weight")):
+            first, second = (config.short_str() for config in getattr(self, operand))
+            shown[operand] = first
+            if second != first:
+                shown[f"{operand}_for_{other}"] = second
+        return shown

@@ -1,0 +1,171 @@
+"""What a number format is: how it casts the operands of a linear layer's matmuls, and how it multiplies two of them.
+
+A linear layer has three matmuls::
+
+    output = x @ w.T        grad_input = g @ w        grad_weight = g.T @ x
+
+``x`` (rows, in_features) is the input, ``w`` (out_features, in_features) the weight, ``g`` (rows, out_features) the
+gradient of the output. Each of the three is an operand of two matmuls, and each matmul sums over another dimension of
+it. That dimension is called contracted, and the scales of a cast lie along it.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Hashable
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+OperandName = Literal["input", "weight", "grad_output"]
+OPERANDS: tuple[OperandName, ...] = ("input", "weight", "grad_output")
+Matmul = Literal["output", "grad_input", "grad_weight"]
+
+
+class Use(NamedTuple):
+    """One of the two matmuls of an operand: the one that sums over dimension ``contracted`` of the 2-D operand."""
+
+    operand: OperandName
+    contracted: int
+
+
+INPUT, INPUT_FOR_GRAD_WEIGHT = Use("input", 1), Use("input", 0)
+WEIGHT, WEIGHT_FOR_GRAD_INPUT = Use("weight", 1), Use("weight", 0)
+GRAD_OUTPUT, GRAD_OUTPUT_FOR_GRAD_WEIGHT = Use("grad_output", 1), Use("grad_output", 0)
+
+
+class Operand(NamedTuple):
+    """One side of a matmul.
+
+    Attributes:
+        data: 2-D; in the format, or in high precision where ``scale`` is None.
+        scale: float32; () for the whole tensor, or 2-D with one entry per row or column of ``data``.
+    """
+
+    data: Tensor
+    scale: Tensor | None
+
+    def t(self) -> Operand:
+        return Operand(self.data.t(), None if self.scale is None else self.scale.t() if self.scale.ndim else self.scale)
+
+
+class Format(ABC):
+    """A number format with all its options. Immutable and hashable; equal formats compute the same.
+
+    The layers, their autograd functions, FSDP2's all-gather and tensor parallelism are written once over this
+    interface. Their ``format`` is the one that :meth:`on` returned for the device at hand.
+
+    Attributes:
+        name: for messages, such as "float8".
+        multiple: on the hardware, in_features and out_features must be multiples of it.
+    """
+
+    name: str
+    multiple: int
+
+    def why_not(self, in_features: int, out_features: int) -> str | None:
+        """Return why a layer of this size cannot be computed in the format; None if it can."""
+        if in_features % self.multiple or out_features % self.multiple:
+            return f"features are not multiples of {self.multiple}"
+        return None
+
+    @abstractmethod
+    def on(self, device: torch.device) -> Format:
+        """Return the format as ``device`` computes it: with its own units, or emulated in float32.
+
+        Raises:
+            ValueError: the device can do neither.
+        """
+
+    # ---- casts
+
+    @abstractmethod
+    def cast(self, x: Tensor, use: Use, scale: Tensor | None = None) -> Operand:
+        """Cast ``x`` for one matmul.
+
+        Args:
+            x: 2-D, in high precision.
+            scale: from :meth:`scale_from_state`; None computes it from ``x``.
+        """
+
+    @abstractmethod
+    def one_cast_serves_both(self, x: Tensor, operand: OperandName, scale: Tensor | None = None) -> bool:
+        """Return whether the cast for one matmul of the operand is the cast for the other one too."""
+
+    def cast_both(self, x: Tensor, operand: OperandName, scale: Tensor | None = None) -> tuple[Operand, Operand]:
+        """Cast ``x`` for both matmuls of the operand: the one that contracts its features, and the one that contracts
+        its rows. The two are one and the same object where one cast serves both."""
+        by_features = self.cast(x, Use(operand, 1), scale)
+        if self.one_cast_serves_both(x, operand, scale):
+            return by_features, by_features
+        return by_features, self.cast(x, Use(operand, 0), scale)
+
+    @abstractmethod
+    def recast(self, arrived: Operand, operand: OperandName) -> Operand:
+        """Return the operand for the matmul that contracts its rows, made of the cast for the other matmul."""
+
+    @abstractmethod
+    def input_key(self) -> Hashable:
+        """Return what the casts of an input depend on. Layers with equal keys share the casts of an input; None: the
+        casts depend on the state of the layer, so they are not shared."""
+
+    # ---- matmuls
+
+    @abstractmethod
+    def multiply(self, a: Operand, b: Operand, matmul: Matmul, dtype: torch.dtype) -> Tensor:
+        """Return ``a @ b`` (m, k) @ (k, n), accumulated in float32 or int32, with the scales taken out, in ``dtype``.
+        Both operands are in the format, or neither is."""
+
+    # ---- communication
+
+    @abstractmethod
+    def travels(self, operand: OperandName) -> bool:
+        """Return whether what is gathered over ranks can travel in the format: both matmuls of the operand use it."""
+
+    @abstractmethod
+    def has_scales_of_rows(self, operand: OperandName) -> bool:
+        """Return whether each row of what travels has its own scales, so that the ranks need not agree on one."""
+
+    @abstractmethod
+    def amax(self, x: Tensor, operand: OperandName) -> Tensor:
+        """Return the largest magnitudes that the scales of ``x`` are made of, in float32: () for one scale, on which
+        the ranks that share the tensor have to agree, or (..., 1) for scales of rows, which are whole on their rank."""
+
+    @abstractmethod
+    def quantize(self, x: Tensor, amax: Tensor, operand: OperandName) -> Operand:
+        """Return ``x`` of any shape in the format, with the scales that ``amax`` gives; contiguous, one byte each."""
+
+    # ---- state of a layer
+
+    def state(self) -> dict[OperandName, dict[str, tuple[int, ...]]]:
+        """Return the float32 buffers that a layer needs for this format: for each operand names and shapes. They begin
+        with zeros."""
+        return {}
+
+    def scale_from_state(self, layer: nn.Module, x: Tensor, operand: OperandName) -> Tensor | None:
+        """Return the scale () to cast ``x`` with, where it does not come from ``x`` alone, else None. In training it
+        may update the buffers of ``layer``."""
+        return None
+
+    # ---- SwiGLU
+
+    def fuses_swiglu(self, x: Tensor) -> bool:
+        """Return whether :meth:`swiglu_cast` and :meth:`swiglu_backward` exist for factors like ``x``."""
+        return False
+
+    def swiglu_cast(self, gate: Tensor, up: Tensor, for_weight: bool) -> tuple[Operand, Tensor]:
+        """Return the cast of the input ``silu(gate) * up`` (rows, features) for the output, without writing the
+        product; and what :meth:`swiglu_backward` needs, if ``for_weight``, to cast it for grad_weight."""
+        raise NotImplementedError
+
+    def swiglu_backward(
+        self, grad: Tensor, gate: Tensor, up: Tensor, saved: Tensor, for_weight: bool
+    ) -> tuple[Tensor, Tensor, Operand | None]:
+        """Return the gradients of ``gate`` and ``up``, given ``grad`` of the product, which is overwritten; and if
+        ``for_weight`` the product as the operand of grad_weight."""
+        raise NotImplementedError
+
+    def describe(self) -> dict[str, Any]:
+        """Return the options worth showing in the representation of a layer."""
+        return {}

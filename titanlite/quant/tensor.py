@@ -1,0 +1,67 @@
+"""A quantized tensor that passes for the high-precision one it stands for, where data arrive quantized already: weights
+that FSDP2 gathered, activations that tensor parallelism gathered."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from titanlite.quant.format import Operand
+
+_aten = torch.ops.aten
+
+
+class QuantTensor(Tensor):
+    """Shape and dtype of the original, the bytes of the cast.
+
+    Only a :class:`~titanlite.quant.linear.QuantLinear` computes with it; any other operation is an error, never a
+    silent dequantization.
+
+    Args:
+        payload: in the format, contiguous.
+        scale: float32 multiplier: (), or one per row, of shape (..., 1).
+        dtype: the dtype it passes for.
+    """
+
+    payload: Tensor
+    scale: Tensor
+
+    @staticmethod
+    def __new__(cls, payload: Tensor, scale: Tensor, dtype: torch.dtype) -> QuantTensor:
+        self = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+            cls, payload.shape, strides=payload.stride(), dtype=dtype, device=payload.device
+        )
+        self.payload, self.scale = payload, scale
+        return self  # type: ignore[no-any-return]
+
+    def __tensor_flatten__(self) -> tuple[list[str], torch.dtype]:
+        return ["payload", "scale"], self.dtype
+
+    @staticmethod
+    def __tensor_unflatten__(tensors: dict[str, Tensor], dtype: torch.dtype, size: Any, stride: Any) -> QuantTensor:
+        return QuantTensor(tensors["payload"], tensors["scale"], dtype)
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
+        return f"QuantTensor(shape={tuple(self.shape)}, {self.payload.dtype} for {self.dtype}, scale={self.scale})"
+
+    def operand(self) -> Operand:
+        """As a (rows, columns) matrix."""
+        scale = self.scale.reshape(-1, 1) if self.scale.ndim else self.scale
+        return Operand(self.payload.reshape(-1, self.shape[-1]), scale)
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
+        x = args[0]
+        same = func is _aten.view.default and list(args[1]) == list(x.shape)
+        if same or func in (_aten.detach.default, _aten.alias.default):
+            return QuantTensor(x.payload, x.scale, x.dtype)
+        if func is _aten.as_strided.default and list(args[2]) == list(x.stride()) and not any(args[3:]):
+            return QuantTensor(x.payload[: args[1][0]], x.scale, x.dtype)  # FSDP2 cuts off its padding
+        raise NotImplementedError(
+            f"{func} of a QuantTensor, which arrived as {x.payload.dtype}: only quantized layers compute with it. "
+            "Convert all layers that use it, or communicate it in high precision"
+        )
