@@ -38,7 +38,7 @@ def parallelize(model: nn.Module, mesh: Mesh, config: JobConfig) -> dict[str, st
     positions = None
     if mesh.cp.size() > 1:
         method = config.parallelism.context_parallel_rotate_method
-        context = ContextParallel(mesh.cp, method)
+        context = ContextParallel(mesh.cp, method, grouped=not mesh.target.is_cpu)
         for layer in model.layers.values():
             assert isinstance(layer, TransformerBlock)
             layer.attention.attend = context.attention  # type: ignore[method-assign, assignment]
@@ -72,7 +72,7 @@ def attends_in_float32(args: Llama3Args, mesh: Mesh, config: JobConfig) -> bool:
     """Whether attention is faster in float32 than in the parameters' dtype. On the CPU that is so for small heads: the
     backward of PyTorch's bfloat16 kernel has a cost per head that does not depend on its size (torch 2.11 and 2.13, a
     processor with bfloat16 instructions; docs/performance.md). From heads of 64 on it is no longer slower."""
-    return mesh.on_cpu and args.head_dim < 64 and config.training.mixed_precision_param == "bfloat16"
+    return mesh.target.is_cpu and args.head_dim < 64 and config.training.mixed_precision_param == "bfloat16"
 
 
 def float32_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -27,7 +27,7 @@ from titanlite.float8 import (
     why_not_convertible,
 )
 from titanlite.quant.float8 import kernels
-from titanlite.quant.float8.devices import architecture, has_native_float8, why_not
+from titanlite.quant.float8.devices import architecture, has_native_float8, native_dtypes, why_not
 from titanlite.quant.float8.format import Kernels
 from titanlite.quant.float8.kernels.choose import measure
 from titanlite.registry import nearest
@@ -81,20 +81,23 @@ class Float8Converter:
     def __init__(self, config: JobConfig, mesh: Mesh) -> None:
         options = config.float8
         device = torch.device(mesh.device_type)
-        native = has_native_float8(device)
+        self.architecture = mesh.target.architecture or architecture(device)
+        native = bool(native_dtypes(self.architecture))
         self.recipe = options.recipe_name or "tensorwise"
         if options.kernels == "triton" and (options.emulate or not native):
-            why = "float8.emulate = true" if options.emulate else f"{architecture(device)} has no float8 units"
+            why = "float8.emulate = true" if options.emulate else f"{self.architecture} has no float8 units"
             raise ConfigError(
                 f"{why}, and emulation is plain operations; leave float8.kernels out",
                 key="float8.kernels",
                 value="triton",
             )
-        self.config = library_config(config, emulate=options.emulate or not native)
+        self.config = dataclasses.replace(
+            library_config(config, emulate=options.emulate or not native), target=mesh.target.architecture
+        )
         self.compiled = config.training.compile and "model" in config.compile.components
         self.tokens = config.training.local_batch_size * config.training.seq_len
         reason = why_not(
-            architecture(device),
+            self.architecture,
             set(self.config.format.dtypes),
             emulate=self.config.emulate,
             compiled=self.compiled,
@@ -104,7 +107,7 @@ class Float8Converter:
         if not native and not options.emulate:
             logger.warning(
                 "float8 is emulated: %s has no float8 units; the same quantized values are multiplied in float32",
-                architecture(device),
+                self.architecture,
             )
         self.mesh = mesh
         self.filters = [entry for entry in options.filter_fqns if entry != AUTO_FILTER]
@@ -154,8 +157,8 @@ class Float8Converter:
         return None
 
     def _choose_kernels(self, layers: Iterable[nn.Linear]) -> Kernels:
-        """What ``kernels = "auto"`` is here; says why."""
-        x, other = self.config.cast_config_input, self.config.cast_config_input_for_grad_weight
+        """Return what ``kernels = "auto"`` is here, and log why."""
+        x = self.config.cast_config_input
         chosen: Kernels
         if not kernels.AVAILABLE:
             chosen, why = "inductor", "triton is not installed"
@@ -163,21 +166,24 @@ class Float8Converter:
             chosen, why = "triton", "without the compiler, plain operations are not fused"
         elif x.scaling_type is not ScalingType.DYNAMIC:
             chosen, why = "inductor", "the scales are not dynamic"
-        elif not torch.cuda.is_available():
+        elif self.mesh.target.architecture or not torch.cuda.is_available():
             chosen, why = "triton", "there is no GPU to time them on"  # an estimate
         else:
-            features = max(layer.in_features for layer in layers)
-            rounded = self.config.round_scales_to_power_of_2
-            times = measure(self.tokens, features, x.dtype, x.layout, other.layout, rounded)
-            chosen = "triton" if times.triton <= times.inductor else "inductor"
-            why = (
-                f"the cast of a {self.tokens} x {features} input takes {times.triton:.0f} us in Triton's kernels, "
-                f"{times.inductor:.0f} us in the compiler's"
-            )
-        said: list[Any] = [chosen, why]
-        torch.distributed.broadcast_object_list(said, device=torch.device("cpu"))  # one choice for all
-        logger.info('float8.kernels = "auto": %s; %s', *said)
-        return said[0]
+            chosen, why = self._faster_kernels(max(layer.in_features for layer in layers))
+        logger.info('float8.kernels = "auto": %s; %s', chosen, why)
+        return chosen
+
+    def _faster_kernels(self, features: int) -> tuple[Kernels, str]:
+        """Time the cast of an input both ways; return the faster one, the same on all ranks, and the times."""
+        x, other = self.config.cast_config_input, self.config.cast_config_input_for_grad_weight
+        times = measure(self.tokens, features, x.dtype, x.layout, other.layout, self.config.round_scales_to_power_of_2)
+        why = (
+            f"the cast of a {self.tokens} x {features} input takes {times.triton:.0f} us in Triton's kernels, "
+            f"{times.inductor:.0f} us in the compiler's"
+        )
+        said: list[Any] = ["triton" if times.triton <= times.inductor else "inductor", why]
+        torch.distributed.broadcast_object_list(said, device=torch.device("cpu"))
+        return said[0], said[1]
 
     def _check_shards(self, chosen: dict[str, nn.Linear]) -> None:
         """Scales of rows are gathered with the rows: each process must have as many."""

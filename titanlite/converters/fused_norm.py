@@ -31,11 +31,11 @@ class FusedRMSNorm(nn.RMSNorm):
 @register_converter("fused_rmsnorm")
 class FusedNormConverter:
     def __init__(self, config: JobConfig, mesh: Mesh) -> None:
-        pass
+        self.backend = config.compile.backend
 
     def convert(self, model: nn.Module) -> str:
         # Here and not on import, which would bring in the compiler for everybody.
-        kernel = torch.compile(_rms_norm, fullgraph=True, dynamic=False)
+        kernel = torch.compile(_rms_norm, fullgraph=True, dynamic=False, backend=self.backend)
         count = 0
         for parent in list(model.modules()):
             for name, norm in list(parent.named_children()):

@@ -33,19 +33,28 @@ class ContextParallel:
     Args:
         mesh: of one dimension.
         method: how ranks get each other's keys and values, see :func:`ring_attention`.
+        grouped: whether the device's kernel takes fewer heads of keys than of queries; None: the CPU's does not.
     """
 
-    def __init__(self, mesh: DeviceMesh, method: str = "allgather") -> None:
+    def __init__(self, mesh: DeviceMesh, method: str = "allgather", grouped: bool | None = None) -> None:
         if mesh.ndim != 1:
             raise ValueError(f"context parallelism over a mesh of {mesh.ndim} dimensions: must be one; slice the mesh")
         _check_method(method)
         self.device_type = mesh.device_type
         self.group_name: str = mesh.get_group().group_name
         self.rank, self.size, self.method = mesh.get_local_rank(), mesh.size(), method
+        self.grouped = mesh.device_type != "cpu" if grouped is None else grouped
 
     def attention(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Causal attention of this rank's queries to the whole sequence; see :func:`ring_attention`."""
-        return ring_attention(q, k, v, group_name=self.group_name, rank=self.rank, size=self.size, method=self.method)
+        return ring_attention(
+            *(q, k, v),
+            group_name=self.group_name,
+            rank=self.rank,
+            size=self.size,
+            method=self.method,
+            grouped=self.grouped,
+        )
 
     def positions(self, seq_len: int) -> Tensor:
         """:func:`load_balanced_positions` of this rank, on the mesh's device."""
@@ -69,7 +78,15 @@ def load_balanced_positions(seq_len: int, rank: int, size: int) -> Tensor:
 
 
 def ring_attention(
-    q: Tensor, k: Tensor, v: Tensor, *, group_name: str, rank: int, size: int, method: str = "allgather"
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    group_name: str,
+    rank: int,
+    size: int,
+    method: str = "allgather",
+    grouped: bool = False,
 ) -> Tensor:
     """Causal attention, scaled by ``head_dim ** -0.5``, of a sequence of which each rank holds
     :func:`load_balanced_positions`. All ranks of the group call it, with tensors of the same shape.
@@ -81,6 +98,8 @@ def ring_attention(
             gradients by a reduce-scatter: few collectives, memory for the whole sequence's keys and values. "alltoall"
             hands them from rank to rank, each exchange during the computation of a block: memory for two shards. Their
             gradients, in float32 with both, travel along.
+        grouped: give the kernel ``k`` and ``v`` as they are, not repeated for each head of ``q``, which the CPU's
+            kernel wants. CUDA's always takes them as they are.
 
     Returns:
         The output, like ``q``.
@@ -90,17 +109,20 @@ def ring_attention(
     """
     _check_method(method)
     _check_inputs(q, k, v)
-    out: Tensor = _RingAttention.apply(q, k, v, group_name, rank, size, method)
+    out: Tensor = _RingAttention.apply(q, k, v, group_name, rank, size, method, grouped)
     return out
 
 
 class _RingAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, group: str, rank: int, size: int, method: str) -> Tensor:
-        ctx.where = group, rank, size, method
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, group: str, rank: int, size: int, method: str, grouped: bool
+    ) -> Tensor:
+        ctx.where, ctx.grouped = (group, rank, size, method), grouped
         for step, (k_block, v_block) in enumerate(_shards(torch.stack((k, v)), *ctx.where)):
             rows, columns = _visible(step, rank, q.shape[2] // 2)
-            block, lse_block = _attend(q[:, :, rows], k_block[:, :, columns], v_block[:, :, columns], causal=step == 0)
+            seen = k_block[:, :, columns], v_block[:, :, columns]
+            block, lse_block = _attend(q[:, :, rows], *seen, causal=step == 0, grouped=grouped)
             if step == 0:
                 # Copies, to be updated in place: selective checkpointing may have kept what the operator returned.
                 merged = block.to(lse_block.dtype, copy=True)
@@ -131,6 +153,7 @@ class _RingAttention(torch.autograd.Function):
                 out[:, :, rows],
                 lse[:, :, rows],
                 causal=step == 0,
+                grouped=ctx.grouped,
             )
             dq[:, :, rows] += dq_block
             dkv = lse.new_zeros(2, *k.shape) if travel and step else by_rank[0 if travel else rank - step]
@@ -147,7 +170,7 @@ class _RingAttention(torch.autograd.Function):
         elif size > 1:
             by_rank = _c10d.wait_tensor(_c10d.reduce_scatter_tensor(by_rank, "sum", size, group))
         dk, dv = by_rank.squeeze(0)
-        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None, None, None, None
+        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), *[None] * 5
 
 
 @torch.library.custom_op(
@@ -208,22 +231,23 @@ def _merge(out: Tensor, lse: Tensor, block: Tensor, lse_block: Tensor) -> None:
     lse.copy_(torch.logaddexp(lse, lse_block))
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, *, causal: bool) -> tuple[Tensor, Tensor]:
+def _attend(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, grouped: bool) -> tuple[Tensor, Tensor]:
     """Attention of a block: the output, like ``q``, and the log-sum-exp of the scores, [batch, heads, seq] in float32
     (float64 for float64)."""
     if q.device.type == "cpu":
-        k, v = _for_each_head(k, q), _for_each_head(v, q)
+        if not grouped:
+            k, v = _for_each_head(k, q), _for_each_head(v, q)
         return _aten._scaled_dot_product_flash_attention_for_cpu.default(q, k, v, 0.0, causal)
     return _aten._scaled_dot_product_flash_attention.default(q, k, v, 0.0, causal)[:2]
 
 
 def _attend_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *, causal: bool
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *, causal: bool, grouped: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The block's part in the gradients of ``q``, ``k`` and ``v``, with the output and log-sum-exp of all blocks."""
     lse = lse.contiguous()  # CUDA's kernel takes it to be
     if q.device.type == "cpu":
-        each_k, each_v = _for_each_head(k, q), _for_each_head(v, q)
+        each_k, each_v = (k, v) if grouped else (_for_each_head(k, q), _for_each_head(v, q))
         dq, dk, dv = _aten._scaled_dot_product_flash_attention_for_cpu_backward.default(
             grad, q, each_k, each_v, out, lse, 0.0, causal
         )

@@ -33,7 +33,7 @@ def apply_fsdp(model: nn.Module, mesh: Mesh, config: JobConfig, *, groups: Itera
         # float32 because it has to be.
         cast_forward_inputs=False,
     )
-    in_host_memory = training.enable_cpu_offload and not mesh.on_cpu
+    in_host_memory = training.enable_cpu_offload and not mesh.target.is_cpu
     offload = CPUOffloadPolicy() if in_host_memory else OffloadPolicy()
     # Under tensor parallelism the logits are a view, the local part of a DTensor. FSDP2 warns of writes to it in place;
     # there are none, the loss makes a float32 copy.

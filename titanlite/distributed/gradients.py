@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from titanlite.distributed.mesh import Mesh
+from titanlite.distributed.target import Target
 
 # A norm on the CPU adds up its squares one after the other, in float32: 1e-5 off for a million elements, and for each
 # sharding differently. Parts of this size are accurate to 1e-7.
@@ -41,7 +42,7 @@ def clip_gradients(
     for param in params:
         assert param.grad is not None
         by_copies[_copies(param.grad, mesh)].append(param.grad)
-    squares = [_norms(grads).double().square().sum() / n for n, grads in by_copies.items()]
+    squares = [_norms(grads, mesh.target).double().square().sum() / n for n, grads in by_copies.items()]
     square = torch.stack(squares).sum()
     # Ranks of a stage have labels each, those that tensor parallelism gives the same sequence the same ones.
     sums = torch.stack((square, total.detach().to(square), scored.to(square)))
@@ -62,10 +63,10 @@ def _local(grad: Tensor) -> Tensor:
     return grad.to_local() if isinstance(grad, DTensor) else grad
 
 
-def _norms(grads: list[Tensor]) -> Tensor:
+def _norms(grads: list[Tensor], target: Target) -> Tensor:
     """Norms of parts of ``grads``: float32 [any]."""
     grads = [_local(grad).reshape(-1) for grad in grads]
-    if grads[0].device.type != "cpu":
+    if not target.is_cpu:
         return torch.stack(torch._foreach_norm(grads))
     parts = []
     for grad in grads:

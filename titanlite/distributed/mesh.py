@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from titanlite.config import Degrees
+from titanlite.distributed.target import Target
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,7 @@ class Mesh:
         data_parallel: what ``fully_shard`` takes: ``fsdp``, or with replicas (HSDP) dp_replicate x fsdp.
         tp, cp, pp: of tensor, context and pipeline parallelism.
         stage: all processes that hold the same pipeline stages.
+        target: the device that computes; in an estimate, one that is not there.
     """
 
     degrees: Degrees
@@ -35,16 +37,11 @@ class Mesh:
     cp: DeviceMesh
     pp: DeviceMesh
     stage: DeviceMesh
+    target: Target
 
     @property
     def device_type(self) -> str:
         return self.world.device_type
-
-    @property
-    def on_cpu(self) -> bool:
-        """Whether the CPU computes, so that its ways are taken. An estimate for GPUs, whose tensors without data are on
-        the CPU too, says no."""
-        return self.device_type == "cpu"
 
     @property
     def data_parallel_rank(self) -> int:
@@ -54,8 +51,13 @@ class Mesh:
         return replica * self.degrees.data_parallel_shard + shard // self.degrees.context_parallel
 
 
-def build_mesh(degrees: Degrees, device_type: str) -> Mesh:
-    """The mesh of all processes; on one process too."""
+def build_mesh(degrees: Degrees, device_type: str, target: Target | None = None) -> Mesh:
+    """Return the mesh of all processes; on one process too.
+
+    Args:
+        device_type: where tensors lie, "cpu" or "cuda".
+        target: the device that computes; None: that of ``device_type``.
+    """
     d = degrees
     fsdp = d.data_parallel_shard * d.context_parallel
     world = init_device_mesh(
@@ -73,4 +75,5 @@ def build_mesh(degrees: Degrees, device_type: str) -> Mesh:
         cp=world["fsdp"]._unflatten(0, (d.data_parallel_shard, d.context_parallel), ("dp_shard", "cp"))["cp"],
         pp=world["pp"],
         stage=world["dp_replicate", "fsdp", "tp"]._flatten("stage"),
+        target=target or Target("cpu" if device_type == "cpu" else "cuda"),
     )

@@ -87,6 +87,7 @@ class Pipeline:
         parts: the modules of the stages ``plan.of(rank)``, in order.
         microbatches: of one step; all go through the pipeline in one run, with one reduction of gradients.
         loss_fn: of the output and the labels of a microbatch, the sum over them.
+        stage_type: what is made of each part; an estimate has stages without neighbours.
     """
 
     def __init__(
@@ -99,6 +100,7 @@ class Pipeline:
         config: JobConfig,
         microbatches: int,
         loss_fn: Callable[[Tensor, Tensor], Tensor],
+        stage_type: type[PipelineStage] = PipelineStage,
     ) -> None:
         count, own = len(plan.stages), plan.of(mesh.pp.get_local_rank())
         self.is_first, self.is_last = 0 in own, count - 1 in own
@@ -107,7 +109,7 @@ class Pipeline:
         self._ranks, self._group = plan.ranks, mesh.pp.get_group()
         self._boundary, self._loss_fn = boundary, loss_fn
         stages = [
-            PipelineStage(
+            stage_type(
                 part,
                 stage,
                 count,

@@ -106,6 +106,8 @@ class Float8LinearConfig:
         kernels: what casts with dynamic scales on float8 units: "triton", titanlite's own kernels; "inductor", plain
             operations, for the compiler to make kernels of; "auto", Triton's where it is installed. The numbers are
             the same to the bit, but for scales that the compiler divides with less than IEEE's precision.
+        target: the architecture to compute for, such as "sm_90", on a device that only stands for it, as in estimates;
+            None: the device's own.
 
     Raises:
         ValueError: naming the fields, the rule and the way out.
@@ -127,6 +129,7 @@ class Float8LinearConfig:
     round_scales_to_power_of_2: bool = False
     delayed_scaling_config: DelayedScalingConfig = field(default_factory=DelayedScalingConfig)
     kernels: Kernels = "auto"
+    target: str | None = None
 
     def __post_init__(self) -> None:
         for operand, own, other, default in _OPERANDS:
@@ -202,6 +205,7 @@ class Float8LinearConfig:
             kernels=self.kernels,
             emulate=self.emulate,
             history_len=self.delayed_scaling_config.history_len,
+            target=self.target,
         )
 
     @staticmethod

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._dynamo import register_backend
 from torch._higher_order_ops.auto_functionalize import auto_functionalized_v2, auto_functionalized_v2_dense
 
 from titanlite.plan.memory import active_tracker
@@ -146,6 +147,10 @@ class _CountedGraph:
                 values.pop(ended, None)
 
 
+MEMORY_BACKEND = "titanlite_memory"
+
+
+@register_backend(name=MEMORY_BACKEND)  # type: ignore[untyped-decorator]
 def memory_backend(graph: fx.GraphModule, inputs: list[Tensor], **_: Any) -> Any:
     """A backend for ``torch.compile`` that computes nothing faster, but uses as much memory as "inductor". It has the
     same decompositions and the same partition of forward and backward, which recomputes cheap operations (min-cut)."""

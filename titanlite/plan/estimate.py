@@ -16,6 +16,7 @@ from titanlite.launch.command_line import read_config, report
 
 CONFIG = read_config(sys.argv[1:]) if __name__ == "__main__" else None
 
+import copy
 import multiprocessing
 import os
 import threading
@@ -24,16 +25,15 @@ import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
-from unittest import mock
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.distributed.pipelining import schedules
+from torch.distributed.pipelining import PipelineStage
 from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._pytree import tree_leaves
@@ -49,17 +49,17 @@ from titanlite.config import (
 from titanlite.config.number_formats import formats_of
 from titanlite.config.refuse import refuse
 from titanlite.data import Batch
-from titanlite.distributed import context_parallel, gradients
 from titanlite.distributed.data_parallel import allocate
 from titanlite.distributed.gradients import clip_gradients
 from titanlite.distributed.mesh import Mesh, build_mesh
+from titanlite.distributed.target import H100
 from titanlite.errors import ConfigError
 from titanlite.metrics.device import GIB
 from titanlite.metrics.flops import ModelSize, flops_per_token
 from titanlite.metrics.report import table
 from titanlite.models.spec import get_model_spec
 from titanlite.optim import build_optimizer
-from titanlite.plan.compiled_memory import memory_backend
+from titanlite.plan.compiled_memory import MEMORY_BACKEND
 from titanlite.plan.memory import (
     ACTIVATIONS,
     GATHERED,
@@ -71,7 +71,6 @@ from titanlite.plan.memory import (
     MemoryTracker,
     Traffic,
 )
-from titanlite.quant.float8 import devices as float8_devices
 from titanlite.training.build import BuiltModel, build_loss, build_model, build_pipeline
 from titanlite.training.step import StepRunner
 
@@ -197,10 +196,12 @@ def _estimate_rank(
     if config.experimental.custom_import:
         key = "experimental.custom_import"
         import_module(config.experimental.custom_import, key, config.origin(key))
-    with _as_on_gpus(), _process_group(rank, world_size):
-        mesh = build_mesh(degrees, DEVICE.type)
+    config = _for_memory(config)
+    with _fused_norm(), _process_group(rank, world_size):
+        mesh = build_mesh(degrees, DEVICE.type, H100)
         built, notes = _build(config, mesh, vocab_size)
-        return _measure(built, config, mesh), built.size, built.about, notes
+        about = {name: text.replace(MEMORY_BACKEND, "inductor") for name, text in built.about.items()}
+        return _measure(built, config, mesh), built.size, about, notes
 
 
 def _check_modelled(config: JobConfig) -> None:
@@ -226,41 +227,44 @@ def _never_run(*_: Any) -> Any:
     raise NotImplementedError
 
 
-def _with_known_shapes(_: Any, stages: Iterable[Any], *__: Any) -> None:
-    for stage in stages:
-        stage._inference_mode = schedules.InferenceMode.STATIC  # type: ignore[attr-defined]
+class _Answer:
+    """What a stage's neighbours agree on: that all shapes are known."""
+
+    def item(self) -> int:
+        return 1
+
+
+class _LoneStage(PipelineStage):
+    """A stage whose neighbours do not exist. torch 2.13 sends messages to learn whether all stages know their shapes;
+    titanlite's do."""
+
+    def _warmup_forward_vote(self, has_backward: bool, received_acc: Any = None) -> Any:
+        return _Answer()
+
+    def _warmup_backward_result(self, received_result: Any = None) -> Any:
+        return _Answer()
 
 
 @contextmanager
-def _as_on_gpus() -> Iterator[None]:
-    """Make code for the CPU take the paths of a GPU. The tensors without data have the device "cpu", because torch
-    without CUDA supports autograd on no other; this replaces what differs on a GPU."""
-    compiler = torch.compile
-
-    def compile_for_memory(*args: Any, **options: Any) -> Any:
-        if options.get("backend", "inductor") == "inductor":
-            options |= {"backend": memory_backend, "mode": None}
-        return compiler(*args, **options)
-
-    with ExitStack() as stack:
-        library = torch.library.Library("aten", "IMPL")
-        stack.callback(library._destroy)
+def _fused_norm() -> Iterator[None]:
+    """Let RMSNorm be one operation, as on a GPU: with a registered kernel it is not decomposed. (The tensors without
+    data have the device "cpu", because torch without CUDA supports autograd on no other.)"""
+    library = torch.library.Library("aten", "IMPL")
+    try:
         for name in ("_fused_rms_norm", "_fused_rms_norm_backward"):
-            # With a registered kernel, RMSNorm is one operation, as on a GPU, and is not decomposed.
             library.impl(name, _never_run, "CPU")
-        replace = mock.patch.object
-        if hasattr(schedules._PipelineSchedule, "_warmup_p2p"):
-            # torch 2.13 sends messages to learn whether all stages know their shapes; titanlite's do.
-            stack.enter_context(replace(schedules._PipelineSchedule, "_warmup_p2p", _with_known_shapes))
-        stack.enter_context(replace(torch, "compile", compile_for_memory))
-        stack.enter_context(replace(gradients, "_CPU_PART", sys.maxsize))
-        stack.enter_context(replace(context_parallel, "_for_each_head", lambda x, q: x))
-        stack.enter_context(replace(Mesh, "on_cpu", False))
-        stack.enter_context(replace(float8_devices, "architecture", lambda device: "sm_90"))
-        stack.enter_context(replace(float8_devices, "cuda_version", lambda: (13, 0)))
-        float8_devices._must_emulate.cache_clear()
-        stack.callback(float8_devices._must_emulate.cache_clear)
         yield
+    finally:
+        library._destroy()
+
+
+def _for_memory(config: JobConfig) -> JobConfig:
+    """Return ``config`` with a compiler that counts memory in place of the default one."""
+    if config.compile.backend != "inductor":
+        return config
+    config = copy.deepcopy(config)
+    config.compile.backend, config.compile.mode = MEMORY_BACKEND, "default"
+    return config
 
 
 def _build(config: JobConfig, mesh: Mesh, vocab_size: int | None) -> tuple[BuiltModel, list[str]]:
@@ -301,7 +305,7 @@ def _dimensions(mesh: Mesh) -> dict[str, str]:
 def _measure(built: BuiltModel, config: JobConfig, mesh: Mesh) -> RankEstimate:
     """Allocate the state of this rank, then run a step as :class:`titanlite.train.Trainer` does."""
     loss_fn = build_loss(config, mesh)
-    pipeline = build_pipeline(built, loss_fn, config, mesh, DEVICE)
+    pipeline = build_pipeline(built, loss_fn, config, mesh, DEVICE, _LoneStage)
     parameters = built.parameters()
     with FakeTensorMode(allow_non_fake_inputs=True), MemoryTracker(_dimensions(mesh)) as tracker:
         with tracker.kind(PARAMETERS):

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.pipelining import PipelineStage
 
 from titanlite.config import JobConfig, pipeline_microbatches
 from titanlite.config.parallelism import Degrees
@@ -100,13 +101,14 @@ def build_pipeline(
     config: JobConfig,
     mesh: Mesh,
     device: torch.device,
+    stage_type: type[PipelineStage] = PipelineStage,
 ) -> Pipeline | None:
     """Build the schedule of this process's stages; None without pipeline parallelism."""
     if built.plan is None:
         return None
     count = pipeline_microbatches(config, mesh.degrees.data_parallel)
     boundary = boundary_of(built.size, mesh, config)
-    return Pipeline(built.plan, built.parts, boundary, mesh, device, config, count, loss_fn)
+    return Pipeline(built.plan, built.parts, boundary, mesh, device, config, count, loss_fn, stage_type)
 
 
 def check_memory(config: JobConfig, size: ModelSize, degrees: Degrees, device: torch.device) -> None:

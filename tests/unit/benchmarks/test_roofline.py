@@ -56,7 +56,7 @@ def moved(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     with torch.library._scoped_library("titanlite_float8", "IMPL") as library:
         library.impl("cast", cast, "CPU", allow_override=True)
         library.impl("rescale", rescale, "CPU", allow_override=True)
-        monkeypatch.setattr(format, "must_emulate", lambda device, dtypes, emulate, compiled: emulate)
+        monkeypatch.setattr(format, "must_emulate", lambda device, target, dtypes, emulate, compiled: emulate)
         monkeypatch.setattr(matmul.kernels, "AVAILABLE", True)
         yield found
 

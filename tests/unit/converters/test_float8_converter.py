@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
 
 from tests.support.runs import ROOT, run_trainer
-from titanlite.config import load_config
+from titanlite.config import Degrees, load_config
 from titanlite.converters.float8 import Float8Converter, matches, too_small
+from titanlite.distributed.mesh import Mesh, build_mesh
+from titanlite.distributed.target import H100, Target
 from titanlite.errors import ConfigError
 from titanlite.float8 import Float8Linear, ScalingType
 from titanlite.models.spec import get_model_spec
@@ -20,9 +23,9 @@ RECIPES = ["tensorwise", "rowwise", "rowwise_with_gw_hp"]
 
 
 @pytest.fixture(scope="module")
-def mesh() -> Any:
+def mesh() -> Iterator[Mesh]:
     torch.distributed.init_process_group("gloo", init_method="tcp://localhost:0", rank=0, world_size=1)
-    yield init_device_mesh("cpu", (1,), mesh_dim_names=("dp_shard",))
+    yield build_mesh(Degrees(1, 1, 1, 1, 1), "cpu")
     torch.distributed.destroy_process_group()
 
 
@@ -32,7 +35,7 @@ def model_of(flavor: str = "debugmodel") -> nn.Module:
         return spec.build(spec.configure(spec.flavor(flavor), 2048, 256))
 
 
-def converter(mesh: Any, *options: str) -> Float8Converter:
+def converter(mesh: Mesh, *options: str) -> Float8Converter:
     given = ["--model.converters=float8", *options]
     return Float8Converter(load_config(given, str(ROOT / "train_configs" / "debug_model.toml")), mesh)
 
@@ -44,17 +47,17 @@ def converted(model: nn.Module) -> set[str]:
 # ---- which kernels
 
 
-def test_triton_is_for_float8_units(mesh: Any) -> None:
+def test_triton_is_for_float8_units(mesh: Mesh) -> None:
     with pytest.raises(ConfigError, match=r'float8\.kernels = "triton": cpu has no float8 units'):
         converter(mesh, "--float8.kernels=triton")
     with pytest.raises(ConfigError, match=r'float8\.kernels = "triton": float8\.emulate = true'):
         converter(mesh, "--float8.kernels=triton", "--float8.emulate")
 
 
-def test_kernels_are_chosen_aloud(mesh: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_kernels_are_chosen_aloud(mesh: Mesh, caplog: pytest.LogCaptureFixture) -> None:
     """On a device with float8 units, which the CPU is taken for; what is measured is in tests/gpu."""
     pytest.importorskip("triton")
-    monkeypatch.setattr("titanlite.converters.float8.has_native_float8", lambda device: True)
+    mesh = replace(mesh, target=H100)
     caplog.set_level("INFO")
     for options, expected in [
         ([], 'float8.kernels = "auto": triton; without the compiler, plain operations are not fused'),
@@ -95,7 +98,7 @@ def test_entries_match_whole_components(entry: str, name: str, expected: bool) -
     assert matches(entry, name) == expected
 
 
-def test_filters(mesh: Any) -> None:
+def test_filters(mesh: Mesh) -> None:
     model = model_of()
     every = {name for name, m in model.named_modules() if isinstance(m, nn.Linear)}
     text = converter(mesh, "--float8.filter_fqns=output,layers.1,attention.wk").convert(model)
@@ -124,7 +127,7 @@ def test_layers_too_small_to_gain(recipe: str, k: int, n: int, small: bool) -> N
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_auto_filter_on_the_8b(mesh: Any, recipe: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_auto_filter_on_the_8b(mesh: Mesh, recipe: str, caplog: pytest.LogCaptureFixture) -> None:
     """wk and wv stay in high precision, and the table says so."""
     model = model_of("8B")
     with caplog.at_level("INFO"):
@@ -138,7 +141,7 @@ def test_auto_filter_on_the_8b(mesh: Any, recipe: str, caplog: pytest.LogCapture
     assert ["output", "4096", "->", "128256", "1", "high", "precision", "(filter_fqns:", "output)"] in table
 
 
-def test_recipes_and_scaling_types_reach_the_layers(mesh: Any) -> None:
+def test_recipes_and_scaling_types_reach_the_layers(mesh: Mesh) -> None:
     for recipe in RECIPES:
         model = model_of()
         converter(mesh, f"--float8.recipe_name={recipe}", "--float8.force_recompute_fp8_weight_in_bwd").convert(model)
@@ -172,22 +175,22 @@ def test_recipes_and_scaling_types_reach_the_layers(mesh: Any) -> None:
         ),
     ],
 )
-def test_filters_that_cannot_be_meant(mesh: Any, options: list[str], words: list[str]) -> None:
+def test_filters_that_cannot_be_meant(mesh: Mesh, options: list[str], words: list[str]) -> None:
     with pytest.raises(ConfigError) as e:
         converter(mesh, *options).convert(model_of())
     for word in words:
         assert word in str(e.value)
 
 
-def test_converting_twice(mesh: Any) -> None:
+def test_converting_twice(mesh: Mesh) -> None:
     model = model_of()
     converter(mesh).convert(model)
     with pytest.raises(ConfigError, match="is converted already"):
         converter(mesh).convert(model)
 
 
-def test_an_older_gpu_does_not_compile_float8(mesh: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("titanlite.converters.float8.architecture", lambda _: "sm_80")
+def test_an_older_gpu_does_not_compile_float8(mesh: Mesh) -> None:
+    mesh = replace(mesh, target=Target("cuda", "sm_80"))
     with pytest.raises(ConfigError, match=r"sm_80 can only be emulated.*leave torch.compile out"):
         converter(mesh, "--training.compile")
     converter(mesh)

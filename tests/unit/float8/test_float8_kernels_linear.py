@@ -38,7 +38,7 @@ def native(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[Any, ...]]]:
 
     with torch.library._scoped_library("titanlite_float8", "IMPL") as library:
         library.impl("cast", cast, "CPU", allow_override=True)
-        monkeypatch.setattr(format, "must_emulate", lambda device, dtypes, emulate, compiled: emulate)
+        monkeypatch.setattr(format, "must_emulate", lambda device, target, dtypes, emulate, compiled: emulate)
         yield made
 
 

@@ -236,7 +236,7 @@ def test_what_is_not_finite_shows(recipe: str, bad: float) -> None:
 @pytest.fixture
 def native_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """The CPU taken for a device with float8 units: ``torch._scaled_mm`` has a kernel for it."""
-    monkeypatch.setattr(format, "must_emulate", lambda device, dtypes, emulate, compiled: emulate)
+    monkeypatch.setattr(format, "must_emulate", lambda device, target, dtypes, emulate, compiled: emulate)
 
 
 @each_recipe

@@ -49,7 +49,7 @@ def as_on_a_gpu() -> Iterator[None]:
 @pytest.fixture
 def native(monkeypatch: pytest.MonkeyPatch) -> None:
     """The CPU as a device with float8 units."""
-    monkeypatch.setattr(format, "must_emulate", lambda device, dtypes, emulate, compiled: emulate)
+    monkeypatch.setattr(format, "must_emulate", lambda device, target, dtypes, emulate, compiled: emulate)
 
 
 class FeedForward(nn.Module):

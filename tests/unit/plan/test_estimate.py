@@ -266,6 +266,18 @@ def test_float8_of_gpus_is_estimated_without_one(recipe: str, compile: str) -> N
     assert kept < 0.95  # also with gw_hp, whose inputs stay as they are: SwiGLU's product is not among them
 
 
+def test_the_kernels_of_float8_are_chosen_without_the_other_stages() -> None:
+    """The second stage is alone too: nobody tells it what the first has chosen."""
+    found = estimated(
+        2,
+        model__converters="float8",
+        parallelism__pipeline_parallel_degree="2",
+        training__compile="false",
+        training__seq_len="256",
+    )
+    assert [rank.rank for rank in found.ranks] == [0, 1]
+
+
 def test_the_ways_of_the_cpu_are_not_those_of_gpus() -> None:
     """Attention in float32, and gradients reduced where they lie: this process would do both if it trained."""
     found = estimated(1, training__mixed_precision_param="bfloat16")

@@ -17,8 +17,10 @@ from titanlite.launch.shortage import Shortage
 from titanlite.metrics.device import GIB
 from titanlite.plan.advice import Advice, Knob, Need, describe, knobs
 
-SHORT = Shortage(rank=0, world_size=1, device="cpu", room=4 * GIB, requested=GIB, unused=0, float8=False, config="")
-GPU = replace(SHORT, device="cuda", float8=True)
+SHORT = Shortage(
+    rank=0, world_size=1, device="cpu", room=4 * GIB, requested=GIB, unused=0, native_formats=[], config=""
+)
+GPU = replace(SHORT, device="cuda", native_formats=["float8"])
 
 
 def read(*arguments: str) -> JobConfig:
@@ -73,7 +75,7 @@ def test_gpus_have_more_to_offer() -> None:
         "--training.local_batch_size=2",
     }
     all_on = ("model.converters=float8", "float8.force_recompute_fp8_weight_in_bwd", "training.enable_cpu_offload")
-    assert not {"float8", "offload"} & {knob.group for knob in knobs(read(*on, *all_on), GPU)}
+    assert not {"number format", "offload"} & {knob.group for knob in knobs(read(*on, *all_on), GPU)}
 
 
 def test_the_same_devices_hold_one_copy_rather_than_two() -> None:

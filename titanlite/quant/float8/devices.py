@@ -69,18 +69,22 @@ def why_not(architecture: str, dtypes: set[torch.dtype], *, emulate: bool, compi
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def must_emulate(device: torch.device, dtypes: tuple[torch.dtype, ...], emulate: bool, compiled: bool) -> bool:
+def must_emulate(
+    device: torch.device, target: str | None, dtypes: tuple[torch.dtype, ...], emulate: bool, compiled: bool
+) -> bool:
     """Whether to emulate: where asked to, and where ``device`` has no float8 units, which is said once.
+
+    Args:
+        target: the architecture to compute for, in place of the device's own.
 
     Raises:
         ValueError: what is asked for cannot be computed on ``device``; see :func:`why_not`.
     """
-    return _must_emulate(device, dtypes, emulate, compiled)
+    return _must_emulate(target or architecture(device), dtypes, emulate, compiled)
 
 
 @cache
-def _must_emulate(device: torch.device, dtypes: tuple[torch.dtype, ...], emulate: bool, compiled: bool) -> bool:
-    name = architecture(device)
+def _must_emulate(name: str, dtypes: tuple[torch.dtype, ...], emulate: bool, compiled: bool) -> bool:
     reason = why_not(name, set(dtypes), emulate=emulate, compiled=compiled)
     if reason:
         raise ValueError(f"float8: {reason}")
@@ -95,10 +99,16 @@ _noticed: set[str] = set()
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def scales_rows_in_matmuls(device: torch.device) -> bool:
+def scales_rows_in_matmuls(device: torch.device, target: str | None = None) -> bool:
     """Whether matmuls with full accumulation are to apply scales of rows and columns themselves. On compute capability
     9.0 PyTorch leaves that to cuBLASLt, from CUDA 12.9 on (aten/src/ATen/native/cuda/ScaledBlas.cpp); the CUTLASS
-    kernel that it has for other devices is slow with full accumulation (torchao/float8/float8_ops.py)."""
+    kernel that it has for other devices is slow with full accumulation (torchao/float8/float8_ops.py).
+
+    Args:
+        target: the architecture to compute for, with the newest CUDA, in place of the device's own.
+    """
+    if target is not None:
+        return target == "sm_90"
     return architecture(device) == "sm_90" and cuda_version() >= (12, 9)
 
 

@@ -28,6 +28,8 @@ class Float8Format(Format):
         input, weight, grad_output: the two casts of each operand: for the matmul that contracts its features, and for
             the one that contracts its rows. Their dtypes are settled; ``titanlite.float8.Float8LinearConfig`` checks
             that they go together, and describes the other options.
+        target: the architecture to compute for, such as "sm_90", on a device that only stands for it; None: the
+            device's own.
     """
 
     input: Casts
@@ -38,6 +40,7 @@ class Float8Format(Format):
     kernels: Kernels = "auto"
     emulate: bool = False
     history_len: int = 16
+    target: str | None = None
 
     name = "float8"
     multiple = 16
@@ -57,7 +60,7 @@ class Float8Format(Format):
         return tuple(dict.fromkeys(config.dtype for config in self.casts if config.is_cast))
 
     def on(self, device: torch.device) -> Float8Format:
-        emulate = must_emulate(device, self.dtypes, self.emulate, torch.compiler.is_compiling())
+        emulate = must_emulate(device, self.target, self.dtypes, self.emulate, torch.compiler.is_compiling())
         return self.emulated if emulate else self  # type: ignore[attr-defined, no-any-return]
 
     # ---- casts
@@ -103,7 +106,13 @@ class Float8Format(Format):
     # ---- matmuls
 
     def multiply(self, a: Operand, b: Operand, matmul: Matmul, dtype: torch.dtype) -> Tensor:
-        return scaled_mm(a, b, out_dtype=dtype, fast_accum=matmul in self.fast_accum, emulate=self.emulate)
+        return scaled_mm(
+            *(a, b),
+            out_dtype=dtype,
+            fast_accum=matmul in self.fast_accum,
+            emulate=self.emulate,
+            target=self.target,
+        )
 
     # ---- communication
 

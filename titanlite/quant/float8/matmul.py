@@ -55,12 +55,15 @@ def cast_by_kernels(
     return Operand(data, scale), Operand(transposed.t(), its_scale)
 
 
-def scaled_mm(a: Operand, b: Operand, *, out_dtype: torch.dtype, fast_accum: bool, emulate: bool) -> Tensor:
+def scaled_mm(
+    a: Operand, b: Operand, *, out_dtype: torch.dtype, fast_accum: bool, emulate: bool, target: str | None = None
+) -> Tensor:
     """``a @ b`` in ``out_dtype``, accumulated in float32.
 
     Args:
         a: (m, k), scale () or (m, 1).
         b: (k, n), scale () or (1, n). Both operands are float8, or neither.
+        target: the architecture to compute for; None: that of the operands' device.
     """
     if a.data.numel() == 0 or b.data.numel() == 0:  # which float8 units do not take
         return a.data.new_zeros(a.data.shape[0], b.data.shape[1], dtype=out_dtype)
@@ -80,7 +83,7 @@ def scaled_mm(a: Operand, b: Operand, *, out_dtype: torch.dtype, fast_accum: boo
             use_fast_accum=fast_accum,
         )
     # With full accumulation, and for other outputs, the kernel for scales of rows is slow or missing on most devices.
-    if out_dtype is torch.bfloat16 and (fast_accum or scales_rows_in_matmuls(a8.device)):
+    if out_dtype is torch.bfloat16 and (fast_accum or scales_rows_in_matmuls(a8.device, target)):
         return torch._scaled_mm(
             a8,
             b8,
