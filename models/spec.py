@@ -15,10 +15,9 @@ from typing import Any
 
 from torch import nn
 
-from titanlite.config import JobConfig
-from titanlite.distributed.mesh import Mesh
 from titanlite.errors import ConfigError
-from titanlite.metrics.flops import ModelSize
+from titanlite.models.layers import LAYOUT, Decoder, Layout
+from titanlite.models.weight_map import WeightMap
 from titanlite.registry import Registry, nearest
 
 
@@ -33,58 +32,49 @@ class HuggingFaceFormat:
             for what the family does not compute.
         check: ``(configured flavor, parsed config.json)``; raises :class:`ConfigError`, naming what differs, where the
             file describes another model.
-        names: a configured flavor -> the name in the files of every parameter by its name here. Tied parameters have
-            several names here and one there.
+        weights: a configured flavor -> where every parameter is in the files.
         ignored: a regular expression; tensors in the files whose whole name matches hold nothing to load.
     """
 
     to_config: Callable[[Any], dict[str, Any]]
     from_config: Callable[[Mapping[str, Any]], Any]
     check: Callable[[Any, Mapping[str, Any]], None]
-    names: Callable[[Any], dict[str, str]]
+    weights: Callable[[Any], WeightMap]
     ignored: str | None = None
 
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """A model family, as builders.
+    """A model family.
 
     Attributes:
-        flavors: the sizes, by name; what an entry is, only the family knows.
-        configure: ``(flavor, vocab_size, seq_len)`` -> the flavor completed for a tokenizer and a sequence length.
-        build: a configured flavor -> the module, called under the meta device. Its ``init_weights(init)`` fills every
-            parameter through :class:`titanlite.distributed.init.WeightInit`, and every buffer. ``forward`` maps token
-            ids [batch, seq_len] to logits [batch, seq_len, vocab_size].
-        check: ``(configured flavor, mesh, config)``; raises :class:`ConfigError` where the degrees of parallelism, or
-            other options, do not fit the flavor. Called before anything is built.
-        chain: a built module -> the names of its children, and of the entries of its ``ModuleDict``, in the order of
-            the forward: where pipeline parallelism can cut it. Names in one tuple stay together. In the part that a
-            pipeline stage has, the other children are None, and ``forward`` takes and returns hidden states
-            [batch, seq_len, dim] where it has not the model's ends.
-        parallelize: ``(module or part of it, mesh, config)`` shards it in place, and returns what it did, for the log.
-        size: a built module -> the numbers that FLOPs follow from.
+        flavors: the sizes, by name. They are dataclasses of one type, with ``vocab_size``, the token ids that the model
+            knows, ``max_seq_len``, the positions, ``n_layers``, ``head_size``, ``tie_embeddings``, the sizes that
+            ``layout.divisible`` names, and ``configured(vocab_size, seq_len)``, which returns the flavor completed for
+            a tokenizer and a sequence length, or raises ``ValueError``.
+        build: a configured flavor -> the module, called under the meta device. ``forward`` maps token ids [batch,
+            seq_len] to logits [batch, seq_len, vocab_size]; ``init_weights(init)`` fills every parameter through
+            :class:`titanlite.distributed.init.WeightInit`, and every buffer; ``size()`` returns a
+            :class:`~titanlite.models.layers.ModelSize`; ``args`` is the flavor; ``positions`` is a slot for the
+            positions of a process's tokens. Its blocks have a slot ``run`` and a method ``compute``. In the part that a
+            pipeline stage has, the children that belong to others are None, and ``forward`` takes and returns hidden
+            states [batch, seq_len, dim] where it has not the model's ends.
+        layout: what its parts are.
         hugging_face: None for a family that ``transformers`` does not have.
-        tensor_parallel: the part of ``parallelize`` that splits layers, ``(module, mesh, config)``, for models that
-            are not trained, which have no use for FSDP2. None: they run on one process.
-
-    For text from a checkpoint, and for conversion, the flavors are dataclasses of one type, with ``vocab_size``, the
-    token ids that the model knows, and ``max_seq_len``, the positions; :mod:`titanlite.inference.generate` says what
-    it needs of the module.
     """
 
     name: str
     flavors: Mapping[str, Any]
-    configure: Callable[[Any, int, int], Any]
-    build: Callable[[Any], nn.Module]
-    check: Callable[[Any, Mesh, JobConfig], None]
-    chain: Callable[[nn.Module], list[tuple[str, ...]]]
-    parallelize: Callable[[nn.Module, Mesh, JobConfig], dict[str, str]]
-    size: Callable[[nn.Module], ModelSize]
+    build: Callable[[Any], nn.Module] = Decoder
+    layout: Layout = LAYOUT
     hugging_face: HuggingFaceFormat | None = None
-    tensor_parallel: Callable[[nn.Module, Mesh, JobConfig], str] | None = None
 
     def flavor(self, name: str) -> Any:
-        """A flavor, or a :class:`ConfigError` that lists the known ones."""
+        """Return a flavor.
+
+        Raises:
+            ConfigError: there is no such flavor; lists the known ones.
+        """
         if name not in self.flavors:
             raise ConfigError(
                 f"{self.name} has no such flavor{nearest(name, self.flavors)}; it has {', '.join(self.flavors)}",
@@ -92,6 +82,20 @@ class ModelSpec:
                 value=name,
             )
         return self.flavors[name]
+
+    def configure(self, flavor: Any, vocab_size: int, seq_len: int) -> Any:
+        """Return ``flavor`` completed for a tokenizer and a sequence length.
+
+        Raises:
+            ConfigError: the tokenizer does not fit.
+        """
+        try:
+            return flavor.configured(vocab_size, seq_len)
+        except ValueError as e:
+            raise ConfigError(
+                f"model.tokenizer_path: {e}; take the tokenizer that belongs to the model, or a flavor that takes any "
+                "vocabulary, such as debugmodel"
+            ) from e
 
 
 _registry: Registry[ModelSpec] = Registry("model", "model.name")

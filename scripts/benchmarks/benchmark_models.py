@@ -5,17 +5,17 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from titanlite.models.llama3.model import Llama3Args
+from titanlite.models.layers import DecoderArgs
 from titanlite.models.spec import get_model_spec, register_model
 
 FAMILY = "llama3_benchmark"
 _llama3 = get_model_spec("llama3")
 
-FLAVORS: dict[str, Llama3Args] = {
+FLAVORS: dict[str, DecoderArgs] = {
     **{f"8B-{layers}": replace(_llama3.flavors["8B"], n_layers=layers) for layers in range(1, 33)},
     # GPT-2 small's width and depth, for curves of the loss: 88 million parameters with titanlite's own vocabulary.
-    "100M": Llama3Args(dim=768, n_layers=12, n_heads=12, n_kv_heads=12, ffn_dim=2048, vocab_size=0),
-    "toy": Llama3Args(dim=64, n_layers=2, n_heads=4, n_kv_heads=2, ffn_dim=256, vocab_size=8192),
+    "100M": DecoderArgs(dim=768, n_layers=12, n_heads=12, n_kv_heads=12, ffn_dim=2048, vocab_size=0),
+    "toy": DecoderArgs(dim=64, n_layers=2, n_heads=4, n_kv_heads=2, ffn_dim=256, vocab_size=8192),
 }
 
 register_model(replace(_llama3, name=FAMILY, flavors=FLAVORS))

@@ -29,13 +29,13 @@ import torch
 from titanlite.checkpoint.state import local_bytes, model_state, optimizer_state
 from titanlite.config import load_config
 from titanlite.distributed.runtime import stop_runtime
-from titanlite.models.llama3.model import Llama3Args
+from titanlite.models.layers import DecoderArgs
 from titanlite.models.llama3.spec import FLAVORS
 from titanlite.train import Trainer
 
 ROOT = Path(__file__).parents[2]
 # Tensors of 1 to 11 MB: what a save costs beyond its bytes, it costs for each tensor.
-FLAVORS["bench"] = Llama3Args(dim=1024, n_layers=6, n_heads=16, n_kv_heads=8, ffn_dim=2816, vocab_size=0)
+FLAVORS["bench"] = DecoderArgs(dim=1024, n_layers=6, n_heads=16, n_kv_heads=8, ffn_dim=2816, vocab_size=0)
 HOW = ("none", "waited for", "background", "a process beside it")
 HASHING = """
 import hashlib, sys, time

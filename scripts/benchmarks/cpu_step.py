@@ -82,8 +82,8 @@ def same_model(trainer: Trainer) -> nn.Module:
     config = transformers.LlamaConfig(**hugging_face.to_config(trainer.model_args))
     config._attn_implementation = "sdpa"
     model: nn.Module = transformers.LlamaForCausalLM(config)
-    names = hugging_face.names(trainer.model_args)
-    weights = {names[name]: param.full_tensor() for name, param in ours.named_parameters()}  # type: ignore[attr-defined]
+    places = hugging_face.weights(trainer.model_args)
+    weights = {str(places[name]): param.full_tensor() for name, param in ours.named_parameters()}  # type: ignore[attr-defined]
     model.load_state_dict(weights)
     return model.train()
 

@@ -36,7 +36,7 @@ BYTES_PER_PARAMETER = 4 + 8 + 2
 
 def block_parameters(flavor: str) -> int:
     args = FLAVORS[flavor]
-    kv = args.n_kv_heads * args.head_dim
+    kv = args.n_kv_heads * args.head_size
     return 2 * args.dim * (args.dim + kv) + 3 * args.dim * args.ffn_dim + 2 * args.dim
 
 

@@ -30,12 +30,12 @@ from torchtitan.models.llama3.infra.parallelize import apply_fsdp
 from torchtitan.models.llama3.model.args import RoPEScalingArgs
 from torchtitan.protocols.model_converter import build_model_converters
 
-from models.llama3.model import Llama3, Llama3Args
 from titanlite.config import JobConfig as OurConfig
 from titanlite.distributed.init import WeightInit
+from titanlite.models.layers import Decoder, DecoderArgs
 
 
-def model_args(ours: Llama3Args) -> TransformerModelArgs:
+def model_args(ours: DecoderArgs) -> TransformerModelArgs:
     """torchtitan's words for a shape of ours; Llama 3's rotary frequencies, without the scaling of 3.1."""
     shape: dict[str, Any] = {
         "n_layers": ours.n_layers,
@@ -94,7 +94,7 @@ class Peer:
         return loss.detach(), grad_norm
 
 
-def build(ours: OurConfig, args: Llama3Args, device: torch.device) -> Peer:
+def build(ours: OurConfig, args: DecoderArgs, device: torch.device) -> Peer:
     """Their step for a configuration of ours.
 
     Args:
@@ -123,10 +123,10 @@ def build(ours: OurConfig, args: Llama3Args, device: torch.device) -> Peer:
 
 
 @torch.no_grad()
-def copy_weights(args: Llama3Args, model: nn.Module, device: torch.device, seed: int) -> None:
+def copy_weights(args: DecoderArgs, model: nn.Module, device: torch.device, seed: int) -> None:
     """Give ``model`` the weights that titanlite begins with under ``seed``."""
     with torch.device("meta"):
-        ours = Llama3(args)
+        ours = Decoder(args)
     ours.to_empty(device=device)
     ours.init_weights(WeightInit(ours, seed))
     wrappers = ("_orig_mod.", "_checkpoint_wrapped_module.")
@@ -138,7 +138,7 @@ def copy_weights(args: Llama3Args, model: nn.Module, device: torch.device, seed:
     for name, param in ours.named_parameters():
         value = param.detach()
         if name.endswith(("attention.wq.weight", "attention.wk.weight")):
-            halves = value.view(-1, 2, args.head_dim // 2, value.shape[1])
+            halves = value.view(-1, 2, args.head_size // 2, value.shape[1])
             value = halves.transpose(1, 2).reshape(value.shape)
         target = theirs.pop(name)
         assert target.shape == value.shape, (name, target.shape, value.shape)

@@ -80,7 +80,7 @@ def torchtitan_step(config: JobConfig) -> tuple[Step, int]:
         return peer(batch.inputs[0], batch.labels[0])
 
     with torch.device("meta"):
-        size = spec.size(spec.build(args))
+        size = spec.build(args).size()  # type: ignore[operator]
     return step, flops_per_token(size, config.training.seq_len)
 
 

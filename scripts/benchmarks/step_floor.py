@@ -29,7 +29,7 @@ from cost import BF16, Ceilings, Gemm
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from titanlite.models.llama3.model import Llama3, Llama3Args
+from titanlite.models.layers import Decoder, DecoderArgs
 
 SEQ_LEN = 8192
 _PARTS = ("matmul_s", "matmul_again_s", "attention_s", "memory_s", "memory_again_s", "casts_s", "casts_again_s")
@@ -42,8 +42,8 @@ PER_PARAMETER = 6 + 6 + 4 + 28
 class Linears:
     """(features in, features out) of a block's linear layers, in the order of the forward."""
 
-    def __init__(self, args: Llama3Args) -> None:
-        heads, kv, ffn = args.dim, args.n_kv_heads * args.head_dim, args.ffn_dim
+    def __init__(self, args: DecoderArgs) -> None:
+        heads, kv, ffn = args.dim, args.n_kv_heads * args.head_size, args.ffn_dim
         self.all = {
             "wq": (args.dim, heads),
             "wk": (args.dim, kv),
@@ -59,7 +59,7 @@ class Linears:
         self.inputs = [args.dim, heads, args.dim]
 
 
-def step_gemms(args: Llama3Args, recipe: str, tokens: int) -> tuple[list[Gemm], list[Gemm]]:
+def step_gemms(args: DecoderArgs, recipe: str, tokens: int) -> tuple[list[Gemm], list[Gemm]]:
     """Of the whole step: what is computed, and what is computed again. The output projection is in bfloat16."""
     linears = Linears(args)
     once = [gemm for size in linears.all.values() for gemm in cost.gemms(recipe, tokens, *size)]
@@ -67,7 +67,7 @@ def step_gemms(args: Llama3Args, recipe: str, tokens: int) -> tuple[list[Gemm], 
     return once * args.n_layers + cost.gemms("bf16", tokens, args.dim, args.vocab_size), again * args.n_layers
 
 
-def cast_bytes(args: Llama3Args, recipe: str, tokens: int, scales_follow: bool) -> int:
+def cast_bytes(args: DecoderArgs, recipe: str, tokens: int, scales_follow: bool) -> int:
     """Of the casts but that of SwiGLU's product, and the passes that apply scales, of all layers."""
     linears = Linears(args)
     found = sum(tokens * k * cost.input_bytes(recipe, k) for k in linears.inputs)
@@ -77,7 +77,7 @@ def cast_bytes(args: Llama3Args, recipe: str, tokens: int, scales_follow: bool) 
     return found * args.n_layers
 
 
-def cast_again_bytes(args: Llama3Args, recipe: str, tokens: int) -> int:
+def cast_again_bytes(args: DecoderArgs, recipe: str, tokens: int) -> int:
     """Of the casts that are computed again: largest magnitudes are kept, the casts themselves are not."""
     linears = Linears(args)
     found = sum(tokens * k * cost.input_bytes(recipe, k, again=True) for k in linears.inputs)
@@ -85,10 +85,10 @@ def cast_again_bytes(args: Llama3Args, recipe: str, tokens: int) -> int:
     return found * args.n_layers
 
 
-def memory_bytes(args: Llama3Args, recipe: str, tokens: int) -> tuple[int, int]:
+def memory_bytes(args: DecoderArgs, recipe: str, tokens: int) -> tuple[int, int]:
     """Of all that is neither matmul nor attention nor cast, where each operation is fused with its neighbours as far
     as matmuls and attention let it, and of SwiGLU with its casts: in the step, and of that what is computed again."""
-    kv = args.n_kv_heads * args.head_dim
+    kv = args.n_kv_heads * args.head_size
     # Each norm with the addition before it: the stream and the branch in, the sum and the normalized out. Backward: the
     # gradients of both and the stream in, its gradient out. Again: the stream in, the normalized out.
     norms, norms_backward, norms_again = 2 * 4 * args.dim, 2 * 4 * args.dim, 2 * 2 * args.dim
@@ -101,7 +101,7 @@ def memory_bytes(args: Llama3Args, recipe: str, tokens: int) -> tuple[int, int]:
     # The embeddings in and out, the last norm, and the logits, whose gradient is written where they were read.
     ends = 2 * args.dim + 5 * args.dim + 2 * args.vocab_size
     with torch.device("meta"):
-        parameters = sum(p.numel() for p in Llama3(args).parameters())
+        parameters = sum(p.numel() for p in Decoder(args).parameters())
     once = tokens * (args.n_layers * block + BF16 * ends) + PER_PARAMETER * parameters
     return once, tokens * args.n_layers * again
 
@@ -130,12 +130,12 @@ class Clock:
             self.known[key] = self._seconds({"": way})
         return self.known[key]
 
-    def attention(self, args: Llama3Args, batch: int, seq_len: int) -> float:
+    def attention(self, args: DecoderArgs, batch: int, seq_len: int) -> float:
         """Of one layer, forward and backward."""
-        key = ("attention", args.n_heads, args.n_kv_heads, args.head_dim, batch, seq_len)
+        key = ("attention", args.n_heads, args.n_kv_heads, args.head_size, batch, seq_len)
         if key not in self.known:
             random = functools.partial(torch.randn, device=self.device, dtype=torch.bfloat16, requires_grad=True)
-            q, k, v = (random(batch, h, seq_len, args.head_dim) for h in (args.n_heads, *[args.n_kv_heads] * 2))
+            q, k, v = (random(batch, h, seq_len, args.head_size) for h in (args.n_heads, *[args.n_kv_heads] * 2))
             grad = torch.randn_like(q)
 
             def step(backend: SDPBackend | None) -> tuple[Tensor, ...]:
@@ -167,7 +167,7 @@ class Given:
     def gemm(self, gemm: Gemm) -> float:
         return gemm.seconds(self.at)
 
-    def attention(self, args: Llama3Args, batch: int, seq_len: int) -> float:
+    def attention(self, args: DecoderArgs, batch: int, seq_len: int) -> float:
         # Two matmuls in forward, five in backward, which computes the scores again; half of each is masked.
         return 7 * batch * seq_len**2 * args.dim / self.attention_rate
 
@@ -183,11 +183,11 @@ def predicted(at: Ceilings, attention_rate: float, layers: int, batches: list[in
     return rows
 
 
-def model_of(row: dict[str, Any], toy: bool) -> Llama3Args:
+def model_of(row: dict[str, Any], toy: bool) -> DecoderArgs:
     return FLAVORS["toy" if toy else f"8B-{row['layers']}"]
 
 
-def floor(row: dict[str, Any], args: Llama3Args, at: Ceilings, clock: Clock | Given) -> dict[str, Any]:
+def floor(row: dict[str, Any], args: DecoderArgs, at: Ceilings, clock: Clock | Given) -> dict[str, Any]:
     """The floor of the step of ``row``, which may have measured it, and its parts, in seconds."""
     tokens = row["batch"] * row["seq_len"]
     once, again = step_gemms(args, row["config"], tokens)

@@ -28,6 +28,7 @@ from torch import nn
 from titanlite.config import load_config
 from titanlite.data import Batch
 from titanlite.distributed.init import WeightInit
+from titanlite.distributed.parallelize import parallelize
 from titanlite.distributed.runtime import stop_runtime
 from titanlite.optim import build_optimizer, cross_entropy_loss
 from titanlite.train import Trainer
@@ -41,7 +42,7 @@ def bare_step(trainer: Trainer, batch: Batch) -> Callable[[], None]:
     args = trainer.spec.configure(trainer.flavor, trainer.tokenizer.vocab_size, config.training.seq_len)
     with torch.device("meta"):
         model = trainer.spec.build(args)
-    trainer.spec.parallelize(model, trainer.mesh, config)
+    parallelize(model, trainer.spec.layout, trainer.mesh, config)
     model.to_empty(device=device)
     model.init_weights(WeightInit(model, trainer.seed))  # type: ignore[operator]
     optimizer = build_optimizer(model.parameters(), copy.deepcopy(config.optimizer))

@@ -24,7 +24,7 @@ from tests.distributed.parallel import share_meshes
 from titanlite import train
 from titanlite.config import load_config
 from titanlite.errors import TrainingError
-from titanlite.models.llama3.model import Llama3Args
+from titanlite.models.layers import DecoderArgs
 from titanlite.models.llama3.spec import FLAVORS
 from titanlite.train import Trainer
 
@@ -132,7 +132,7 @@ def local(tensor: Tensor) -> Tensor:
 
 def report(cases: dict[str, Any], folder: Path) -> dict[str, Any]:
     """What each case did, on this rank."""
-    FLAVORS["tiny"] = Llama3Args(dim=32, n_layers=2, n_heads=2, n_kv_heads=2, ffn_dim=64, vocab_size=0)
+    FLAVORS["tiny"] = DecoderArgs(dim=32, n_layers=2, n_heads=2, n_kv_heads=2, ffn_dim=64, vocab_size=0)
     share_meshes()
     reports = {}
     for name, case in cases.items():

@@ -16,13 +16,13 @@ from titanlite.distributed import runtime
 from titanlite.distributed.data_parallel import allocate
 from titanlite.distributed.init import WeightInit
 from titanlite.distributed.mesh import Mesh, build_mesh
-from titanlite.inference.generate import Decoder, Sampling, generate
-from titanlite.models.llama3.model import Llama3, Llama3Args
+from titanlite.inference.generate import Sampling, TokenSampler, generate
+from titanlite.models.layers import Decoder, DecoderArgs
 from titanlite.models.llama3.spec import FLAVORS
 from titanlite.models.spec import get_model_spec
 from titanlite.training.build import build_model
 
-TINY = Llama3Args(dim=64, n_layers=2, n_heads=4, n_kv_heads=2, ffn_dim=64, vocab_size=128, max_seq_len=40)
+TINY = DecoderArgs(dim=64, n_layers=2, n_heads=4, n_kv_heads=2, ffn_dim=64, vocab_size=128, max_seq_len=40)
 VOCAB_SIZE = 100  # in tensor parallelism the second process has few of them
 PROMPT = [1, 2, 3]  # sequence parallelism divides neither this nor a single token
 SAMPLINGS = {"greedy": Sampling(temperature=0), "drawn": Sampling(0.9, top_k=50, top_p=0.95, seed=3)}
@@ -63,15 +63,15 @@ FLOAT32 = {
 }
 
 
-def texts(decoder: Decoder) -> dict[str, list[int]]:
+def texts(decoder: TokenSampler) -> dict[str, list[int]]:
     found = {name: generate(decoder, PROMPT, 12, sampling).ids for name, sampling in SAMPLINGS.items()}
     return found | {"uncached": generate(decoder, PROMPT, 12, SAMPLINGS["drawn"], cached=False).ids}
 
 
 def whole(device: torch.device) -> dict[str, list[int]]:
-    model = Llama3(TINY)
+    model = Decoder(TINY)
     model.init_weights(WeightInit(model, seed=0))
-    return texts(Decoder(model, device, 40, VOCAB_SIZE))
+    return texts(TokenSampler(model, device, 40, VOCAB_SIZE))
 
 
 def spread(options: dict[str, Any], mesh: Mesh, here: runtime.Runtime) -> dict[str, Any]:
@@ -81,7 +81,7 @@ def spread(options: dict[str, Any], mesh: Mesh, here: runtime.Runtime) -> dict[s
     model.init_weights(WeightInit(model, seed=0))  # type: ignore[operator]
     model.train()
     sharded_logits = not config.parallelism.disable_loss_parallel
-    decoder = Decoder(model, here.device, 40, VOCAB_SIZE, mesh.tp, sharded_logits, here.control)
+    decoder = TokenSampler(model, here.device, 40, VOCAB_SIZE, mesh.tp, sharded_logits, here.control)
     before = step(model)
     compiled = counters["stats"]["unique_graphs"]
     found = texts(decoder)

@@ -1,6 +1,6 @@
 """A worker: reads a folder of weights into models that are sharded in different ways; reports what is wrong.
 
-The folder's folders plain, tied and float8 hold weights of seed 3.
+The folder's folders plain, tied, float8 and fused hold weights of seed 3.
 """
 
 from __future__ import annotations
@@ -19,20 +19,21 @@ from titanlite.checkpoint import hugging_face
 from titanlite.checkpoint.hugging_face import HuggingFaceFolder
 from titanlite.distributed.data_parallel import allocate
 from titanlite.distributed.init import WeightInit
+from titanlite.distributed.parallelize import chain, parallelize
 from titanlite.distributed.pipeline import part_of
 from titanlite.float8 import Float8LinearConfig, convert_to_float8_training
-from titanlite.models.llama3.hugging_face import HUGGING_FACE
-from titanlite.models.llama3.model import Llama3, Llama3Args
-from titanlite.models.llama3.parallelize import parallelize
-from titanlite.models.llama3.spec import chain
+from titanlite.models.layers import LAYOUT, Decoder, DecoderArgs
+from titanlite.models.llama3.spec import HUGGING_FACE
+from titanlite.models.weight_map import Place, Rows, Stack, WeightMap
 from titanlite.quant.fsdp import ShardedWeight
 
 # Sizes that four do not divide: FSDP's shards are uneven, and some are empty.
-ARGS = Llama3Args(dim=40, n_layers=3, n_heads=4, n_kv_heads=2, ffn_dim=54, vocab_size=70, max_seq_len=8)
+ARGS = DecoderArgs(dim=40, n_layers=3, n_heads=4, n_kv_heads=2, ffn_dim=54, vocab_size=70, max_seq_len=8)
 FOLDERS = {
     "plain": ARGS,
     "tied": replace(ARGS, tie_embeddings=True),
     "float8": replace(ARGS, dim=64, ffn_dim=112),  # which wants multiples of 16
+    "fused": ARGS,
 }
 SEED = 3
 
@@ -46,7 +47,21 @@ CASES: dict[str, tuple[str, dict[str, int]]] = {
     "pp_fsdp": ("plain", {"pp": 2, "shard": 2}),
     "pp_tp": ("plain", {"pp": 2, "tp": 2}),
     "fsdp_float8": ("float8", {"shard": 4}),
+    "fsdp_fused": ("fused", {"shard": 4}),
+    "fsdp_tp_fused": ("fused", {"shard": 2, "tp": 2}),
 }
+
+
+def weights_of(kind: str) -> WeightMap:
+    """Where the parameters are in a folder of this kind; in "fused" some share a tensor, and some are several."""
+    args = FOLDERS[kind]
+    places: dict[str, Place] = dict(HUGGING_FACE.weights(args))
+    for i in range(args.n_layers) if kind == "fused" else ():
+        for start, name in ((0, "w1"), (args.ffn_dim, "w3")):
+            places[f"layers.{i}.feed_forward.{name}.weight"] = Rows(f"gate_up.{i}", start, start + args.ffn_dim)
+        rows = range(args.n_kv_heads * args.head_size)
+        places[f"layers.{i}.attention.wk.weight"] = Stack(tuple(f"key.{i}.{row}" for row in rows))
+    return places
 
 
 class Counting:
@@ -72,19 +87,19 @@ class Counting:
         return found
 
 
-def build(args: Llama3Args, degrees: dict[str, int], float8: bool) -> Llama3:
+def build(args: DecoderArgs, degrees: dict[str, int], float8: bool) -> Decoder:
     """This process's part, with the weights of another seed."""
     mesh, config = mesh_of(**degrees), config_of("default")
     with torch.device("meta"):
-        model = Llama3(args)
+        model = Decoder(args)
     if float8:
         options = Float8LinearConfig(enable_fsdp_float8_all_gather=True, emulate=True)
         convert_to_float8_training(model, config=options, module_filter_fn=lambda _, name: name != "output")
     if mesh.pp.size() > 1:
-        names = [name for entry in chain(model) for name in entry]
+        names = [name for entry in chain(model, LAYOUT) for name in entry]
         half = names.index("layers.2")
         model = part_of(model, names[half:] if mesh.pp.get_local_rank() else names[:half])  # type: ignore[assignment]
-    parallelize(model, mesh, config)
+    parallelize(model, LAYOUT, mesh, config)
     allocate(model, torch.device("cpu"), config)
     model.init_weights(WeightInit(model, 0))
     return model
@@ -92,7 +107,7 @@ def build(args: Llama3Args, degrees: dict[str, int], float8: bool) -> Llama3:
 
 def problems(out: Path, kind: str, degrees: dict[str, int]) -> list[str]:
     args = FOLDERS[kind]
-    whole = Llama3(args)
+    whole = Decoder(args)
     whole.init_weights(WeightInit(whole, SEED))
     model = build(args, degrees, kind == "float8")
     # The parameters that are gathered in float8 are tensors of a kind of their own; in the state dict they are plain.
@@ -100,7 +115,7 @@ def problems(out: Path, kind: str, degrees: dict[str, int]) -> list[str]:
     source = HuggingFaceFolder(out / kind)
     Counting.taken, opened = 0, hugging_face._opened
     hugging_face._opened = lambda file: Counting(opened(file))
-    source.load_into(state, HUGGING_FACE.names(args))
+    source.load_into(state, weights_of(kind))
     hugging_face._opened = opened
     found = []
     own = sum(tensor.to_local().numel() for tensor in state.values())

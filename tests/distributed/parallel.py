@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch._dynamo.utils import counters
 from torch.distributed.distributed_c10d import _resolve_process_group
 from torch.distributed.tensor import DTensor
@@ -25,13 +25,13 @@ from titanlite.config.schema import Comm
 from titanlite.data import Batch, DataLoader
 from titanlite.distributed import runtime
 from titanlite.distributed.mesh import Mesh
-from titanlite.models.llama3.model import Llama3Args
+from titanlite.models.layers import DecoderArgs
 from titanlite.models.llama3.spec import FLAVORS
 from titanlite.optim import IGNORED
 from titanlite.train import Trainer
 
 # As small as all dimensions allow, with grouped queries.
-TINY_MODEL = Llama3Args(dim=64, n_layers=4, n_heads=4, n_kv_heads=2, ffn_dim=128, vocab_size=0)
+TINY_MODEL = DecoderArgs(dim=64, n_layers=4, n_heads=4, n_kv_heads=2, ffn_dim=128, vocab_size=0)
 
 _KINDS = {
     "all_gather": ("_allgather_base_", "all_gather_into_tensor", "allgather_into_tensor_coalesced_"),
@@ -88,9 +88,9 @@ def ranks_of(group: dist.ProcessGroup) -> tuple[int, ...]:
     return (*dist.get_process_group_ranks(group),)
 
 
-def is_checkpointed(block: nn.Module) -> bool:
-    """Whether a block's forward, or what the compiler was given of it, is a call of ``checkpoint``."""
-    function = getattr(block.forward, "_torchdynamo_orig_callable", block.forward)
+def is_checkpointed(block: Any) -> bool:
+    """Whether the way to run a block, or what the compiler was given of it, is a call of ``checkpoint``."""
+    function = getattr(block.run, "_torchdynamo_orig_callable", block.run)
     return isinstance(function, functools.partial) and function.func is checkpoint
 
 

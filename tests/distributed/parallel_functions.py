@@ -26,6 +26,7 @@ from titanlite.distributed.data_parallel import allocate, reduce_gradients_after
 from titanlite.distributed.gradients import clip_gradients
 from titanlite.distributed.init import WeightInit
 from titanlite.distributed.mesh import Mesh, build_mesh
+from titanlite.distributed.parallelize import parallelize
 from titanlite.distributed.tensor_parallel import VocabParallelCrossEntropy, VocabParallelEmbedding
 from titanlite.float8 import (
     CastConfig,
@@ -35,12 +36,11 @@ from titanlite.float8 import (
     convert_to_float8_training,
     sync_float8_amax_and_scale_history,
 )
-from titanlite.models.llama3.model import Llama3, Llama3Args
-from titanlite.models.llama3.parallelize import parallelize
+from titanlite.models.layers import LAYOUT, Decoder, DecoderArgs
 from titanlite.optim import IGNORED, cross_entropy_loss
 
 CHECKS: dict[str, Callable[[], None]] = {}
-SMALL = Llama3Args(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, ffn_dim=64, vocab_size=64, max_seq_len=8)
+SMALL = DecoderArgs(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, ffn_dim=64, vocab_size=64, max_seq_len=8)
 
 
 def check(function: Callable[..., None]) -> Callable[..., None]:
@@ -309,11 +309,11 @@ def config_of(reshard: str) -> JobConfig:
     return load_config([f"--{key}={value}" for key, value in given.items()])
 
 
-def sharded(mesh: Mesh, args: Llama3Args = SMALL, reshard: str = "default") -> Llama3:
+def sharded(mesh: Mesh, args: DecoderArgs = SMALL, reshard: str = "default") -> Decoder:
     config = config_of(reshard)
     with torch.device("meta"):
-        model = Llama3(args)
-    parallelize(model, mesh, config)
+        model = Decoder(args)
+    parallelize(model, LAYOUT, mesh, config)
     allocate(model, torch.device("cpu"), config)
     model.init_weights(WeightInit(model, 0))
     return model
@@ -356,7 +356,7 @@ def gradients_are_reduced_once_per_step(given: dict[str, int]) -> None:
     groups = SMALL.n_layers + 2
     assert counts[1] == counts[3] == (groups, groups if "replicate" in given else 0), counts
     every = everybody((inputs, labels))
-    one = Llama3(SMALL)
+    one = Decoder(SMALL)
     one.init_weights(WeightInit(one, 0))
     x, y = (torch.cat([pair[i] for pair in every]) for i in (0, 1))
     (cross_entropy_loss(one(x), y) / y.numel()).backward()
@@ -408,7 +408,7 @@ def embedding(compiled: bool) -> None:
     assert split.weight.grad.full_tensor().abs().max() > 1
 
 
-def losses_of(model: Llama3, mesh: Mesh | None, loss_fn: Callable[[Tensor, Tensor], Tensor]) -> list[float]:
+def losses_of(model: Decoder, mesh: Mesh | None, loss_fn: Callable[[Tensor, Tensor], Tensor]) -> list[float]:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
     losses = []
     for step in range(3):
@@ -431,7 +431,7 @@ def losses_of(model: Llama3, mesh: Mesh | None, loss_fn: Callable[[Tensor, Tenso
 @check
 def tied_embeddings_stay_one_parameter() -> None:
     args, mesh = replace(SMALL, tie_embeddings=True), mesh_of(shard=2, tp=2)
-    one = Llama3(args)
+    one = Decoder(args)
     one.init_weights(WeightInit(one, 0))
     model = sharded(mesh, args)
     assert model.tok_embeddings is not None

@@ -12,8 +12,8 @@ from tests.support.runs import environment
 from titanlite.checkpoint.hugging_face_export import write_hugging_face
 from titanlite.data import load_tokenizer
 from titanlite.distributed.init import WeightInit
-from titanlite.models.llama3.hugging_face import HUGGING_FACE
-from titanlite.models.llama3.model import Llama3
+from titanlite.models.layers import Decoder
+from titanlite.models.llama3.spec import HUGGING_FACE
 
 PROCESSES = 4
 
@@ -23,14 +23,14 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, list[str]]
     """What was wrong on each process, by case."""
     out = tmp_path_factory.mktemp("hugging_face")
     for name, args in FOLDERS.items():
-        model = Llama3(args)
+        model = Decoder(args)
         model.init_weights(WeightInit(model, SEED))
         params = {key: param.detach() for key, param in model.named_parameters()}
         write_hugging_face(
             out / name,
             HUGGING_FACE.to_config(args),
             {key: param.shape for key, param in params.items()},
-            HUGGING_FACE.names(args),
+            hugging_face_shards.weights_of(name),
             lambda keys, params=params: {key: params[key] for key in keys},
             load_tokenizer(),
             dtype=torch.float32,

@@ -5,9 +5,9 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -21,6 +21,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from titanlite.errors import ConfigError
+from titanlite.models.weight_map import Place, Rows, Stack, WeightMap, tensors_of
 
 CONFIG = "config.json"
 SINGLE = "model.safetensors"
@@ -65,27 +66,27 @@ class HuggingFaceFolder:
         self.config = read_json(folder / CONFIG)
         self.tensors = _find_tensors(folder)
 
-    def check(self, shapes: Mapping[str, Sequence[int]], names: Mapping[str, str], ignored: str | None = None) -> None:
+    def check(self, shapes: Mapping[str, Sequence[int]], weights: WeightMap, ignored: str | None = None) -> None:
         """Compare the names and shapes of the tensors in the files with those of the model.
 
         Args:
             shapes: parameter name in the model -> shape. A part of the model is enough. If ranks have different parts,
                 pass the shapes of the whole model, so that all ranks get the same result.
-            names: parameter name in the model -> name in the files, for every parameter of the whole model.
+            weights: where every parameter of the whole model is in the files.
             ignored: a regular expression. Tensors in the files whose full name matches it are ignored.
 
         Raises:
             ConfigError: names are missing or unexpected, or shapes differ; the message lists the names.
         """
-        expected = dict.fromkeys(names.values())
+        expected = dict.fromkeys(tensor for place in weights.values() for tensor in tensors_of(place))
         extra = (name for name in self.tensors if name not in expected)
         problems = {
             "are not in its files": [name for name in expected if name not in self.tensors],
             "are in its files and not in the model": [n for n in extra if not ignored or not re.fullmatch(ignored, n)],
             "have another shape": [
-                f"{names[name]} {list(stored.shape)}, in the model {list(shape)}"
-                for name, shape in shapes.items()
-                if (stored := self.tensors.get(names[name])) and stored.shape != tuple(shape)
+                f"{tensor} {list(stored.shape)}, in the model {list(shape)}"
+                for tensor, shape in stored_shapes(shapes, weights).items()
+                if (stored := self.tensors.get(tensor)) and stored.shape != shape
             ],
         }
         lines = [_report(problem, tensors) for problem, tensors in problems.items() if tensors]
@@ -95,35 +96,46 @@ class HuggingFaceFolder:
                 "choose the flavor that they belong to"
             )
 
-    def load_into(self, state: Mapping[str, Tensor], names: Mapping[str, str], ignored: str | None = None) -> None:
+    def load_into(self, state: Mapping[str, Tensor], weights: WeightMap, ignored: str | None = None) -> None:
         """Copy weights into the tensors of ``state`` in place, one tensor at a time, converted to their dtypes.
 
         Args:
             state: parameter name in the model -> tensor or DTensor; of a DTensor only the local shard is read. A
                 pipeline stage passes only its own parameters. A tied parameter may appear under several names.
-            names, ignored: see :meth:`check`, which this method calls first.
+            weights, ignored: see :meth:`check`, which this method calls first.
 
         Raises:
             ConfigError: see :meth:`check`; or a file cannot be read. Then some tensors may already be filled.
         """
-        unknown = [name for name in state if name not in names]
+        unknown = [name for name in state if name not in weights]
         if unknown:
             raise ConfigError(f"{self.folder}: {_report('of the model have no name in Hugging Face files', unknown)}")
-        self.check({name: tensor.shape for name, tensor in state.items()}, names, ignored)
-        by_file: dict[Path, list[str]] = defaultdict(list)
-        for name in state:
-            by_file[self.tensors[names[name]].file].append(name)
-        for file, parameters in by_file.items():
-            with _opened(file) as source:
-                for name in parameters:
-                    _copy_local_shard(state[name], source.get_slice(names[name]))
+        self.check({name: tensor.shape for name, tensor in state.items()}, weights, ignored)
+        with self._files() as files:
+            for name, tensor in state.items():
+                _copy_local_shard(tensor, weights[name], lambda t: files(self.tensors[t].file).get_slice(t))
 
     @contextmanager
-    def opened(self) -> Iterator[Callable[[str], Tensor]]:
-        """Open all files; yield a function: tensor name in the files -> tensor, a view of its memory-mapped file."""
+    def opened(self) -> Iterator[Callable[[Place], Tensor]]:
+        """Yield a function: place in the files -> the parameter, a view of its memory-mapped file unless it is put
+        together from several tensors."""
+        with self._files() as files:
+
+            def whole(tensor: str) -> Tensor:
+                return files(self.tensors[tensor].file).get_tensor(tensor)  # type: ignore[no-any-return]
+
+            def get(place: Place) -> Tensor:
+                if isinstance(place, Stack):
+                    return torch.stack([whole(tensor) for tensor in place.tensors])
+                return whole(place.tensor)[place.start : place.stop] if isinstance(place, Rows) else whole(place)
+
+            yield get
+
+    @contextmanager
+    def _files(self) -> Iterator[Callable[[Path], Any]]:
+        """Yield a function that opens a file once and keeps it open."""
         with ExitStack() as stack:
-            files = {file: stack.enter_context(_opened(file)) for file in {t.file for t in self.tensors.values()}}
-            yield lambda name: files[self.tensors[name].file].get_tensor(name)
+            yield functools.cache(lambda file: stack.enter_context(_opened(file)))
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -198,15 +210,43 @@ def _opened(file: Path) -> Any:
         raise ConfigError(f"{file}: {problem}; download it again") from None
 
 
-def _copy_local_shard(tensor: Tensor, source: Any) -> None:
+def stored_shapes(shapes: Mapping[str, Sequence[int]], weights: WeightMap) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of the tensors in the files that hold parameters of these ``shapes``."""
+    stored: dict[str, tuple[int, ...]] = {}
+    for name, shape in shapes.items():
+        place = weights[name]
+        if isinstance(place, Stack):
+            stored |= dict.fromkeys(place.tensors, tuple(shape[1:]))
+        elif isinstance(place, Rows):
+            rows = max(p.stop for p in weights.values() if isinstance(p, Rows) and p.tensor == place.tensor)
+            stored[place.tensor] = (rows, *shape[1:])
+        else:
+            stored[place] = tuple(shape)
+    return stored
+
+
+def _copy_local_shard(tensor: Tensor, place: Place, source: Callable[[str], Any]) -> None:
+    """Fill ``tensor``, or the local shard of it, from the part of the files that holds it.
+
+    Args:
+        source: tensor name in the files -> what reads a slice of it.
+    """
     data = tensor.detach()
     slices: tuple[slice, ...] = tuple(slice(0, size) for size in data.shape)
     if isinstance(data, DTensor):
         shape, offset = compute_local_shape_and_global_offset(data.shape, data.device_mesh, data.placements)
         data, slices = data.to_local(), tuple(slice(start, start + size) for start, size in zip(offset, shape))
         assert data.shape == tuple(shape), (data.shape, shape)
-    if data.numel():
-        data.copy_(source[slices])
+    if not data.numel():
+        return
+    if isinstance(place, Stack):
+        for i, name in enumerate(place.tensors[slices[0]]):
+            data[i].copy_(source(name)[slices[1:]])
+    elif isinstance(place, Rows):
+        rows = slice(place.start + slices[0].start, place.start + slices[0].stop)
+        data.copy_(source(place.tensor)[(rows, *slices[1:])])
+    else:
+        data.copy_(source(place)[slices])
 
 
 def _report(predicate: str, names: Sequence[str]) -> str:

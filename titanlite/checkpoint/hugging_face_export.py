@@ -12,6 +12,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -19,9 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from titanlite.checkpoint.hugging_face import CONFIG, DTYPES, INDEX, SINGLE
+from titanlite.checkpoint.hugging_face import CONFIG, DTYPES, INDEX, SINGLE, stored_shapes
 from titanlite.data.tokenizer import Tokenizer
 from titanlite.errors import ConfigError
+from titanlite.models.weight_map import Place, Rows, Stack, WeightMap, tensors_of
 
 Shapes = Mapping[str, Sequence[int]]
 
@@ -33,7 +35,7 @@ def write_hugging_face(
     folder: Path,
     config: Mapping[str, Any],
     shapes: Shapes,
-    names: Mapping[str, str],
+    weights: WeightMap,
     get: Callable[[list[str]], Mapping[str, Tensor]],
     tokenizer: Tokenizer,
     *,
@@ -45,7 +47,7 @@ def write_hugging_face(
     Args:
         config: the contents of ``config.json``; the dtype and the ids of BOS and EOS are added.
         shapes: parameter name in the model -> shape, for every parameter, in the order of writing.
-        names: parameter name in the model -> name in the files. Of tied parameters only the first is written.
+        weights: where each parameter goes. Of tied parameters only the first is written.
         get: maps a list of parameter names, in order and all of one file, to their full tensors, of any dtype and
             device. Every parameter is requested once. The tensors of earlier calls may be freed.
         dtype: float16, bfloat16 or float32.
@@ -65,55 +67,100 @@ def write_hugging_face(
         for name, content in texts.items():
             (partial / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         tokenizer.save(partial)
-        _write_weights(partial, shapes, names, get, dtype, max_shard_bytes)
+        _write_weights(partial, shapes, weights, get, dtype, max_shard_bytes)
 
 
-def plan_shards(shapes: Shapes, itemsize: int, max_shard_bytes: int) -> list[list[str]]:
-    """Return the parameter names of each file, in order. A file takes as many as fit, and at least one."""
-    return _group(list(shapes), lambda name: prod(shapes[name]) * itemsize, max_shard_bytes)
+@dataclass
+class Unit:
+    """What is read and written together: parameters that share a tensor in the files, or one that is several there.
+
+    Attributes:
+        parameters: their names, in the order of their rows.
+        tensors: the names and shapes of the tensors in the files.
+        stacked: the parameter is a stack of the tensors.
+    """
+
+    parameters: list[str]
+    tensors: dict[str, tuple[int, ...]]
+    stacked: bool = False
+
+    @property
+    def elements(self) -> int:
+        return sum(map(prod, self.tensors.values()))
+
+    def split(self, values: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+        """Yield the tensors of the files, made of the parameters."""
+        parts = [values[name] for name in self.parameters]
+        if self.stacked:
+            yield from zip(self.tensors, parts[0], strict=True)
+        else:
+            yield next(iter(self.tensors)), parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def _group(names: list[str], size: Callable[[str], int], limit: int) -> list[list[str]]:
-    groups: list[list[str]] = []
+def units(shapes: Shapes, weights: WeightMap) -> list[Unit]:
+    """Return the units of parameters of these ``shapes``, in their order; of tied parameters only the first."""
+    stored = stored_shapes(shapes, weights)
+    by_tensor: dict[str, Unit] = {}
+    places: set[Place] = set()
+    for name in shapes:
+        place = weights[name]
+        if place in places:
+            continue
+        places.add(place)
+        tensors = tensors_of(place)
+        if tensors[0] in by_tensor:
+            by_tensor[tensors[0]].parameters.append(name)
+        else:
+            by_tensor[tensors[0]] = Unit([name], {t: stored[t] for t in tensors}, isinstance(place, Stack))
+    for unit in by_tensor.values():
+        unit.parameters.sort(key=lambda name: _first_row(weights[name]))
+    return list(by_tensor.values())
+
+
+def _first_row(place: Place) -> int:
+    return place.start if isinstance(place, Rows) else 0
+
+
+def group(planned: Sequence[Unit], itemsize: int, limit: int) -> list[list[Unit]]:
+    """Return the units in groups, in order. A group takes as many as fit into ``limit`` bytes, and at least one."""
+    groups: list[list[Unit]] = []
     filled = 0
-    for name in names:
-        if not groups or filled + size(name) > limit:
+    for unit in planned:
+        size = unit.elements * itemsize
+        if not groups or filled + size > limit:
             groups.append([])
             filled = 0
-        groups[-1].append(name)
-        filled += size(name)
+        groups[-1].append(unit)
+        filled += size
     return groups
 
 
 def _write_weights(
     folder: Path,
     shapes: Shapes,
-    names: Mapping[str, str],
+    weights: WeightMap,
     get: Callable[[list[str]], Mapping[str, Tensor]],
     dtype: torch.dtype,
     max_shard_bytes: int,
 ) -> None:
-    first: dict[str, str] = {}
-    for name in shapes:
-        first.setdefault(names[name], name)
-    shapes = {name: shapes[name] for name in first.values()}
-    shards = plan_shards(shapes, dtype.itemsize, max_shard_bytes)
+    shards = group(units(shapes, weights), dtype.itemsize, max_shard_bytes)
     files = [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
     if len(shards) == 1:
         files = [SINGLE]
     else:
-        weight_map = {names[name]: file for file, shard in zip(files, shards) for name in shard}
-        total = sum(prod(shape) for shape in shapes.values()) * dtype.itemsize
+        weight_map = {tensor: file for file, shard in zip(files, shards) for unit in shard for tensor in unit.tensors}
+        total = sum(unit.elements for shard in shards for unit in shard) * dtype.itemsize
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     for file, shard in zip(files, shards):
         with (folder / file).open("wb") as out:
-            out.write(_header({names[name]: shapes[name] for name in shard}, dtype))
-            for batch in _group(shard, lambda name: prod(shapes[name]), _BATCH):
-                tensors = get(batch)
-                for name in batch:
-                    out.write(_bytes(name, tensors[name], shapes[name], dtype))
-                del tensors  # free them before the next batch is read
+            out.write(_header({name: shape for unit in shard for name, shape in unit.tensors.items()}, dtype))
+            for batch in group(shard, 1, _BATCH):
+                values = get([name for unit in batch for name in unit.parameters])
+                for unit in batch:
+                    for name, tensor in unit.split(values):
+                        out.write(_bytes(name, tensor, unit.tensors[name], dtype))
+                del values, tensor  # free them before the next batch is read
 
 
 def _header(shapes: Shapes, dtype: torch.dtype) -> bytes:

@@ -26,11 +26,8 @@ _COMMUNICATION = {torch.ops._c10d_functional.reduce_scatter_tensor.default}
 
 
 def apply_activation_checkpoint(blocks: nn.ModuleDict, options: ActivationCheckpoint) -> str:
-    """Wrap the forward of each block that ``options`` selects; returns what was done, in words. The names of the blocks
-    are their numbers, from 0.
-
-    The forward is replaced on the instance: no wrapper module, so names in state dicts stay as they are.
-    """
+    """Fill the slot ``run`` of each block that ``options`` selects; returns what was done, in words. The names of the
+    blocks are their numbers, from 0."""
     if options.mode == "none":
         return "none"
     if options.mode == "selective" and options.selective_ac_option == "op":
@@ -45,8 +42,9 @@ def apply_activation_checkpoint(blocks: nn.ModuleDict, options: ActivationCheckp
     return f"{options.mode}, {len(chosen)} of {len(blocks)} blocks"
 
 
-def _wrap(block: nn.Module, **kwargs: Any) -> None:
-    block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False, **kwargs)  # type: ignore[method-assign]
+def _wrap(block: Any, **kwargs: Any) -> None:
+    run = block.run or block.compute
+    block.run = partial(checkpoint, run, use_reentrant=False, preserve_rng_state=False, **kwargs)
 
 
 def _op_contexts() -> Any:

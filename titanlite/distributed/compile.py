@@ -86,6 +86,7 @@ def compiled(function: Callable[..., Any], options: Compile) -> Callable[..., An
 
 
 def compile_blocks(blocks: nn.ModuleDict, options: Compile) -> None:
-    """Compile each block's forward, in place: names in state dicts stay, and FSDP's hooks stay outside the graph."""
+    """Fill the slot ``run`` of each block with its compiled computation: FSDP's hooks stay outside the graph."""
+    block: Any
     for block in blocks.values():
-        block.forward = compiled(block.forward, options)  # type: ignore[method-assign]
+        block.run = compiled(block.run or block.compute, options)

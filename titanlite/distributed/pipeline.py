@@ -27,7 +27,7 @@ from titanlite.distributed.data_parallel import DTYPES
 from titanlite.distributed.mesh import Mesh
 from titanlite.distributed.pipeline_plan import Plan
 from titanlite.errors import ConfigError
-from titanlite.metrics.flops import ModelSize
+from titanlite.models.layers import ModelSize
 
 logging.getLogger("torch.distributed.pipelining").setLevel(logging.WARNING)  # it announces each stage
 

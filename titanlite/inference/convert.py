@@ -51,9 +51,9 @@ def to_hugging_face(folder: Path, target: Path, dtype: str, tokenizer_path: str 
     tokenizer = tokenizer_of(description, tokenizer_path)
     if verify_sums:
         verify(folder)
-    names = family.names(description.args)
+    weights = family.weights(description.args)
     saved = saved_shapes(folder)
-    lacking = [name for name in names if f"model.{name}" not in saved]
+    lacking = [name for name in weights if f"model.{name}" not in saved]
     if lacking:
         raise ConfigError(f"{folder} lacks {len(lacking)} weights of its own model, such as {lacking[0]}")
 
@@ -65,8 +65,8 @@ def to_hugging_face(folder: Path, target: Path, dtype: str, tokenizer_path: str 
     write_hugging_face(
         target,
         family.to_config(description.args),
-        {name: saved[f"model.{name}"] for name in names},
-        names,
+        {name: saved[f"model.{name}"] for name in weights},
+        weights,
         get,
         tokenizer,
         dtype=getattr(torch, dtype),
@@ -79,10 +79,10 @@ def to_checkpoint(folder: Path, target: Path, tokenizer_path: str | None) -> str
     tokenizer_of(description, tokenizer_path)
     family = description.spec.hugging_face
     assert family is not None
-    names = family.names(description.args)
-    source.check({}, names, family.ignored)
+    weights = family.weights(description.args)
+    source.check({}, weights, family.ignored)
     with source.opened() as get:
-        state = {f"model.{name}": get(hf_names) for name, hf_names in names.items()}  # as views of the files
+        state = {f"model.{name}": get(place) for name, place in weights.items()}  # as views of the files
         shape: dict[str, Any] = json.loads(json.dumps(asdict(description.args)))
         model = {"name": description.spec.name, "flavor": description.flavor, "args": shape}
         tokenizer = str(folder.absolute()) if tokenizer_path is None else tokenizer_path

@@ -1,7 +1,7 @@
 """Generate text with a model, token by token. Each token attends to the cached keys and values of the tokens before it.
 
 A model family works without changes if its ``forward(tokens, positions)`` takes the positions of the tokens, and its
-attention modules have a method ``attend(q, k, v)`` that can be replaced on the instance. Shapes: q [batch, heads,
+attention modules are :class:`~titanlite.models.layers.AttentionSlot`. What their slot is given: q [batch, heads,
 seq_len, head_dim], k and v [batch, kv_heads, seq_len, head_dim]; positions are already applied to q and k, and
 attention is causal over the whole sequence.
 """
@@ -24,6 +24,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 
 from titanlite.errors import ConfigError, TrainingError
+from titanlite.models.layers import AttentionSlot
 
 DEFAULT_MAX_NEW_TOKENS = 256
 
@@ -47,7 +48,7 @@ def forward(model: nn.Module, tokens: Tensor, start: int = 0, multiple: int = 1)
 
 class KVCache:
     """A cache of the keys and values of all tokens so far, for every attention of ``model``. Inside the context, it
-    replaces the ``attend`` of these modules::
+    fills the slot ``core`` of these modules::
 
         with KVCache(model, capacity=100) as cache:
             logits = cache(prompt)  # [batch, n, vocab]
@@ -61,32 +62,29 @@ class KVCache:
         length: the number of tokens so far.
 
     Raises:
-        ConfigError: the model has no attention that can be replaced, or, in a call, the capacity is exceeded.
+        ConfigError: the model has no attention with a slot, or, in a call, the capacity is exceeded.
     """
 
     def __init__(self, model: nn.Module, capacity: int, multiple: int = 1) -> None:
         self.model, self.capacity, self.multiple = model, capacity, multiple
         self.length = self._new = 0
-        self._modules = [module for module in model.modules() if callable(getattr(module, "attend", None))]
-        self._instance_attends = [module.__dict__.get("attend") for module in self._modules]
+        self._modules = [module for module in model.modules() if isinstance(module, AttentionSlot)]
+        self._cores = [module.core for module in self._modules]
         self._kept: dict[nn.Module, tuple[Tensor, Tensor]] = {}
         if not self._modules:
             raise ConfigError(
-                f"{type(model).__name__} has no module with an attend(q, k, v) for a cache of keys and values to "
-                "replace; give its attention one, or generate without the cache"
+                f"{type(model).__name__} has no AttentionSlot for a cache of keys and values; give its attention one, "
+                "or generate without the cache"
             )
 
     def __enter__(self) -> KVCache:
-        for module in self._modules:
-            module.attend = partial(self._attend, module, module.attend)  # type: ignore[arg-type, assignment]
+        for module, core in zip(self._modules, self._cores, strict=True):
+            module.core = partial(self._attend, module, core)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, e: BaseException | None, trace: TracebackType | None) -> None:
-        for module, attend in zip(self._modules, self._instance_attends, strict=True):
-            if attend is None:
-                del module.attend  # back to the method of the class
-            else:
-                module.attend = attend
+        for module, core in zip(self._modules, self._cores, strict=True):
+            module.core = core
         self._kept.clear()
 
     @torch.no_grad()
@@ -179,7 +177,7 @@ class Sampling:
 
 
 @dataclass(frozen=True)
-class Decoder:
+class TokenSampler:
     """A model to sample text from. All processes that hold a share of the model call its methods together.
 
     Attributes:
@@ -264,7 +262,7 @@ def inference(model: nn.Module) -> Iterator[None]:
 
 
 def generate(
-    decoder: Decoder,
+    decoder: TokenSampler,
     prompt: Sequence[int],
     max_new_tokens: int | None,
     sampling: Sampling,

@@ -19,6 +19,7 @@ from titanlite.checkpoint.storage import INFO, SUMS, load, read_info, verify
 from titanlite.config import JobConfig
 from titanlite.data import Tokenizer, load_tokenizer
 from titanlite.distributed.mesh import Mesh
+from titanlite.distributed.parallelize import apply_tensor_parallel, check
 from titanlite.errors import ConfigError
 from titanlite.models.spec import ModelSpec, get_model_spec, model_spec_of
 
@@ -52,7 +53,7 @@ def fill_weights(model: nn.Module, description: ModelDescription, folder: Path) 
     family = description.spec.hugging_face
     if family is not None and is_hugging_face(folder):
         parameters = {name.removeprefix("model."): tensor for name, tensor in state.items()}
-        HuggingFaceFolder(folder).load_into(parameters, family.names(description.args), family.ignored)
+        HuggingFaceFolder(folder).load_into(parameters, family.weights(description.args), family.ignored)
         return
     verify(folder)
     load(folder, state)
@@ -108,18 +109,13 @@ def build(spec: ModelSpec, args: Any, dtype: torch.dtype, mesh: Mesh, device: to
     config.parallelism.tensor_parallel_degree = mesh.tp.size()
     config.parallelism.disable_loss_parallel = True
     config.activation_checkpoint.mode = "none"
-    spec.check(args, mesh, config)
+    check(args, spec.layout, mesh, config)
     with torch.device("meta"):
         model = spec.build(args)
     for param in model.parameters():
         param.data = param.data.to(dtype)
     if mesh.tp.size() > 1:
-        if spec.tensor_parallel is None:
-            raise ConfigError(
-                f'the model family "{spec.name}" has no tensor parallelism of its own (ModelSpec.tensor_parallel): '
-                "start one process"
-            )
-        spec.tensor_parallel(model, mesh, config)
+        apply_tensor_parallel(model, spec.layout, mesh, config)
     # A parameter that two modules share must stay shared.
     swap = torch.__future__.get_swap_module_params_on_conversion()
     torch.__future__.set_swap_module_params_on_conversion(True)

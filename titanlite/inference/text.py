@@ -10,7 +10,7 @@ from titanlite.config.parallelism import Degrees
 from titanlite.config.schema import Comm
 from titanlite.distributed import runtime
 from titanlite.distributed.mesh import build_mesh
-from titanlite.inference.generate import Decoder, Sampling, generate
+from titanlite.inference.generate import Sampling, TokenSampler, generate
 from titanlite.inference.load import load_model
 
 
@@ -44,7 +44,7 @@ def continue_text(
         )
         loaded = load_model(checkpoint, getattr(torch, dtype), mesh, process.device, tokenizer_path=tokenizer_path)
         tokenizer = loaded.tokenizer
-        decoder = Decoder(
+        decoder = TokenSampler(
             loaded.model,
             process.device,
             loaded.max_seq_len,

@@ -55,8 +55,9 @@ from titanlite.distributed.mesh import Mesh, build_mesh
 from titanlite.distributed.target import H100
 from titanlite.errors import ConfigError
 from titanlite.metrics.device import GIB
-from titanlite.metrics.flops import ModelSize, flops_per_token
+from titanlite.metrics.flops import flops_per_token
 from titanlite.metrics.report import table
+from titanlite.models.layers import ModelSize
 from titanlite.models.spec import get_model_spec
 from titanlite.optim import build_optimizer
 from titanlite.plan.compiled_memory import MEMORY_BACKEND

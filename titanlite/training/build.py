@@ -19,12 +19,13 @@ from titanlite.config.refuse import refuse
 from titanlite.converters import ModelConverter, build_converters
 from titanlite.distributed.compile import compiled
 from titanlite.distributed.mesh import Mesh
+from titanlite.distributed.parallelize import chain, check, parallelize
 from titanlite.distributed.pipeline import Pipeline, boundary_of, part_of
 from titanlite.distributed.pipeline_plan import Plan, plan_pipeline
 from titanlite.distributed.tensor_parallel import VocabParallelCrossEntropy
 from titanlite.errors import ConfigError
 from titanlite.metrics.device import GIB, total_memory
-from titanlite.metrics.flops import ModelSize
+from titanlite.models.layers import ModelSize
 from titanlite.models.spec import ModelSpec
 from titanlite.optim import cross_entropy_loss
 
@@ -58,7 +59,7 @@ def build_model(spec: ModelSpec, args: Any, config: JobConfig, mesh: Mesh) -> Bu
     Args:
         args: the model's arguments: a flavor that ``spec.configure`` has completed.
     """
-    spec.check(args, mesh, config)
+    check(args, spec.layout, mesh, config)
     if mesh.cp.size() > 1 and mesh.device_type == "cuda" and config.training.mixed_precision_param == "float32":
         refuse(
             config,
@@ -67,18 +68,18 @@ def build_model(spec: ModelSpec, args: Any, config: JobConfig, mesh: Mesh) -> Bu
             "numbers; use bfloat16, or another dimension",
         )
     with torch.device("meta"):
-        model = spec.build(args)
-    built = BuiltModel([model], spec.size(model), build_converters(config, mesh))
+        model: Any = spec.build(args)
+    built = BuiltModel([model], model.size(), build_converters(config, mesh))
     for name, converter in built.converters.items():
         built.about[f"converter {name}"] = converter.convert(model)
     if config.model.print_after_conversion:
         logger.info("the model after conversion:\n%s", model)
     if mesh.pp.size() > 1:
-        built.plan = plan_pipeline(model, spec.chain(model), config, mesh.pp.size())
+        built.plan = plan_pipeline(model, chain(model, spec.layout), config, mesh.pp.size())
         local = built.plan.of(mesh.pp.get_local_rank())
         built.parts = [part_of(model, built.plan.stages[stage]) for stage in local]
         built.about["pipeline"] = f"{config.parallelism.pipeline_parallel_schedule}, {built.plan}"
-    descriptions = [spec.parallelize(part, mesh, config) for part in built.parts]
+    descriptions = [parallelize(part, spec.layout, mesh, config) for part in built.parts]
     for name in descriptions[0]:
         # Where the stages differ, the descriptions of all of them.
         built.about[name] = "; ".join(dict.fromkeys(description[name] for description in descriptions))

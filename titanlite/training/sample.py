@@ -13,7 +13,7 @@ from titanlite.data import Tokenizer
 from titanlite.distributed.mesh import Mesh
 from titanlite.distributed.runtime import Runtime
 from titanlite.errors import ConfigError, TrainingError
-from titanlite.inference.generate import Decoder, Sampling, generate
+from titanlite.inference.generate import Sampling, TokenSampler, generate
 
 logger = logging.getLogger()
 
@@ -39,7 +39,7 @@ def log_sample(parts: list[nn.Module], tokenizer: Tokenizer, config: JobConfig, 
     if prompt is None:
         prompt = PROMPTS.get(config.training.dataset, "")
     ids = [tokenizer.bos_id, *tokenizer.encode(prompt)]
-    decoder = Decoder(
+    decoder = TokenSampler(
         parts[0],
         runtime.device,
         max_seq_len=config.training.seq_len,

@@ -22,12 +22,12 @@ from titanlite.config import load_config
 from titanlite.config.parallelism import Degrees
 from titanlite.distributed.init import WeightInit
 from titanlite.distributed.mesh import Mesh, build_mesh
-from titanlite.models.llama3.model import Attention, Llama3, Llama3Args, causal_attention
-from titanlite.models.llama3.parallelize import float32_attention, parallelize
+from titanlite.distributed.parallelize import float32_attention, parallelize
+from titanlite.models.layers import LAYOUT, Attention, Decoder, DecoderArgs, causal_attention
 
 pytestmark = pytest.mark.long
 
-ARGS = Llama3Args(dim=64, n_layers=2, n_heads=4, n_kv_heads=2, ffn_dim=96, vocab_size=128, max_seq_len=32)
+ARGS = DecoderArgs(dim=64, n_layers=2, n_heads=4, n_kv_heads=2, ffn_dim=96, vocab_size=128, max_seq_len=32)
 
 
 def run_script(tmp_path: Path, precision: str, fault: str = "") -> subprocess.CompletedProcess[str]:
@@ -70,9 +70,9 @@ def mesh() -> Iterator[Mesh]:
         dist.destroy_process_group()
 
 
-def sharded(mesh: Mesh, args: Llama3Args = ARGS, *options: str) -> Llama3:
-    model = Llama3(args)
-    parallelize(model, mesh, load_config(["--activation_checkpoint.mode=none", *options]))
+def sharded(mesh: Mesh, args: DecoderArgs = ARGS, *options: str) -> Decoder:
+    model = Decoder(args)
+    parallelize(model, LAYOUT, mesh, load_config(["--activation_checkpoint.mode=none", *options]))
     model.init_weights(WeightInit(model, 0))
     return model
 
@@ -82,10 +82,10 @@ def sharded(mesh: Mesh, args: Llama3Args = ARGS, *options: str) -> Llama3:
     [(4, "bfloat16", float32_attention), (4, "float32", causal_attention), (1, "bfloat16", causal_attention)],
 )
 def test_small_heads_attend_in_float32(mesh: Mesh, n_heads: int, dtype: str, expected: object) -> None:
-    args = Llama3Args(dim=64, n_layers=1, n_heads=n_heads, n_kv_heads=1, ffn_dim=96, vocab_size=128, max_seq_len=32)
+    args = DecoderArgs(dim=64, n_layers=1, n_heads=n_heads, n_kv_heads=1, ffn_dim=96, vocab_size=128, max_seq_len=32)
     model = sharded(mesh, args, f"--training.mixed_precision_param={dtype}")
     (attention,) = (module for module in model.modules() if isinstance(module, Attention))
-    assert attention.attend is expected
+    assert attention.core is expected
 
 
 def test_float32_attention_is_closer_to_the_truth() -> None:

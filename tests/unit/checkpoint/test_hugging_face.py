@@ -16,18 +16,18 @@ from torch import Tensor
 
 from titanlite.checkpoint import hugging_face_export
 from titanlite.checkpoint.hugging_face import HuggingFaceFolder, is_hugging_face, read_json
-from titanlite.checkpoint.hugging_face_export import plan_shards, write_hugging_face
+from titanlite.checkpoint.hugging_face_export import Unit, group, write_hugging_face
 from titanlite.config.schema import Optimizer
 from titanlite.data import load_tokenizer
 from titanlite.distributed.init import WeightInit
 from titanlite.errors import ConfigError
-from titanlite.models.llama3.hugging_face import HUGGING_FACE
-from titanlite.models.llama3.model import Llama3, Llama3Args, RopeScaling
-from titanlite.models.llama3.spec import FLAVORS, configure
+from titanlite.models.layers import Decoder, DecoderArgs, RopeScaling
+from titanlite.models.llama3.spec import FLAVORS, HUGGING_FACE
 from titanlite.models.spec import get_model_spec
+from titanlite.models.weight_map import Place, Rows, Stack
 from titanlite.optim import build_optimizer, cross_entropy_loss
 
-GQA = Llama3Args(
+GQA = DecoderArgs(
     dim=64,
     n_layers=2,
     n_heads=8,
@@ -41,10 +41,11 @@ GQA = Llama3Args(
 # The scaling's blend needs wavelengths on both sides of original_max_seq_len: a short one brings them within 64.
 SCALED = replace(GQA, rope_theta=500000.0, rope_scaling=RopeScaling(factor=8.0, original_max_seq_len=32))
 TIED = replace(SCALED, tie_embeddings=True)
-CASES = {"gqa": GQA, "rope_scaling": SCALED, "tied": TIED}
+WIDE = replace(GQA, head_dim=16)
+CASES = {"gqa": GQA, "rope_scaling": SCALED, "tied": TIED, "head_dim": WIDE}
 
 
-def their_model(args: Llama3Args) -> Any:
+def their_model(args: DecoderArgs) -> Any:
     """transformers' model of this shape, configured in its own words, with random weights in every tensor."""
     transformers = pytest.importorskip("transformers")
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": args.rope_theta}
@@ -60,6 +61,7 @@ def their_model(args: Llama3Args) -> Any:
             num_hidden_layers=args.n_layers,
             num_attention_heads=args.n_heads,
             num_key_value_heads=args.n_kv_heads,
+            head_dim=args.head_size,
             max_position_embeddings=args.max_seq_len,
             rms_norm_eps=args.norm_eps,
             rope_parameters=rope,
@@ -72,23 +74,23 @@ def their_model(args: Llama3Args) -> Any:
     return model.eval()
 
 
-def from_theirs(folder: Path) -> Llama3:
+def from_theirs(folder: Path) -> Decoder:
     """Our model of what a folder holds, in float32."""
     stored = HuggingFaceFolder(folder)
     args = HUGGING_FACE.from_config(stored.config)
-    model = Llama3(args)
+    model = Decoder(args)
     model.init_weights(WeightInit(model, 1))
-    stored.load_into(dict(model.named_parameters()), HUGGING_FACE.names(args), HUGGING_FACE.ignored)
+    stored.load_into(dict(model.named_parameters()), HUGGING_FACE.weights(args), HUGGING_FACE.ignored)
     return model
 
 
-def export(model: Llama3, folder: Path, **options: Any) -> None:
+def export(model: Decoder, folder: Path, **options: Any) -> None:
     params = {name: param.detach() for name, param in model.named_parameters()}
     write_hugging_face(
         folder,
         HUGGING_FACE.to_config(model.args),
         {name: param.shape for name, param in params.items()},
-        HUGGING_FACE.names(model.args),
+        HUGGING_FACE.weights(model.args),
         lambda names: {name: params[name] for name in names},
         load_tokenizer(),
         **options,
@@ -100,7 +102,7 @@ def some_tokens(seed: int = 0) -> Tensor:
 
 
 @torch.no_grad()
-def assert_same_logits(ours: Llama3, theirs: Any) -> None:
+def assert_same_logits(ours: Decoder, theirs: Any) -> None:
     reference = theirs(some_tokens()).logits
     assert (ours(some_tokens()) - reference).abs().max() < 1e-5
     assert reference.abs().max() > 0.1  # the comparison is of something
@@ -174,7 +176,7 @@ def test_one_step_of_training_is_theirs(tmp_path: Path, name: str) -> None:
     assert loss.item() == pytest.approx(expected.item(), abs=1e-5)
     assert loss.item() > 1
     trained, before = dict(theirs.named_parameters()), HuggingFaceFolder(tmp_path / "before").tensors
-    names = HUGGING_FACE.names(ours.args)
+    names = HUGGING_FACE.weights(ours.args)
     for key, param in ours.named_parameters():
         assert (param - trained[names[key]]).abs().max() < 1e-5, key
         assert names[key] in before
@@ -190,10 +192,10 @@ def test_one_step_of_training_is_theirs(tmp_path: Path, name: str) -> None:
 
 @pytest.mark.parametrize("flavor", FLAVORS)
 def test_configurations_survive(flavor: str) -> None:
-    args = configure(FLAVORS[flavor], 2048, 4096)
+    args = FLAVORS[flavor].configured(2048, 4096)
     written = json.loads(json.dumps(HUGGING_FACE.to_config(args)))
     assert HUGGING_FACE.from_config(written) == args
-    assert len(HUGGING_FACE.names(args)) == 3 + 9 * args.n_layers
+    assert len(HUGGING_FACE.weights(args)) == 3 + 9 * args.n_layers
     theirs = pytest.importorskip("transformers").LlamaConfig(**written)
     assert HUGGING_FACE.from_config(theirs.to_dict()) == args  # in the spelling of the version that is installed
     assert get_model_spec("llama3").hugging_face is HUGGING_FACE
@@ -241,7 +243,7 @@ def test_both_spellings_of_scaled_frequencies(rope: dict[str, Any]) -> None:
         ("attention_dropout", 0.1, "attention_dropout = 0.1: must be 0.0"),
         ("partial_rotary_factor", 0.5, "partial_rotary_factor = 0.5: must be 1.0"),
         ("quantization_config", {"bits": 4}, r"quantization_config = \{'bits': 4\}: must be None"),
-        ("head_dim", 16, "head_dim = 16: must be hidden_size / num_attention_heads = 8"),
+        ("head_dim", 7, "head_dim = 7: must be even"),
         ("hidden_size", 65, "hidden_size = 65: must be a multiple of num_attention_heads = 8"),
         ("num_key_value_heads", 3, "num_key_value_heads = 3: must divide num_attention_heads = 8"),
         ("vocab_size", None, "vocab_size = None: must be a whole number of at least 1"),
@@ -274,7 +276,7 @@ def test_another_flavor_is_named_by_what_differs() -> None:
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """Our own export of a small model, in several files."""
-    model = Llama3(GQA)
+    model = Decoder(GQA)
     model.init_weights(WeightInit(model, 0))
     export(model, tmp_path / "model", max_shard_bytes=100_000)
     assert len([*(tmp_path / "model").glob("*.safetensors")]) > 3
@@ -337,9 +339,9 @@ def test_an_unreadable_file(folder: Path) -> None:
     file = sorted(folder.glob("*.safetensors"))[1]
     opened = HuggingFaceFolder(folder)
     file.unlink()
-    state = {name: torch.empty(opened.tensors[theirs].shape) for name, theirs in HUGGING_FACE.names(GQA).items()}
+    state = {name: torch.empty(opened.tensors[theirs].shape) for name, theirs in HUGGING_FACE.weights(GQA).items()}
     with pytest.raises(ConfigError, match=rf"{file.name}: cannot be read"):
-        opened.load_into(state, HUGGING_FACE.names(GQA))
+        opened.load_into(state, HUGGING_FACE.weights(GQA))
 
 
 def test_index_and_files_disagree(folder: Path) -> None:
@@ -372,7 +374,7 @@ def test_tensors_of_another_model_are_named(folder: Path) -> None:
     stored = HuggingFaceFolder(folder)
     smaller = replace(GQA, n_layers=1, dim=32, tie_embeddings=True)
     with pytest.raises(ConfigError) as raised:
-        stored.load_into(dict(Llama3(smaller).named_parameters()), HUGGING_FACE.names(smaller))
+        stored.load_into(dict(Decoder(smaller).named_parameters()), HUGGING_FACE.weights(smaller))
     message = str(raised.value)
     assert "weights of another model, flavor or vocabulary: 10 are in its files and not in the model: " in message
     assert "model.layers.1.self_attn.q_proj.weight" in message
@@ -381,16 +383,16 @@ def test_tensors_of_another_model_are_named(folder: Path) -> None:
     assert " and 1 more; choose the flavor that they belong to" in message
     larger = replace(GQA, n_layers=4)
     with pytest.raises(ConfigError, match=r": 18 are not in its files: model.layers.2.* and 8 more; choose"):
-        stored.check({}, HUGGING_FACE.names(larger))
+        stored.check({}, HUGGING_FACE.weights(larger))
     with pytest.raises(ConfigError, match=r"1 of the model have no name in Hugging Face files: fp8_scale"):
-        stored.load_into({"fp8_scale": torch.ones(1)}, HUGGING_FACE.names(GQA))
+        stored.load_into({"fp8_scale": torch.ones(1)}, HUGGING_FACE.weights(GQA))
 
 
 def test_buffers_of_old_files_are_left_alone(folder: Path) -> None:
     save_file = pytest.importorskip("safetensors.torch").save_file
     save_file({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}, folder / "old.safetensors")
     (folder / "model.safetensors.index.json").unlink()
-    stored, names = HuggingFaceFolder(folder), HUGGING_FACE.names(GQA)
+    stored, names = HuggingFaceFolder(folder), HUGGING_FACE.weights(GQA)
     stored.check({}, names, HUGGING_FACE.ignored)
     with pytest.raises(ConfigError, match=r"1 are in its files and not in the model: .*inv_freq"):
         stored.check({}, names)
@@ -399,7 +401,7 @@ def test_buffers_of_old_files_are_left_alone(folder: Path) -> None:
 def test_a_part_of_the_model(folder: Path) -> None:
     whole = from_theirs(folder)
     state = {name: torch.zeros_like(p) for name, p in whole.named_parameters() if name.startswith("layers.1.")}
-    HuggingFaceFolder(folder).load_into(state, HUGGING_FACE.names(GQA))
+    HuggingFaceFolder(folder).load_into(state, HUGGING_FACE.weights(GQA))
     for name, tensor in state.items():
         assert torch.equal(tensor, whole.get_parameter(name)), name
 
@@ -409,9 +411,48 @@ def test_a_part_of_the_model(folder: Path) -> None:
 
 def test_shards_are_filled_in_order() -> None:
     shapes = {"a": (10,), "b": (10,), "c": (30,), "d": (1,), "e": (19, 1)}
-    assert plan_shards(shapes, 2, 40) == [["a", "b"], ["c"], ["d", "e"]]
-    assert plan_shards(shapes, 2, 1) == [[name] for name in shapes]
-    assert plan_shards(shapes, 4, 1000) == [[*shapes]]
+    units = [Unit([name], {name: shape}) for name, shape in shapes.items()]
+
+    def names(itemsize: int, limit: int) -> list[list[str]]:
+        return [[name for unit in part for name in unit.parameters] for part in group(units, itemsize, limit)]
+
+    assert names(2, 40) == [["a", "b"], ["c"], ["d", "e"]]
+    assert names(2, 1) == [[name] for name in shapes]
+    assert names(4, 1000) == [[*shapes]]
+
+
+FUSED: dict[str, Place] = {
+    "up": Rows("gate_up", 6, 12),  # not in the order of its rows
+    "gate": Rows("gate_up", 0, 6),
+    "experts": Stack(("expert.0", "expert.1", "expert.2")),
+    "norm": "norm.weight",
+}
+
+
+def test_parameters_that_are_one_tensor_there_and_tensors_that_are_one_parameter_here(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    shapes = {"up": (6, 4), "gate": (6, 4), "experts": (3, 2, 5), "norm": (4,)}
+    params = {name: torch.randn(shape) for name, shape in shapes.items()}
+    asked: list[str] = []
+
+    def get(names: list[str]) -> dict[str, Tensor]:
+        asked.extend(names)
+        return {name: params[name] for name in names}
+
+    write_hugging_face(tmp_path / "out", {}, shapes, FUSED, get, load_tokenizer(), dtype=torch.float32)
+    assert sorted(asked) == sorted(shapes)
+    there = pytest.importorskip("safetensors.torch").load_file(tmp_path / "out" / "model.safetensors")
+    assert torch.equal(there["gate_up"], torch.cat([params["gate"], params["up"]]))
+    assert all(torch.equal(there[f"expert.{i}"], params["experts"][i]) for i in range(3))
+    folder = HuggingFaceFolder(tmp_path / "out")
+    state = {name: torch.empty(shape) for name, shape in shapes.items()}
+    folder.load_into(state, FUSED)
+    with folder.opened() as opened:
+        for name, tensor in params.items():
+            assert torch.equal(state[name], tensor)
+            assert torch.equal(opened(FUSED[name]), tensor)
+    with pytest.raises(ConfigError, match=r"gate_up \[12, 4\], in the model \[12, 5\].*expert.0 \[2, 5\]"):
+        folder.check({"gate": (6, 5), "experts": (3, 3, 5)}, FUSED)
 
 
 class Source:

@@ -14,7 +14,7 @@ from tests.unit.commands.test_generate_command import larger_tokenizer
 from titanlite.checkpoint.storage import load, saved_shapes, verify
 from titanlite.commands import convert
 from titanlite.inference.load import describe
-from titanlite.models.llama3.model import Llama3, rope_table
+from titanlite.models.layers import Decoder, rope_table
 
 
 @pytest.fixture(scope="module")
@@ -45,9 +45,11 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 def test_transformers_computes_the_same(step: Path, exported: Path) -> None:
     transformers = pytest.importorskip("transformers")
     theirs = transformers.AutoModelForCausalLM.from_pretrained(exported)
-    ours = Llama3(describe(step).args)
+    ours = Decoder(describe(step).args)
     ours.load_state_dict(weights(step))
-    ours.rope.copy_(rope_table(ours.args, ours.args.max_seq_len))
+    ours.rope.copy_(
+        rope_table(ours.args.max_seq_len, ours.args.head_size, ours.args.rope_theta, ours.args.rope_scaling)
+    )
     ids = torch.arange(32)[None] * 7
     torch.testing.assert_close(theirs(ids).logits, ours(ids), rtol=1e-5, atol=1e-5)
     tokenizer = transformers.AutoTokenizer.from_pretrained(exported)

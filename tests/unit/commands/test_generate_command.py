@@ -30,9 +30,8 @@ from titanlite.distributed import runtime
 from titanlite.distributed.mesh import Mesh, build_mesh
 from titanlite.errors import ConfigError
 from titanlite.inference.load import describe, load_model
-from titanlite.models.llama3.model import Llama3, Llama3Args
-from titanlite.models.llama3.spec import FLAVORS, configure
-from titanlite.models.spec import get_model_spec
+from titanlite.models.layers import Decoder, DecoderArgs
+from titanlite.models.llama3.spec import FLAVORS
 
 ARGS = {"gqa": replace(GQA, vocab_size=2176), "tied": replace(TIED, vocab_size=2176)}
 CPU = torch.device("cpu")
@@ -45,7 +44,7 @@ def mesh() -> Iterator[Mesh]:
     runtime.stop_runtime()
 
 
-def write(folder: Path, args: Llama3Args, /, **about: Any) -> Llama3:
+def write(folder: Path, args: DecoderArgs, /, **about: Any) -> Decoder:
     """A checkpoint of a model with random weights."""
     model = build(args)
     about = {"name": "llama3", "flavor": "debugmodel", "args": asdict(args), **about}
@@ -70,7 +69,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_model_is_the_one_that_was_saved(tmp_path: Path, mesh: Mesh, name: str, dtype: torch.dtype) -> None:
     saved = write(tmp_path / "step-7", ARGS[name])
     model, tokenizer, max_seq_len = load_model(tmp_path / "step-7", dtype, mesh, CPU)
-    assert isinstance(model, Llama3)
+    assert isinstance(model, Decoder)
     assert model.args == saved.args
     for (key, value), (other, expected) in zip(model.named_parameters(), saved.named_parameters(), strict=True):
         assert key == other
@@ -130,20 +129,6 @@ def test_folders_that_are_no_checkpoints(checkpoint: Path, tmp_path: Path) -> No
             describe(folder)
 
 
-def test_a_family_without_tensor_parallelism_of_its_own() -> None:
-    from torch.testing._internal.distributed.fake_pg import FakeStore
-
-    from titanlite.inference.load import build as build_empty
-
-    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
-    try:
-        spec = replace(get_model_spec("llama3"), tensor_parallel=None)
-        with pytest.raises(ConfigError, match=r'"llama3" has no tensor parallelism of its own .*: start one process'):
-            build_empty(spec, ARGS["gqa"], torch.float32, build_mesh(Degrees(1, 1, 1, 2, 1), "cpu"), CPU)
-    finally:
-        dist.destroy_process_group()
-
-
 # ---- the commands
 
 
@@ -181,7 +166,7 @@ def test_the_command_of_the_readme_writes_the_same_on_two_processes(tmp_path: Pa
     (line,) = (line for line in (ROOT / "README.md").read_text().splitlines() if "titanlite generate" in line)
     _, *given = shlex.split(line)
     seq_len = load_config(["--job.config_file", str(ROOT / "train_configs" / "debug_model.toml")]).training.seq_len
-    args = configure(FLAVORS["debugmodel"], load_tokenizer().vocab_size, seq_len)
+    args = FLAVORS["debugmodel"].configured(load_tokenizer().vocab_size, seq_len)
     write(tmp_path / given[given.index("--checkpoint") + 1], args)
     done = run(tmp_path, *given)
     assert done.returncode == 0, done.stderr

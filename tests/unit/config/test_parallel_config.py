@@ -22,10 +22,10 @@ from titanlite.config import JobConfig, check_config, load_config, pipeline_micr
 from titanlite.config.parallelism import Degrees
 from titanlite.config.schema import Parallelism
 from titanlite.distributed.mesh import Mesh, build_mesh
+from titanlite.distributed.parallelize import check
 from titanlite.errors import ConfigError
-from titanlite.models.llama3.model import Llama3Args
-from titanlite.models.llama3.parallelize import check
-from titanlite.models.llama3.spec import FLAVORS, configure
+from titanlite.models.layers import LAYOUT, DecoderArgs
+from titanlite.models.llama3.spec import FLAVORS
 
 SHORT = {
     "replicate": "parallelism.data_parallel_replicate_degree",
@@ -345,7 +345,7 @@ def test_published_files_are_accepted_at_the_sizes_that_they_are_for(name: str, 
     degrees = resolve_degrees(config.parallelism, world)
     assert degrees == Degrees(1, world // 8, 1, 8, 1)
     with mesh_of(degrees) as mesh:
-        check(configure(FLAVORS[config.model.flavor], 128256, config.training.seq_len), mesh, config)
+        check(FLAVORS[config.model.flavor].configured(128256, config.training.seq_len), LAYOUT, mesh, config)
 
 
 def test_published_files_take_more_dimensions() -> None:
@@ -372,7 +372,7 @@ def mesh_of(degrees: Degrees) -> Iterator[Mesh]:
         dist.destroy_process_group()
 
 
-MODEL = Llama3Args(dim=64, n_layers=2, n_heads=8, n_kv_heads=8, ffn_dim=128, vocab_size=256)
+MODEL = DecoderArgs(dim=64, n_layers=2, n_heads=8, n_kv_heads=8, ffn_dim=128, vocab_size=256)
 
 
 @pytest.mark.parametrize(
@@ -386,16 +386,16 @@ MODEL = Llama3Args(dim=64, n_layers=2, n_heads=8, n_kv_heads=8, ffn_dim=128, voc
         (replace(MODEL, n_heads=6), 4, "n_heads = 6"),
     ],
 )
-def test_a_tensor_parallel_degree_that_does_not_divide_the_model(args: Llama3Args, tp: int, what: str) -> None:
+def test_a_tensor_parallel_degree_that_does_not_divide_the_model(args: DecoderArgs, tp: int, what: str) -> None:
     with mesh_of(Degrees(1, 2, 1, tp, 1)) as mesh, pytest.raises(ConfigError) as error:
-        check(args, mesh, JobConfig())
+        check(args, LAYOUT, mesh, JobConfig())
     for part in (f"tensor_parallel_degree = {tp}: ", f"must divide the model's {what}", "another degree or flavor"):
         assert part in str(error.value)
 
 
 def test_tied_embeddings_do_not_go_through_a_pipeline() -> None:
     with mesh_of(Degrees(1, 1, 1, 2, 2)) as mesh, pytest.raises(ConfigError) as error:
-        check(FLAVORS["1B"], mesh, JobConfig())
+        check(FLAVORS["1B"], LAYOUT, mesh, JobConfig())
     for part in ("pipeline_parallel_degree = 2", "(tied)", "shard with data_parallel_shard_degree", "another flavor"):
         assert part in str(error.value)
 
@@ -409,9 +409,9 @@ def test_tied_embeddings_do_not_go_through_a_pipeline() -> None:
         (FLAVORS["8B"], Degrees(1, 1, 1, 8, 3)),
     ],
 )
-def test_degrees_that_fit_the_model(args: Llama3Args, degrees: Degrees) -> None:
+def test_degrees_that_fit_the_model(args: DecoderArgs, degrees: Degrees) -> None:
     with mesh_of(degrees) as mesh:
-        check(args, mesh, JobConfig())
+        check(args, LAYOUT, mesh, JobConfig())
 
 
 # ---- through the command

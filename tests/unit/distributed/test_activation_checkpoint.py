@@ -12,27 +12,27 @@ from torch.utils.flop_counter import FlopCounterMode
 from titanlite.config.schema import ActivationCheckpoint
 from titanlite.distributed.activation_checkpoint import _op_contexts, apply_activation_checkpoint
 from titanlite.distributed.init import WeightInit
-from titanlite.models.llama3.model import Llama3, Llama3Args
+from titanlite.models.layers import Decoder, DecoderArgs
 
-ARGS = Llama3Args(dim=64, n_layers=4, n_heads=4, n_kv_heads=4, ffn_dim=128, vocab_size=128, max_seq_len=32)
+ARGS = DecoderArgs(dim=64, n_layers=4, n_heads=4, n_kv_heads=4, ffn_dim=128, vocab_size=128, max_seq_len=32)
 TOKENS = torch.randint(128, (2, 32), generator=torch.Generator().manual_seed(0))
 
 
-def build(mode: str, option: str = "2") -> Llama3:
-    model = Llama3(ARGS)
+def build(mode: str, option: str = "2") -> Decoder:
+    model = Decoder(ARGS)
     model.init_weights(WeightInit(model, 0))
     apply_activation_checkpoint(model.layers, ActivationCheckpoint(mode=mode, selective_ac_option=option))  # type: ignore[arg-type]
     return model
 
 
-def matmul_flops(model: Llama3) -> int:
+def matmul_flops(model: Decoder) -> int:
     """FLOPs of the matmuls of a forward and backward: recomputed ones count again."""
     with FlopCounterMode(display=False) as counter:
         model(TOKENS).sum().backward()
     return sum(f for op, f in counter.get_flop_counts()["Global"].items() if op is torch.ops.aten.mm)
 
 
-def saved_bytes(model: Llama3) -> int:
+def saved_bytes(model: Decoder) -> int:
     """Bytes that the forward keeps for backward, parameters aside."""
     parameters = {p.data_ptr() for p in model.parameters()}
     storages: dict[int, int] = {}

@@ -24,26 +24,26 @@ from titanlite.config import JobConfig, check_config, load_config
 from titanlite.config.parallelism import CSV_SCHEDULE, LOOPED_SCHEDULES, SINGLE_STAGE_SCHEDULES, V_SCHEDULES, Degrees
 from titanlite.distributed.init import WeightInit
 from titanlite.distributed.mesh import Mesh, build_mesh
+from titanlite.distributed.parallelize import chain
 from titanlite.distributed.pipeline import Boundary, Pipeline, part_of
 from titanlite.distributed.pipeline_plan import Plan, balanced, matmul_elements, plan_pipeline
 from titanlite.errors import ConfigError
-from titanlite.models.llama3.model import Llama3, Llama3Args
-from titanlite.models.llama3.spec import chain
+from titanlite.models.layers import LAYOUT, Decoder, DecoderArgs
 
-SMALL = Llama3Args(dim=32, n_layers=6, n_heads=4, n_kv_heads=2, ffn_dim=48, vocab_size=128, max_seq_len=16)
+SMALL = DecoderArgs(dim=32, n_layers=6, n_heads=4, n_kv_heads=2, ffn_dim=48, vocab_size=128, max_seq_len=16)
 SCHEDULES = [*SINGLE_STAGE_SCHEDULES, *LOOPED_SCHEDULES, *V_SCHEDULES]
 PREFIX = "parallelism.pipeline_parallel_"
 
 
 @pytest.fixture(scope="module")
-def meta() -> Llama3:
+def meta() -> Decoder:
     with torch.device("meta"):
-        return Llama3(SMALL)
+        return Decoder(SMALL)
 
 
 @pytest.fixture(scope="module")
-def model() -> Llama3:
-    model = Llama3(SMALL)
+def model() -> Decoder:
+    model = Decoder(SMALL)
     model.init_weights(WeightInit(model, 0))
     return model
 
@@ -55,7 +55,7 @@ def config_of(pp: int = 2, **options: Any) -> JobConfig:
 
 
 def plan_of(model: nn.Module, pp: int = 2, **options: Any) -> Plan:
-    return plan_pipeline(model, chain(model), config_of(pp, **options), pp)
+    return plan_pipeline(model, chain(model, LAYOUT), config_of(pp, **options), pp)
 
 
 def refusal(model: nn.Module, pp: int = 2, **options: Any) -> str:
@@ -84,7 +84,7 @@ def test_balanced_is_the_best_of_all_cuts(costs: list[int], data: st.DataObject)
     assert price(tuple(part.start for part in found[1:])) == min(map(price, every))
 
 
-def test_work_is_that_of_the_matmuls(meta: Llama3) -> None:
+def test_work_is_that_of_the_matmuls(meta: Decoder) -> None:
     attention = 2 * 32 * 32 + 2 * 32 * 16
     assert matmul_elements(meta, "layers.3") == attention + 3 * 32 * 48
     assert matmul_elements(meta, "output") == 32 * 128
@@ -95,7 +95,9 @@ def test_the_costly_ends_get_fewer_layers() -> None:
     """An output projection of four layers' work."""
     layer = 2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 48
     with torch.device("meta"):
-        model = Llama3(Llama3Args(dim=32, n_layers=8, n_heads=4, n_kv_heads=2, ffn_dim=48, vocab_size=4 * layer // 32))
+        model = Decoder(
+            DecoderArgs(dim=32, n_layers=8, n_heads=4, n_kv_heads=2, ffn_dim=48, vocab_size=4 * layer // 32)
+        )
     stages = plan_of(model, 3).stages
     assert [sum("layers" in name for name in stage) for stage in stages] == [4, 4, 0]
     assert stages[2] == ["output", "norm"]
@@ -106,18 +108,20 @@ def test_the_costly_ends_get_fewer_layers() -> None:
 
 @pytest.mark.parametrize("ranks", [2, 3])
 @pytest.mark.parametrize("schedule", SCHEDULES)
-def test_stages_are_where_the_schedule_has_them(meta: Llama3, schedule: str, ranks: int) -> None:
+def test_stages_are_where_the_schedule_has_them(meta: Decoder, schedule: str, ranks: int) -> None:
     plan = plan_of(meta, ranks, schedule=schedule)
     stages = ranks if schedule in SINGLE_STAGE_SCHEDULES else 2 * ranks
     style = "v" if schedule in V_SCHEDULES else "loop"
     assert dict(enumerate(plan.ranks)) == generate_stage_to_rank_mapping(ranks, stages, style)
-    assert [name for stage in plan.stages for name in stage] == [name for names in chain(meta) for name in names]
+    assert [name for stage in plan.stages for name in stage] == [
+        name for names in chain(meta, LAYOUT) for name in names
+    ]
     for rank in range(ranks):
         assert [plan.ranks[stage] for stage in plan.of(rank)] == [rank] * (stages // ranks)
         assert plan.of(rank) == sorted(plan.of(rank))
 
 
-def test_a_plan_in_words(meta: Llama3) -> None:
+def test_a_plan_in_words(meta: Decoder) -> None:
     assert str(plan_of(meta, 2, split_points="layers.1")) == (
         "rank 0: tok_embeddings to layers.0; rank 1: layers.1 to norm"
     )
@@ -146,10 +150,12 @@ def begins(plan: Plan) -> list[str]:
         (2, "Interleaved1F1B", "layers.0,layers.1,layers.2,layers.3,output"),  # three stages per process
     ],
 )
-def test_split_points_begin_stages(meta: Llama3, pp: int, schedule: str, points: str) -> None:
+def test_split_points_begin_stages(meta: Decoder, pp: int, schedule: str, points: str) -> None:
     plan = plan_of(meta, pp, schedule=schedule, split_points=points)
     assert begins(plan) == ["tok_embeddings", *points.split(",")]
-    assert [name for stage in plan.stages for name in stage] == [name for names in chain(meta) for name in names]
+    assert [name for stage in plan.stages for name in stage] == [
+        name for names in chain(meta, LAYOUT) for name in names
+    ]
     assert Counter(plan.ranks) == dict.fromkeys(range(pp), len(plan.stages) // pp)
 
 
@@ -162,7 +168,7 @@ def test_split_points_begin_stages(meta: Llama3, pp: int, schedule: str, points:
         (3, 1, "LoopedBFS", [f"layers.{i}" for i in range(1, 6)]),
     ],
 )
-def test_layers_per_stage(meta: Llama3, pp: int, each: int, schedule: str, firsts: list[str]) -> None:
+def test_layers_per_stage(meta: Decoder, pp: int, each: int, schedule: str, firsts: list[str]) -> None:
     assert begins(plan_of(meta, pp, layers_per_stage=each, schedule=schedule)) == ["tok_embeddings", *firsts]
 
 
@@ -215,7 +221,7 @@ def test_layers_per_stage(meta: Llama3, pp: int, each: int, schedule: str, first
         (5, {"schedule": "LoopedBFS"}, ["pipeline_parallel_degree = 5", "has 10 stages", "use fewer processes"]),
     ],
 )
-def test_stages_that_cannot_be(meta: Llama3, pp: int, options: dict[str, Any], fragments: list[str]) -> None:
+def test_stages_that_cannot_be(meta: Decoder, pp: int, options: dict[str, Any], fragments: list[str]) -> None:
     message = refusal(meta, pp, **options)
     assert re.search(".*".join(map(re.escape, fragments)), message), message
 
@@ -223,7 +229,7 @@ def test_stages_that_cannot_be(meta: Llama3, pp: int, options: dict[str, Any], f
 # ---- a schedule of the user's own
 
 
-def csv_plan(meta: Llama3, folder: Path, text: str, pp: int = 2, **options: Any) -> Plan:
+def csv_plan(meta: Decoder, folder: Path, text: str, pp: int = 2, **options: Any) -> Plan:
     (folder / "own.csv").write_text(text)
     return plan_of(meta, pp, schedule=CSV_SCHEDULE, schedule_csv=folder / "own.csv", **options)
 
@@ -238,7 +244,7 @@ def csv_plan(meta: Llama3, folder: Path, text: str, pp: int = 2, **options: Any)
         ("0F0,1F0,2F0,2B0,1B0,0B0\n3F0,3B0\n", [0, 0, 0, 1]),  # uneven
     ],
 )
-def test_stages_are_where_the_file_has_them(meta: Llama3, tmp_path: Path, text: str, ranks: list[int]) -> None:
+def test_stages_are_where_the_file_has_them(meta: Decoder, tmp_path: Path, text: str, ranks: list[int]) -> None:
     plan = csv_plan(meta, tmp_path, text)
     assert plan.ranks == ranks
     assert len(plan.stages) == len(ranks)
@@ -260,7 +266,7 @@ def test_stages_are_where_the_file_has_them(meta: Llama3, tmp_path: Path, text: 
         ("0F0,1F0\n1F0\n", ["each stage from 0 on must be in one row", "(1, 0), (1, 1)"]),
     ],
 )
-def test_files_that_are_no_schedule(meta: Llama3, tmp_path: Path, text: str, fragments: list[str]) -> None:
+def test_files_that_are_no_schedule(meta: Decoder, tmp_path: Path, text: str, fragments: list[str]) -> None:
     with pytest.raises(ConfigError) as error:
         csv_plan(meta, tmp_path, text)
     message = str(error.value)
@@ -268,18 +274,18 @@ def test_files_that_are_no_schedule(meta: Llama3, tmp_path: Path, text: str, fra
     assert re.search(".*".join(map(re.escape, fragments)), message), message
 
 
-def test_a_file_leaves_no_process_idle(meta: Llama3, tmp_path: Path) -> None:
+def test_a_file_leaves_no_process_idle(meta: Decoder, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=rf'{PREFIX}schedule_csv = ".*" \(.*\): .*2'):
         csv_plan(meta, tmp_path, "0F0,1F0,1B0,0B0\n,,\n")
 
 
-def test_a_file_that_is_not_text(meta: Llama3, tmp_path: Path) -> None:
+def test_a_file_that_is_not_text(meta: Decoder, tmp_path: Path) -> None:
     (tmp_path / "own.csv").write_bytes(b"PK\x03\x04\xff\xfe")
     with pytest.raises(ConfigError, match="schedule_csv"):
         plan_of(meta, 2, schedule=CSV_SCHEDULE, schedule_csv=tmp_path / "own.csv")
 
 
-def test_stages_that_the_file_does_not_deal_out_evenly(meta: Llama3, tmp_path: Path) -> None:
+def test_stages_that_the_file_does_not_deal_out_evenly(meta: Decoder, tmp_path: Path) -> None:
     """Nobody asked for split points or layers per stage, so it is the file's fault, if it is one."""
     message, plan = "", None
     try:
@@ -289,7 +295,7 @@ def test_stages_that_the_file_does_not_deal_out_evenly(meta: Llama3, tmp_path: P
     assert (plan is not None and plan.ranks == [0, 1, 0]) or message.startswith(f"{PREFIX}schedule_csv"), message
 
 
-def test_split_points_must_fit_the_file(meta: Llama3, tmp_path: Path) -> None:
+def test_split_points_must_fit_the_file(meta: Decoder, tmp_path: Path) -> None:
     text = "0F0,2F0,2B0,0B0\n1F0,3F0,3B0,1B0\n"
     assert begins(csv_plan(meta, tmp_path, text, split_points="layers.0,layers.1,layers.2"))[1:] == [
         "layers.0",
@@ -301,7 +307,7 @@ def test_split_points_must_fit_the_file(meta: Llama3, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("cell", ["1I0", "1W0"])
-def test_a_file_may_split_the_backward_only_where_it_can_be(meta: Llama3, tmp_path: Path, cell: str) -> None:
+def test_a_file_may_split_the_backward_only_where_it_can_be(meta: Decoder, tmp_path: Path, cell: str) -> None:
     (tmp_path / "own.csv").write_text(f"0F0,0B0\n1F0,{cell}\n")
     options: dict[str, Any] = {"schedule": CSV_SCHEDULE, "schedule_csv": tmp_path / "own.csv"}
     for key, value, why in (
@@ -311,9 +317,9 @@ def test_a_file_may_split_the_backward_only_where_it_can_be(meta: Llama3, tmp_pa
         config = config_of(**options)
         setattr(getattr(config, key), "mode" if key == "activation_checkpoint" else "compile", value)
         with pytest.raises(ConfigError, match=why):
-            plan_pipeline(meta, chain(meta), config, 2)
+            plan_pipeline(meta, chain(meta, LAYOUT), config, 2)
         (tmp_path / "own.csv").write_text("0F0,0B0\n1F0,1B0\n")
-        plan_pipeline(meta, chain(meta), config, 2)
+        plan_pipeline(meta, chain(meta, LAYOUT), config, 2)
         (tmp_path / "own.csv").write_text(f"0F0,0B0\n1F0,{cell}\n")
 
 
@@ -351,13 +357,13 @@ def test_what_is_accepted_is_what_pytorch_can_run(schedule: str, pp: int) -> Non
     """Each microbatch once forward and once backward through each stage, for every number that is accepted; and what is
     refused, PyTorch would not run, or only by leaving processes idle."""
     with torch.device("meta"):
-        model = Llama3(Llama3Args(dim=32, n_layers=8, n_heads=4, n_kv_heads=2, ffn_dim=48, vocab_size=128))
+        model = Decoder(DecoderArgs(dim=32, n_layers=8, n_heads=4, n_kv_heads=2, ffn_dim=48, vocab_size=128))
     accepted = []
     with processes(pp) as mesh:
         for count in range(1, 10):
             config = config_of(pp, schedule=schedule)
             config.training.local_batch_size = count
-            plan = plan_pipeline(model, chain(model), config, pp)
+            plan = plan_pipeline(model, chain(model, LAYOUT), config, pp)
             if not is_accepted(config, pp):
                 if schedule not in V_SCHEDULES:
                     with pytest.raises(ConfigError, match="icrobatches"):
@@ -382,10 +388,10 @@ def test_what_is_accepted_is_what_pytorch_can_run(schedule: str, pp: int) -> Non
     assert {pp * k for k in range(1, 10 // pp) if pp * k >= 2 * pp - 1} <= {*accepted}
 
 
-def test_a_file_that_does_not_have_all_microbatches_is_refused(meta: Llama3, tmp_path: Path) -> None:
+def test_a_file_that_does_not_have_all_microbatches_is_refused(meta: Decoder, tmp_path: Path) -> None:
     (tmp_path / "own.csv").write_text("0F0,0B0\n1F0,1B0\n")
     config = config_of(2, schedule=CSV_SCHEDULE, schedule_csv=tmp_path / "own.csv")
-    plan = plan_pipeline(meta, chain(meta), config, 2)
+    plan = plan_pipeline(meta, chain(meta, LAYOUT), config, 2)
     with processes(2) as mesh:
         start(plan, config, mesh, 1)
         with pytest.raises(ConfigError, match=r'pipeline_parallel_schedule = "PipelineScheduleMulti": .*own\.csv: '):
@@ -396,13 +402,13 @@ def test_a_file_that_does_not_have_all_microbatches_is_refused(meta: Llama3, tmp
 
 
 def cut(model: nn.Module, stages: int) -> list[list[str]]:
-    costs = [1] * len(chain(model))
-    return [[name for i in stage for name in chain(model)[i]] for stage in balanced(costs, stages)]
+    costs = [1] * len(chain(model, LAYOUT))
+    return [[name for i in stage for name in chain(model, LAYOUT)[i]] for stage in balanced(costs, stages)]
 
 
 @pytest.mark.parametrize("stages", range(1, 9))
 @pytest.mark.parametrize("given_positions", [False, True])
-def test_parts_in_a_row_are_the_model(model: Llama3, stages: int, given_positions: bool) -> None:
+def test_parts_in_a_row_are_the_model(model: Decoder, stages: int, given_positions: bool) -> None:
     tokens = torch.randint(SMALL.vocab_size, (2, 12), generator=torch.Generator().manual_seed(1))
     positions = torch.randperm(12, generator=torch.Generator().manual_seed(2)) if given_positions else None
     whole = model(tokens, positions)
@@ -414,7 +420,7 @@ def test_parts_in_a_row_are_the_model(model: Llama3, stages: int, given_position
         assert not torch.equal(whole, model(tokens))
 
 
-def test_parts_share_what_the_model_has_under_its_names(model: Llama3) -> None:
+def test_parts_share_what_the_model_has_under_its_names(model: Decoder) -> None:
     whole = dict(model.named_parameters())
     parts = [part_of(model, names) for names in cut(model, 3)]
     shared = [dict(part.named_parameters()) for part in parts]
@@ -422,7 +428,7 @@ def test_parts_share_what_the_model_has_under_its_names(model: Llama3) -> None:
     for own in shared:
         assert all(param is whole[name] for name, param in own.items())
     for part, names in zip(parts, cut(model, 3)):
-        assert isinstance(part, Llama3)
+        assert isinstance(part, Decoder)
         children = {*(f"layers.{i}" for i in part.layers), *(n for n, m in part.named_children() if n != "layers")}
         assert children == {*names}
         assert all(part.get_submodule(name) is model.get_submodule(name) for name in names)
@@ -431,7 +437,7 @@ def test_parts_share_what_the_model_has_under_its_names(model: Llama3) -> None:
     assert union.keys() == model.state_dict().keys()
 
 
-def test_the_whole_model_stays_as_it_was(model: Llama3) -> None:
+def test_the_whole_model_stays_as_it_was(model: Decoder) -> None:
     tokens = torch.arange(8)[None]
     before, names, keys = model(tokens), [name for name, _ in model.named_modules()], [*model.state_dict()]
     part = part_of(model, ["layers.2", "layers.3"])
@@ -441,14 +447,14 @@ def test_the_whole_model_stays_as_it_was(model: Llama3) -> None:
     layers.pop("3")
     part.register_buffer("rope", torch.zeros(1))
     part.forward = lambda x: x  # type: ignore[method-assign]
-    part.__class__ = type("Other", (Llama3,), {})
+    part.__class__ = type("Other", (Decoder,), {})
     assert [name for name, _ in model.named_modules()] == names
     assert [*model.state_dict()] == keys
-    assert type(model) is Llama3
+    assert type(model) is Decoder
     assert torch.equal(model(tokens), before)
 
 
-def test_hooks_of_a_part_are_its_own(model: Llama3) -> None:
+def test_hooks_of_a_part_are_its_own(model: Decoder) -> None:
     """FSDP2 hangs its own on each part."""
     first, second = (part_of(model, names) for names in cut(model, 2))
     called = []
@@ -469,7 +475,7 @@ def test_hooks_of_a_part_are_its_own(model: Llama3) -> None:
         model.zero_grad()
 
 
-def test_a_part_in_evaluation_does_not_take_the_others_along(model: Llama3) -> None:
+def test_a_part_in_evaluation_does_not_take_the_others_along(model: Decoder) -> None:
     first, second = (part_of(model, names) for names in cut(model, 2))
     first.eval()
     assert not first.training
@@ -478,7 +484,7 @@ def test_a_part_in_evaluation_does_not_take_the_others_along(model: Llama3) -> N
     first.train()
 
 
-def test_stages_of_the_plan_hold_all_work(meta: Llama3) -> None:
+def test_stages_of_the_plan_hold_all_work(meta: Decoder) -> None:
     """What the stages multiply with adds up to what the model does."""
     total = sum(m.weight.numel() for m in meta.modules() if isinstance(m, nn.Linear))
     for pp in (2, 3, 4):

@@ -36,14 +36,14 @@ from titanlite.float8 import (
     sync_float8_amax_and_scale_history,
     why_not_convertible,
 )
-from titanlite.models.llama3.model import Attention, FeedForward, Llama3, Llama3Args, rope_table
+from titanlite.models.layers import Attention, Decoder, DecoderArgs, FeedForward, rope_table
 from titanlite.quant.float8 import devices, format
 from titanlite.quant.float8.matmul import cast
 from titanlite.quant.fsdp import ShardedWeight
 
 RECIPES = ["tensorwise", "rowwise", "rowwise_with_gw_hp"]
 each_recipe = pytest.mark.parametrize("recipe", RECIPES)
-ARGS = Llama3Args(dim=128, n_layers=2, n_heads=4, n_kv_heads=2, ffn_dim=256, vocab_size=256, max_seq_len=64)
+ARGS = DecoderArgs(dim=128, n_layers=2, n_heads=4, n_kv_heads=2, ffn_dim=256, vocab_size=256, max_seq_len=64)
 
 
 def configured(recipe: str, **changes: Any) -> Float8LinearConfig:
@@ -300,12 +300,12 @@ def test_layers_that_share_an_input_save_it_once(recipe: str) -> None:
     torch.manual_seed(0)
     per_element = 2 if recipe == "rowwise_with_gw_hp" else 1.1
     x = torch.randn(2, 64, ARGS.dim, dtype=torch.bfloat16, requires_grad=True) * 1  # a result, as a norm's is
-    attention = Attention(ARGS).bfloat16()
+    attention = Attention(ARGS.dim, ARGS.n_heads, ARGS.n_kv_heads, ARGS.head_size).bfloat16()
     trio = (attention.wq, attention.wk, attention.wv)
     convert_to_float8_training(attention, config=configured(recipe))
     weights = [m.weight for m in trio]
     assert saved_bytes(lambda: [m(x) for m in trio], *weights) <= per_element * x.numel()
-    feed_forward = convert_to_float8_training(FeedForward(ARGS).bfloat16(), config=configured(recipe))
+    feed_forward = convert_to_float8_training(FeedForward(ARGS.dim, ARGS.ffn_dim).bfloat16(), config=configured(recipe))
     pair = (feed_forward.w1, feed_forward.w3)
     assert saved_bytes(lambda: [m(x) for m in pair], *(m.weight for m in pair)) <= per_element * x.numel()  # type: ignore[union-attr, operator]
 
@@ -538,12 +538,12 @@ def test_evaluation_reads_the_weight_as_it_is() -> None:
 # ---- activation checkpointing and compilation
 
 
-def block_model(recipe: str | None) -> Llama3:
+def block_model(recipe: str | None) -> Decoder:
     torch.manual_seed(0)
-    model = Llama3(ARGS)
+    model = Decoder(ARGS)
     model.init_weights(WeightInit(model, seed=0))
     model = model.bfloat16()
-    model.rope.data = rope_table(ARGS, model.rope.shape[1])
+    model.rope.data = rope_table(model.rope.shape[1], ARGS.head_size, ARGS.rope_theta)
     if recipe:
         convert_to_float8_training(model, config=DELAYED if recipe == "delayed" else configured(recipe))
     return model

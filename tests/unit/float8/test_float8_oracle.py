@@ -19,7 +19,7 @@ from titanlite.float8 import (
     ScalingGranularity,
     convert_to_float8_training,
 )
-from titanlite.models.llama3.model import Llama3
+from titanlite.models.layers import Decoder
 from titanlite.models.llama3.spec import FLAVORS
 from titanlite.quant.float8.matmul import cast
 from titanlite.quant.float8.numerics import round_down_to_power_of_2
@@ -198,7 +198,7 @@ def feed_forward() -> tuple[nn.Module, Any]:
 def debug_model() -> tuple[nn.Module, Any]:
     torch.manual_seed(0)
     args = FLAVORS["debugmodel"]
-    model = Llama3(type(args)(**{**args.__dict__, "vocab_size": 512}))
+    model = Decoder(type(args)(**{**args.__dict__, "vocab_size": 512}))
     model.init_weights(WeightInit(model, seed=1))
     tokens = torch.randint(0, 512, (2, 129))
     model = model.bfloat16()

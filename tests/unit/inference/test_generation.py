@@ -24,15 +24,15 @@ from titanlite.float8 import (
     ScalingType,
     convert_to_float8_training,
 )
-from titanlite.inference.generate import Decoder, KVCache, Sampling, forward, generate
-from titanlite.models.llama3.model import Llama3Args, causal_attention
+from titanlite.inference.generate import KVCache, Sampling, TokenSampler, forward, generate
+from titanlite.models.layers import DecoderArgs, causal_attention
 
 GREEDY = Sampling(temperature=0)
 PROMPT = [3, 14, 15, 92, 65]
 
 
-def decoder(model: nn.Module, vocab_size: int = 128) -> Decoder:
-    return Decoder(model, torch.device("cpu"), max_seq_len=64, vocab_size=vocab_size)
+def decoder(model: nn.Module, vocab_size: int = 128) -> TokenSampler:
+    return TokenSampler(model, torch.device("cpu"), max_seq_len=64, vocab_size=vocab_size)
 
 
 def tokens(batch: int, n: int) -> Tensor:
@@ -45,7 +45,7 @@ def tokens(batch: int, n: int) -> Tensor:
 @pytest.mark.parametrize("multiple", [1, 4])
 @pytest.mark.parametrize("chunks", [[12], [1] * 12, [5, 1, 4, 2], [1, 11]], ids=str)
 @pytest.mark.parametrize("args", [SMALL, GQA], ids=["mha", "gqa"])
-def test_cached_logits_are_those_of_one_forward(args: Llama3Args, chunks: list[int], multiple: int) -> None:
+def test_cached_logits_are_those_of_one_forward(args: DecoderArgs, chunks: list[int], multiple: int) -> None:
     model, x = build(args), tokens(3, 12)
     with torch.no_grad():
         expected = model(x)
@@ -89,13 +89,12 @@ def test_the_model_is_left_as_it_was() -> None:
         return causal_attention(q, k, v)
 
     first, second = (model.layers[name].attention for name in "01")
-    first.attend = own
+    first.core = own
     with KVCache(model, capacity=8) as cache:
         cache(tokens(1, 3))
-        assert "attend" in vars(second)
-    assert first.attend is own
-    assert "attend" not in vars(second)
-    assert second.attend is causal_attention
+        assert second.core is not causal_attention
+    assert first.core is own
+    assert second.core is causal_attention
 
 
 def test_a_cache_that_is_full_and_a_model_without_attention() -> None:
@@ -103,7 +102,7 @@ def test_a_cache_that_is_full_and_a_model_without_attention() -> None:
         cache(tokens(1, 3))
         with pytest.raises(ConfigError, match=r"room for 4 tokens, and 3 \+ 2 are to go into it"):
             cache(tokens(1, 2))
-    with pytest.raises(ConfigError, match=r"Linear has no module with an attend\(q, k, v\)"):
+    with pytest.raises(ConfigError, match="Linear has no AttentionSlot"):
         KVCache(nn.Linear(1, 1), capacity=4)
 
 
@@ -294,7 +293,7 @@ def test_tokens_come_as_often_as_their_probability_says() -> None:
         def forward(self, x: Tensor, positions: Tensor) -> Tensor:
             return torch.tensor([0.1, 0.2, 0.3, 0.4]).log().expand(1, x.shape[1], 4)
 
-    fixed = Decoder(Fixed(), torch.device("cpu"), max_seq_len=5000, vocab_size=4)
+    fixed = TokenSampler(Fixed(), torch.device("cpu"), max_seq_len=5000, vocab_size=4)
     ids = generate(fixed, [0], 4000, Sampling(seed=1), cached=False).ids
     counts = [ids.count(i) / 4000 for i in range(4)]
     assert counts == pytest.approx([0.1, 0.2, 0.3, 0.4], abs=0.03)  # 4 standard deviations

@@ -10,10 +10,11 @@ from torch import nn
 
 from titanlite.distributed.init import WeightInit
 from titanlite.errors import ConfigError
-from titanlite.models.llama3.model import Llama3, Llama3Args, RopeScaling, causal_attention
-from titanlite.models.llama3.spec import FLAVORS, configure, model_size
+from titanlite.models.layers import Decoder, DecoderArgs, RopeScaling, causal_attention
+from titanlite.models.llama3.spec import FLAVORS
+from titanlite.models.spec import get_model_spec
 
-SMALL = Llama3Args(dim=64, n_layers=2, n_heads=8, n_kv_heads=8, ffn_dim=96, vocab_size=128, max_seq_len=64)
+SMALL = DecoderArgs(dim=64, n_layers=2, n_heads=8, n_kv_heads=8, ffn_dim=96, vocab_size=128, max_seq_len=64)
 GQA = replace(SMALL, n_kv_heads=2)
 # The scaling's blend needs wavelengths on both sides of original_max_seq_len: a short one brings them within 64.
 SCALED = replace(GQA, rope_scaling=RopeScaling(factor=8.0, original_max_seq_len=32))
@@ -35,13 +36,13 @@ HF_NAMES = {
 }
 
 
-def build(args: Llama3Args, seed: int = 0) -> Llama3:
-    model = Llama3(args)
+def build(args: DecoderArgs, seed: int = 0) -> Decoder:
+    model = Decoder(args)
     model.init_weights(WeightInit(model, seed))
     return model
 
 
-def transformers_llama(args: Llama3Args, ours: Llama3) -> nn.Module:
+def transformers_llama(args: DecoderArgs, ours: Decoder) -> nn.Module:
     transformers = pytest.importorskip("transformers")
     scaling = args.rope_scaling
     rope = {"rope_type": "default", "rope_theta": args.rope_theta}
@@ -77,7 +78,7 @@ def transformers_llama(args: Llama3Args, ours: Llama3) -> nn.Module:
 
 
 @pytest.mark.parametrize("args", [SMALL, GQA, SCALED, TIED], ids=["mha", "gqa", "rope_scaling", "tied"])
-def test_logits_are_those_of_transformers(args: Llama3Args) -> None:
+def test_logits_are_those_of_transformers(args: DecoderArgs) -> None:
     ours = build(args)
     theirs = transformers_llama(args, ours)
     tokens = torch.randint(args.vocab_size, (2, 64), generator=torch.Generator().manual_seed(0))
@@ -123,8 +124,8 @@ def test_a_token_sees_only_what_came_before_it() -> None:
 )
 def test_flavors_have_the_published_sizes(flavor: str, params: int) -> None:
     with torch.device("meta"):
-        model = Llama3(FLAVORS[flavor])
-    size = model_size(model)
+        model = Decoder(FLAVORS[flavor])
+    size = model.size()
     assert size.params == params
     assert size.heads * size.head_dim == FLAVORS[flavor].dim
 
@@ -137,10 +138,10 @@ def test_attention_compiles_for_any_number_of_heads() -> None:
 
 
 def test_debugmodel_takes_the_tokenizers_vocabulary() -> None:
-    assert configure(FLAVORS["debugmodel"], 2049, 16).vocab_size == 2176
-    assert configure(FLAVORS["8B"], 2049, 16).vocab_size == 128256
+    assert FLAVORS["debugmodel"].configured(2049, 16).vocab_size == 2176
+    assert FLAVORS["8B"].configured(2049, 16).vocab_size == 128256
     with pytest.raises(ConfigError, match="128257 tokens, more than the 128256"):
-        configure(FLAVORS["8B"], 128257, 16)
+        get_model_spec("llama3").configure(FLAVORS["8B"], 128257, 16)
 
 
 def test_initial_weights_have_the_published_spread() -> None:

@@ -138,13 +138,13 @@ def test_activations_are_those_that_autograd_saves(mode: str) -> None:
     """What is alive behind a forward without data, against the hooks through which autograd saves in a real one."""
     from titanlite.config.schema import ActivationCheckpoint
     from titanlite.distributed.activation_checkpoint import apply_activation_checkpoint
-    from titanlite.models.llama3.model import Llama3, Llama3Args
+    from titanlite.models.layers import Decoder, DecoderArgs
 
-    args = Llama3Args(dim=64, n_layers=4, n_heads=4, n_kv_heads=2, ffn_dim=128, vocab_size=128, max_seq_len=32)
+    args = DecoderArgs(dim=64, n_layers=4, n_heads=4, n_kv_heads=2, ffn_dim=128, vocab_size=128, max_seq_len=32)
     kind, _, option = mode.partition(" ")
 
-    def build() -> Llama3:
-        model = Llama3(args)
+    def build() -> Decoder:
+        model = Decoder(args)
         apply_activation_checkpoint(model.layers, ActivationCheckpoint(mode=kind, selective_ac_option=option or "2"))  # type: ignore[arg-type]
         return model
 

@@ -19,7 +19,7 @@ from titanlite.data import load_tokenizer
 from titanlite.distributed import runtime
 from titanlite.distributed.mesh import build_mesh
 from titanlite.errors import ConfigError
-from titanlite.models.llama3.model import Llama3
+from titanlite.models.layers import Decoder
 from titanlite.training import sample
 from titanlite.training.sample import log_sample, printable
 
@@ -45,7 +45,7 @@ def logged(
     return [f"{record.levelname} {record.getMessage()}" for record in caplog.records]
 
 
-def language_model() -> Llama3:
+def language_model() -> Decoder:
     return build(replace(SMALL, vocab_size=2048))
 
 

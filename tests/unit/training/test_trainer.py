@@ -211,7 +211,7 @@ def test_documents_the_gc_and_prints_the_configuration(train: Any) -> None:
     )
     assert "garbage collection at step 2" in run.output
     assert "[training]\n" in run.output
-    assert "TransformerBlock" in run.output
+    assert "Block" in run.output
 
 
 def test_the_rotary_table_stays_in_float32_under_mixed_precision(train: Any, tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ from titanlite.data import is_held_out, load_tokenizer
 from titanlite.distributed import runtime
 from titanlite.distributed.compile import CompileWatch
 from titanlite.errors import ConfigError, TrainingError
-from titanlite.models.llama3.model import Llama3
+from titanlite.models.layers import Decoder
 from titanlite.train import Trainer
 
 SEQ_LEN, BATCH = TINY["training.seq_len"], TINY["training.local_batch_size"]
@@ -103,7 +103,7 @@ def test_loss_and_bits_per_byte_written_out(trainer: Any, text: Path) -> None:
     count = 2 * BATCH * SEQ_LEN
     inputs, labels = tokens[:count].view(-1, SEQ_LEN), tokens[1 : count + 1].view(-1, SEQ_LEN)
     args = run.spec.configure(run.flavor, tokenizer.vocab_size, SEQ_LEN)
-    model = Llama3(args).double()
+    model = Decoder(args).double()
     model.load_state_dict(parameters(run))
     model.rope.copy_(run.model_parts[0].rope)
     log_likelihood = model(inputs).log_softmax(-1).gather(-1, labels[..., None])

@@ -1,0 +1,175 @@
+"""The shared decoder as ``transformers`` keeps it: its ``config.json`` and the names of its tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+from titanlite.errors import ConfigError
+from titanlite.models.layers import DecoderArgs, RopeScaling
+from titanlite.models.spec import HuggingFaceFormat
+from titanlite.models.weight_map import Place, WeightMap
+
+_REQUIRED = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")
+
+_ROPE_LLAMA3 = {
+    "factor": "factor",
+    "low_freq_factor": "low_freq_factor",
+    "high_freq_factor": "high_freq_factor",
+    "original_max_seq_len": "original_max_position_embeddings",
+}
+
+
+@dataclass(frozen=True)
+class DecoderFiles:
+    """How ``transformers`` keeps one family of decoders.
+
+    Attributes:
+        family: the family's name here, for messages.
+        model_type, architecture: as in ``config.json``.
+        fixed: what the network computes with; a key that is not there, or null, means the same.
+        layer: the name of each parameter of a block, without ".weight" -> its name in a layer of the files.
+        ignored: see :class:`~titanlite.models.spec.HuggingFaceFormat`.
+    """
+
+    family: str
+    model_type: str
+    architecture: str
+    fixed: Mapping[str, Any]
+    layer: Mapping[str, str]
+    ignored: str | None = None
+
+    def format(self) -> HuggingFaceFormat:
+        return HuggingFaceFormat(self.to_config, self.from_config, self.check, self.weights, self.ignored)
+
+    def weights(self, args: DecoderArgs) -> WeightMap:
+        """Return where each parameter is. The weights need no permutation: both sides pair the rotary embedding's
+        elements i and i + head_dim/2."""
+        places: dict[str, Place] = {"tok_embeddings.weight": "model.embed_tokens.weight"}
+        for i in range(args.n_layers):
+            places |= {
+                f"layers.{i}.{ours}.weight": f"model.layers.{i}.{theirs}.weight" for ours, theirs in self.layer.items()
+            }
+        places["norm.weight"] = "model.norm.weight"
+        places["output.weight"] = "model.embed_tokens.weight" if args.tie_embeddings else "lm_head.weight"
+        return places
+
+    def to_config(self, args: DecoderArgs) -> dict[str, Any]:
+        """Return what ``config.json`` says of the model. The scaled rotary frequencies are in the spelling that every
+        version of ``transformers`` since 4.43 reads, and other programs do."""
+        scaling = None
+        if args.rope_scaling is not None:
+            scaling = {theirs: getattr(args.rope_scaling, ours) for ours, theirs in _ROPE_LLAMA3.items()}
+            # transformers warns where a factor is not a float.
+            scaling = {key: value if key.startswith("original") else float(value) for key, value in scaling.items()}
+            scaling["rope_type"] = "llama3"
+        return {
+            "architectures": [self.architecture],
+            "model_type": self.model_type,
+            "hidden_size": args.dim,
+            "intermediate_size": args.ffn_dim,
+            "num_hidden_layers": args.n_layers,
+            "num_attention_heads": args.n_heads,
+            "num_key_value_heads": args.n_kv_heads,
+            "head_dim": args.head_size,
+            "vocab_size": args.vocab_size,
+            "max_position_embeddings": args.max_seq_len,
+            "rms_norm_eps": args.norm_eps,
+            "rope_theta": args.rope_theta,
+            "rope_scaling": scaling,
+            "tie_word_embeddings": args.tie_embeddings,
+            **{key: value for key, value in self.fixed.items() if value is not None},
+            "initializer_range": 0.02,
+            "use_cache": True,
+        }
+
+    def from_config(self, config: Mapping[str, Any]) -> DecoderArgs:
+        """Return the model that a ``config.json`` describes; ``max_seq_len`` is its ``max_position_embeddings``.
+
+        Raises:
+            ConfigError: a size is missing, or a key has a value that this network does not compute.
+        """
+        if config.get("model_type") != self.model_type:
+            raise self._unsupported("model_type", config.get("model_type"), f'must be "{self.model_type}"')
+        for key, only in {"architectures": [self.architecture], "partial_rotary_factor": 1.0, **self.fixed}.items():
+            if config.get(key) not in (None, only):
+                raise self._unsupported(key, config[key], f"must be {_shown(only)}")
+        for key in _REQUIRED:
+            if not isinstance(config.get(key), int) or config[key] < 1:
+                raise self._unsupported(key, config.get(key), "must be a whole number of at least 1")
+        heads, dim = config["num_attention_heads"], config["hidden_size"]
+        # Absent and null both mean these, as in transformers.
+        kv_heads, head_dim = config.get("num_key_value_heads") or heads, config.get("head_dim") or dim // heads
+        if not config.get("head_dim") and dim % heads:
+            raise self._unsupported("hidden_size", dim, f"must be a multiple of num_attention_heads = {heads}")
+        if head_dim % 2:
+            raise self._unsupported("head_dim", head_dim, "must be even, for rotary embeddings")
+        if heads % kv_heads:
+            raise self._unsupported("num_key_value_heads", kv_heads, f"must divide num_attention_heads = {heads}")
+        theta, scaling = self._rope(config)
+        return DecoderArgs(
+            dim=dim,
+            n_layers=config["num_hidden_layers"],
+            n_heads=heads,
+            n_kv_heads=kv_heads,
+            head_dim=None if head_dim * heads == dim else head_dim,
+            ffn_dim=config["intermediate_size"],
+            vocab_size=config["vocab_size"],
+            rope_theta=theta,
+            rope_scaling=scaling,
+            norm_eps=self._number(config, "rms_norm_eps", 1e-6),
+            tie_embeddings=bool(config.get("tie_word_embeddings")),
+            max_seq_len=self._number(config, "max_position_embeddings", 2048),
+        )
+
+    def check(self, args: DecoderArgs, config: Mapping[str, Any]) -> None:
+        """Refuse a ``config.json`` of another model than ``args``; the length of sequences may differ.
+
+        Raises:
+            ConfigError: naming every size and number that differs.
+        """
+        theirs = replace(self.from_config(config), max_seq_len=args.max_seq_len)
+        pairs = {f.name: (getattr(theirs, f.name), getattr(args, f.name)) for f in fields(DecoderArgs)}
+        pairs["head_dim"] = theirs.head_size, args.head_size
+        differing = [
+            f"{name} is {_shown(there)} there and {_shown(here)} here"
+            for name, (there, here) in pairs.items()
+            if there != here
+        ]
+        if differing:
+            raise ConfigError(
+                f"config.json: describes another model than model.flavor: {'; '.join(differing)}; choose the flavor "
+                "that these weights belong to"
+            )
+
+    def _rope(self, config: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
+        """Return the base of the rotary frequencies and their scaling, spelled as until transformers 4 (``rope_theta``
+        and ``rope_scaling``) or as since 5 (both in ``rope_parameters``)."""
+        key = "rope_scaling" if config.get("rope_scaling") else "rope_parameters"
+        rope = config.get(key) or {}
+        theta = self._number(rope, "rope_theta", self._number(config, "rope_theta", 10000.0))
+        if rope.get("partial_rotary_factor") not in (None, 1.0):
+            raise self._unsupported(f"{key}.partial_rotary_factor", rope["partial_rotary_factor"], "must be 1.0")
+        kind = rope.get("rope_type", rope.get("type", "default"))
+        if kind == "default":
+            return theta, None
+        if kind != "llama3":
+            raise self._unsupported(f"{key}.rope_type", kind, 'must be "llama3" or "default"')
+        return theta, RopeScaling(**{ours: self._number(rope, theirs) for ours, theirs in _ROPE_LLAMA3.items()})
+
+    def _number(self, holder: Mapping[str, Any], key: str, default: Any = None) -> Any:
+        value = holder.get(key, default)
+        if not isinstance(value, (int, float)):
+            raise self._unsupported(key, value, "must be a number")
+        return value
+
+    def _unsupported(self, key: str, value: Any, rule: str) -> ConfigError:
+        return ConfigError(
+            f"config.json: {key} = {_shown(value)}: {rule}; the folder holds a model that {self.family} does not "
+            "compute, or the file is damaged"
+        )
+
+
+def _shown(value: Any) -> str:
+    return f'"{value}"' if isinstance(value, str) else str(value)

@@ -1,0 +1,177 @@
+"""The decoder that all dense families share: a plain ``nn.Module`` that knows nothing of parallelism, precision or
+devices."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from titanlite.models.layers.attention import Attention
+from titanlite.models.layers.feed_forward import FeedForward
+from titanlite.models.layers.init import Init
+from titanlite.models.layers.layout import Layout, Projections
+from titanlite.models.layers.rotary import RopeScaling, rope_table
+from titanlite.models.layers.size import ModelSize
+
+
+@dataclass(frozen=True)
+class DecoderArgs:
+    """The shape of a model. ``vocab_size`` 0 is filled in from the tokenizer; ``head_dim`` None is dim / n_heads."""
+
+    dim: int
+    n_layers: int
+    n_heads: int
+    n_kv_heads: int
+    ffn_dim: int
+    vocab_size: int = 128256
+    rope_theta: float = 500000.0
+    rope_scaling: RopeScaling | None = None
+    norm_eps: float = 1e-5
+    tie_embeddings: bool = False
+    max_seq_len: int = 8192
+    head_dim: int | None = None
+
+    @property
+    def head_size(self) -> int:
+        """The features of one head."""
+        return self.dim // self.n_heads if self.head_dim is None else self.head_dim
+
+    def configured(self, vocab_size: int, seq_len: int) -> DecoderArgs:
+        """Return these arguments for a tokenizer and a sequence length.
+
+        A flavor without a vocabulary of its own takes the tokenizer's, rounded up to a multiple of 128 (tensor cores
+        and sharding want round sizes); one that has its own must hold the tokenizer's.
+
+        Raises:
+            ValueError: it does not.
+        """
+        if self.vocab_size and vocab_size > self.vocab_size:
+            raise ValueError(
+                f"the tokenizer has {vocab_size} tokens, more than the {self.vocab_size} of this flavor's vocabulary"
+            )
+        return replace(self, vocab_size=self.vocab_size or -(-vocab_size // 128) * 128, max_seq_len=seq_len)
+
+
+class Block(nn.Module):
+    """Attention and feed-forward, each behind a norm and added to the residual stream.
+
+    Attributes:
+        run: a slot for another way to call :meth:`compute`: compiled, or with activation checkpointing. None: as it is.
+    """
+
+    run: Callable[..., Tensor] | None
+
+    def __init__(self, args: DecoderArgs) -> None:
+        super().__init__()
+        self.run = None
+        self.attention = Attention(args.dim, args.n_heads, args.n_kv_heads, args.head_size)
+        self.feed_forward = FeedForward(args.dim, args.ffn_dim)
+        self.attention_norm = nn.RMSNorm(args.dim, eps=args.norm_eps)
+        self.ffn_norm = nn.RMSNorm(args.dim, eps=args.norm_eps)
+
+    def forward(self, x: Tensor, rope: Tensor) -> Tensor:
+        return self.compute(x, rope) if self.run is None else self.run(x, rope)
+
+    def compute(self, x: Tensor, rope: Tensor) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), rope)
+        return x + self.feed_forward(self.ffn_norm(x))  # type: ignore[no-any-return]
+
+    def init_weights(self, init: Init, depth: int) -> None:
+        # The residual stream adds up 2 * depth branches; their output projections shrink so that it stays level.
+        out_std = 0.02 / math.sqrt(2 * depth)
+        init.ones(self.attention_norm.weight)
+        init.ones(self.ffn_norm.weight)
+        self.attention.init_weights(init, out_std)
+        self.feed_forward.init_weights(init, out_std)
+
+
+LAYOUT = Layout(
+    parts={
+        "attention": Projections(("wq", "wk", "wv"), ("wo",), arguments=2),
+        "feed_forward": Projections(("w1", "w3"), ("w2",)),
+    },
+    norms=("attention_norm", "ffn_norm"),
+)
+
+
+class Decoder(nn.Module):
+    """Token ids in, logits over the vocabulary out.
+
+    The initialization is torchtitan's: linear layers truncated normal of standard deviation 0.02, the ones that write
+    to the residual stream (and w3) 0.02 / sqrt(2 * depth), embeddings 1, the output projection dim**-0.5. A tied
+    embedding is also the output projection, so it takes the latter.
+
+    Attributes:
+        positions: the positions of the tokens that this process has, int64 [seq_len]; a slot for those who give a
+            process a part of each sequence, or of the model. None: 0, 1, 2, ...
+    """
+
+    # In a part of the model the ends may be None and layers be missing; it takes the hidden states of the part before.
+    tok_embeddings: nn.Embedding | None
+    norm: nn.RMSNorm | None
+    output: nn.Linear | None
+    rope: Tensor
+    positions: Tensor | None
+
+    def __init__(self, args: DecoderArgs) -> None:
+        super().__init__()
+        self.args, self.positions = args, None
+        self.tok_embeddings = nn.Embedding(args.vocab_size, args.dim)
+        self.layers = nn.ModuleDict({str(i): Block(args) for i in range(args.n_layers)})
+        self.norm = nn.RMSNorm(args.dim, eps=args.norm_eps)
+        self.output = nn.Linear(args.dim, args.vocab_size, bias=False)
+        if args.tie_embeddings:
+            self.output.weight = self.tok_embeddings.weight
+        self.register_buffer("rope", torch.empty(2, args.max_seq_len, args.head_size), persistent=False)
+
+    def forward(self, x: Tensor, positions: Tensor | None = None) -> Tensor:
+        """Token ids to logits.
+
+        Args:
+            x: int64 [batch, seq_len].
+            positions: of the tokens in their sequence; int64 [seq_len]. None: ``self.positions``.
+
+        Returns:
+            [batch, seq_len, vocab_size], in the dtype of the parameters.
+        """
+        positions = self.positions if positions is None else positions
+        rope = self.rope[:, : x.shape[1]] if positions is None else self.rope[:, positions]
+        if self.tok_embeddings is not None:
+            x = self.tok_embeddings(x)
+        for layer in self.layers.values():
+            x = layer(x, rope)
+        return x if self.norm is None or self.output is None else self.output(self.norm(x))
+
+    @torch.no_grad()
+    def init_weights(self, init: Init) -> None:
+        """Fill every parameter and buffer; they may be sharded, and hold anything before."""
+        args = self.args
+        self.rope.copy_(rope_table(self.rope.shape[1], args.head_size, args.rope_theta, args.rope_scaling))
+        if self.tok_embeddings is not None and not args.tie_embeddings:
+            init.normal(self.tok_embeddings.weight, std=1.0)
+        for i, layer in self.layers.items():
+            assert isinstance(layer, Block)
+            layer.init_weights(init, depth=int(i) + 1)
+        if self.norm is not None:
+            init.ones(self.norm.weight)
+        if self.output is not None:
+            init.trunc_normal(self.output.weight, std=args.dim**-0.5)
+
+    def size(self) -> ModelSize:
+        """Return the numbers that FLOPs and memory follow from, of the whole model."""
+        args, embedding = self.args, self.tok_embeddings
+        assert embedding is not None
+        return ModelSize(
+            params=sum(p.numel() for p in self.parameters()),
+            # A tied embedding is the output projection too, and that is a matmul.
+            embedding_params=0 if args.tie_embeddings else embedding.weight.numel(),
+            layers=args.n_layers,
+            heads=args.n_heads,
+            head_dim=args.head_size,
+            dim=args.dim,
+            vocab_size=args.vocab_size,
+        )

@@ -1,0 +1,190 @@
+"""How a model is spread over devices: tensor and context parallelism, activation checkpointing, compile per block,
+FSDP2, in this order. Each function takes the whole model or, under pipeline parallelism, one part of it, and the
+:class:`~titanlite.models.layers.Layout` that says what its parts are."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import Replicate, Shard
+from torch.distributed.tensor.parallel import SequenceParallel, parallelize_module
+from torch.distributed.tensor.parallel.style import ParallelStyle
+
+from titanlite.config import JobConfig
+from titanlite.config.refuse import refuse
+from titanlite.distributed.activation_checkpoint import apply_activation_checkpoint
+from titanlite.distributed.compile import compile_blocks
+from titanlite.distributed.context_parallel import ContextParallel
+from titanlite.distributed.data_parallel import apply_fsdp
+from titanlite.distributed.mesh import Mesh
+from titanlite.distributed.tensor_parallel import (
+    VocabParallelEmbedding,
+    column_parallel,
+    enable_async_tensor_parallel,
+    gathered_input,
+    row_parallel,
+)
+from titanlite.errors import ConfigError
+from titanlite.models.layers import AttentionSlot, FeedForward, Layout, causal_attention
+from titanlite.quant.swiglu import swiglu_linear
+
+
+def parallelize(model: nn.Module, layout: Layout, mesh: Mesh, config: JobConfig) -> dict[str, str]:
+    """Apply what ``config`` asks for to ``model`` in place; returns what was done, for the log."""
+    done: dict[str, str] = {}
+    if mesh.tp.size() > 1:
+        done["tensor parallelism"] = apply_tensor_parallel(model, layout, mesh, config)
+    done |= _fill_slots(model, mesh, config)
+    blocks: nn.ModuleDict = getattr(model, layout.blocks)
+    done |= _checkpoint_and_compile(blocks, mesh, config)
+    done["FSDP2"] = apply_fsdp(model, mesh, config, groups=_gathered_together(model, layout))
+    return done
+
+
+def _fill_slots(model: nn.Module, mesh: Mesh, config: JobConfig) -> dict[str, str]:
+    """Fill the slots of attention, feed-forward and positions."""
+    args: Any = model.args
+    done, core, positions = {}, None, None
+    if mesh.cp.size() > 1:
+        method = config.parallelism.context_parallel_rotate_method
+        # One object for all blocks: torch.compile lets them share their code only then.
+        context = ContextParallel(mesh.cp, method, grouped=not mesh.target.is_cpu)
+        core, positions = context.attention, context.positions(args.max_seq_len)
+        done["context parallelism"] = f"{mesh.cp.size()} processes, {method}"
+    elif attends_in_float32(args.head_size, mesh, config):
+        core = float32_attention
+        done["attention"] = f"float32, the faster one on the CPU for heads of {args.head_size}"
+    if positions is None and mesh.pp.size() > 1:  # a later stage cannot tell them from what it is given
+        positions = torch.arange(args.max_seq_len, device=mesh.device_type)
+    model.positions = positions  # type: ignore[assignment]
+    for module in model.modules():
+        if isinstance(module, AttentionSlot) and core is not None:
+            module.core = core
+        if isinstance(module, FeedForward):
+            module.swiglu = swiglu_linear  # which leaves layers that are not quantized as they are
+    return done
+
+
+def attends_in_float32(head_size: int, mesh: Mesh, config: JobConfig) -> bool:
+    """Return whether attention is faster in float32 than in the parameters' dtype. On the CPU that is so for small
+    heads: the backward of PyTorch's bfloat16 kernel has a cost per head that does not depend on its size (torch 2.11
+    and 2.13, a processor with bfloat16 instructions; docs/performance.md). From heads of 64 on it is no longer slower.
+    """
+    return mesh.target.is_cpu and head_size < 64 and config.training.mixed_precision_param == "bfloat16"
+
+
+def float32_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """:func:`causal_attention`, computed in float32."""
+    return causal_attention(q.float(), k.float(), v.float()).to(q.dtype)
+
+
+def _checkpoint_and_compile(blocks: nn.ModuleDict, mesh: Mesh, config: JobConfig) -> dict[str, str]:
+    """Apply what [activation_checkpoint] and [compile] ask for to the blocks.
+
+    The compiler sees the checkpointed block, so that what is computed again is fused with the backward. Only where
+    whole blocks of DTensors are computed again, it is the compiled block that is checkpointed: the compiler would save
+    the DTensors' mesh for backward, and take it for a tensor (torch 2.13: "expected all tensors_saved_with_vc_check to
+    be Tensors").
+    """
+    options, done = config.activation_checkpoint, {}
+    compiling = config.training.compile and "model" in config.compile.components
+    per_op = options.mode == "selective" and options.selective_ac_option == "op"
+    compile_first = compiling and mesh.tp.size() > 1 and not per_op
+    if compile_first:
+        compile_blocks(blocks, config.compile)
+    done["activation checkpointing"] = apply_activation_checkpoint(blocks, options)
+    if compiling and not compile_first:
+        compile_blocks(blocks, config.compile)
+    if compiling:
+        done["compile"] = f"{len(blocks)} blocks, {config.compile.backend}"
+    return done
+
+
+def _gathered_together(model: nn.Module, layout: Layout) -> list[list[nn.Module]]:
+    """Return the modules that FSDP2 gathers together, in the order of the forward."""
+    blocks = [[block] for block in getattr(model, layout.blocks).values()]
+    if model.args.tie_embeddings:  # type: ignore[union-attr]
+        # A tied embedding belongs to both ends of the model: the root gathers it, once for forward and backward.
+        return blocks
+    ends = ([layout.embedding], [layout.norm, layout.output])
+    before, after = ([m for name in end if (m := getattr(model, name)) is not None] for end in ends)
+    return [group for group in (before, *blocks, after) if group]
+
+
+def chain(model: nn.Module, layout: Layout) -> list[tuple[str, ...]]:
+    """Return the names of the modules in the order of the forward, where a pipeline can cut; names in one tuple stay
+    together."""
+    blocks = [(f"{layout.blocks}.{name}",) for name in getattr(model, layout.blocks)]
+    return [(layout.embedding,), *blocks, (layout.output, layout.norm)]
+
+
+def check(args: Any, layout: Layout, mesh: Mesh, config: JobConfig) -> None:
+    """Refuse degrees that do not divide the model of ``args``, and checkpointing that would choose none of its layers.
+
+    Raises:
+        ConfigError: with the sizes.
+    """
+    tp, pp, ac = mesh.tp.size(), mesh.pp.size(), config.activation_checkpoint
+    if ac.mode == "selective" and ac.selective_ac_option != "op" and int(ac.selective_ac_option) > args.n_layers:
+        refuse(
+            config,
+            "activation_checkpoint.selective_ac_option",
+            f"the model has {args.n_layers} layers, so none would be checkpointed; use a smaller number, "
+            '"op", or activation_checkpoint.mode = "none"',
+        )
+    for name in layout.divisible:
+        size = getattr(args, name)
+        if size % tp:
+            raise ConfigError(
+                f"must divide the model's {name} = {size}; choose another degree or flavor",
+                key="parallelism.tensor_parallel_degree",
+                value=tp,
+            )
+    if args.tie_embeddings and pp > 1:
+        raise ConfigError(
+            "this flavor's embedding is also its output projection (tied), and its two uses would be on different "
+            "processes; shard with data_parallel_shard_degree, or choose another flavor",
+            key="parallelism.pipeline_parallel_degree",
+            value=pp,
+        )
+
+
+def apply_tensor_parallel(model: nn.Module, layout: Layout, mesh: Mesh, config: JobConfig) -> str:
+    """Shard attention heads, the hidden features of feed-forward and the vocabulary; between them, in norms and the
+    residual stream, the sequence is sharded (Korthikanti et al., "Reducing Activation Recomputation in Large
+    Transformer Models", 2022). Returns what was done, for the log."""
+    tp = mesh.tp
+    embedding, output = getattr(model, layout.embedding), getattr(model, layout.output)
+    plan: dict[str, ParallelStyle] = {}
+    if embedding is not None:
+        plan[layout.embedding] = VocabParallelEmbedding()
+    if output is not None:
+        plan[layout.norm] = SequenceParallel()
+        vocabulary = Replicate() if config.parallelism.disable_loss_parallel else Shard(-1)
+        plan[layout.output] = column_parallel(output, input_layouts=Shard(1), output_layouts=vocabulary)
+    try:
+        parallelize_module(model, tp, plan)
+        for block in getattr(model, layout.blocks).values():
+            parallelize_module(block, tp, _plan_of_block(block, layout))
+    except ValueError as e:
+        raise ConfigError(str(e), key="parallelism.tensor_parallel_degree", value=tp.size()) from e
+    if model.args.tie_embeddings:  # type: ignore[union-attr]
+        embedding.weight = output.weight  # both ends shard the vocabulary, each a copy of its own until here
+    if config.parallelism.enable_async_tensor_parallel:
+        enable_async_tensor_parallel(model, tp)
+    loss = "whole logits" if config.parallelism.disable_loss_parallel else "loss parallel"
+    overlapped = ", asynchronous" if config.parallelism.enable_async_tensor_parallel else ""
+    return f"{tp.size()} processes, sequence parallel, {loss}{overlapped}"
+
+
+def _plan_of_block(block: nn.Module, layout: Layout) -> dict[str, ParallelStyle]:
+    plan: dict[str, ParallelStyle] = {name: SequenceParallel() for name in layout.norms}
+    for part, projections in layout.parts.items():
+        columns = {f"{part}.{name}": block.get_submodule(f"{part}.{name}") for name in projections.columns}
+        plan[part] = gathered_input(list(columns.values()), arguments=projections.arguments)
+        plan |= {name: column_parallel(layer) for name, layer in columns.items()}
+        for name in (f"{part}.{row}" for row in projections.rows):
+            plan[name] = row_parallel(block.get_submodule(name), output_layouts=Shard(1))
+    return plan
