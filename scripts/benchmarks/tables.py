@@ -20,6 +20,7 @@ if str(ROOT) not in sys.path:
 from tests.distributed.combinations import VARIANTS, WAYS, composes, tried  # noqa: E402
 
 RESULTS = ROOT / "docs" / "benchmarks"
+PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
 
 
 def loss_parity(results: list[dict[str, Any]]) -> list[list[str]]:
@@ -168,7 +169,7 @@ def main() -> int:
     parser.add_argument("--check", action="store_true", help="write nothing")
     args = parser.parse_args()
     old = []
-    for path in sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")]):
+    for path in PAGES:
         text = path.read_text(encoding="utf-8")
         if filled(text) != text:
             old.append(path)

@@ -1,6 +1,6 @@
 """The combinations that the tests of parallelism prove: what each is, and what it is tried with.
 
-docs/parallelism.md has a table of them, made from here by scripts/benchmarks/tables.py.
+docs/internals/parallelism.md has a table of them, made from here by scripts/benchmarks/tables.py.
 """
 
 from __future__ import annotations

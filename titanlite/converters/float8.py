@@ -43,7 +43,7 @@ def too_small(recipe: str, k: int, n: int) -> bool:
     For tensorwise and rowwise these are the thresholds that torchao's automatic filter takes from its H100 benchmarks
     (torchao/float8/README.md, "Performance"). rowwise_with_gw_hp, which they leave out, has those of rowwise: two
     matmuls gain instead of three, but only one copy of each operand is cast instead of two, the cheaper one, and by a
-    count of bytes and FLOPs it breaks even no later (docs/float8.md, "Layers too small to gain").
+    count of bytes and FLOPs it breaks even no later (docs/internals/float8-small-layers.md).
     """
     if recipe == "tensorwise":
         return k <= 4096 and n <= 1024

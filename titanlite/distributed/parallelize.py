@@ -70,7 +70,8 @@ def _fill_slots(model: nn.Module, mesh: Mesh, config: JobConfig) -> dict[str, st
 def attends_in_float32(head_size: int, mesh: Mesh, config: JobConfig) -> bool:
     """Return whether attention is faster in float32 than in the parameters' dtype. On the CPU that is so for small
     heads: the backward of PyTorch's bfloat16 kernel has a cost per head that does not depend on its size (torch 2.11
-    and 2.13, a processor with bfloat16 instructions; docs/performance.md). From heads of 64 on it is no longer slower.
+    and 2.13, a processor with bfloat16 instructions; docs/internals/cpu-step.md). From heads of 64 on it is no
+    longer slower.
     """
     return mesh.target.is_cpu and head_size < 64 and config.training.mixed_precision_param == "bfloat16"
 

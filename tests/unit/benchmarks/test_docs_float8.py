@@ -1,203 +1,86 @@
-"""docs/float8.md says what is so: its examples run, its options exist, its tables and counts are the code's; and the
-programs of torchao's float8 tutorials run here."""
+"""The documents on float8 are right: their options make a converter, their tables and counts are the code's; and
+the programs of torchao's float8 tutorials run here. (tests/unit/benchmarks/test_docs.py runs their examples.)"""
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import io
 import re
 import shlex
-import socket
 import sys
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
 import torch._inductor.config
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
+from tests.support.docs import PAGES as DOCS
+from tests.support.docs import Block, blocks_of, prose_of, tables_in
 from tests.support.runs import ROOT
 from titanlite.config import check_config, load_config
 from titanlite.config.schema import Float8
 from titanlite.converters.float8 import Float8Converter, too_small
+from titanlite.distributed.target import Target
 from titanlite.float8 import (
     CastConfig,
     Float8Linear,
     Float8LinearConfig,
     convert_to_float8_training,
-    fsdp,
-    matmul,
 )
 from titanlite.float8.inference import Float8InferenceLinear
 from titanlite.models.spec import get_model_spec
+from titanlite.quant.float8 import format as float8_format
+from titanlite.quant.float8 import matmul
 from titanlite.quant.float8.numerics import quantize
 
 pytestmark = pytest.mark.long
 
-PAGE = ROOT / "docs" / "float8.md"
-TEXT = PAGE.read_text(encoding="utf-8")
 
-
-class Block(NamedTuple):
-    section: str
-    language: str
-    line: int  # of its first line
-    code: str
-
-
-def blocks_of(text: str) -> list[Block]:
-    found: list[Block] = []
-    section, opened, lines = "", None, list[str]()
-    for number, line in enumerate(text.splitlines(), 1):
-        if line.startswith("```"):
-            if opened is not None:
-                found.append(Block(section, opened, number - len(lines), "\n".join(lines) + "\n"))
-            opened, lines = (line[3:].strip(), []) if opened is None else (None, [])
-        elif opened is not None:
-            lines.append(line)
-        elif line.startswith("#"):
-            section = line.lstrip("# ")
-    assert opened is None
-    return found
-
-
-BLOCKS = blocks_of(TEXT)
-PROSE = re.sub(r"```.*?```", "", TEXT, flags=re.DOTALL)
-
-
-def in_language(language: str) -> list[Block]:
-    return [block for block in BLOCKS if block.language == language]
-
-
-def tables() -> list[list[dict[str, str]]]:
-    """The rows of every table, each by the names of the columns."""
-    found = []
-    for table in re.findall(r"(?:^\|.*\|\n)+", PROSE, flags=re.MULTILINE):
-        head, _, *rows = ([cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines())
-        found.append([dict(zip(head, row, strict=True)) for row in rows])
-    return found
+PAGES = [page for page in DOCS if page.name.startswith("float8") or page.name == "library.md"]
+PROSE = "".join(map(prose_of, PAGES))
 
 
 def table_with(*columns: str) -> list[dict[str, str]]:
-    (found,) = (rows for rows in tables() if rows and set(columns) <= rows[0].keys())
-    return found
-
-
-@pytest.fixture
-def world_of_one(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """What torchrun --nproc-per-node=1 would set."""
-    with socket.socket() as s:
-        s.bind(("localhost", 0))
-        port = s.getsockname()[1]
-    torchrun = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "localhost", "MASTER_PORT": port}
-    for name, value in torchrun.items():
-        monkeypatch.setenv(name, str(value))
-    yield
-    if dist.is_initialized():
-        dist.destroy_process_group()
-
-
-# ---- Python
-
-
-def by_section() -> dict[str, list[Block]]:
-    sections: defaultdict[str, list[Block]] = defaultdict(list)
-    for block in in_language("python"):
-        sections[block.section].append(block)
-    return sections
-
-
-@pytest.mark.parametrize("section", by_section())
-def test_examples_run(
-    section: str,
-    world_of_one: None,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    """The blocks of a section are one program, run as a user would; it prints what its comments say it prints."""
-    monkeypatch.chdir(tmp_path)
-    # Generating code takes the compiler longer than all else here, and is tested elsewhere, below for instance.
-    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
-    torch.manual_seed(0)
-    names: dict[str, Any] = {"__name__": "__main__"}
-    blocks = by_section()[section]
-    for block in blocks:
-        source = "\n" * (block.line - 1) + block.code  # so that a traceback shows the line of the page
-        exec(compile(source, PAGE, "exec", dont_inherit=True), names)
-    promised = re.findall(r"^print\(.*\)  # (.*)$", "".join(block.code for block in blocks), flags=re.MULTILINE)
-    assert capsys.readouterr().out.splitlines() == promised
-
-
-def test_there_are_examples() -> None:
-    """So that no change of the page's form leaves the test above with nothing to run."""
-    assert len(in_language("python")) >= 12
-    assert {block.language for block in BLOCKS} == {"python", "bash", "toml", "text"}
-    assert "_Matmul" not in TEXT  # only what is public
+    (rows,) = (rows for rows in tables_in(PROSE) if rows and set(columns) <= rows[0].keys())
+    return rows
 
 
 # ---- options
-
-
-def commands() -> list[tuple[dict[str, str], list[str]]]:
-    """The environment and arguments of every ./run_train.sh that the page shows, in a block or indented."""
-    lines = [line for block in in_language("bash") for line in block.code.replace("\\\n", " ").splitlines()]
-    lines += re.findall(r"^ {4}(.*run_train\.sh.*)$", PROSE, flags=re.MULTILINE)
-    found = []
-    for line in lines:
-        words = shlex.split(line, comments=True)
-        program = next(i for i, word in enumerate(words) if not re.match(r"\w+=", word))
-        assert words[program] == "./run_train.sh", line
-        found.append((dict(word.split("=", 1) for word in words[:program]), words[program + 1 :]))
-    return found
 
 
 def built(argv: list[str], default_file: str, processes: int = 1) -> Float8Converter:
     """What the trainer makes of a command line, up to the converter."""
     config = load_config([*argv, "--model.tokenizer_path="], default_file)  # the published tokenizers are not here
     check_config(config, processes)
-    return Float8Converter(config, SimpleNamespace(device_type="cpu"))  # type: ignore[arg-type]
+    return Float8Converter(config, SimpleNamespace(device_type="cpu", target=Target("cpu")))  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize(("env", "argv"), commands(), ids=lambda v: " ".join(v))
-def test_commands_are_understood(env: dict[str, str], argv: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("block", [b for b in blocks_of(ROOT / "docs" / "float8.md") if b.language in ("bash", "toml")])
+def test_options_make_a_converter(block: Block, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The commands and the TOML of docs/float8.md."""
     monkeypatch.chdir(ROOT)
-    assert set(env) <= {"NGPU", "CONFIG_FILE"}
-    assert "--model.converters=float8" in argv
-    built(argv, env.get("CONFIG_FILE", "train_configs/debug_model.toml"), int(env.get("NGPU", 1)))
-
-
-def test_an_option_that_does_not_exist_would_be_noticed() -> None:
-    with pytest.raises(Exception, match=r"float8\.recipe"):
-        built(["--model.converters=float8", "--float8.recipe=rowwise"], str(ROOT / "train_configs/debug_model.toml"))
-
-
-@pytest.mark.parametrize("block", in_language("toml"), ids=lambda block: f"line {block.line}")
-def test_toml_loads(block: Block, tmp_path: Path) -> None:
-    file = tmp_path / "my.toml"
-    file.write_text(block.code.replace('base = "', f'base = "{ROOT}/'))
-    built([], str(file), 8)
-
-
-def test_options_in_the_text_exist() -> None:
-    named = set(re.findall(r"--(\w+\.\w+)(?:=([^\s`]+))?", PROSE))
-    named |= {(name, value) for name, value in re.findall(r'`(\w+\.\w+) = "?([\w,]+)"?`', PROSE)}
-    assert len(named) >= 3
-    for name, value in named:
-        load_config([f"--{name}={value}" if value else f"--{name}"])
+    if block.language == "toml":
+        file = tmp_path / "my.toml"
+        file.write_text(block.code.replace('base = "', f'base = "{ROOT}/'))
+        built([], str(file), 8)
+        return
+    for line in block.code.replace("\\\n", " ").splitlines():
+        words = shlex.split(line)
+        program = words.index("./run_train.sh")
+        env = dict(word.split("=", 1) for word in words[:program])
+        assert "--model.converters=float8" in words
+        built(words[program + 1 :], env.get("CONFIG_FILE", "train_configs/debug_model.toml"), int(env.get("NGPU", 1)))
 
 
 def test_every_option_is_described() -> None:
-    start = TEXT.index("## What each option does and costs")
-    described = re.findall(r"^\*\*(`.*?`)\*\*", TEXT[start:], flags=re.MULTILINE)
+    described = re.findall(r"^\*\*(`.*?`)\*\*:", PROSE, flags=re.MULTILINE)
     names = {name.strip("` ") for entry in described for name in entry.split(",")}
     assert names == {field.name for field in dataclasses.fields(Float8)}
 
@@ -275,7 +158,7 @@ def test_the_sizes_of_the_8b() -> None:
     total = sum(int(elements.replace(",", "")) for names, elements in features.items() if names != "together")
     assert features["together"] == f"{total:,}"
     per_block = sum(m.weight.numel() for name, m in linears.items() if name != "output")
-    assert f"{per_block:,} elements" in " ".join(TEXT.split())
+    assert f"{per_block:,} elements" in " ".join(PROSE.split())
 
 
 def test_the_table_that_the_trainer_logs(caplog: pytest.LogCaptureFixture) -> None:
@@ -285,7 +168,7 @@ def test_the_table_that_the_trainer_logs(caplog: pytest.LogCaptureFixture) -> No
     options = ["--model.converters=float8", "--float8.filter_fqns=output"]
     with caplog.at_level("INFO"):
         built(options, str(ROOT / "train_configs/debug_model.toml")).convert(model)
-    (shown,) = in_language("text")
+    (shown,) = (block for block in blocks_of(ROOT / "docs" / "float8.md") if block.language == "text")
     assert shown.code.strip() in caplog.text
 
 
@@ -305,7 +188,7 @@ def counted_casts(
         return quantize(x, *args)
 
     monkeypatch.setattr(matmul, "quantize", counting)
-    monkeypatch.setattr(fsdp, "quantize", counting)
+    monkeypatch.setattr(float8_format, "quantize", counting)
     config = dataclasses.replace(Float8LinearConfig.from_recipe_name(recipe), **options)
     model = convert_to_float8_training(nn.Sequential(nn.Linear(IN, OUT, bias=False)), config=config)
     if wrap is not None:
@@ -348,21 +231,6 @@ def test_how_often_a_weight_is_cast(column: str, world_of_one: None, monkeypatch
     for recipe in ["tensorwise"] if column == "`tensorwise`" else ["rowwise", "rowwise_with_gw_hp"]:
         found = {case: counted_casts(monkeypatch, recipe, *given[:1], **given[1]) for case, given in cases.items()}
         assert found == {case: expected[case] for case in cases}
-
-
-# ---- what the page points to
-
-
-def test_files_that_are_named_exist() -> None:
-    named = set(re.findall(r"`((?:tests|titanlite|scripts|train_configs)/[\w/.]+)`", PROSE))
-    assert len(named) >= 8
-    assert [name for name in sorted(named) if not (ROOT / name).exists()] == []
-
-
-def test_links_into_the_page_arrive() -> None:
-    headings = re.findall(r"^#+ (.*)$", PROSE, flags=re.MULTILINE)
-    anchors = {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
-    assert set(re.findall(r"\]\(#([^)]+)\)", TEXT)) <= anchors
 
 
 # ---- torchao's tutorials

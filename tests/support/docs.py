@@ -1,0 +1,65 @@
+"""The documents, cut into what tests look at: fenced blocks, prose and tables."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+from tests.support.forks import ROOT
+
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
+
+
+class Block(NamedTuple):
+    """A fenced block; ``line`` is that of its first line of code."""
+
+    page: Path
+    section: str
+    language: str
+    line: int
+    code: str
+
+    @property
+    def place(self) -> str:
+        return f"{self.page.relative_to(ROOT)}:{self.line}"
+
+
+def text_of(page: Path) -> str:
+    return page.read_text(encoding="utf-8")
+
+
+def prose_of(page: Path) -> str:
+    """The page without its fenced blocks."""
+    return re.sub(r"^```.*?^```", "", text_of(page), flags=re.DOTALL | re.MULTILINE)
+
+
+def blocks_of(page: Path) -> list[Block]:
+    blocks: list[Block] = []
+    section, language, lines = "", None, list[str]()
+    for number, line in enumerate(text_of(page).splitlines(), 1):
+        if line.startswith("```"):
+            if language is not None:
+                blocks.append(Block(page, section, language, number - len(lines), "\n".join(lines) + "\n"))
+            language, lines = (line[3:].strip(), []) if language is None else (None, [])
+        elif language is not None:
+            lines.append(line)
+        elif line.startswith("#"):
+            section = line.lstrip("# ")
+    assert language is None, f"{page}: a block does not end"
+    return blocks
+
+
+def anchors_of(page: Path) -> set[str]:
+    """What a link can point to, as GitHub names headings."""
+    headings = re.findall(r"^#+ (.*)$", prose_of(page), flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def tables_in(prose: str) -> list[list[dict[str, str]]]:
+    """The rows of every table, each by the names of the columns."""
+    tables = []
+    for table in re.findall(r"(?:^\|.*\|\n)+", prose, flags=re.MULTILINE):
+        head, _, *rows = ([cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines())
+        tables.append([dict(zip(head, row, strict=True)) for row in rows])
+    return tables
