@@ -27,8 +27,10 @@ CONFIG = "config.json"
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 
-# The supported dtypes, by their names in safetensors. Dtypes of 8 bits or fewer need scales, and are not supported.
+# The dtypes of weights, by their names in safetensors. Those of 8 bits have scales beside them.
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+QUANTIZED_DTYPES = {"F8_E4M3": torch.float8_e4m3fn, "I8": torch.int8}
+QUANTIZATION = "quantization_config"  # the key of config.json
 
 _MAX_LISTED = 10
 
@@ -64,7 +66,7 @@ class HuggingFaceFolder:
             problem = f"it has no {CONFIG} beside *.safetensors" if folder.is_dir() else "there is no such folder"
             raise ConfigError(f"{folder}: not a folder of Hugging Face weights: {problem}; correct the path")
         self.config = read_json(folder / CONFIG)
-        self.tensors = _find_tensors(folder)
+        self.tensors = _find_tensors(folder, DTYPES | (QUANTIZED_DTYPES if self.config.get(QUANTIZATION) else {}))
 
     def check(self, shapes: Mapping[str, Sequence[int]], weights: WeightMap, ignored: str | None = None) -> None:
         """Compare the names and shapes of the tensors in the files with those of the model.
@@ -153,11 +155,11 @@ def read_json(file: Path) -> dict[str, Any]:
     return content
 
 
-def _find_tensors(folder: Path) -> dict[str, Stored]:
+def _find_tensors(folder: Path, dtypes: Mapping[str, torch.dtype]) -> dict[str, Stored]:
     if (folder / SINGLE).is_file():
-        return _headers([folder / SINGLE])
+        return _headers([folder / SINGLE], dtypes)
     if not (folder / INDEX).is_file():
-        return _headers(sorted(folder.glob("*.safetensors")))
+        return _headers(sorted(folder.glob("*.safetensors")), dtypes)
     weight_map = read_json(folder / INDEX).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ConfigError(f"{folder / INDEX}: has no weight_map; download it again")
@@ -167,7 +169,7 @@ def _find_tensors(folder: Path) -> dict[str, Stored]:
         raise ConfigError(
             f"{folder}: {_report(f'of {len(files)} files that {INDEX} names are missing', missing)}; download them"
         )
-    tensors = _headers([folder / name for name in files])
+    tensors = _headers([folder / name for name in files], dtypes)
     misplaced = [n for n, file in weight_map.items() if n not in tensors or tensors[n].file != folder / file]
     if misplaced:
         raise ConfigError(
@@ -177,23 +179,23 @@ def _find_tensors(folder: Path) -> dict[str, Stored]:
     return tensors
 
 
-def _headers(files: Iterable[Path]) -> dict[str, Stored]:
+def _headers(files: Iterable[Path], dtypes: Mapping[str, torch.dtype]) -> dict[str, Stored]:
     tensors: dict[str, Stored] = {}
     for file in files:
         with _opened(file) as source:
             for name in source.keys():  # noqa: SIM118 (it is not a dictionary)
                 entry = source.get_slice(name)
-                if entry.get_dtype() not in DTYPES:
+                if entry.get_dtype() not in dtypes:
                     raise ConfigError(
                         f"{file}: {name} is of dtype {entry.get_dtype()}, and weights are read from "
-                        f"{', '.join(DTYPES)}; convert the folder to bfloat16 first"
+                        f"{', '.join(dtypes)}; convert the folder to bfloat16 first"
                     )
                 if name in tensors:
                     raise ConfigError(
                         f"{file}: {name} is in {tensors[name].file.name} too, and no {INDEX} says which counts; "
                         "delete the files that do not belong to the model"
                     )
-                tensors[name] = Stored(file, tuple(entry.get_shape()), DTYPES[entry.get_dtype()])
+                tensors[name] = Stored(file, tuple(entry.get_shape()), dtypes[entry.get_dtype()])
     return tensors
 
 

@@ -11,8 +11,8 @@ import contextlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -20,14 +20,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from titanlite.checkpoint.hugging_face import CONFIG, DTYPES, INDEX, SINGLE, stored_shapes
+from titanlite.checkpoint.hugging_face import CONFIG, DTYPES, INDEX, QUANTIZED_DTYPES, SINGLE, stored_shapes
 from titanlite.data.tokenizer import Tokenizer
 from titanlite.errors import ConfigError
 from titanlite.models.weight_map import Place, Rows, Stack, WeightMap, tensors_of
 
 Shapes = Mapping[str, Sequence[int]]
 
-_FORMAT_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_FORMAT_NAMES = {dtype: name for name, dtype in (DTYPES | QUANTIZED_DTYPES).items()}
 _BATCH = 1 << 28  # elements per call of get(), unless one tensor has more: 1 GiB in float32
 
 
@@ -40,6 +40,7 @@ def write_hugging_face(
     tokenizer: Tokenizer,
     *,
     dtype: torch.dtype = torch.bfloat16,
+    quantized: QuantizedWeights | None = None,
     max_shard_bytes: int = 5_000_000_000,
 ) -> None:
     """Write the folder atomically: fill a temporary folder in the same parent, flush it to disk, then rename it.
@@ -51,6 +52,7 @@ def write_hugging_face(
         get: maps a list of parameter names, in order and all of one file, to their full tensors, of any dtype and
             device. Every parameter is requested once. The tensors of earlier calls may be freed.
         dtype: float16, bfloat16 or float32.
+        quantized: the weights that are written in 8 bits with their scales; None: none.
         max_shard_bytes: the largest size of the tensors of one file, unless a single tensor is larger.
 
     Raises:
@@ -67,7 +69,30 @@ def write_hugging_face(
         for name, content in texts.items():
             (partial / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         tokenizer.save(partial)
-        _write_weights(partial, shapes, weights, get, dtype, max_shard_bytes)
+        _write_weights(partial, units(shapes, weights), get, quantized or QuantizedWeights(), dtype, max_shard_bytes)
+
+
+Entry = tuple[tuple[int, ...], torch.dtype]  # of a tensor in the files
+
+
+@dataclass(frozen=True)
+class QuantizedWeights:
+    """Weights that are written in 8 bits with their scales.
+
+    Attributes:
+        entries: for each of them, by the name of its tensor, the names of the tensors it becomes, with what they are.
+        encode: ``(the name of its tensor, the weight)`` -> these tensors, in that order.
+    """
+
+    entries: Mapping[str, Mapping[str, Entry]] = field(default_factory=dict)
+    encode: Callable[[str, Tensor], Iterable[Tensor]] = lambda name, weight: ()
+
+    def of(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Mapping[str, Entry]:
+        """Return the tensors that are written of the tensor ``name``, which without quantization has this dtype."""
+        return self.entries.get(name, {name: (shape, dtype)})
+
+    def tensors(self, name: str, tensor: Tensor) -> Iterable[Tensor]:
+        return self.encode(name, tensor) if name in self.entries else (tensor,)
 
 
 @dataclass
@@ -137,45 +162,60 @@ def group(planned: Sequence[Unit], itemsize: int, limit: int) -> list[list[Unit]
 
 def _write_weights(
     folder: Path,
-    shapes: Shapes,
-    weights: WeightMap,
+    planned: list[Unit],
     get: Callable[[list[str]], Mapping[str, Tensor]],
+    quantized: QuantizedWeights,
     dtype: torch.dtype,
     max_shard_bytes: int,
 ) -> None:
-    shards = group(units(shapes, weights), dtype.itemsize, max_shard_bytes)
+    def entries(unit: Unit) -> dict[str, Entry]:
+        return {
+            name: entry
+            for tensor, shape in unit.tensors.items()
+            for name, entry in quantized.of(tensor, shape, dtype).items()
+        }
+
+    shards = group(planned, dtype.itemsize, max_shard_bytes)
+    headers = [{name: entry for unit in shard for name, entry in entries(unit).items()} for shard in shards]
     files = [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
     if len(shards) == 1:
         files = [SINGLE]
     else:
-        weight_map = {tensor: file for file, shard in zip(files, shards) for unit in shard for tensor in unit.tensors}
-        total = sum(unit.elements for shard in shards for unit in shard) * dtype.itemsize
+        weight_map = {tensor: file for file, header in zip(files, headers) for tensor in header}
+        total = sum(_nbytes(entry) for header in headers for entry in header.values())
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-    for file, shard in zip(files, shards):
+    for file, header, shard in zip(files, headers, shards):
         with (folder / file).open("wb") as out:
-            out.write(_header({name: shape for unit in shard for name, shape in unit.tensors.items()}, dtype))
+            out.write(_header(header))
             for batch in group(shard, 1, _BATCH):
                 values = get([name for unit in batch for name in unit.parameters])
                 for unit in batch:
                     for name, tensor in unit.split(values):
-                        out.write(_bytes(name, tensor, unit.tensors[name], dtype))
-                del values, tensor  # free them before the next batch is read
+                        parts = quantized.tensors(name, tensor)
+                        for part, entry in zip(parts, quantized.of(name, unit.tensors[name], dtype).values()):
+                            out.write(_bytes(name, part, *entry))
+                del values, tensor, parts, part  # free them before the next batch is read
 
 
-def _header(shapes: Shapes, dtype: torch.dtype) -> bytes:
-    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+def _nbytes(entry: Entry) -> int:
+    shape, dtype = entry
+    return prod(shape) * dtype.itemsize
+
+
+def _header(entries: Mapping[str, Entry]) -> bytes:
+    written: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
-    for name, shape in shapes.items():
-        start, end = end, end + prod(shape) * dtype.itemsize
-        entries[name] = {"dtype": _FORMAT_NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
-    text = json.dumps(entries, separators=(",", ":")).encode()
+    for name, (shape, dtype) in entries.items():
+        start, end = end, end + _nbytes((shape, dtype))
+        written[name] = {"dtype": _FORMAT_NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps(written, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # aligns the tensors in a memory-mapped file
     return len(text).to_bytes(8, "little") + text
 
 
-def _bytes(name: str, tensor: Tensor, shape: Sequence[int], dtype: torch.dtype) -> memoryview:
-    assert tensor.shape == tuple(shape), (name, tensor.shape, shape)
+def _bytes(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> memoryview:
+    assert tensor.shape == shape, (name, tensor.shape, shape)
     data = tensor.detach().to("cpu", dtype).contiguous()
     if dtype is torch.float16 and data.isinf().any():
         raise ConfigError(f"float16: {name} has values beyond its largest, 65504; write bfloat16 or float32")

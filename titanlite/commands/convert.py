@@ -20,6 +20,11 @@ def parser() -> argparse.ArgumentParser:
     cli.add_argument("target", type=Path, metavar="TARGET")
     cli.add_argument("--dtype", choices=["bfloat16", "float16", "float32"],
         help="of the weights in a Hugging Face folder; default: bfloat16. A checkpoint keeps the source's")  # fmt: skip
+    cli.add_argument("--quantize", metavar="HOW", help="float8_dynamic, float8_weight_only or float8_static: write the "
+        "linear layers, but for the output projection, in 8 bits, as vLLM and transformers read them "
+        "(compressed-tensors)")  # fmt: skip
+    cli.add_argument("--calibration", metavar="FILE", help="with float8_static, a text like those to come; default: "
+        "Python's standard library")  # fmt: skip
     cli.add_argument("--tokenizer_path", metavar="PATH", help="default: what the checkpoint was trained with")
     cli.add_argument("--custom_import", metavar="MODULE", help="a Python module to import first, which may register "
         "the model")  # fmt: skip
@@ -36,7 +41,16 @@ def main(argv: list[str]) -> int:
     try:
         if args.custom_import:
             import_module(args.custom_import, "--custom_import", "the command line")
-        print(convert(args.source, args.target, args.dtype, args.tokenizer_path, verify_sums=not args.no_verify))
+        done = convert(
+            args.source,
+            args.target,
+            args.dtype,
+            args.tokenizer_path,
+            quantize=args.quantize,
+            calibration=args.calibration,
+            verify_sums=not args.no_verify,
+        )
+        print(done)
     except ConfigError as error:
         print(f"titanlite convert: {error}", file=sys.stderr)
         return 2

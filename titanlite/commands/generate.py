@@ -31,6 +31,10 @@ def parser() -> argparse.ArgumentParser:
     add("--dtype", choices=["bfloat16", "float32"], default="float32", help="of the weights; default: "
         "float32. bfloat16 takes half the memory, and its coarser rounding can make another text of another number of "
         "processes, and of --no-cache")  # fmt: skip
+    add("--quantize", metavar="HOW", help="float8_dynamic, float8_weight_only or float8_static: the linear layers, but "
+        "for the output projection; default: as in the checkpoint")  # fmt: skip
+    add("--calibration", metavar="FILE", help="with float8_static, a text like those to come; default: Python's "
+        "standard library")  # fmt: skip
     add("--tokenizer_path", metavar="PATH", help="default: what the checkpoint was trained with")
     add("--custom_import", metavar="MODULE", help="a Python module to import first, which may register the model")
     add("--no-cache", action="store_true", help="compute all tokens again for each one: slow, for comparison")
@@ -71,6 +75,8 @@ def main(argv: list[str]) -> int:
                 sampling,
                 args.dtype,
                 args.tokenizer_path,
+                quantize=args.quantize,
+                calibration=args.calibration,
                 cached=not args.no_cache,
             )
         except (ConfigError, TrainingError) as error:

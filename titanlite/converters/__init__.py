@@ -1,7 +1,19 @@
 """Converters: named transformations of the model, listed in ``model.converters``."""
 
 from titanlite.converters import float8 as float8  # these register themselves
+from titanlite.converters import float8_inference as float8_inference
 from titanlite.converters import fused_norm as fused_norm
+from titanlite.converters.quantizers import Quantized, Quantizer, get_quantizer, quantizers, register_quantizer
 from titanlite.converters.registry import ModelConverter, build_converters, native_formats, register_converter
 
-__all__ = ["ModelConverter", "build_converters", "native_formats", "register_converter"]
+__all__ = [
+    "ModelConverter",
+    "Quantized",
+    "Quantizer",
+    "build_converters",
+    "get_quantizer",
+    "native_formats",
+    "quantizers",
+    "register_converter",
+    "register_quantizer",
+]

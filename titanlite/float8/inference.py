@@ -338,16 +338,32 @@ def _swap(tied: dict[str, nn.Linear], config: QuantizationConfig) -> None:
     scale = amax_to_scale(amax_of(weight, 1 if isinstance(config.granularity, PerRow) else None), dtype)
     data = quantize(weight, scale, dtype)
     for fqn, module in tied.items():
-        if isinstance(module, Float8Linear):  # what training kept there
-            module.to_linear()
-        module.__class__ = Float8InferenceLinear
-        assert isinstance(module, Float8InferenceLinear)
-        del module.weight
-        module.register_buffer("weight_float8", data)
-        module.register_buffer("weight_scale", scale)
         amax = _amax_for(config, fqn)
-        module.register_buffer("input_scale", None if amax is None else amax_to_scale(scale.new_tensor(amax), dtype))
-        module.casts_input = not isinstance(config, Float8WeightOnlyConfig)
+        input_scale = None if amax is None else amax_to_scale(scale.new_tensor(amax), dtype)
+        from_quantized(module, data, scale, input_scale, casts_input=not isinstance(config, Float8WeightOnlyConfig))
+
+
+def from_quantized(
+    module: nn.Linear, weight: Tensor, weight_scale: Tensor, input_scale: Tensor | None, *, casts_input: bool
+) -> Float8InferenceLinear:
+    """Turn ``module`` itself into a :class:`Float8InferenceLinear` with a weight that is quantized already; returns it.
+
+    Args:
+        weight: (out_features, in_features), float8 e4m3.
+        weight_scale: float32 multiplier, () or (out_features, 1).
+        input_scale: float32 multiplier (), of a static cast of the input; None: dynamic, or no cast.
+        casts_input: multiply in float8; False: dequantize the weight, and multiply in the input's dtype.
+    """
+    if isinstance(module, Float8Linear):  # what training kept there
+        module.to_linear()
+    module.__class__ = Float8InferenceLinear
+    assert isinstance(module, Float8InferenceLinear)
+    del module.weight
+    module.register_buffer("weight_float8", weight)
+    module.register_buffer("weight_scale", weight_scale)
+    module.register_buffer("input_scale", input_scale)
+    module.casts_input = casts_input
+    return module
 
 
 @contextmanager

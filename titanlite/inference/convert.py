@@ -3,79 +3,149 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from titanlite.checkpoint import Info
-from titanlite.checkpoint.hugging_face import HuggingFaceFolder, is_hugging_face
+from titanlite.checkpoint.hugging_face import QUANTIZATION, HuggingFaceFolder, is_hugging_face
 from titanlite.checkpoint.hugging_face_export import write_hugging_face
 from titanlite.checkpoint.storage import SaveError, load, save, saved_shapes, verify
+from titanlite.config.parallelism import Degrees
 from titanlite.config.schema import Comm
+from titanlite.converters import Quantizer
+from titanlite.data import Tokenizer
 from titanlite.distributed import runtime
+from titanlite.distributed.mesh import build_mesh
 from titanlite.errors import ConfigError
-from titanlite.inference.load import describe, tokenizer_of
+from titanlite.inference.load import describe, load_model, quantizer_for, tokenizer_of
+from titanlite.inference.quantize import calibrated, linear_layers, quantization_config, quantized_weights
+from titanlite.models.weight_map import WeightMap
 
 
 def convert(
-    source: Path, target: Path, dtype: str | None = None, tokenizer_path: str | None = None, *, verify_sums: bool = True
+    source: Path,
+    target: Path,
+    dtype: str | None = None,
+    tokenizer_path: str | None = None,
+    *,
+    quantize: str | None = None,
+    calibration: str | None = None,
+    verify_sums: bool = True,
 ) -> str:
     """Convert ``source``, a checkpoint or a Hugging Face folder, to the other format, in ``target``. Return a message
-    with the result and its use.
+    with the result and its use. With ``quantize`` the target is a Hugging Face folder in any case.
 
     Args:
         dtype: the torch dtype, by name, of the weights in a Hugging Face folder; None: bfloat16. A checkpoint keeps the
             dtypes of the source.
         tokenizer_path: the tokenizer; None: the one that the weights were trained with.
+        quantize, calibration: see :func:`titanlite.inference.load.load_model`.
         verify_sums: verify the checksums of a checkpoint first.
 
     Raises:
         ConfigError: the source cannot be converted or read, or the target cannot be written.
     """
-    if not is_hugging_face(source):
-        return to_hugging_face(source, target, dtype or "bfloat16", tokenizer_path, verify_sums)
+    from_hugging_face = is_hugging_face(source)
+    if from_hugging_face and not verify_sums:
+        raise ConfigError(f"--no-verify: {source} is no checkpoint and has no checksums; leave it out")
+    if quantize is None and calibration is not None:
+        raise ConfigError(f"--calibration={calibration}: has no effect without --quantize; leave it out")
+    if not from_hugging_face or quantize is not None:
+        return to_hugging_face(
+            source, target, dtype or "bfloat16", tokenizer_path, verify_sums, quantize=quantize, calibration=calibration
+        )
     if dtype is not None:
         raise ConfigError(f"--dtype={dtype}: a checkpoint keeps the dtypes of {source}; leave it out")
-    if not verify_sums:
-        raise ConfigError(f"--no-verify: {source} is no checkpoint and has no checksums; leave it out")
     return to_checkpoint(source, target, tokenizer_path)
 
 
-def to_hugging_face(folder: Path, target: Path, dtype: str, tokenizer_path: str | None, verify_sums: bool) -> str:
+def to_hugging_face(
+    folder: Path,
+    target: Path,
+    dtype: str,
+    tokenizer_path: str | None,
+    verify_sums: bool,
+    *,
+    quantize: str | None = None,
+    calibration: str | None = None,
+) -> str:
+    """Write ``target``; see :func:`convert`."""
     description = describe(folder)
     spec, family = description.spec, description.spec.hugging_face
     if family is None:
         raise ConfigError(f'the model family "{spec.name}" has no form in transformers: nothing to convert to')
     tokenizer = tokenizer_of(description, tokenizer_path)
+    weights = family.weights(description.args)
+    config = family.to_config(description.args)
+    with _weights_of(folder, weights, verify_sums) as (shapes, get):
+        quantized = None
+        if quantize is not None:
+            quantizer = quantizer_for(quantize, description)
+            with torch.device("meta"):
+                layers = list(linear_layers(spec.build(description.args), spec.layout.output))
+            record = None
+            if quantizer.calibrate or calibration:
+                record = _calibrated(quantizer, folder, tokenizer, tokenizer_path, calibration)
+            quantized = quantized_weights(quantizer, layers, shapes, weights, record)
+            config[QUANTIZATION] = quantization_config(quantizer, ["lm_head"])
+        write_hugging_face(
+            target, config, shapes, weights, get, tokenizer, dtype=getattr(torch, dtype), quantized=quantized
+        )
+    return f"{folder} -> {target}: transformers.AutoModelForCausalLM.from_pretrained({str(target)!r})"
+
+
+Get = Callable[[list[str]], dict[str, Tensor]]
+
+
+@contextmanager
+def _weights_of(
+    folder: Path, weights: WeightMap, verify_sums: bool
+) -> Iterator[tuple[dict[str, tuple[int, ...]], Get]]:
+    """Yield the shapes of the parameters in a folder, and a function that reads them: names -> parameters."""
+    if is_hugging_face(folder):
+        source = HuggingFaceFolder(folder)
+        with source.opened() as opened:
+            shapes = {name: tuple(opened(place).shape) for name, place in weights.items()}
+            yield shapes, lambda names: {name: opened(weights[name]) for name in names}
+        return
     if verify_sums:
         verify(folder)
-    weights = family.weights(description.args)
     saved = saved_shapes(folder)
     lacking = [name for name in weights if f"model.{name}" not in saved]
     if lacking:
         raise ConfigError(f"{folder} lacks {len(lacking)} weights of its own model, such as {lacking[0]}")
 
-    def get(requested: list[str]) -> dict[str, torch.Tensor]:
+    def get(requested: list[str]) -> dict[str, Tensor]:
         state = {f"model.{name}": torch.empty(saved[f"model.{name}"]) for name in requested}
         load(folder, state)
         return {name.removeprefix("model."): tensor for name, tensor in state.items()}
 
-    write_hugging_face(
-        target,
-        family.to_config(description.args),
-        {name: saved[f"model.{name}"] for name in weights},
-        weights,
-        get,
-        tokenizer,
-        dtype=getattr(torch, dtype),
-    )
-    return f"{folder} -> {target}: transformers.AutoModelForCausalLM.from_pretrained({str(target)!r})"
+    yield {name: tuple(saved[f"model.{name}"]) for name in weights}, get
+
+
+def _calibrated(
+    quantizer: Quantizer, folder: Path, tokenizer: Tokenizer, tokenizer_path: str | None, calibration: str | None
+) -> Mapping[str, Tensor] | None:
+    """Run texts through the model, in float32 on one process; see :func:`calibrated`."""
+    process = runtime.start_runtime(Comm())
+    try:
+        mesh = build_mesh(Degrees(1, 1, 1, 1, 1), process.device.type)
+        loaded = load_model(folder, torch.float32, mesh, process.device, tokenizer_path=tokenizer_path)
+        return calibrated(quantizer, loaded.model, tokenizer, loaded.max_seq_len, calibration)
+    finally:
+        runtime.stop_runtime()
 
 
 def to_checkpoint(folder: Path, target: Path, tokenizer_path: str | None) -> str:
     source, description = HuggingFaceFolder(folder), describe(folder)
+    if description.quantizer is not None:
+        raise ConfigError(f"{folder}: its weights are quantized, and a run continues from weights in high precision")
     tokenizer_of(description, tokenizer_path)
     family = description.spec.hugging_face
     assert family is not None

@@ -13,25 +13,28 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from titanlite.checkpoint.hugging_face import HuggingFaceFolder, is_hugging_face
+from titanlite.checkpoint.hugging_face import QUANTIZATION, HuggingFaceFolder, is_hugging_face
 from titanlite.checkpoint.state import model_state
 from titanlite.checkpoint.storage import INFO, SUMS, load, read_info, verify
 from titanlite.config import JobConfig
+from titanlite.converters import Quantizer, get_quantizer
 from titanlite.data import Tokenizer, load_tokenizer
 from titanlite.distributed.mesh import Mesh
 from titanlite.distributed.parallelize import apply_tensor_parallel, check
 from titanlite.errors import ConfigError
+from titanlite.inference.quantize import SCALES, calibrated, linear_layers, quantizer_of, restore
 from titanlite.models.spec import ModelSpec, get_model_spec, model_spec_of
 
 
 class ModelDescription(NamedTuple):
     """The model of a folder of weights. ``args`` is a configured flavor. ``flavor`` is its name, which need not be
-    registered here; empty if it has none."""
+    registered here; empty if it has none. ``quantizer`` is how its weights are quantized; None: they are not."""
 
     spec: ModelSpec
     flavor: str
     args: Any
     tokenizer_path: str
+    quantizer: Quantizer | None = None
 
 
 class LoadedModel(NamedTuple):
@@ -49,12 +52,15 @@ def fill_weights(model: nn.Module, description: ModelDescription, folder: Path) 
     Raises:
         ConfigError: a file is missing or damaged.
     """
-    state = model_state([model])
     family = description.spec.hugging_face
     if family is not None and is_hugging_face(folder):
-        parameters = {name.removeprefix("model."): tensor for name, tensor in state.items()}
-        HuggingFaceFolder(folder).load_into(parameters, family.weights(description.args), family.ignored)
+        source, weights, ignored = HuggingFaceFolder(folder), family.weights(description.args), family.ignored
+        if description.quantizer is not None:
+            restore(model, linear_layers(model, description.spec.layout.output), source, weights)
+            ignored = "|".join(filter(None, (SCALES, ignored)))
+        source.load_into(dict(model.named_parameters(remove_duplicate=False)), weights, ignored)
         return
+    state = model_state([model])
     verify(folder)
     load(folder, state)
 
@@ -66,6 +72,8 @@ def load_model(
     device: torch.device,
     *,
     tokenizer_path: str | None = None,
+    quantize: str | None = None,
+    calibration: str | None = None,
 ) -> LoadedModel:
     """Build the model of a folder and load its weights.
 
@@ -74,17 +82,48 @@ def load_model(
         dtype: the dtype of the parameters; buffers keep their own.
         mesh: a mesh with tensor parallelism only.
         tokenizer_path: a tokenizer to use in place of the one that the checkpoint names.
+        quantize: the name of a way to quantize the linear layers, but for the output projection; None: leave them as
+            they are in the folder.
+        calibration: a text file to calibrate with, where ``quantize`` needs it; None: Python's standard library.
 
     Raises:
-        ConfigError: the folder is no checkpoint, the tokenizer does not fit, or the model does not divide over the
-            processes.
+        ConfigError: the folder is no checkpoint, the tokenizer does not fit, the model does not divide over the
+            processes, or it cannot be quantized.
     """
     folder = Path(path).expanduser()
     description = describe(folder)
+    quantizer = None if quantize is None else quantizer_for(quantize, description)
+    if mesh.tp.size() > 1 and (quantizer or description.quantizer):
+        raise ConfigError(
+            f"quantized layers run on one process, and there are {mesh.tp.size()}: start one, or use the weights in "
+            "high precision"
+        )
+    if quantizer is None and calibration is not None:
+        raise ConfigError(f"--calibration={calibration}: has no effect without --quantize; leave it out")
     tokenizer = tokenizer_of(description, tokenizer_path)
     model = build(description.spec, description.args, dtype, mesh, device)
     fill_weights(model, description, folder)
-    return LoadedModel(model.eval(), tokenizer, description.args.max_seq_len)
+    model.eval()
+    max_seq_len = description.args.max_seq_len
+    if quantizer is not None:
+        record = calibrated(quantizer, model, tokenizer, max_seq_len, calibration)
+        try:
+            quantizer.quantize(model, set(linear_layers(model, description.spec.layout.output)), record)
+        except ValueError as e:
+            raise ConfigError(f"--quantize={quantize}: {e}") from e
+    return LoadedModel(model, tokenizer, max_seq_len)
+
+
+def quantizer_for(name: str, description: ModelDescription) -> Quantizer:
+    """Return the way to quantize ``name``.
+
+    Raises:
+        ConfigError: there is none, or the weights are quantized already.
+    """
+    quantizer = get_quantizer(name)
+    if description.quantizer is not None:
+        raise ConfigError(f"--quantize={name}: the weights are quantized already; leave it out")
+    return quantizer
 
 
 def tokenizer_of(description: ModelDescription, path: str | None = None) -> Tokenizer:
@@ -144,8 +183,9 @@ def describe(folder: Path) -> ModelDescription:
     """
     if is_hugging_face(folder):
         config = HuggingFaceFolder(folder).config
-        spec, args = model_spec_of(config)
-        return ModelDescription(spec, _flavor_of(spec, args), args, str(folder.absolute()))
+        quantizer = quantizer_of(config)
+        spec, args = model_spec_of({key: value for key, value in config.items() if key != QUANTIZATION})
+        return ModelDescription(spec, _flavor_of(spec, args), args, str(folder.absolute()), quantizer)
     if not any((folder / name).exists() for name in (INFO, SUMS)):
         raise ConfigError(f"{folder} is no checkpoint: {_contents(folder)}")
     try:

@@ -22,6 +22,8 @@ def continue_text(
     dtype: str = "float32",
     tokenizer_path: str | None = None,
     *,
+    quantize: str | None = None,
+    calibration: str | None = None,
     cached: bool = True,
 ) -> str:
     """Return the prompt with its continuation. The speed is printed to stderr.
@@ -32,6 +34,7 @@ def continue_text(
         max_new_tokens: None: as many as the model has positions for, at most 256.
         dtype: the torch dtype of the weights, by name.
         tokenizer_path: the tokenizer; None: the one that the checkpoint was trained with.
+        quantize, calibration: see :func:`titanlite.inference.load.load_model`.
         cached: cache keys and values; False: compute all tokens again for each new token.
 
     Raises:
@@ -42,7 +45,15 @@ def continue_text(
         mesh = build_mesh(
             Degrees(1, 1, 1, tensor_parallel=process.world_size, pipeline_parallel=1), process.device.type
         )
-        loaded = load_model(checkpoint, getattr(torch, dtype), mesh, process.device, tokenizer_path=tokenizer_path)
+        loaded = load_model(
+            checkpoint,
+            getattr(torch, dtype),
+            mesh,
+            process.device,
+            tokenizer_path=tokenizer_path,
+            quantize=quantize,
+            calibration=calibration,
+        )
         tokenizer = loaded.tokenizer
         decoder = TokenSampler(
             loaded.model,
@@ -55,7 +66,8 @@ def continue_text(
         ids = tokenizer.encode(prompt)
         out = generate(decoder, [tokenizer.bos_id, *ids], max_new_tokens, sampling, {tokenizer.eos_id}, cached=cached)
         if process.rank == 0:
-            print(f"{dtype} on {process.device}, {process.world_size} processes: {out.speed()}", file=sys.stderr)
+            how = dtype if quantize is None else f"{quantize}, {dtype}"
+            print(f"{how} on {process.device}, {process.world_size} processes: {out.speed()}", file=sys.stderr)
         return tokenizer.decode([*ids, *out.ids])
     finally:
         runtime.stop_runtime()

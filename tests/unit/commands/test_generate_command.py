@@ -44,9 +44,11 @@ def mesh() -> Iterator[Mesh]:
     runtime.stop_runtime()
 
 
-def write(folder: Path, args: DecoderArgs, /, **about: Any) -> Decoder:
-    """A checkpoint of a model with random weights."""
+def write(folder: Path, args: DecoderArgs, /, *, scale: float = 1.0, **about: Any) -> Decoder:
+    """A checkpoint of a model with random weights; those of the layers are multiplied by ``scale``."""
     model = build(args)
+    for param in model.layers.parameters():
+        param.data *= scale
     about = {"name": "llama3", "flavor": "debugmodel", "args": asdict(args), **about}
     alone = not dist.is_initialized()
     if alone:

@@ -1,0 +1,168 @@
+"""Quantize a trained model for inference, in memory or in files.
+
+The files are those of compressed-tensors (https://github.com/vllm-project/compressed-tensors), which vLLM and
+transformers read: of each quantized layer its weight in 8 bits, ``weight_scale``, and ``input_scale`` where that is
+static; and a ``quantization_config`` in ``config.json``. The output projection stays in high precision.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from titanlite.checkpoint.hugging_face import QUANTIZATION, HuggingFaceFolder
+from titanlite.checkpoint.hugging_face_export import QuantizedWeights
+from titanlite.converters.quantizers import Quantized, Quantizer, quantizers
+from titanlite.data import Tokenizer, build_source
+from titanlite.data.sources import START
+from titanlite.errors import ConfigError
+from titanlite.models.weight_map import WeightMap
+
+SEQUENCES, TOKENS = 8, 512  # of calibration, at most
+METHOD = "compressed-tensors"
+SCALES = r".*\.(weight|input)_scale"
+
+
+def linear_layers(model: nn.Module, output: str) -> dict[str, nn.Linear]:
+    """Return the linear layers to quantize, by name: all but the ``output`` projection."""
+    return {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear) and name != output}
+
+
+def calibrated(
+    quantizer: Quantizer, model: nn.Module, tokenizer: Tokenizer, max_seq_len: int, path: str | None
+) -> Mapping[str, Tensor] | None:
+    """Return the largest magnitudes of the inputs of the layers in ``model``, by name; None where they are not needed.
+
+    Args:
+        path: a text file like the texts to come; None: Python's standard library, which titanlite trains on by default.
+
+    Raises:
+        ConfigError: the file cannot be read, holds nothing, or is not needed.
+    """
+    if quantizer.calibrate is None:
+        if path is not None:
+            raise ConfigError(f"--calibration={path}: has no effect, as no scale is static; leave it out")
+        return None
+    length = min(max_seq_len, TOKENS)
+    ids: list[int] = []
+    for text in _texts(path):
+        ids += [tokenizer.bos_id, *tokenizer.encode(text), tokenizer.eos_id]
+        if len(ids) >= SEQUENCES * length:
+            break
+    device = next(model.parameters()).device
+    with torch.no_grad(), quantizer.calibrate(model) as record:
+        for sequence in torch.tensor(ids[: SEQUENCES * length]).split(length):
+            model(sequence[None].to(device))
+    return record
+
+
+def _texts(path: str | None) -> Iterator[str]:
+    if path is None:
+        source = build_source("pystdlib", path=None, text_field="text", on_corrupt="stop", seed=0)
+        yield from (text for _, text in source.documents(0, 1, 0, START))
+        return
+    try:
+        text = Path(path).expanduser().read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as e:
+        raise ConfigError(f"--calibration={path}: cannot be read as UTF-8 text ({e}); name a text file") from e
+    if not text.strip():
+        raise ConfigError(f"--calibration={path}: is empty; name a text like those to come")
+    yield text
+
+
+# ---- files
+
+
+def quantization_config(quantizer: Quantizer, kept: list[str]) -> dict[str, Any]:
+    """Return what ``config.json`` says of the quantization.
+
+    Args:
+        kept: the names in the files of the linear layers that are not quantized.
+    """
+    return {
+        "quant_method": METHOD,
+        "format": quantizer.file_format,
+        "quantization_status": "compressed",
+        "config_groups": {"group_0": {"targets": ["Linear"], **quantizer.scheme}},
+        "ignore": kept,
+    }
+
+
+def quantized_weights(
+    quantizer: Quantizer,
+    layers: list[str],
+    shapes: Mapping[str, tuple[int, ...]],
+    weights: WeightMap,
+    record: Mapping[str, Tensor] | None,
+) -> QuantizedWeights:
+    """Return how the weights of ``layers`` are written.
+
+    Raises:
+        ConfigError: calibration did not reach a layer.
+    """
+    by_tensor: dict[str, str] = {}
+    entries: dict[str, dict[str, tuple[tuple[int, ...], torch.dtype]]] = {}
+    for layer in layers:
+        tensor, shape = weights[f"{layer}.weight"], shapes[f"{layer}.weight"]
+        if not isinstance(tensor, str):
+            raise ConfigError(f"--quantize: {layer} is no tensor of its own in this family's files; leave it out")
+        with torch.device("meta"):
+            weight, scale = quantizer.quantize_weight(torch.empty(shape))
+        stem = tensor.removesuffix(".weight")
+        entries[tensor] = {tensor: (shape, weight.dtype), f"{stem}.weight_scale": (tuple(scale.shape), torch.float32)}
+        if record is not None:
+            entries[tensor][f"{stem}.input_scale"] = ((1,), torch.float32)
+        by_tensor[tensor] = layer
+
+    def encode(tensor: str, weight: Tensor) -> Iterator[Tensor]:
+        yield from quantizer.quantize_weight(weight)
+        if record is not None:
+            yield quantizer.input_scale(record[by_tensor[tensor]])
+
+    return QuantizedWeights(entries, encode)
+
+
+def quantizer_of(config: Mapping[str, Any]) -> Quantizer | None:
+    """Return the way in which the weights of a ``config.json`` are quantized; None if they are not.
+
+    Raises:
+        ConfigError: in another way than titanlite computes.
+    """
+    described = config.get(QUANTIZATION)
+    if not described:
+        return None
+    if described.get("quant_method") == METHOD:
+        groups = list(described.get("config_groups", {}).values())
+        for quantizer in quantizers():
+            if len(groups) == 1 and _agrees(quantizer.scheme, groups[0]):
+                return quantizer
+    raise ConfigError(
+        f"config.json: {QUANTIZATION} = {described}: titanlite reads {METHOD} as titanlite convert --quantize writes "
+        "them; take the weights in high precision"
+    )
+
+
+def _agrees(scheme: Any, described: Any) -> bool:
+    """Whether ``described`` says what ``scheme`` says; it may say more."""
+    if not isinstance(scheme, Mapping):
+        return bool(scheme == described)
+    return isinstance(described, Mapping) and all(_agrees(value, described.get(key)) for key, value in scheme.items())
+
+
+def restore(model: nn.Module, layers: Mapping[str, nn.Linear], folder: HuggingFaceFolder, weights: WeightMap) -> None:
+    """Make the layers of ``model`` that the folder has in 8 bits quantized ones with these weights."""
+    quantizer = quantizer_of(folder.config)
+    assert quantizer is not None
+    with folder.opened() as get:
+        for name, layer in layers.items():
+            tensor = str(weights[f"{name}.weight"])
+            stem, device = tensor.removesuffix(".weight"), layer.weight.device
+            if f"{stem}.weight_scale" not in folder.tensors:
+                continue
+            input_scale = f"{stem}.input_scale"
+            scales = (get(s).to(device) if s in folder.tensors else None for s in (f"{stem}.weight_scale", input_scale))
+            quantizer.restore(layer, Quantized(get(tensor).to(device), *scales))  # type: ignore[arg-type]
