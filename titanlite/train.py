@@ -165,12 +165,12 @@ class Trainer:
         self.size, self.converters = built.size, built.converters
         check_memory(config, self.size, self.degrees, device)
         self.compile_watch = CompileWatch()
-        loss_fn = build_loss(config, self.mesh)
+        loss_fn = build_loss(self.mesh, config.parallelism.disable_loss_parallel, config.compile_options("loss"))
         pipeline = build_pipeline(built, loss_fn, config, self.mesh, device)
         self.runner = StepRunner(built.parts, loss_fn, pipeline, self.context, device)
         self.about.update(built.about)
         for part in self.model_parts:  # nothing was allocated before
-            allocate(part, device, config)
+            allocate(part, device, config.training.enable_cpu_offload)
             part.init_weights(WeightInit(part, self.seed))  # type: ignore[operator]
             part.train()
         self.flops_per_token = flops_per_token(self.size, config.training.seq_len)

@@ -77,7 +77,7 @@ def whole(device: torch.device) -> dict[str, list[int]]:
 def spread(options: dict[str, Any], mesh: Mesh, here: runtime.Runtime) -> dict[str, Any]:
     config = load_config([f"--{key}={value}" for key, value in {**FLOAT32, **options}.items()])
     (model,) = build_model(get_model_spec("llama3"), TINY, config, mesh).parts
-    allocate(model, here.device, config)
+    allocate(model, here.device, False)
     model.init_weights(WeightInit(model, seed=0))  # type: ignore[operator]
     model.train()
     sharded_logits = not config.parallelism.disable_loss_parallel

@@ -100,7 +100,7 @@ def build(args: DecoderArgs, degrees: dict[str, int], float8: bool) -> Decoder:
         half = names.index("layers.2")
         model = part_of(model, names[half:] if mesh.pp.get_local_rank() else names[:half])  # type: ignore[assignment]
     parallelize(model, LAYOUT, mesh, config)
-    allocate(model, torch.device("cpu"), config)
+    allocate(model, torch.device("cpu"), False)
     model.init_weights(WeightInit(model, 0))
     return model
 

@@ -314,7 +314,7 @@ def sharded(mesh: Mesh, args: DecoderArgs = SMALL, reshard: str = "default") -> 
     with torch.device("meta"):
         model = Decoder(args)
     parallelize(model, LAYOUT, mesh, config)
-    allocate(model, torch.device("cpu"), config)
+    allocate(model, torch.device("cpu"), False)
     model.init_weights(WeightInit(model, 0))
     return model
 

@@ -441,6 +441,10 @@ class JobConfig:
     def __post_init__(self) -> None:
         self.origins: dict[str, str] = {}
 
+    def compile_options(self, component: Literal["model", "loss"]) -> Compile | None:
+        """Return the options with which ``component`` is compiled; None if it is not."""
+        return self.compile if self.training.compile and component in self.compile.components else None
+
     def origin(self, name: str) -> str:
         """Return the origin of ``section.key``, for messages: a file and line, an argument, or "the default"."""
         return self.origins.get(name, "the default")

@@ -94,7 +94,7 @@ class Float8Converter:
         self.config = dataclasses.replace(
             library_config(config, emulate=options.emulate or not native), target=mesh.target.architecture
         )
-        self.compiled = config.training.compile and "model" in config.compile.components
+        self.compiled = config.compile_options("model") is not None
         self.tokens = config.training.local_batch_size * config.training.seq_len
         reason = why_not(
             self.architecture,

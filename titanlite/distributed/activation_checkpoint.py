@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
@@ -25,21 +26,24 @@ _MATMULS = {torch.ops.aten.mm.default, torch.ops.aten._scaled_mm.default}
 _COMMUNICATION = {torch.ops._c10d_functional.reduce_scatter_tensor.default}
 
 
-def apply_activation_checkpoint(blocks: nn.ModuleDict, options: ActivationCheckpoint) -> str:
-    """Fill the slot ``run`` of each block that ``options`` selects; returns what was done, in words. The names of the
-    blocks are their numbers, from 0."""
+def apply_activation_checkpoint(blocks: nn.ModuleDict, options: ActivationCheckpoint) -> None:
+    """Fill the slot ``run`` of each block that ``options`` selects. The names of the blocks are their numbers in the
+    whole model, from 0."""
+    per_op = {"context_fn": _op_contexts} if options.mode == "selective" and _is_per_op(options) else {}
+    for name in checkpointed_blocks(blocks, options):
+        _wrap(blocks[name], **per_op)
+
+
+def checkpointed_blocks(names: Iterable[str], options: ActivationCheckpoint) -> list[str]:
+    """Return the blocks that ``options`` selects, of those with these numbers."""
     if options.mode == "none":
-        return "none"
-    if options.mode == "selective" and options.selective_ac_option == "op":
-        for block in blocks.values():
-            _wrap(block, context_fn=_op_contexts)
-        return f"selective per op, {len(blocks)} blocks"
-    every = int(options.selective_ac_option) if options.mode == "selective" else 1
-    # By the block's number in the whole model, of which a pipeline stage has a part.
-    chosen = [block for name, block in blocks.items() if (int(name) + 1) % every == 0]
-    for block in chosen:
-        _wrap(block)
-    return f"{options.mode}, {len(chosen)} of {len(blocks)} blocks"
+        return []
+    every = 1 if options.mode == "full" or _is_per_op(options) else int(options.selective_ac_option)
+    return [name for name in names if (int(name) + 1) % every == 0]
+
+
+def _is_per_op(options: ActivationCheckpoint) -> bool:
+    return options.selective_ac_option == "op"
 
 
 def _wrap(block: Any, **kwargs: Any) -> None:

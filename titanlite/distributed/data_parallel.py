@@ -9,23 +9,25 @@ import torch
 from torch import nn
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
-from titanlite.config import JobConfig
+from titanlite.config.schema import Training
 from titanlite.distributed.mesh import Mesh
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-def apply_fsdp(model: nn.Module, mesh: Mesh, config: JobConfig, *, groups: Iterable[list[nn.Module]]) -> str:
-    """Shard ``model`` in place; returns what was done, in words.
+def apply_fsdp(
+    model: nn.Module, mesh: Mesh, training: Training, reshard: str, *, groups: Iterable[list[nn.Module]]
+) -> None:
+    """Shard ``model`` in place.
 
     Args:
+        reshard: ``parallelism.fsdp_reshard_after_forward``.
         mesh: on one process FSDP2 still brings the mixed precision, so that one device computes what many do.
         groups: modules gathered together, in the order of the forward; the last one is needed again at the start of
             the backward, so it is kept gathered unless ``fsdp_reshard_after_forward`` is "always". Under pipeline
             parallelism all are kept by default, else each microbatch would gather them again; and where there is one
             shard, so that gathering is nothing but copies, unless it is kept in host memory.
     """
-    training, reshard = config.training, config.parallelism.fsdp_reshard_after_forward
     policy = MixedPrecisionPolicy(
         param_dtype=DTYPES[training.mixed_precision_param],
         reduce_dtype=DTYPES[training.mixed_precision_reduce],
@@ -57,22 +59,12 @@ def apply_fsdp(model: nn.Module, mesh: Mesh, config: JobConfig, *, groups: Itera
         offload_policy=offload,
         reshard_after_forward=reshard == "always",
     )
-    return describe(mesh, config)
 
 
-def describe(mesh: Mesh, config: JobConfig) -> str:
-    replicas = mesh.degrees.data_parallel_replicate
-    shards = f"{mesh.fsdp.size()} shards" + (f" x {replicas} replicas" if replicas > 1 else "")
-    where = ""
-    if config.training.enable_cpu_offload:
-        where = ", in host memory" + (" (all there is here)" if mesh.device_type == "cpu" else "")
-    return f"{shards}, {config.training.mixed_precision_param} parameters{where}"
-
-
-def allocate(model: nn.Module, device: torch.device, config: JobConfig) -> None:
+def allocate(model: nn.Module, device: torch.device, offload: bool) -> None:
     """Give a sharded model that is on the meta device its memory, not yet filled: buffers on ``device``, parameters too
-    or, under ``training.enable_cpu_offload``, in host memory."""
-    if not config.training.enable_cpu_offload:
+    or, with ``offload``, in host memory."""
+    if not offload:
         model.to_empty(device=device)
         return
     model.to_empty(device="cpu")

@@ -14,6 +14,7 @@ from torch.distributed.tensor.parallel.style import ParallelStyle
 
 from titanlite.config import JobConfig
 from titanlite.config.refuse import refuse
+from titanlite.config.schema import ActivationCheckpoint, Compile, Parallelism
 from titanlite.distributed.activation_checkpoint import apply_activation_checkpoint
 from titanlite.distributed.compile import compile_blocks
 from titanlite.distributed.context_parallel import ContextParallel
@@ -31,31 +32,33 @@ from titanlite.models.layers import AttentionSlot, FeedForward, Layout, causal_a
 from titanlite.quant.swiglu import swiglu_linear
 
 
-def parallelize(model: nn.Module, layout: Layout, mesh: Mesh, config: JobConfig) -> dict[str, str]:
-    """Apply what ``config`` asks for to ``model`` in place; returns what was done, for the log."""
-    done: dict[str, str] = {}
+def parallelize(model: nn.Module, layout: Layout, mesh: Mesh, config: JobConfig) -> None:
+    """Apply what ``config`` asks for to ``model`` in place."""
     if mesh.tp.size() > 1:
-        done["tensor parallelism"] = apply_tensor_parallel(model, layout, mesh, config)
-    done |= _fill_slots(model, mesh, config)
-    blocks: nn.ModuleDict = getattr(model, layout.blocks)
-    done |= _checkpoint_and_compile(blocks, mesh, config)
-    done["FSDP2"] = apply_fsdp(model, mesh, config, groups=_gathered_together(model, layout))
-    return done
+        apply_tensor_parallel(model, layout, mesh, config.parallelism)
+    _fill_slots(model, mesh, config.parallelism.context_parallel_rotate_method, config.training.mixed_precision_param)
+    _checkpoint_and_compile(
+        getattr(model, layout.blocks), mesh, config.activation_checkpoint, config.compile_options("model")
+    )
+    apply_fsdp(
+        model,
+        mesh,
+        config.training,
+        config.parallelism.fsdp_reshard_after_forward,
+        groups=_gathered_together(model, layout),
+    )
 
 
-def _fill_slots(model: nn.Module, mesh: Mesh, config: JobConfig) -> dict[str, str]:
+def _fill_slots(model: nn.Module, mesh: Mesh, rotate_method: str, param_dtype: str) -> None:
     """Fill the slots of attention, feed-forward and positions."""
     args: Any = model.args
-    done, core, positions = {}, None, None
+    core = positions = None
     if mesh.cp.size() > 1:
-        method = config.parallelism.context_parallel_rotate_method
         # One object for all blocks: torch.compile lets them share their code only then.
-        context = ContextParallel(mesh.cp, method, grouped=not mesh.target.is_cpu)
+        context = ContextParallel(mesh.cp, rotate_method, grouped=not mesh.target.is_cpu)
         core, positions = context.attention, context.positions(args.max_seq_len)
-        done["context parallelism"] = f"{mesh.cp.size()} processes, {method}"
-    elif attends_in_float32(args.head_size, mesh, config):
+    elif attends_in_float32(args.head_size, mesh, param_dtype):
         core = float32_attention
-        done["attention"] = f"float32, the faster one on the CPU for heads of {args.head_size}"
     if positions is None and mesh.pp.size() > 1:  # a later stage cannot tell them from what it is given
         positions = torch.arange(args.max_seq_len, device=mesh.device_type)
     model.positions = positions  # type: ignore[assignment]
@@ -64,16 +67,15 @@ def _fill_slots(model: nn.Module, mesh: Mesh, config: JobConfig) -> dict[str, st
             module.core = core
         if isinstance(module, FeedForward):
             module.swiglu = swiglu_linear  # which leaves layers that are not quantized as they are
-    return done
 
 
-def attends_in_float32(head_size: int, mesh: Mesh, config: JobConfig) -> bool:
+def attends_in_float32(head_size: int, mesh: Mesh, param_dtype: str) -> bool:
     """Return whether attention is faster in float32 than in the parameters' dtype. On the CPU that is so for small
     heads: the backward of PyTorch's bfloat16 kernel has a cost per head that does not depend on its size (torch 2.11
     and 2.13, a processor with bfloat16 instructions; docs/internals/cpu-step.md). From heads of 64 on it is no
     longer slower.
     """
-    return mesh.target.is_cpu and head_size < 64 and config.training.mixed_precision_param == "bfloat16"
+    return mesh.target.is_cpu and head_size < 64 and param_dtype == "bfloat16"
 
 
 def float32_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -81,7 +83,9 @@ def float32_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return causal_attention(q.float(), k.float(), v.float()).to(q.dtype)
 
 
-def _checkpoint_and_compile(blocks: nn.ModuleDict, mesh: Mesh, config: JobConfig) -> dict[str, str]:
+def _checkpoint_and_compile(
+    blocks: nn.ModuleDict, mesh: Mesh, checkpointing: ActivationCheckpoint, compiling: Compile | None
+) -> None:
     """Apply what [activation_checkpoint] and [compile] ask for to the blocks.
 
     The compiler sees the checkpointed block, so that what is computed again is fused with the backward. Only where
@@ -89,18 +93,13 @@ def _checkpoint_and_compile(blocks: nn.ModuleDict, mesh: Mesh, config: JobConfig
     the DTensors' mesh for backward, and take it for a tensor (torch 2.13: "expected all tensors_saved_with_vc_check to
     be Tensors").
     """
-    options, done = config.activation_checkpoint, {}
-    compiling = config.training.compile and "model" in config.compile.components
-    per_op = options.mode == "selective" and options.selective_ac_option == "op"
-    compile_first = compiling and mesh.tp.size() > 1 and not per_op
-    if compile_first:
-        compile_blocks(blocks, config.compile)
-    done["activation checkpointing"] = apply_activation_checkpoint(blocks, options)
+    per_op = checkpointing.mode == "selective" and checkpointing.selective_ac_option == "op"
+    compile_first = mesh.tp.size() > 1 and not per_op
+    if compiling and compile_first:
+        compile_blocks(blocks, compiling)
+    apply_activation_checkpoint(blocks, checkpointing)
     if compiling and not compile_first:
-        compile_blocks(blocks, config.compile)
-    if compiling:
-        done["compile"] = f"{len(blocks)} blocks, {config.compile.backend}"
-    return done
+        compile_blocks(blocks, compiling)
 
 
 def _gathered_together(model: nn.Module, layout: Layout) -> list[list[nn.Module]]:
@@ -152,10 +151,10 @@ def check(args: Any, layout: Layout, mesh: Mesh, config: JobConfig) -> None:
         )
 
 
-def apply_tensor_parallel(model: nn.Module, layout: Layout, mesh: Mesh, config: JobConfig) -> str:
+def apply_tensor_parallel(model: nn.Module, layout: Layout, mesh: Mesh, parallelism: Parallelism) -> None:
     """Shard attention heads, the hidden features of feed-forward and the vocabulary; between them, in norms and the
     residual stream, the sequence is sharded (Korthikanti et al., "Reducing Activation Recomputation in Large
-    Transformer Models", 2022). Returns what was done, for the log."""
+    Transformer Models", 2022)."""
     tp = mesh.tp
     embedding, output = getattr(model, layout.embedding), getattr(model, layout.output)
     plan: dict[str, ParallelStyle] = {}
@@ -163,7 +162,7 @@ def apply_tensor_parallel(model: nn.Module, layout: Layout, mesh: Mesh, config: 
         plan[layout.embedding] = VocabParallelEmbedding()
     if output is not None:
         plan[layout.norm] = SequenceParallel()
-        vocabulary = Replicate() if config.parallelism.disable_loss_parallel else Shard(-1)
+        vocabulary = Replicate() if parallelism.disable_loss_parallel else Shard(-1)
         plan[layout.output] = column_parallel(output, input_layouts=Shard(1), output_layouts=vocabulary)
     try:
         parallelize_module(model, tp, plan)
@@ -173,11 +172,8 @@ def apply_tensor_parallel(model: nn.Module, layout: Layout, mesh: Mesh, config: 
         raise ConfigError(str(e), key="parallelism.tensor_parallel_degree", value=tp.size()) from e
     if model.args.tie_embeddings:  # type: ignore[union-attr]
         embedding.weight = output.weight  # both ends shard the vocabulary, each a copy of its own until here
-    if config.parallelism.enable_async_tensor_parallel:
+    if parallelism.enable_async_tensor_parallel:
         enable_async_tensor_parallel(model, tp)
-    loss = "whole logits" if config.parallelism.disable_loss_parallel else "loss parallel"
-    overlapped = ", asynchronous" if config.parallelism.enable_async_tensor_parallel else ""
-    return f"{tp.size()} processes, sequence parallel, {loss}{overlapped}"
 
 
 def _plan_of_block(block: nn.Module, layout: Layout) -> dict[str, ParallelStyle]:

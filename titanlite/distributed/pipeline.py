@@ -21,8 +21,8 @@ from torch.distributed.pipelining.schedules import (
     get_schedule_class,
 )
 
-from titanlite.config import JobConfig
 from titanlite.config.parallelism import V_SCHEDULES
+from titanlite.config.schema import Parallelism, Training
 from titanlite.distributed.data_parallel import DTYPES
 from titanlite.distributed.mesh import Mesh
 from titanlite.distributed.pipeline_plan import Plan
@@ -66,17 +66,17 @@ class Boundary:
         return torch.empty(shape, dtype=self.dtype, device="meta", requires_grad=True)
 
 
-def boundary_of(size: ModelSize, mesh: Mesh, config: JobConfig) -> Boundary:
+def boundary_of(size: ModelSize, mesh: Mesh, training: Training, parallelism: Parallelism) -> Boundary:
     """Of a model whose hidden states are sharded over the sequence, and whose logits over the vocabulary, by tensor
     parallelism."""
-    sequences, tp = config.parallelism.pipeline_parallel_microbatch_size, mesh.tp.size()
-    seq_len = config.training.seq_len // mesh.cp.size()
-    vocab_size = size.vocab_size // (1 if config.parallelism.disable_loss_parallel else tp)
+    sequences, tp = parallelism.pipeline_parallel_microbatch_size, mesh.tp.size()
+    seq_len = training.seq_len // mesh.cp.size()
+    vocab_size = size.vocab_size // (1 if parallelism.disable_loss_parallel else tp)
     return Boundary(
         tokens=(sequences, seq_len),
         hidden=(sequences, seq_len // tp, size.dim),
         logits=(sequences, seq_len, vocab_size),
-        dtype=DTYPES[config.training.mixed_precision_param],
+        dtype=DTYPES[training.mixed_precision_param],
     )
 
 
@@ -97,7 +97,7 @@ class Pipeline:
         boundary: Boundary,
         mesh: Mesh,
         device: torch.device,
-        config: JobConfig,
+        parallelism: Parallelism,
         microbatches: int,
         loss_fn: Callable[[Tensor, Tensor], Tensor],
         stage_type: type[PipelineStage] = PipelineStage,
@@ -127,7 +127,7 @@ class Pipeline:
             "loss_fn": lambda output, labels: loss_fn(output, labels) / total,
             "scale_grads": False,
         }
-        schedule, csv = config.parallelism.pipeline_parallel_schedule, config.parallelism.pipeline_parallel_schedule_csv
+        schedule, csv = parallelism.pipeline_parallel_schedule, parallelism.pipeline_parallel_schedule_csv
         if schedule in V_SCHEDULES and device.type == "cpu" and torch.__version__ < "2.13":
             # It greets the neighbours of each stage first, and a gloo process cannot send to itself.
             raise ConfigError(

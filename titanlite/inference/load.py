@@ -154,7 +154,7 @@ def build(spec: ModelSpec, args: Any, dtype: torch.dtype, mesh: Mesh, device: to
     for param in model.parameters():
         param.data = param.data.to(dtype)
     if mesh.tp.size() > 1:
-        apply_tensor_parallel(model, spec.layout, mesh, config)
+        apply_tensor_parallel(model, spec.layout, mesh, config.parallelism)
     # A parameter that two modules share must stay shared.
     swap = torch.__future__.get_swap_module_params_on_conversion()
     torch.__future__.set_swap_module_params_on_conversion(True)

@@ -305,13 +305,13 @@ def _dimensions(mesh: Mesh) -> dict[str, str]:
 
 def _measure(built: BuiltModel, config: JobConfig, mesh: Mesh) -> RankEstimate:
     """Allocate the state of this rank, then run a step as :class:`titanlite.train.Trainer` does."""
-    loss_fn = build_loss(config, mesh)
+    loss_fn = build_loss(mesh, config.parallelism.disable_loss_parallel, config.compile_options("loss"))
     pipeline = build_pipeline(built, loss_fn, config, mesh, DEVICE, _LoneStage)
     parameters = built.parameters()
     with FakeTensorMode(allow_non_fake_inputs=True), MemoryTracker(_dimensions(mesh)) as tracker:
         with tracker.kind(PARAMETERS):
             for part in built.parts:
-                allocate(part, DEVICE, config)
+                allocate(part, DEVICE, config.training.enable_cpu_offload)
                 part.train()
         optimizer = build_optimizer(parameters, config.optimizer)
         with tracker.kind(OPTIMIZER):

@@ -16,8 +16,10 @@ from torch.distributed.pipelining import PipelineStage
 from titanlite.config import JobConfig, pipeline_microbatches
 from titanlite.config.parallelism import Degrees
 from titanlite.config.refuse import refuse
+from titanlite.config.schema import Compile
 from titanlite.converters import ModelConverter, build_converters
 from titanlite.distributed.compile import compiled
+from titanlite.distributed.describe import describe
 from titanlite.distributed.mesh import Mesh
 from titanlite.distributed.parallelize import chain, check, parallelize
 from titanlite.distributed.pipeline import Pipeline, boundary_of, part_of
@@ -40,7 +42,7 @@ class BuiltModel:
         parts: the model as one module, or the modules of this process's pipeline stages.
         size: the size of the whole model.
         plan: the plan of the pipeline; None without one.
-        about: descriptions of the conversions and of the parallelism, for the log.
+        about: the conversions, the pipeline and the parallelism in words, for the log.
     """
 
     parts: list[nn.Module]
@@ -79,21 +81,23 @@ def build_model(spec: ModelSpec, args: Any, config: JobConfig, mesh: Mesh) -> Bu
         local = built.plan.of(mesh.pp.get_local_rank())
         built.parts = [part_of(model, built.plan.stages[stage]) for stage in local]
         built.about["pipeline"] = f"{config.parallelism.pipeline_parallel_schedule}, {built.plan}"
-    descriptions = [parallelize(part, spec.layout, mesh, config) for part in built.parts]
-    for name in descriptions[0]:
-        # Where the stages differ, the descriptions of all of them.
-        built.about[name] = "; ".join(dict.fromkeys(description[name] for description in descriptions))
+    for part in built.parts:
+        parallelize(part, spec.layout, mesh, config)
+    built.about |= describe(args, mesh, config)
     return built
 
 
-def build_loss(config: JobConfig, mesh: Mesh) -> Callable[[Tensor, Tensor], Tensor]:
-    """Return the loss function of this process's logits and labels: the sum over the labels."""
+def build_loss(mesh: Mesh, whole_logits: bool, compiling: Compile | None) -> Callable[[Tensor, Tensor], Tensor]:
+    """Return the loss function of this process's logits and labels: the sum over the labels.
+
+    Args:
+        whole_logits: the vocabulary of the logits is not sharded by tensor parallelism.
+        compiling: the options to compile it with; None: not at all.
+    """
     loss_fn: Callable[[Tensor, Tensor], Tensor] = cross_entropy_loss
-    if mesh.tp.size() > 1 and not config.parallelism.disable_loss_parallel:
+    if mesh.tp.size() > 1 and not whole_logits:
         loss_fn = VocabParallelCrossEntropy(mesh.tp)
-    if config.training.compile and "loss" in config.compile.components:
-        loss_fn = compiled(loss_fn, config.compile)
-    return loss_fn
+    return loss_fn if compiling is None else compiled(loss_fn, compiling)
 
 
 def build_pipeline(
@@ -108,8 +112,8 @@ def build_pipeline(
     if built.plan is None:
         return None
     count = pipeline_microbatches(config, mesh.degrees.data_parallel)
-    boundary = boundary_of(built.size, mesh, config)
-    return Pipeline(built.plan, built.parts, boundary, mesh, device, config, count, loss_fn, stage_type)
+    boundary = boundary_of(built.size, mesh, config.training, config.parallelism)
+    return Pipeline(built.plan, built.parts, boundary, mesh, device, config.parallelism, count, loss_fn, stage_type)
 
 
 def check_memory(config: JobConfig, size: ModelSize, degrees: Degrees, device: torch.device) -> None:

@@ -339,7 +339,9 @@ def processes(pp: int) -> Iterator[Mesh]:
 def start(plan: Plan, config: JobConfig, mesh: Mesh, microbatches: int) -> Any:
     boundary = Boundary((1, 4), (1, 4, 8), (1, 4, 16), torch.float32)
     parts = [nn.Identity() for _ in plan.of(0)]
-    pipeline = Pipeline(plan, parts, boundary, mesh, torch.device("cpu"), config, microbatches, lambda x, y: x.sum())
+    pipeline = Pipeline(
+        plan, parts, boundary, mesh, torch.device("cpu"), config.parallelism, microbatches, lambda x, y: x.sum()
+    )
     return pipeline._schedule
 
 

@@ -1,0 +1,51 @@
+"""In words, for the log: how a configuration spreads a model over devices."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from titanlite.config import JobConfig
+from titanlite.distributed.activation_checkpoint import checkpointed_blocks
+from titanlite.distributed.mesh import Mesh
+from titanlite.distributed.parallelize import attends_in_float32
+
+
+def describe(args: Any, mesh: Mesh, config: JobConfig) -> dict[str, str]:
+    """Return what :func:`titanlite.distributed.parallelize.parallelize` does to the whole model, by kind.
+
+    Args:
+        args: the model's arguments.
+    """
+    parallelism, training = config.parallelism, config.training
+    about: dict[str, str] = {}
+    if mesh.tp.size() > 1:
+        loss = "whole logits" if parallelism.disable_loss_parallel else "loss parallel"
+        overlapped = ", asynchronous" if parallelism.enable_async_tensor_parallel else ""
+        about["tensor parallelism"] = f"{mesh.tp.size()} processes, sequence parallel, {loss}{overlapped}"
+    if mesh.cp.size() > 1:
+        about["context parallelism"] = f"{mesh.cp.size()} processes, {parallelism.context_parallel_rotate_method}"
+    elif attends_in_float32(args.head_size, mesh, training.mixed_precision_param):
+        about["attention"] = f"float32, the faster one on the CPU for heads of {args.head_size}"
+    about["activation checkpointing"] = _checkpointing(args.n_layers, config)
+    if options := config.compile_options("model"):
+        about["compile"] = f"{args.n_layers} blocks, {options.backend}"
+    about["FSDP2"] = _sharding(mesh, config)
+    return about
+
+
+def _checkpointing(blocks: int, config: JobConfig) -> str:
+    options = config.activation_checkpoint
+    chosen = len(checkpointed_blocks(map(str, range(blocks)), options))
+    if options.mode == "none":
+        return "none"
+    per_op = options.mode == "selective" and options.selective_ac_option == "op"
+    return f"selective per op, {blocks} blocks" if per_op else f"{options.mode}, {chosen} of {blocks} blocks"
+
+
+def _sharding(mesh: Mesh, config: JobConfig) -> str:
+    replicas = mesh.degrees.data_parallel_replicate
+    shards = f"{mesh.fsdp.size()} shards" + (f" x {replicas} replicas" if replicas > 1 else "")
+    where = ""
+    if config.training.enable_cpu_offload:
+        where = ", in host memory" + (" (all there is here)" if mesh.device_type == "cpu" else "")
+    return f"{shards}, {config.training.mixed_precision_param} parameters{where}"
