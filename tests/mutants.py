@@ -3,6 +3,9 @@
 ``python -m tests.mutants OUT.json`` chooses statements at random (the same for the same seed and sources), runs the
 suite once with a probe before each of them to learn which tests come by, then deletes each in turn and runs those
 tests. OUT.json gets the verdict on each; what survived is printed. It takes hours.
+
+Only the mutation may count as the cause of a failure. Tests that fail with the probes are therefore left out, a test is
+given several times as long as it took with them, and a mutant is killed by a hang only if that test hangs again.
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ import ast
 import json
 import os
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -37,12 +41,14 @@ SIMPLE = (
     ast.Break,
     ast.Continue,
 )
-TEST_TIMEOUT, MUTANT_TIMEOUT = 120, 1800  # seconds; a test, or a mutant, that takes longer is taken to have hung
+HANG = re.compile(r"Timeout|had not ended after")  # in the output of a test that may have hung
+IMPORTS = "from __future__ import annotations"  # the line of each file after which it can import
 
 PROBE = '''
 import os
 
 def reached(number):
+    """Write down which test executes this statement. Files import it by name: torch.compile cannot trace __import__."""
     if number not in _seen:
         _seen.add(number)
         with open(os.path.join(os.environ["TITANLITE_PROBE"], str(os.getpid())), "a") as file:
@@ -68,7 +74,7 @@ import os
 def pytest_runtest_logreport(report):
     if os.environ.get("PYTEST_XDIST_WORKER") or not hasattr(report, "node"):
         with open(os.environ["TITANLITE_DURATIONS"], "a") as file:
-            file.write(f"{report.duration}\\t{report.nodeid}\\n")
+            file.write(f"{report.duration}\\t{report.outcome}\\t{report.nodeid}\\n")
 """
 
 
@@ -78,8 +84,11 @@ class Mutant:
 
     Attributes:
         line: its first, of ``file``.
-        tests: those that execute it, the quickest files first.
+        tests: those that execute it and pass with it, the quickest files first.
+        dropped: how many execute it but failed in the run with probes.
+        longest: the seconds that the slowest of ``tests`` took then.
         killed_by: the first that failed without it; "" if none did.
+        finished: all of ``tests`` ran, or one failed; otherwise time was up, or one hung only the first time.
     """
 
     file: str
@@ -88,7 +97,10 @@ class Mutant:
     last_line: int
     text: str
     tests: list[str] = field(default_factory=list)
+    dropped: int = 0
+    longest: float = 0.0
     killed_by: str = ""
+    finished: bool = False
     seconds: float = 0.0
 
 
@@ -129,11 +141,11 @@ def copy_tree(to: Path) -> None:
         shutil.copy2(ROOT / name, target, follow_symlinks=False)
 
 
-def pytest(tree: Path, *arguments: str, timeout: float | None = None, **variables: str) -> tuple[int, str]:
-    """The exit status and the output of pytest in a copy of the repository; status -1 after a timeout."""
+def pytest(tree: Path, *arguments: str, timeout: float | None = None, **variables: str) -> tuple[int | None, str]:
+    """The exit status and the output of pytest in a copy of the repository; no status if ``timeout`` seconds passed."""
     paths = [str(tree), *filter(None, [os.environ.get("PYTHONPATH")])]
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1", **variables}
-    given = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--timeout={TEST_TIMEOUT}", *arguments]
+    given = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments]
     with subprocess.Popen(
         given, cwd=tree, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
     ) as process:
@@ -141,7 +153,7 @@ def pytest(tree: Path, *arguments: str, timeout: float | None = None, **variable
             output, _ = process.communicate(timeout=timeout)
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, 9)
-            return -1, ""
+            return None, ""
         return process.returncode, output
 
 
@@ -158,18 +170,21 @@ def find_tests(mutants: Sequence[Mutant], select: str, processes: int) -> None:
             by_file[mutant.file].append((number, mutant))
         for name, those in by_file.items():
             lines = (tree / name).read_text().splitlines(keepends=True)
+            lines[lines.index(f"{IMPORTS}\n")] = f"{IMPORTS}; from probe import reached as _reached\n"
             for number, mutant in those:
                 line = lines[mutant.line - 1]
                 indent = line[: len(line) - len(line.lstrip())]
-                lines[mutant.line - 1] = f"{indent}__import__('probe').reached({number})\n{line}"
+                lines[mutant.line - 1] = f"{indent}_reached({number})\n{line}"
             (tree / name).write_text("".join(lines))
         arguments = ["-p", "reporter", "-m", select, "-n", str(processes), "--dist", "loadfile"]
         status, output = pytest(tree, *arguments, TITANLITE_PROBE=str(probes), TITANLITE_DURATIONS=str(durations))
         print(output[-1500:] if status else "the suite passes with probes", flush=True)
         seconds: defaultdict[str, float] = defaultdict(float)
+        failed: set[str] = set()
         for line in durations.read_text().splitlines():
-            duration, test = line.split("\t")
+            duration, outcome, test = line.split("\t")
             seconds[test] += float(duration)
+            failed.update([test] if outcome == "failed" else [])
         reached: defaultdict[int, set[str]] = defaultdict(set)
         for file in probes.iterdir():
             for line in file.read_text().splitlines():
@@ -187,10 +202,14 @@ def find_tests(mutants: Sequence[Mutant], select: str, processes: int) -> None:
         of_files: defaultdict[str, float] = defaultdict(float)
         for test in tests:
             of_files[test.partition("::")[0]] += seconds[test]
-        mutant.tests = sorted(tests & seconds.keys(), key=lambda test: (of_files[test.partition("::")[0]], test))
+        passed = (tests & seconds.keys()) - failed
+        mutant.tests = sorted(passed, key=lambda test: (of_files[test.partition("::")[0]], test))
+        mutant.dropped = len(tests & failed)
+        mutant.longest = max((seconds[test] for test in passed), default=0)
+    print(f"{len(failed)} tests failed with probes and are left out", flush=True)
 
 
-def try_out(mutant: Mutant, tree: Path) -> None:
+def try_out(mutant: Mutant, tree: Path, timeout: float) -> None:
     """Run the mutant's tests without its statement, in a copy of the repository, up to the first that fails."""
     file, start = tree / mutant.file, time.monotonic()
     whole = file.read_text()
@@ -201,13 +220,17 @@ def try_out(mutant: Mutant, tree: Path) -> None:
     file.write_text("".join(lines))
     listed = tree / "tests.txt"
     listed.write_text("\n".join(mutant.tests))
+    arguments = ["-x", "--no-header", f"--timeout={max(120, 5 * mutant.longest):.0f}"]
     try:
-        status, output = pytest(tree, "-x", "--no-header", f"@{listed}", timeout=MUTANT_TIMEOUT)
+        status, output = pytest(tree, *arguments, f"@{listed}", timeout=timeout)
+        failed = re.search(r"^(?:FAILED|ERROR) (\S+::.*?)(?: - .*)?$", output, re.MULTILINE)
+        if status and failed and HANG.search(output):
+            status = pytest(tree, *arguments, failed[1], timeout=timeout)[0] or None
     finally:
         file.write_text(whole)
+    mutant.finished = status is not None
     if status:
-        failed = [line for line in output.splitlines() if line.startswith(("FAILED", "ERROR"))]
-        mutant.killed_by = failed[0] if failed else f"status {status}"
+        mutant.killed_by = failed[0] if failed else f"status {status}: {output[-300:]}"
     mutant.seconds = round(time.monotonic() - start, 1)
 
 
@@ -216,8 +239,9 @@ def main() -> int:
     parser.add_argument("out", type=Path)
     parser.add_argument("--count", type=int, default=150)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--select", default="not (long or gpu)", help="pytest's -m; default: what --all runs")
+    parser.add_argument("--select", default="not (long or gpu or alone)", help="pytest's -m")
     parser.add_argument("--survivors-of", type=Path, help="try only the mutants that survived in this earlier OUT")
+    parser.add_argument("--minutes", type=float, default=60, help="no more on any mutant; default: 60")
     args = parser.parse_args()
     mutants = choose(args.count, args.seed)
     if args.survivors_of is not None:
@@ -225,6 +249,7 @@ def main() -> int:
         mutants = [mutant for mutant in mutants if (mutant.file, mutant.line) in before]
     processes = os.cpu_count() or 1
     find_tests(mutants, args.select, processes)
+    args.out.write_text(json.dumps([asdict(m) for m in mutants], indent=1))
     trees: SimpleQueue[Path] = SimpleQueue()
     with tempfile.TemporaryDirectory(prefix="titanlite-mutants-") as scratch, ThreadPoolExecutor(processes) as pool:
         for number in range(processes):
@@ -234,16 +259,18 @@ def main() -> int:
         def run(mutant: Mutant) -> None:
             if mutant.tests:
                 tree = trees.get()
-                try_out(mutant, tree)
+                try_out(mutant, tree, 60 * args.minutes)
                 trees.put(tree)
-            print(f"{mutant.file}:{mutant.line} {mutant.text!r}: {mutant.killed_by or 'SURVIVED'}", flush=True)
+            verdict = mutant.killed_by or ("SURVIVED" if mutant.finished or not mutant.tests else "NOT FINISHED")
+            print(f"{mutant.file}:{mutant.line} {mutant.text!r}: {verdict}", flush=True)
             args.out.write_text(json.dumps([asdict(m) for m in mutants], indent=1))
 
         list(pool.map(run, mutants))
     survivors = [mutant for mutant in mutants if not mutant.killed_by]
     print(f"{len(survivors)} of {len(mutants)} survived")
     for mutant in survivors:
-        print(f"    {mutant.file}:{mutant.line} in {mutant.function}: {mutant.text}  ({len(mutant.tests)} tests)")
+        tests = f"{len(mutant.tests)} tests{'' if mutant.finished or not mutant.tests else ', not all run'}"
+        print(f"    {mutant.file}:{mutant.line} in {mutant.function}: {mutant.text}  ({tests})")
     return 0
 
 
