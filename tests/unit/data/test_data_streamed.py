@@ -7,6 +7,7 @@ import itertools
 import json
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -146,3 +147,18 @@ def test_hub_out_of_reach(name: str, repo: str, monkeypatch: pytest.MonkeyPatch)
     with pytest.raises(ConfigError, match=message + r'training.dataset_path .* training.dataset = "pystdlib"'):
         build_source(name, seed=0)
     assert time.monotonic() - begin < 5
+
+
+def test_hub_within_reach(monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+    import huggingface_hub
+
+    def load(*args: Any, **options: Any) -> Any:
+        asked.append((*args, options))
+        return Dataset.from_dict({"text": ["a", "b"]}).to_iterable_dataset()
+
+    asked: list[Any] = []
+    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", lambda self, repo, timeout: asked.append(repo))
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    assert shards(build_source("c4", seed=0), 1) == [["a", "b"]]
+    assert asked == ["allenai/c4", ("allenai/c4", "en", {"split": "train", "streaming": True})]

@@ -37,9 +37,10 @@ from titanlite.float8 import (
     why_not_convertible,
 )
 from titanlite.models.layers import Attention, Decoder, DecoderArgs, FeedForward, rope_table
-from titanlite.quant.float8 import devices, format
+from titanlite.quant.float8 import devices, format, kernels
 from titanlite.quant.float8.matmul import cast
 from titanlite.quant.fsdp import ShardedWeight
+from titanlite.quant.tensor import QuantTensor
 
 RECIPES = ["tensorwise", "rowwise", "rowwise_with_gw_hp"]
 each_recipe = pytest.mark.parametrize("recipe", RECIPES)
@@ -816,6 +817,12 @@ def test_bad_input(build: Callable[[], Any], words: list[str]) -> None:
     refused(build, *words)
 
 
+def test_kernels_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "AVAILABLE", False)
+    refused(lambda: configured("rowwise", kernels="triton"), 'kernels="triton"', "not installed", '"inductor"')
+    configured("rowwise", kernels="auto")
+
+
 def test_float8_all_gather_without_fsdp() -> None:
     model = convert_to_float8_training(
         small_model(), config=configured("tensorwise", enable_fsdp_float8_all_gather=True)
@@ -929,4 +936,9 @@ print([name for name in sys.modules if name.startswith("titanlite") and not name
 def test_public_names() -> None:
     assert {name.value for name in Float8LinearRecipeName} == set(RECIPES)
     assert Float8LinearConfig.from_recipe_name(Float8LinearRecipeName.ROWWISE) == configured("rowwise")
-    assert "input=dyn_axs_e4m3fn" in repr(Float8Linear(16, 16, config=configured("rowwise")))
+    config = configured("rowwise")
+    assert "input=dyn_axs_e4m3fn" in repr(Float8Linear(16, 16, config=config))
+    weight = ShardedWeight(torch.ones(2, 2), config.format)
+    assert repr(weight) == f"ShardedWeight({torch.ones(2, 2)})"
+    arrived = QuantTensor(torch.ones(2, 2).to(torch.float8_e4m3fn), torch.ones(()), torch.bfloat16)
+    assert repr(arrived) == "QuantTensor(shape=(2, 2), torch.float8_e4m3fn for torch.bfloat16, scale=1.0)"
