@@ -17,6 +17,7 @@ import os
 import random
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -152,7 +153,11 @@ def pytest(tree: Path, *arguments: str, timeout: float | None = None, **variable
         try:
             output, _ = process.communicate(timeout=timeout)
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, 9)
+            process.send_signal(signal.SIGINT)  # it then ends what its tests started
+            try:
+                process.communicate(timeout=60)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
             return None, ""
         return process.returncode, output
 
