@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import platform
+import queue
 import random
 from typing import Any
 
@@ -13,6 +16,7 @@ from torch import nn
 from titanlite.config import load_config
 from titanlite.distributed import runtime
 from titanlite.distributed.data_parallel import allocate
+from titanlite.environment import LAUNCHER_PID
 from titanlite.errors import ConfigError
 
 
@@ -51,3 +55,12 @@ def test_a_model_on_the_meta_device_gets_its_memory(offload: bool) -> None:
         model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
     allocate(model, torch.device("cpu"), load_config([f"--training.enable_cpu_offload={str(offload).lower()}"]))
     assert {tensor.device.type for tensor in (*model.parameters(), *model.buffers())} == {"cpu"}
+
+
+def test_a_worker_without_its_launcher_ends_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    ended: queue.SimpleQueue[int] = queue.SimpleQueue()
+    monkeypatch.setattr(os, "_exit", ended.put)
+    monkeypatch.setattr(platform, "system", lambda: "Darwin")  # where the kernel does not do it
+    monkeypatch.setenv(LAUNCHER_PID, str(os.getpid()))  # which is not the parent
+    runtime.end_with_launcher()
+    assert ended.get(timeout=10) == 1
