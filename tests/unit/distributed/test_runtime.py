@@ -11,13 +11,22 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from titanlite.config import load_config
+from titanlite.config.schema import Comm
 from titanlite.distributed import runtime
 from titanlite.distributed.data_parallel import allocate
 from titanlite.environment import LAUNCHER_PID
 from titanlite.errors import ConfigError
+
+
+def test_a_group_lasts_as_long_as_the_runtime() -> None:
+    here = runtime.start_runtime(Comm())
+    assert (here.rank, here.world_size, dist.is_initialized()) == (0, 1, True)
+    runtime.stop_runtime()
+    assert not dist.is_initialized()
 
 
 def test_each_process_takes_its_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
