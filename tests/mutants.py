@@ -204,10 +204,11 @@ def find_tests(mutants: Sequence[Mutant], select: str, processes: int) -> None:
             name, _, phase = test.rpartition(" ")
             # What a fixture does, all tests of its file may look at.
             tests.update(in_file[name.partition("::")[0]] if phase == "(setup)" else [name])
+        tests &= seconds.keys()  # what an import executes, no test does
         of_files: defaultdict[str, float] = defaultdict(float)
         for test in tests:
             of_files[test.partition("::")[0]] += seconds[test]
-        passed = (tests & seconds.keys()) - failed
+        passed = tests - failed
         mutant.tests = sorted(passed, key=lambda test: (of_files[test.partition("::")[0]], test))
         mutant.dropped = len(tests & failed)
         mutant.longest = max((seconds[test] for test in passed), default=0)
