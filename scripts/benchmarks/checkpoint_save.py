@@ -26,6 +26,7 @@ from typing import Any
 import results
 import torch
 
+from titanlite.checkpoint import CheckpointManager
 from titanlite.checkpoint.state import local_bytes, model_state, optimizer_state
 from titanlite.config import load_config
 from titanlite.distributed.runtime import stop_runtime
@@ -47,19 +48,31 @@ for seconds in sys.stdin:
 """
 
 
-class Bench:
-    """One trainer, and a process that hashes when told to; ``save_s``, the seconds of a save alone, is how long."""
+class TimedCheckpoints(CheckpointManager):
+    """Adds up the seconds that training waits for saves, and for their copies before an update."""
 
-    def __init__(self, trainer: Trainer, steps: int) -> None:
-        self.trainer, self.steps, self.held, self.save_s = trainer, steps, 0.0, 0.0
-        self.hashing = subprocess.Popen([sys.executable, "-c", HASHING], stdin=subprocess.PIPE, text=True)
-        wait = trainer.checkpoints.before_update
-        trainer.checkpoints.before_update = lambda: self.hold(wait)  # type: ignore[method-assign]
+    held = 0.0
+
+    def before_update(self) -> None:
+        self.hold(super().before_update)
 
     def hold(self, call: Callable[[], None]) -> None:
         start = time.perf_counter()
         call()
         self.held += time.perf_counter() - start
+
+
+class Bench:
+    """One trainer, and a process that hashes when told to; ``save_s``, the seconds of a save alone, is how long."""
+
+    def __init__(self, trainer: Trainer, steps: int) -> None:
+        self.trainer, self.steps, self.save_s = trainer, steps, 0.0
+        self.hashing = subprocess.Popen([sys.executable, "-c", HASHING], stdin=subprocess.PIPE, text=True)
+        given, root = trainer.config, trainer.checkpoints.root
+        trainer.checkpoints.close()
+        timeout = given.comm.init_timeout_seconds
+        self.checkpoints = TimedCheckpoints(given.checkpoint, root, trainer.runtime.device, timeout)
+        trainer.checkpoints = self.checkpoints
 
     def warm_up(self) -> None:
         """The buffers of the copy are made once."""
@@ -72,11 +85,11 @@ class Bench:
     def block(self, how: str) -> tuple[float, float]:
         """Seconds of the steps, the first of them followed by a save; and for how long that held them up."""
         synchronize()
-        start, self.held = time.perf_counter(), 0.0
+        start, self.checkpoints.held = time.perf_counter(), 0.0
         for i in range(self.steps):
             self.trainer.advance()
             if i == 0 and how in ("waited for", "background"):
-                self.hold(lambda: self.trainer._save(ends=how == "waited for"))
+                self.checkpoints.hold(lambda: self.trainer._save(ends=how == "waited for"))
             elif i == 0 and how != "none":
                 print(self.save_s, file=self.hashing.stdin, flush=True)
         synchronize()
@@ -85,7 +98,7 @@ class Bench:
         self.trainer.checkpoints.wait()
         if time.perf_counter() - waited > 0.01:
             raise SystemExit("the save in the background took longer than its block: raise --block")
-        return took, self.held
+        return took, self.checkpoints.held
 
     def close(self) -> None:
         self.hashing.communicate()

@@ -13,7 +13,6 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
-from unittest import mock
 
 import results
 from torch import Tensor
@@ -24,8 +23,7 @@ from titanlite.config import JobConfig, load_config
 from titanlite.distributed.mesh import Mesh
 from titanlite.metrics.device import GIB
 from titanlite.optim import cross_entropy_loss
-from titanlite.plan import estimate
-from titanlite.training.build import build_loss
+from titanlite.plan.estimate import estimate
 
 ROOT = Path(__file__).parents[2]
 TUTORIAL = "docs.pytorch.org/ao, Pretraining with float8, the log of Llama 3 8B, step 10 (June 2025)"
@@ -89,9 +87,8 @@ def run(case: Case) -> dict[str, Any]:
         options.append("--compile.components=model")
     config = load_config(options, str(ROOT / "train_configs" / f"{case.file}.toml"))
     start = time.perf_counter()
-    loss = dtensor_loss if case.loss == "eager, DTensor" else build_loss
-    with mock.patch.object(estimate, "build_loss", loss):
-        found = estimate.estimate(config, case.gpus)
+    loss = dtensor_loss if case.loss == "eager, DTensor" else None
+    found = estimate(config, case.gpus, loss_builder=loss)
     seconds = time.perf_counter() - start
     ac = config.activation_checkpoint
     peak = found.peak / GIB

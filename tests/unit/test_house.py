@@ -1,15 +1,20 @@
-"""The floors of the house, read from the code's own imports: which room may import which."""
+"""The rules of the house, read from the code itself: which room may import which, that no code stands twice, and that
+no function is swapped on an instance."""
 
 from __future__ import annotations
 
 import ast
+import inspect
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from graphlib import TopologicalSorter
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+import torch
+
+from tests.support.repetitions import repetitions
 
 REPOSITORY = Path(__file__).parents[2]
 PACKAGE = REPOSITORY / "titanlite"
@@ -220,3 +225,133 @@ def test_no_two_test_files_share_a_name() -> None:
     """pytest imports a test file by its bare name, and refuses the second of a name only when both are collected."""
     names = [path.name for path in (REPOSITORY / "tests").rglob("test_*.py")]
     assert sorted(names) == sorted(set(names))
+
+
+# ---- no code stands twice
+
+PRODUCT = SOURCES | {name_of(path): path for path in (REPOSITORY / "scripts").rglob("*.py")}
+
+
+def test_repeated_code_is_noticed() -> None:
+    copied = """
+def first(a: int) -> int:
+    "A docstring."
+    for x in a:
+        if x.b:
+            y = x.c(1, "text")
+        else:
+            y = x.d
+    return y
+"""
+    renamed = copied.replace("first", "second").replace("x", "z").replace('"text"', '"another"').replace("int", "str")
+    assert repetitions({"one": copied, "two": renamed}) == ["one:2-9 ~ two:2-9"]
+    assert repetitions({"one": copied + renamed}) == ["one:2-9 ~ one:11-18"]
+    assert repetitions({"one": copied, "two": renamed.replace("y =", "y +=")}) == []
+    refusal = "def f():\n    if a:\n        refuse(\n            'key',\n" + 6 * "            'text'\n" + "        )\n"
+    table = "class A:\n" + "".join(f"    field_{i}: int = {i}\n" for i in range(8))
+    assert repetitions({"one": refusal + table, "two": refusal + table}) == []
+
+
+def test_no_code_is_repeated() -> None:
+    assert repetitions({name: path.read_text() for name, path in SOURCES.items()}) == []
+
+
+# ---- no function is swapped on an instance
+
+
+def test_no_product_code_imports_mock() -> None:
+    imports = {
+        name: imports_in(ast.parse(path.read_text()), name, path.name == "__init__.py", PRODUCT)
+        for name, path in PRODUCT.items()
+    }
+    mocks = ("mock", "unittest", "pytest")
+    assert [f"{name}: {i.module}" for name, found in imports.items() for i in found if within(i.module, *mocks)] == []
+
+
+MODULE_METHODS = {name for name, _ in inspect.getmembers(torch.nn.Module, inspect.isfunction)}
+
+
+class Members:
+    """The methods of a class, with those that it inherits from ``classes`` and from torch's Module, and its data:
+    properties, fields, and what it assigns to ``self`` under other names."""
+
+    def __init__(self, cls: ast.ClassDef, classes: Mapping[str, ast.ClassDef]) -> None:
+        self.methods: set[str] = set()
+        self.data = {name for owner, name, _ in assigned(cls) if owner == "self"}
+        for base in (ast.unparse(base).split(".")[-1] for base in cls.bases):
+            if base in classes and classes[base] is not cls:
+                self.methods |= Members(classes[base], classes).methods
+            elif base == "Module":
+                self.methods |= MODULE_METHODS
+        for node in cls.body:
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+                is_property = any(
+                    "property" in ast.unparse(d) or "setter" in ast.unparse(d) for d in node.decorator_list
+                )
+                (self.data if is_property else self.methods).add(node.name)
+            elif isinstance(node, ast.AnnAssign):
+                self.data.add(ast.unparse(node.target))
+        self.data -= self.methods
+
+
+def assigned(tree: ast.AST) -> Iterator[tuple[str, str, int]]:
+    """(owner, name, line) of assignments to attributes, by ``=`` and by ``setattr`` with a constant name."""
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.Assign, ast.AnnAssign)):
+            for target in node.targets if isinstance(node, ast.Assign) else [node.target]:
+                for part in target.elts if isinstance(target, (ast.Tuple, ast.List)) else [target]:
+                    if isinstance(part, ast.Attribute):
+                        yield ast.unparse(part.value), part.attr, node.lineno
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) == "setattr":
+            owner, name = node.args[:2]
+            if isinstance(name, ast.Constant):
+                yield ast.unparse(owner), name.value, node.lineno
+
+
+def swapped_methods(sources: Mapping[str, str]) -> list[str]:
+    """Where a method of a class of ours, or of torch's Module, is assigned. ``self`` is of the class that it is in; for
+    other owners, a name that any class has as data counts as data."""
+    trees = {module: ast.parse(source) for module, source in sources.items()}
+    classes = [(m, c) for m, tree in trees.items() for c in ast.walk(tree) if isinstance(c, ast.ClassDef)]
+    by_name = {cls.name: cls for _, cls in classes}
+    found, methods, data = set(), set(MODULE_METHODS), set[str]()
+    for module, cls in classes:
+        its = Members(cls, by_name)
+        methods, data = methods | its.methods, data | its.data
+        own = (place for place in assigned(cls) if place[0] == "self" and place[1] in its.methods)
+        found |= {f"{module}:{line}: self.{name}" for _, name, line in own}
+    for module, tree in trees.items():
+        others = (place for place in assigned(tree) if place[0] != "self" and place[1] in methods - data)
+        found |= {f"{module}:{line}: {owner}.{name}" for owner, name, line in others}
+    return sorted(found)
+
+
+def test_swapped_methods_are_noticed() -> None:
+    source = """
+class A(nn.Module):
+    def step(self): ...
+    @property
+    def size(self): ...
+    def __init__(self, other):
+        self.forward, self.kept = other, 1
+        self.step = other.step
+        self.slot = self.size = 1
+class B:
+    kind: str
+    def slot(self): ...
+    def run(self): ...
+class C(B):
+    def keep(self):
+        self.run = self.keep
+def f(a, b):
+    a.forward = b.run
+    setattr(b, "run", a)
+    b.slot = b.kind = b.unknown = a
+"""
+    found = ["m:16: self.run", "m:18: a.forward", "m:19: b.run", "m:7: self.forward", "m:8: self.step"]
+    assert swapped_methods({"m": source}) == found
+
+
+def test_no_method_is_swapped() -> None:
+    """``plan/memory.py``, which replaces two functions of torch's classes to see them being called, says why."""
+    assert swapped_methods({name: path.read_text() for name, path in PRODUCT.items()}) == []

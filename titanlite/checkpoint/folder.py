@@ -62,10 +62,20 @@ def clear_leftovers(root: Path) -> list[str]:
 def delete(folder: Path) -> Path:
     """Rename a checkpoint atomically, so that it no longer counts as one; return the new folder, whose files the caller
     removes (slow)."""
-    number, renamed = 1, folder.with_name(_DELETING + folder.name)
-    while renamed.exists():  # an earlier removal failed
+    return _renamed(folder, _DELETING)
+
+
+def set_damaged_aside(folder: Path) -> Path:
+    """Rename a damaged checkpoint so that no run loads it but users can inspect it; return its new folder."""
+    return _renamed(folder, "damaged-")
+
+
+def _renamed(folder: Path, prefix: str) -> Path:
+    """Put ``prefix`` before the folder's name, and a number after it if that name is taken; return the new folder."""
+    number, renamed = 1, folder.with_name(f"{prefix}{folder.name}")
+    while renamed.exists():  # from an earlier save of the same step
         number += 1
-        renamed = folder.with_name(f"{_DELETING}{folder.name}-{number}")
+        renamed = folder.with_name(f"{prefix}{folder.name}-{number}")
     folder.rename(renamed)
     return renamed
 
@@ -74,17 +84,7 @@ def make_folder(folder: Path) -> None:
     """Create a folder, with its parents, and flush its directory entry so that it survives a power failure."""
     if not folder.is_dir():
         folder.mkdir(parents=True)
-        _flush_folder(folder.parent)
-
-
-def set_damaged_aside(folder: Path) -> Path:
-    """Rename a damaged checkpoint so that no run loads it but users can inspect it; return its new folder."""
-    number, renamed = 1, folder.with_name(f"damaged-{folder.name}")
-    while renamed.exists():
-        number += 1
-        renamed = folder.with_name(f"damaged-{folder.name}-{number}")
-    folder.rename(renamed)
-    return renamed
+        flush(folder.parent)
 
 
 def write_file(path: Path, text: str) -> str:
@@ -103,13 +103,14 @@ def commit(partial: Path, final: Path, sums: Mapping[str, str]) -> None:
     """
     lines = "".join(f"{digest}  {name}\n" for name, digest in sorted(sums.items()))
     write_file(partial / SUMS, f"{lines}{_SELF}{hashlib.sha256(lines.encode()).hexdigest()}\n")
-    _flush_folder(partial)
+    flush(partial)
     os.rename(partial, final)
-    _flush_folder(final.parent)
+    flush(final.parent)
 
 
-def _flush_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
+def flush(path: Path) -> None:
+    """Write a file's content, or a folder's entries, from the system's cache to disk."""
+    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from titanlite.checkpoint.folder import flush
 from titanlite.checkpoint.hugging_face import CONFIG, DTYPES, INDEX, QUANTIZED_DTYPES, SINGLE, stored_shapes
 from titanlite.data.tokenizer import Tokenizer
 from titanlite.errors import ConfigError
@@ -238,22 +239,14 @@ def _temporary_folder(folder: Path) -> Iterator[Path]:
     try:
         yield partial
         for path in (*partial.iterdir(), partial):
-            _flush(path)
+            flush(path)
         partial.rename(folder)
-        _flush(folder.parent)
+        flush(folder.parent)
     except BaseException as e:
         shutil.rmtree(partial, ignore_errors=True)
         if isinstance(e, OSError):
             raise _cannot_write(folder, e) from e
         raise
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _cannot_write(folder: Path, error: OSError) -> ConfigError:

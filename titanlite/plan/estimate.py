@@ -23,7 +23,7 @@ import threading
 import time
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -73,11 +73,12 @@ from titanlite.plan.memory import (
     Traffic,
 )
 from titanlite.training.build import BuiltModel, build_loss, build_model, build_pipeline
-from titanlite.training.step import StepRunner
+from titanlite.training.step import LossFunction, StepRunner
 
 # The vocabulary size of the tokenizer that titanlite ships, for flavors without one; no tokenizer is opened.
 ASSUMED_VOCAB_SIZE = 2048
 START_METHOD = "fork" if sys.platform == "linux" else "spawn"
+LossBuilder = Callable[[JobConfig, Mesh], LossFunction]
 DEVICE = torch.device("cpu")  # in place of a GPU, which tensors without data do not need
 
 
@@ -155,11 +156,14 @@ def _end_with(parent: int) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def estimate(config: JobConfig, world_size: int, vocab_size: int | None = None) -> Estimate:
+def estimate(
+    config: JobConfig, world_size: int, vocab_size: int | None = None, loss_builder: LossBuilder | None = None
+) -> Estimate:
     """Build, shard and run one step of ``config`` for ``world_size`` devices; nothing of the model's size is allocated.
 
     Args:
         vocab_size: the size of the tokenizer's vocabulary, for flavors without one; None: ``ASSUMED_VOCAB_SIZE``.
+        loss_builder: makes the loss; a function of a module, as it goes to other processes. None: the trainer's loss.
 
     Raises:
         ConfigError: training with this configuration on as many devices would raise it, or it is not modelled.
@@ -174,7 +178,7 @@ def estimate(config: JobConfig, world_size: int, vocab_size: int | None = None) 
         with ProcessPoolExecutor(1, multiprocessing.get_context(START_METHOD), **ending) as process:
             rank = stage * (world_size // degrees.pipeline_parallel)
             rank_estimate, size, model_about, rank_notes = process.submit(
-                _estimate_rank, config, degrees, rank, world_size, vocab_size
+                _estimate_rank, config, degrees, rank, world_size, vocab_size, loss_builder
             ).result()
         ranks.append(rank_estimate)
         notes += [note for note in rank_notes if note not in notes]
@@ -191,7 +195,12 @@ def estimate(config: JobConfig, world_size: int, vocab_size: int | None = None) 
 
 
 def _estimate_rank(
-    config: JobConfig, degrees: Degrees, rank: int, world_size: int, vocab_size: int | None
+    config: JobConfig,
+    degrees: Degrees,
+    rank: int,
+    world_size: int,
+    vocab_size: int | None,
+    loss_builder: LossBuilder | None,
 ) -> tuple[RankEstimate, ModelSize, dict[str, str], list[str]]:
     warnings.simplefilter("ignore")  # warnings about a step matter only in training
     if config.experimental.custom_import:
@@ -202,7 +211,12 @@ def _estimate_rank(
         mesh = build_mesh(degrees, DEVICE.type, H100)
         built, notes = _build(config, mesh, vocab_size)
         about = {name: text.replace(MEMORY_BACKEND, "inductor") for name, text in built.about.items()}
-        return _measure(built, config, mesh), built.size, about, notes
+        if loss_builder is None:
+            compiling = config.compile_options("loss")
+            loss_fn = build_loss(mesh, config.parallelism.disable_loss_parallel, compiling)
+        else:
+            loss_fn = loss_builder(config, mesh)
+        return _measure(built, loss_fn, config, mesh), built.size, about, notes
 
 
 def _check_modelled(config: JobConfig) -> None:
@@ -303,9 +317,8 @@ def _dimensions(mesh: Mesh) -> dict[str, str]:
     return {m.get_group().group_name: name for name, m in meshes.items() if m.ndim == 1 and m.size() > 1}
 
 
-def _measure(built: BuiltModel, config: JobConfig, mesh: Mesh) -> RankEstimate:
+def _measure(built: BuiltModel, loss_fn: LossFunction, config: JobConfig, mesh: Mesh) -> RankEstimate:
     """Allocate the state of this rank, then run a step as :class:`titanlite.train.Trainer` does."""
-    loss_fn = build_loss(mesh, config.parallelism.disable_loss_parallel, config.compile_options("loss"))
     pipeline = build_pipeline(built, loss_fn, config, mesh, DEVICE, _LoneStage)
     parameters = built.parameters()
     with FakeTensorMode(allow_non_fake_inputs=True), MemoryTracker(_dimensions(mesh)) as tracker:

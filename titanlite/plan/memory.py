@@ -107,7 +107,8 @@ def _share(name: str, ranks: int) -> float:
 
 @contextmanager
 def _replaced(owner: Any, name: str, new: Any) -> Iterator[None]:
-    """Replace a function of torch that passes no dispatch mode, to see it being called."""
+    """Replace a function of a class of torch, which passes no dispatch mode, to see it being called: torch has no hook
+    for these. Nothing of titanlite is replaced."""
     old = getattr(owner, name)
     setattr(owner, name, new)
     try:

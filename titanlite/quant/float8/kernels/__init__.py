@@ -7,6 +7,7 @@ operations on the CPU, with the same numbers: to the bit, but for exponential fu
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -125,29 +126,17 @@ torch.library.register_fake("titanlite_float8::swiglu_backward", outputs_of_swig
 torch.library.register_fake("titanlite_float8::rescale", output_of_rescale)
 
 
-@torch.library.impl(_library, "amaxes", "CUDA")
-def _amaxes(*args: Any) -> Tensor:
-    from titanlite.quant.float8.kernels import launch  # here, since triton is not everywhere
+def _launched(function: str) -> Callable[..., Any]:
+    """A function of launch.py, which is imported at the first call: triton is not everywhere."""
 
-    return launch.amaxes(*args)
+    def launch(*args: Any) -> Any:
+        module = importlib.import_module("titanlite.quant.float8.kernels.launch")
+        return getattr(module, function)(*args)
 
-
-@torch.library.impl(_library, "cast", "CUDA")
-def _cast(*args: Any) -> tuple[Tensor, ...]:
-    from titanlite.quant.float8.kernels import launch
-
-    return launch.cast_with(*args)
+    return launch
 
 
-@torch.library.impl(_library, "swiglu_backward", "CUDA")
-def _swiglu_backward(*args: Any) -> tuple[Tensor, ...]:
-    from titanlite.quant.float8.kernels import launch
-
-    return launch.swiglu_backward(*args)
-
-
-@torch.library.impl(_library, "rescale", "CUDA")
-def _rescale(*args: Any) -> Tensor:
-    from titanlite.quant.float8.kernels import launch
-
-    return launch.rescale(*args)
+_library.impl("amaxes", _launched("amaxes"), "CUDA")
+_library.impl("cast", _launched("cast_with"), "CUDA")
+_library.impl("swiglu_backward", _launched("swiglu_backward"), "CUDA")
+_library.impl("rescale", _launched("rescale"), "CUDA")
