@@ -1,5 +1,6 @@
-"""Models for benchmarks alone, for ``--experimental.custom_import=scripts.benchmarks.benchmark_models``: the family
-``llama3_benchmark``, whose flavors are Llama 3 8B cut to so many layers (8B-1 to 8B-32), and small ones."""
+"""Models for benchmarks alone: the family ``llama3_benchmark``, whose flavors are Llama 3 8B cut to so many layers
+(8B-1 to 8B-32), and small ones. From the root of the repository they are imported by
+``--experimental.custom_import=scripts.benchmarks.benchmark_models``."""
 
 from __future__ import annotations
 
@@ -17,5 +18,21 @@ FLAVORS: dict[str, DecoderArgs] = {
     "100M": DecoderArgs(dim=768, n_layers=12, n_heads=12, n_kv_heads=12, ffn_dim=2048, vocab_size=0),
     "toy": DecoderArgs(dim=64, n_layers=2, n_heads=4, n_kv_heads=2, ffn_dim=256, vocab_size=8192),
 }
+
+
+def options(flavor: str, config: str, *, seq_len: int, batch: int, compile: bool) -> list[str]:
+    """Of titanlite's command, for one of these models in bf16 or with a float8 recipe."""
+    given = [
+        "--experimental.custom_import=benchmark_models",
+        f"--model.name={FAMILY}",
+        f"--model.flavor={flavor}",
+        f"--training.seq_len={seq_len}",
+        f"--training.local_batch_size={batch}",
+        f"--training.compile={str(compile).lower()}",
+    ]
+    if config != "bf16":
+        given += ["--model.converters=float8", f"--float8.recipe_name={config}", "--float8.filter_fqns=output"]
+    return given
+
 
 register_model(replace(_llama3, name=FAMILY, flavors=FLAVORS))

@@ -13,7 +13,6 @@ import argparse
 import contextlib
 import importlib
 import importlib.util
-import itertools
 import math
 import os
 import statistics
@@ -23,7 +22,22 @@ from typing import Any, NamedTuple
 
 import harness
 import results
-from casts import CASTS, OURS, RESCALE, SWIGLUS, Input, Kernel, bound, fresh, inputs_of, mismatch, over, plain, shapes
+from casts import (
+    CASTS,
+    OURS,
+    RESCALE,
+    SWIGLUS,
+    Input,
+    Kernel,
+    bound,
+    computed_by,
+    fresh,
+    inputs_of,
+    mismatch,
+    over,
+    plain,
+    shapes,
+)
 
 
 class Constant(NamedTuple):
@@ -83,15 +97,7 @@ def given(name: str, value: Any) -> Iterator[None]:
 
 
 def run(kernel: Kernel, i: Input) -> tuple[Any, ...]:
-    launch = _launch()
-    if kernel == RESCALE:
-        return (launch.rescale(i.x, i.row_scale, i.column_scale, kernel.dtype),)
-    scales, power_of_2 = kernel.scales, kernel.scales == "vector"
-    if kernel in SWIGLUS:
-        how = (i.amaxes[scales], kernel.dtype, scales, power_of_2)
-        grad_gate, *copy = launch.swiglu_backward(i.grad, i.gate, i.x, *how)
-        return grad_gate, i.grad, *copy
-    return launch.cast(i.x, kernel.dtype, *kernel.layouts(), power_of_2)  # type: ignore[no-any-return]
+    return computed_by(_launch(), kernel, i)
 
 
 def candidates(constant: Constant, device: str) -> list[Any]:
@@ -107,7 +113,7 @@ def refusal(constant: Constant, value: Any, kernel: Kernel, i: Input, expected: 
         with given(constant.name, value):
             wrong = mismatch(run(kernel, fresh(i)), expected)
     except Exception as e:  # whatever a compiler raises
-        return f"{type(e).__name__}: {str(e).splitlines()[0][:200] if str(e) else ''}"
+        return harness.failure(e)
     return f"wrong: {wrong:.3g} of the numbers differ from the reference" if wrong > bound(OURS, kernel) else None
 
 
@@ -119,21 +125,15 @@ def running(constant: Constant, value: Any, kernel: Kernel, inputs: list[Input])
     return over(inputs, one)
 
 
-def measure(
-    constant: Constant, args: argparse.Namespace, budget: harness.Budget, left_out: list[str]
-) -> list[dict[str, Any]]:
+def measure(constant: Constant, args: argparse.Namespace, budget: harness.Budget) -> list[dict[str, Any]]:
     """A row for each candidate: ``relative``, its times over those of the value of now, and their mean."""
     rows: dict[Any, dict[str, Any]] = {}
     for value in candidates(constant, args.device):
         shown = str(tuple(value)) if isinstance(value, tuple) else str(value)
         rows[value] = {"constant": constant.name, "value": shown, "relative": {}}
-    took = 0.0
-    for shape, kernel in itertools.product(shapes(args), constant.kernels):
-        before = budget.left()
-        case = f"{kernel.kernel}, {kernel.scales}, {shape[0]} x {shape[1]}"
-        if before < took:
-            left_out.append(f"{constant.name}, {case}")
-            continue
+    cases = {f"{k.kernel}, {k.scales}, {s[0]} x {s[1]}": (s, k) for s in shapes(args) for k in constant.kernels}
+    for case in budget.within(cases, lambda case: f"{constant.name}, {case}"):
+        shape, kernel = cases[case]
         inputs = inputs_of(*shape, args.device)
         expected = plain(kernel, fresh(inputs[0]))
         for value, row in rows.items():
@@ -144,7 +144,6 @@ def measure(
         first = next(iter(seconds.values()))
         for value, taken in seconds.items():
             rows[value]["relative"][case] = taken / first
-        took = before - budget.left() if args.seconds else 0.0
     for row in rows.values():
         if row["relative"] and "failed" not in row:
             row["mean"] = math.exp(statistics.fmean(map(math.log, row["relative"].values())))
@@ -155,19 +154,17 @@ def sweep(args: argparse.Namespace) -> int:
     budget = harness.Budget(args.seconds)
     launch = _launch()
     rows: list[dict[str, Any]] = []
-    left_out: list[str] = []
     with contextlib.ExitStack() as settled:
         for done, constant in enumerate(CONSTANTS):
             share = None if args.seconds is None else budget.left() / (len(CONSTANTS) - done)
-            found = measure(constant, args, harness.Budget(share), left_out)
+            found = measure(constant, args, harness.Budget(share, budget.left_out))
             whole = [row for row in found if "mean" in row]
             if whole:
                 best = min(whole, key=lambda row: row["mean"])
                 best["best"] = True
                 settled.enter_context(given(constant.name, best["key"]))
             rows += [{key: value for key, value in row.items() if key != "key"} for row in found]
-            if args.out:
-                results.write("cast_sweep", rows, args.out, args.device, toy=args.device == "cpu", left_out=left_out)
+            results.save("cast_sweep", rows, args, left_out=budget.left_out)
         print(harness.show(rows, ("constant", "value", "mean", "best", "failed")))
         for constant in CONSTANTS:
             cases = {name for row in rows if row["constant"] == constant.name for name in row["relative"]}
@@ -175,8 +172,8 @@ def sweep(args: argparse.Namespace) -> int:
                 of_case = [r for r in rows if r["constant"] == constant.name and case in r["relative"]]
                 first = min(of_case, key=lambda row: row["relative"][case])
                 print(f"{constant.name}, {case}: {first['value']} ({first['relative'][case]:.3f})")
-        if left_out:
-            print(f"left out, no time: {'; '.join(left_out)}")
+        if budget.left_out:
+            print(f"left out, no time: {'; '.join(budget.left_out)}")
         print("The best, for titanlite/quant/float8/kernels/launch.py:")
         for constant in CONSTANTS:
             value = getattr(launch, constant.name)

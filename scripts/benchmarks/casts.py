@@ -150,18 +150,24 @@ def ours(kernel: Kernel, i: Input) -> Outputs:
 
 
 def plain(kernel: Kernel, i: Input) -> Outputs:
-    if kernel == RESCALE:
-        return (reference.rescale(i.x, i.row_scale, i.column_scale, kernel.dtype),)
-    scales, power_of_2 = kernel.scales, kernel.scales == "vector"
     if kernel.kernel == SWIGLU:
+        scales, power_of_2 = kernel.scales, kernel.scales == "vector"
         product = reference.swiglu(i.gate, i.x)
         data, scale, *_ = reference.cast(product, kernel.dtype, scales, "none", power_of_2)
         return data, scale, reference.amaxes(product, "none", scales)
+    return computed_by(reference, kernel, i)
+
+
+def computed_by(module: Any, kernel: Kernel, i: Input) -> Outputs:
+    """By the functions of ``module``, which is :mod:`reference` or launch.py; all but SwiGLU's forward."""
+    if kernel == RESCALE:
+        return (module.rescale(i.x, i.row_scale, i.column_scale, kernel.dtype),)
+    scales, power_of_2 = kernel.scales, kernel.scales == "vector"
     if kernel.kernel == SWIGLU_BACKWARD:
         how = (i.amaxes[scales], kernel.dtype, scales, power_of_2)
-        grad_gate, *copy = reference.swiglu_backward(i.grad, i.gate, i.x, *how)
+        grad_gate, *copy = module.swiglu_backward(i.grad, i.gate, i.x, *how)
         return grad_gate, i.grad, *copy
-    return reference.cast(i.x, kernel.dtype, *kernel.layouts(), power_of_2)
+    return module.cast(i.x, kernel.dtype, *kernel.layouts(), power_of_2)  # type: ignore[no-any-return]
 
 
 def torchao_cast(kernel: Kernel, i: Input) -> Outputs:
@@ -234,7 +240,11 @@ def measure(kernel: Kernel, inputs: list[Input], against: bool, args: argparse.N
     """A row for each system, on the same inputs."""
     x = inputs[0].x
     m, k = x.shape
-    about = {"kernel": kernel.kernel, "scales": kernel.scales, "dtype": str(kernel.dtype).removeprefix("torch.")}
+    about: dict[str, Any] = {
+        "kernel": kernel.kernel,
+        "scales": kernel.scales,
+        "dtype": str(kernel.dtype).removeprefix("torch."),
+    }
     checked = with_gate(inputs[0], torch.randn_like(x))
     expected = plain(kernel, fresh(checked))
     size = moved(kernel, x, expected)
@@ -245,7 +255,7 @@ def measure(kernel: Kernel, inputs: list[Input], against: bool, args: argparse.N
         try:
             row["mismatch"] = mismatch(function(fresh(checked)), expected)
         except Exception as e:  # whatever a compiler raises
-            row["failed"] = f"{type(e).__name__}: {str(e).splitlines()[0][:200] if str(e) else ''}"
+            row["failed"] = harness.failure(e)
             continue
         if not row["mismatch"] <= bound(system, kernel):
             row["failed"] = f"wrong: {row['mismatch']:.3g} of the numbers differ from the reference"
@@ -272,55 +282,49 @@ def shapes(args: argparse.Namespace) -> list[tuple[int, int]]:
     return [(32, 64), (48, 160)] if args.device == "cpu" else list(itertools.product(args.m, args.k))
 
 
-def problems(args: argparse.Namespace) -> Iterator[tuple[bool, tuple[int, int], Kernel]]:
+class Problem(NamedTuple):
+    """``against``: with the peers."""
+
+    against: bool
+    shape: tuple[int, int]
+    kernel: Kernel
+
+    def __str__(self) -> str:
+        peers = ", peers" if self.against else ""
+        return f"{self.shape[0]} x {self.shape[1]} {self.kernel.kernel}, {self.kernel.scales}{peers}"
+
+
+def problems(args: argparse.Namespace) -> Iterator[Problem]:
     """The most telling first: our own kernels on all shapes, and then against what has to be compiled for each."""
     for against, shape in itertools.product((False, True) if args.against else (False,), shapes(args)):
         for kernel in (*CASTS[:6], RESCALE, *SWIGLUS, *CASTS[6:]):
-            yield against, shape, kernel
+            yield Problem(against, shape, kernel)
 
 
 def benchmark(args: argparse.Namespace) -> int:
     budget = harness.Budget(args.seconds)
     rows: dict[tuple[Any, ...], dict[str, Any]] = {}
-    left_out: list[str] = []
     inputs: list[Input] = []
     last: tuple[int, int] | None = None
-    longest = {False: 0.0, True: 0.0}
-    about = {"toy": args.device == "cpu", "left_out": left_out, "torchao": results.version("torchao")}
-
-    def write() -> None:
-        if args.out:
-            results.write("casts", list(rows.values()), args.out, args.device, **about)
-
-    for against, shape, kernel in problems(args):
-        before = budget.left()
-        if before <= longest[against]:
-            left_out.append(f"{shape[0]} x {shape[1]} {kernel.kernel}, {kernel.scales}{', peers' if against else ''}")
-            continue
-        if shape != last:
+    about: dict[str, Any] = {"left_out": budget.left_out, "torchao": results.version("torchao")}
+    # What is compiled first takes longer than what follows; a problem of each kind is begun in any case.
+    for problem in budget.within(problems(args), str, kind=lambda problem: problem.against):
+        if problem.shape != last:
             inputs.clear()
-            inputs, last = inputs_of(*shape, args.device), shape
-        for row in measure(kernel, inputs, against, args):
-            rows[(row["system"], *shape, *kernel)] = row
-        # What is compiled first takes longer than what follows; a problem of each kind is begun in any case.
-        longest[against] = max(longest[against], before - budget.left()) if args.seconds else 0.0
-        write()
-    write()
-    names = ("system", "kernel", "scales", "dtype", "m", "k")
-    columns = (*names, "us", "gbps", "copy_gbps", "of_copy", "speed_over_titanlite", "mismatch")
-    print(harness.show(list(rows.values()), columns))
-    for row in rows.values():
-        if "failed" in row:
-            print(", ".join(f"{row[key]}" for key in names), row["failed"], sep=": ")
+            inputs, last = inputs_of(*problem.shape, args.device), problem.shape
+        for row in measure(problem.kernel, inputs, problem.against, args):
+            rows[(row["system"], *problem.shape, *problem.kernel)] = row
+        results.save("casts", [*rows.values()], args, **about)
+    results.save("casts", [*rows.values()], args, **about)
+    columns = ("us", "gbps", "copy_gbps", "of_copy", "speed_over_titanlite", "mismatch")
+    harness.report([*rows.values()], ("system", "kernel", "scales", "dtype", "m", "k"), columns, budget.left_out)
     if args.against and not find_spec("torchao"):
         print("torchao is not installed: pip install torchao, to compare with it")
-    if left_out:
-        print(f"left out, no time: {'; '.join(left_out)}")
     return int(not rows or any("failed" in row for row in rows.values() if row["system"] == OURS))
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = harness.parser(__doc__)
+    parser = harness.gpu_parser(__doc__)
     parser.add_argument("--m", type=harness.numbers, default=[8192, 16384], help="tokens, by default 8192,16384")
     parser.add_argument(
         "--k",

@@ -11,30 +11,24 @@ figures are medians over the rounds. Options of the trainer may follow.
 
 from __future__ import annotations
 
-import argparse
-import logging
-import os
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import harness
 import results
-import torch
+from loops import quiet_trainer
 
 from titanlite.checkpoint import CheckpointManager
 from titanlite.checkpoint.state import local_bytes, model_state, optimizer_state
-from titanlite.config import load_config
-from titanlite.distributed.runtime import stop_runtime
 from titanlite.models.layers import DecoderArgs
 from titanlite.models.llama3.spec import FLAVORS
 from titanlite.train import Trainer
 
-ROOT = Path(__file__).parents[2]
 # Tensors of 1 to 11 MB: what a save costs beyond its bytes, it costs for each tensor.
 FLAVORS["bench"] = DecoderArgs(dim=1024, n_layers=6, n_heads=16, n_kv_heads=8, ffn_dim=2816, vocab_size=0)
 HOW = ("none", "waited for", "background", "a process beside it")
@@ -84,7 +78,7 @@ class Bench:
 
     def block(self, how: str) -> tuple[float, float]:
         """Seconds of the steps, the first of them followed by a save; and for how long that held them up."""
-        synchronize()
+        harness.synchronize()
         start, self.checkpoints.held = time.perf_counter(), 0.0
         for i in range(self.steps):
             self.trainer.advance()
@@ -92,7 +86,7 @@ class Bench:
                 self.checkpoints.hold(lambda: self.trainer._save(ends=how == "waited for"))
             elif i == 0 and how != "none":
                 print(self.save_s, file=self.hashing.stdin, flush=True)
-        synchronize()
+        harness.synchronize()
         took = time.perf_counter() - start
         waited = time.perf_counter()
         self.trainer.checkpoints.wait()
@@ -102,36 +96,24 @@ class Bench:
 
     def close(self) -> None:
         self.hashing.communicate()
-        self.trainer.close()
 
 
 def outputs() -> Path:
     """On the disk that checkpoints are written to, where nothing lies in the way."""
-    folder = ROOT / "outputs"
+    folder = harness.ROOT / "outputs"
     folder.mkdir(exist_ok=True)
     return folder
 
 
-def synchronize() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-
-
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = harness.parser(__doc__)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--block", type=int, default=12, help="steps in a block")
-    parser.add_argument("--output", type=Path, help="write the results here (docs/benchmarks/checkpoint_save.json)")
     args, options = parser.parse_known_args()
-    with tempfile.TemporaryDirectory(dir=outputs()) as folder, open(os.path.join(folder, "log"), "w") as log:
-        given = ["--model.flavor=bench", "--training.seq_len=64", "--training.local_batch_size=1"]
-        given += ["--checkpoint.enable_checkpoint", "--checkpoint.async_mode=async_with_pinned_mem"]
-        given += ["--checkpoint.interval=1000000", "--checkpoint.keep_latest_k=1", "--training.steps=1000000"]
-        given += [f"--job.dump_folder={folder}/run", *options]
-        trainer = Trainer(load_config(given, str(ROOT / "train_configs" / "debug_model.toml")))
-        for handler in logging.getLogger().handlers:
-            assert isinstance(handler, logging.StreamHandler)
-            handler.setStream(log)
+    given = ["--model.flavor=bench", "--training.seq_len=64", "--training.local_batch_size=1"]
+    given += ["--checkpoint.enable_checkpoint", "--checkpoint.async_mode=async_with_pinned_mem"]
+    given += ["--checkpoint.interval=1000000", "--checkpoint.keep_latest_k=1", *options]
+    with quiet_trainer(given, outputs()) as trainer:
         bench = Bench(trainer, args.block)
         bench.warm_up()
         times: dict[str, list[tuple[float, float]]] = {how: [] for how in HOW}
@@ -141,7 +123,6 @@ def main() -> int:
         state = model_state(trainer.model_parts) | optimizer_state(trainer.optimizer, trainer.model_parts)
         size = local_bytes(state)
         bench.close()
-        stop_runtime()
     rows: list[dict[str, Any]] = []
     for how in HOW[1:]:
         delay = statistics.median(t - none for (t, _), (none, _) in zip(times[how], times["none"], strict=True))
@@ -156,8 +137,7 @@ def main() -> int:
             f"{row['held_s'] * 1e3:.1f} ms ({row['held_pct']:.1f}%), {size / 1e6:.0f} MB"
         )
     step = statistics.median(t for t, _ in times["none"]) / args.block
-    if args.output:
-        results.write("checkpoint_save", [{**row, "step_s": step, "block": args.block} for row in rows], args.output)
+    results.save("checkpoint_save", [{**row, "step_s": step, "block": args.block} for row in rows], args)
     return 0
 
 

@@ -13,66 +13,53 @@ before anything is timed. Options of the trainer may follow.
 from __future__ import annotations
 
 import argparse
-import logging
 import os
 import statistics
 import sys
-import tempfile
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from itertools import cycle
-from pathlib import Path
-from typing import Any, TextIO
+from collections.abc import Callable
+from typing import Any
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch looks
 
+import harness
 import results
 import torch
 import torch.nn.functional as F
 import transformers
+from loops import BareLoop, quiet_trainer, rows_of
 from torch import Tensor, nn
 
-from titanlite.config import load_config
 from titanlite.data import Batch
-from titanlite.distributed.runtime import stop_runtime
-from titanlite.optim import build_optimizer
 from titanlite.train import Trainer
 
-ROOT = Path(__file__).parents[2]
 DTYPES = {"bf16": "bfloat16", "float32": "float32"}
 # Of the losses, relative. Roundings differ: in bf16 the loop's residual stream, norms and rotary embedding are in other
 # precisions than ours.
 TOLERANCES = {"bf16": 5e-3, "float32": 1e-5}
 
 
-class PlainLoop:
+class PlainLoop(BareLoop):
     """Training as one writes it over ``transformers``, from the weights and batches that ``trainer`` begins with."""
 
     def __init__(self, trainer: Trainer, batches: list[Batch], autocast: bool) -> None:
-        self.trainer, self.step, self.batches = trainer, 0, cycle(batches)
-        self.autocast = autocast
-        self.model = same_model(trainer)
-        self.optimizer = build_optimizer(self.model.parameters(), trainer.config.optimizer)
-        self.loss_fn: Callable[[Tensor, Tensor], Tensor] = self.loss
+        self.trainer, self.step, self.autocast = trainer, 0, autocast
+        self.mean_loss: Callable[[Tensor, Tensor], Tensor] = self.loss
         if trainer.config.training.compile:
-            self.loss_fn = torch.compile(self.loss, fullgraph=True)
+            self.mean_loss = torch.compile(self.loss, fullgraph=True)
+        pairs = [(batch.inputs[0], batch.labels[0]) for batch in batches]
+        super().__init__(same_model(trainer), self.cast_loss, pairs, trainer)
 
     def loss(self, inputs: Tensor, labels: Tensor) -> Tensor:
         logits = self.model(input_ids=inputs, use_cache=False).logits
         return F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(0, 1))
 
-    def advance(self) -> Tensor:
-        self.step += 1
-        batch = next(self.batches)
+    def cast_loss(self, inputs: Tensor, labels: Tensor) -> Tensor:
         with torch.autocast("cpu", torch.bfloat16, enabled=self.autocast):
-            loss = self.loss_fn(batch.inputs[0], batch.labels[0])
-        loss.backward()
-        nn.utils.clip_grad_norm_(self.model.parameters(), self.trainer.config.training.max_norm)
+            return self.mean_loss(inputs, labels)
+
+    def set_learning_rate(self) -> None:
+        self.step += 1
         self.trainer.schedule.apply(self.optimizer, self.step)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        return loss.detach()
 
 
 def same_model(trainer: Trainer) -> nn.Module:
@@ -113,74 +100,29 @@ def compare(trainer: Trainer, plain: PlainLoop, steps: int, tolerance: float) ->
     return {"first_loss": losses[0], "loss_difference": difference}
 
 
-def timed(step: Callable[[], object], count: int) -> float:
-    """Seconds per step over ``count`` steps."""
-    start = time.perf_counter()
-    for _ in range(count):
-        step()
-    return (time.perf_counter() - start) / count
-
-
-def measure(trainer: Trainer, plain: PlainLoop, pairs: int, block: int) -> list[tuple[float, float]]:
-    """Seconds per step of the trainer and of the loop, for each pair of blocks."""
-    timed(trainer.advance, block), timed(plain.advance, block)
-    found = []
-    for i in range(pairs):
-        order = [trainer.advance, plain.advance] if i % 2 == 0 else [plain.advance, trainer.advance]
-        seconds = {step: timed(step, block) for step in order}
-        found.append((seconds[trainer.advance], seconds[plain.advance]))
-    return found
-
-
-@contextmanager
-def logging_to(file: TextIO) -> Iterator[None]:
-    """The log goes where a user's does not slow the loop either: to a file."""
-    streams = [handler for handler in logging.getLogger().handlers if isinstance(handler, logging.StreamHandler)]
-    before = [handler.setStream(file) for handler in streams]
-    yield
-    for handler, stream in zip(streams, before, strict=True):
-        handler.setStream(stream)
-
-
 def run_case(precision: str, compiled: bool, args: argparse.Namespace, options: list[str]) -> list[dict[str, Any]]:
     """The result of both systems in one precision, eager or compiled."""
-    with tempfile.TemporaryDirectory() as folder, open(os.path.join(folder, "log"), "w") as log:
-        given = [f"--job.dump_folder={folder}/run", "--training.steps=1000000", f"--metrics.log_freq={args.block}"]
-        given += [f"--training.mixed_precision_param={DTYPES[precision]}", f"--training.compile={compiled}".lower()]
-        trainer = Trainer(load_config([*given, *options], str(ROOT / "train_configs" / "debug_model.toml")))
-        try:
-            with logging_to(log):
-                plain = PlainLoop(trainer, first_batches(trainer, args.batches), autocast=precision == "bf16")
-                same = compare(trainer, plain, min(3, args.batches), TOLERANCES[precision])
-                pairs = measure(trainer, plain, args.pairs, args.block)
-        finally:
-            trainer.close()
-    training = trainer.config.training
-    shape = {"batch": training.local_batch_size, "seq_len": training.seq_len, "compile": compiled}
-    tokens = training.local_batch_size * training.seq_len
+    given = [f"--metrics.log_freq={args.block}", f"--training.mixed_precision_param={DTYPES[precision]}"]
+    with quiet_trainer([*given, f"--training.compile={compiled}".lower(), *options]) as trainer:
+        plain = PlainLoop(trainer, first_batches(trainer, args.batches), autocast=precision == "bf16")
+        same = compare(trainer, plain, min(3, args.batches), TOLERANCES[precision])
+        pairs = harness.time_in_pairs(trainer.advance, plain.advance, args.pairs, args.block)
     ratios = [ours / theirs for ours, theirs in pairs]
     low, _, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
-    rows: list[dict[str, Any]] = []
-    for i, system in enumerate(("titanlite", "transformers")):
-        step = statistics.median(pair[i] for pair in pairs)
-        row = {"system": system, "config": precision, **shape, "tps": tokens / step, "step_ms": step * 1e3}
-        rows.append({**row, "first_loss": same["first_loss"][i]})
-    rows[0] |= {
-        "ratio_to_transformers": statistics.median(ratios),
-        "ratio_quartiles": [low, high],
-        "loss_difference": same["loss_difference"],
-    }
+    rows = rows_of(pairs, trainer, precision, "transformers")
+    for row, loss in zip(rows, same["first_loss"], strict=True):
+        row |= {"first_loss": loss, "transformers": transformers.__version__}
+    rows[0] |= {"ratio_quartiles": [low, high], "loss_difference": same["loss_difference"]}
     return rows
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = harness.parser(__doc__)
     parser.add_argument("--pairs", type=int, default=15, help="pairs of blocks")
     parser.add_argument("--block", type=int, default=3, help="steps in a block")
     parser.add_argument("--batches", type=int, default=50, help="batches that the plain loop goes round in")
     parser.add_argument("--precision", choices=DTYPES, nargs="+", default=[*DTYPES])
     parser.add_argument("--mode", choices=("eager", "compile"), nargs="+", default=["eager", "compile"])
-    parser.add_argument("--output", type=Path, help="write the results here (docs/benchmarks/cpu_step.json)")
     args, options = parser.parse_known_args()
     rows: list[dict[str, Any]] = []
     for mode in args.mode:
@@ -194,9 +136,7 @@ def main() -> int:
                 flush=True,
             )
             rows += [ours, theirs]
-    stop_runtime()
-    if args.output:
-        results.write("cpu_step", [{**row, "transformers": transformers.__version__} for row in rows], args.output)
+    results.save("cpu_step", rows, args)
     return 0
 
 

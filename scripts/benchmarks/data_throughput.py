@@ -8,7 +8,6 @@ far the data are from holding training back.
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 import sys
@@ -16,6 +15,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import harness
 import results
 
 from titanlite.data import DataLoader, build_source, load_tokenizer
@@ -70,13 +70,12 @@ def run_tps(metrics: Path) -> float:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = harness.parser(__doc__)
     parser.add_argument("--dataset", default="pystdlib", help="as training.dataset")
     parser.add_argument("--dataset_path", help="as training.dataset_path")
     parser.add_argument("--tokenizer_path", default="", help="as model.tokenizer_path")
     parser.add_argument("--window_s", type=float, default=1.0, help=f"seconds of each of the {WINDOWS} windows")
     parser.add_argument("--metrics", type=Path, help="metrics.jsonl of a run on one device to compare with")
-    parser.add_argument("--output", type=Path, help="write the results here (docs/benchmarks/data_throughput.json)")
     args = parser.parse_args(argv)
     try:
         needed = run_tps(args.metrics) if args.metrics else None
@@ -96,8 +95,7 @@ def main(argv: list[str] | None = None) -> int:
     print(
         f"{args.dataset}: {rate:,.0f} tokens/s" + (f", {rate / needed:.1f} x the run's {needed:,.0f}" if needed else "")
     )
-    if args.output:
-        results.write("data_throughput", [result], args.output)
+    results.save("data_throughput", [result], args)
     return 0
 
 

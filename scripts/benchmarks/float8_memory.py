@@ -11,15 +11,13 @@ FSDP2 has gathered.
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import sys
-from pathlib import Path
 from typing import Any
 
+import harness
 import results
-from benchmark_models import FAMILY, FLAVORS
-from harness import RECIPES
+from benchmark_models import FLAVORS, options
 
 from titanlite.config import load_config
 from titanlite.metrics.device import GIB
@@ -42,25 +40,15 @@ def block_parameters(flavor: str) -> int:
 
 def peak(flavor: str, config: str, compiled: bool, checkpointing: str, seq_len: int) -> int:
     """Of a step with one sequence, in bytes."""
-    given = [
-        "--experimental.custom_import=benchmark_models",
-        f"--model.name={FAMILY}",
-        f"--model.flavor={flavor}",
-        f"--training.seq_len={seq_len}",
-        "--training.local_batch_size=1",
-        f"--training.compile={str(compiled).lower()}",
-        *CHECKPOINTING[checkpointing],
-    ]
-    if config != "bf16":
-        given += ["--model.converters=float8", f"--float8.recipe_name={config}", "--float8.filter_fqns=output"]
-    return estimate(load_config(given), 1).peak
+    given = options(flavor, config, seq_len=seq_len, batch=1, compile=compiled)
+    return estimate(load_config([*given, *CHECKPOINTING[checkpointing]]), 1).peak
 
 
 def rows(layers: int, seq_len: int) -> list[dict[str, Any]]:
     found = []
     for checkpointing, compiled in itertools.product(CHECKPOINTING, (False, True)):
         base: dict[str, Any] = {}
-        for config in ("bf16", *RECIPES):
+        for config in harness.CONFIGS:
             whole, half = (peak(f"8B-{n}", config, compiled, checkpointing, seq_len) for n in (layers, layers // 2))
             kept = (whole - half) / (layers - layers // 2) - BYTES_PER_PARAMETER * block_parameters(f"8B-{layers}")
             row: dict[str, Any] = {"system": "titanlite", "config": config, "compile": compiled}
@@ -78,16 +66,13 @@ def rows(layers: int, seq_len: int) -> list[dict[str, Any]]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = harness.parser(__doc__)
     parser.add_argument(
         "--layers", type=int, default=16, choices=range(2, 33), metavar="2..32", help="layers of the model"
     )
     parser.add_argument("--seq_len", type=int, default=8192, help="tokens per sequence")
-    parser.add_argument("--output", type=Path, help="write the results here")
     args = parser.parse_args(argv)
-    found = rows(args.layers, args.seq_len)
-    if args.output:
-        results.write("float8_memory", found, args.output, kind="cpu")
+    results.save("float8_memory", rows(args.layers, args.seq_len), args, kind="cpu")
     return 0
 
 

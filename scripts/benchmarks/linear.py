@@ -147,6 +147,9 @@ class Problem(NamedTuple):
     recipe: str
     mode: str
 
+    def __str__(self) -> str:
+        return f"{self.m} x {self.k} x {self.n} {self.recipe}, {self.mode}"
+
 
 def measure(problem: Problem, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """A row for each system."""
@@ -165,7 +168,7 @@ def measure(problem: Problem, args: argparse.Namespace) -> Iterator[dict[str, An
             step = step_of(layer_of(system, data.w, args.device), data, system.compile, system.kept)
             found = step()
         except Exception as e:  # whatever a compiler raises, and no memory left
-            row["failed"] = f"{type(e).__name__}: {str(e).splitlines()[0][:200] if str(e) else ''}"
+            row["failed"] = harness.failure(e)
             continue
         row["sqnr_db"] = sqnr(found, in_bf16 if system.config == "bf16" else emulated)
         row["sqnr_bf16_db"] = sqnr(found, in_bf16)
@@ -195,7 +198,7 @@ def problems(args: argparse.Namespace) -> Iterator[Problem]:
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = harness.parser(__doc__)
+    parser = harness.gpu_parser(__doc__)
     parser.add_argument("--m", type=harness.numbers, default=None, help="tokens, by default 8192")
     parser.add_argument(
         "--kn", type=harness.words, default=None, metavar="KxN", help=f"features, by default {','.join(KN)}"
@@ -219,31 +222,18 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     args = arguments(argv)
     torch.manual_seed(0)
-    budget, longest = harness.Budget(args.seconds), 0.0
+    budget = harness.Budget(args.seconds)
     rows: list[dict[str, Any]] = []
-    left_out: list[str] = []
-    about = {"toy": args.device == "cpu", "torchao": results.version("torchao"), "left_out": left_out}
-    for problem in problems(args):
-        before = budget.left()
-        if before < longest:
-            left_out.append(f"{problem.m} x {problem.k} x {problem.n} {problem.recipe}, {problem.mode}")
-            continue
+    about: dict[str, Any] = {"torchao": results.version("torchao"), "left_out": budget.left_out}
+    # The first of all starts the compiler's workers, which the others need not wait for.
+    for problem in budget.within(problems(args), str, share=0.7):
         rows += measure(problem, args)
-        # The first of all starts the compiler's workers, which the others need not wait for.
-        longest = max(longest, 0.7 * (before - budget.left())) if args.seconds else 0.0
-        if args.out:
-            results.write("linear", rows, args.out, args.device, **about)
-    columns = (*System._fields, "m", "k", "n", "us", "tflops", "speedup_over_bf16", "speedup_over_torchao")
-    print(harness.show(rows, (*columns, "sqnr_db", "sqnr_bf16_db")))
-    for row in rows:
-        if "failed" in row:
-            print(", ".join(f"{row[key]}" for key in (*System._fields, "m", "k", "n")), row["failed"], sep=": ")
+        results.save("linear", rows, args, **about)
+    columns = ("us", "tflops", "speedup_over_bf16", "speedup_over_torchao", "sqnr_db", "sqnr_bf16_db")
+    harness.report(rows, (*System._fields, "m", "k", "n"), columns, budget.left_out)
     if not find_spec("torchao"):
         print("torchao is not installed: pip install torchao, to compare with it")
-    if left_out:
-        print(f"left out, no time: {'; '.join(left_out)}")
-    if args.out:
-        results.write("linear", rows, args.out, args.device, **about)
+    results.save("linear", rows, args, **about)
     return int(not rows or any("failed" in row for row in rows if row["system"] == "titanlite"))
 
 

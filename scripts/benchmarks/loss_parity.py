@@ -17,16 +17,13 @@ import itertools
 import json
 import math
 import statistics
-import subprocess
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import harness
 import results
 
-ROOT = Path(__file__).parents[2]
 CONFIGS = {
     "bf16": [],
     "float32": ["--training.mixed_precision_param=float32"],
@@ -38,22 +35,12 @@ T_975 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 
 
 def train(config: str, seed: int, options: list[str]) -> list[float]:
     """The loss of every step of one run."""
-    with tempfile.TemporaryDirectory() as folder:
-        command = [
-            sys.executable,
-            "-m",
-            "titanlite.commands",
-            "train",
-            f"--job.dump_folder={folder}",
-            f"--training.seed={seed}",
-        ]
-        fixed = ["--metrics.log_freq=1", "--metrics.enable_tensorboard=false"]
-        given = [*command, *fixed, *CONFIGS[config], *options]
-        done = subprocess.run(given, cwd=ROOT, capture_output=True, text=True)
-        if done.returncode:
-            raise RuntimeError(f"{config}, seed {seed}: the run ended with {done.returncode}\n{done.stderr[-2000:]}")
-        rows = (Path(folder) / "metrics.jsonl").read_text().splitlines()
-    return [json.loads(row)["loss"] for row in rows]
+    given = [f"--training.seed={seed}", "--metrics.log_freq=1", "--metrics.enable_tensorboard=false", *CONFIGS[config]]
+    debug_model = f"--job.config_file={harness.ROOT / 'train_configs' / 'debug_model.toml'}"
+    with harness.trained([debug_model, *given, *options]) as (child, run_folder):
+        if child.status != 0:
+            raise RuntimeError(f"{config}, seed {seed}: {child.why()}")
+        return [row["loss"] for row in harness.metrics_of(run_folder)]
 
 
 def paired_difference(losses: list[float], reference: list[float]) -> tuple[float, float]:
@@ -65,14 +52,9 @@ def paired_difference(losses: list[float], reference: list[float]) -> tuple[floa
 
 def draw(curves: dict[str, list[list[float]]], path: Path) -> None:
     """The curves, averaged over the seeds, and below them the difference from bf16."""
-    try:
-        import matplotlib
-    except ImportError:
-        print("no matplotlib, no picture: pip install matplotlib")
+    pyplot = harness.pyplot()
+    if pyplot is None:
         return
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     figure, (above, below) = pyplot.subplots(2, 1, figsize=(8, 7), sharex=True, height_ratios=(2, 1))
     mean = {config: [statistics.mean(step) for step in zip(*runs, strict=True)] for config, runs in curves.items()}
     for config, losses in mean.items():
@@ -117,40 +99,32 @@ def rows_of(curves: dict[str, list[list[float]]], last: int) -> list[dict[str, A
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = harness.parser(__doc__)
     parser.add_argument("--seeds", type=int, default=3, help="seeds 1 to this number, from 2 to 10")
     parser.add_argument("--last", type=int, default=20, help="steps that the final loss is the mean of")
     parser.add_argument("--lr", type=float, default=5e-4, help="the learning rate")
     parser.add_argument("--seconds", type=float, help="begin no run that would end after this time")
     parser.add_argument("--resume", type=Path, metavar="FILE", help="a result to go on from: its runs are not repeated")
-    parser.add_argument("--output", type=Path, help="write the results here (docs/benchmarks/loss_parity.json)")
     args, options = parser.parse_known_args()
     options = [f"--optimizer.lr={args.lr}", *options]
     curves = known(args.resume, options, parser)
-    budget, longest = harness.Budget(args.seconds), 0.0
-    left_out: list[str] = []
-    for seed, config in itertools.product(range(1, args.seeds + 1), CONFIGS):
-        if len(curves[config]) >= seed:
-            continue
-        before = budget.left()
-        if left_out or before < longest:
-            left_out.append(f"seed {seed}, {config}")
-            continue
+    budget = harness.Budget(args.seconds)
+    runs = itertools.product(range(1, args.seeds + 1), CONFIGS)
+    missing = [(seed, config) for seed, config in runs if len(curves[config]) < seed]
+    for seed, config in budget.within(missing, lambda run: f"seed {run[0]}, {run[1]}"):
         curves[config].append(train(config, seed, options))
         print(f"seed {seed}, {config}: {statistics.mean(curves[config][-1][-args.last :]):.4f}", flush=True)
-        longest = max(longest, before - budget.left()) if args.seconds else 0.0
-        if args.output:
-            results.write("loss_parity", rows_of(curves, args.last), args.output, options=options)
+        results.save("loss_parity", rows_of(curves, args.last), args, options=options)
     for row in rows_of(curves, args.last):
         if "difference_pct" in row:
             low, high = row["interval_95_pct"]
             shown = f"{row['difference_pct']:+.3f}% of bf16's loss, 95% interval {low:+.3f}% to {high:+.3f}%"
             print(f"{row['config']}: {shown}")
-    if left_out:
-        print(f"left out, no time: {'; '.join(left_out)}")
-    elif args.output:
-        draw(curves, args.output.with_suffix(".png"))
-    return int(bool(left_out))
+    if budget.left_out:
+        print(f"left out, no time: {'; '.join(budget.left_out)}")
+    elif args.out:
+        draw(curves, args.out.with_suffix(".png"))
+    return int(bool(budget.left_out))
 
 
 if __name__ == "__main__":

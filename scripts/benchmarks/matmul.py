@@ -151,7 +151,7 @@ def measure(gemm: str, tokens: int, shape: Shape, args: argparse.Namespace) -> I
         try:
             rows[way]["error"] = error(function(), *stands_for[way.scales])
         except (RuntimeError, NotImplementedError, ValueError) as e:
-            rows[way]["failed"] = f"{type(e).__name__}: {str(e).splitlines()[0][:200]}"
+            rows[way]["failed"] = harness.failure(e)
             del functions[way]
             continue
         most = bound(k, way.fast_accum)
@@ -170,16 +170,25 @@ def measure(gemm: str, tokens: int, shape: Shape, args: argparse.Namespace) -> I
         yield row
 
 
-def problems(args: argparse.Namespace) -> Iterator[tuple[str, int, Shape]]:
+class Problem(NamedTuple):
+    gemm: str
+    tokens: int
+    shape: Shape
+
+    def __str__(self) -> str:
+        return f"{self.shape.model} {self.shape.layer} {self.gemm}, {self.tokens} tokens"
+
+
+def problems(args: argparse.Namespace) -> Iterator[Problem]:
     """The most telling first: 8B, then 70B, and then the same with more tokens."""
     shapes = TOY if args.device == "cpu" else SHAPES
     for tokens in (32,) if args.device == "cpu" else args.tokens:
         for shape, gemm in itertools.product(shapes, GEMMS):
-            yield gemm, tokens, shape
+            yield Problem(gemm, tokens, shape)
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = harness.parser(__doc__)
+    parser = harness.gpu_parser(__doc__)
     parser.add_argument(
         "--tokens", type=harness.numbers, default=[8192, 16384], help="tokens per step, by default 8192,16384"
     )
@@ -187,27 +196,14 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     harness.check_device(parser, args.device)
     torch.manual_seed(0)
-    budget, longest = harness.Budget(args.seconds), 0.0
+    budget = harness.Budget(args.seconds)
     rows: list[dict[str, Any]] = []
-    left_out = []
-    for gemm, tokens, shape in problems(args):
-        before = budget.left()
-        if before < longest:
-            left_out.append(f"{shape.model} {shape.layer} {gemm}, {tokens} tokens")
-            continue
-        rows += measure(gemm, tokens, shape, args)
-        longest = max(longest, before - budget.left()) if args.seconds else 0.0
-        if args.out:
-            results.write("matmul", rows, args.out, args.device, toy=args.device == "cpu", left_out=left_out)
-    problem = ("model", "layer", "gemm", "m", "k", "n")
-    print(harness.show(rows, (*problem, *Way._fields, "us", "tflops", "of_peak", "speedup_over_bf16", "error")))
-    for row in rows:
-        if "failed" in row:
-            print(", ".join(f"{row[key]}" for key in (*problem, *Way._fields)), row["failed"], sep=": ")
-    if left_out:
-        print(f"left out, no time: {'; '.join(left_out)}")
-        if args.out:
-            results.write("matmul", rows, args.out, args.device, toy=args.device == "cpu", left_out=left_out)
+    for problem in budget.within(problems(args), str):
+        rows += measure(*problem, args)
+        results.save("matmul", rows, args, left_out=budget.left_out)
+    case = ("model", "layer", "gemm", "m", "k", "n", *Way._fields)
+    harness.report(rows, case, ("us", "tflops", "of_peak", "speedup_over_bf16", "error"), budget.left_out)
+    results.save("matmul", rows, args, left_out=budget.left_out)
     return int(not rows or any(row.get("failed", "").startswith("wrong") for row in rows))
 
 

@@ -8,12 +8,11 @@ device, fragmentation included. The estimates are of *active* memory, which is w
 
 from __future__ import annotations
 
-import argparse
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 
+import harness
 import results
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard
@@ -25,7 +24,6 @@ from titanlite.metrics.device import GIB
 from titanlite.optim import cross_entropy_loss
 from titanlite.plan.estimate import estimate
 
-ROOT = Path(__file__).parents[2]
 TUTORIAL = "docs.pytorch.org/ao, Pretraining with float8, the log of Llama 3 8B, step 10 (June 2025)"
 TORCHAO = "torchao, torchao/float8/README.md, training benchmarks (2025)"
 REPORT = "torchtitan, benchmarks/llama3_h100_202412_torchtitan.md (December 2024), table "
@@ -85,7 +83,7 @@ def run(case: Case) -> dict[str, Any]:
     options = [*case.options, f"--training.local_batch_size={case.batch}"]
     if case.loss == "eager" and "--training.compile=false" not in options:
         options.append("--compile.components=model")
-    config = load_config(options, str(ROOT / "train_configs" / f"{case.file}.toml"))
+    config = load_config(options, str(harness.ROOT / "train_configs" / f"{case.file}.toml"))
     start = time.perf_counter()
     loss = dtensor_loss if case.loss == "eager, DTensor" else None
     found = estimate(config, case.gpus, loss_builder=loss)
@@ -118,12 +116,8 @@ def run(case: Case) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, help="write the results here (docs/benchmarks/memory_estimates.json)")
-    args = parser.parse_args()
-    rows = [run(case) for case in CASES]
-    if args.output:
-        results.write("memory_estimates", rows, args.output)
+    args = harness.parser(__doc__).parse_args()
+    results.save("memory_estimates", [run(case) for case in CASES], args)
 
 
 if __name__ == "__main__":

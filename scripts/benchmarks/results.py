@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import platform
@@ -40,6 +41,19 @@ def version(package: str) -> str | None:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return None
+
+
+def save(
+    name: str, results: list[dict[str, Any]], args: argparse.Namespace, kind: str | None = None, **about: Any
+) -> None:
+    """:func:`write` to ``args.out`` if it is given, for the device ``kind``, or ``args.device`` where the benchmark has
+    that option; there ``toy`` says whether sizes were those of the CPU."""
+    if args.out is None:
+        return
+    if "device" in args:
+        about = {"toy": args.device == "cpu", **about}
+        kind = args.device
+    write(name, results, args.out, kind or "cuda", **about)
 
 
 def write(name: str, results: list[dict[str, Any]], output: Path, kind: str = "cuda", **about: Any) -> None:

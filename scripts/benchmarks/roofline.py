@@ -116,13 +116,9 @@ def write_csv(rows: Sequence[dict[str, Any]], path: Path) -> None:
 
 def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
     """A map for each recipe and M: K down, N across."""
-    try:
-        import matplotlib
-    except ImportError:
-        print("no matplotlib, no picture: pip install matplotlib")
+    pyplot = harness.pyplot()
+    if pyplot is None:
         return
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
 
     def values(key: str) -> list[Any]:
         return list(dict.fromkeys(row[key] for row in rows))
@@ -155,7 +151,7 @@ def result_of(path: Path, name: str, parser: argparse.ArgumentParser) -> dict[st
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = harness.parser(__doc__)
+    parser = harness.gpu_parser(__doc__)
     parser.add_argument("--bf16-tflops", type=float, help="TFLOP/s that bfloat16 matmuls reach")
     parser.add_argument("--fp8-tflops", type=float, help="float8, with fast accumulation")
     parser.add_argument("--fp8-full-tflops", type=float, help="float8, with full accumulation; by default the same")
@@ -217,18 +213,15 @@ def report(args: argparse.Namespace, linear: dict[str, Any] | None, steps: list[
         errors = [abs(row["error_pct"]) for row in found]
         print(f"error of the prediction: median {statistics.median(errors):.1f}%, at most {max(errors):.1f}%")
     floors: list[dict[str, Any]] = []
-    left_out: list[str] = []
     if args.attention_tflops:
         floors = step_floor.predicted(at, args.attention_tflops * 1e12, args.layers, args.batches)
         print(harness.show(floors, (*step_floor.COLUMNS[:-2], "floor_tps", "speedup_over_bf16")))
     if steps:
-        floors += step_floor.floors(steps, at, args, budget, left_out)
+        floors += step_floor.floors(steps, at, args, budget)
         print(harness.show(floors, step_floor.COLUMNS))
-    if left_out:
-        print(f"left out, no time: {'; '.join(left_out)}")
-    if args.out:
-        about: dict[str, Any] = {"toy": args.device == "cpu", "ceilings": shown, "left_out": left_out}
-        results.write("roofline", [*floors, *found, *sweep], args.out, args.device, **about)
+    if budget.left_out:
+        print(f"left out, no time: {'; '.join(budget.left_out)}")
+    results.save("roofline", [*floors, *found, *sweep], args, ceilings=shown, left_out=budget.left_out)
     if not linear and not steps:
         shortest = [row for row in sweep if row["m"] == args.m[-1] and row["k"] == row["n"]]
         print(harness.show(shortest, ("config", "m", "k", "n", "casts_us", "rescales_us", "predicted_speedup")))

@@ -178,7 +178,7 @@ def predicted(at: Ceilings, attention_rate: float, layers: int, batches: list[in
     rows = []
     for batch in batches:
         about = {"system": "roofline", "compile": True, "batch": batch, "layers": layers, "seq_len": SEQ_LEN}
-        found = [floor({**about, "config": config}, args, at, clock) for config in ("bf16", *harness.RECIPES)]
+        found = [floor({**about, "config": config}, args, at, clock) for config in harness.CONFIGS]
         rows += [{**row, "speedup_over_bf16": found[0]["floor_s"] / row["floor_s"]} for row in found]
     return rows
 
@@ -213,7 +213,7 @@ def floor(row: dict[str, Any], args: DecoderArgs, at: Ceilings, clock: Clock | G
 
 
 def floors(
-    files: list[dict[str, Any]], at: Ceilings, args: argparse.Namespace, budget: harness.Budget, left_out: list[str]
+    files: list[dict[str, Any]], at: Ceilings, args: argparse.Namespace, budget: harness.Budget
 ) -> list[dict[str, Any]]:
     """Of every step of ours that was compiled, each case from the first file that has it."""
     clock = Clock(args.device, args.rounds)
@@ -224,7 +224,7 @@ def floors(
             if row["system"] != "titanlite" or not row["compile"] or not row["step_time_s"] or case in found:
                 continue
             if budget.left() <= 0:
-                left_out.append(f"the step of {row['config']}, batch {row['batch']}")
+                budget.left_out.append(f"the step of {row['config']}, batch {row['batch']}")
                 continue
             found[case] = floor(row, model_of(row, file["toy"]), at, clock)
     return list(found.values())

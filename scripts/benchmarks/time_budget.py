@@ -17,12 +17,12 @@ import argparse
 import json
 import re
 import sys
-import tempfile
 from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import cases
 import harness
 import results
 import train
@@ -115,22 +115,18 @@ def budget(trace: dict[str, Any]) -> dict[str, Any]:
     return {"step_ms": whole / 1e3, "parts_ms": {**found, **{name: us / 1e3 for name, us in rest.items()}}}
 
 
-def traced(case: train.Case, args: argparse.Namespace, limit: float) -> dict[str, Any]:
+def traced(case: cases.Case, args: argparse.Namespace, limit: float) -> cases.Run:
     """The budget of a run of ``case``, or why it failed."""
-    with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "titanlite.train", f"--job.dump_folder={folder}/run"]
-        profile = [f"--training.steps={STEP}", "--profiling.enable_profiling", f"--profiling.profile_freq={STEP}"]
-        given = [*command, *train.shape(args), *train.options(case), *profile, *args.options]
-        child = harness.run(given, limit, harness.device_env(args.device))
+    profile = [f"--training.steps={STEP}", "--profiling.enable_profiling", f"--profiling.profile_freq={STEP}"]
+    given = [*train.options(case, args), *profile, *args.options]
+    with harness.trained(given, limit, args.device) as (child, run_folder):
         if child.status != 0:
             return {"failed": child.why()}
-        path = Path(folder) / "run" / "profile_traces" / f"iteration_{STEP}" / "rank0_trace.json"
+        path = run_folder / "profile_traces" / f"iteration_{STEP}" / "rank0_trace.json"
         return budget(json.loads(path.read_text(encoding="utf-8")))
 
 
 def show(row: dict[str, Any]) -> str:
-    if "failed" in row:
-        return str(row["failed"])
     parts = (f"{name} {ms:.1f} ms ({100 * ms / row['step_ms']:.1f}%)" for name, ms in row["parts_ms"].items())
     return f"{row['step_ms']:.1f} ms: {', '.join(parts)}"
 
@@ -141,17 +137,10 @@ def main(argv: list[str] | None = None) -> int:
         print(show(budget(json.loads(Path(given[1]).read_text(encoding="utf-8")))))
         return 0
     args = train.arguments(given, doc=__doc__, configs=["rowwise", "bf16"], modes=["compile"], batches=[1])
-    clock = harness.Budget(args.seconds)
     rows: list[dict[str, Any]] = []
-    for case in train.cases(args):
-        row = {"system": "titanlite", "config": case.config, "compile": case.compile, "batch": case.batch}
-        if clock.left() < 30:
-            rows.append({**row, "failed": f"left out: {clock.left():.0f} s were left"})
-        else:
-            rows.append({**row, **traced(case, args, min(clock.left(), args.case_seconds))})
-        print(f"{case}: {show(rows[-1])}", flush=True)
-        if args.out:
-            results.write("time_budget", rows, args.out, args.device, toy=args.device == "cpu")
+    for runs in cases.in_turn(train.chosen(args), args, traced, show):
+        rows = [{**case._asdict(), **run} for case, done in runs.items() for run in done]
+        results.save("time_budget", rows, args)
     return 0 if any("failed" not in row for row in rows) else 1
 
 

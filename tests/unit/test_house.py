@@ -256,6 +256,18 @@ def test_no_code_is_repeated() -> None:
     assert repetitions({name: path.read_text() for name, path in SOURCES.items()}) == []
 
 
+def test_one_loop_over_microbatches() -> None:
+    """Benchmarks of titanlite run its own step. Two of them compare it with another loop: a bare one, torchtitan's."""
+    others = {"scripts.benchmarks.loops", "scripts.benchmarks.peer_torchtitan"}
+    calls = {
+        name
+        for name, path in PRODUCT.items()
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "backward"
+    }
+    assert calls == {"titanlite.training.step", *others}
+
+
 # ---- no function is swapped on an instance
 
 
