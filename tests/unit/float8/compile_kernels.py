@@ -45,23 +45,23 @@ def main(name: str) -> None:
     for x, dtype in [*itertools.product(("bf16",), native_dtypes(name)), ("fp32", native_dtypes(name)[0])]:
         numbers = {"FP8_MAX": torch.finfo(dtype).max, "DTYPE": launch.DTYPES[dtype]}
         out = f"*{NAMES[dtype]}"
-        for by_rows, by_columns in itertools.product(launch.HOW.values(), repeat=2):
+        for by_rows, by_columns in itertools.product(launch.LAYOUTS.values(), repeat=2):
             how = {"BY_ROWS": by_rows, "BY_COLUMNS": by_columns}
             # Every combination for the most usual GPU; for the others, of which each takes as long, both layouts alike.
-            if by_rows == by_columns == launch.HOW["none"] or (
+            if by_rows == by_columns == launch.LAYOUTS["none"] or (
                 by_rows != by_columns and (x == "fp32" or name != "sm_90")
             ):
                 continue
             signature = {"x": f"*{x}", "row_amax": "*i32", "column_amax": "*i32", "by_rows": out, "row_scale": "*fp32"}
             signature |= {"by_columns": out, "column_scale": "*fp32", **sizes}
-            tensorwise = launch.HOW["tensor"] in (by_rows, by_columns)
+            tensorwise = launch.LAYOUTS["tensor"] in (by_rows, by_columns)
             rounded = {"POWER_OF_2": not tensorwise}  # as the recipes have it
             options = {**numbers, **rounded, **how, **launch.CAST_TILE.options()}
             compile(name, kernels.cast_kernel, signature, options)
             of_amaxes = {"x": f"*{x}", "row_amax": "*i32", "column_amax": "*i32", **sizes}
             compile(name, kernels.amax_kernel, of_amaxes, {**how, **launch.AMAX_TILE.options()})
             count += 2
-            if launch.HOW["none"] in (by_rows, by_columns):  # as SwiGLU has them cast
+            if launch.LAYOUTS["none"] in (by_rows, by_columns):  # as SwiGLU has them cast
                 gate = {"gate": f"*{x}"}
                 compile(name, kernels.cast_kernel, {**signature, **gate}, options)
                 compile(name, kernels.amax_kernel, {**of_amaxes, **gate}, {**how, **launch.AMAX_TILE.options()})
@@ -81,7 +81,7 @@ def main(name: str) -> None:
             ("tensor", {**like_up, **scales}),
             ("vector", {**like_up, **scales}),
         ):
-            given = {**options, "POWER_OF_2": by_columns != "tensor", "BY_COLUMNS": launch.HOW[by_columns]}
+            given = {**options, "POWER_OF_2": by_columns != "tensor", "BY_COLUMNS": launch.LAYOUTS[by_columns]}
             compile(name, kernels.swiglu_backward_kernel, signature, given)
             count += 1
     for x in ("bf16", "fp32"):

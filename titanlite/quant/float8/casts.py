@@ -1,4 +1,4 @@
-"""How one operand is cast to float8."""
+"""The options of the cast of one operand to float8."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from titanlite.quant.float8.numerics import FP8_DTYPES
 
 
 class ScalingType(enum.Enum):
-    """Where the scale of an operand comes from."""
+    """The source of an operand's scale."""
 
     DYNAMIC = "dynamic"
     """The amax of the tensor itself."""
     DELAYED = "delayed"
-    """The amaxes of the steps before; see :func:`~titanlite.float8.sync_float8_amax_and_scale_history`."""
+    """The amaxes of earlier steps; see :func:`~titanlite.float8.sync_float8_amax_and_scale_history`."""
     STATIC = "static"
     """A constant, ``CastConfig.static_scale``."""
     DISABLED = "disabled"
@@ -28,12 +28,12 @@ class ScalingType(enum.Enum):
 
 
 class ScalingGranularity(enum.Enum):
-    """How many scales an operand has."""
+    """The number of scales of an operand."""
 
     TENSORWISE = "tensorwise"
-    """One."""
+    """One scale for the tensor."""
     AXISWISE = "axiswise"
-    """One for each row, or column, that the matmul contracts ("rowwise")."""
+    """One scale for each row, or column, that the matmul sums over ("rowwise")."""
 
     def short_str(self) -> str:
         return "ten" if self is ScalingGranularity.TENSORWISE else "axs"
@@ -41,14 +41,14 @@ class ScalingGranularity(enum.Enum):
 
 @dataclass(frozen=True)
 class CastConfig:
-    """How one operand is cast to float8.
+    """The cast of one operand to float8.
 
     Args:
-        target_dtype: a float8 dtype; None takes the device's own e4m3, and e5m2 for a tensorwise ``grad_output``.
-        static_scale: the multiplier of ``ScalingType.STATIC``, a positive number or a tensor of one.
+        target_dtype: a float8 dtype; None: the device's e4m3, or its e5m2 for a tensorwise ``grad_output``.
+        static_scale: the multiplier of ``ScalingType.STATIC``, a positive number or a tensor of one element.
 
     Raises:
-        ValueError: for combinations that have no meaning.
+        ValueError: an invalid value or combination.
     """
 
     scaling_type: ScalingType = ScalingType.DYNAMIC
@@ -57,17 +57,17 @@ class CastConfig:
     static_scale: float | None = None
 
     def __post_init__(self) -> None:
-        if self.static_scale is not None:  # a number: it compares, hashes and pickles
+        if self.static_scale is not None:  # as a number it can be compared, hashed and pickled
             object.__setattr__(self, "static_scale", float(self.static_scale))
         static = self.scaling_type is ScalingType.STATIC
         if static and self.static_scale is None:
             raise ValueError(
-                "CastConfig(scaling_type=STATIC): needs a static_scale, for example 448 / (the largest value expected)"
+                "CastConfig(scaling_type=STATIC): needs a static_scale, for example 448 / (largest expected magnitude)"
             )
         if self.static_scale is not None and not static:
             raise ValueError(
-                f"CastConfig(static_scale={self.static_scale}): has no effect with scaling_type="
-                f"{self.scaling_type.name}; use ScalingType.STATIC"
+                f"CastConfig(static_scale={self.static_scale}): has no effect with "
+                f"scaling_type={self.scaling_type.name}; use ScalingType.STATIC, or leave it out"
             )
         if self.static_scale is not None and not 0 < self.static_scale < float("inf"):
             raise ValueError(f"CastConfig(static_scale={self.static_scale}): must be positive and finite")
@@ -92,7 +92,7 @@ class CastConfig:
 
     @property
     def is_stateful(self) -> bool:
-        """Whether the scale comes from elsewhere than the tensor that is cast."""
+        """True if the scale does not come from the tensor that is cast."""
         return self.scaling_type in (ScalingType.DELAYED, ScalingType.STATIC)
 
     @property
@@ -101,12 +101,12 @@ class CastConfig:
 
     @property
     def layout(self) -> Layout:
-        """The cast in the words of the kernels."""
+        """The cast as the kernels name it."""
         return "none" if not self.is_cast else "vector" if self.is_axiswise else "tensor"
 
     @property
     def dtype(self) -> torch.dtype:
-        """``target_dtype``, once a Float8LinearConfig has settled it."""
+        """``target_dtype``, after a Float8LinearConfig has replaced None by a dtype."""
         assert self.target_dtype is not None
         return self.target_dtype
 

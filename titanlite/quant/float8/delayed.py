@@ -1,10 +1,10 @@
-"""Static and delayed scales: those that do not come from the tensor at hand.
+"""Static and delayed scales, which do not come from the tensor that is cast.
 
 Delayed scaling (Micikevicius et al., "FP8 Formats for Deep Learning", 2022, section 3) scales a tensor by the largest
-amax of the steps before, so that its cast need not wait for its own amax. Each operand so scaled has three buffers in
-its layer: ``fp8_amax_<operand>``, the largest amax since the last synchronization; ``fp8_amax_history_<operand>``,
-those of the last ``history_len`` steps, latest first; ``fp8_scale_<operand>``, 0 until the first synchronization, while
-the live amax is used.
+amax of earlier steps, so that the cast need not wait for the tensor's own amax. Each operand with delayed scaling has
+three buffers in its layer: ``fp8_amax_<operand>``, the largest amax since the last synchronization;
+``fp8_amax_history_<operand>``, the amaxes of the last ``history_len`` steps, latest first; ``fp8_scale_<operand>``,
+which is 0 until the first synchronization (until then the tensor's own amax is used).
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ def buffers(operand: str, history_len: int) -> dict[str, tuple[int, ...]]:
 
 
 def scale_of(layer: nn.Module, operand: str, config: CastConfig, x: Tensor, power_of_2: bool) -> Tensor | None:
-    """Return the scale to cast ``x`` with, None where it is dynamic. In training, the amax of a delayed operand is
-    noted in the layer."""
+    """Return the scale to cast ``x`` with; None if it is dynamic. In training, also record the amax of a delayed
+    operand in the layer."""
     if config.scaling_type is ScalingType.STATIC:
         assert config.static_scale is not None
         return x.new_full((), config.static_scale, dtype=torch.float32)

@@ -1,4 +1,4 @@
-"""What a device can do in float8."""
+"""The float8 support of devices."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ _MI350 = ("gfx950",)
 
 
 def default_dtypes() -> tuple[torch.dtype, torch.dtype]:
-    """This machine's e4m3 and e5m2: the OCP formats, or on MI300 the fnuz ones."""
-    # Only AMD is asked: asking starts the device, which on NVIDIA's would happen on import for nothing.
+    """Return the e4m3 and the e5m2 dtype of this machine: the fnuz ones on MI300, else the OCP ones."""
+    # Query AMD devices only: a query initializes the device, and this runs on import.
     return FNUZ if torch.version.hip and torch.cuda.is_available() and _architecture(0) in _MI300 else OCP
 
 
 @cache
 def _architecture(index: int) -> str:
-    """``sm_90``, ``gfx942``, ..."""
+    """Return the architecture of GPU ``index``, such as "sm_90" or "gfx942"."""
     if torch.version.hip:
         return str(torch.cuda.get_device_properties(index).gcnArchName).split(":")[0]
     major, minor = torch.cuda.get_device_capability(index)
@@ -31,14 +31,14 @@ def _architecture(index: int) -> str:
 
 
 def architecture(device: torch.device) -> str:
-    """The name of the device's instruction set as compilers spell it; "cpu", ... for what has none."""
+    """Return the GPU's architecture as compilers spell it, such as "sm_90"; the device type for other devices."""
     if device.type != "cuda":
         return device.type
     return _architecture(torch.cuda.current_device() if device.index is None else device.index)
 
 
 def native_dtypes(architecture: str) -> tuple[torch.dtype, ...]:
-    """The float8 dtypes that the device multiplies; none where float8 has to be emulated."""
+    """Return the float8 dtypes that the hardware multiplies; empty where float8 has to be emulated."""
     if architecture in _MI300:
         return FNUZ
     if architecture in _MI350:
@@ -52,12 +52,12 @@ def _sm(architecture: str) -> int:
 
 
 def why_not(architecture: str, dtypes: set[torch.dtype], *, emulate: bool, compiled: bool) -> str | None:
-    """Why casts to ``dtypes`` cannot be computed on ``architecture`` as asked; None if they can."""
+    """Return why casts to ``dtypes`` cannot be computed on ``architecture`` with these options; None if they can."""
     native = native_dtypes(architecture)
-    lacking = sorted(str(dtype) for dtype in dtypes - set(native))
-    if native and lacking and not emulate:
+    missing = sorted(str(dtype) for dtype in dtypes - set(native))
+    if native and missing and not emulate:
         return (
-            f"{', '.join(lacking)}: {architecture} multiplies {' and '.join(map(str, native))} only; use those, or "
+            f"{', '.join(missing)}: {architecture} multiplies {' and '.join(map(str, native))} only; use these, or set "
             "emulate=True"
         )
     if 0 < _sm(architecture) < 89 and compiled:
@@ -72,13 +72,13 @@ def why_not(architecture: str, dtypes: set[torch.dtype], *, emulate: bool, compi
 def must_emulate(
     device: torch.device, target: str | None, dtypes: tuple[torch.dtype, ...], emulate: bool, compiled: bool
 ) -> bool:
-    """Whether to emulate: where asked to, and where ``device`` has no float8 units, which is said once.
+    """Return whether to emulate: on request, or because ``device`` has no float8 units, which is logged once.
 
     Args:
-        target: the architecture to compute for, in place of the device's own.
+        target: the architecture to compute for; None: that of ``device``.
 
     Raises:
-        ValueError: what is asked for cannot be computed on ``device``; see :func:`why_not`.
+        ValueError: ``device`` cannot compute with these options; see :func:`why_not`.
     """
     return _must_emulate(target or architecture(device), dtypes, emulate, compiled)
 
@@ -100,12 +100,13 @@ _noticed: set[str] = set()
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def scales_rows_in_matmuls(device: torch.device, target: str | None = None) -> bool:
-    """Whether matmuls with full accumulation are to apply scales of rows and columns themselves. On compute capability
-    9.0 PyTorch leaves that to cuBLASLt, from CUDA 12.9 on (aten/src/ATen/native/cuda/ScaledBlas.cpp); the CUTLASS
-    kernel that it has for other devices is slow with full accumulation (torchao/float8/float8_ops.py).
+    """Return whether a matmul with full accumulation should apply the scales of rows and columns inside the kernel.
+
+    On sm_90 with CUDA 12.9 or later, PyTorch calls cuBLASLt for it (aten/src/ATen/native/cuda/ScaledBlas.cpp).
+    Elsewhere it uses a CUTLASS kernel that is slow with full accumulation (torchao/float8/float8_ops.py).
 
     Args:
-        target: the architecture to compute for, with the newest CUDA, in place of the device's own.
+        target: the architecture to compute for, with the newest CUDA; None: that of ``device``.
     """
     if target is not None:
         return target == "sm_90"
@@ -113,10 +114,10 @@ def scales_rows_in_matmuls(device: torch.device, target: str | None = None) -> b
 
 
 def cuda_version() -> tuple[int, ...]:
-    """That PyTorch was built for; (0,) without CUDA."""
+    """Return the CUDA version that PyTorch was built for; (0,) without CUDA."""
     return tuple(map(int, (torch.version.cuda or "0").split(".")))
 
 
 def has_native_float8(device: torch.device) -> bool:
-    """Whether ``device`` multiplies float8 itself."""
+    """Return whether ``device`` has float8 units."""
     return bool(native_dtypes(architecture(device)))

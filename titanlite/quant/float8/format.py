@@ -1,4 +1,4 @@
-"""Float8 as a number format: which cast each operand has, and which kernels compute it."""
+"""Float8 as a number format: the casts of the operands, and the kernels that compute them."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ class Float8Format(Format):
     """Float8 with the given casts.
 
     Args:
-        input, weight, grad_output: the two casts of each operand: for the matmul that contracts its features, and for
-            the one that contracts its rows. Their dtypes are settled; ``titanlite.float8.Float8LinearConfig`` checks
-            that they go together, and describes the other options.
-        target: the architecture to compute for, such as "sm_90", on a device that only stands for it; None: the
+        input, weight, grad_output: the two casts of each operand: for the matmul that sums over its features, and for
+            the one that sums over its rows. None of the dtypes is None. ``titanlite.float8.Float8LinearConfig`` checks
+            the combination and documents the other options.
+        target: the architecture to compute for, such as "sm_90", in an estimate without that device; None: the
             device's own.
     """
 
@@ -46,7 +46,7 @@ class Float8Format(Format):
     multiple = 16
 
     def __post_init__(self) -> None:
-        # Made here, not in on(): the compiler traces that, and cannot make dataclasses.
+        # Created here because the compiler traces on(), and cannot create dataclasses.
         emulated = self if self.emulate else replace(self, emulate=True)
         object.__setattr__(self, "emulated", emulated)
 
@@ -56,7 +56,7 @@ class Float8Format(Format):
 
     @property
     def dtypes(self) -> tuple[torch.dtype, ...]:
-        """The float8 dtypes of the operands."""
+        """The float8 dtypes of the operands, without duplicates."""
         return tuple(dict.fromkeys(config.dtype for config in self.casts if config.is_cast))
 
     def on(self, device: torch.device) -> Float8Format:
@@ -72,9 +72,9 @@ class Float8Format(Format):
         return self._casts(use.operand)[1 - use.contracted]
 
     def _by_kernels(self, x: Tensor) -> bool:
-        """Whether kernels cast ``x``, if its scale is dynamic, rather than plain operations."""
-        chosen = kernels.AVAILABLE and self.kernels != "inductor" and not self.emulate
-        return chosen and x.dtype in kernels.DTYPES and x.numel() > 0
+        """Return whether the Triton kernels cast ``x``, if its scale is dynamic; else plain operations do."""
+        enabled = kernels.AVAILABLE and self.kernels != "inductor" and not self.emulate
+        return enabled and x.dtype in kernels.DTYPES and x.numel() > 0
 
     def cast(self, x: Tensor, use: Use, scale: Tensor | None = None) -> Operand:
         config = self._cast(use)
@@ -85,9 +85,9 @@ class Float8Format(Format):
 
     def one_cast_serves_both(self, x: Tensor, operand: OperandName, scale: Tensor | None = None) -> bool:
         by_features, by_rows = self._casts(operand)
-        # The kernels write a transposed copy too, which float8 units need.
-        written_twice = by_features.is_cast and scale is None and self._by_kernels(x)
-        return by_features == by_rows and not by_features.is_axiswise and not written_twice
+        # The kernels also write a transposed copy, which float8 units need.
+        two_copies = by_features.is_cast and scale is None and self._by_kernels(x)
+        return by_features == by_rows and not by_features.is_axiswise and not two_copies
 
     def cast_both(self, x: Tensor, operand: OperandName, scale: Tensor | None = None) -> tuple[Operand, Operand]:
         by_features, by_rows = self._casts(operand)
@@ -170,10 +170,10 @@ class Float8Format(Format):
         return grad_gate, grad_up, product if for_weight else None
 
     def describe(self) -> dict[str, str]:
-        shown = {}
+        options = {}
         for operand, other in (("input", "grad_weight"), ("weight", "grad_input"), ("grad_output", "grad_weight")):
             first, second = (config.short_str() for config in getattr(self, operand))
-            shown[operand] = first
+            options[operand] = first
             if second != first:
-                shown[f"{operand}_for_{other}"] = second
-        return shown
+                options[f"{operand}_for_{other}"] = second
+        return options

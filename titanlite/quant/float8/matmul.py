@@ -16,11 +16,11 @@ from titanlite.quant.format import Operand
 def cast(
     x: Tensor, config: CastConfig, *, contracted: int, power_of_2: bool, scale: Tensor | None = None, emulate: bool
 ) -> Operand:
-    """``x`` (2-D) as ``config`` says, for a matmul that contracts dimension ``contracted``.
+    """Cast ``x`` (2-D) by ``config`` for a matmul that sums over dimension ``contracted``.
 
     Args:
-        scale: the scale of delayed and static scaling; None: from the amax of ``x``.
-        emulate: leave the memory layout as it falls, instead of as float8 units need it.
+        scale: the delayed or static scale; None: computed from the amax of ``x``.
+        emulate: keep the memory layout of ``x``, instead of the one that float8 units need.
     """
     if not config.is_cast:
         return Operand(x.detach(), None)
@@ -28,44 +28,43 @@ def cast(
         amax = amax_of(x, contracted if config.is_axiswise else None)
         scale = amax_to_scale(amax, config.dtype, power_of_2)
     else:
-        # An infinity would saturate to a plausible number; at the scale of its own amax it is NaN anyway.
+        # A clamped infinity would be a plausible number. (With a dynamic scale it becomes NaN by itself.)
         x = torch.where(x.isinf(), torch.nan, x)
     data = quantize(x, scale, config.dtype)
     if config.is_axiswise and contracted == 0 and not emulate:
-        data = data.t().contiguous().t()  # as the hardware wants it: what is summed over lies together
+        data = data.t().contiguous().t()  # the hardware needs the summed dimension contiguous
     return Operand(data, scale)
 
 
 def cast_by_kernels(
     x: Tensor, by_features: CastConfig | None, by_rows: CastConfig | None, *, power_of_2: bool
 ) -> tuple[Operand, Operand]:
-    """``x`` (rows, features) with dynamic scales for a matmul that contracts its features, for one that contracts its
-    rows, or for both, in as few reads as there can be; without elements where there is no configuration. The numbers of
-    :func:`cast`, to the bit; the memory layouts that float8 units need."""
-
+    """Cast ``x`` (rows, features) with dynamic scales for a matmul that sums over its features, for one that sums over
+    its rows, or for both, in the fewest reads. Gives the same bits as :func:`cast`, in the memory layouts that float8
+    units need. An operand whose configuration is None is empty."""
     config = by_features or by_rows
     assert config is not None
-    data, scale, transposed, its_scale = kernels.cast(
+    data, scale, transposed, transposed_scale = kernels.cast(
         x.detach(),
         config.dtype,
         "none" if by_features is None else by_features.layout,
         "none" if by_rows is None else by_rows.layout,
         power_of_2,
     )
-    return Operand(data, scale), Operand(transposed.t(), its_scale)
+    return Operand(data, scale), Operand(transposed.t(), transposed_scale)
 
 
 def scaled_mm(
     a: Operand, b: Operand, *, out_dtype: torch.dtype, fast_accum: bool, emulate: bool, target: str | None = None
 ) -> Tensor:
-    """``a @ b`` in ``out_dtype``, accumulated in float32.
+    """Return ``a @ b`` in ``out_dtype``, accumulated in float32.
 
     Args:
         a: (m, k), scale () or (m, 1).
         b: (k, n), scale () or (1, n). Both operands are float8, or neither.
         target: the architecture to compute for; None: that of the operands' device.
     """
-    if a.data.numel() == 0 or b.data.numel() == 0:  # which float8 units do not take
+    if a.data.numel() == 0 or b.data.numel() == 0:  # float8 units do not take empty operands
         return a.data.new_zeros(a.data.shape[0], b.data.shape[1], dtype=out_dtype)
     if a.scale is None or b.scale is None:
         return a.data.to(out_dtype) @ b.data.to(out_dtype)
@@ -82,7 +81,7 @@ def scaled_mm(
             out_dtype=out_dtype,
             use_fast_accum=fast_accum,
         )
-    # With full accumulation, and for other outputs, the kernel for scales of rows is slow or missing on most devices.
+    # With full accumulation or another output dtype, the kernel for row scales is slow or missing on most devices.
     if out_dtype is torch.bfloat16 and (fast_accum or scales_rows_in_matmuls(a8.device, target)):
         return torch._scaled_mm(
             a8,
@@ -96,20 +95,20 @@ def scaled_mm(
 
 
 def multiply_then_scale(a: Operand, b: Operand, out_dtype: torch.dtype, fast_accum: bool) -> Tensor:
-    """``a @ b``, the scales applied to the product, in one more pass over it; both laid out for float8 units."""
+    """Return ``a @ b``, applying the scales in one more pass over the product. Both are laid out for float8 units."""
     assert a.scale is not None
     assert b.scale is not None
     one = a.scale.new_ones(())
-    # float16 could overflow in between; bfloat16 loses nothing to powers of two.
-    between = torch.bfloat16 if out_dtype is torch.bfloat16 else torch.float32
-    product = torch._scaled_mm(a.data, b.data, scale_a=one, scale_b=one, out_dtype=between, use_fast_accum=fast_accum)
+    # The unscaled product could overflow float16, not bfloat16, which loses nothing where scales are powers of two.
+    unscaled = torch.bfloat16 if out_dtype is torch.bfloat16 else torch.float32
+    product = torch._scaled_mm(a.data, b.data, scale_a=one, scale_b=one, out_dtype=unscaled, use_fast_accum=fast_accum)
     if kernels.AVAILABLE and not torch.compiler.is_compiling():  # the compiler fuses the scaling itself
         return kernels.rescale(product, a.scale, b.scale, out_dtype)
     return (product.float() * a.scale.reciprocal() * b.scale.reciprocal()).to(out_dtype)
 
 
 def _padded(a: Tensor) -> Tensor:
-    """``a`` row-major, its contracted (last) dimension filled up with zeros to a multiple of 16, which is the rule."""
+    """Return ``a`` row-major, its last (summed) dimension padded with zeros to a multiple of 16, as the units need."""
     missing = -a.shape[1] % 16
     if missing:
         return F.pad(a.view(torch.uint8), (0, missing)).view(a.dtype)

@@ -1,4 +1,4 @@
-"""The float8 numbers: scales, rounding, quantization.
+"""Float8 numerics: scales, rounding, quantization.
 
 A scale is a multiplier: ``q = clamp(x * scale)``, ``x ~ q / scale``, with ``scale = fp8_max / max(amax, EPS)``.
 """
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 EPS = 1e-12
-"""The smallest amax a scale is computed from: an all-zero tensor gets a finite scale."""
+"""The smallest amax that a scale is computed from, so that an all-zero tensor gets a finite scale."""
 
 FP8_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz)
 
@@ -18,8 +18,8 @@ _EXPONENT_BITS = -0x00800000  # sign and exponent of a float32, as int32
 
 
 def amax_of(x: Tensor, dim: int | None = None) -> Tensor:
-    """The largest magnitude of ``x`` in its dtype: of all elements, as a scalar tensor, or along ``dim``, which is kept
-    with size 1. NaN if there is one, 0 of nothing."""
+    """Return the largest magnitude in ``x``, in its dtype: of all elements, as a scalar tensor, or along ``dim``, which
+    is kept with size 1. NaN if ``x`` has a NaN, 0 if it is empty."""
     if x.numel() == 0:
         return x.new_zeros(()) if dim is None else x.sum(dim, keepdim=True)
     magnitudes = x.detach().abs()
@@ -27,12 +27,11 @@ def amax_of(x: Tensor, dim: int | None = None) -> Tensor:
 
 
 def round_down_to_power_of_2(x: Tensor) -> Tensor:
-    """The largest power of two not above ``x`` in magnitude, with its sign; exact for every finite float32.
+    """Round ``x`` toward zero to a power of two; exact for every finite float32. Zero, infinity and NaN do not change.
 
-    ``exp2(floor(log2(x)))`` is not: just below a power of two log2 rounds up to the whole number. Zero, infinity and
-    NaN stay what they are.
+    ``exp2(floor(log2(x)))`` is not exact: just below a power of two, log2 rounds up to the integer.
     """
-    subnormal = x.abs() < _SMALLEST_NORMAL  # has its leading bit in the mantissa: shift it out of there and back
+    subnormal = x.abs() < _SMALLEST_NORMAL  # the leading bit is in the mantissa: scale up to a normal, and back
     bits = torch.where(subnormal, x * 2.0**32, x).view(torch.int32) & _EXPONENT_BITS
     power = bits.view(torch.float32)
     power = torch.where(subnormal, power * 2.0**-32, power)
@@ -40,20 +39,20 @@ def round_down_to_power_of_2(x: Tensor) -> Tensor:
 
 
 def amax_to_scale(amax: Tensor, dtype: torch.dtype, power_of_2: bool = False) -> Tensor:
-    """The float32 scale at which ``amax`` becomes the largest finite value of ``dtype``.
+    """Return the float32 scale that maps ``amax`` to the largest finite value of ``dtype``.
 
-    In float64, so that eager and compiled code, which divide float32 differently, agree to the bit. NaN gives NaN, and
-    an infinite amax the scale 0, at which everything dequantizes to NaN.
+    Computed in float64, because eager and compiled code divide float32 differently. A NaN gives NaN. An infinite amax
+    gives the scale 0, with which everything dequantizes to NaN.
 
     Args:
-        power_of_2: round the scale down to a power of two: scaling then only shifts exponents.
+        power_of_2: round the scale down to a power of two, so that scaling only changes exponents.
     """
     scale = (torch.finfo(dtype).max / amax.double().clamp(min=EPS)).float()
     return round_down_to_power_of_2(scale) if power_of_2 else scale
 
 
 def quantize(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """``x`` in float8: ``x * scale`` in float32, saturated to the finite range of ``dtype``; NaN stays NaN.
+    """Cast ``x`` to float8: ``x * scale`` in float32, clamped to the finite range of ``dtype``; NaN stays NaN.
 
     Args:
         scale: float32, broadcastable to ``x``.
@@ -63,5 +62,5 @@ def quantize(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def dequantize(data: Tensor, scale: Tensor) -> Tensor:
-    """The float32 values that ``data`` at ``scale`` stands for."""
+    """Return ``data / scale`` in float32."""
     return data.float() / scale

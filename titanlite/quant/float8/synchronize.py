@@ -1,4 +1,4 @@
-"""The end of a step of delayed scaling."""
+"""The synchronization at the end of a step of delayed scaling."""
 
 from __future__ import annotations
 
@@ -18,15 +18,14 @@ from titanlite.quant.linear import QuantLinear, quant_layers
 def sync_float8_amax_and_scale_history(
     model: nn.Module, fp8_layers: Iterable[QuantLinear] | None = None, *, group: dist.ProcessGroup | None = None
 ) -> None:
-    """End a step of delayed scaling: agree on this step's amaxes over the processes (one all-reduce for all layers),
-    put them into the histories, and compute the scales of the next step. To be called after backward.
+    """End a step of delayed scaling: take this step's largest amaxes over the processes (one all-reduce for all
+    layers), add them to the histories, and compute the scales of the next step. Call it after backward.
 
-    An amax that is not finite, or zero, leaves its history as it is: one bad step does not spoil the next
-    ``history_len``.
+    An amax that is zero or not finite is not added, so that one bad step does not spoil the next ``history_len``.
 
     Args:
-        fp8_layers: the layers, where the caller has them already; None takes those in ``model``.
-        group: of the processes that hold these layers, by default all.
+        fp8_layers: the layers, if the caller has them already; None: those in ``model``.
+        group: the processes that hold these layers; None: all.
     """
     states = [
         (layer, layer.format, operand)
@@ -43,11 +42,11 @@ def sync_float8_amax_and_scale_history(
     valid = amax.isfinite() & (amax > 0)
     for i, (layer, _, operand) in enumerate(states):
         history = layer.get_buffer(f"{HISTORY}{operand}")
-        moved = torch.cat([amax[i : i + 1], history[:-1]])
-        history.copy_(torch.where(valid[i], moved, history))
+        shifted = torch.cat([amax[i : i + 1], history[:-1]])
+        history.copy_(torch.where(valid[i], shifted, history))
     largest = torch.stack([layer.get_buffer(f"{HISTORY}{operand}").amax() for layer, _, operand in states])
     for i, (layer, format, operand) in enumerate(states):
         scale = amax_to_scale(largest[i], getattr(format, operand)[0].dtype, format.power_of_2)
         layer.get_buffer(f"{SCALE}{operand}").copy_(torch.where(largest[i] > 0, scale, 0.0))
-        layer.forget_copies()  # they have the old scale
+        layer.forget_copies()  # the copies have the old scale
     torch._foreach_zero_(amaxes)

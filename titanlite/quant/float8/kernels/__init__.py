@@ -1,7 +1,7 @@
-"""Quantization in one or two passes over memory, as PyTorch operators that compile.
+"""Quantization in one or two passes over memory, as PyTorch operators that work with torch.compile.
 
 ``titanlite_float8::amaxes``, ``::cast``, ``::swiglu_backward`` and ``::rescale`` are Triton kernels on GPUs and plain
-operations on the CPU, with the same numbers: to the bit, but for exponential functions and divisions in SwiGLU.
+operations on the CPU. Both give the same bits, except for the exponential and the division in SwiGLU.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from titanlite.quant.float8.kernels.outputs import (
 )
 
 Layout = Literal["none", "tensor", "vector"]
-"""One layout of a cast: left out, or with one scale for the tensor, or with one for each of its rows or columns."""
+"""One layout of a cast: not wanted, with one scale for the tensor, or with one scale for each row or column."""
 
 AVAILABLE = importlib.util.find_spec("triton") is not None
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-"""What can be cast."""
+"""The dtypes that can be cast."""
 
 _library = torch.library.Library("titanlite_float8", "DEF")
 _library.define("amaxes(Tensor x, str by_rows, str by_columns, Tensor? gate=None) -> Tensor")
@@ -44,19 +44,19 @@ _library.define("rescale(Tensor product, Tensor row_scale, Tensor column_scale, 
 def cast(
     x: Tensor, dtype: torch.dtype, by_rows: Layout, by_columns: Layout, power_of_2: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """``x`` in float8 with dynamic scales, in up to two layouts. Reads it twice; for the row-major copy alone, with one
-    scale per row, once.
+    """Cast ``x`` to float8 with dynamic scales, in up to two layouts. Reads ``x`` twice, or once for scales of rows
+    alone.
 
     Args:
         x: (rows, columns), of one of :data:`DTYPES`, not empty.
-        by_rows: the row-major copy, with "vector" one scale per row.
-        by_columns: the transposed copy, with "vector" one scale per column.
+        by_rows: the row-major copy; "vector": one scale per row.
+        by_columns: the transposed copy; "vector": one scale per column.
 
     Returns:
         (rows, columns) float8; its float32 scales, () or (rows, 1); (columns, rows) float8; its scales, () or
-        (1, columns). Of what is left out, tensors without elements.
+        (1, columns). A layout that is "none" gives empty tensors.
     """
-    # Two operators, for activation checkpointing to keep the first's result, which is small and takes a read of x.
+    # Two operators, so that activation checkpointing can keep the amaxes, which are small but cost a read of x.
     amaxes = torch.ops.titanlite_float8.amaxes(x, by_rows, by_columns)
     return torch.ops.titanlite_float8.cast(x, amaxes, dtype, by_rows, by_columns, power_of_2)  # type: ignore[no-any-return]
 
@@ -64,21 +64,21 @@ def cast(
 def swiglu_cast(
     gate: Tensor, up: Tensor, dtype: torch.dtype, by_rows: Layout, by_columns: Layout, power_of_2: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The row-major copy of ``silu(gate) * up``, which itself is never written, and what :func:`swiglu_backward` needs
-    to make the other. Reads both twice.
+    """Cast ``silu(gate) * up`` to its row-major copy, without writing the product. Reads both tensors twice.
 
     Args:
         gate, up: (rows, columns), of the same one of :data:`DTYPES`, not empty.
-        The others: as of :func:`cast`; ``by_rows`` is not "none".
+        by_columns: the layout that :func:`swiglu_backward` will make; only its amaxes are computed here.
+        The others: as in :func:`cast`; ``by_rows`` is not "none".
 
     Returns:
-        (rows, columns) float8; its float32 scales, () or (rows, 1); the largest magnitudes for ``by_columns``.
+        (rows, columns) float8; its float32 scales, () or (rows, 1); the amaxes for ``by_columns``.
     """
     amaxes = torch.ops.titanlite_float8.amaxes
-    of_columns = up.new_empty(0, dtype=torch.int32) if by_columns == "none" else amaxes(up, "none", by_columns, gate)
-    of_rows = of_columns if by_rows == by_columns == "tensor" else amaxes(up, by_rows, "none", gate)
-    data, scale, *_ = torch.ops.titanlite_float8.cast(up, of_rows, dtype, by_rows, "none", power_of_2, gate)
-    return data, scale, of_columns
+    column_amax = up.new_empty(0, dtype=torch.int32) if by_columns == "none" else amaxes(up, "none", by_columns, gate)
+    row_amax = column_amax if by_rows == by_columns == "tensor" else amaxes(up, by_rows, "none", gate)
+    data, scale, *_ = torch.ops.titanlite_float8.cast(up, row_amax, dtype, by_rows, "none", power_of_2, gate)
+    return data, scale, column_amax
 
 
 def swiglu_backward(
@@ -90,17 +90,17 @@ def swiglu_backward(
     by_columns: Layout | Literal["high_precision"],
     power_of_2: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The gradients of ``silu(gate) * up`` and, made again beside them, what the gradient of a weight needs of it.
-    Reads each once.
+    """Compute the gradients of ``silu(gate) * up``, and recompute the product for the weight's gradient. Reads each
+    tensor once.
 
     Args:
-        grad: of the product, (rows, columns). It is overwritten: at this point a block needs the most memory.
+        grad: the gradient of the product, (rows, columns). It is overwritten, since memory peaks here in a block.
         amaxes: from :func:`swiglu_cast` with the same ``by_columns``.
-        by_columns: "high_precision" for the product itself, row-major.
+        by_columns: the layout of the product; "high_precision": not cast, row-major.
 
     Returns:
-        the gradients of ``gate`` and of ``up``; (columns, rows) float8; its scales, () or (1, columns). Of what is left
-        out, tensors without elements.
+        The gradients of ``gate`` and of ``up``; the product, (columns, rows) float8; its scales, () or (1, columns).
+        A layout that is "none" gives empty tensors.
     """
     grad = grad.contiguous()
     grad_gate, product, scale = torch.ops.titanlite_float8.swiglu_backward(
@@ -110,8 +110,8 @@ def swiglu_backward(
 
 
 def rescale(product: Tensor, row_scale: Tensor, column_scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """``product`` (rows, columns), divided by its operands' scales, each () or (rows, 1) or (1, columns), in ``dtype``;
-    in one pass."""
+    """Divide ``product`` (rows, columns) by its operands' scales, () or (rows, 1) and () or (1, columns), in one pass;
+    the result has ``dtype``."""
     return torch.ops.titanlite_float8.rescale(product, row_scale, column_scale, dtype)  # type: ignore[no-any-return]
 
 

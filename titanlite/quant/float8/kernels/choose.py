@@ -1,4 +1,4 @@
-"""Which is faster here: the Triton kernels, or those that the compiler makes of plain operations."""
+"""The choice by measurement between the Triton kernels and those that the compiler generates from plain operations."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from titanlite.quant.float8 import kernels
 from titanlite.quant.float8.kernels import reference
 
-DIFFERENT = 1e-3  # the largest share of numbers that may
+DIFFERENT = 1e-3  # the largest share of elements that may differ between the two
 
 
 class Times(NamedTuple):
@@ -23,24 +23,24 @@ class Times(NamedTuple):
 def measure(
     rows: int, columns: int, dtype: torch.dtype, by_rows: kernels.Layout, by_columns: kernels.Layout, power_of_2: bool
 ) -> Times:
-    """Times the cast of a random (rows, columns) bfloat16 matrix both ways on the current GPU, in turn. Compiling takes
-    some seconds; the results are compared, too.
+    """Time the cast of a random (rows, columns) bfloat16 matrix by both on the current GPU. Compiling takes some
+    seconds.
 
     Raises:
-        RuntimeError: more of them differ than the compiler's division, which is not IEEE's, can explain.
+        RuntimeError: the two results differ more than the compiler's division, which is not IEEE's, can explain.
     """
     from triton.testing import do_bench
 
-    generator = torch.Generator("cuda").manual_seed(0)  # not the run's, which a choice must not move
+    generator = torch.Generator("cuda").manual_seed(0)  # of its own: the run's generator must not advance
     x = torch.randn(rows, columns, device="cuda", dtype=torch.bfloat16, generator=generator)
-    how = (dtype, by_rows, by_columns, power_of_2)
-    ways: dict[str, Callable[..., tuple[torch.Tensor, ...]]] = {
+    args = (dtype, by_rows, by_columns, power_of_2)
+    casts: dict[str, Callable[..., tuple[torch.Tensor, ...]]] = {
         "triton": kernels.cast,
         "inductor": torch.compile(reference.cast, fullgraph=True),
     }
-    results = [way(x, *how) for way in ways.values()]
+    results = [cast(x, *args) for cast in casts.values()]
     for a, b in zip(*results, strict=True):
         if (a.float() != b.float()).float().mean() > DIFFERENT:
-            raise RuntimeError(f"casts of a {rows} x {columns} matrix, {how}: the kernels disagree with the compiler's")
-    times = {name: 1000 * do_bench(lambda way=way: way(x, *how), return_mode="median") for name, way in ways.items()}
+            raise RuntimeError(f"casts of a {rows} x {columns} matrix, {args}: Triton and the compiler disagree")
+    times = {name: 1000 * do_bench(lambda c=cast: c(x, *args), return_mode="median") for name, cast in casts.items()}
     return Times(**times)

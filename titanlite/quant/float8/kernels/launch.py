@@ -1,4 +1,4 @@
-"""Launching the Triton kernels: memory, tiles, grids."""
+"""Launch of the Triton kernels: memory, tiles, grids."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from titanlite.quant.float8.kernels.outputs import (
     outputs_of_swiglu_backward,
 )
 
-HOW = {"none": kernels.NONE.value, "tensor": kernels.TENSOR.value, "vector": kernels.VECTOR.value}
+LAYOUTS = {"none": kernels.NONE.value, "tensor": kernels.TENSOR.value, "vector": kernels.VECTOR.value}
 DTYPES = {
     torch.float8_e4m3fn: tl.float8e4nv,
     torch.float8_e5m2: tl.float8e5,
@@ -30,7 +30,7 @@ DTYPES = {
 
 
 class Tile(NamedTuple):
-    """What one program computes, and with how many warps."""
+    """The part of a matrix that one program computes, and its number of warps."""
 
     rows: int
     columns: int
@@ -47,24 +47,24 @@ AMAX_TILE = Tile(64, 256, 8)
 CAST_TILE = Tile(64, 128, 8)
 SWIGLU_TILE = Tile(64, 64, 8)
 RESCALE_TILE = Tile(32, 256, 4)
-ROW_PER_WARP = 1024  # elements, in row_cast_kernel
+ROW_PER_WARP = 1024  # elements that one warp takes in row_cast_kernel
 
 
 def amaxes(x: Tensor, by_rows: str, by_columns: str, gate: Tensor | None = None) -> Tensor:
-    """``titanlite_float8::amaxes``: the bits of float32 magnitudes, of rows and then of columns; empty where the cast
-    needs none."""
+    """Compute ``titanlite_float8::amaxes``: the bits of the float32 amaxes, those of rows first, then of columns; empty
+    if the cast computes its own."""
     if in_one_pass(x.shape[1], by_rows, by_columns):
         return output_of_amaxes(x, by_rows, by_columns)
-    x, gate = _alike(x, gate)
-    found = torch.zeros(sum(counts(x, by_rows, by_columns)), dtype=torch.int32, device=x.device)
+    x, gate = _same_strides(x, gate)
+    out = torch.zeros(sum(counts(x, by_rows, by_columns)), dtype=torch.int32, device=x.device)
     with _on(x):
         kernels.amax_kernel[AMAX_TILE.grid(x)](
-            *(x, gate, *_parts(found, x, by_rows, by_columns), *x.shape, x.stride(0)),
-            BY_ROWS=HOW[by_rows],
-            BY_COLUMNS=HOW[by_columns],
+            *(x, gate, *_split(out, x, by_rows, by_columns), *x.shape, x.stride(0)),
+            BY_ROWS=LAYOUTS[by_rows],
+            BY_COLUMNS=LAYOUTS[by_columns],
             **AMAX_TILE.options(),
         )
-    return found
+    return out
 
 
 def cast_with(
@@ -76,11 +76,11 @@ def cast_with(
     power_of_2: bool,
     gate: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """``titanlite_float8::cast``, of what :func:`amaxes` returned for the same layouts."""
+    """Compute ``titanlite_float8::cast`` from the ``amaxes`` of the same layouts."""
     out = outputs_of_cast(x, amaxes, dtype, by_rows, by_columns, power_of_2)
-    x, gate = _alike(x, gate)
+    x, gate = _same_strides(x, gate)
     m, n = x.shape
-    numbers = _numbers(dtype, power_of_2)
+    numbers = _constants(dtype, power_of_2)
     with _on(x):
         if in_one_pass(x.shape[1], by_rows, by_columns):
             block = triton.next_power_of_2(n)
@@ -88,9 +88,9 @@ def cast_with(
             kernels.row_cast_kernel[(m,)](x, gate, *out[:2], n, x.stride(0), BLOCK_N=block, num_warps=warps, **numbers)
         else:
             kernels.cast_kernel[CAST_TILE.grid(x)](
-                *(x, gate, *_parts(amaxes, x, by_rows, by_columns), *out, m, n, x.stride(0)),
-                BY_ROWS=HOW[by_rows],
-                BY_COLUMNS=HOW[by_columns],
+                *(x, gate, *_split(amaxes, x, by_rows, by_columns), *out, m, n, x.stride(0)),
+                BY_ROWS=LAYOUTS[by_rows],
+                BY_COLUMNS=LAYOUTS[by_columns],
                 **numbers,
                 **CAST_TILE.options(),
             )
@@ -100,58 +100,58 @@ def cast_with(
 def cast(
     x: Tensor, dtype: torch.dtype, by_rows: str, by_columns: str, power_of_2: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """:func:`titanlite.quant.float8.kernels.cast`, without the dispatcher."""
+    """Compute :func:`titanlite.quant.float8.kernels.cast` without the dispatcher."""
     return cast_with(x, amaxes(x, by_rows, by_columns), dtype, by_rows, by_columns, power_of_2)
 
 
 def swiglu_backward(
     grad: Tensor, gate: Tensor, up: Tensor, amaxes: Tensor, dtype: torch.dtype, by_columns: str, power_of_2: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """``titanlite_float8::swiglu_backward``. ``grad`` becomes the gradient of ``up``."""
+    """Compute ``titanlite_float8::swiglu_backward``. ``grad`` is overwritten with the gradient of ``up``."""
     if not grad.is_contiguous():
-        raise ValueError(f"swiglu_backward: a gradient with strides {grad.stride()}; it must be contiguous")
-    up, of_gate = _alike(up, gate)
+        raise ValueError(f"swiglu_backward: grad has strides {grad.stride()}: must be contiguous; call contiguous()")
+    up, aligned_gate = _same_strides(up, gate)
     grad_gate, product, scale = outputs_of_swiglu_backward(grad, gate, up, amaxes, dtype, by_columns, power_of_2)
     with _on(up):
         kernels.swiglu_backward_kernel[SWIGLU_TILE.grid(up)](
-            *(grad, of_gate, up, amaxes, grad_gate),
+            *(grad, aligned_gate, up, amaxes, grad_gate),
             *(None if by_columns == "none" else product, scale, *up.shape, up.stride(0)),
-            BY_COLUMNS=HOW.get(by_columns, HOW["none"]),
-            **_numbers(dtype, power_of_2),
+            BY_COLUMNS=LAYOUTS.get(by_columns, LAYOUTS["none"]),
+            **_constants(dtype, power_of_2),
             **SWIGLU_TILE.options(),
         )
     return grad_gate, product, scale
 
 
-def _numbers(dtype: torch.dtype, power_of_2: bool) -> dict[str, object]:
+def _constants(dtype: torch.dtype, power_of_2: bool) -> dict[str, object]:
     return {"FP8_MAX": torch.finfo(dtype).max, "POWER_OF_2": power_of_2, "DTYPE": DTYPES[dtype]}
 
 
-def _alike(x: Tensor, gate: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """With neighbours in a row side by side, and from row to row, if there is a gate, of both as far."""
+def _same_strides(x: Tensor, gate: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Return both with contiguous rows and the same strides."""
     if x.stride(1) == 1 and (gate is None or gate.stride() == x.stride()):
         return x, gate
     return x.contiguous(), None if gate is None else gate.contiguous()
 
 
-def _parts(amaxes: Tensor, x: Tensor, by_rows: str, by_columns: str) -> tuple[Tensor, Tensor]:
-    """The amaxes of the two layouts; one and the same for two scales of the whole tensor."""
-    of_rows, of_columns = amaxes.split(counts(x, by_rows, by_columns))
-    return of_rows, of_rows if by_rows == by_columns == "tensor" else of_columns
+def _split(amaxes: Tensor, x: Tensor, by_rows: str, by_columns: str) -> tuple[Tensor, Tensor]:
+    """Return the amaxes of the two layouts; the same tensor twice where both have one scale for the whole tensor."""
+    row_amax, column_amax = amaxes.split(counts(x, by_rows, by_columns))
+    return row_amax, row_amax if by_rows == by_columns == "tensor" else column_amax
 
 
 def _on(x: Tensor) -> contextlib.AbstractContextManager[object]:
-    """Triton launches on the current device, not on that of its arguments."""
+    """Make the device of ``x`` the current one: Triton launches there, not on the device of its arguments."""
     return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
 
 
 def rescale(product: Tensor, row_scale: Tensor, column_scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """``titanlite_float8::rescale``."""
+    """Compute ``titanlite_float8::rescale``."""
     out = output_of_rescale(product, row_scale, column_scale, dtype)
     steps = {"ROW_STEP": min(row_scale.ndim, 1), "COLUMN_STEP": min(column_scale.ndim, 1)}
-    given = (tensor.contiguous() for tensor in (product, row_scale, column_scale))
+    inputs = (tensor.contiguous() for tensor in (product, row_scale, column_scale))
     with _on(product):
         kernels.rescale_kernel[RESCALE_TILE.grid(product)](
-            *(*given, out, *product.shape), **steps, **RESCALE_TILE.options()
+            *(*inputs, out, *product.shape), **steps, **RESCALE_TILE.options()
         )
     return out

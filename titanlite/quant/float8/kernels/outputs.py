@@ -1,20 +1,20 @@
-"""The memory for what the kernels compute; also all that fake tensors need to know of them."""
+"""Allocation of the kernels' outputs. Fake tensors use the same functions for shapes and dtypes."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-LONGEST_ROW = 32768  # that one program holds
+LONGEST_ROW = 32768  # elements that one program can hold
 
 
 def in_one_pass(columns: int, by_rows: str, by_columns: str) -> bool:
-    """Whether a cast finds the amaxes itself: rows by themselves are read once."""
+    """Return whether the cast computes the amaxes itself, as it does for scales of rows alone: it reads x once."""
     return by_rows == "vector" and by_columns == "none" and columns <= LONGEST_ROW
 
 
 def counts(x: Tensor, by_rows: str, by_columns: str) -> tuple[int, int]:
-    """How many amaxes the two layouts of a cast have."""
+    """Return the numbers of amaxes of the two layouts of a cast."""
     m, n = x.shape
     return {"none": 0, "tensor": 1, "vector": m}[by_rows], {"none": 0, "tensor": 1, "vector": n}[by_columns]
 
@@ -35,11 +35,11 @@ def outputs_of_cast(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     m, n = x.shape
 
-    def layout(how: str, shape: tuple[int, int], scales: tuple[int, int]) -> tuple[Tensor, Tensor]:
-        scale = {"none": (0,), "tensor": (), "vector": scales}[how]
-        return x.new_empty((0,) if how == "none" else shape, dtype=dtype), x.new_empty(scale, dtype=torch.float32)
+    def outputs(layout: str, shape: tuple[int, int], scales: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        scale = {"none": (0,), "tensor": (), "vector": scales}[layout]
+        return x.new_empty((0,) if layout == "none" else shape, dtype=dtype), x.new_empty(scale, dtype=torch.float32)
 
-    return *layout(by_rows, (m, n), (m, 1)), *layout(by_columns, (n, m), (1, n))
+    return *outputs(by_rows, (m, n), (m, 1)), *outputs(by_columns, (n, m), (1, n))
 
 
 def outputs_of_swiglu_backward(

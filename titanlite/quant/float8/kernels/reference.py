@@ -1,4 +1,4 @@
-"""What the kernels compute, in plain operations: what they are tested against, and what runs on the CPU."""
+"""The kernels' computations in plain operations. They run on the CPU, and tests compare the kernels with them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from titanlite.quant.float8.numerics import amax_of, amax_to_scale, quantize
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """``silu(gate) * up``, rounded once."""
+    """Return ``silu(gate) * up``, computed in float32 and rounded once."""
     return (F.silu(gate.float()) * up.float()).to(up.dtype)
 
 
@@ -25,9 +25,9 @@ def amaxes(x: Tensor, by_rows: str, by_columns: str, gate: Tensor | None = None)
     if in_one_pass(x.shape[1], by_rows, by_columns):
         return output_of_amaxes(x, by_rows, by_columns)
     x = x if gate is None else swiglu(gate, x)
-    layouts = [(how, dim) for how, dim in ((by_rows, 1), (by_columns, 0)) if how != "none"]
-    found = [amax_of(x, dim if how == "vector" else None).float().flatten() for how, dim in layouts]
-    return torch.cat(found).view(torch.int32)
+    layouts = [(layout, dim) for layout, dim in ((by_rows, 1), (by_columns, 0)) if layout != "none"]
+    parts = [amax_of(x, dim if layout == "vector" else None).float().flatten() for layout, dim in layouts]
+    return torch.cat(parts).view(torch.int32)
 
 
 def cast_with(
@@ -40,17 +40,17 @@ def cast_with(
     gate: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     x = x if gate is None else swiglu(gate, x)
-    data, scale, transposed, its_scale = outputs_of_cast(x, amaxes, dtype, by_rows, by_columns, power_of_2)
+    data, scale, transposed, column_scale = outputs_of_cast(x, amaxes, dtype, by_rows, by_columns, power_of_2)
     if in_one_pass(x.shape[1], by_rows, by_columns):
         amaxes = amax_of(x, 1).float().flatten().view(torch.int32)
-    of_rows, of_columns = amaxes.view(torch.float32).split(counts(x, by_rows, by_columns))
+    row_amax, column_amax = amaxes.view(torch.float32).split(counts(x, by_rows, by_columns))
     if by_rows != "none":
-        scale = amax_to_scale(of_rows.reshape(scale.shape), dtype, power_of_2)
+        scale = amax_to_scale(row_amax.reshape(scale.shape), dtype, power_of_2)
         data = quantize(x, scale, dtype).contiguous()
     if by_columns != "none":
-        its_scale = amax_to_scale(of_columns.reshape(its_scale.shape), dtype, power_of_2)
-        transposed = quantize(x, its_scale, dtype).t().contiguous()
-    return data, scale, transposed, its_scale
+        column_scale = amax_to_scale(column_amax.reshape(column_scale.shape), dtype, power_of_2)
+        transposed = quantize(x, column_scale, dtype).t().contiguous()
+    return data, scale, transposed, column_scale
 
 
 def cast(

@@ -1,13 +1,13 @@
 """The kernels in Triton: amaxes, casts into one or both memory layouts, and the scaling of a product.
 
-Matrices are row-major, (rows, columns), of M and N elements. A cast *by rows* gives what a matmul contracts along the
-columns: scales of rows and row-major data. One *by columns* gives what a matmul contracts along the rows: scales of
-columns, and the data transposed, since float8 units take both operands with what they sum over lying together. Where
-there is a gate, it is silu(gate) * x that is cast, as in SwiGLU.
+Matrices are row-major, (M rows, N columns). A cast *by rows* is for a matmul that sums over the columns: it has scales
+of rows, and row-major data. A cast *by columns* is for a matmul that sums over the rows: it has scales of columns, and
+the data is transposed, because float8 units need the summed dimension contiguous in both operands. Where a gate is
+given, silu(gate) * x is cast instead of x, as in SwiGLU.
 
-Numbers are those of :mod:`titanlite.quant.float8.numerics`, to the bit (SwiGLU's but for exponential and division). An
-amax travels as the bits of its float32, which order as magnitudes do, NaN above infinity: integer maxima, and thereby
-atomic ones, then keep a NaN.
+The numbers are those of :mod:`titanlite.quant.float8.numerics`, to the bit (except for SwiGLU's exponential and
+division). An amax is passed as the bits of its float32. As integers these are ordered like the magnitudes, with NaN
+above infinity, so that an integer maximum, also an atomic one, keeps a NaN.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from titanlite.quant.float8.numerics import EPS
 
 _EPS = constexpr(EPS)
 _MANTISSA, _INFINITY = constexpr(0x007FFFFF), constexpr(0x7F800000)  # bits of a float32
-# The scales of one layout of a cast, and the steps between their addresses from row to row, or column to column.
+# The layouts of a cast: none, one scale for the tensor, or one scale for each row or column.
 NONE, TENSOR, VECTOR = constexpr(-1), constexpr(0), constexpr(1)
 
 
@@ -32,9 +32,9 @@ def _magnitude_bits(x):
 @triton.jit
 def _scale(amax_bits, FP8_MAX: constexpr, POWER_OF_2: constexpr):
     if POWER_OF_2:
-        # In integers, since each program makes hundreds of them and a division in float64 takes long. The exponent of
-        # fp8_max / amax is the difference of theirs, less one where amax has the larger mantissa; 1e-12 in float32 is
-        # exact enough for that.
+        # In integers, because each program computes hundreds of scales and a float64 division is slow. The exponent of
+        # fp8_max / amax is the difference of the two exponents, less one where amax has the larger mantissa. 1e-12 in
+        # float32 is exact enough for this.
         finite = tl.maximum(amax_bits, tl.full(amax_bits.shape, _EPS, tl.float32).to(tl.int32, bitcast=True))
         largest = tl.full(amax_bits.shape, FP8_MAX, tl.float32).to(tl.int32, bitcast=True)
         smaller = ((finite & _MANTISSA) > (largest & _MANTISSA)).to(tl.int32)
@@ -55,7 +55,7 @@ def _quantize(x, scale, FP8_MAX: constexpr, DTYPE: constexpr):
 
 @triton.jit
 def _values(x, gate, offsets, inside):
-    """What is cast: x, or the product of SwiGLU, rounded to the dtype of x as if it had been written."""
+    """Load the values to cast: x, or silu(gate) * x rounded to the dtype of x, as if it had been written."""
     values = tl.load(x + offsets, mask=inside, other=0.0)
     if gate is not None:
         silu = _silu(tl.load(gate + offsets, mask=inside, other=0.0).to(tl.float32))
@@ -70,16 +70,16 @@ def _silu(gate):
 
 @triton.jit
 def _scale_of_all(amax, to, FP8_MAX: constexpr, POWER_OF_2: constexpr):
-    """The scale of the tensor, of shape (1,); stored by every program, the same by each."""
-    only = tl.zeros([1], tl.int32)
-    scale = _scale(tl.load(amax + only), FP8_MAX, POWER_OF_2)
-    tl.store(to + only, scale)
+    """Return the scale of the whole tensor, of shape (1,), and store it; every program stores the same value."""
+    first = tl.zeros([1], tl.int32)
+    scale = _scale(tl.load(amax + first), FP8_MAX, POWER_OF_2)
+    tl.store(to + first, scale)
     return scale
 
 
 @triton.jit
 def _tile(M, N, BLOCK_M: constexpr, BLOCK_N: constexpr, BACKWARD: constexpr):
-    """The place and the rows and columns of this program's tile; ``BACKWARD``: from the last tile to the first."""
+    """Return the position of this program's tile, and its rows and columns; ``BACKWARD``: from the last tile on."""
     tiles_n = tl.cdiv(N, BLOCK_N)
     tile = tl.program_id(0)
     if BACKWARD:
@@ -102,8 +102,8 @@ def amax_kernel(
     BLOCK_M: constexpr,
     BLOCK_N: constexpr,
 ):
-    """The bits of the amaxes that the two layouts want (of all elements for both: in row_amax), into int32 zeros. Reads
-    x once."""
+    """Compute the bits of the amaxes of the two layouts, into int32 zeros. Where both layouts have one scale for the
+    tensor, only row_amax is written. Reads x once."""
     _, _, rows, columns = _tile(M, N, BLOCK_M, BLOCK_N, False)
     inside = (rows < M)[:, None] & (columns < N)[None, :]
     values = _values(x, gate, rows.to(tl.int64)[:, None] * stride + columns[None, :], inside)
@@ -139,8 +139,8 @@ def cast_kernel(
     BLOCK_M: constexpr,
     BLOCK_N: constexpr,
 ):
-    """x in float8: by_rows (M, N) and by_columns (N, M), each with its scales, from the bits of the amaxes. Reads x
-    once; last tiles first, which the kernel of the amaxes has left in the cache."""
+    """Cast x to float8, to by_rows (M, N) and by_columns (N, M), each with scales from the bits of the amaxes. Reads x
+    once, the last tiles first: amax_kernel has left them in the cache."""
     down, across, rows, columns = _tile(M, N, BLOCK_M, BLOCK_N, True)
     inside = (rows < M)[:, None] & (columns < N)[None, :]
     values = _values(x, gate, rows.to(tl.int64)[:, None] * stride + columns[None, :], inside)
@@ -156,16 +156,16 @@ def cast_kernel(
     if BY_COLUMNS == VECTOR or (BY_COLUMNS == TENSOR and BY_ROWS != TENSOR):
         scale = _scale_of_columns(column_amax, column_scale, columns, N, down, FP8_MAX, POWER_OF_2, BY_COLUMNS)
         q = _quantize(values, scale[None, :], FP8_MAX, DTYPE)
-    elif BY_COLUMNS == TENSOR:  # q is as it should be
+    elif BY_COLUMNS == TENSOR:  # q has this scale already
         _scale_of_all(column_amax, column_scale, FP8_MAX, POWER_OF_2)
     if BY_COLUMNS != NONE:
         _store_transposed(by_columns, q, rows, columns, M, N)
 
 
 @triton.jit
-def _scale_of_columns(amax, to, columns, N, down, FP8_MAX: constexpr, POWER_OF_2: constexpr, HOW: constexpr):
-    """Of each column, or of all in shape (1,); stored."""
-    if HOW == VECTOR:
+def _scale_of_columns(amax, to, columns, N, down, FP8_MAX: constexpr, POWER_OF_2: constexpr, LAYOUT: constexpr):
+    """Return the scale of each column, or of the whole tensor in shape (1,), and store it."""
+    if LAYOUT == VECTOR:
         scale = _scale(tl.load(amax + columns, mask=columns < N, other=0), FP8_MAX, POWER_OF_2)
         if down == 0:
             tl.store(to + columns, scale, mask=columns < N)
@@ -193,7 +193,7 @@ def row_cast_kernel(
     DTYPE: constexpr,
     BLOCK_N: constexpr,
 ):
-    """One row, of at most BLOCK_N columns, by rows. Reads x once: no amax comes from elsewhere."""
+    """Cast one row, of at most BLOCK_N columns, by rows. Reads x once: the amax is computed here."""
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK_N)
     inside = columns < N
@@ -222,20 +222,20 @@ def swiglu_backward_kernel(
     BLOCK_M: constexpr,
     BLOCK_N: constexpr,
 ):
-    """The gradients of silu(gate) * up, that of up in grad, where its own was; and, unless ``product`` is None, the
-    product, as it is, or by columns. All of them (M, N) and row-major, between the rows of gate and up a stride. Reads
-    each once."""
+    """Compute the gradients of silu(gate) * up, and unless ``product`` is None recompute the product: cast by columns,
+    or with BY_COLUMNS = NONE not cast. The gradient of up overwrites grad. All are (M, N) and row-major; ``stride`` is
+    that of the rows of gate and up. Reads each once."""
     down, _, rows, columns = _tile(M, N, BLOCK_M, BLOCK_N, True)
     inside = (rows < M)[:, None] & (columns < N)[None, :]
     offsets = rows.to(tl.int64)[:, None] * N + columns[None, :]
-    of_factors = rows.to(tl.int64)[:, None] * stride + columns[None, :]
-    g = tl.load(gate + of_factors, mask=inside, other=0.0).to(tl.float32)
-    u = tl.load(up + of_factors, mask=inside, other=0.0).to(tl.float32)
+    input_offsets = rows.to(tl.int64)[:, None] * stride + columns[None, :]
+    g = tl.load(gate + input_offsets, mask=inside, other=0.0).to(tl.float32)
+    u = tl.load(up + input_offsets, mask=inside, other=0.0).to(tl.float32)
     out = tl.load(grad + offsets, mask=inside, other=0.0).to(tl.float32)
     sigmoid = 1.0 / (1.0 + tl.exp(-g))
-    silu = _silu(g)  # as in forward to the bit, so that the copy of the product fits its scale
-    grad_of_gate = out * u * sigmoid * (1.0 + g * (1.0 - sigmoid))
-    tl.store(grad_gate + offsets, grad_of_gate.to(gate.dtype.element_ty), mask=inside)
+    silu = _silu(g)  # the same bits as in forward, so that the product fits the scale computed there
+    g_grad = out * u * sigmoid * (1.0 + g * (1.0 - sigmoid))
+    tl.store(grad_gate + offsets, g_grad.to(gate.dtype.element_ty), mask=inside)
     tl.store(grad + offsets, (out * silu).to(up.dtype.element_ty), mask=inside)
     if product is not None:
         values = (silu * u).to(up.dtype.element_ty)
@@ -259,14 +259,14 @@ def rescale_kernel(
     BLOCK_M: constexpr,
     BLOCK_N: constexpr,
 ):
-    """The product of two operands, divided by their scales, which it was computed without: of rows and columns, or with
-    step 0 of the whole operand."""
+    """Divide the unscaled product of two operands by their scales: those of rows and of columns, or with step 0 one of
+    the whole operand."""
     _, _, rows, columns = _tile(M, N, BLOCK_M, BLOCK_N, True)
     inside = (rows < M)[:, None] & (columns < N)[None, :]
     offsets = rows.to(tl.int64)[:, None] * N + columns[None, :]
-    of_rows = tl.load(row_scale + rows * ROW_STEP, mask=rows < M, other=1.0)
-    of_columns = tl.load(column_scale + columns * COLUMN_STEP, mask=columns < N, other=1.0)
-    of_rows = tl.div_rn(tl.full(of_rows.shape, 1.0, tl.float32), of_rows)
-    of_columns = tl.div_rn(tl.full(of_columns.shape, 1.0, tl.float32), of_columns)
+    row = tl.load(row_scale + rows * ROW_STEP, mask=rows < M, other=1.0)
+    column = tl.load(column_scale + columns * COLUMN_STEP, mask=columns < N, other=1.0)
+    row = tl.div_rn(tl.full(row.shape, 1.0, tl.float32), row)
+    column = tl.div_rn(tl.full(column.shape, 1.0, tl.float32), column)
     values = tl.load(product + offsets, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out + offsets, (values * of_rows[:, None] * of_columns[None, :]).to(out.dtype.element_ty), mask=inside)
+    tl.store(out + offsets, (values * row[:, None] * column[None, :]).to(out.dtype.element_ty), mask=inside)
