@@ -303,12 +303,12 @@ def test_refuses_small_shards(mesh: DeviceMesh, style: ParallelStyle, layer: Any
     [
         (Float8ColwiseParallel, {"input_layouts": Partial()}, r"must be Replicate\(\) or Shard\(dim\)"),
         (Float8ColwiseParallel, {"output_layouts": Shard(1)}, r"must be Shard\(-1\) or Replicate\(\)"),
-        (Float8RowwiseParallel, {"input_layouts": Replicate()}, r"can only be Shard\(-1\)"),
+        (Float8RowwiseParallel, {"input_layouts": Replicate()}, r"must be Shard\(-1\)"),
         (Float8RowwiseParallel, {"output_layouts": Partial()}, r"must be Replicate\(\) or Shard\(dim\)"),
         (
             PrepareFloat8ModuleInput,
             {"input_layouts": (Shard(1), None), "desired_input_layouts": Replicate()},
-            "2 input_layouts, 1 desired_input_layouts: must be as many",
+            "2 input_layouts, 1 desired_input_layouts: must be the same number",
         ),
     ],
 )

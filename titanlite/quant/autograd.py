@@ -1,4 +1,4 @@
-"""The three matmuls of a layer, as autograd takes them."""
+"""The three matmuls of a layer as autograd functions."""
 
 from __future__ import annotations
 
@@ -12,25 +12,25 @@ from titanlite.quant.operands import Operands
 
 
 class Ranks(Protocol):
-    """The ranks of a row-parallel layer, each of which has a part of its input features.
+    """The communication of a row-parallel layer, each rank of which has a part of the input features.
 
-    What they communicate is part of the matmul: its backward takes the gradient in the format as it arrives, which
-    autograd could not hand on.
+    It happens inside the matmul, because the backward gathers the gradient in the format, and autograd cannot pass
+    such a gradient on.
     """
 
     def sum(self, output: Tensor) -> Tensor:
-        """Return the sum over the ranks, or this rank's share of it."""
+        """Return the sum of ``output`` over the ranks, or this rank's share of the sum."""
 
     def whole(self, grad: Tensor) -> Tensor | Operand:
-        """Return the gradient of the whole sum, made of the gradient of what :meth:`sum` returned."""
+        """Return the gradient of the whole sum, given the gradient of the result of :meth:`sum`."""
 
 
 class QuantMatmul(torch.autograd.Function):
-    """``x @ weight.T`` and its two gradients.
+    """The matmul ``x @ weight.T`` and its two gradients.
 
-    ``x`` is there for autograd alone: the output is computed from its cast, and what backward needs of it is saved as
-    the cast for grad_weight, one byte per element. ``weight`` is saved as it is, which costs nothing: it is a parameter
-    (and under FSDP2 freed and gathered again in between).
+    ``x`` itself is passed for autograd only: the output is computed from its cast, and backward saves its cast for
+    grad_weight, one byte per element. Saving ``weight`` costs no memory, because it is a parameter (under FSDP2, freed
+    after forward and gathered again).
     """
 
     @staticmethod
@@ -74,10 +74,10 @@ class QuantMatmul(torch.autograd.Function):
 
 
 class QuantSwiGLUMatmul(torch.autograd.Function):
-    """``(silu(gate) * up) @ weight.T`` and its gradients, by the format's kernels.
+    """The matmul ``(silu(gate) * up) @ weight.T`` and its gradients, by the format's kernels.
 
-    The product of SwiGLU, as large as ``gate`` and ``up``, which are kept anyway, is neither written nor kept: backward
-    makes the copy of it that grad_weight takes while it reads both for their gradients.
+    The product ``silu(gate) * up`` is never written nor saved, because ``gate`` and ``up`` are saved anyway: backward
+    recomputes its cast for grad_weight in the pass that computes their gradients.
     """
 
     @staticmethod
@@ -105,7 +105,7 @@ class QuantSwiGLUMatmul(torch.autograd.Function):
         for_gate, for_up, for_weight, *_ = ctx.needs_input_grad
         g_for_input, g_for_weight = ctx.operands.grad_output(grad_output, ctx.format, for_weight)
         gate, up = gate.reshape(-1, gate.shape[-1]), up.reshape(-1, up.shape[-1])
-        # Without factors that learn, the kernel makes gradients of anything, for nobody, and the copy.
+        # If neither factor needs a gradient, only the kernel's product is used, and ``grad`` may hold anything.
         grad = _grad_input(ctx, g_for_input, weight) if for_gate or for_up else torch.empty_like(up)
         grad_gate, grad_up, product = ctx.format.swiglu_backward(grad, gate, up, saved, for_weight)
         grad_weight = None if product is None else _grad_weight(ctx, g_for_weight, product)
@@ -118,14 +118,14 @@ class QuantSwiGLUMatmul(torch.autograd.Function):
 
 
 def _save(ctx: Any, operands: Operands, format: Format, x: Tensor) -> None:
-    """Save what the backward of a matmul with the input ``x`` needs beside tensors."""
+    """Store on ``ctx`` what the backward needs beside the saved tensors."""
     ctx.source = None if torch.compiler.is_compiling() else operands.layer.weight
     ctx.operands, ctx.format, ctx.shape, ctx.dtype = operands, format, x.shape, x.dtype
 
 
 def _output(ctx: Any, x: Operand, w: Operand) -> Tensor:
     out = ctx.format.multiply(x, w.t(), "output", ctx.dtype)
-    # Not a view in the eyes of autograd, as of F.linear: FSDP2 warns of modules that return one.
+    # Like F.linear, return no view as autograd sees it: FSDP2 warns about modules that return one.
     return torch.ops.aten._unsafe_view(out, [*ctx.shape[:-1], out.shape[-1]])  # type: ignore[no-any-return]
 
 
@@ -136,11 +136,11 @@ def _begin_backward(ctx: Any) -> None:
 
 
 def refuse_double_backward(format_name: str) -> None:
-    """Raise a RuntimeError in a backward that builds a graph. The backward of a cast matmul is not differentiable:
-    gradients of it would lack terms."""
+    """Raise a RuntimeError if this backward builds a graph: a second derivative of a cast matmul would lack terms."""
     if torch.is_grad_enabled():
         raise RuntimeError(
-            f"a {format_name} layer has no second derivative: leave out create_graph=True, or convert the layer back"
+            f"a {format_name} layer has no second derivative: leave out create_graph=True, or keep the layer in high "
+            "precision"
         )
 
 

@@ -1,12 +1,12 @@
-"""What a number format is: how it casts the operands of a linear layer's matmuls, and how it multiplies two of them.
+"""The interface of a number format: it casts the operands of a linear layer's matmuls, and multiplies two of them.
 
 A linear layer has three matmuls::
 
     output = x @ w.T        grad_input = g @ w        grad_weight = g.T @ x
 
 ``x`` (rows, in_features) is the input, ``w`` (out_features, in_features) the weight, ``g`` (rows, out_features) the
-gradient of the output. Each of the three is an operand of two matmuls, and each matmul sums over another dimension of
-it. That dimension is called contracted, and the scales of a cast lie along it.
+gradient of the output. Each of the three is an operand of two matmuls, which sum over different dimensions of it. The
+dimension that a matmul sums over is called contracted; a cast for the matmul has its blocks or scales along it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Matmul = Literal["output", "grad_input", "grad_weight"]
 
 
 class Use(NamedTuple):
-    """One of the two matmuls of an operand: the one that sums over dimension ``contracted`` of the 2-D operand."""
+    """The use of an operand in the matmul that sums over dimension ``contracted`` of the 2-D operand."""
 
     operand: OperandName
     contracted: int
@@ -54,11 +54,11 @@ class Format(ABC):
     """A number format with all its options. Immutable and hashable; equal formats compute the same.
 
     The layers, their autograd functions, FSDP2's all-gather and tensor parallelism are written once over this
-    interface. Their ``format`` is the one that :meth:`on` returned for the device at hand.
+    interface. They cast and multiply with the format that :meth:`on` returned for their device.
 
     Attributes:
-        name: for messages, such as "float8".
-        multiple: on the hardware, in_features and out_features must be multiples of it.
+        name: the name in messages, such as "float8".
+        multiple: the hardware needs in_features and out_features that are multiples of this number.
     """
 
     name: str
@@ -91,11 +91,11 @@ class Format(ABC):
 
     @abstractmethod
     def one_cast_serves_both(self, x: Tensor, operand: OperandName, scale: Tensor | None = None) -> bool:
-        """Return whether the cast for one matmul of the operand is the cast for the other one too."""
+        """Return whether one cast serves both matmuls of the operand."""
 
     def cast_both(self, x: Tensor, operand: OperandName, scale: Tensor | None = None) -> tuple[Operand, Operand]:
-        """Cast ``x`` for both matmuls of the operand: the one that contracts its features, and the one that contracts
-        its rows. The two are one and the same object where one cast serves both."""
+        """Cast ``x`` for the matmul that contracts its features, and for the one that contracts its rows. The two are
+        the same object where one cast serves both."""
         by_features = self.cast(x, Use(operand, 1), scale)
         if self.one_cast_serves_both(x, operand, scale):
             return by_features, by_features
@@ -103,69 +103,68 @@ class Format(ABC):
 
     @abstractmethod
     def recast(self, arrived: Operand, operand: OperandName) -> Operand:
-        """Return the operand for the matmul that contracts its rows, made of the cast for the other matmul."""
+        """Return the operand for the matmul that contracts its rows, computed from the cast for the other matmul."""
 
     @abstractmethod
     def input_key(self) -> Hashable:
-        """Return what the casts of an input depend on. Layers with equal keys share the casts of an input; None: the
-        casts depend on the state of the layer, so they are not shared."""
+        """Return a key of the options that the casts of an input depend on. Layers with equal keys share the casts of
+        an input. None: the casts depend on the layer's state, so they cannot be shared."""
 
     # ---- matmuls
 
     @abstractmethod
     def multiply(self, a: Operand, b: Operand, matmul: Matmul, dtype: torch.dtype) -> Tensor:
-        """Return ``a @ b`` (m, k) @ (k, n), accumulated in float32 or int32, with the scales taken out, in ``dtype``.
-        Both operands are in the format, or neither is."""
+        """Return ``a @ b``, (m, k) @ (k, n), accumulated in float32 or int32, without the scales, in ``dtype``. Either
+        both operands are in the format, or neither is."""
 
     # ---- communication
 
     @abstractmethod
     def travels(self, operand: OperandName) -> bool:
-        """Return whether what is gathered over ranks can travel in the format: both matmuls of the operand use it."""
+        """Return whether ranks can gather the operand in the format, as they can if both of its matmuls use it."""
 
     @abstractmethod
     def has_scales_of_rows(self, operand: OperandName) -> bool:
-        """Return whether each row of what travels has its own scales, so that the ranks need not agree on one."""
+        """Return whether each row has its own scales when the operand is gathered; ranks then need no common scale."""
 
     @abstractmethod
     def amax(self, x: Tensor, operand: OperandName) -> Tensor:
-        """Return the largest magnitudes that the scales of ``x`` are made of, in float32: () for one scale, on which
-        the ranks that share the tensor have to agree, or (..., 1) for scales of rows, which are whole on their rank."""
+        """Return the amaxes for the scales of ``x``, float32: (), which the ranks that share the tensor have to
+        all-reduce, or (..., 1) for scales of rows, each of which is whole on its rank."""
 
     @abstractmethod
     def quantize(self, x: Tensor, amax: Tensor, operand: OperandName) -> Operand:
-        """Return ``x`` of any shape in the format, with the scales that ``amax`` gives; contiguous, one byte each."""
+        """Cast ``x``, of any shape, with the scales of ``amax``; the data is contiguous, one byte per element."""
 
     # ---- state of a layer
 
     def state(self) -> dict[OperandName, dict[str, tuple[int, ...]]]:
-        """Return the float32 buffers that a layer needs for this format: for each operand names and shapes. They begin
-        with zeros."""
+        """Return the names and shapes, by operand, of the float32 buffers of a layer. They are initialized to zero."""
         return {}
 
     def scale_from_state(self, layer: nn.Module, x: Tensor, operand: OperandName) -> Tensor | None:
-        """Return the scale () to cast ``x`` with, where it does not come from ``x`` alone, else None. In training it
-        may update the buffers of ``layer``."""
+        """Return the scale, (), to cast ``x`` with; None if it is computed from ``x`` alone. In training this may
+        update the buffers of ``layer``."""
         return None
 
     # ---- SwiGLU
 
     def fuses_swiglu(self, x: Tensor) -> bool:
-        """Return whether :meth:`swiglu_cast` and :meth:`swiglu_backward` exist for factors like ``x``."""
+        """Return whether :meth:`swiglu_cast` and :meth:`swiglu_backward` support factors like ``x``."""
         return False
 
     def swiglu_cast(self, gate: Tensor, up: Tensor, for_weight: bool) -> tuple[Operand, Tensor]:
-        """Return the cast of the input ``silu(gate) * up`` (rows, features) for the output, without writing the
-        product; and what :meth:`swiglu_backward` needs, if ``for_weight``, to cast it for grad_weight."""
+        """Cast the input ``silu(gate) * up``, (rows, features), for the output, without writing the product. The second
+        result is for :meth:`swiglu_backward`, which with ``for_weight`` casts the product for grad_weight."""
         raise NotImplementedError
 
     def swiglu_backward(
         self, grad: Tensor, gate: Tensor, up: Tensor, saved: Tensor, for_weight: bool
     ) -> tuple[Tensor, Tensor, Operand | None]:
-        """Return the gradients of ``gate`` and ``up``, given ``grad`` of the product, which is overwritten; and if
-        ``for_weight`` the product as the operand of grad_weight."""
+        """Return the gradients of ``gate`` and ``up`` and, if ``for_weight``, the product as the operand of
+        grad_weight. ``grad`` is the gradient of the product; it is overwritten."""
         raise NotImplementedError
 
     def describe(self) -> dict[str, Any]:
-        """Return the options worth showing in the representation of a layer."""
+        """Return the options to show in the ``repr`` of a layer."""
         return {}

@@ -1,8 +1,8 @@
 """FSDP2's all-gather in a number format: weights travel as one byte per element.
 
-A weight that FSDP2 shards is wrapped, before sharding, in a :class:`ShardedWeight`, whose ``fsdp_pre_all_gather`` and
-``fsdp_post_all_gather`` FSDP2 calls (its extension point for tensor subclasses). The shard is rounded to the dtype that
-FSDP2 would have gathered and quantized once per optimizer step; what is gathered becomes a :class:`QuantTensor`.
+Before sharding, a weight is wrapped in a :class:`ShardedWeight`. FSDP2 calls its ``fsdp_pre_all_gather`` and
+``fsdp_post_all_gather``, the extension point for tensor subclasses. Once per optimizer step the shard is rounded to the
+dtype that FSDP2 would have gathered, and quantized. The gathered weight is a :class:`QuantTensor`.
 """
 
 from __future__ import annotations
@@ -42,25 +42,26 @@ _COPIES = {
 
 
 class _Writes:
-    """How often a storage was written to; shared by all that look at it. (Operations below autograd, where a tensor
-    subclass does its work, do not count in ``_version``.)"""
+    """The number of writes to a storage, shared by its views. (``_version`` does not count the operations of a tensor
+    subclass, which run below autograd.)"""
 
     def __init__(self) -> None:
         self.count = 0
 
 
 class ShardedWeight(Tensor):
-    """A high-precision weight, or shard of one, that FSDP2 gathers in a number format. Everything else sees the weight.
+    """A high-precision weight, or a shard of one, that FSDP2 gathers in a number format. All other operations see the
+    high-precision weight.
 
     Args:
         shard: the plain tensor, (rows, columns).
-        format: of the layer.
+        format: the format of the layer.
     """
 
     shard: Tensor
     format: Format
     writes: _Writes
-    sharded_over: DeviceMesh | None  # once FSDP2 has said so
+    sharded_over: DeviceMesh | None  # set when FSDP2 first gathers
     _amax: tuple[Any, Tensor] | None
     _quantized: tuple[Any, Operand] | None
 
@@ -93,48 +94,48 @@ class ShardedWeight(Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
-        seen: list[ShardedWeight] = []
+        weights: list[ShardedWeight] = []
 
         def unwrap(weight: ShardedWeight) -> Tensor:
-            seen.append(weight)
+            weights.append(weight)
             return weight.shard
 
         args, kwargs = tree_map_only(ShardedWeight, unwrap, (args, kwargs or {}))
         out = func(*args, **kwargs)
         if func._schema.is_mutable:
-            for weight in seen:
+            for weight in weights:
                 weight.writes.count += 1
                 if out is weight.shard:
                     return weight
         if func not in _VIEWS and func not in _COPIES:
             return out
-        writes = seen[0].writes if func in _VIEWS else None
-        return tree_map_only(Tensor, lambda t: ShardedWeight(t, seen[0].format, writes), out)
+        writes = weights[0].writes if func in _VIEWS else None
+        return tree_map_only(Tensor, lambda t: ShardedWeight(t, weights[0].format, writes), out)
 
     # ---- FSDP2
 
     @property
     def _state(self) -> tuple[int, ...]:
-        # The steps are counted too: they are the same on all ranks, also where one wrote to an empty shard or did not,
-        # and all have to agree when to ask each other for their amaxes.
+        # The optimizer steps are part of the state because all ranks must recompute their amaxes, an all-reduce, at the
+        # same time. Writes alone may differ between ranks where a shard is empty.
         return self.writes.count, self.shard._version, optimizer_steps()
 
     @property
     def scale_amax(self) -> Tensor:
-        """The amaxes that the scales are made of: of the whole weight, agreed by all shards, or of each row."""
+        """The amax of the whole weight, all-reduced over the shards, or the amaxes of its rows."""
         if self._amax is None or self._amax[0] != self._state:
             amax = self.format.amax(self.shard, "weight")
-            if not amax.ndim:  # of the whole tensor
+            if not amax.ndim:  # one amax for the whole weight
                 assert self.sharded_over is not None
                 dist.all_reduce(amax, op=dist.ReduceOp.MAX, group=self.sharded_over.get_group())
             self._amax = self._state, amax
         return self._amax[1]
 
     def quantized(self, dtype: torch.dtype) -> Operand:
-        """The shard as it is gathered, after rounding to ``dtype``; made once until the weight changes."""
+        """Return the shard rounded to ``dtype`` and cast; cached until the weight changes."""
         state = (*self._state, dtype)
         if self._quantized is None or self._quantized[0] != state:
-            # Rounding keeps the order, so the rounded amax is the amax of the rounded.
+            # Rounding is monotonic, so the rounded amax is the amax of the rounded shard.
             amax = self.scale_amax.to(dtype)
             self._quantized = state, self.format.quantize(self.shard.to(dtype), amax, "weight")
         return self._quantized[1]
@@ -147,22 +148,22 @@ class ShardedWeight(Tensor):
         module: nn.Module,
         mp_policy: MixedPrecisionPolicy,
     ) -> tuple[tuple[Tensor, ...], Any]:
-        """What to gather: the bytes, and the scales where each shard has its own; and what need not be gathered: the
-        dtype, and the scale they share. The bytes go as uint8, which every backend can send."""
+        """Return the tensors to gather, which are the bytes and the scales of rows, and metadata: the dtype, and the
+        scale that all shards share. The bytes are viewed as uint8, which every backend can send."""
         self.sharded_over = mesh
         shards, rows = 1 if self.shape == outer_size else mesh.size(), outer_size[0]
         uneven = self.format.has_scales_of_rows("weight") and rows % shards
         if self.shape[1:] != outer_size[1:] or uneven:
             raise ValueError(
                 f"a weight of shape {tuple(outer_size)} over {shards} shards, to be gathered in {self.format.name}: "
-                "must be sharded by rows, and with scales of rows each shard must have as many; leave this layer out, "
-                "or gather in high precision"
+                "must be sharded by rows, and with scales of rows evenly; leave this layer out, or gather in high "
+                "precision"
             )
         data, scale = self.quantized(mp_policy.param_dtype or self.dtype)
         assert scale is not None
-        missing = -(-rows // shards) - self.shape[0]
-        payload = F.pad(data.view(torch.uint8), (0, 0, 0, missing)) if missing else data.view(torch.uint8)
-        # A world of one has all scales; FSDP2 (2.13) then also takes no more than one tensor.
+        padding = -(-rows // shards) - self.shape[0]
+        payload = F.pad(data.view(torch.uint8), (0, 0, 0, padding)) if padding else data.view(torch.uint8)
+        # A single shard has all scales already; FSDP2 (torch 2.13) also allows one tensor at most there.
         if scale.ndim and shards > 1:
             return (payload, scale), (data.dtype, None)
         return (payload,), (data.dtype, scale)
@@ -175,7 +176,8 @@ class ShardedWeight(Tensor):
         *,
         out: Tensor | None = None,
     ) -> tuple[Tensor, tuple[Tensor, ...]] | None:
-        """The gathered weight; FSDP2 keeps it, frees its memory, and with ``out`` says that it has filled it again."""
+        """Return the gathered weight, which FSDP2 keeps. It frees the weight's memory, refills it in later gathers, and
+        then passes the weight as ``out``."""
         payload = all_gather_outputs[0]
         dtype, scale = metadata
         if scale is None:
@@ -193,7 +195,7 @@ def _local(tensor: Tensor) -> Tensor:
 
 
 def _with_local(tensor: Tensor, local: Tensor) -> Tensor:
-    """``local``, or the DTensor like ``tensor`` that has it for its local tensor."""
+    """Return ``local``, wrapped in a DTensor like ``tensor`` if that is one."""
     if not isinstance(tensor, DTensor):
         return local
     mesh, placements = tensor.device_mesh, tensor.placements
@@ -201,15 +203,15 @@ def _with_local(tensor: Tensor, local: Tensor) -> Tensor:
 
 
 def plain(tensor: Tensor) -> Tensor:
-    """``tensor`` detached and without the wrapping, on the same memory: what belongs in a state dict. Writes to it
-    count as writes to the original, for a DTensor too, whose own detach makes a local tensor that counts for itself."""
+    """Return ``tensor`` detached and unwrapped, on the same memory, as for a state dict. Writes to it change the
+    version of the original, also for a DTensor (after its own ``detach`` they would not)."""
     local = _local(tensor)
     return _with_local(tensor, (local.shard if isinstance(local, ShardedWeight) else local).detach())
 
 
 def wrapped_for_gather(param: nn.Parameter, format: Format) -> nn.Parameter:
-    """Return ``param`` wrapped for FSDP2 to gather it in the format; as it is, if that was done before, or if it is
-    what was gathered."""
+    """Return ``param`` wrapped so that FSDP2 gathers it in the format. A parameter that is wrapped or gathered already
+    is returned unchanged."""
     local = _local(param)
     if isinstance(local, (ShardedWeight, QuantTensor)):
         return param
@@ -219,12 +221,12 @@ def wrapped_for_gather(param: nn.Parameter, format: Format) -> nn.Parameter:
 
 @torch.no_grad()
 def precompute_scales(module: nn.Module) -> None:
-    """Compute the scales of all weights that are gathered in a number format at once, instead of one by one as each is
-    gathered: for scales of whole weights with one all-reduce, for scales of rows with none. To be called after the
-    optimizer step; changes no result.
+    """Compute the amaxes of all weights that are gathered in a number format at once: for scales of whole weights with
+    one all-reduce instead of one per weight; scales of rows need none. Call it after the optimizer step. It changes no
+    result.
 
     Args:
-        module: holds layers whose weights FSDP2 gathers in their format, sharded by ``fully_shard``.
+        module: a model sharded by ``fully_shard``.
     """
     by_group: defaultdict[Any, list[ShardedWeight]] = defaultdict(list)
     for param in module.parameters():
@@ -235,7 +237,7 @@ def precompute_scales(module: nn.Module) -> None:
             else:
                 by_group[weight.sharded_over.get_group()].append(weight)
     for group, weights in by_group.items():
-        # With fewer rows than shards, some shards are empty, and have no norm.
+        # With fewer rows than shards, some shards are empty and have no norm.
         shards = [w.shard if w.shard.numel() else w.shard.new_zeros(1) for w in weights]
         amaxes = torch.stack(torch._foreach_norm(shards, torch.inf)).float()
         dist.all_reduce(amaxes, op=dist.ReduceOp.MAX, group=group)

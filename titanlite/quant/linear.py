@@ -1,4 +1,4 @@
-"""The linear layer that computes in a number format, and the conversion of a model's layers to it."""
+"""The linear layer that computes in a number format, and the conversion of a model's linear layers."""
 
 from __future__ import annotations
 
@@ -20,31 +20,31 @@ from titanlite.quant.tensor import QuantTensor
 
 
 class Sharding(Protocol):
-    """What tensor parallelism makes of a layer whose parameters are shards."""
+    """The forward of a layer whose parameters are sharded by tensor parallelism."""
 
     def __call__(self, layer: QuantLinear, input: Tensor) -> Tensor:
-        """Return what ``layer`` makes of ``input``."""
+        """Return the output of ``layer`` for ``input``."""
 
 
 class QuantLinear(nn.Linear):
-    """``nn.Linear`` computed in a number format; the same parameters under the same names.
+    """An ``nn.Linear`` computed in a number format, with the same parameters under the same names.
 
-    The state dict is that of ``nn.Linear``, with the buffers of ``format.state()``; a state dict without the buffers of
-    an operand loads, and these begin anew.
+    The state dict is that of ``nn.Linear`` and the buffers of ``format.state()``. A state dict without the buffers of
+    an operand loads; they are then reset to zero.
 
     Args:
-        format: how the operands of the three matmuls are cast and multiplied.
+        format: casts and multiplies the operands of the three matmuls.
         gather_quantized: under FSDP2, gather the weight in the format, one byte per element.
-        keep_weight: keep the casts of the weight between forward and backward, and for microbatches that follow.
-        The others: as of ``nn.Linear``.
+        keep_weight: keep the casts of the weight between forward and backward, and for later microbatches.
+        The others: as in ``nn.Linear``.
 
     Attributes:
-        gather_option: what users call ``gather_quantized``, for messages.
+        gather_option: the users' name of ``gather_quantized``, for messages.
         sharding: set by the styles of :mod:`titanlite.quant.tensor_parallel`.
         in_high_precision: set by :func:`high_precision`.
 
     Raises:
-        ValueError: feature sizes that the format cannot take.
+        ValueError: the format does not support the feature sizes.
     """
 
     gather_option = "gather_quantized"
@@ -64,10 +64,10 @@ class QuantLinear(nn.Linear):
     def from_linear(
         cls, module: nn.Linear, format: Format, *, gather_quantized: bool = False, keep_weight: bool = True
     ) -> Self:
-        """Turn ``module`` itself into this class: parameters, their ties, hooks and buffers stay; returns it.
+        """Turn ``module`` itself into this class and return it. Parameters, their ties, hooks and buffers stay.
 
         Raises:
-            ValueError: if it cannot be; see :func:`why_not_convertible`.
+            ValueError: it cannot be converted; see :func:`why_not_convertible`.
         """
         reason = why_not_convertible(module, format)
         if reason:
@@ -78,13 +78,13 @@ class QuantLinear(nn.Linear):
         return module
 
     def to_linear(self) -> nn.Linear:
-        """Turn this layer itself back into an ``nn.Linear``; returns it.
+        """Turn this layer itself back into an ``nn.Linear`` and return it.
 
         Raises:
-            ValueError: it is sharded by tensor parallelism, or prepared to be gathered in the format.
+            ValueError: the weight is sharded by tensor parallelism, or wrapped to be gathered in the format.
         """
         if self.sharding is not None or self.gather_quantized:
-            raise ValueError("to_linear: its weight is prepared for FSDP2 or sharded; load its state dict elsewhere")
+            raise ValueError("to_linear: the weight is sharded or wrapped for FSDP2; load its state dict elsewhere")
         for name in self._state_names():
             delattr(self, name)
         del self.format, self.gather_quantized, self.operands
@@ -99,7 +99,7 @@ class QuantLinear(nn.Linear):
             )
         self.format, self.gather_quantized = format, gather_quantized
         self.operands = Operands(self, keep_weight)
-        self.weight = self.weight  # prepared for FSDP2, if that is asked for
+        self.weight = self.weight  # wraps it for FSDP2 if gather_quantized
         for shapes in format.state().values():
             for name, shape in shapes.items():
                 self.register_buffer(name, torch.zeros(shape, device=self.weight.device))
@@ -110,19 +110,19 @@ class QuantLinear(nn.Linear):
     # ---- forward
 
     def forward(self, input: Tensor) -> Tensor:
-        """``input`` [..., in_features] -> [..., out_features], in the dtype of ``input``, or of autocast."""
+        """Map ``input`` [..., in_features] to [..., out_features], in the dtype of ``input``, or of autocast."""
         if self.sharding is not None:
             return self.sharding(self, input)
         if self.in_high_precision:
-            return super().forward(input)  # with a bias, not the same as multiply to the last bit
+            return super().forward(input)  # with a bias, the last bit differs from that of multiply
         out = self.multiply(input)
         return out if self.bias is None else out + self.bias.to(out.dtype)
 
     def multiply(self, input: Tensor, ranks: Ranks | None = None) -> Tensor:
-        """:meth:`forward` without the bias.
+        """Compute :meth:`forward` without the bias.
 
         Args:
-            ranks: that share the input features; the result is what their sum leaves this one with.
+            ranks: the ranks that share the input features; the result is then ``ranks.sum`` of their outputs.
         """
         input = autocast(input)
         weight = self.local_weight(input)
@@ -141,7 +141,9 @@ class QuantLinear(nn.Linear):
         """Return this rank's weight, to be multiplied with ``input``.
 
         Raises:
-            TypeError, ValueError, RuntimeError: it cannot be.
+            TypeError: ``input`` is a DTensor.
+            ValueError: ``input`` has another number of features.
+            RuntimeError: FSDP2 has not gathered the weight.
         """
         name = type(self).__name__
         if isinstance(input, DTensor):
@@ -161,13 +163,13 @@ class QuantLinear(nn.Linear):
 
     @staticmethod
     def learns(weight: Tensor) -> bool:
-        """Return whether a backward will want the gradient of the weight."""
+        """Return whether backward will need the gradient of the weight."""
         return torch.is_grad_enabled() and weight.requires_grad
 
-    # ---- what nn.Module does with it
+    # ---- overrides of nn.Module
 
     def __setattr__(self, name: str, value: Any) -> None:
-        operands = self.__dict__.get("operands")  # nn.Linear's own constructor comes before it
+        operands = self.__dict__.get("operands")  # None while the constructor of nn.Linear runs
         if name == "weight" and operands is not None:
             operands.copies.forget()
             if isinstance(value, nn.Parameter) and self.gather_quantized:
@@ -175,13 +177,13 @@ class QuantLinear(nn.Linear):
         super().__setattr__(name, value)
 
     def forget_copies(self) -> None:
-        """Drop the quantized copies of the weight, after a write to it that nothing else shows."""
+        """Drop the quantized copies of the weight; call it after a write that no version counter shows."""
         self.operands.copies.forget()
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if not keep_vars:
-            # Of the weight itself, not of what detach made of it: writes to the state dict are then seen.
+            # Not the result of detach, so that writes to the state dict change the weight's version.
             destination[f"{prefix}weight"] = plain(self.weight)
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
@@ -189,7 +191,7 @@ class QuantLinear(nn.Linear):
         self.forget_copies()
         missing_keys = args[2]
         for names in self.format.state().values():
-            if not any(f"{prefix}{name}" in state_dict for name in names):  # a checkpoint of a model that had none
+            if not any(f"{prefix}{name}" in state_dict for name in names):  # saved by a model without them
                 for name in names:
                     self.get_buffer(name).zero_()
                     missing_keys.remove(f"{prefix}{name}")
@@ -201,19 +203,19 @@ class QuantLinear(nn.Linear):
         for name, old in before.items():
             new = self.get_buffer(name)
             if old.is_meta and not new.is_meta:
-                new.zero_()  # to_empty leaves anything
+                new.zero_()  # to_empty leaves it uninitialized
             elif new.dtype != old.dtype:
-                setattr(self, name, old.to(new.device))  # scales stay float32 when a model is cast
+                setattr(self, name, old.to(new.device))  # stays float32 when the model is cast
         return self
 
     def extra_repr(self) -> str:
-        shown = (f"{name}={value}" for name, value in self.format.describe().items())
-        return ", ".join([super().extra_repr(), *shown])
+        options = (f"{name}={value}" for name, value in self.format.describe().items())
+        return ", ".join([super().extra_repr(), *options])
 
 
 def autocast(input: Tensor) -> Tensor:
-    """Return ``input`` in the dtype of autocast, where that is on."""
-    # (Of the meta device autocast cannot be asked; is_autocast_available cannot be compiled with torch 2.11.)
+    """Return ``input``, cast to autocast's dtype if autocast is enabled."""
+    # (is_autocast_enabled does not know the meta device; torch 2.11 cannot compile is_autocast_available.)
     if not input.is_meta and torch.is_autocast_enabled(input.device.type):
         return input.to(torch.get_autocast_dtype(input.device.type))
     return input
@@ -226,20 +228,21 @@ def quant_layers(model: nn.Module) -> list[QuantLinear]:
 
 @contextmanager
 def high_precision(model: nn.Module) -> Iterator[None]:
-    """Within it the quantized layers in ``model`` compute what an ``nn.Linear`` with the same weight would, in the
-    dtype of their weight as it is then (under FSDP2's mixed precision its ``param_dtype``), and gather their input in
-    that dtype under tensor parallelism: to evaluate a model without the error of its format. Without gradients, and
-    delayed scaling sees nothing of it. A compiled model is compiled once more.
+    """Evaluate ``model`` without quantization error: in this context its quantized layers compute like ``nn.Linear``.
+
+    They compute, and under tensor parallelism gather their input, in the dtype of their weight (under FSDP2's mixed
+    precision, ``param_dtype``). Gradients are disabled, and delayed scaling records nothing. A compiled model is
+    compiled once more.
 
     Raises:
-        ValueError: a weight is gathered in the format, so that it is not there in high precision.
+        ValueError: a weight is gathered in the format, so that no high-precision weight exists.
     """
     layers = quant_layers(model)
     for layer in layers:
         if layer.gather_quantized:
             raise ValueError(
-                f"high_precision: {layer.gather_option} gathers weights in {layer.format.name}, so that they are not "
-                "there in high precision; leave the flag out"
+                f"high_precision: {layer.gather_option} gathers weights in {layer.format.name}, so that no "
+                "high-precision weight exists; leave the flag out"
             )
     try:
         for layer in layers:
@@ -271,14 +274,14 @@ def convert_linears(
     *,
     gather_quantized: bool = False,
 ) -> None:
-    """Call ``convert`` with the linear layers in ``model`` that can be converted.
+    """Call ``convert`` with each linear layer in ``model`` that can be converted.
 
     Args:
-        keep: ``(layer, fully qualified name)`` -> why the layer stays as it is, or None.
-        gather_quantized: prepare the weights for FSDP2, before the conversion; those that layers share stay shared.
+        keep: ``(layer, fully qualified name)`` -> why the layer stays in high precision, or None.
+        gather_quantized: first wrap the weights for FSDP2 to gather them in the format; tied weights stay tied.
 
     Raises:
-        ValueError: nothing to convert, with the reasons; or converted before.
+        ValueError: there is nothing to convert (the message has the reasons), or a layer is converted already.
     """
     chosen: list[nn.Linear] = []
     reasons: dict[str, str] = {}
@@ -294,8 +297,8 @@ def convert_linears(
         else:
             chosen.append(linear)
     if not chosen:
-        listed = "; ".join(f'"{name}": {reason}' for name, reason in reasons.items()) or "there are no linear layers"
-        raise ValueError(f"nothing to convert: {listed}")
+        summary = "; ".join(f'"{name}": {reason}' for name, reason in reasons.items()) or "there are no linear layers"
+        raise ValueError(f"nothing to convert: {summary}")
     if gather_quantized:
         _wrap_weights(model, chosen, format)
     for linear in chosen:
@@ -303,7 +306,7 @@ def convert_linears(
 
 
 def _wrap_weights(model: nn.Module, linears: list[nn.Linear], format: Format) -> None:
-    """Prepare the weights for FSDP2 to gather in the format; layers that share a weight go on sharing it."""
+    """Wrap the weights so that FSDP2 gathers them in the format; tied weights stay tied."""
     owners: defaultdict[int, list[tuple[nn.Module, str]]] = defaultdict(list)
     for name, owner in model.named_modules():
         for key, param in owner.named_parameters(recurse=False):
@@ -313,8 +316,8 @@ def _wrap_weights(model: nn.Module, linears: list[nn.Linear], format: Format) ->
         for owner, name in owners[id(linear.weight)]:
             if id(owner) not in chosen:
                 raise ValueError(
-                    f'the weight of a layer that is to be gathered in {format.name} is also "{name}", which cannot use '
-                    "it so; leave the layer out, or gather in high precision"
+                    f'a weight to be gathered in {format.name} is also "{name}", which cannot use it in this format; '
+                    "leave the layer out, or gather in high precision"
                 )
     for linear in linears:
         weight = linear.weight

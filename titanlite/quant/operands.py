@@ -1,4 +1,4 @@
-"""The operands of one layer: each cast once, and used by all matmuls, microbatches and layers that want the same."""
+"""The operands of one layer: each is cast once for all matmuls, microbatches and layers that can share the cast."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from titanlite.quant.tensor import QuantTensor
 
 
 class Operands:
-    """Casts what a layer multiplies.
+    """The casts of the operands of one layer.
 
     Args:
-        layer: its weight is cast, it holds the buffers of the format, and says whether it is in training.
-        keep_weight: keep the casts of the weight for the microbatches that follow, and between forward and backward.
+        layer: the layer; it has the weight, the buffers of the format, and the training mode.
+        keep_weight: keep the casts of the weight for later microbatches, and between forward and backward.
     """
 
     def __init__(self, layer: nn.Linear, keep_weight: bool) -> None:
@@ -24,8 +24,8 @@ class Operands:
         self.copies = WeightCopies()
 
     def input(self, x: Tensor, format: Format, for_weight: bool) -> tuple[Operand, Operand]:
-        """Cast the input for the output, and if ``for_weight`` for grad_weight; one and the same object where one cast
-        serves both. Layers that share an input share its casts.
+        """Cast the input for the output and, if ``for_weight``, for grad_weight. The two are the same object where one
+        cast serves both. Layers that share an input share its casts.
 
         Args:
             x: [..., in_features].
@@ -42,13 +42,13 @@ class Operands:
         return casts
 
     def grad_output(self, grad: Tensor | Operand, format: Format, for_weight: bool) -> tuple[Operand, Operand]:
-        """Cast the gradient of the output, [..., out_features], in the same way, for grad_input and grad_weight."""
+        """Cast the gradient of the output, [..., out_features], for grad_input and, if ``for_weight``, grad_weight."""
         return self._activation(grad, "grad_output", format, for_weight)
 
     def _activation(
         self, x: Tensor | Operand, operand: OperandName, format: Format, for_weight: bool
     ) -> tuple[Operand, Operand]:
-        if isinstance(x, Operand):  # it arrived in the format
+        if isinstance(x, Operand):  # it was gathered in the format
             return x, format.recast(x, operand) if for_weight else x
         x = x.detach().reshape(-1, x.shape[-1])
         scale = format.scale_from_state(self.layer, x, operand)
@@ -67,7 +67,7 @@ class Operands:
         """Cast the local weight for grad_input.
 
         Args:
-            source: the parameter in forward, of which ``weight`` is the local part; None: keep no copy.
+            source: the parameter that forward used, whose local part is ``weight``; None: keep no copy.
         """
         if isinstance(weight, QuantTensor):
             return format.recast(weight.operand(), "weight")
@@ -79,8 +79,8 @@ class Operands:
         def make() -> Operand:
             return format.cast(weight, use, format.scale_from_state(self.layer, weight, "weight"))
 
-        kept = self.keep_weight and self.layer.training
-        if not kept or source is None or torch.compiler.is_compiling() or source.is_inference():
+        keep = self.keep_weight and self.layer.training
+        if not keep or source is None or torch.compiler.is_compiling() or source.is_inference():
             return make()
         key = WEIGHT if format.one_cast_serves_both(weight, "weight") else use
         copy: Operand = self.copies.get(source, key, make, in_forward=for_output)

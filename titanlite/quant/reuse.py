@@ -1,4 +1,4 @@
-"""What is quantized once and used again: an input by all layers that take it, a weight until it changes."""
+"""Reuse of casts: an input is cast once for all layers that take it, a weight once until it changes."""
 
 from __future__ import annotations
 
@@ -16,34 +16,35 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 # ---- inputs
 
-_memo: Any = WeakTensorKeyDictionary()  # input -> (its version, what was made of it)
+_memo: Any = WeakTensorKeyDictionary()  # input -> (its state, its copies by key)
 
 
 def _is_result(x: Tensor) -> bool:
-    """Whether ``x`` was computed in a graph. What was not, such as a batch or a receive buffer, is often filled again
-    where no version counter sees it; in compiled code equal computations are merged anyway."""
+    """Return whether ``x`` was computed in a graph; only then are its copies kept. Other tensors, such as a batch or a
+    receive buffer, may be refilled without a change of their version counter. Compiled code needs no memo, since the
+    compiler merges equal computations."""
     return not torch.compiler.is_compiling() and torch.is_grad_enabled() and x.grad_fn is not None
 
 
-def _moment(x: Tensor) -> tuple[int, int]:
-    """The state of ``x``, and the backward that runs, if any: recomputation under activation checkpointing has to
-    repeat the operations of the forward, one for one."""
+def _state(x: Tensor) -> tuple[int, int]:
+    """Return the version of ``x`` and the id of the running backward. The id keeps recomputation under activation
+    checkpointing from using a copy of the forward: it must repeat all operations of the forward."""
     return x._version, torch._C._current_graph_task_id()
 
 
 def remembered(x: Tensor, key: Hashable) -> Any:
-    """What :func:`remember` stored for this very tensor under ``key``, unless it was written to since; else None."""
+    """Return what :func:`remember` stored for ``x`` under ``key``; None if nothing, or if ``x`` was written to."""
     if not _is_result(x):
         return None
-    moment, copies = _memo.get(x, (None, {}))
-    return copies.get(key) if moment == _moment(x) else None
+    state, copies = _memo.get(x, (None, {}))
+    return copies.get(key) if state == _state(x) else None
 
 
 def remember(x: Tensor, key: Hashable, copies: Any) -> None:
-    """Keep ``copies`` with ``x``, for as long as ``x`` lives and keeps its values."""
+    """Store ``copies`` under ``key`` for as long as ``x`` lives and is not written to."""
     if _is_result(x):
-        moment, known = _memo.get(x, (None, {}))
-        _memo[x] = (_moment(x), {**(known if moment == _moment(x) else {}), key: copies})
+        state, earlier = _memo.get(x, (None, {}))
+        _memo[x] = (_state(x), {**(earlier if state == _state(x) else {}), key: copies})
 
 
 # ---- weights
@@ -60,62 +61,63 @@ register_optimizer_step_post_hook(_count_step)
 
 
 def optimizer_steps() -> int:
-    """How often any ``torch.optim`` optimizer stepped: some write through ``.data``, which no version counter sees."""
+    """Return the number of steps of all ``torch.optim`` optimizers. Some write through ``.data``, which does not change
+    the version counter of a weight."""
     return _optimizer_steps
 
 
 class WeightCopies:
-    """The quantized copies of a layer's weight, until the weight changes: of those that several microbatches use, as
-    they did the time before. A copy for recomputation alone would take the memory that checkpointing is to save.
+    """The quantized copies of a layer's weight, kept until the weight changes.
 
-    It counts as changed when it is another tensor, was written to (its version counter) or given other memory, when an
-    optimizer stepped, and when its gradient was thrown away after a backward (a hand-written update may have come
-    between). FSDP2 fills its weights again behind the version counter's back, but assigns them to the layer when it
-    does, which then begins anew.
+    A copy is kept only if it is used again, as by several microbatches, or was before the last change of the weight. A
+    copy that only recomputation uses would take the memory that activation checkpointing saves.
 
-    Copied with its layer, or pickled, it begins anew.
+    The weight has changed if it is another tensor, was written to (by its version counter) or has other memory, if an
+    optimizer stepped, or if its gradient was cleared after a backward (a hand-written update may have come before).
+    FSDP2 refills weights without changing the version counter, but it then assigns them to the layer, which calls
+    :meth:`forget`. A copied or unpickled instance is empty.
     """
 
     def __init__(self) -> None:
         self.weight: weakref.ref[Tensor] | None = None
-        self.storage: torch.UntypedStorage | None = None  # held, so that its address is not given to another
+        self.storage: torch.UntypedStorage | None = None  # kept alive, so that its address is not reused
         self.state: tuple[int, ...] = ()
         self.copies: dict[Hashable, Any] = {}
-        self.uses: Counter[Hashable] = Counter()  # of this state of the weight
-        self.used_again: dict[Hashable, bool] = {}  # in its last state
+        self.uses: Counter[Hashable] = Counter()  # since the weight changed
+        self.used_again: dict[Hashable, bool] = {}  # before the weight changed
         self.backward_ran = False
 
     def __reduce__(self) -> tuple[type[WeightCopies], tuple[()]]:
         return WeightCopies, ()
 
     def forget(self) -> None:
-        """Drop the copies, not what is known of their use."""
+        """Drop the copies, but remember which were used again."""
         self.used_again |= {key: count > 1 for key, count in self.uses.items()}
         self.uses.clear()
         self.copies.clear()
         self.weight, self.storage, self.backward_ran = None, None, False
 
     def get(self, weight: Tensor, key: Hashable, make: Callable[[], Any], *, in_forward: bool) -> Any:
-        """The copy of ``weight`` under ``key``, which ``make`` makes if there is none.
+        """Return the copy of ``weight`` under ``key``; ``make`` creates it if there is none.
 
         Args:
-            in_forward: or in backward, where a gradient is not there yet, rather than thrown away.
+            in_forward: True if called in forward. In backward, a missing gradient does not mean that it was cleared.
         """
-        # A DTensor and its local tensor, each written to by other people, count their own writes.
+        # A DTensor and its local tensor each count only the writes through themselves.
         local = weight._local_tensor if isinstance(weight, DTensor) else weight
         storage = local.untyped_storage()
         state = (weight._version, local._version, storage._cdata, _optimizer_steps)
-        thrown_away = in_forward and self.backward_ran and weight.requires_grad and weight.grad is None
-        if self.weight is None or self.weight() is not weight or state != self.state or thrown_away:
+        grad_cleared = in_forward and self.backward_ran and weight.requires_grad and weight.grad is None
+        if self.weight is None or self.weight() is not weight or state != self.state or grad_cleared:
             self.forget()
             self.weight, self.storage, self.state = weakref.ref(weight), storage, state
-        self.uses[key] += not (in_forward and torch._C._current_graph_task_id() != -1)  # else it is recomputed
+        self.uses[key] += not (in_forward and torch._C._current_graph_task_id() != -1)  # recomputation does not count
         if key in self.copies:
             return self.copies[key]
-        # Hidden from dispatch modes: selective checkpointing replays the operations of a forward in order, and these
-        # come only when there is no copy yet.
+        # Without dispatch modes: selective checkpointing replays the operations of a forward in order, and these
+        # operations run only if there is no copy.
         with torch.no_grad(), _disable_current_modes():
-            made = make()
+            copy = make()
         if self.uses[key] > 1 or self.used_again.get(key):
-            self.copies[key] = made
-        return made
+            self.copies[key] = copy
+        return copy

@@ -1,4 +1,4 @@
-"""The last layer of a SwiGLU feed-forward block, with its input cast as it is computed."""
+"""The last layer of a SwiGLU feed-forward block, fused with the product that is its input."""
 
 from __future__ import annotations
 
@@ -11,32 +11,31 @@ from titanlite.quant.linear import QuantLinear, autocast
 
 
 def swiglu_linear(linear: nn.Module, gate: Tensor, up: Tensor) -> Tensor:
-    """``linear(silu(gate) * up)``, [..., out_features].
+    """Return ``linear(silu(gate) * up)``, [..., out_features].
 
-    Where ``linear`` is a quantized layer whose format casts the product by kernels, the product is never written, nor
-    kept for backward: ``gate`` and ``up`` are enough. It is then rounded once, not twice. Where anybody is to see the
-    product, by hooks of the layer (FSDP2's of a layer that is sharded by itself are some), it is computed, and the
-    layer called.
+    If ``linear`` is quantized and its format has kernels for the product, the product is neither written nor saved for
+    backward, and rounded once instead of twice. If the layer has hooks, which could see the product, it is computed and
+    the layer is called. (A layer that FSDP2 shards by itself has hooks.)
 
     Args:
-        gate, up: [..., in_features], of one shape and dtype.
+        gate, up: [..., in_features], of the same shape and dtype.
     """
-    if isinstance(linear, QuantLinear) and linear.sharding is None and not _is_watched(linear):
-        out = _multiplied(linear, autocast(gate), autocast(up))
+    if isinstance(linear, QuantLinear) and linear.sharding is None and not _has_hooks(linear):
+        out = _fused(linear, autocast(gate), autocast(up))
         if out is not None:
             return out if linear.bias is None else out + linear.bias.to(out.dtype)
     return linear(F.silu(gate) * up)  # type: ignore[no-any-return]
 
 
-def _is_watched(linear: nn.Module) -> bool:
-    """Whether something else happens when ``linear`` is called than its own forward."""
+def _has_hooks(linear: nn.Module) -> bool:
+    """Return whether calling ``linear`` does anything beside its class's forward."""
     hooks = (linear._forward_hooks, linear._forward_pre_hooks, linear._backward_hooks, linear._backward_pre_hooks)
     replaced = "forward" in linear.__dict__ or linear._compiled_call_impl is not None
-    return replaced or any(len(of_a_kind) > 0 for of_a_kind in hooks) or _has_any_global_hook()
+    return replaced or any(len(kind) > 0 for kind in hooks) or _has_any_global_hook()
 
 
-def _multiplied(linear: QuantLinear, gate: Tensor, up: Tensor) -> Tensor | None:
-    """The result without the bias; None where the product has to be written."""
+def _fused(linear: QuantLinear, gate: Tensor, up: Tensor) -> Tensor | None:
+    """Return the output without the bias; None where the product has to be written."""
     if linear.in_high_precision or gate is up or (gate.shape, gate.dtype) != (up.shape, up.dtype):
         return None
     format = linear.format.on(up.device)

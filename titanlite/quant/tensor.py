@@ -1,5 +1,5 @@
-"""A quantized tensor that passes for the high-precision one it stands for, where data arrive quantized already: weights
-that FSDP2 gathered, activations that tensor parallelism gathered."""
+"""A quantized tensor in place of a high-precision one: a weight that FSDP2 gathered, or an activation that tensor
+parallelism gathered, in the format."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ _aten = torch.ops.aten
 
 
 class QuantTensor(Tensor):
-    """Shape and dtype of the original, the bytes of the cast.
+    """A tensor with the shape and dtype of the original, and the bytes of its cast.
 
-    Only a :class:`~titanlite.quant.linear.QuantLinear` computes with it; any other operation is an error, never a
-    silent dequantization.
+    Only a :class:`~titanlite.quant.linear.QuantLinear` computes with it. Any other operation raises an error; nothing
+    dequantizes it silently.
 
     Args:
-        payload: in the format, contiguous.
+        payload: the data in the format, contiguous.
         scale: float32 multiplier: (), or one per row, of shape (..., 1).
-        dtype: the dtype it passes for.
+        dtype: the dtype of the original.
     """
 
     payload: Tensor
@@ -47,7 +47,7 @@ class QuantTensor(Tensor):
         return f"QuantTensor(shape={tuple(self.shape)}, {self.payload.dtype} for {self.dtype}, scale={self.scale})"
 
     def operand(self) -> Operand:
-        """As a (rows, columns) matrix."""
+        """Return the data and scale as a (rows, columns) matrix."""
         scale = self.scale.reshape(-1, 1) if self.scale.ndim else self.scale
         return Operand(self.payload.reshape(-1, self.shape[-1]), scale)
 
@@ -60,8 +60,8 @@ class QuantTensor(Tensor):
         if same or func in (_aten.detach.default, _aten.alias.default):
             return QuantTensor(x.payload, x.scale, x.dtype)
         if func is _aten.as_strided.default and list(args[2]) == list(x.stride()) and not any(args[3:]):
-            return QuantTensor(x.payload[: args[1][0]], x.scale, x.dtype)  # FSDP2 cuts off its padding
+            return QuantTensor(x.payload[: args[1][0]], x.scale, x.dtype)  # FSDP2 removes its padding
         raise NotImplementedError(
-            f"{func} of a QuantTensor, which arrived as {x.payload.dtype}: only quantized layers compute with it. "
-            "Convert all layers that use it, or communicate it in high precision"
+            f"{func} of a QuantTensor, which arrived as {x.payload.dtype}: only quantized layers compute with it; "
+            "convert all layers that use it, or communicate it in high precision"
         )

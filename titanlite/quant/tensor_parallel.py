@@ -1,15 +1,15 @@
-"""Tensor and sequence parallelism for layers in a number format, which is also communicated where its recipe allows.
+"""Tensor and sequence parallelism for layers in a number format, with gathers in the format where a recipe allows it.
 
-The styles are made for ``torch.distributed.tensor.parallel.parallelize_module``. What is gathered before a matmul
-travels in the format: the input of column-parallel layers, and the gradient of row-parallel ones. What is summed
-travels in high precision. One scale of a whole tensor is agreed by all ranks with an all-reduce of one number; scales
-of rows need none, as the rows are whole on their rank, and are gathered with them. Where the matmul that computes
-grad_weight wants the operand in high precision, or its scale is not dynamic, it is gathered in high precision.
+The styles are for ``torch.distributed.tensor.parallel.parallelize_module``. Operands that are gathered before a matmul,
+the input of column-parallel layers and the gradient of row-parallel ones, are gathered in the format. Sums are
+communicated in high precision. For one scale of a whole tensor, the ranks all-reduce one number, the amax. Scales of
+rows need no all-reduce, since each row is whole on its rank; they are gathered with the rows. An operand is gathered in
+high precision if grad_weight is computed in high precision, or if its scale is not dynamic.
 
-A sharded weight has the scales of its shard, and so has what is sharded like it (the gradient of column-parallel
-layers, the input of row-parallel ones): that needs no communication and is more exact than one scale for all.
+A sharded weight has the scales of its shard, and so have the operands that are sharded like it (the gradient of
+column-parallel layers, the input of row-parallel ones). This needs no communication, and is more exact than one scale.
 
-Parallelize all blocks with one and the same mesh object: torch.compile lets them share their code only then.
+Parallelize all blocks with the same mesh object; only then can torch.compile share code between them.
 """
 
 from __future__ import annotations
@@ -28,24 +28,24 @@ from titanlite.quant.fsdp import plain
 from titanlite.quant.linear import QuantLinear, autocast, quant_layers
 from titanlite.quant.tensor import QuantTensor
 
-# The operators themselves: their names last, while those of the functions around them changed in torch 2.13.
+# The operators are used directly: the names of their Python wrappers changed in torch 2.13.
 _c10d = torch.ops._c10d_functional
 
 
 def _all_gather(x: Tensor, dim: int, size: int, group: str) -> Tensor:
-    """``x`` of all ranks along ``dim``; the caller waits for it with :func:`_joined`."""
+    """Start to gather ``x`` of all ranks along ``dim``; :func:`_joined` waits for the result."""
     return _c10d.all_gather_into_tensor(x.contiguous(), size, group)
 
 
 def _joined(gathered: Tensor, dim: int, size: int) -> Tensor:
-    """What :func:`_all_gather` returned, in the order of ``dim``. The ranks come one after the other in the first
-    dimension; to move them takes a copy, except for ``dim`` 0 and for a batch of one."""
+    """Return the result of :func:`_all_gather`, joined along ``dim``. It arrives joined along the first dimension;
+    moving that takes a copy, except for ``dim`` 0 or a batch of one."""
     whole = _c10d.wait_tensor(gathered)
     return whole.unflatten(0, (size, whole.shape[0] // size)).movedim(0, dim).flatten(dim, dim + 1)
 
 
 def _reduce_scatter(x: Tensor, dim: int, size: int, group: str) -> Tensor:
-    """This rank's share, along ``dim``, of the sum of all ranks' ``x``."""
+    """Return this rank's share, along ``dim``, of the sum of ``x`` over the ranks."""
     if x.shape[dim] % size:
         raise ValueError(f"tensor parallelism: dimension {dim} of {tuple(x.shape)} cannot be shared by {size} ranks")
     by_rank = x.unflatten(dim, (size, x.shape[dim] // size)).movedim(dim, 0).flatten(0, 1)
@@ -55,38 +55,38 @@ def _reduce_scatter(x: Tensor, dim: int, size: int, group: str) -> Tensor:
 def _gather_quantized(
     x: Tensor, dim: int, size: int, group: str, format: Format, operand: OperandName
 ) -> tuple[Tensor, Tensor]:
-    """``x``, sharded along ``dim``, whole and in the format on every rank: its data and scales."""
+    """Gather ``x``, which is sharded along ``dim``, in the format; return its data and scales."""
     amax = format.amax(x, operand)
     if not amax.ndim:
         amax = _c10d.wait_tensor(_c10d.all_reduce(amax, "max", group))
     local, scale = format.quantize(x, amax, operand)
     assert scale is not None
-    # As uint8, which every backend can send. One after the other: on a GPU they queue up anyway, and gloo (torch 2.13)
-    # has crashed with two of one group under way.
+    # As uint8, which every backend can send. One gather after the other: a GPU would queue them anyway, and gloo (torch
+    # 2.13) has crashed with two at a time in one group.
     data = _joined(_all_gather(local.view(torch.uint8), dim, size, group), dim, size).view(local.dtype)
     if scale.ndim:
         scale = _joined(_all_gather(scale, dim, size, group), dim, size)
     return data, scale
 
 
-# The compiler would trace the backward with a QuantTensor for a gradient, taking it to be like the output.
+# Otherwise the compiler would trace the backward with a QuantTensor as gradient, because the output is one.
 @torch.compiler.allow_in_graph  # type: ignore[untyped-decorator]
 class _GatherInput(torch.autograd.Function):
-    """Forward gathers in the format; backward sums the gradients of all ranks and keeps this rank's share."""
+    """An all-gather in the format, whose backward reduce-scatters the gradient."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, dim: int, size: int, group: str, format: Format) -> Tensor:
-        ctx.where = dim, size, group
+        ctx.scatter_args = dim, size, group
         return QuantTensor(*_gather_quantized(x, dim, size, group, format, "input"), x.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return _reduce_scatter(grad, *ctx.where), *[None] * 4
+        return _reduce_scatter(grad, *ctx.scatter_args), *[None] * 4
 
 
 def _gathered_input(x: Tensor, layout: Shard, layer: QuantLinear, mesh: DeviceMesh) -> Tensor:
-    """``x``, sharded by ``layout`` over ``mesh``, whole: in the format of ``layer``, or where that does not allow it,
-    as a replicated DTensor."""
+    """Gather ``x``, which is sharded by ``layout`` over ``mesh``: in the format of ``layer``, or if the format does not
+    allow it, as a replicated DTensor."""
     dim = _token_dim(layout, x)
     if isinstance(x, DTensor):
         if x.shape[dim] % mesh.size():
@@ -104,14 +104,14 @@ def _token_dim(layout: Shard, x: Tensor) -> int:
     if dim == x.ndim - 1:
         raise ValueError(
             f"tensor parallelism: {layout} of a tensor of shape {tuple(x.shape)} shards its features; must be another "
-            "dimension"
+            "dimension, such as Shard(1)"
         )
     return dim
 
 
 @dataclass(frozen=True)
 class _Summation:
-    """What row-parallel ranks do with their partial outputs: sum them, and take a share of that or the whole."""
+    """The sum of the partial outputs of a row-parallel layer; each rank gets all of it, or its share."""
 
     layout: Placement
     format: Format
@@ -143,7 +143,7 @@ def _quant_linear(style: ParallelStyle, module: nn.Module) -> QuantLinear:
 
 
 def _shard(style: ParallelStyle, layer: QuantLinear, name: str, mesh: DeviceMesh, placement: Placement) -> None:
-    """Replace a parameter by its shard, a DTensor; the layer prepares a new weight for FSDP2 by itself."""
+    """Replace a parameter by its shard, a DTensor. (Assigning a weight also wraps it for FSDP2.)"""
     param = getattr(layer, name)
     if isinstance(placement, Shard) and param.shape[placement.dim] % (layer.format.multiple * mesh.size()):
         raise ValueError(
@@ -156,13 +156,16 @@ def _shard(style: ParallelStyle, layer: QuantLinear, name: str, mesh: DeviceMesh
 
 
 class QuantColwiseParallel(ParallelStyle):
-    """Shards a layer's output features.
+    """A style that shards a layer's output features.
 
     Args:
-        input_layouts: of a plain input: ``Replicate()``, or ``Shard(dim)`` of another dimension than the last: gathered
-            along it, in the format. A DTensor says so itself.
+        input_layouts: the layout of a plain input: ``Replicate()``, or ``Shard(dim)`` with any ``dim`` but the last;
+            the input is then gathered along it, in the format. A DTensor has its own layout.
         output_layouts: ``Shard(-1)``, or ``Replicate()``: gathered in high precision.
-        use_local_output: return a plain tensor, else a DTensor.
+        use_local_output: return a plain tensor; False: a DTensor.
+
+    Raises:
+        ValueError: another layout.
     """
 
     def __init__(
@@ -213,7 +216,7 @@ class _ColumnSharding:
         if isinstance(x, DTensor):
             if x.placements != (Replicate(),):
                 x = x.redistribute(mesh, (Replicate(),))
-            # Each rank has the gradient of its output features alone. Whoever made the DTensor sums them, once for all
+            # Each rank has the gradient of only its output features. Whoever made the DTensor sums them, once for all
             # layers that take it.
             x = x.to_local(grad_placements=(Partial(),))
         out = layer.multiply(x)
@@ -229,13 +232,16 @@ class _ColumnSharding:
 
 
 class QuantRowwiseParallel(ParallelStyle):
-    """Shards a layer's input features; the partial outputs are summed in high precision.
+    """A style that shards a layer's input features. The partial outputs are summed in high precision.
 
     Args:
         input_layouts: ``Shard(-1)``.
-        output_layouts: ``Replicate()``, or ``Shard(dim)`` of another dimension than the last; the gradient is then
-            gathered along it, in the format.
-        use_local_output: return a plain tensor, else a DTensor.
+        output_layouts: ``Replicate()``, or ``Shard(dim)`` with any ``dim`` but the last; the gradient is then gathered
+            along it, in the format.
+        use_local_output: return a plain tensor; False: a DTensor.
+
+    Raises:
+        ValueError: another layout.
     """
 
     def __init__(
@@ -249,7 +255,7 @@ class QuantRowwiseParallel(ParallelStyle):
         self.output_layout = output_layouts or Replicate()
         self.use_local_output = use_local_output
         if (input_layouts or Shard(-1)) != Shard(-1):
-            raise ValueError(f"{type(self).__name__}(input_layouts={input_layouts}): can only be Shard(-1)")
+            raise ValueError(f"{type(self).__name__}(input_layouts={input_layouts}): must be Shard(-1)")
         if self.output_layout != Replicate() and not isinstance(self.output_layout, Shard):
             raise ValueError(
                 f"{type(self).__name__}(output_layouts={output_layouts}): must be Replicate() or Shard(dim)"
@@ -281,8 +287,8 @@ class _RowSharding:
         if layer.bias is not None:
             assert isinstance(layer.bias, DTensor)
             if isinstance(layout, Shard):
-                # Each rank adds it to its share of the tokens: its gradient is the sum over the ranks, which
-                # redistribute does in backward (in forward it finds nothing to do).
+                # Each rank adds the bias to its share of the tokens, so the gradient is the sum over the ranks. The
+                # backward of redistribute computes it (its forward does nothing).
                 bias = layer.bias.redistribute(mesh, (Replicate(),)).to_local(grad_placements=(Partial(),))
             else:
                 bias = layer.bias.to_local()
@@ -291,15 +297,18 @@ class _RowSharding:
 
 
 class PrepareQuantInput(ParallelStyle):
-    """Gathers a module's input once, in the number format of the layers in it that take it.
+    """A style that gathers a module's input once, in the number format of the module's layers.
 
     Args:
-        input_layouts: of each positional argument; None leaves one alone.
-        desired_input_layouts: what the module needs.
-        use_local_output: give the module plain tensors instead of DTensors. What is gathered in the format is
-            neither.
-        fwd_config_submodule_fqn: the layer whose casts to use; by default those of the layers in the module, which must
-            agree.
+        input_layouts: the layout of each positional argument; None leaves an argument unchanged.
+        desired_input_layouts: the layout of each argument that the module needs.
+        use_local_output: pass plain tensors to the module instead of DTensors. (An input gathered in the format is
+            neither.)
+        fwd_config_submodule_fqn: the name of the layer whose cast to use; None: all quantized layers of the module must
+            cast their input in the same way.
+
+    Raises:
+        ValueError: the two arguments have different numbers of layouts.
     """
 
     def __init__(
@@ -319,7 +328,7 @@ class PrepareQuantInput(ParallelStyle):
         if len(self.input_layouts) != len(self.desired_layouts):
             raise ValueError(
                 f"{type(self).__name__}: {len(self.input_layouts)} input_layouts, {len(self.desired_layouts)} "
-                "desired_input_layouts: must be as many"
+                "desired_input_layouts: must be the same number"
             )
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
@@ -328,7 +337,7 @@ class PrepareQuantInput(ParallelStyle):
         return module
 
     def _layer(self, module: nn.Module) -> QuantLinear:
-        """The one whose casts to use."""
+        """Return the layer whose casts to use."""
         if self.layer_name is not None:
             return _quant_linear(self, module.get_submodule(self.layer_name))
         layers, name = quant_layers(module), type(self).__name__
@@ -345,7 +354,7 @@ class PrepareQuantInput(ParallelStyle):
         if len(inputs) != len(self.input_layouts):
             raise ValueError(
                 f"{type(self).__name__}: the module was given {len(inputs)} positional arguments, input_layouts "
-                f"has {len(self.input_layouts)}; give a None for each argument to leave alone"
+                f"has {len(self.input_layouts)}; add a None for each argument to leave unchanged"
             )
         return tuple(
             x if layout is None or desired is None else self._prepared(x, layout, desired, layer, mesh)
