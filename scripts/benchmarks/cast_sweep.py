@@ -172,8 +172,7 @@ def sweep(args: argparse.Namespace) -> int:
                 of_case = [r for r in rows if r["constant"] == constant.name and case in r["relative"]]
                 first = min(of_case, key=lambda row: row["relative"][case])
                 print(f"{constant.name}, {case}: {first['value']} ({first['relative'][case]:.3f})")
-        if budget.left_out:
-            print(f"left out, no time: {'; '.join(budget.left_out)}")
+        budget.print_left_out()
         print("The best, for titanlite/quant/float8/kernels/launch.py:")
         for constant in CONSTANTS:
             value = getattr(launch, constant.name)

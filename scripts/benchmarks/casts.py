@@ -317,7 +317,7 @@ def benchmark(args: argparse.Namespace) -> int:
         results.save("casts", [*rows.values()], args, **about)
     results.save("casts", [*rows.values()], args, **about)
     columns = ("us", "gbps", "copy_gbps", "of_copy", "speed_over_titanlite", "mismatch")
-    harness.report([*rows.values()], ("system", "kernel", "scales", "dtype", "m", "k"), columns, budget.left_out)
+    harness.report([*rows.values()], ("system", "kernel", "scales", "dtype", "m", "k"), columns, budget)
     if args.against and not find_spec("torchao"):
         print("torchao is not installed: pip install torchao, to compare with it")
     return int(not rows or any("failed" in row for row in rows.values() if row["system"] == OURS))

@@ -85,6 +85,10 @@ class Budget:
     def left(self) -> float:
         return float("inf") if self.seconds is None else self.seconds - (time.perf_counter() - self.begin)
 
+    def print_left_out(self) -> None:
+        if self.left_out:
+            print(f"left out, no time: {'; '.join(self.left_out)}")
+
     def within(
         self,
         cases: Iterable[K],
@@ -312,14 +316,13 @@ def pyplot() -> Any:
     return pyplot
 
 
-def report(rows: Sequence[Mapping[str, Any]], case: Sequence[str], columns: Sequence[str], left_out: list[str]) -> None:
+def report(rows: Sequence[Mapping[str, Any]], case: Sequence[str], columns: Sequence[str], budget: Budget) -> None:
     """Print a table of the rows, why some failed, and what was left out. ``case``: the columns that name a row."""
     print(show(rows, (*case, *columns)))
     for row in rows:
         if "failed" in row:
             print(", ".join(f"{row[key]}" for key in case), row["failed"], sep=": ")
-    if left_out:
-        print(f"left out, no time: {'; '.join(left_out)}")
+    budget.print_left_out()
 
 
 def show(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> str:

@@ -230,7 +230,7 @@ def main(argv: list[str] | None = None) -> int:
         rows += measure(problem, args)
         results.save("linear", rows, args, **about)
     columns = ("us", "tflops", "speedup_over_bf16", "speedup_over_torchao", "sqnr_db", "sqnr_bf16_db")
-    harness.report(rows, (*System._fields, "m", "k", "n"), columns, budget.left_out)
+    harness.report(rows, (*System._fields, "m", "k", "n"), columns, budget)
     if not find_spec("torchao"):
         print("torchao is not installed: pip install torchao, to compare with it")
     results.save("linear", rows, args, **about)

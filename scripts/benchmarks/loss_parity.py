@@ -120,9 +120,8 @@ def main() -> int:
             low, high = row["interval_95_pct"]
             shown = f"{row['difference_pct']:+.3f}% of bf16's loss, 95% interval {low:+.3f}% to {high:+.3f}%"
             print(f"{row['config']}: {shown}")
-    if budget.left_out:
-        print(f"left out, no time: {'; '.join(budget.left_out)}")
-    elif args.out:
+    budget.print_left_out()
+    if args.out and not budget.left_out:
         draw(curves, args.out.with_suffix(".png"))
     return int(bool(budget.left_out))
 

@@ -202,7 +202,7 @@ def main(argv: list[str] | None = None) -> int:
         rows += measure(*problem, args)
         results.save("matmul", rows, args, left_out=budget.left_out)
     case = ("model", "layer", "gemm", "m", "k", "n", *Way._fields)
-    harness.report(rows, case, ("us", "tflops", "of_peak", "speedup_over_bf16", "error"), budget.left_out)
+    harness.report(rows, case, ("us", "tflops", "of_peak", "speedup_over_bf16", "error"), budget)
     results.save("matmul", rows, args, left_out=budget.left_out)
     return int(not rows or any(row.get("failed", "").startswith("wrong") for row in rows))
 

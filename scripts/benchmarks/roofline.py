@@ -219,8 +219,7 @@ def report(args: argparse.Namespace, linear: dict[str, Any] | None, steps: list[
     if steps:
         floors += step_floor.floors(steps, at, args, budget)
         print(harness.show(floors, step_floor.COLUMNS))
-    if budget.left_out:
-        print(f"left out, no time: {'; '.join(budget.left_out)}")
+    budget.print_left_out()
     results.save("roofline", [*floors, *found, *sweep], args, ceilings=shown, left_out=budget.left_out)
     if not linear and not steps:
         shortest = [row for row in sweep if row["m"] == args.m[-1] and row["k"] == row["n"]]
