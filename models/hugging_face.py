@@ -41,7 +41,9 @@ class DecoderFiles:
     ignored: str | None = None
 
     def format(self) -> HuggingFaceFormat:
-        return HuggingFaceFormat(self.to_config, self.from_config, self.check, self.weights, self.ignored)
+        return HuggingFaceFormat(
+            self.model_type, self.to_config, self.from_config, self.check, self.weights, self.ignored
+        )
 
     def weights(self, args: DecoderArgs) -> WeightMap:
         """Return where each parameter is. The weights need no permutation: both sides pair the rotary embedding's
@@ -79,7 +81,7 @@ class DecoderFiles:
             "rope_theta": args.rope_theta,
             "rope_scaling": scaling,
             "tie_word_embeddings": args.tie_embeddings,
-            **{key: value for key, value in self.fixed.items() if value is not None},
+            **self.fixed,
             "initializer_range": 0.02,
             "use_cache": True,
         }
@@ -92,12 +94,22 @@ class DecoderFiles:
         """
         if config.get("model_type") != self.model_type:
             raise self._unsupported("model_type", config.get("model_type"), f'must be "{self.model_type}"')
+        if config.get("quantization_config"):
+            raise ConfigError(
+                "config.json: has a quantization_config: quantized weights are for inference; take the weights in high "
+                "precision"
+            )
         for key, only in {"architectures": [self.architecture], "partial_rotary_factor": 1.0, **self.fixed}.items():
             if config.get(key) not in (None, only):
                 raise self._unsupported(key, config[key], f"must be {_shown(only)}")
         for key in _REQUIRED:
             if not isinstance(config.get(key), int) or config[key] < 1:
                 raise self._unsupported(key, config.get(key), "must be a whole number of at least 1")
+        for key in ("num_key_value_heads", "head_dim"):
+            if config.get(key) is not None and (not isinstance(config[key], int) or config[key] < 1):
+                raise self._unsupported(key, config[key], "must be a whole number of at least 1")
+        if config.get("tie_word_embeddings") not in (None, True, False):
+            raise self._unsupported("tie_word_embeddings", config["tie_word_embeddings"], "must be true or false")
         heads, dim = config["num_attention_heads"], config["hidden_size"]
         # Absent and null both mean these, as in transformers.
         kv_heads, head_dim = config.get("num_key_value_heads") or heads, config.get("head_dim") or dim // heads
@@ -148,6 +160,8 @@ class DecoderFiles:
         and ``rope_scaling``) or as since 5 (both in ``rope_parameters``)."""
         key = "rope_scaling" if config.get("rope_scaling") else "rope_parameters"
         rope = config.get(key) or {}
+        if not isinstance(rope, Mapping):
+            raise self._unsupported(key, rope, "must be an object")
         theta = self._number(rope, "rope_theta", self._number(config, "rope_theta", 10000.0))
         if rope.get("partial_rotary_factor") not in (None, 1.0):
             raise self._unsupported(f"{key}.partial_rotary_factor", rope["partial_rotary_factor"], "must be 1.0")

@@ -26,6 +26,7 @@ class HuggingFaceFormat:
     """How a family's weights are kept by ``transformers``, as builders.
 
     Attributes:
+        model_type: of the family, in ``config.json``.
         to_config: a configured flavor -> what ``config.json`` says of the model. The dtype of the weights and the ids
             of special tokens are not the model's; who writes the file adds them.
         from_config: a parsed ``config.json`` -> the configured flavor that it describes. Raises :class:`ConfigError`
@@ -36,6 +37,7 @@ class HuggingFaceFormat:
         ignored: a regular expression; tensors in the files whose whole name matches hold nothing to load.
     """
 
+    model_type: str
     to_config: Callable[[Any], dict[str, Any]]
     from_config: Callable[[Mapping[str, Any]], Any]
     check: Callable[[Any, Mapping[str, Any]], None]
@@ -52,13 +54,14 @@ class ModelSpec:
             knows, ``max_seq_len``, the positions, ``n_layers``, ``head_size``, ``tie_embeddings``, the sizes that
             ``layout.divisible`` names, and ``configured(vocab_size, seq_len)``, which returns the flavor completed for
             a tokenizer and a sequence length, or raises ``ValueError``.
-        build: a configured flavor -> the module, called under the meta device. ``forward`` maps token ids [batch,
-            seq_len] to logits [batch, seq_len, vocab_size]; ``init_weights(init)`` fills every parameter through
-            :class:`titanlite.distributed.init.WeightInit`, and every buffer; ``size()`` returns a
+        build: a configured flavor -> the module, called under the meta device. ``forward(tokens, positions=None)`` maps
+            token ids [batch, seq_len] to logits [batch, seq_len, vocab_size]; ``init_weights(init)`` fills every
+            parameter through :class:`titanlite.distributed.init.WeightInit`, and every buffer; ``size()`` returns a
             :class:`~titanlite.models.layers.ModelSize`; ``args`` is the flavor; ``positions`` is a slot for the
-            positions of a process's tokens. Its blocks have a slot ``run`` and a method ``compute``. In the part that a
-            pipeline stage has, the children that belong to others are None, and ``forward`` takes and returns hidden
-            states [batch, seq_len, dim] where it has not the model's ends.
+            positions of a process's tokens, int64 [seq_len]. Its blocks have a slot ``run`` and a method ``compute``,
+            and their attention is an :class:`~titanlite.models.layers.AttentionSlot`, which context parallelism and
+            generation fill. In the part that a pipeline stage has, the children that belong to others are None, and
+            ``forward`` takes and returns hidden states [batch, seq_len, dim] where it has not the model's ends.
         layout: what its parts are.
         hugging_face: None for a family that ``transformers`` does not have.
     """
@@ -118,18 +121,18 @@ def model_spec_of(config: Mapping[str, Any]) -> tuple[ModelSpec, Any]:
     """The family that a Hugging Face folder's ``config.json`` describes, and its configured flavor.
 
     Raises:
-        ConfigError: no family computes such a model; in the words of the one that comes first.
+        ConfigError: no family computes such a model; in the words of a family of its ``model_type``, if there is one.
     """
     _import(_packages())
-    refusals: list[ConfigError] = []
+    refusals: list[tuple[bool, ConfigError]] = []
     for name in _registry.names():
         spec = _registry.get(name)
         if spec.hugging_face is not None:
             try:
                 return spec, spec.hugging_face.from_config(config)
             except ConfigError as e:
-                refusals.append(e)
-    raise refusals[0]
+                refusals.append((spec.hugging_face.model_type == config.get("model_type"), e))
+    raise max(refusals, key=lambda refusal: refusal[0])[1]
 
 
 def _packages() -> list[str]:

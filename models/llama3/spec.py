@@ -30,7 +30,6 @@ HUGGING_FACE = DecoderFiles(
         "attention_bias": False,
         "attention_dropout": 0.0,
         "mlp_bias": False,
-        "quantization_config": None,
     },
     layer={
         "attention.wq": "self_attn.q_proj",

@@ -313,7 +313,8 @@ def benchmark(args: argparse.Namespace) -> int:
             inputs.clear()
             inputs, last = inputs_of(*problem.shape, args.device), problem.shape
         for row in measure(problem.kernel, inputs, problem.against, args):
-            rows[(row["system"], *problem.shape, *problem.kernel)] = row
+            key = (row["system"], *problem.shape, *problem.kernel)
+            rows[key] = row
         results.save("casts", [*rows.values()], args, **about)
     results.save("casts", [*rows.values()], args, **about)
     columns = ("us", "gbps", "copy_gbps", "of_copy", "speed_over_titanlite", "mismatch")

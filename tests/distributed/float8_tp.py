@@ -42,9 +42,9 @@ from titanlite.float8.float8_tensor_parallel import (
     Float8RowwiseParallel,
     PrepareFloat8ModuleInput,
 )
+from titanlite.quant import autograd
 from titanlite.quant.float8.matmul import cast as cast_operand
 from titanlite.quant.format import Operand
-from titanlite.quant.operands import Operands
 from titanlite.quant.tensor import QuantTensor
 
 BATCH, TOKENS, DIM, HIDDEN = 2, 32, 64, 128
@@ -319,16 +319,16 @@ def arrived(recipe: str, mesh: DeviceMesh) -> dict[str, Any]:
     seen: dict[str, Any] = {}
     model.ff.w1.register_forward_pre_hook(lambda _, inputs: seen.update(input=inputs[0]))
     model.norm.register_forward_hook(lambda _, inputs, out: seen.update(norm=out.to_local()))
-    original = Operands.grad_output
+    original = autograd.cast_grad_output
 
-    def spy(operands: Operands, grad: Tensor | Operand, *args: Any) -> Any:
-        if operands.layer is model.ff.w2:
+    def spy(layer: nn.Module, grad: Tensor | Operand, *args: Any) -> Any:
+        if layer is model.ff.w2:
             seen["grad"] = grad
-        return original(operands, grad, *args)
+        return original(layer, grad, *args)  # type: ignore[arg-type]
 
-    Operands.grad_output = spy  # type: ignore[method-assign]
+    autograd.cast_grad_output = spy
     forward_backward(model, case, mesh, torch.bfloat16)
-    Operands.grad_output = original  # type: ignore[method-assign]
+    autograd.cast_grad_output = original
     x, grad = whole(seen["norm"].detach(), Shard(1), mesh), data(case, torch.bfloat16)[1]
     found: dict[str, Any] = {}
     for key, plain, how in (

@@ -245,8 +245,8 @@ def _copy_local_shard(tensor: Tensor, place: Place, source: Callable[[str], Any]
         for i, name in enumerate(place.tensors[slices[0]]):
             data[i].copy_(source(name)[slices[1:]])
     elif isinstance(place, Rows):
-        rows = slice(place.start + slices[0].start, place.start + slices[0].stop)
-        data.copy_(source(place.tensor)[(rows, *slices[1:])])
+        there = (slice(place.start + slices[0].start, place.start + slices[0].stop), *slices[1:])
+        data.copy_(source(place.tensor)[there])
     else:
         data.copy_(source(place)[slices])
 

@@ -31,6 +31,10 @@ def _weight(weight: Tensor, by_rows: bool) -> tuple[Tensor, Tensor]:
     return quantize(weight, scale, DTYPE), scale.reciprocal().reshape(-1, 1) if by_rows else scale.reciprocal()[None]
 
 
+def _why_not(in_features: int, out_features: int) -> str | None:
+    return "float8 matmuls need multiples of 16" if in_features % 16 or out_features % 16 else None
+
+
 def _input_scale(amax: Tensor) -> Tensor:
     return amax_to_scale(amax, DTYPE).reciprocal().reshape(1)
 
@@ -58,7 +62,7 @@ def _register(
                 "input_activations": None if inputs is None else {**number, **inputs},
             },
             file_format="float-quantized",
-            dtype=DTYPE,
+            why_not=lambda *features: None if inputs is None else _why_not(*features),
             quantize=lambda model, layers, record: quantize_(
                 model, config(record), lambda _, name: name in layers, strict=True
             ),

@@ -7,7 +7,6 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 from titanlite.registry import Registry
@@ -35,7 +34,7 @@ class Quantizer:
         scheme: in the words of compressed-tensors, the format that vLLM and transformers read: an entry of its
             ``config_groups``, without the targets.
         file_format: the name of that format of the tensors.
-        dtype: of a quantized weight.
+        why_not: ``(in_features, out_features)`` -> why a layer cannot be quantized so; None if it can.
         calibrate: None, or what records the largest magnitudes of the inputs of the layers in a model, by name, while
             batches run through it.
         quantize: ``(model, chosen layer names, the record or None)``: quantizes these layers in place.
@@ -47,7 +46,7 @@ class Quantizer:
 
     scheme: Mapping[str, Any]
     file_format: str
-    dtype: torch.dtype
+    why_not: Callable[[int, int], str | None]
     quantize: Callable[[nn.Module, set[str], Mapping[str, Tensor] | None], object]
     quantize_weight: Callable[[Tensor], tuple[Tensor, Tensor]]
     input_scale: Callable[[Tensor], Tensor]

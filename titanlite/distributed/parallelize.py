@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import Replicate, Shard
+from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.parallel import SequenceParallel, parallelize_module
 from torch.distributed.tensor.parallel.style import ParallelStyle
 
@@ -36,10 +36,10 @@ def parallelize(model: nn.Module, layout: Layout, mesh: Mesh, config: JobConfig)
     """Apply what ``config`` asks for to ``model`` in place."""
     if mesh.tp.size() > 1:
         apply_tensor_parallel(model, layout, mesh, config.parallelism)
-    _fill_slots(model, mesh, config.parallelism.context_parallel_rotate_method, config.training.mixed_precision_param)
-    _checkpoint_and_compile(
-        getattr(model, layout.blocks), mesh, config.activation_checkpoint, config.compile_options("model")
-    )
+    blocks: nn.ModuleDict = getattr(model, layout.blocks)
+    rotate_method = config.parallelism.context_parallel_rotate_method
+    _fill_slots(model, blocks, mesh, rotate_method, config.training.mixed_precision_param)
+    _checkpoint_and_compile(blocks, mesh, config.activation_checkpoint, config.compile_options("model"))
     apply_fsdp(
         model,
         mesh,
@@ -49,7 +49,7 @@ def parallelize(model: nn.Module, layout: Layout, mesh: Mesh, config: JobConfig)
     )
 
 
-def _fill_slots(model: nn.Module, mesh: Mesh, rotate_method: str, param_dtype: str) -> None:
+def _fill_slots(model: nn.Module, blocks: nn.ModuleDict, mesh: Mesh, rotate_method: str, param_dtype: str) -> None:
     """Fill the slots of attention, feed-forward and positions."""
     args: Any = model.args
     core = positions = None
@@ -62,11 +62,25 @@ def _fill_slots(model: nn.Module, mesh: Mesh, rotate_method: str, param_dtype: s
     if positions is None and mesh.pp.size() > 1:  # a later stage cannot tell them from what it is given
         positions = torch.arange(args.max_seq_len, device=mesh.device_type)
     model.positions = positions  # type: ignore[assignment]
+    if mesh.cp.size() > 1:
+        _refuse_blocks_without_slot(blocks, mesh.cp.size())
     for module in model.modules():
         if isinstance(module, AttentionSlot) and core is not None:
             module.core = core
         if isinstance(module, FeedForward):
             module.swiglu = swiglu_linear  # which leaves layers that are not quantized as they are
+
+
+def _refuse_blocks_without_slot(blocks: nn.ModuleDict, degree: int) -> None:
+    """Refuse context parallelism where a block's attention would see this rank's part of the sequence alone."""
+    for name, block in blocks.items():
+        if not any(isinstance(module, AttentionSlot) for module in block.modules()):
+            raise ConfigError(
+                f"block {name} has no AttentionSlot (titanlite.models.layers), so its attention cannot see the whole "
+                "sequence; give it one, or choose another dimension",
+                key="parallelism.context_parallel_degree",
+                value=degree,
+            )
 
 
 def attends_in_float32(head_size: int, mesh: Mesh, param_dtype: str) -> bool:
@@ -172,6 +186,13 @@ def apply_tensor_parallel(model: nn.Module, layout: Layout, mesh: Mesh, parallel
         raise ConfigError(str(e), key="parallelism.tensor_parallel_degree", value=tp.size()) from e
     if model.args.tie_embeddings:  # type: ignore[union-attr]
         embedding.weight = output.weight  # both ends shard the vocabulary, each a copy of its own until here
+    for name, param in model.named_parameters():
+        if not isinstance(param, DTensor):  # each rank would train it with the gradient of its own part
+            raise ConfigError(
+                f"the model's layout does not say how to shard {name}; add it there, or choose another dimension",
+                key="parallelism.tensor_parallel_degree",
+                value=tp.size(),
+            )
     if parallelism.enable_async_tensor_parallel:
         enable_async_tensor_parallel(model, tp)
 

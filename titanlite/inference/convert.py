@@ -83,16 +83,18 @@ def to_hugging_face(
     tokenizer = tokenizer_of(description, tokenizer_path)
     weights = family.weights(description.args)
     config = family.to_config(description.args)
-    with _weights_of(folder, weights, verify_sums) as (shapes, get):
+    with torch.device("meta"):
+        model = spec.build(description.args)
+    shapes = {name: tuple(param.shape) for name, param in model.named_parameters(remove_duplicate=False)}
+    with _weights_of(folder, shapes, weights, family.ignored, verify_sums) as get:
         quantized = None
         if quantize is not None:
             quantizer = quantizer_for(quantize, description)
-            with torch.device("meta"):
-                layers = list(linear_layers(spec.build(description.args), spec.layout.output))
+            layers = linear_layers(model, spec.layout.output)
             record = None
             if quantizer.calibrate or calibration:
                 record = _calibrated(quantizer, folder, tokenizer, tokenizer_path, calibration)
-            quantized = quantized_weights(quantizer, layers, shapes, weights, record)
+            quantized = quantized_weights(quantizer, layers, weights, record)
             config[QUANTIZATION] = quantization_config(quantizer, ["lm_head"])
         write_hugging_face(
             target, config, shapes, weights, get, tokenizer, dtype=getattr(torch, dtype), quantized=quantized
@@ -105,19 +107,19 @@ Get = Callable[[list[str]], dict[str, Tensor]]
 
 @contextmanager
 def _weights_of(
-    folder: Path, weights: WeightMap, verify_sums: bool
-) -> Iterator[tuple[dict[str, tuple[int, ...]], Get]]:
-    """Yield the shapes of the parameters in a folder, and a function that reads them: names -> parameters."""
+    folder: Path, shapes: Mapping[str, tuple[int, ...]], weights: WeightMap, ignored: str | None, verify_sums: bool
+) -> Iterator[Get]:
+    """Yield a function that reads the parameters in a folder: names -> parameters, of these ``shapes``."""
     if is_hugging_face(folder):
         source = HuggingFaceFolder(folder)
+        source.check(shapes, weights, ignored)
         with source.opened() as opened:
-            shapes = {name: tuple(opened(place).shape) for name, place in weights.items()}
-            yield shapes, lambda names: {name: opened(weights[name]) for name in names}
+            yield lambda names: {name: opened(weights[name]) for name in names}
         return
     if verify_sums:
         verify(folder)
     saved = saved_shapes(folder)
-    lacking = [name for name in weights if f"model.{name}" not in saved]
+    lacking = [name for name, shape in shapes.items() if tuple(saved.get(f"model.{name}", ())) != shape]
     if lacking:
         raise ConfigError(f"{folder} lacks {len(lacking)} weights of its own model, such as {lacking[0]}")
 
@@ -126,7 +128,7 @@ def _weights_of(
         load(folder, state)
         return {name.removeprefix("model."): tensor for name, tensor in state.items()}
 
-    yield {name: tuple(saved[f"model.{name}"]) for name in weights}, get
+    yield get
 
 
 def _calibrated(

@@ -94,22 +94,26 @@ def quantization_config(quantizer: Quantizer, kept: list[str]) -> dict[str, Any]
 
 def quantized_weights(
     quantizer: Quantizer,
-    layers: list[str],
-    shapes: Mapping[str, tuple[int, ...]],
+    layers: Mapping[str, nn.Linear],
     weights: WeightMap,
     record: Mapping[str, Tensor] | None,
 ) -> QuantizedWeights:
     """Return how the weights of ``layers`` are written.
 
     Raises:
-        ConfigError: calibration did not reach a layer.
+        ConfigError: a layer cannot be quantized, or calibration did not reach it.
     """
     by_tensor: dict[str, str] = {}
     entries: dict[str, dict[str, tuple[tuple[int, ...], torch.dtype]]] = {}
-    for layer in layers:
-        tensor, shape = weights[f"{layer}.weight"], shapes[f"{layer}.weight"]
+    for layer, linear in layers.items():
+        tensor, shape = weights[f"{layer}.weight"], (linear.out_features, linear.in_features)
+        reason = quantizer.why_not(linear.in_features, linear.out_features)
         if not isinstance(tensor, str):
-            raise ConfigError(f"--quantize: {layer} is no tensor of its own in this family's files; leave it out")
+            reason = "it is no tensor of its own in this family's files"
+        if record is not None and layer not in record:
+            reason = "calibration did not reach it"
+        if reason or not isinstance(tensor, str):
+            raise ConfigError(f"--quantize: {layer} ({shape[1]} -> {shape[0]}): {reason}; use the weights as they are")
         with torch.device("meta"):
             weight, scale = quantizer.quantize_weight(torch.empty(shape))
         stem = tensor.removesuffix(".weight")

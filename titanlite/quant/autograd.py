@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from titanlite.quant.format import Format, Operand
-from titanlite.quant.operands import Operands
+from titanlite.quant.operands import CastsOperands, cast_grad_output, weight_for_grad_input
 
 
 class Ranks(Protocol):
@@ -44,7 +44,7 @@ class QuantMatmul(torch.autograd.Function):
         w_scale: Tensor | None,
         saved_data: Tensor | None,
         saved_scale: Tensor | None,
-        operands: Operands,
+        layer: CastsOperands,
         format: Format,
         ranks: Ranks | None,
     ) -> Tensor:
@@ -55,7 +55,7 @@ class QuantMatmul(torch.autograd.Function):
         else:
             ctx.save_for_backward(weight)
         ctx.ranks = ranks
-        _save(ctx, operands, format, x)
+        _save(ctx, layer, format, x)
         out = _output(ctx, Operand(x_data, x_scale), Operand(w_data, w_scale))
         return out if ranks is None else ranks.sum(out)
 
@@ -65,7 +65,7 @@ class QuantMatmul(torch.autograd.Function):
         _begin_backward(ctx)
         grad_input = grad_weight = None
         whole = grad_output if ctx.ranks is None else ctx.ranks.whole(grad_output)
-        g_for_input, g_for_weight = ctx.operands.grad_output(whole, ctx.format, ctx.needs_input_grad[1])
+        g_for_input, g_for_weight = cast_grad_output(ctx.layer, whole, ctx.format, ctx.needs_input_grad[1])
         if ctx.needs_input_grad[0]:
             grad_input = _grad_input(ctx, g_for_input, weight).view(ctx.shape)
         if ctx.needs_input_grad[1]:
@@ -91,11 +91,11 @@ class QuantSwiGLUMatmul(torch.autograd.Function):
         w_data: Tensor,
         w_scale: Tensor,
         saved: Tensor,
-        operands: Operands,
+        layer: CastsOperands,
         format: Format,
     ) -> Tensor:
         ctx.save_for_backward(gate, up, weight, saved)
-        _save(ctx, operands, format, up)
+        _save(ctx, layer, format, up)
         return _output(ctx, Operand(x_data, x_scale), Operand(w_data, w_scale))
 
     @staticmethod
@@ -103,7 +103,7 @@ class QuantSwiGLUMatmul(torch.autograd.Function):
         gate, up, weight, saved = ctx.saved_tensors
         _begin_backward(ctx)
         for_gate, for_up, for_weight, *_ = ctx.needs_input_grad
-        g_for_input, g_for_weight = ctx.operands.grad_output(grad_output, ctx.format, for_weight)
+        g_for_input, g_for_weight = cast_grad_output(ctx.layer, grad_output, ctx.format, for_weight)
         gate, up = gate.reshape(-1, gate.shape[-1]), up.reshape(-1, up.shape[-1])
         # If neither factor needs a gradient, only the kernel's product is used, and ``grad`` may hold anything.
         grad = _grad_input(ctx, g_for_input, weight) if for_gate or for_up else torch.empty_like(up)
@@ -117,10 +117,10 @@ class QuantSwiGLUMatmul(torch.autograd.Function):
         )
 
 
-def _save(ctx: Any, operands: Operands, format: Format, x: Tensor) -> None:
+def _save(ctx: Any, layer: CastsOperands, format: Format, x: Tensor) -> None:
     """Store on ``ctx`` what the backward needs beside the saved tensors."""
-    ctx.source = None if torch.compiler.is_compiling() else operands.layer.weight
-    ctx.operands, ctx.format, ctx.shape, ctx.dtype = operands, format, x.shape, x.dtype
+    ctx.source = None if torch.compiler.is_compiling() else layer.weight
+    ctx.layer, ctx.format, ctx.shape, ctx.dtype = layer, format, x.shape, x.dtype
 
 
 def _output(ctx: Any, x: Operand, w: Operand) -> Tensor:
@@ -131,7 +131,7 @@ def _output(ctx: Any, x: Operand, w: Operand) -> Tensor:
 
 def _begin_backward(ctx: Any) -> None:
     if not torch.compiler.is_compiling():
-        ctx.operands.copies.backward_ran = True
+        ctx.layer.copies.backward_ran = True
         refuse_double_backward(ctx.format.name)
 
 
@@ -145,7 +145,7 @@ def refuse_double_backward(format_name: str) -> None:
 
 
 def _grad_input(ctx: Any, grad_output: Operand, weight: Tensor) -> Tensor:
-    w = ctx.operands.weight_for_grad_input(weight, ctx.source, ctx.format)
+    w = weight_for_grad_input(ctx.layer, weight, ctx.source, ctx.format)
     return ctx.format.multiply(grad_output, w, "grad_input", ctx.dtype)  # type: ignore[no-any-return]
 
 

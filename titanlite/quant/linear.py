@@ -5,18 +5,22 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Protocol, Self
+from typing import Any, Protocol, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from titanlite.quant.autograd import QuantMatmul, Ranks
 from titanlite.quant.format import Format, Operand
 from titanlite.quant.fsdp import plain, wrapped_for_gather
-from titanlite.quant.operands import Operands
+from titanlite.quant.operands import CastsOperands, cast_input, weight_for_output
+from titanlite.quant.reuse import WeightCopies
 from titanlite.quant.tensor import QuantTensor
+
+Layer = TypeVar("Layer", bound="QuantLinear")
 
 
 class Sharding(Protocol):
@@ -26,7 +30,7 @@ class Sharding(Protocol):
         """Return the output of ``layer`` for ``input``."""
 
 
-class QuantLinear(nn.Linear):
+class QuantLinear(CastsOperands):
     """An ``nn.Linear`` computed in a number format, with the same parameters under the same names.
 
     The state dict is that of ``nn.Linear`` and the buffers of ``format.state()``. A state dict without the buffers of
@@ -50,7 +54,6 @@ class QuantLinear(nn.Linear):
     gather_option = "gather_quantized"
     format: Format
     gather_quantized: bool
-    operands: Operands
     sharding: Sharding | None = None
     in_high_precision: bool = False
 
@@ -62,8 +65,8 @@ class QuantLinear(nn.Linear):
 
     @classmethod
     def from_linear(
-        cls, module: nn.Linear, format: Format, *, gather_quantized: bool = False, keep_weight: bool = True
-    ) -> Self:
+        cls: type[Layer], module: nn.Linear, format: Format, *, gather_quantized: bool = False, keep_weight: bool = True
+    ) -> Layer:
         """Turn ``module`` itself into this class and return it. Parameters, their ties, hooks and buffers stay.
 
         Raises:
@@ -83,11 +86,11 @@ class QuantLinear(nn.Linear):
         Raises:
             ValueError: the weight is sharded by tensor parallelism, or wrapped to be gathered in the format.
         """
-        if self.sharding is not None or self.gather_quantized:
+        if self.sharding is not None or self.gather_quantized or isinstance(self, FSDPModule):
             raise ValueError("to_linear: the weight is sharded or wrapped for FSDP2; load its state dict elsewhere")
         for name in self._state_names():
             delattr(self, name)
-        del self.format, self.gather_quantized, self.operands
+        del self.format, self.gather_quantized, self.keep_weight, self.copies
         self.__class__ = nn.Linear  # type: ignore[assignment]
         return self
 
@@ -98,7 +101,7 @@ class QuantLinear(nn.Linear):
                 "leave this layer in high precision"
             )
         self.format, self.gather_quantized = format, gather_quantized
-        self.operands = Operands(self, keep_weight)
+        self.keep_weight, self.copies = keep_weight, WeightCopies()
         self.weight = self.weight  # wraps it for FSDP2 if gather_quantized
         for shapes in format.state().values():
             for name, shape in shapes.items():
@@ -130,11 +133,11 @@ class QuantLinear(nn.Linear):
             product = F.linear(input, weight)
             return product if ranks is None else ranks.sum(product)
         format = self.format.on(input.device)
-        x, saved = self.operands.input(input, format, self.learns(weight))
-        w = self.operands.weight_for_output(weight, format)
+        x, saved = cast_input(self, input, format, self.learns(weight))
+        w = weight_for_output(self, weight, format)
         if saved is x:
             saved = Operand(None, None)  # type: ignore[arg-type]  # the compiler takes no tensor twice
-        out: Tensor = QuantMatmul.apply(input, weight, *x, *w, *saved, self.operands, format, ranks)
+        out: Tensor = QuantMatmul.apply(input, weight, *x, *w, *saved, self, format, ranks)
         return out
 
     def local_weight(self, input: Tensor) -> Tensor:
@@ -169,16 +172,19 @@ class QuantLinear(nn.Linear):
     # ---- overrides of nn.Module
 
     def __setattr__(self, name: str, value: Any) -> None:
-        operands = self.__dict__.get("operands")  # None while the constructor of nn.Linear runs
-        if name == "weight" and operands is not None:
-            operands.copies.forget()
+        copies = self.__dict__.get("copies")  # None while the constructor of nn.Linear runs
+        if name == "weight" and copies is not None:
+            copies.forget()
             if isinstance(value, nn.Parameter) and self.gather_quantized:
                 value = wrapped_for_gather(value, self.format)
         super().__setattr__(name, value)
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "copies": WeightCopies()}  # a copy of the layer has none yet
+
     def forget_copies(self) -> None:
         """Drop the quantized copies of the weight; call it after a write that no version counter shows."""
-        self.operands.copies.forget()
+        self.copies.forget()
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -196,7 +202,7 @@ class QuantLinear(nn.Linear):
                     self.get_buffer(name).zero_()
                     missing_keys.remove(f"{prefix}{name}")
 
-    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+    def _apply(self: Layer, fn: Any, recurse: bool = True) -> Layer:
         before = {name: self.get_buffer(name) for name in self._state_names()}
         super()._apply(fn, recurse)
         self.forget_copies()

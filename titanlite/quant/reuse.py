@@ -87,9 +87,6 @@ class WeightCopies:
         self.used_again: dict[Hashable, bool] = {}  # before the weight changed
         self.backward_ran = False
 
-    def __reduce__(self) -> tuple[type[WeightCopies], tuple[()]]:
-        return WeightCopies, ()
-
     def forget(self) -> None:
         """Drop the copies, but remember which were used again."""
         self.used_again |= {key: count > 1 for key, count in self.uses.items()}

@@ -8,6 +8,7 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from titanlite.quant.autograd import QuantSwiGLUMatmul
 from titanlite.quant.linear import QuantLinear, autocast
+from titanlite.quant.operands import weight_for_output
 
 
 def swiglu_linear(linear: nn.Module, gate: Tensor, up: Tensor) -> Tensor:
@@ -45,6 +46,6 @@ def _fused(linear: QuantLinear, gate: Tensor, up: Tensor) -> Tensor | None:
     x, saved = format.swiglu_cast(
         gate.detach().reshape(-1, gate.shape[-1]), up.detach().reshape(-1, up.shape[-1]), linear.learns(weight)
     )
-    w = linear.operands.weight_for_output(weight, format)
-    out: Tensor = QuantSwiGLUMatmul.apply(gate, up, weight, *x, *w, saved, linear.operands, format)
+    w = weight_for_output(linear, weight, format)
+    out: Tensor = QuantSwiGLUMatmul.apply(gate, up, weight, *x, *w, saved, linear, format)
     return out

@@ -56,10 +56,10 @@ def test_kept_copies_are_kept() -> None:
         step = linear.step_of(layer, data, False, kept)
         step()
         step()  # in which it shows that a copy is used again
-        before = dict(layer.operands.copies.copies)
+        before = dict(layer.copies.copies)
         step()
         assert len(before) == (2 if kept else 0)
-        assert all(layer.operands.copies.copies[key] is copy for key, copy in before.items())
+        assert all(layer.copies.copies[key] is copy for key, copy in before.items())
 
 
 @pytest.mark.parametrize("fault", ["the output", "a gradient"])

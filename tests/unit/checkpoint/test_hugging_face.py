@@ -242,7 +242,9 @@ def test_both_spellings_of_scaled_frequencies(rope: dict[str, Any]) -> None:
         ("mlp_bias", True, "mlp_bias = True: must be False"),
         ("attention_dropout", 0.1, "attention_dropout = 0.1: must be 0.0"),
         ("partial_rotary_factor", 0.5, "partial_rotary_factor = 0.5: must be 1.0"),
-        ("quantization_config", {"bits": 4}, r"quantization_config = \{'bits': 4\}: must be None"),
+        ("head_dim", "16", 'head_dim = "16": must be a whole number of at least 1'),
+        ("tie_word_embeddings", "false", 'tie_word_embeddings = "false": must be true or false'),
+        ("rope_scaling", "llama3", 'rope_scaling = "llama3": must be an object'),
         ("head_dim", 7, "head_dim = 7: must be even"),
         ("hidden_size", 65, "hidden_size = 65: must be a multiple of num_attention_heads = 8"),
         ("num_key_value_heads", 3, "num_key_value_heads = 3: must divide num_attention_heads = 8"),
@@ -258,6 +260,11 @@ def test_what_is_not_computed_is_refused(key: str, value: Any, message: str) -> 
     HUGGING_FACE.from_config(SIZES)
     with pytest.raises(ConfigError, match=rf"^config\.json: {message}.*does not compute" if value else message):
         HUGGING_FACE.from_config({**SIZES, key: value})
+
+
+def test_quantized_weights_are_not_trained() -> None:
+    with pytest.raises(ConfigError, match="quantized weights are for inference; take the weights in high precision"):
+        HUGGING_FACE.from_config({**SIZES, "quantization_config": {"bits": 4}})
 
 
 def test_another_flavor_is_named_by_what_differs() -> None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tests.unit.commands.test_generate_command import write
@@ -17,6 +19,7 @@ from titanlite.config import Degrees
 from titanlite.distributed.mesh import Mesh, build_mesh
 from titanlite.errors import ConfigError
 from titanlite.float8.inference import Float8InferenceLinear
+from titanlite.inference.convert import convert as convert_folder
 from titanlite.inference.load import load_model
 from titanlite.models.layers import DecoderArgs
 
@@ -130,6 +133,30 @@ def test_bad_input_is_one_message(
     assert convert.main([str(checkpoint), str(tmp_path / "out"), *options]) == 2
     assert message in capfd.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_of_another_model(folders: dict[str, Path], checkpoint: Path, tmp_path: Path) -> None:
+    """What lacks a tensor, or has one too many, or of another shape, is refused with --quantize as it is without."""
+    plain = tmp_path / "plain"
+    assert convert.main([str(checkpoint), str(plain), "--dtype=float32"]) == 0
+    tensors = load_file(plain / "model.safetensors")
+    name = "model.layers.0.self_attn.q_proj"
+    changes: dict[str, dict[str, Tensor]] = {
+        "are in its files and not": {**tensors, f"{name}.bias": torch.zeros(64)},
+        "are not in its files": {key: tensor for key, tensor in tensors.items() if key != f"{name}.weight"},
+        "have another shape": {**tensors, f"{name}.weight": torch.zeros(32, 64)},
+    }
+    for message, changed in changes.items():
+        save_file(changed, plain / "model.safetensors")
+        with pytest.raises(ConfigError, match=message):
+            convert_folder(plain, tmp_path / "out", quantize="float8_dynamic")
+
+
+def test_layers_that_the_units_do_not_take(tmp_path: Path) -> None:
+    write(tmp_path / "step-3", replace(ARGS, dim=72))
+    with pytest.raises(ConfigError, match=r"layers.0.attention.wq \(72 -> 72\): float8 matmuls need multiples of 16"):
+        convert_folder(tmp_path / "step-3", tmp_path / "out", quantize="float8_dynamic")
+    assert convert_folder(tmp_path / "step-3", tmp_path / "out", quantize="float8_weight_only")
 
 
 def test_quantized_weights_are_for_inference(folders: dict[str, Path], tmp_path: Path) -> None:

@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from tests.support.runs import ROOT
@@ -22,9 +24,9 @@ from titanlite.config import JobConfig, check_config, load_config, pipeline_micr
 from titanlite.config.parallelism import Degrees
 from titanlite.config.schema import Parallelism
 from titanlite.distributed.mesh import Mesh, build_mesh
-from titanlite.distributed.parallelize import check
+from titanlite.distributed.parallelize import check, parallelize
 from titanlite.errors import ConfigError
-from titanlite.models.layers import LAYOUT, DecoderArgs
+from titanlite.models.layers import LAYOUT, Decoder, DecoderArgs
 from titanlite.models.llama3.spec import FLAVORS
 
 SHORT = {
@@ -391,6 +393,29 @@ def test_a_tensor_parallel_degree_that_does_not_divide_the_model(args: DecoderAr
         check(args, LAYOUT, mesh, JobConfig())
     for part in (f"tensor_parallel_degree = {tp}: ", f"must divide the model's {what}", "another degree or flavor"):
         assert part in str(error.value)
+
+
+def test_what_a_layout_does_not_name_is_not_trained_apart() -> None:
+    """A parameter that tensor parallelism does not know would have another gradient on each rank, and a block without
+    a slot would attend to its part of the sequence alone."""
+    args = DecoderArgs(dim=64, n_layers=2, n_heads=4, n_kv_heads=2, ffn_dim=96, vocab_size=128, max_seq_len=32)
+
+    def model() -> Any:
+        with torch.device("meta"):
+            return Decoder(args)
+
+    config = load_config(["--activation_checkpoint.mode=none"])
+    with mesh_of(Degrees(1, 1, 1, 2, 1)) as mesh:
+        extra = model()
+        extra.layers["1"].attention.register_parameter("scale", nn.Parameter(torch.empty(16, device="meta")))
+        with pytest.raises(ConfigError, match=r"layout does not say how to shard layers\.1\.attention\.scale"):
+            parallelize(extra, LAYOUT, mesh, config)
+    with mesh_of(Degrees(1, 1, 2, 1, 1)) as mesh:
+        without = model()
+        without.layers["1"].attention = nn.Identity()
+        with pytest.raises(ConfigError, match="block 1 has no AttentionSlot") as refused:
+            parallelize(without, LAYOUT, mesh, config)
+        assert (refused.value.key, refused.value.value) == ("parallelism.context_parallel_degree", 2)
 
 
 def test_tied_embeddings_do_not_go_through_a_pipeline() -> None:

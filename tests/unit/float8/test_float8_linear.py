@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import gc
 import io
 import math
 import pickle
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -422,7 +424,7 @@ def test_a_copy_that_was_not_used_again_is_not_kept(counter: Counter) -> None:
     for microbatches in (1, 1, 2, 2, 1, 1):
         for _ in range(microbatches):
             layer(torch.randn(8, 64, requires_grad=True)).sum().backward()
-        kept.append(len(layer.operands.copies.copies))
+        kept.append(len(layer.copies.copies))
         casts.append(counter.of(layer.weight))
         optimizer.step()
         optimizer.zero_grad()
@@ -444,8 +446,8 @@ def test_force_recompute_keeps_nothing(recipe: str, counter: Counter) -> None:
             layer(leaf).square().sum().backward()
         grads.append((leaf.grad, layer.weight.grad))
     assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))  # type: ignore[arg-type]
-    assert len(kept.operands.copies.copies) == USES[recipe]
-    assert len(forced.operands.copies.copies) == 0
+    assert len(kept.copies.copies) == USES[recipe]
+    assert len(forced.copies.copies) == 0
     assert counter.of(forced.weight) == 4  # forward and backward, twice
 
 
@@ -516,7 +518,7 @@ def test_a_changed_weight_is_never_stale(recipe: str, change: Callable[[nn.Linea
     for _ in range(2):
         before = layer(x)
         before.sum().backward()
-    assert layer.operands.copies.copies
+    assert layer.copies.copies
     change(layer)
     fresh = Float8Linear(64, 32, bias=False, config=layer.config)
     fresh.load_state_dict(layer.state_dict())
@@ -942,3 +944,26 @@ def test_public_names() -> None:
     assert repr(weight) == f"ShardedWeight({torch.ones(2, 2)})"
     arrived = QuantTensor(torch.ones(2, 2).to(torch.float8_e4m3fn), torch.ones(()), torch.bfloat16)
     assert repr(arrived) == "QuantTensor(shape=(2, 2), torch.float8_e4m3fn for torch.bfloat16, scale=1.0)"
+
+
+def test_a_layer_is_freed_with_its_last_reference() -> None:
+    """Not by the garbage collector, which the trainer runs by itself and seldom."""
+    layer = Float8Linear(32, 32, config=Float8LinearConfig(emulate=True))
+    layer(torch.randn(4, 32)).sum().backward()
+    weight = weakref.ref(layer.weight)
+    gc.disable()
+    try:
+        del layer
+        assert weight() is None
+    finally:
+        gc.enable()
+
+
+def test_a_copy_has_a_state_of_its_own() -> None:
+    layer = Float8Linear(32, 32, config=scaled_by(ScalingType.DELAYED))
+    twin = copy.copy(layer)
+    twin._buffers = {name: buffer.clone() for name, buffer in layer._buffers.items() if buffer is not None}
+    twin(torch.full((4, 32), 3.0))
+    assert twin.get_buffer("fp8_amax_input") == 3
+    assert layer.get_buffer("fp8_amax_input") == 0
+    assert twin.copies is not layer.copies
