@@ -224,10 +224,12 @@ def test_cuda_kernels_are_called_rightly(queries: int, keys: int, causal: bool) 
             torch.empty(1, heads, seq, HEAD_DIM, dtype=torch.bfloat16, device="meta")
             for heads, seq in ((HEADS, queries), (2, keys), (2, keys))
         )
-        out, lse = _attend(q, k, v, causal=causal)
+        out, lse = _attend(q, k, v, causal=causal, grouped=True)
         assert (out.shape, out.dtype, lse.shape, lse.dtype) == (q.shape, q.dtype, q.shape[:3], torch.float32)
         lse = torch.empty(1, HEADS, 2 * queries, device="meta")[:, :, queries:]  # of a part of the queries
-        for grad, like in zip(_attend_backward(out, q, k, v, out, lse, causal=causal), (q, k, v), strict=True):
+        for grad, like in zip(
+            _attend_backward(out, q, k, v, out, lse, causal=causal, grouped=True), (q, k, v), strict=True
+        ):
             assert (grad.shape, grad.dtype, grad.device) == (like.shape, like.dtype, like.device)
         ((*_, lse, cum_q, cum_k, max_q, max_k, dropout, is_causal, _, _),) = given
         assert lse.is_contiguous()  # the kernel does not look at its strides

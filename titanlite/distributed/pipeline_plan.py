@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import itertools
+import math
 import re
 from collections import defaultdict
 from collections.abc import Sequence
@@ -130,26 +131,31 @@ def matmul_elements(model: nn.Module, name: str) -> int:
 
 
 def balanced(costs: Sequence[int], stages: int) -> list[range]:
-    """``costs`` in order, cut into ``stages`` parts of which none is empty, so that the costliest part is as cheap as
-    can be, and of those ways the one where the squares of the parts add up to the least."""
-    n, total = len(costs), [0]
-    for cost in costs:
-        total.append(total[-1] + cost)
-    # best[j]: of cutting the first j modules into the parts so far: (costliest, sum of squares, the cuts).
-    best: list[tuple[int, int, tuple[int, ...]] | None] = [(0, 0, (0,)), *[None] * n]
+    """Cut ``costs``, in order, into ``stages`` parts of which none is empty, so that the costliest part is as cheap as
+    can be. Of those ways, return the one where the squares of the parts add up to the least."""
+    n, total = len(costs), [0, *itertools.accumulate(costs)]
+    # The price of the costliest part first: the cheapest beginning need not be part of the cheapest whole.
+    costliest: list[float] = [0, *[math.inf] * n]
+    squares: list[tuple[float, tuple[int, ...]]] = [(0, (0,)), *[(math.inf, ())] * n]
     for part in range(1, stages + 1):
-        found: list[tuple[int, int, tuple[int, ...]] | None] = [None] * (n + 1)
-        for j in range(part, n - (stages - part) + 1):
-            ways = []
-            for i in range(part - 1, j):
-                before, cost = best[i], total[j] - total[i]
-                if before is not None:
-                    ways.append((max(before[0], cost), before[1] + cost**2, (*before[2], j)))
-            found[j] = min(ways)
-        best = found
-    last = best[n]
-    assert last is not None
-    return [range(a, b) for a, b in itertools.pairwise(last[2])]
+        costliest = [
+            min((max(costliest[i], total[j] - total[i]) for i in range(part - 1, j)), default=math.inf)
+            for j in range(n + 1)
+        ]
+    limit = costliest[n]
+    for part in range(1, stages + 1):
+        squares = [
+            min(
+                (
+                    (squares[i][0] + (total[j] - total[i]) ** 2, (*squares[i][1], j))
+                    for i in range(part - 1, j)
+                    if total[j] - total[i] <= limit
+                ),
+                default=(math.inf, ()),
+            )
+            for j in range(n + 1)
+        ]
+    return [range(a, b) for a, b in itertools.pairwise(squares[n][1])]
 
 
 _CELL = re.compile(r"^(\d+)([FBIW])(\d+)$")

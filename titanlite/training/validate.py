@@ -20,6 +20,7 @@ from titanlite.distributed.mesh import Mesh
 from titanlite.distributed.runtime import Runtime
 from titanlite.errors import ConfigError, TrainingError
 from titanlite.metrics.recorder import Recorder
+from titanlite.optim.loss import IGNORED
 from titanlite.quant.linear import high_precision
 from titanlite.training.step import StepRunner
 
@@ -42,7 +43,7 @@ class ValidationData:
 
     Attributes:
         batches: this rank's shares of the global batches; each has the size of a training batch.
-        tokens: the number of predicted tokens, over all ranks.
+        tokens: the number of tokens whose prediction is scored, over all ranks.
         nbytes: the bytes of text that these tokens represent; None if the tokenizer does not know them.
         about: a description, for the log.
     """
@@ -89,8 +90,7 @@ def read_validation_data(
             batch_size,
         )
     batches = batches[:count]
-    nbytes = _count_bytes(batches, tokenizer, mesh, runtime)
-    tokens = count * sequences * config.training.seq_len
+    tokens, nbytes = _count(batches, tokenizer, mesh, runtime)
     name = config.validation.dataset or config.training.dataset
     data = f"{config.validation.held_out_percent}% of the documents of {name}, held out" if holds_out(config) else name
     precision = ", in bfloat16" if config.validation.precision == "bfloat16" else ""
@@ -171,15 +171,18 @@ def _too_little(source: Source, batch_size: str, config: JobConfig) -> str:
     return f"{problem}; use more text, or smaller batches (training.global_batch_size, training.seq_len)"
 
 
-def _count_bytes(batches: Sequence[Batch], tokenizer: Tokenizer, mesh: Mesh, runtime: Runtime) -> int | None:
-    """Count the bytes of text that the labels represent, over all ranks; None if the tokenizer does not know them."""
-    if tokenizer.token_bytes is None:
-        return None
-    sizes = torch.from_numpy(tokenizer.token_bytes)
-    total = torch.tensor(sum(int(sizes[batch.labels].sum()) for batch in batches))
+def _count(batches: Sequence[Batch], tokenizer: Tokenizer, mesh: Mesh, runtime: Runtime) -> tuple[int, int | None]:
+    """Count the labels that are scored, and the bytes of text that they represent, over all ranks; None if the
+    tokenizer does not know these."""
+    sizes = None if tokenizer.token_bytes is None else torch.from_numpy(tokenizer.token_bytes)
+    counts = torch.zeros(2, dtype=torch.int64)
+    for batch in batches:
+        scored = batch.labels[batch.labels != IGNORED]
+        counts += torch.tensor([scored.numel(), 0 if sizes is None else int(sizes[scored].sum())])
     if runtime.world_size > 1:
-        dist.all_reduce(total, group=runtime.control)
-    return int(total) // (runtime.world_size // mesh.degrees.data_parallel)  # count shared data once
+        dist.all_reduce(counts, group=runtime.control)
+    tokens, nbytes = (counts // (runtime.world_size // mesh.degrees.data_parallel)).tolist()  # count shared data once
+    return tokens, None if sizes is None else nbytes
 
 
 class Validator:

@@ -84,6 +84,12 @@ def test_balanced_is_the_best_of_all_cuts(costs: list[int], data: st.DataObject)
     assert price(tuple(part.start for part in found[1:])) == min(map(price, every))
 
 
+def test_a_costly_end_does_not_decide_where_the_beginning_is_cut() -> None:
+    costs = [3, 5, 3, 7, 2, 9]
+    parts = [sum(costs[i] for i in part) for part in balanced(costs, 5)]
+    assert (max(parts), sum(part**2 for part in parts)) == (9, 205)
+
+
 def test_work_is_that_of_the_matmuls(meta: Decoder) -> None:
     attention = 2 * 32 * 32 + 2 * 32 * 16
     assert matmul_elements(meta, "layers.3") == attention + 3 * 32 * 48

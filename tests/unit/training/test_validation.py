@@ -22,12 +22,14 @@ from torch.distributed.tensor import DTensor
 from tests.support.runs import TINY
 from titanlite import train
 from titanlite.config import JobConfig, check_config, load_config
-from titanlite.data import is_held_out, load_tokenizer
+from titanlite.data import Batch, is_held_out, load_tokenizer
 from titanlite.distributed import runtime
 from titanlite.distributed.compile import CompileWatch
 from titanlite.errors import ConfigError, TrainingError
 from titanlite.models.layers import Decoder
+from titanlite.optim.loss import IGNORED
 from titanlite.train import Trainer
+from titanlite.training.validate import _count
 
 SEQ_LEN, BATCH = TINY["training.seq_len"], TINY["training.local_batch_size"]
 FLOAT32 = {"training.mixed_precision_param": "float32"}
@@ -114,6 +116,13 @@ def test_loss_and_bits_per_byte_written_out(trainer: Any, text: Path) -> None:
     assert row["bits_per_byte"] == pytest.approx(nats / math.log(2) / nbytes, rel=1e-5)
     assert (row["step"], row["tokens"]) == (1, count)
     assert row["time_s"] > 0
+
+
+def test_only_labels_that_are_scored_count(trainer: Any) -> None:
+    run = trainer()
+    labels = torch.tensor([[[IGNORED, 65, 66, IGNORED]]])
+    tokens, nbytes = _count([Batch(labels, labels)], run.tokenizer, run.mesh, run.runtime)
+    assert (tokens, nbytes) == (2, int(run.tokenizer.token_bytes[[65, 66]].sum()))
 
 
 def test_when_and_where_it_is_written(trainer: Any, caplog: pytest.LogCaptureFixture) -> None:
