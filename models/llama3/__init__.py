@@ -1,1 +1,1 @@
-"""Meta's Llama 3 family: ``model`` is the network, ``parallelize`` scales it, ``spec`` names its sizes."""
+"""Meta's Llama 3 family."""
