@@ -23,7 +23,7 @@ _ROPE_LLAMA3 = {
 
 @dataclass(frozen=True)
 class DecoderFiles:
-    """How ``transformers`` keeps one family of decoders.
+    """The form in which ``transformers`` keeps one family of decoders.
 
     Attributes:
         family: the family's name here, for messages.

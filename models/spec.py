@@ -1,4 +1,4 @@
-"""What a model family must provide, and the registry of families.
+"""The contract of a model family, and the registry of families.
 
 A family is a package ``titanlite.models.<name>`` whose module ``spec`` calls :func:`register_model`; third-party code
 does the same from the module that ``experimental.custom_import`` names.
@@ -23,7 +23,7 @@ from titanlite.registry import Registry, nearest
 
 @dataclass(frozen=True)
 class HuggingFaceFormat:
-    """How a family's weights are kept by ``transformers``, as builders.
+    """The form in which ``transformers`` keeps a family's weights, as builders.
 
     Attributes:
         model_type: of the family, in ``config.json``.

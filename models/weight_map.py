@@ -1,4 +1,4 @@
-"""Where a model's parameters lie in the files of others.
+"""The places of a model's parameters in the files of others.
 
 A weight map says for each parameter, by its name here, where it is there: the name of a tensor, :class:`Rows` of a
 tensor that holds several parameters, or a :class:`Stack` of tensors. Tied parameters have several names here and one

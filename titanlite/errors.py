@@ -18,7 +18,7 @@ def shown(value: object) -> str:
 
 
 class ConfigError(Exception):
-    """What was asked for cannot be done: a bad option, file, or combination.
+    """A request that cannot be met: a bad option, file, or combination.
 
     The command line shows the message alone and ends with exit status 2. Where one option is to blame, the message is
     ``key = value (origin): why``.

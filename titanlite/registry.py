@@ -14,8 +14,8 @@ T = TypeVar("T")
 def nearest(name: str, known: Iterable[str]) -> str:
     """A hint for error messages: `` (did you mean "x"?)``, or nothing where no name is close."""
     by_lower = {entry.lower(): entry for entry in known}
-    found = difflib.get_close_matches(name.lower(), by_lower, n=1, cutoff=0.5)
-    return f' (did you mean "{by_lower[found[0]]}"?)' if found else ""
+    matches = difflib.get_close_matches(name.lower(), by_lower, n=1, cutoff=0.5)
+    return f' (did you mean "{by_lower[matches[0]]}"?)' if matches else ""
 
 
 class Registry(Generic[T]):

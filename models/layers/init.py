@@ -1,4 +1,4 @@
-"""How layers ask for their initial values."""
+"""The interface by which layers get their initial values."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the parts of a model are, declared by name, for those who spread a model over devices."""
+"""A declaration of a model's parts, by name, for the code that spreads the model over devices."""
 
 from __future__ import annotations
 

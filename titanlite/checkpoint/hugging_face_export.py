@@ -98,7 +98,7 @@ class QuantizedWeights:
 
 @dataclass
 class Unit:
-    """What is read and written together: parameters that share a tensor in the files, or one that is several there.
+    """Parameters that are read and written together: those that share a tensor in the files, or one that is several.
 
     Attributes:
         parameters: their names, in the order of their rows.

@@ -38,7 +38,7 @@ AUTO_FILTER = "auto_filter_small_kn"
 
 
 def too_small(recipe: str, k: int, n: int) -> bool:
-    """Whether a layer of ``k`` input and ``n`` output features is expected to lose by float8 on an H100.
+    """Return whether a layer of ``k`` input and ``n`` output features is expected to lose by float8 on an H100.
 
     For tensorwise and rowwise these are the thresholds that torchao's automatic filter takes from its H100 benchmarks
     (torchao/float8/README.md, "Performance"). rowwise_with_gw_hp, which they leave out, has those of rowwise: two
@@ -51,12 +51,12 @@ def too_small(recipe: str, k: int, n: int) -> bool:
 
 
 def matches(entry: str, name: str) -> bool:
-    """Whether ``entry`` stands in the dotted ``name`` as whole components."""
+    """Return whether ``entry`` stands in the dotted ``name`` as whole components."""
     return f".{entry}." in f".{name}."
 
 
 def library_config(config: JobConfig, emulate: bool) -> Float8LinearConfig:
-    """What [float8] asks for, in the library's terms."""
+    """Return the library's configuration for the options of [float8]."""
     options = config.float8
     casts: dict[str, Any] = {}
     for operand, other in (("input", "grad_weight"), ("weight", "grad_input"), ("grad_output", "grad_weight")):
@@ -147,9 +147,9 @@ class Float8Converter:
 
     def _why_kept(self, name: str, linear: nn.Linear) -> str | None:
         """Why a layer stays in high precision; None if it does not."""
-        found = next((entry for entry in self.filters if matches(entry, name)), None)
-        if found is not None:
-            return f"filter_fqns: {found}"
+        matching = next((entry for entry in self.filters if matches(entry, name)), None)
+        if matching is not None:
+            return f"filter_fqns: {matching}"
         if reason := why_not_convertible(linear):
             return reason
         if self.filter_small and too_small(self.recipe, linear.in_features, linear.out_features):
@@ -181,9 +181,9 @@ class Float8Converter:
             f"the cast of a {self.tokens} x {features} input takes {times.triton:.0f} us in Triton's kernels, "
             f"{times.inductor:.0f} us in the compiler's"
         )
-        said: list[Any] = ["triton" if times.triton <= times.inductor else "inductor", why]
-        torch.distributed.broadcast_object_list(said, device=torch.device("cpu"))
-        return said[0], said[1]
+        choice: list[Any] = ["triton" if times.triton <= times.inductor else "inductor", why]
+        torch.distributed.broadcast_object_list(choice, device=torch.device("cpu"))
+        return choice[0], choice[1]
 
     def _check_shards(self, chosen: dict[str, nn.Linear]) -> None:
         """Scales of rows are gathered with the rows: each process must have as many."""

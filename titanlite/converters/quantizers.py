@@ -13,7 +13,7 @@ from titanlite.registry import Registry
 
 
 class Quantized(NamedTuple):
-    """What the files hold of a quantized layer.
+    """The tensors of a quantized layer in files.
 
     Attributes:
         weight: (out_features, in_features), 8 bits an element.

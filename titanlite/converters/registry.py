@@ -1,4 +1,4 @@
-"""What a converter is, and the registry of them."""
+"""The interface of converters, and their registry."""
 
 from __future__ import annotations
 

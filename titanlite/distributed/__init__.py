@@ -1,1 +1,1 @@
-"""What makes one model run on many devices: process groups, the mesh, and one file per dimension of parallelism."""
+"""Everything that makes one model run on many devices: groups, the mesh, and one file per dimension."""

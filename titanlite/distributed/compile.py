@@ -50,9 +50,9 @@ class CompileWatch:
         self._say(f"the validation after step {step}", "for validation, compiled", expected=not self._validated)
         self._validated = True
 
-    def _say(self, when: str, what: str, expected: bool) -> None:
+    def _say(self, when: str, action: str, expected: bool) -> None:
         if self.graphs and expected:
-            logger.info("%s %d graphs in %.1f s", what, self.graphs, self._seconds)
+            logger.info("%s %d graphs in %.1f s", action, self.graphs, self._seconds)
         elif self.graphs:
             logger.warning(
                 "%s compiled %d graphs again, in %.1f s; TORCH_LOGS=recompiles says why",

@@ -27,7 +27,7 @@ _c10d = torch.ops._c10d_functional
 
 
 class ContextParallel:
-    """What a model and its trainer need for context parallelism over ``mesh``. Give all blocks the same object:
+    """Context parallelism over ``mesh``, as a model and its trainer need it. Give all blocks the same object:
     torch.compile lets them share their code only then.
 
     Args:
@@ -213,7 +213,7 @@ def _to_next_rank(x: Tensor, group: str, rank: int, size: int) -> Tensor:
 
 
 def _visible(step: int, rank: int, half: int) -> tuple[slice, slice]:
-    """Of the shard that is there at ``step``: the queries that see something of it, and the keys that they see."""
+    """Return the queries that see something of the shard that is there at ``step``, and the keys that they see."""
     if step == 0:
         return slice(None), slice(None)
     if step <= rank:  # of an earlier rank: its first chunk lies before both of this rank's, its second behind them

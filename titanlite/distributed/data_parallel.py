@@ -74,7 +74,7 @@ def allocate(model: nn.Module, device: torch.device, offload: bool) -> None:
 
 
 def reduce_gradients_after(model: nn.Module, last: bool) -> None:
-    """Whether the coming backward, the ``last`` of a step, is followed by the reduction of the gradients; those of the
+    """Set whether gradients are reduced after the coming backward: only after the ``last`` of a step. Those of the
     microbatches before stay on their device, whole and in float32."""
     assert isinstance(model, FSDPModule)
     model.set_requires_gradient_sync(last)

@@ -45,8 +45,8 @@ class Mesh:
 
     @property
     def data_parallel_rank(self) -> int:
-        """Which of the ``degrees.data_parallel`` parts of the data this process reads; those that share a sequence, or
-        a layer, read the same."""
+        """The part of the data, of ``degrees.data_parallel`` parts, that this process reads. Processes that share a
+        sequence, or a layer, read the same part."""
         replica, shard = self.world.get_local_rank("dp_replicate"), self.fsdp.get_local_rank()
         return replica * self.degrees.data_parallel_shard + shard // self.degrees.context_parallel
 

@@ -1,4 +1,4 @@
-"""How a model is spread over devices: tensor and context parallelism, activation checkpointing, compile per block,
+"""Spreads a model over devices: tensor and context parallelism, activation checkpointing, compile per block,
 FSDP2, in this order. Each function takes the whole model or, under pipeline parallelism, one part of it, and the
 :class:`~titanlite.models.layers.Layout` that says what its parts are."""
 

@@ -49,7 +49,7 @@ def part_of(model: nn.Module, names: Sequence[str]) -> nn.Module:
 
 @dataclass(frozen=True)
 class Boundary:
-    """What a stage takes and puts out, of one microbatch, for buffers of the right size without a trial run."""
+    """The shapes of a stage's input and output for one microbatch, so that buffers need no trial run."""
 
     tokens: tuple[int, ...]
     hidden: tuple[int, ...]
@@ -67,8 +67,8 @@ class Boundary:
 
 
 def boundary_of(size: ModelSize, mesh: Mesh, training: Training, parallelism: Parallelism) -> Boundary:
-    """Of a model whose hidden states are sharded over the sequence, and whose logits over the vocabulary, by tensor
-    parallelism."""
+    """Return the boundary of the stages of a model whose hidden states tensor parallelism shards over the sequence, and
+    whose logits it shards over the vocabulary."""
     sequences, tp = parallelism.pipeline_parallel_microbatch_size, mesh.tp.size()
     seq_len = training.seq_len // mesh.cp.size()
     vocab_size = size.vocab_size // (1 if parallelism.disable_loss_parallel else tp)
@@ -102,10 +102,10 @@ class Pipeline:
         loss_fn: Callable[[Tensor, Tensor], Tensor],
         stage_type: type[PipelineStage] = PipelineStage,
     ) -> None:
-        count, own = len(plan.stages), plan.of(mesh.pp.get_local_rank())
-        self.is_first, self.is_last = 0 in own, count - 1 in own
+        count, local = len(plan.stages), plan.of(mesh.pp.get_local_rank())
+        self.is_first, self.is_last = 0 in local, count - 1 in local
         self._device = device
-        self._parts = dict(zip(own, parts, strict=True))
+        self._parts = dict(zip(local, parts, strict=True))
         self._ranks, self._group = plan.ranks, mesh.pp.get_group()
         self._boundary, self._loss_fn = boundary, loss_fn
         stages = [

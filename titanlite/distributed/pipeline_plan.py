@@ -1,4 +1,4 @@
-"""Where a pipeline cuts the model, and which rank has which stages."""
+"""The plan of a pipeline: the cuts of the model, and the rank of each stage."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from titanlite.registry import nearest
 
 @dataclass(frozen=True)
 class Plan:
-    """Which stages there are, and where.
+    """The stages of a pipeline, and their ranks.
 
     Attributes:
         stages: the names of the modules of each.
@@ -44,7 +44,7 @@ class Plan:
         return [stage for stage, owner in enumerate(self.ranks) if owner == rank]
 
     def __str__(self) -> str:
-        """Which rank has which modules."""
+        """The modules of each rank."""
         names = [s[0] if len(s) == 1 else f"{s[0]} to {s[-1]}" for s in self.stages]
         shown = (
             f"rank {rank}: " + " and ".join(names[stage] for stage in self.of(rank)) for rank in sorted({*self.ranks})
@@ -56,7 +56,7 @@ Chain = Sequence[tuple[str, ...]]
 
 
 def plan_pipeline(model: nn.Module, chain: Chain, config: JobConfig, ranks: int) -> Plan:
-    """Which stages there are, and on which of ``ranks`` ranks.
+    """Return the stages, and their ranks of ``ranks`` ranks.
 
     Args:
         chain: the names of the modules of ``model`` in the order of the forward, each with those that must not be

@@ -35,8 +35,8 @@ def agree(store: Store, rank: int, world_size: int, timeout: timedelta) -> Store
     Raises:
         TimeoutError: some did not come.
     """
-    own, end = uuid.uuid4().hex, time.monotonic() + timeout.total_seconds()
-    store.set(f"{_JOINED}/{rank}", own)
+    number, end = uuid.uuid4().hex, time.monotonic() + timeout.total_seconds()
+    store.set(f"{_JOINED}/{rank}", number)
     everybody = [f"{_JOINED}/{r}" for r in range(world_size)]
     roster: list[str] = []
     while True:
@@ -47,7 +47,7 @@ def agree(store: Store, rank: int, world_size: int, timeout: timedelta) -> Store
                 store.set(_ROSTER, json.dumps(roster))
         elif store.check([_ROSTER]):
             roster = json.loads(store.get(_ROSTER))
-        if len(roster) == world_size and roster[rank] == own:
+        if len(roster) == world_size and roster[rank] == number:
             name = "-".join((str(uuid.uuid5(uuid.NAMESPACE_OID, "".join(roster))), str(world_size)))
             store.set(f"{_ACKNOWLEDGED}/{rank}", name)
             if rank == 0 and _all_acknowledge(store, world_size, name):

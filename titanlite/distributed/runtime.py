@@ -55,12 +55,14 @@ class Runtime:
         dist.all_gather_object(values, value, group=self.control)
         return values
 
-    def check_same(self, what: str, value: object) -> None:
+    def check_same(self, subject: str, value: object) -> None:
         """Refuse to go on where ``value``, by its ``repr``, is not the same on all processes."""
         digest = int.from_bytes(hashlib.sha256(repr(value).encode()).digest()[:7], "big")
         largest, smallest = self.agree_max(digest, -digest)
         if largest != -smallest:
-            raise ConfigError(f"{what} differ between the processes; rank {self.rank} has {value}: make them the same")
+            raise ConfigError(
+                f"{subject} differ between the processes; rank {self.rank} has {value}: make them the same"
+            )
 
     def on_rank_zero(self, function: Callable[[], None]) -> None:
         """Run ``function`` on rank 0 alone; its :class:`ConfigError` is everybody's, so that all ranks end alike. What
@@ -165,9 +167,9 @@ class GarbageCollection:
     def _collect(self, step: int) -> None:
         start = time.perf_counter()
         # Generation 1, what training leaves behind each step; the oldest grows with the model and takes long to scan.
-        found = gc.collect(1)
+        objects = gc.collect(1)
         if self._debug:
-            logger.info("garbage collection at step %d: %d objects, %.3f s", step, found, time.perf_counter() - start)
+            logger.info("garbage collection at step %d: %d objects, %.3f s", step, objects, time.perf_counter() - start)
 
     def close(self) -> None:
         gc.enable()

@@ -1,4 +1,4 @@
-"""What computes: the device of this run, or in an estimate a device that is not there."""
+"""The device that computes: that of this run, or in an estimate one that is not there."""
 
 from __future__ import annotations
 

@@ -74,12 +74,12 @@ def enable_async_tensor_parallel(model: nn.Module, mesh: DeviceMesh) -> None:
     import torch._inductor.config
     from torch.distributed._symmetric_memory import enable_symm_mem_for_group
 
-    own, count = torch.cuda.current_device(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    apart = [d for d in range(count) if d != own and not torch.cuda.can_device_access_peer(own, d)]
+    current, count = torch.cuda.current_device(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    apart = [d for d in range(count) if d != current and not torch.cuda.can_device_access_peer(current, d)]
     if count % mesh.size() or apart:
         raise ConfigError(
             f"{key}: needs all {mesh.size()} GPUs of parallelism.tensor_parallel_degree in one machine and reaching "
-            f"each other's memory; of the {count} used here GPU {own} does not reach {apart or 'those elsewhere'}"
+            f"each other's memory; of the {count} used here GPU {current} does not reach {apart or 'those elsewhere'}"
         )
     torch._inductor.config._micro_pipeline_tp = True
     enable_symm_mem_for_group(mesh.get_group().group_name)
@@ -93,23 +93,23 @@ class _CrossEntropy(torch.autograd.Function):
         x = logits.float()
         largest = _c10d.wait_tensor(_c10d.all_reduce(x.amax(1), "max", group))
         x = x - largest[:, None]
-        own = labels - first
-        here = (own >= 0) & (own < x.shape[1])
-        own = torch.where(here, own, 0)
-        target = torch.where(here, x.gather(1, own[:, None])[:, 0], 0.0)
+        local_labels = labels - first
+        here = (local_labels >= 0) & (local_labels < x.shape[1])
+        local_labels = torch.where(here, local_labels, 0)
+        target = torch.where(here, x.gather(1, local_labels[:, None])[:, 0], 0.0)
         x = x.exp_()
         total, target = _c10d.wait_tensor(_c10d.all_reduce(torch.stack((x.sum(1), target)), "sum", group)).unbind()
         scored = labels != IGNORED
-        ctx.save_for_backward(x, total, own, here, scored)
+        ctx.save_for_backward(x, total, local_labels, here, scored)
         ctx.dtype = logits.dtype
         return torch.where(scored, total.log() - target, 0.0).sum()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, total, own, here, scored = ctx.saved_tensors
+        x, total, local_labels, here, scored = ctx.saved_tensors
         per_token = torch.where(scored, grad, 0.0)
         out = x * (per_token / total)[:, None]
-        out.scatter_add_(1, own[:, None], torch.where(here, -per_token, 0.0)[:, None])
+        out.scatter_add_(1, local_labels[:, None], torch.where(here, -per_token, 0.0)[:, None])
         return out.to(ctx.dtype), None, None, None
 
 

@@ -151,7 +151,7 @@ def quantizer_of(config: Mapping[str, Any]) -> Quantizer | None:
 
 
 def _agrees(scheme: Any, described: Any) -> bool:
-    """Whether ``described`` says what ``scheme`` says; it may say more."""
+    """Return whether ``described`` says everything that ``scheme`` says; it may say more."""
     if not isinstance(scheme, Mapping):
         return bool(scheme == described)
     return isinstance(described, Mapping) and all(_agrees(value, described.get(key)) for key, value in scheme.items())

@@ -66,8 +66,8 @@ def continue_text(
         ids = tokenizer.encode(prompt)
         out = generate(decoder, [tokenizer.bos_id, *ids], max_new_tokens, sampling, {tokenizer.eos_id}, cached=cached)
         if process.rank == 0:
-            how = dtype if quantize is None else f"{quantize}, {dtype}"
-            print(f"{how} on {process.device}, {process.world_size} processes: {out.speed()}", file=sys.stderr)
+            numbers = dtype if quantize is None else f"{quantize}, {dtype}"
+            print(f"{numbers} on {process.device}, {process.world_size} processes: {out.speed()}", file=sys.stderr)
         return tokenizer.decode([*ids, *out.ids])
     finally:
         runtime.stop_runtime()

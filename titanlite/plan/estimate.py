@@ -243,7 +243,7 @@ def _never_run(*_: Any) -> Any:
 
 
 class _Answer:
-    """What a stage's neighbours agree on: that all shapes are known."""
+    """The answer on which a stage's neighbours agree: all shapes are known."""
 
     def item(self) -> int:
         return 1
