@@ -1,5 +1,5 @@
-"""Float8 training and inference of linear layers, on torch alone. The names and modules are those of torchao.float8;
-what they do is in ``titanlite.quant``."""
+"""Float8 training and inference of linear layers, with torch alone. Names and modules are those of torchao.float8; the
+implementation is in ``titanlite.quant``."""
 
 from titanlite.float8.config import (
     CastConfig,

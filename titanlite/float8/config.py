@@ -1,4 +1,4 @@
-"""How a linear layer is computed in float8: the names, the recipes, and the rules of what goes with what."""
+"""The configuration of a float8 linear layer: its options, the recipes, and the valid combinations."""
 
 from __future__ import annotations
 
@@ -30,11 +30,14 @@ def _refuse(message: str) -> NoReturn:
 
 @dataclass(frozen=True)
 class DelayedScalingConfig:
-    """Delayed scaling.
+    """The options of delayed scaling.
 
     Args:
-        history_len: steps that an amax is remembered for.
-        scale_fn_name: how a scale is made of the history; only "max" is known.
+        history_len: the number of steps whose amaxes are kept.
+        scale_fn_name: the function that computes the scale's amax from the history; only "max" exists.
+
+    Raises:
+        ValueError: an invalid value.
     """
 
     history_len: int = 16
@@ -44,16 +47,16 @@ class DelayedScalingConfig:
         if self.history_len < 1:
             _refuse(f"DelayedScalingConfig(history_len={self.history_len}): must be at least 1")
         if self.scale_fn_name != "max":
-            _refuse(f'DelayedScalingConfig(scale_fn_name="{self.scale_fn_name}"): only "max" is known')
+            _refuse(f'DelayedScalingConfig(scale_fn_name="{self.scale_fn_name}"): must be "max"')
 
 
 @dataclass(frozen=True)
 class Float8GemmConfig:
-    """One matmul.
+    """The options of one matmul.
 
     Args:
-        use_fast_accum: let the hardware accumulate in less than float32: faster, a little less exact. Without effect in
-            emulation, which accumulates in float32.
+        use_fast_accum: let the hardware accumulate in less than float32, which is faster and a little less exact.
+            Emulation always accumulates in float32.
     """
 
     use_fast_accum: bool = False
@@ -63,15 +66,15 @@ class Float8LinearRecipeName(enum.Enum):
     """The recipes, from fastest to most exact."""
 
     TENSORWISE = "tensorwise"
-    """One scale per tensor; e4m3 forward, e5m2 gradients."""
+    """One scale per tensor; e4m3 in forward, e5m2 for gradients."""
     ROWWISE = "rowwise"
-    """One power-of-two scale per contracted row, e4m3 everywhere: an outlier costs only its own row precision."""
+    """One power-of-two scale per contracted row, e4m3 everywhere: an outlier costs precision in its own row only."""
     ROWWISE_WITH_GW_HP = "rowwise_with_gw_hp"
-    """As rowwise, with grad_weight computed in high precision and one scale for the weight in grad_input."""
+    """Like rowwise, but grad_weight is computed in high precision, and the weight in grad_input has one scale."""
 
 
 _E4M3, _E5M2 = default_dtypes()
-# (operand, its use in the matmul of its own name, its use in the other one, default dtype)
+# (operand, the cast for its first matmul, the cast for its second matmul, default dtype)
 _OPERANDS = (
     ("input", "cast_config_input", "cast_config_input_for_grad_weight", _E4M3),
     ("weight", "cast_config_weight", "cast_config_weight_for_grad_input", _E4M3),
@@ -86,35 +89,35 @@ _MATMULS = (
 
 @dataclass(frozen=True)
 class Float8LinearConfig:
-    """The computation of a :class:`Float8Linear`: three matmuls, each with two operands.
+    """The configuration of a :class:`Float8Linear`: three matmuls, each with two operands.
 
     Args:
         cast_config_input: ``input`` in ``output = input @ weight.T``.
-        cast_config_input_for_grad_weight: ``input`` in ``grad_weight = grad_output.T @ input``; None: as above.
+        cast_config_input_for_grad_weight: ``input`` in ``grad_weight = grad_output.T @ input``; None: as in the output.
         cast_config_weight: ``weight`` in the output.
-        cast_config_weight_for_grad_input: ``weight`` in ``grad_input = grad_output @ weight``; None: as above.
+        cast_config_weight_for_grad_input: ``weight`` in ``grad_input = grad_output @ weight``; None: as in the output.
         cast_config_grad_output: ``grad_output`` in grad_input.
-        cast_config_grad_output_for_grad_weight: ``grad_output`` in grad_weight; None: as above.
-        gemm_config_output, gemm_config_grad_input, gemm_config_grad_weight: the matmuls.
+        cast_config_grad_output_for_grad_weight: ``grad_output`` in grad_weight; None: as in grad_input.
+        gemm_config_output, gemm_config_grad_input, gemm_config_grad_weight: the options of the three matmuls.
         enable_fsdp_float8_all_gather: under FSDP2, gather weights in float8, one byte per element.
-        pad_inner_dim: accepted for torchao's sake: what has to be padded for the hardware (the tokens) always is.
-        emulate: compute with float32 matmuls on the quantized values, wherever it runs.
+        pad_inner_dim: accepted for compatibility with torchao; operands are always padded as the hardware needs.
+        emulate: compute with float32 matmuls on the quantized values, on any hardware.
         force_recompute_fp8_weight_in_bwd: keep no quantized copy of the weight between forward and backward; quantize
             it again. Saves 1 byte per weight element (2 with scales of rows) for the time of another quantization.
         round_scales_to_power_of_2: round every scale down to a power of two.
-        delayed_scaling_config: for the operands with ``ScalingType.DELAYED``.
-        kernels: what casts with dynamic scales on float8 units: "triton", titanlite's own kernels; "inductor", plain
-            operations, for the compiler to make kernels of; "auto", Triton's where it is installed. The numbers are
-            the same to the bit, but for scales that the compiler divides with less than IEEE's precision.
-        target: the architecture to compute for, such as "sm_90", on a device that only stands for it, as in estimates;
-            None: the device's own.
+        delayed_scaling_config: the options of ``ScalingType.DELAYED``.
+        kernels: the casts with dynamic scales on float8 units: "triton", titanlite's own kernels; "inductor", plain
+            operations that the compiler makes kernels of; "auto", Triton where it is installed. The results have the
+            same bits, except where the compiler divides less exactly than IEEE.
+        target: the architecture to compute for, such as "sm_90", in an estimate without that device; None: the
+            device's own.
 
     Raises:
-        ValueError: naming the fields, the rule and the way out.
+        ValueError: an invalid combination; the message names the fields, the rule and the fix.
     """
 
     cast_config_input: CastConfig = field(default_factory=CastConfig)
-    cast_config_input_for_grad_weight: CastConfig = None  # type: ignore[assignment]  # settled in __post_init__
+    cast_config_input_for_grad_weight: CastConfig = None  # type: ignore[assignment]  # set in __post_init__
     cast_config_weight: CastConfig = field(default_factory=CastConfig)
     cast_config_weight_for_grad_input: CastConfig = None  # type: ignore[assignment]
     cast_config_grad_output: CastConfig = field(default_factory=CastConfig)
@@ -132,20 +135,20 @@ class Float8LinearConfig:
     target: str | None = None
 
     def __post_init__(self) -> None:
-        for operand, own, other, default in _OPERANDS:
-            first = getattr(self, own)
-            second = getattr(self, other) or first
+        for operand, first_name, second_name, default in _OPERANDS:
+            first = getattr(self, first_name)
+            second = getattr(self, second_name) or first
             if first.target_dtype is None:
                 first = replace(first, target_dtype=second.target_dtype or default)
             if second.target_dtype is None:
                 second = replace(second, target_dtype=first.target_dtype)
             if first.is_cast and second.is_cast and first.target_dtype != second.target_dtype:
                 _refuse(
-                    f"{own}.target_dtype={first.target_dtype}, {other}.target_dtype={second.target_dtype}: {operand} "
-                    "must have the same dtype in both of its matmuls"
+                    f"{first_name}.target_dtype={first.target_dtype}, {second_name}.target_dtype="
+                    f"{second.target_dtype}: {operand} must have the same dtype in both of its matmuls"
                 )
-            object.__setattr__(self, own, first)  # the class is frozen for those who read it
-            object.__setattr__(self, other, second)
+            object.__setattr__(self, first_name, first)  # because the class is frozen
+            object.__setattr__(self, second_name, second)
         for matmul, a, b in _MATMULS:
             if getattr(self, a).is_cast != getattr(self, b).is_cast:
                 _refuse(
@@ -160,40 +163,40 @@ class Float8LinearConfig:
                 if getattr(self, name).scaling_type is not ScalingType.DYNAMIC:
                     _refuse(
                         f"enable_fsdp_float8_all_gather with {name}.scaling_type="
-                        f"{getattr(self, name).scaling_type.name}: a weight that is gathered in float8 needs dynamic "
-                        "scales in both of its matmuls; use ScalingType.DYNAMIC, or gather in high precision"
+                        f"{getattr(self, name).scaling_type.name}: a weight that is gathered in float8 must have "
+                        "dynamic scales in both of its matmuls; use ScalingType.DYNAMIC, or gather in high precision"
                     )
 
     def _check_stateful(self) -> None:
-        """Delayed and static scales belong to a tensor, which both of its matmuls then share."""
-        for _, own, other, _ in _OPERANDS:
-            first, second = getattr(self, own), getattr(self, other)
+        """Refuse delayed or static scaling for one matmul of an operand only: both share the scale of the tensor."""
+        for _, first_name, second_name, _ in _OPERANDS:
+            first, second = getattr(self, first_name), getattr(self, second_name)
             if (first.is_stateful or second.is_stateful) and first != second:
                 _refuse(
-                    f"{own} = {first.short_str()}, {other} = {second.short_str()}: delayed and static scaling hold for "
-                    f"both matmuls of an operand; leave {other} out"
+                    f"{first_name} = {first.short_str()}, {second_name} = {second.short_str()}: delayed and static "
+                    f"scaling hold for both matmuls of an operand; leave {second_name} out"
                 )
 
     def _check_kernels(self) -> None:
         if self.kernels not in get_args(Kernels):
             _refuse(f'kernels="{self.kernels}": must be one of {", ".join(get_args(Kernels))}')
         if self.kernels == "triton" and self.emulate:
-            _refuse('kernels="triton" with emulate=True: emulation is plain operations; choose one')
+            _refuse('kernels="triton" with emulate=True: emulation uses plain operations; choose one of the two')
         if self.kernels == "triton" and not kernels.AVAILABLE:
             _refuse('kernels="triton": triton is not installed; install it, or use kernels="inductor"')
 
     @property
     def casts(self) -> dict[str, CastConfig]:
-        """The six operands' casts, by field name."""
+        """The six casts, by field name."""
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name.startswith("cast_config")}
 
     @cached_property
     def format(self) -> Float8Format:
-        """The number format that a layer of this configuration computes in."""
+        """The number format of a layer with this configuration."""
         casts: dict[str, Any] = {
-            operand: (getattr(self, own), getattr(self, other)) for operand, own, other, _ in _OPERANDS
+            operand: (getattr(self, first), getattr(self, second)) for operand, first, second, _ in _OPERANDS
         }
-        fast: dict[Matmul, Float8GemmConfig] = {
+        matmuls: dict[Matmul, Float8GemmConfig] = {
             "output": self.gemm_config_output,
             "grad_input": self.gemm_config_grad_input,
             "grad_weight": self.gemm_config_grad_weight,
@@ -201,7 +204,7 @@ class Float8LinearConfig:
         return Float8Format(
             **casts,
             power_of_2=self.round_scales_to_power_of_2,
-            fast_accum=tuple(matmul for matmul, config in fast.items() if config.use_fast_accum),
+            fast_accum=tuple(matmul for matmul, config in matmuls.items() if config.use_fast_accum),
             kernels=self.kernels,
             emulate=self.emulate,
             history_len=self.delayed_scaling_config.history_len,
@@ -210,10 +213,10 @@ class Float8LinearConfig:
 
     @staticmethod
     def from_recipe_name(recipe_name: Float8LinearRecipeName | str) -> Float8LinearConfig:
-        """The configuration of a recipe.
+        """Return the configuration of a recipe.
 
         Raises:
-            ValueError: unknown name; the message lists the known ones.
+            ValueError: an unknown name; the message lists the known ones.
         """
         names = [name.value for name in Float8LinearRecipeName]
         if not isinstance(recipe_name, Float8LinearRecipeName):

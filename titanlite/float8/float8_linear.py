@@ -1,4 +1,4 @@
-"""The float8 linear layer, by torchao's names."""
+"""The float8 linear layer, with torchao's names."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from titanlite.quant.linear import QuantLinear
 
 
 class Float8Linear(QuantLinear):
-    """``nn.Linear`` computed in float8; the same parameters under the same names.
+    """An ``nn.Linear`` computed in float8, with the same parameters under the same names.
 
-    The state dict is that of ``nn.Linear``, with the buffers ``fp8_amax_*``, ``fp8_amax_history_*`` and ``fp8_scale_*``
-    for operands with delayed scaling; a state dict without them loads, and scaling starts from the live amax.
+    The state dict is that of ``nn.Linear`` and, for operands with delayed scaling, the buffers ``fp8_amax_*``,
+    ``fp8_amax_history_*`` and ``fp8_scale_*``. A state dict without them loads; delayed scaling then starts anew.
 
     Args:
-        config: how to cast the operands of its three matmuls.
-        The others: as of ``nn.Linear``. Both feature sizes must be multiples of 16.
+        config: the casts of the operands, and the options of the three matmuls; None: the recipe tensorwise.
+        The others: as in ``nn.Linear``.
 
     Raises:
-        ValueError: feature sizes that float8 units cannot take.
+        ValueError: the feature sizes are not multiples of 16.
     """
 
     gather_option = "enable_fsdp_float8_all_gather"
@@ -34,10 +34,10 @@ class Float8Linear(QuantLinear):
 
     @classmethod
     def from_float(cls, module: nn.Linear, config: Float8LinearConfig | None = None) -> Float8Linear:
-        """Turn ``module`` itself into a Float8Linear: parameters, their ties, hooks and buffers stay; returns it.
+        """Turn ``module`` itself into a Float8Linear and return it. Parameters, their ties, hooks and buffers stay.
 
         Raises:
-            ValueError: if it cannot be; see :func:`titanlite.float8.why_not_convertible`.
+            ValueError: it cannot be converted; see :func:`titanlite.float8.why_not_convertible`.
         """
         config = config or Float8LinearConfig()
         layer = cls.from_linear(module, **_options(config))
@@ -46,7 +46,7 @@ class Float8Linear(QuantLinear):
 
     @property
     def config(self) -> Float8LinearConfig:
-        """As it was made with. Another one needs another conversion: ``Float8Linear.from_float(layer.to_linear(),
+        """The configuration of the conversion; to change it, call ``Float8Linear.from_float(layer.to_linear(),
         config)``."""
         return self._config
 

@@ -1,4 +1,4 @@
-"""Turning a model's linear layers into float8 ones, in place, by torchao's names."""
+"""The conversion of a model's linear layers to float8, in place, with torchao's names."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ def convert_to_float8_training(
     module_filter_fn: Callable[[nn.Module, str], bool] | None = None,
     config: Float8LinearConfig | None = None,
 ) -> nn.Module:
-    """Turn the ``nn.Linear`` layers in ``module`` into :class:`Float8Linear`, in place; returns ``module``.
+    """Turn the ``nn.Linear`` layers in ``module`` into :class:`Float8Linear`, in place, and return ``module``.
 
-    The layers stay the objects they are, with their parameters, ties, dtypes, devices, hooks and names. Layers that
-    cannot be computed in float8 (feature sizes that are not multiples of 16, subclasses with a forward of their own)
-    stay as they are; :func:`why_not_convertible` gives the reason.
+    The layers remain the same objects, with their parameters, ties, dtypes, devices, hooks and names. Layers that
+    cannot be computed in float8 (feature sizes that are not multiples of 16, subclasses of ``nn.Linear``) do not
+    change; :func:`why_not_convertible` gives the reason.
 
     Args:
-        module_filter_fn: called with each linear layer and its fully qualified name; False leaves it out.
-        config: how to compute; default: the recipe tensorwise.
+        module_filter_fn: called with each linear layer and its fully qualified name; False leaves the layer out.
+        config: the casts and matmuls of the layers; None: the recipe tensorwise.
 
     Raises:
-        ValueError: nothing to convert, with the reasons; or converted before.
+        ValueError: there is nothing to convert (the message has the reasons), or a layer is converted already.
     """
-    settled = config or Float8LinearConfig()
+    config = config or Float8LinearConfig()
 
     def keep(layer: nn.Linear, name: str) -> str | None:
         left_out = module_filter_fn is not None and not module_filter_fn(layer, name)
@@ -42,10 +42,10 @@ def convert_to_float8_training(
     try:
         linear.convert_linears(
             module,
-            settled.format,
-            lambda layer: Float8Linear.from_float(layer, settled),
+            config.format,
+            lambda layer: Float8Linear.from_float(layer, config),
             keep,
-            gather_quantized=settled.enable_fsdp_float8_all_gather,
+            gather_quantized=config.enable_fsdp_float8_all_gather,
         )
     except ValueError as e:
         raise ValueError(f"convert_to_float8_training: {e}") from e

@@ -1,4 +1,4 @@
-"""Tensor parallelism for float8 layers, by torchao's names."""
+"""Tensor parallelism for float8 layers, with torchao's names."""
 
 from titanlite.quant.tensor_parallel import PrepareQuantInput, QuantColwiseParallel, QuantRowwiseParallel
 

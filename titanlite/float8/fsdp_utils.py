@@ -1,4 +1,4 @@
-"""FSDP2's all-gather in float8, by torchao's names."""
+"""FSDP2's all-gather in float8, with torchao's names."""
 
 from titanlite.quant.fsdp import precompute_scales as precompute_float8_dynamic_scale_for_fsdp
 
