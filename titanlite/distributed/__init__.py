@@ -1,1 +1,1 @@
-"""Everything that makes one model run on many devices: groups, the mesh, and one file per dimension."""
+"""The distribution of a model over devices: process groups, the mesh, and one file per dimension of parallelism."""

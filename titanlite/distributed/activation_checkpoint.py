@@ -1,4 +1,4 @@
-"""Activation checkpointing: keep less in forward, compute it again in backward."""
+"""Activation checkpointing: save fewer results in forward, and recompute the others in backward."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from titanlite.config.schema import ActivationCheckpoint
 from titanlite.quant.kept import SMALL_RESULTS
 
-# What the "op" policy keeps: results that cost much to compute and, of matmuls, every second one, which halves their
-# memory for a quarter more compute (torchtitan's policy of June 2025).
+# The "op" policy saves results that are expensive to compute, and every second matmul, which halves their memory for a
+# quarter more compute (torchtitan's policy of June 2025).
 _ATTENTION = {
     torch.ops.aten._scaled_dot_product_efficient_attention.default,
     torch.ops.aten._scaled_dot_product_flash_attention.default,
@@ -35,7 +35,7 @@ def apply_activation_checkpoint(blocks: nn.ModuleDict, options: ActivationCheckp
 
 
 def checkpointed_blocks(names: Iterable[str], options: ActivationCheckpoint) -> list[str]:
-    """Return the blocks that ``options`` selects, of those with these numbers."""
+    """Return those of the block ``names``, which are numbers, that ``options`` selects."""
     if options.mode == "none":
         return []
     every = 1 if options.mode == "full" or _is_per_op(options) else int(options.selective_ac_option)
@@ -52,14 +52,14 @@ def _wrap(block: Any, **kwargs: Any) -> None:
 
 
 def _op_contexts() -> Any:
-    """The contexts of one forward and its recomputation: each pair counts its matmuls from the start."""
-    seen: dict[str, int] = defaultdict(int)
+    """Return the contexts of one forward and its recomputation; both count their matmuls from 0."""
+    matmuls: dict[str, int] = defaultdict(int)
 
     def policy(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
         if op in _MATMULS:
             phase = "recompute" if context.is_recompute else "forward"
-            seen[phase] += 1
-            keep = seen[phase] % 2 == 1
+            matmuls[phase] += 1
+            keep = matmuls[phase] % 2 == 1
         else:
             keep = op in _ATTENTION or op in _COMMUNICATION or op in SMALL_RESULTS
         return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE

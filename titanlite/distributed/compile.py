@@ -1,4 +1,4 @@
-"""torch.compile, block by block: all blocks share one compiled graph, so it takes seconds, not minutes."""
+"""torch.compile block by block: all blocks share one compiled graph, so that it takes seconds, not minutes."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ _COMPILATIONS = (CallbackTrigger.DYNAMO, CallbackTrigger.LAZY_BACKWARD)
 
 
 class CompileWatch:
-    """Says how long compilation took, and warns of any that comes after its first step, or the first validation.
+    """A watch that logs the time of compilation, and warns about compilation after the first step and validation.
 
     Attributes:
-        graphs: compiled since the last step or validation, each for forward, and once more for backward.
+        graphs: the number of graphs compiled since the last step or validation; forward and backward count separately.
     """
 
     def __init__(self) -> None:
@@ -46,7 +46,7 @@ class CompileWatch:
         self._stepped = True
 
     def validation_done(self, step: int) -> None:
-        """Without gradients the compiler makes another graph of the same blocks: once."""
+        """Log the compilation of a validation. The first one compiles the blocks again, without gradients."""
         self._say(f"the validation after step {step}", "for validation, compiled", expected=not self._validated)
         self._validated = True
 
@@ -68,7 +68,7 @@ class CompileWatch:
 
 
 def compiled(function: Callable[..., Any], options: Compile) -> Callable[..., Any]:
-    """``torch.compile`` with the options of ``[compile]``."""
+    """Return ``function`` compiled with ``options``. Raises ConfigError if there is no such backend."""
     backends = torch.compiler.list_backends(exclude_tags=())
     if options.backend not in backends:
         raise ConfigError(
@@ -86,7 +86,7 @@ def compiled(function: Callable[..., Any], options: Compile) -> Callable[..., An
 
 
 def compile_blocks(blocks: nn.ModuleDict, options: Compile) -> None:
-    """Fill the slot ``run`` of each block with its compiled computation: FSDP's hooks stay outside the graph."""
+    """Fill the slot ``run`` of each block with its compiled computation; FSDP2's hooks stay outside the graph."""
     block: Any
     for block in blocks.values():
         block.run = compiled(block.run or block.compute, options)

@@ -1,13 +1,13 @@
-"""Context parallelism: every sequence is shared by the ranks of a mesh, and attention sees all of it.
+"""Context parallelism: every sequence is split over the ranks of a mesh, and attention sees all of it.
 
 Ring attention (Liu et al., "Ring Attention with Blockwise Transformers for Near-Infinite Context", 2023): each rank
-keeps its queries and sees the keys and values of the others, shard by shard. The results are merged by their
-log-sum-exp, and backward computes each block anew from the merged one (Dao, "FlashAttention-2", 2023, section 2.3).
+keeps its queries, and gets the keys and values of the other ranks shard by shard. The results are merged by their
+log-sum-exp. Backward recomputes each block from the merged log-sum-exp (Dao, "FlashAttention-2", 2023, section 2.3).
 
-Causal attention has more to do for late positions. So that all ranks have as much, the sequence is cut into
-``2 * size`` chunks, of which rank r holds chunk r and, behind it, chunk ``2 * size - 1 - r`` (Llama 3, 2024, section
-3.3.2). Of another rank's shard a rank then needs one of two unmasked blocks of equal cost: all queries with the first
-half of an earlier rank's keys, or the second half of the queries with all keys of a later rank.
+Causal attention costs more for later positions. To balance the ranks, the sequence is cut into ``2 * size`` chunks, and
+rank r holds chunk r followed by chunk ``2 * size - 1 - r`` (Llama 3, 2024, section 3.3.2). For another rank's shard, a
+rank then computes one of two unmasked blocks of equal cost: all queries with the first half of an earlier rank's keys,
+or the second half of the queries with all keys of a later rank.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ from torch.distributed.device_mesh import DeviceMesh
 METHODS = ("allgather", "alltoall")
 
 _aten = torch.ops.aten
-# The operators themselves, as in quant/tensor_parallel.py: what they return is on its way until wait_tensor.
+# The operators are used directly, as in quant/tensor_parallel.py. Their results are not ready before wait_tensor.
 _c10d = torch.ops._c10d_functional
 
 
 class ContextParallel:
-    """Context parallelism over ``mesh``, as a model and its trainer need it. Give all blocks the same object:
-    torch.compile lets them share their code only then.
+    """Context parallelism over ``mesh``, as a model and its trainer need it. Give all blocks the same object: only then
+    can torch.compile share code between them.
 
     Args:
-        mesh: of one dimension.
-        method: how ranks get each other's keys and values, see :func:`ring_attention`.
-        grouped: whether the device's kernel takes fewer heads of keys than of queries; None: the CPU's does not.
+        mesh: a mesh of one dimension.
+        method: the exchange of keys and values, see :func:`ring_attention`.
+        grouped: the device's kernel supports fewer heads of keys than of queries; None: True except on the CPU.
     """
 
     def __init__(self, mesh: DeviceMesh, method: str = "allgather", grouped: bool | None = None) -> None:
@@ -46,7 +46,7 @@ class ContextParallel:
         self.grouped = mesh.device_type != "cpu" if grouped is None else grouped
 
     def attention(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Causal attention of this rank's queries to the whole sequence; see :func:`ring_attention`."""
+        """Compute the causal attention of this rank's queries to the whole sequence; see :func:`ring_attention`."""
         return ring_attention(
             *(q, k, v),
             group_name=self.group_name,
@@ -57,17 +57,21 @@ class ContextParallel:
         )
 
     def positions(self, seq_len: int) -> Tensor:
-        """:func:`load_balanced_positions` of this rank, on the mesh's device."""
+        """Return :func:`load_balanced_positions` of this rank, on the mesh's device."""
         return load_balanced_positions(seq_len, self.rank, self.size).to(self.device_type)
 
     def shard(self, tokens: Tensor, dim: int) -> Tensor:
-        """This rank's share of ``tokens``, which has the whole sequence along ``dim``; contiguous."""
+        """Return this rank's share, contiguous, of ``tokens``, which has the whole sequence along ``dim``."""
         positions = load_balanced_positions(tokens.shape[dim], self.rank, self.size)
         return tokens.index_select(dim, positions.to(tokens.device))
 
 
 def load_balanced_positions(seq_len: int, rank: int, size: int) -> Tensor:
-    """The positions that ``rank`` of ``size`` ranks holds, in their order; int64 [seq_len / size], on the CPU."""
+    """Return the positions that ``rank`` of ``size`` ranks holds, in order; int64 [seq_len / size], on the CPU.
+
+    Raises:
+        ValueError: ``seq_len`` is not a multiple of ``2 * size``.
+    """
     if seq_len % (2 * size):
         raise ValueError(
             f"context parallelism: a sequence of {seq_len} tokens cannot be cut into {2 * size} chunks for {size} "
@@ -88,24 +92,24 @@ def ring_attention(
     method: str = "allgather",
     grouped: bool = False,
 ) -> Tensor:
-    """Causal attention, scaled by ``head_dim ** -0.5``, of a sequence of which each rank holds
+    """Compute causal attention, scaled by ``head_dim ** -0.5``, over a sequence of which each rank holds
     :func:`load_balanced_positions`. All ranks of the group call it, with tensors of the same shape.
 
     Args:
         q: [batch, heads, local_seq, head_dim]; on the CPU of any floating dtype, on CUDA float16 or bfloat16.
-        k, v: [batch, kv_heads, local_seq, head_dim]; each head of them serves ``heads / kv_heads`` heads of ``q``.
-        method: "allgather" gathers all keys and values at once, in forward and again in backward, and sums their
-            gradients by a reduce-scatter: few collectives, memory for the whole sequence's keys and values. "alltoall"
-            hands them from rank to rank, each exchange during the computation of a block: memory for two shards. Their
-            gradients, in float32 with both, travel along.
-        grouped: give the kernel ``k`` and ``v`` as they are, not repeated for each head of ``q``, which the CPU's
-            kernel wants. CUDA's always takes them as they are.
+        k, v: [batch, kv_heads, local_seq, head_dim]; each of their heads serves ``heads / kv_heads`` heads of ``q``.
+        method: "allgather" gathers all keys and values at once, in forward and again in backward, and reduce-scatters
+            their gradients: few collectives, but memory for the whole sequence's keys and values. "alltoall" passes
+            shards from rank to rank while the previous block is computed: memory for two shards; the gradients travel
+            with their shard. Both sum the gradients in float32.
+        grouped: do not repeat ``k`` and ``v`` for each head of ``q``. The CPU's kernel needs the repetition; CUDA's
+            never does.
 
     Returns:
-        The output, like ``q``.
+        The output, with the shape and dtype of ``q``.
 
     Raises:
-        ValueError: the shapes do not go together, or the device cannot do it.
+        ValueError: the shapes do not fit together, or the device does not support them.
     """
     _check_method(method)
     _check_inputs(q, k, v)
@@ -118,19 +122,19 @@ class _RingAttention(torch.autograd.Function):
     def forward(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, group: str, rank: int, size: int, method: str, grouped: bool
     ) -> Tensor:
-        ctx.where, ctx.grouped = (group, rank, size, method), grouped
-        for step, (k_block, v_block) in enumerate(_shards(torch.stack((k, v)), *ctx.where)):
+        ctx.ring, ctx.grouped = (group, rank, size, method), grouped
+        for step, (k_block, v_block) in enumerate(_shards(torch.stack((k, v)), *ctx.ring)):
             rows, columns = _visible(step, rank, q.shape[2] // 2)
-            seen = k_block[:, :, columns], v_block[:, :, columns]
-            block, lse_block = _attend(q[:, :, rows], *seen, causal=step == 0, grouped=grouped)
+            visible = k_block[:, :, columns], v_block[:, :, columns]
+            block, lse_block = _attend(q[:, :, rows], *visible, causal=step == 0, grouped=grouped)
             if step == 0:
-                # Copies, to be updated in place: selective checkpointing may have kept what the operator returned.
+                # Copies, because they are updated in place, and selective checkpointing may keep the operator's result.
                 merged = block.to(lse_block.dtype, copy=True)
                 lse = lse_block.clone(memory_format=torch.contiguous_format)
             else:
                 _merge(merged[:, :, rows], lse[:, :, rows], block, lse_block)
-            del k_block, v_block  # else this shard would lie in memory beside the next and the one that is on its way
-        # A copy also for float32: torch 2.11's compiler loses the gradient of what a cast without effect returns.
+            del k_block, v_block  # else this shard would stay in memory while the next two are there
+        # A copy also for float32: torch 2.11's compiler loses the gradient of the result of a cast without effect.
         out = merged.to(q.dtype, copy=True)
         ctx.save_for_backward(q, k, v, out, lse)
         return out
@@ -138,12 +142,12 @@ class _RingAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse = ctx.saved_tensors
-        group, rank, size, method = ctx.where
+        group, rank, size, method = ctx.ring
         travel = method == "alltoall"
         dq = torch.zeros_like(q, dtype=lse.dtype)
-        by_rank = lse.new_zeros(1 if travel else size, 2, *k.shape)  # gradients of K and V, those that travel left out
+        by_rank = lse.new_zeros(1 if travel else size, 2, *k.shape)  # gradients of K and V that do not travel
         travelling = None
-        for step, (k_block, v_block) in enumerate(_shards(_stack_in_backward(k, v, grad), *ctx.where)):
+        for step, (k_block, v_block) in enumerate(_shards(_stack_in_backward(k, v, grad), *ctx.ring)):
             rows, columns = _visible(step, rank, q.shape[2] // 2)
             dq_block, dk, dv = _attend_backward(
                 grad[:, :, rows],
@@ -160,7 +164,7 @@ class _RingAttention(torch.autograd.Function):
             dkv[0, :, :, columns] = dk
             dkv[1, :, :, columns] = dv
             if travel and step:
-                # They set out at the rank behind the shard's own, and come home after the last step.
+                # They start at the rank after the shard's owner, and reach the owner after the last step.
                 if travelling is not None:
                     dkv += _c10d.wait_tensor(travelling)
                 travelling = _to_next_rank(dkv, group, rank, size)
@@ -177,10 +181,10 @@ class _RingAttention(torch.autograd.Function):
     "titanlite::stack_in_backward", mutates_args=(), schema="(Tensor k, Tensor v, Tensor grad) -> Tensor"
 )
 def _stack_in_backward(k: Tensor, v: Tensor, grad: Tensor) -> Tensor:
-    """``k`` and ``v`` stacked, no sooner than there is ``grad``.
+    """Stack ``k`` and ``v``, but not before ``grad`` exists.
 
-    An operator of its own, for the compiler to know no more than that it needs ``grad``. Else it would find that
-    forward communicates the same shards, and keep all of them for backward.
+    It is an operator so that the compiler only sees that it depends on ``grad``. Otherwise the compiler would find that
+    forward communicates the same shards, and save all of them for backward.
     """
     return torch.stack((k, v))
 
@@ -191,8 +195,8 @@ def _(k: Tensor, v: Tensor, grad: Tensor) -> Tensor:
 
 
 def _shards(kv: Tensor, group: str, rank: int, size: int, method: str) -> Iterator[tuple[Tensor, ...]]:
-    """Keys and values of this rank, given as ``kv`` [2, batch, kv_heads, local_seq, head_dim], then of the one before
-    it, and so on around the ring. When a shard is given, the exchange for what follows has been started."""
+    """Yield the keys and values of this rank, ``kv`` [2, batch, kv_heads, local_seq, head_dim], then of the rank before
+    it, and so on around the ring. The exchange for the next shard starts before a shard is yielded."""
     gather = method == "allgather"
     if size > 1:
         coming = _c10d.all_gather_into_tensor(kv, size, group) if gather else _to_next_rank(kv, group, rank, size)
@@ -206,17 +210,17 @@ def _shards(kv: Tensor, group: str, rank: int, size: int, method: str) -> Iterat
 
 
 def _to_next_rank(x: Tensor, group: str, rank: int, size: int) -> Tensor:
-    """The ``x`` of the rank before, while the next one gets that of this; to be waited for."""
+    """Send ``x`` to the next rank and return that of the previous one; the caller waits for it with wait_tensor."""
     sent, received = [0] * size, [0] * size
     sent[(rank + 1) % size] = received[rank - 1] = x.shape[0]
     return _c10d.all_to_all_single(x, received, sent, group)
 
 
 def _visible(step: int, rank: int, half: int) -> tuple[slice, slice]:
-    """Return the queries that see something of the shard that is there at ``step``, and the keys that they see."""
+    """Return the queries that see keys of the shard of ``step``, and the keys that they see."""
     if step == 0:
         return slice(None), slice(None)
-    if step <= rank:  # of an earlier rank: its first chunk lies before both of this rank's, its second behind them
+    if step <= rank:  # an earlier rank: its first chunk is before both chunks of this rank, its second after them
         return slice(None), slice(half)
     return slice(half, None), slice(None)
 
@@ -224,15 +228,15 @@ def _visible(step: int, rank: int, half: int) -> tuple[slice, slice]:
 def _merge(out: Tensor, lse: Tensor, block: Tensor, lse_block: Tensor) -> None:
     """Add a block of other keys to ``out`` [batch, heads, seq, head_dim] and ``lse`` [batch, heads, seq], in place.
 
-    With weights exp(lse) / (exp(lse) + exp(lse_block)) and the rest to 1, computed from the difference alone: nothing
-    overflows.
+    Their weights are exp(lse) / (exp(lse) + exp(lse_block)) and 1 minus that, computed from the difference of the two,
+    so that nothing overflows.
     """
     out.lerp_(block.to(out.dtype), torch.sigmoid(lse_block - lse).unsqueeze(-1))
     lse.copy_(torch.logaddexp(lse, lse_block))
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, grouped: bool) -> tuple[Tensor, Tensor]:
-    """Attention of a block: the output, like ``q``, and the log-sum-exp of the scores, [batch, heads, seq] in float32
+    """Return the output of a block, like ``q``, and the log-sum-exp of the scores, [batch, heads, seq] in float32
     (float64 for float64)."""
     if q.device.type == "cpu":
         if not grouped:
@@ -244,15 +248,15 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, grouped: bool) -> 
 def _attend_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *, causal: bool, grouped: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The block's part in the gradients of ``q``, ``k`` and ``v``, with the output and log-sum-exp of all blocks."""
-    lse = lse.contiguous()  # CUDA's kernel takes it to be
+    """Return the block's part of the gradients of ``q``, ``k`` and ``v``, given ``out`` and ``lse`` of all blocks."""
+    lse = lse.contiguous()  # CUDA's kernel assumes it
     if q.device.type == "cpu":
         each_k, each_v = (k, v) if grouped else (_for_each_head(k, q), _for_each_head(v, q))
         dq, dk, dv = _aten._scaled_dot_product_flash_attention_for_cpu_backward.default(
             grad, q, each_k, each_v, out, lse, 0.0, causal
         )
         return dq, _of_the_group(dk, k, lse.dtype), _of_the_group(dv, v, lse.dtype)
-    # No sequences of different lengths, and the state of a random generator that is not used without dropout.
+    # None: no sequences of different lengths. The state of the random generator is not used without dropout.
     state = q.new_empty(2, dtype=torch.int64)
     return _aten._scaled_dot_product_flash_attention_backward.default(
         grad, q, k, v, out, lse, None, None, q.shape[2], k.shape[2], 0.0, causal, state, state
@@ -265,7 +269,7 @@ def _for_each_head(x: Tensor, q: Tensor) -> Tensor:
 
 
 def _of_the_group(grad: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
-    """The gradient of ``x`` from that of :func:`_for_each_head`."""
+    """Return the gradient of ``x``, given the gradient of :func:`_for_each_head`."""
     return grad if grad.shape == x.shape else grad.unflatten(1, (x.shape[1], -1)).sum(2, dtype=dtype)
 
 
@@ -279,8 +283,8 @@ def _check_inputs(q: Tensor, k: Tensor, v: Tensor) -> None:
     batch, heads, seq_len, head_dim = q.shape
     if k.shape != v.shape or k.shape != (batch, k.shape[1], seq_len, head_dim) or heads % k.shape[1] or seq_len % 2:
         raise ValueError(
-            f"ring_attention: {shapes}: must be [batch, heads, local_seq, head_dim], those of k and v the same and but "
-            "for a divisor of the heads that of q; local_seq must be even"
+            f"ring_attention: {shapes}: must be [batch, heads, local_seq, head_dim] with even local_seq; k and v must "
+            "have the same shape, that of q except for the heads, whose number must divide that of q"
         )
     if q.device.type == "cpu":
         return

@@ -1,4 +1,4 @@
-"""FSDP2: parameters, gradients and optimizer state sharded over processes, and HSDP: replicas of such groups."""
+"""FSDP2: parameters, gradients and optimizer state are sharded over processes; HSDP: such groups are replicated."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ def apply_fsdp(
     policy = MixedPrecisionPolicy(
         param_dtype=DTYPES[training.mixed_precision_param],
         reduce_dtype=DTYPES[training.mixed_precision_reduce],
-        # Activations have the parameters' dtype already; what else a block is given, such as the rotary table, is in
-        # float32 because it has to be.
+        # Activations have the parameters' dtype already. Other inputs of a block, such as the rotary table, must stay
+        # in float32.
         cast_forward_inputs=False,
     )
     in_host_memory = training.enable_cpu_offload and not mesh.target.is_cpu
     offload = CPUOffloadPolicy() if in_host_memory else OffloadPolicy()
-    # Under tensor parallelism the logits are a view, the local part of a DTensor. FSDP2 warns of writes to it in place;
-    # there are none, the loss makes a float32 copy.
+    # Under tensor parallelism the logits are a view, the local part of a DTensor. FSDP2 warns about in-place writes to
+    # views; there are none, since the loss makes a float32 copy.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     costly = mesh.pp.size() > 1 or (mesh.fsdp.size() == 1 and not in_host_memory)
     keep_all = reshard == "never" or (reshard == "default" and costly)
@@ -62,8 +62,8 @@ def apply_fsdp(
 
 
 def allocate(model: nn.Module, device: torch.device, offload: bool) -> None:
-    """Give a sharded model that is on the meta device its memory, not yet filled: buffers on ``device``, parameters too
-    or, with ``offload``, in host memory."""
+    """Allocate uninitialized memory for a sharded model on the meta device: for buffers on ``device``, for parameters
+    too or, with ``offload``, in host memory."""
     if not offload:
         model.to_empty(device=device)
         return
@@ -74,7 +74,7 @@ def allocate(model: nn.Module, device: torch.device, offload: bool) -> None:
 
 
 def reduce_gradients_after(model: nn.Module, last: bool) -> None:
-    """Set whether gradients are reduced after the coming backward: only after the ``last`` of a step. Those of the
-    microbatches before stay on their device, whole and in float32."""
+    """Set whether the next backward reduces gradients, as only the ``last`` of a step does. Until then each device
+    holds the whole gradients in float32."""
     assert isinstance(model, FSDPModule)
     model.set_requires_gradient_sync(last)

@@ -1,4 +1,4 @@
-"""In words, for the log: how a configuration spreads a model over devices."""
+"""A description for the log of how a configuration spreads a model over devices."""
 
 from __future__ import annotations
 

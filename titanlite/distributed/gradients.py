@@ -1,4 +1,4 @@
-"""The norm of all gradients, however they are sharded, and the loss that they are of."""
+"""The norm and the clipping of gradients under any sharding, and the mean loss."""
 
 from __future__ import annotations
 
@@ -13,29 +13,29 @@ from torch.distributed.tensor import DTensor
 from titanlite.distributed.mesh import Mesh
 from titanlite.distributed.target import Target
 
-# A norm on the CPU adds up its squares one after the other, in float32: 1e-5 off for a million elements, and for each
-# sharding differently. Parts of this size are accurate to 1e-7.
+# A norm on the CPU sums the squares one by one in float32: an error of 1e-5 for a million elements, which differs with
+# the sharding. Parts of this size are accurate to 1e-7.
 _CPU_PART = 8192
 
 
 def clip_gradients(
     params: Iterable[nn.Parameter], max_norm: float, mesh: Mesh, total: Tensor, scored: Tensor, labels: int
 ) -> tuple[Tensor, Tensor]:
-    """Make the gradients those of the mean loss over all labels that are scored, and scale them down to ``max_norm``.
+    """Scale the gradients to those of the mean loss over all scored labels, and clip their norm to ``max_norm``.
 
-    Each rank adds up the squares of what it has, divided by the number of ranks that have the same, so that one
-    all-reduce is enough whatever the placements are; the loss and the number of labels travel with it.
+    Each rank sums the squares of its gradients, divided by the number of ranks that have the same ones. One all-reduce
+    is then enough for any placements; the loss and the number of labels are part of it.
 
     Args:
-        params: with the gradients of the sum of the losses of all ranks, divided by the number of all their labels,
-            whether they are scored or not.
-        total: the sum of the losses of this rank's labels, 0 where the last pipeline stage is elsewhere; a scalar.
-        scored: how many of them are scored, 0 where the last pipeline stage is elsewhere; a scalar.
-        labels: how many there are on each rank.
+        params: parameters whose gradients are those of the sum of all ranks' losses, divided by the number of all
+            labels, scored or not.
+        total: the sum of the losses of this rank's labels, a scalar; 0 without the last pipeline stage.
+        scored: the number of this rank's scored labels, a scalar; 0 without the last pipeline stage.
+        labels: the number of labels of each rank.
 
     Returns:
-        The norm of the gradients over all processes before they are clipped, float32, and the mean loss, float64:
-        scalars, the same on all ranks.
+        The norm of the gradients of all processes before clipping, float32, and the mean loss, float64: scalars, the
+        same on all ranks.
     """
     params = [p for p in params if p.grad is not None]
     by_copies: defaultdict[int, list[Tensor]] = defaultdict(list)
@@ -44,7 +44,7 @@ def clip_gradients(
         by_copies[_copies(param.grad, mesh)].append(param.grad)
     squares = [_norms(grads, mesh.target).double().square().sum() / n for n, grads in by_copies.items()]
     square = torch.stack(squares).sum()
-    # Ranks of a stage have labels each, those that tensor parallelism gives the same sequence the same ones.
+    # The ranks of one tensor-parallel group have the same labels; they count once for each rank, as in stage.size().
     sums = torch.stack((square, total.detach().to(square), scored.to(square)))
     if mesh.world.size() > 1:
         dist.all_reduce(sums)
@@ -52,7 +52,7 @@ def clip_gradients(
     count = count.clamp(min=1)
     divisor = mesh.stage.size() * labels / count  # 1 where all labels are scored
     norm = (square.sqrt() * divisor).float()
-    # As clip_grads_with_norm_, which does not take DTensors of different meshes together.
+    # Like clip_grads_with_norm_, which does not support DTensors of different meshes.
     scale = (max_norm / (norm + 1e-6)).clamp(max=1.0) * divisor
     with torch.no_grad():
         torch._foreach_mul_([_local(param.grad) for param in params if param.grad is not None], scale.float())
@@ -64,7 +64,7 @@ def _local(grad: Tensor) -> Tensor:
 
 
 def _norms(grads: list[Tensor], target: Target) -> Tensor:
-    """Norms of parts of ``grads``: float32 [any]."""
+    """Return norms of parts that make up ``grads``: float32 [number of parts]."""
     grads = [_local(grad).reshape(-1) for grad in grads]
     if not target.is_cpu:
         return torch.stack(torch._foreach_norm(grads))
@@ -77,7 +77,7 @@ def _norms(grads: list[Tensor], target: Target) -> Tensor:
 
 
 def _copies(grad: Tensor, mesh: Mesh) -> int:
-    """The number of ranks that have the same part of this gradient."""
+    """Return the number of ranks that have the same part of this gradient."""
     shards = 1
     if isinstance(grad, DTensor):
         for dim, placement in enumerate(grad.placements):

@@ -1,10 +1,10 @@
 """Initial weights as a function of seed, parameter name and element index alone.
 
-Every element is drawn from its own counter: SplitMix64 (Steele, Lea, Flood: "Fast Splittable Pseudorandom Number
-Generators", OOPSLA 2014) at position ``index`` of a stream keyed by seed and name, turned into a normal by the inverse
-of its distribution function in float64. A rank computes just the elements of its shard, on its own device, so the
-weights are the same under any sharding, and building a large model costs each rank only its part.
-(``torch.manual_seed`` with DTensor does not give this: every CPU shard gets the same values.)
+Every element has its own counter: SplitMix64 (Steele, Lea, Flood: "Fast Splittable Pseudorandom Number Generators",
+OOPSLA 2014) at position ``index`` of a stream keyed by seed and name gives a uniform number, which the inverse of the
+normal distribution function, in float64, makes normal. A rank computes only the elements of its shard, on its device,
+so the weights are the same under any sharding. (``torch.manual_seed`` with DTensor does not give this: every CPU shard
+gets the same values.)
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _CHUNK = 1 << 22  # elements computed at a time: about 200 MB of temporaries
 
 
 def _signed(value: int) -> int:
-    """A 64-bit pattern as the int64 that holds it; torch has no arithmetic on uint64."""
+    """Return the int64 with the bits of the uint64 ``value``; torch has no arithmetic on uint64."""
     return value - (1 << 64) if value >= 1 << 63 else value
 
 
@@ -31,12 +31,12 @@ _MIX2 = _signed(0x94D049BB133111EB)
 
 
 def _shift_right(z: Tensor, bits: int) -> Tensor:
-    """The logical shift; int64's own copies the sign."""
+    """Shift right and fill with zeros; the operator ``>>`` would copy the sign."""
     return (z >> bits) & ((1 << (64 - bits)) - 1)
 
 
 def uniform(key: int, index: Tensor) -> Tensor:
-    """The values of stream ``key`` at ``index`` (int64): float64 of the same shape, strictly between 0 and 1."""
+    """Return the values of stream ``key`` at ``index`` (int64): float64 of the same shape, strictly between 0 and 1."""
     z = (index + 1) * _GAMMA + _signed(key)
     z = (z ^ _shift_right(z, 30)) * _MIX1
     z = (z ^ _shift_right(z, 27)) * _MIX2
@@ -49,14 +49,14 @@ def stream_key(seed: int, name: str) -> int:
 
 
 class WeightInit:
-    """Fills the parameters of ``model``, whole or sharded, from ``seed``; what models call ``Init``."""
+    """An initializer of the parameters of ``model``, whole or sharded, from ``seed``; models know it as ``Init``."""
 
     def __init__(self, model: nn.Module, seed: int) -> None:
         self._names = {id(param): name for name, param in model.named_parameters()}
         self._seed = seed
 
     def trunc_normal(self, param: Tensor, std: float, bound: float = 3.0) -> None:
-        """Normal with standard deviation ``std``, cut off at ``bound`` standard deviations."""
+        """Fill ``param`` from a normal distribution of standard deviation ``std``, truncated at ``bound`` of them."""
         low = 0.5 * (1 + math.erf(-bound / math.sqrt(2)))
         self._fill(param, std, low, 1 - 2 * low)
 
@@ -83,7 +83,7 @@ class WeightInit:
 
 
 def _local_shard(param: Tensor) -> tuple[Tensor, tuple[int, ...]]:
-    """This rank's part of a parameter and its offset in the whole."""
+    """Return this rank's part of a parameter, and the offset of that part in each dimension."""
     data = param.detach()
     if not isinstance(data, DTensor):
         return data, (0,) * data.dim()

@@ -12,21 +12,20 @@ from titanlite.distributed.target import Target
 
 @dataclass(frozen=True)
 class Mesh:
-    """The processes of a run, by what they share.
+    """The processes of a run, by dimension of parallelism.
 
     Ranks are numbered with tensor parallelism innermost, then context, data (shard, then replicate) and pipeline
-    parallelism: what communicates most is closest. A dimension that is not used has size 1, so that there is one code
-    path.
+    parallelism, so that the dimensions that communicate most have the closest ranks. An unused dimension has size 1, so
+    that there is one code path.
 
     Attributes:
         degrees: the size of each dimension.
         world: all processes, (pp, dp_replicate, fsdp, tp); the other meshes are slices of it.
-        fsdp: over which FSDP2 shards: data_parallel_shard x context; each sequence is whole only over the latter, but
-            parameters are the same in both.
-        data_parallel: what ``fully_shard`` takes: ``fsdp``, or with replicas (HSDP) dp_replicate x fsdp.
-        tp, cp, pp: of tensor, context and pipeline parallelism.
+        fsdp: the mesh over which FSDP2 shards parameters, data_parallel_shard x context_parallel.
+        data_parallel: the mesh for ``fully_shard``: ``fsdp``, or with replicas (HSDP) dp_replicate x fsdp.
+        tp, cp, pp: the meshes of tensor, context and pipeline parallelism.
         stage: all processes that hold the same pipeline stages.
-        target: the device that computes; in an estimate, one that is not there.
+        target: the device that computes; in an estimate it may not be present.
     """
 
     degrees: Degrees
@@ -52,11 +51,11 @@ class Mesh:
 
 
 def build_mesh(degrees: Degrees, device_type: str, target: Target | None = None) -> Mesh:
-    """Return the mesh of all processes; on one process too.
+    """Return the mesh of all processes, also if there is only one.
 
     Args:
-        device_type: where tensors lie, "cpu" or "cuda".
-        target: the device that computes; None: that of ``device_type``.
+        device_type: the device that holds tensors, "cpu" or "cuda".
+        target: the device that computes; None: the one of ``device_type``.
     """
     d = degrees
     fsdp = d.data_parallel_shard * d.context_parallel
@@ -71,7 +70,7 @@ def build_mesh(degrees: Degrees, device_type: str, target: Target | None = None)
         fsdp=world["fsdp"],
         data_parallel=world["dp_replicate", "fsdp"] if d.data_parallel_replicate > 1 else world["fsdp"],
         tp=world["tp"],
-        # Apart from the world's own dimensions: FSDP2 wants a plain slice of the mesh that tensor parallelism slices.
+        # Not a dimension of the world: FSDP2 needs its mesh and that of tensor parallelism to be slices of one mesh.
         cp=world["fsdp"]._unflatten(0, (d.data_parallel_shard, d.context_parallel), ("dp_shard", "cp"))["cp"],
         pp=world["pp"],
         stage=world["dp_replicate", "fsdp", "tp"]._flatten("stage"),

@@ -1,6 +1,6 @@
-"""Spreads a model over devices: tensor and context parallelism, activation checkpointing, compile per block,
-FSDP2, in this order. Each function takes the whole model or, under pipeline parallelism, one part of it, and the
-:class:`~titanlite.models.layers.Layout` that says what its parts are."""
+"""The distribution of a model over devices: tensor and context parallelism, activation checkpointing, compile per
+block, FSDP2, in this order. Each function takes the whole model or, under pipeline parallelism, one part of it, and the
+:class:`~titanlite.models.layers.Layout` that declares its parts."""
 
 from __future__ import annotations
 
@@ -54,12 +54,12 @@ def _fill_slots(model: nn.Module, blocks: nn.ModuleDict, mesh: Mesh, rotate_meth
     args: Any = model.args
     core = positions = None
     if mesh.cp.size() > 1:
-        # One object for all blocks: torch.compile lets them share their code only then.
+        # The same object for all blocks: only then can torch.compile share code between them.
         context = ContextParallel(mesh.cp, rotate_method, grouped=not mesh.target.is_cpu)
         core, positions = context.attention, context.positions(args.max_seq_len)
     elif attends_in_float32(args.head_size, mesh, param_dtype):
         core = float32_attention
-    if positions is None and mesh.pp.size() > 1:  # a later stage cannot tell them from what it is given
+    if positions is None and mesh.pp.size() > 1:  # a later stage cannot derive them from its input
         positions = torch.arange(args.max_seq_len, device=mesh.device_type)
     model.positions = positions  # type: ignore[assignment]
     if mesh.cp.size() > 1:
@@ -68,7 +68,7 @@ def _fill_slots(model: nn.Module, blocks: nn.ModuleDict, mesh: Mesh, rotate_meth
         if isinstance(module, AttentionSlot) and core is not None:
             module.core = core
         if isinstance(module, FeedForward):
-            module.swiglu = swiglu_linear  # which leaves layers that are not quantized as they are
+            module.swiglu = swiglu_linear  # it calls layers that are not quantized as before
 
 
 def _refuse_blocks_without_slot(blocks: nn.ModuleDict, degree: int) -> None:
@@ -84,28 +84,27 @@ def _refuse_blocks_without_slot(blocks: nn.ModuleDict, degree: int) -> None:
 
 
 def attends_in_float32(head_size: int, mesh: Mesh, param_dtype: str) -> bool:
-    """Return whether attention is faster in float32 than in the parameters' dtype. On the CPU that is so for small
-    heads: the backward of PyTorch's bfloat16 kernel has a cost per head that does not depend on its size (torch 2.11
-    and 2.13, a processor with bfloat16 instructions; docs/internals/cpu-step.md). From heads of 64 on it is no
-    longer slower.
+    """Return whether attention is faster in float32 than in the parameters' dtype, as it is for small heads on the CPU.
+
+    The backward of PyTorch's bfloat16 CPU kernel has a cost per head that does not depend on the head's size (torch
+    2.11 and 2.13, a processor with bfloat16 instructions; docs/internals/cpu-step.md). From size 64 it is not slower.
     """
     return mesh.target.is_cpu and head_size < 64 and param_dtype == "bfloat16"
 
 
 def float32_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """:func:`causal_attention`, computed in float32."""
+    """Compute :func:`causal_attention` in float32."""
     return causal_attention(q.float(), k.float(), v.float()).to(q.dtype)
 
 
 def _checkpoint_and_compile(
     blocks: nn.ModuleDict, mesh: Mesh, checkpointing: ActivationCheckpoint, compiling: Compile | None
 ) -> None:
-    """Apply what [activation_checkpoint] and [compile] ask for to the blocks.
+    """Checkpoint the blocks, and compile them.
 
-    The compiler sees the checkpointed block, so that what is computed again is fused with the backward. Only where
-    whole blocks of DTensors are computed again, it is the compiled block that is checkpointed: the compiler would save
-    the DTensors' mesh for backward, and take it for a tensor (torch 2.13: "expected all tensors_saved_with_vc_check to
-    be Tensors").
+    The checkpointed block is compiled, so that recomputation is fused with the backward. Only where whole blocks of
+    DTensors are recomputed, the compiled block is checkpointed instead: otherwise the compiler would save the DTensors'
+    mesh for backward as if it were a tensor (torch 2.13: "expected all tensors_saved_with_vc_check to be Tensors").
     """
     per_op = checkpointing.mode == "selective" and checkpointing.selective_ac_option == "op"
     compile_first = mesh.tp.size() > 1 and not per_op
@@ -120,7 +119,7 @@ def _gathered_together(model: nn.Module, layout: Layout) -> list[list[nn.Module]
     """Return the modules that FSDP2 gathers together, in the order of the forward."""
     blocks = [[block] for block in getattr(model, layout.blocks).values()]
     if model.args.tie_embeddings:  # type: ignore[union-attr]
-        # A tied embedding belongs to both ends of the model: the root gathers it, once for forward and backward.
+        # Both ends of the model use a tied embedding, so the root gathers it, once for forward and backward.
         return blocks
     ends = ([layout.embedding], [layout.norm, layout.output])
     before, after = ([m for name in end if (m := getattr(model, name)) is not None] for end in ends)
@@ -128,17 +127,16 @@ def _gathered_together(model: nn.Module, layout: Layout) -> list[list[nn.Module]
 
 
 def chain(model: nn.Module, layout: Layout) -> list[tuple[str, ...]]:
-    """Return the names of the modules in the order of the forward, where a pipeline can cut; names in one tuple stay
-    together."""
+    """Return the module names in the order of the forward. A pipeline can cut between tuples, not within one."""
     blocks = [(f"{layout.blocks}.{name}",) for name in getattr(model, layout.blocks)]
     return [(layout.embedding,), *blocks, (layout.output, layout.norm)]
 
 
 def check(args: Any, layout: Layout, mesh: Mesh, config: JobConfig) -> None:
-    """Refuse degrees that do not divide the model of ``args``, and checkpointing that would choose none of its layers.
+    """Check the degrees and the checkpointing against the sizes of the model ``args``.
 
     Raises:
-        ConfigError: with the sizes.
+        ConfigError: a degree does not divide the model, or checkpointing would select no layer.
     """
     tp, pp, ac = mesh.tp.size(), mesh.pp.size(), config.activation_checkpoint
     if ac.mode == "selective" and ac.selective_ac_option != "op" and int(ac.selective_ac_option) > args.n_layers:

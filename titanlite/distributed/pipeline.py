@@ -1,4 +1,4 @@
-"""Pipeline parallelism: the parts of a model as stages of PyTorch's schedules."""
+"""Pipeline parallelism: the parts of a model become stages of PyTorch's schedules."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ logging.getLogger("torch.distributed.pipelining").setLevel(logging.WARNING)  # i
 
 
 def part_of(model: nn.Module, names: Sequence[str]) -> nn.Module:
-    """A module that shares with ``model`` those children, and entries of its ``ModuleDict``, that ``names`` holds; the
-    other children are None in it."""
+    """Return a copy of ``model`` that shares only the children, and entries of a ``ModuleDict``, in ``names``. The
+    other children are None."""
     part = copy.copy(model)
-    # Its children, buffers and hooks are its own: FSDP2 puts hooks on each part.
+    # The dictionaries of children, buffers and hooks are copied, because FSDP2 puts hooks on each part.
     vars(part).update({key: copy.copy(value) for key, value in vars(model).items() if isinstance(value, (dict, set))})
     for child_name, child in model.named_children():
         if isinstance(child, nn.ModuleDict):
@@ -85,9 +85,12 @@ class Pipeline:
 
     Args:
         parts: the modules of the stages ``plan.of(rank)``, in order.
-        microbatches: of one step; all go through the pipeline in one run, with one reduction of gradients.
-        loss_fn: of the output and the labels of a microbatch, the sum over them.
-        stage_type: what is made of each part; an estimate has stages without neighbours.
+        microbatches: their number in one step; all go through the pipeline in one run, with one gradient reduction.
+        loss_fn: (output, labels) of a microbatch -> the sum of the labels' losses.
+        stage_type: the class of a stage; an estimate has stages without neighbours.
+
+    Raises:
+        ConfigError: the schedule cannot be built with these stages and microbatches.
     """
 
     def __init__(
@@ -120,7 +123,7 @@ class Pipeline:
             )
             for stage, part in self._parts.items()
         ]
-        # The loss of each microbatch is divided here, in place of another pass over the gradients.
+        # Dividing the loss of each microbatch saves a pass over the gradients.
         total = microbatches * math.prod(boundary.tokens)
         options: dict[str, Any] = {
             "n_microbatches": microbatches,
@@ -129,7 +132,7 @@ class Pipeline:
         }
         schedule, csv = parallelism.pipeline_parallel_schedule, parallelism.pipeline_parallel_schedule_csv
         if schedule in V_SCHEDULES and device.type == "cpu" and torch.__version__ < "2.13":
-            # It greets the neighbours of each stage first, and a gloo process cannot send to itself.
+            # It first sends to the neighbours of each stage, and a gloo process cannot send to itself.
             raise ConfigError(
                 f"on the CPU needs torch 2.13 or later, and this is {torch.__version__}; choose another schedule",
                 key="parallelism.pipeline_parallel_schedule",
@@ -151,30 +154,29 @@ class Pipeline:
             ) from e
 
     def step(self, inputs: Tensor, labels: Tensor) -> Tensor:
-        """Forward and backward of all microbatches, of their loss divided by the number of their labels; returns that,
-        0 where the last stage is elsewhere.
+        """Run forward and backward of all microbatches. Return the sum of their losses divided by the number of labels,
+        a scalar; 0 without the last stage.
 
         Args:
             inputs, labels: int64 [sequences, seq_len], in the order of the microbatches.
         """
         losses: list[Tensor] = []
-        inputs_here = (inputs.to(self._device, non_blocking=True),) if self.is_first else ()
+        local_inputs = (inputs.to(self._device, non_blocking=True),) if self.is_first else ()
         if self.is_last:
             labels = labels.to(self._device, non_blocking=True)
-            self._schedule.step(*inputs_here, target=labels, losses=losses, return_outputs=False)
+            self._schedule.step(*local_inputs, target=labels, losses=losses, return_outputs=False)
             return torch.stack([loss.detach() for loss in losses]).sum()
-        self._schedule.step(*inputs_here, return_outputs=False)
+        self._schedule.step(*local_inputs, return_outputs=False)
         return torch.zeros((), device=self._device)
 
     @torch.no_grad()
     def evaluate(self, inputs: Tensor, labels: Tensor) -> Tensor:
-        """Forward of any number of microbatches; returns the sum of the losses of their labels, 0 where the last stage
-        is elsewhere. Arguments as of :meth:`step`.
+        """Run forward of any number of microbatches. Return the sum of the labels' losses, a scalar; 0 without the last
+        stage. Arguments as of :meth:`step`.
 
-        Not by the schedule: ``eval`` of PyTorch's goes through its backward too, reducing gradients that there are not
-        (torch 2.11), and makes its buffers anew whenever it is turned to or from (torch 2.13). Each microbatch passes
-        all stages before the next of this process's first stage begins. All processes do theirs in this one order, so
-        none waits for another that waits for it.
+        The schedule's own ``eval`` is not used: it also runs the backward and reduces gradients that do not exist
+        (torch 2.11), and rebuilds its buffers at each change between training and evaluation (torch 2.13). Here every
+        process runs a microbatch through all its stages before the next one begins. This order excludes deadlocks.
         """
         size, last = self._boundary.tokens[0], len(self._ranks) - 1
         losses: list[Tensor] = []
@@ -198,7 +200,7 @@ class Pipeline:
 
 
 def _wait(sent: list[tuple[Tensor, dist.Work | None]], keep: int) -> None:
-    """Let go of tensors that have arrived, all but the last ``keep``, which may be under way still."""
+    """Wait for all but the last ``keep`` sends, and release their tensors."""
     while len(sent) > keep:
         _, work = sent.pop(0)
         assert work is not None  # this process is in the group

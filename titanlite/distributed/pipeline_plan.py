@@ -32,38 +32,35 @@ class Plan:
     """The stages of a pipeline, and their ranks.
 
     Attributes:
-        stages: the names of the modules of each.
-        ranks: the rank in ``mesh.pp`` that has each.
+        stages: the module names of each stage.
+        ranks: the rank in ``mesh.pp`` of each stage.
     """
 
     stages: list[list[str]]
     ranks: list[int]
 
     def of(self, rank: int) -> list[int]:
-        """The numbers of the stages that ``rank`` has, in order."""
+        """Return the numbers of the stages of ``rank``, in order."""
         return [stage for stage, owner in enumerate(self.ranks) if owner == rank]
 
     def __str__(self) -> str:
-        """The modules of each rank."""
+        """Return the modules of each rank, for the log."""
         names = [s[0] if len(s) == 1 else f"{s[0]} to {s[-1]}" for s in self.stages]
-        shown = (
-            f"rank {rank}: " + " and ".join(names[stage] for stage in self.of(rank)) for rank in sorted({*self.ranks})
-        )
-        return "; ".join(shown)
+        ranks = sorted({*self.ranks})
+        return "; ".join(f"rank {rank}: " + " and ".join(names[s] for s in self.of(rank)) for rank in ranks)
 
 
 Chain = Sequence[tuple[str, ...]]
 
 
 def plan_pipeline(model: nn.Module, chain: Chain, config: JobConfig, ranks: int) -> Plan:
-    """Return the stages, and their ranks of ``ranks`` ranks.
+    """Return the stages of a pipeline over ``ranks`` ranks.
 
     Args:
-        chain: the names of the modules of ``model`` in the order of the forward, each with those that must not be
-            apart from it.
+        chain: the module names of ``model`` in the order of the forward; the names of one tuple stay in one stage.
 
     Raises:
-        ConfigError: the stages asked for cannot be dealt to the ranks, or do not fit the schedule.
+        ConfigError: the configured stages do not fit the ranks or the schedule.
     """
     p = config.parallelism
     schedule = p.pipeline_parallel_schedule
@@ -78,8 +75,7 @@ def plan_pipeline(model: nn.Module, chain: Chain, config: JobConfig, ranks: int)
     if stages is None:
         if wanted > len(chain):
             raise ConfigError(
-                f"{why} {wanted} stages, and the model has no more "
-                f"than {len(chain)} modules in a row; use fewer processes",
+                f"{why} {wanted} stages, and the model cannot be cut into more than {len(chain)}; use fewer processes",
                 key="parallelism.pipeline_parallel_degree",
                 value=ranks,
             )
@@ -93,7 +89,7 @@ def plan_pipeline(model: nn.Module, chain: Chain, config: JobConfig, ranks: int)
             config,
             f"parallelism.pipeline_parallel_{key}",
             f"makes {len(stages)} stages ({'; '.join(', '.join(stage) for stage in stages)}), and {why} {wanted}"
-            f"{' or another multiple of the processes' if looped else ''}; change it, or leave it out for stages of "
+            f"{' or another multiple of the processes' if looped else ''}; change it, or leave it out for stages with "
             "about the same work",
         )
     if owners:
@@ -104,7 +100,7 @@ def plan_pipeline(model: nn.Module, chain: Chain, config: JobConfig, ranks: int)
 
 
 def _asked_for(chain: Chain, config: JobConfig) -> list[list[str]] | None:
-    """The stages that the configuration describes; None where it leaves them to us."""
+    """Return the stages that the configuration describes; None if it does not describe any."""
     p = config.parallelism
     points, each = p.pipeline_parallel_split_points, p.pipeline_parallel_layers_per_stage
     begins = [names[0] for names in chain]
@@ -126,13 +122,13 @@ def _asked_for(chain: Chain, config: JobConfig) -> list[list[str]] | None:
 
 
 def matmul_elements(model: nn.Module, name: str) -> int:
-    """The elements of the weights that a module multiplies with, to which its work is proportional."""
+    """Return the number of weights that a module multiplies with; its work is proportional to it."""
     return sum(m.weight.numel() for m in model.get_submodule(name).modules() if isinstance(m, nn.Linear))
 
 
 def balanced(costs: Sequence[int], stages: int) -> list[range]:
-    """Cut ``costs``, in order, into ``stages`` parts of which none is empty, so that the costliest part is as cheap as
-    can be. Of those ways, return the one where the squares of the parts add up to the least."""
+    """Cut ``costs``, in order, into ``stages`` non-empty parts, so that the cost of the costliest part is minimal. Of
+    such cuts, return the one with the least sum of squared costs."""
     n, total = len(costs), [0, *itertools.accumulate(costs)]
     # The price of the costliest part first: the cheapest beginning need not be part of the cheapest whole.
     costliest: list[float] = [0, *[math.inf] * n]
@@ -162,7 +158,7 @@ _CELL = re.compile(r"^(\d+)([FBIW])(\d+)$")
 
 
 def _owners_in_csv(config: JobConfig, ranks: int) -> list[int]:
-    """The rank of each stage in a schedule of the user's own."""
+    """Return the rank of each stage in the user's schedule file."""
     path = config.parallelism.pipeline_parallel_schedule_csv
 
     def refuse_schedule(why: str) -> NoReturn:
@@ -174,7 +170,7 @@ def _owners_in_csv(config: JobConfig, ranks: int) -> list[int]:
     except (OSError, UnicodeDecodeError, csv.Error) as e:
         refuse_schedule(f"cannot be read ({e}); correct the file")
     if len(rows) != ranks:
-        refuse_schedule(f"has {len(rows)} rows, must be one for each of {ranks} processes")
+        refuse_schedule(f"has {len(rows)} rows, must be one for each of {ranks} processes; change either")
     owners: set[tuple[int, int]] = set()
     forwards: defaultdict[int, list[int]] = defaultdict(list)
     kinds: set[str] = set()
@@ -197,7 +193,7 @@ def _owners_in_csv(config: JobConfig, ranks: int) -> list[int]:
         refuse_schedule(f"each of {ranks} processes must have a stage; row {idle[0] + 1} has none")
     last = forwards[len(owners) - 1]
     if last != sorted(last):
-        # The runtime keeps the losses in the order of the forwards, and looks for them by microbatch.
+        # The runtime stores the losses in the order of the forwards, and reads them by the number of the microbatch.
         refuse_schedule(f"the last stage must take the microbatches in their order, not {last}")
     if kinds & {"I", "W"} and (why := whole_backward(config)):
         refuse_schedule(why)

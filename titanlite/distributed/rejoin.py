@@ -1,7 +1,7 @@
-"""Meeting again after torchrun has restarted the workers.
+"""The rendezvous of workers that torchrun has restarted.
 
-Its agents keep one store for all attempts (torch 2.11 to 2.13), in which workers find the addresses of those that were
-killed and cannot connect. Those of one attempt therefore agree on a part of the store that none before them used.
+torchrun's agents keep one store for all attempts (torch 2.11 to 2.13). Restarted workers would find the addresses of
+killed workers in it, and fail to connect. The workers of one attempt therefore agree on a new prefix in the store.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from datetime import timedelta
 from torch.distributed import PrefixStore, Store, rendezvous  # type: ignore[attr-defined]
 
 _JOINED, _ROSTER, _ACKNOWLEDGED, _START = (f"titanlite/{key}" for key in ("joined", "roster", "acknowledged", "start"))
-_INTERVAL = 0.05  # seconds between two looks
+_INTERVAL = 0.05  # seconds between two polls
 
 
 def store_of_attempt(rank: int, world_size: int, timeout: timedelta) -> Store | None:
-    """The store for ``init_process_group``; None where it can make its own, as nothing will be restarted."""
+    """Return the store for ``init_process_group``; None if torchrun will not restart workers, so the default works."""
     if world_size == 1 or int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) == 0:
         return None
     store, _, _ = next(rendezvous("env://", rank, world_size, timeout=timeout))
@@ -27,13 +27,13 @@ def store_of_attempt(rank: int, world_size: int, timeout: timedelta) -> Store | 
 
 
 def agree(store: Store, rank: int, world_size: int, timeout: timedelta) -> Store:
-    """A part of ``store`` for these ``world_size`` processes alone, whatever earlier ones left in it.
+    """Return a prefix of ``store`` for these ``world_size`` processes alone, whatever earlier processes left in it.
 
-    Each announces itself by a number of its own. Rank 0 writes down whom it sees until every one has acknowledged the
-    same list: whoever is dead does not acknowledge, and whoever takes its place changes the list.
+    Each process announces a random number. Rank 0 publishes the list of numbers that it sees, until all processes have
+    acknowledged the same list. A dead process does not acknowledge, and its replacement changes the list.
 
     Raises:
-        TimeoutError: some did not come.
+        TimeoutError: not all processes came within ``timeout``.
     """
     number, end = uuid.uuid4().hex, time.monotonic() + timeout.total_seconds()
     store.set(f"{_JOINED}/{rank}", number)

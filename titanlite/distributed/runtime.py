@@ -1,4 +1,4 @@
-"""The process's place among the others: device, process groups, seeds, timeouts and garbage."""
+"""The runtime of one process: device, process groups, seeds, timeouts and garbage collection."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Runtime:
-    """This process. ``control`` is a gloo group for small messages between hosts, beside the device's own."""
+    """The runtime of this process. ``control`` is a gloo group of all processes, for small messages between hosts."""
 
     rank: int
     local_rank: int
@@ -42,21 +42,21 @@ class Runtime:
     control: dist.ProcessGroup
 
     def agree_max(self, *values: int) -> list[int]:
-        """The largest of each value over all processes, without a device: a fraction of a millisecond for a few
-        processes, more for many, as gloo passes the values round a ring."""
+        """Return the maximum of each value over all processes, without using a device. It takes a fraction of a
+        millisecond for a few processes, more for many, because gloo passes the values around a ring."""
         tensor = torch.tensor(values, dtype=torch.int64)
         if self.world_size > 1:
             dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self.control)
         return tensor.tolist()
 
     def gather(self, value: object) -> list[Any]:
-        """``value`` of every process, by rank."""
+        """Return ``value`` of every process, by rank."""
         values: list[Any] = [None] * self.world_size
         dist.all_gather_object(values, value, group=self.control)
         return values
 
     def check_same(self, subject: str, value: object) -> None:
-        """Refuse to go on where ``value``, by its ``repr``, is not the same on all processes."""
+        """Raise a ConfigError if the ``repr`` of ``value`` is not the same on all processes."""
         digest = int.from_bytes(hashlib.sha256(repr(value).encode()).digest()[:7], "big")
         largest, smallest = self.agree_max(digest, -digest)
         if largest != -smallest:
@@ -65,8 +65,8 @@ class Runtime:
             )
 
     def on_rank_zero(self, function: Callable[[], None]) -> None:
-        """Run ``function`` on rank 0 alone; its :class:`ConfigError` is everybody's, so that all ranks end alike. What
-        the operating system refuses, and a package that is missing, are reported in the same way."""
+        """Run ``function`` on rank 0 only. If it raises, all ranks raise the same :class:`ConfigError`; errors of the
+        operating system and missing packages become one."""
         error: list[ConfigError | None] = [None]
         if self.rank == 0:
             try:
@@ -82,7 +82,7 @@ class Runtime:
 
 
 def start_runtime(comm: Comm) -> Runtime:
-    """Pick the device, join the process group that torchrun's environment describes, else a world of one process."""
+    """Choose the device, and join the process group of torchrun's environment; without one, a group of one process."""
     rank = int(os.environ.get("RANK", 0))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     world_size = int(os.environ.get("WORLD_SIZE", 1))
@@ -93,8 +93,8 @@ def start_runtime(comm: Comm) -> Runtime:
     if device.type == "cuda":
         os.environ.setdefault("TORCH_FR_BUFFER_SIZE", str(comm.trace_buf_size))
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    if not dist.is_initialized():  # else the caller has joined it already, for several runs one after the other
-        # A single process needs no rendezvous, so no port either.
+    if not dist.is_initialized():  # a caller of several runs in one process has joined already
+        # A single process needs no rendezvous, and therefore no port.
         alone = world_size == 1
         store = dist.HashStore() if alone else store_of_attempt(rank, world_size, timeout)  # type: ignore[attr-defined]
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
@@ -108,19 +108,19 @@ def stop_runtime() -> None:
 
 
 def keep_freed_memory() -> bool:
-    """Have glibc keep what is freed, up to 1 GiB, for the next step, which needs as much. It would give large tensors
-    back to the system each time, and take them again page by page: thousands of page faults a step. Returns whether it
-    will; other C libraries manage memory in their own way."""
+    """Make glibc keep up to 1 GiB of freed memory for the next step, and return whether it will. By default it returns
+    large tensors to the system and gets them back page by page, with thousands of page faults per step. Other C
+    libraries do not have this setting."""
     if platform.libc_ver()[0] != "glibc":
         return False
     M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
     libc = ctypes.CDLL(None)
-    largest = 32 << 20  # that it allows
+    largest = 32 << 20  # the maximum that glibc allows
     return bool(libc.mallopt(M_MMAP_THRESHOLD, largest) and libc.mallopt(M_TRIM_THRESHOLD, 1 << 30))
 
 
 def set_train_timeout(comm: Comm, except_for: dist.ProcessGroup) -> None:
-    """Shorten the timeout of collectives, once the slow first step is over; but for one group, whose processes wait for
+    """Shorten the timeout of collectives after the slow first step, except for one group, whose processes wait for
     disks."""
     timeout = timedelta(seconds=comm.train_timeout_seconds)
     for group in {*dist.distributed_c10d._world.pg_map} - {except_for}:
@@ -132,18 +132,20 @@ def _pick_device(local_rank: int) -> tuple[torch.device, str]:
         return torch.device("cpu"), "no GPU that this build of torch can use was found"
     count = torch.cuda.device_count()
     if local_rank >= count:
-        raise ConfigError(f"NGPU: process {local_rank} of this machine has no GPU of its own, there are {count}")
+        raise ConfigError(
+            f"NGPU: process {local_rank} of this machine has no GPU of its own, there are {count}; use fewer processes"
+        )
     device = torch.device("cuda", local_rank)
     torch.cuda.set_device(device)
     return device, f"GPU {local_rank} of the {count} found"
 
 
 def set_seed(seed: int | None, deterministic: bool, runtime: Runtime) -> int:
-    """Seed every generator alike on all processes; an unset seed is drawn by rank 0. Returns the seed."""
+    """Seed every generator with the same seed on all processes, and return the seed; rank 0 draws it if it is None."""
     if seed is None:
         seed = runtime.agree_max(random.SystemRandom().randrange(1 << 31) if runtime.rank == 0 else -1)[0]
     random.seed(seed)
-    np.random.seed(seed % (1 << 32))  # for what uses it; nothing here does
+    np.random.seed(seed % (1 << 32))  # for other libraries; titanlite does not use it
     torch.manual_seed(seed)
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -153,7 +155,7 @@ def set_seed(seed: int | None, deterministic: bool, runtime: Runtime) -> int:
 
 
 class GarbageCollection:
-    """Collects on its own clock, so that all ranks pause at the same step and not at any other."""
+    """Garbage collection at fixed steps, so that all ranks pause at the same time."""
 
     def __init__(self, every: int, debug: bool) -> None:
         self._every, self._debug = every, debug
@@ -166,7 +168,7 @@ class GarbageCollection:
 
     def _collect(self, step: int) -> None:
         start = time.perf_counter()
-        # Generation 1, what training leaves behind each step; the oldest grows with the model and takes long to scan.
+        # Generation 1 has the garbage of training steps. The oldest one grows with the model and is slow to scan.
         objects = gc.collect(1)
         if self._debug:
             logger.info("garbage collection at step %d: %d objects, %.3f s", step, objects, time.perf_counter() - start)
@@ -176,7 +178,7 @@ class GarbageCollection:
 
 
 def end_with_launcher() -> None:
-    """Make sure that this worker does not outlive a launcher that was killed."""
+    """End this worker if its launcher is killed."""
     pid = os.environ.get(LAUNCHER_PID)
     if pid is None:
         return
@@ -189,5 +191,5 @@ def end_with_launcher() -> None:
             time.sleep(1)
         os._exit(1)
 
-    # Elsewhere than on Linux only the polling does it; there too it catches a launcher that died before prctl.
+    # Other systems have only this polling. On Linux it catches a launcher that died before prctl.
     threading.Thread(target=watch, name="launcher-watch", daemon=True).start()

@@ -1,4 +1,4 @@
-"""The device that computes: that of this run, or in an estimate one that is not there."""
+"""The device that computes: the device of this run, or in an estimate one that need not be present."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class Target:
-    """The device whose ways are taken.
+    """The device to compute for.
 
     Attributes:
-        kind: "cpu" or "cuda". In an estimate for GPUs the tensors, which have no data, lie on the CPU all the same.
-        architecture: as compilers spell it, such as "sm_90"; None: that of the device that is there.
+        kind: "cpu" or "cuda". In an estimate for GPUs the tensors, which have no data, are still on the CPU.
+        architecture: the GPU's architecture as compilers spell it, such as "sm_90"; None: that of the present device.
     """
 
     kind: Literal["cpu", "cuda"]

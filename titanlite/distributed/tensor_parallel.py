@@ -1,4 +1,4 @@
-"""Tensor and sequence parallelism: the styles for a layer as it is, plain or quantized, and the loss over a sharded
+"""Tensor and sequence parallelism: the styles for plain and quantized layers, and the loss over a sharded
 vocabulary."""
 
 from __future__ import annotations
@@ -26,51 +26,48 @@ _c10d = torch.ops._c10d_functional
 
 
 def column_parallel(layer: nn.Module, **layouts: Any) -> ParallelStyle:
-    """Shards the output features of ``layer``; takes what ``ColwiseParallel`` takes."""
+    """Return the style that shards the output features of ``layer``; arguments as of ``ColwiseParallel``."""
     return (QuantColwiseParallel if isinstance(layer, QuantLinear) else ColwiseParallel)(**layouts)
 
 
 def row_parallel(layer: nn.Module, **layouts: Any) -> ParallelStyle:
-    """Shards the input features of ``layer``; takes what ``RowwiseParallel`` takes."""
+    """Return the style that shards the input features of ``layer``; arguments as of ``RowwiseParallel``."""
     return (QuantRowwiseParallel if isinstance(layer, QuantLinear) else RowwiseParallel)(**layouts)
 
 
 class VocabParallelEmbedding(RowwiseParallel):
-    """Shards the vocabulary of an ``nn.Embedding``; the output is sharded over the sequence, dimension 1."""
+    """A style that shards the vocabulary of an ``nn.Embedding``, and the output over the sequence, dimension 1."""
 
     def __init__(self) -> None:
         super().__init__(input_layouts=Replicate(), output_layouts=Shard(1))
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         module = super()._apply(module, device_mesh)
-        # What comes out is still on its way, an AsyncCollectiveTensor. A compiled block (torch 2.13, AOTAutograd) takes
-        # that for an input, and returns zeros for its gradient. A copy has arrived; it is one of the smallest
-        # activations.
+        # The output is an AsyncCollectiveTensor. For the gradient of such an input, a compiled block returns zeros
+        # (torch 2.13, AOTAutograd). A copy is a plain tensor; it is one of the smallest activations.
         module.register_forward_hook(lambda module, inputs, output: output.clone())
         return module
 
 
 def gathered_input(consumers: Sequence[nn.Module], arguments: int) -> ParallelStyle:
-    """Gathers the first of a module's ``arguments`` along the sequence, dimension 1, once for all its ``consumers``: in
-    their number format where all of them have one."""
+    """Return the style that gathers the first of a module's ``arguments`` along the sequence, dimension 1, once for all
+    ``consumers``: in their number format if all of them have one."""
     style = PrepareQuantInput if all(isinstance(c, QuantLinear) for c in consumers) else PrepareModuleInput
     others: tuple[Placement | None, ...] = (None,) * (arguments - 1)
     return style(input_layouts=(Shard(1), *others), desired_input_layouts=(Replicate(), *others))
 
 
 def enable_async_tensor_parallel(model: nn.Module, mesh: DeviceMesh) -> None:
-    """Let the compiler split tensor parallelism's collectives and overlap their parts with the matmuls.
+    """Let the compiler split tensor parallelism's collectives, and overlap the parts with the matmuls.
 
     Raises:
-        ConfigError: the devices have no memory that they can reach in each other (symmetric memory needs NVLink).
+        ConfigError: the devices cannot access each other's memory (symmetric memory needs NVLink).
     """
     key = "parallelism.enable_async_tensor_parallel = true"
     if mesh.device_type != "cuda":
         raise ConfigError(f"{key}: needs GPUs that reach each other's memory, and this runs on {mesh.device_type}")
     if quant_layers(model):
-        logger.warning(
-            "%s: inductor overlaps the layers in high precision; gathers in a number format it leaves as they are", key
-        )
+        logger.warning("%s: inductor overlaps only the layers in high precision, not gathers in a number format", key)
     import torch._inductor.config
     from torch.distributed._symmetric_memory import enable_symm_mem_for_group
 
@@ -86,7 +83,7 @@ def enable_async_tensor_parallel(model: nn.Module, mesh: DeviceMesh) -> None:
 
 
 class _CrossEntropy(torch.autograd.Function):
-    """Three numbers per token are exchanged, in two all-reduces, instead of the logits."""
+    """The cross-entropy of sharded logits: two all-reduces exchange three numbers per token, instead of the logits."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, labels: Tensor, first: int, group: str) -> Tensor:
@@ -114,22 +111,22 @@ class _CrossEntropy(torch.autograd.Function):
 
 
 class VocabParallelCrossEntropy:
-    """The sum of the negative log-likelihoods in nats, computed in float32, of logits whose vocabulary is sharded;
-    labels that are ``IGNORED`` are not scored.
+    """The sum of the negative log-likelihoods in nats, computed in float32, of logits with a sharded vocabulary. Labels
+    equal to ``IGNORED`` are not scored.
 
-    (``torch.distributed.tensor.parallel.loss_parallel`` does the same on DTensors and around the backward; plain
-    tensors can be the output of a pipeline stage and go through the compiler.)
+    (``torch.distributed.tensor.parallel.loss_parallel`` needs DTensors, and a context around the backward. Plain
+    tensors can be the output of a pipeline stage, and can be compiled.)
 
     Args:
-        mesh: of tensor parallelism; rank r has the r-th part of the vocabulary.
+        mesh: the mesh of tensor parallelism; rank r has the r-th part of the vocabulary.
     """
 
     def __init__(self, mesh: DeviceMesh) -> None:
         self.rank, self.group = mesh.get_local_rank(), mesh.get_group().group_name
 
     def __call__(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """``logits`` [batch, seq_len, vocab_size / degree] of any floating dtype, ``labels`` int64 [batch, seq_len];
-        the same loss, a scalar, on all ranks."""
+        """Return the loss, a scalar, the same on all ranks. ``logits``: [batch, seq_len, vocab_size / degree] of any
+        floating dtype; ``labels``: int64 [batch, seq_len]."""
         first = self.rank * logits.shape[-1]
         loss: Tensor = _CrossEntropy.apply(logits.flatten(0, 1), labels.flatten(0, 1), first, self.group)
         return loss
