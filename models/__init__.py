@@ -1,1 +1,1 @@
-"""Model families, a package each: ``titanlite.models.<name>``, which its module ``spec`` registers."""
+"""Model families. Each is a package ``titanlite.models.<name>``, whose module ``spec`` registers it."""

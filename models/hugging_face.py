@@ -23,12 +23,12 @@ _ROPE_LLAMA3 = {
 
 @dataclass(frozen=True)
 class DecoderFiles:
-    """The form in which ``transformers`` keeps one family of decoders.
+    """The form in which ``transformers`` stores one family of decoders.
 
     Attributes:
-        family: the family's name here, for messages.
+        family: titanlite's name of the family, for messages.
         model_type, architecture: as in ``config.json``.
-        fixed: what the network computes with; a key that is not there, or null, means the same.
+        fixed: the only values in ``config.json`` that the network computes; a missing or null key means the same.
         layer: the name of each parameter of a block, without ".weight" -> its name in a layer of the files.
         ignored: see :class:`~titanlite.models.spec.HuggingFaceFormat`.
     """
@@ -46,8 +46,8 @@ class DecoderFiles:
         )
 
     def weights(self, args: DecoderArgs) -> WeightMap:
-        """Return where each parameter is. The weights need no permutation: both sides pair the rotary embedding's
-        elements i and i + head_dim/2."""
+        """Return the place of each parameter. The weights need no permutation: titanlite and ``transformers`` both pair
+        the elements i and i + head_dim/2 in rotary embeddings."""
         places: dict[str, Place] = {"tok_embeddings.weight": "model.embed_tokens.weight"}
         for i in range(args.n_layers):
             places |= {
@@ -58,12 +58,12 @@ class DecoderFiles:
         return places
 
     def to_config(self, args: DecoderArgs) -> dict[str, Any]:
-        """Return what ``config.json`` says of the model. The scaled rotary frequencies are in the spelling that every
-        version of ``transformers`` since 4.43 reads, and other programs do."""
+        """Return the model's part of ``config.json``. Scaled rotary frequencies have the keys that ``transformers``
+        reads since 4.43, as do other programs."""
         scaling = None
         if args.rope_scaling is not None:
             scaling = {theirs: getattr(args.rope_scaling, ours) for ours, theirs in _ROPE_LLAMA3.items()}
-            # transformers warns where a factor is not a float.
+            # transformers warns if a factor is not a float.
             scaling = {key: value if key.startswith("original") else float(value) for key, value in scaling.items()}
             scaling["rope_type"] = "llama3"
         return {
@@ -111,7 +111,7 @@ class DecoderFiles:
         if config.get("tie_word_embeddings") not in (None, True, False):
             raise self._unsupported("tie_word_embeddings", config["tie_word_embeddings"], "must be true or false")
         heads, dim = config["num_attention_heads"], config["hidden_size"]
-        # Absent and null both mean these, as in transformers.
+        # Missing and null keys have these defaults, as in transformers.
         kv_heads, head_dim = config.get("num_key_value_heads") or heads, config.get("head_dim") or dim // heads
         if not config.get("head_dim") and dim % heads:
             raise self._unsupported("hidden_size", dim, f"must be a multiple of num_attention_heads = {heads}")
@@ -136,10 +136,10 @@ class DecoderFiles:
         )
 
     def check(self, args: DecoderArgs, config: Mapping[str, Any]) -> None:
-        """Refuse a ``config.json`` of another model than ``args``; the length of sequences may differ.
+        """Check that ``config.json`` describes the model ``args``; the sequence length may differ.
 
         Raises:
-            ConfigError: naming every size and number that differs.
+            ConfigError: it describes another model; the message names every difference.
         """
         theirs = replace(self.from_config(config), max_seq_len=args.max_seq_len)
         pairs = {f.name: (getattr(theirs, f.name), getattr(args, f.name)) for f in fields(DecoderArgs)}
@@ -156,8 +156,8 @@ class DecoderFiles:
             )
 
     def _rope(self, config: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
-        """Return the base of the rotary frequencies and their scaling, spelled as until transformers 4 (``rope_theta``
-        and ``rope_scaling``) or as since 5 (both in ``rope_parameters``)."""
+        """Return the base of the rotary frequencies and their scaling, from the keys of transformers 4 (``rope_theta``
+        and ``rope_scaling``) or 5 (both in ``rope_parameters``)."""
         key = "rope_scaling" if config.get("rope_scaling") else "rope_parameters"
         rope = config.get(key) or {}
         if not isinstance(rope, Mapping):

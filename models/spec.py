@@ -23,18 +23,18 @@ from titanlite.registry import Registry, nearest
 
 @dataclass(frozen=True)
 class HuggingFaceFormat:
-    """The form in which ``transformers`` keeps a family's weights, as builders.
+    """The form in which ``transformers`` stores a family's weights, as functions.
 
     Attributes:
-        model_type: of the family, in ``config.json``.
-        to_config: a configured flavor -> what ``config.json`` says of the model. The dtype of the weights and the ids
-            of special tokens are not the model's; who writes the file adds them.
+        model_type: the family's name in ``config.json``.
+        to_config: a configured flavor -> the model's part of ``config.json``. The writer of the file adds the dtype of
+            the weights and the ids of special tokens.
         from_config: a parsed ``config.json`` -> the configured flavor that it describes. Raises :class:`ConfigError`
-            for what the family does not compute.
-        check: ``(configured flavor, parsed config.json)``; raises :class:`ConfigError`, naming what differs, where the
+            if the family does not compute such a model.
+        check: ``(configured flavor, parsed config.json)``; raises :class:`ConfigError`, with the differences, if the
             file describes another model.
-        weights: a configured flavor -> where every parameter is in the files.
-        ignored: a regular expression; tensors in the files whose whole name matches hold nothing to load.
+        weights: a configured flavor -> the place of every parameter in the files.
+        ignored: a regular expression; tensors in the files whose whole name matches are not loaded.
     """
 
     model_type: str
@@ -50,8 +50,8 @@ class ModelSpec:
     """A model family.
 
     Attributes:
-        flavors: the sizes, by name. They are dataclasses of one type, with ``vocab_size``, the token ids that the model
-            knows, ``max_seq_len``, the positions, ``n_layers``, ``head_size``, ``tie_embeddings``, the sizes that
+        flavors: the sizes, by name. They are dataclasses of one type, with ``vocab_size`` (the number of token ids),
+            ``max_seq_len`` (the number of positions), ``n_layers``, ``head_size``, ``tie_embeddings``, the sizes that
             ``layout.divisible`` names, and ``configured(vocab_size, seq_len)``, which returns the flavor completed for
             a tokenizer and a sequence length, or raises ``ValueError``.
         build: a configured flavor -> the module, called under the meta device. ``forward(tokens, positions=None)`` maps
@@ -60,10 +60,10 @@ class ModelSpec:
             :class:`~titanlite.models.layers.ModelSize`; ``args`` is the flavor; ``positions`` is a slot for the
             positions of a process's tokens, int64 [seq_len]. Its blocks have a slot ``run`` and a method ``compute``,
             and their attention is an :class:`~titanlite.models.layers.AttentionSlot`, which context parallelism and
-            generation fill. In the part that a pipeline stage has, the children that belong to others are None, and
-            ``forward`` takes and returns hidden states [batch, seq_len, dim] where it has not the model's ends.
-        layout: what its parts are.
-        hugging_face: None for a family that ``transformers`` does not have.
+            generation fill. In a pipeline stage, the children of other stages are None. Its ``forward`` takes and
+            returns hidden states [batch, seq_len, dim] if it lacks the first or last children of the model.
+        layout: a declaration of the module's parts.
+        hugging_face: the form of the files; None if ``transformers`` does not have the family.
     """
 
     name: str
@@ -76,7 +76,7 @@ class ModelSpec:
         """Return a flavor.
 
         Raises:
-            ConfigError: there is no such flavor; lists the known ones.
+            ConfigError: there is no such flavor; the message lists the known ones.
         """
         if name not in self.flavors:
             raise ConfigError(
@@ -109,19 +109,19 @@ def register_model(spec: ModelSpec) -> None:
 
 
 def get_model_spec(name: str) -> ModelSpec:
-    """The family ``name``, imported from ``titanlite.models.<name>`` if it is not registered yet."""
+    """Return the family ``name``, imported from ``titanlite.models.<name>`` if it is not registered yet."""
     if name not in _registry.names():
         packages = _packages()
-        # Of a name that is not there all, so that the message can list them.
+        # For an unknown name import all families, so that the message can list them.
         _import([name] if name in packages else packages)
     return _registry.get(name)
 
 
 def model_spec_of(config: Mapping[str, Any]) -> tuple[ModelSpec, Any]:
-    """The family that a Hugging Face folder's ``config.json`` describes, and its configured flavor.
+    """Return the family and the configured flavor that a Hugging Face folder's ``config.json`` describes.
 
     Raises:
-        ConfigError: no family computes such a model; in the words of a family of its ``model_type``, if there is one.
+        ConfigError: no family computes such a model; the message is that of a family of its ``model_type``, if any.
     """
     _import(_packages())
     refusals: list[tuple[bool, ConfigError]] = []

@@ -1,8 +1,8 @@
-"""The places of a model's parameters in the files of others.
+"""The places of a model's parameters in the files of other projects.
 
-A weight map says for each parameter, by its name here, where it is there: the name of a tensor, :class:`Rows` of a
-tensor that holds several parameters, or a :class:`Stack` of tensors. Tied parameters have several names here and one
-place there.
+A weight map gives for each parameter, by its name in titanlite, the place in the files: the name of a tensor,
+:class:`Rows` of a tensor that holds several parameters, or a :class:`Stack` of tensors. Tied parameters have several
+names and one place.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import NamedTuple, TypeAlias
 
 
 class Rows(NamedTuple):
-    """The rows ``start`` to ``stop`` of a tensor that holds several parameters one below the other."""
+    """The rows ``start`` to ``stop`` (exclusive) of a tensor that concatenates several parameters."""
 
     tensor: str
     start: int
@@ -20,7 +20,7 @@ class Rows(NamedTuple):
 
 
 class Stack(NamedTuple):
-    """Tensors that are one parameter together, stacked along a new first dimension."""
+    """Tensors that form one parameter when stacked along a new first dimension."""
 
     tensors: tuple[str, ...]
 

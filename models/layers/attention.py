@@ -1,4 +1,4 @@
-"""Attention with a slot for how queries meet keys and values."""
+"""Attention, with a slot for the function that computes it from queries, keys and values."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from titanlite.models.layers.rotary import apply_rope
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Return the attention of q [batch, heads, seq_len, head_dim] to k and v [batch, kv_heads, seq_len, head_dim], in
-    which no position sees a later one."""
-    # Grouped without asking whether it is: the compiler may hold the numbers of heads as symbols.
+    """Return the causal attention of q [batch, heads, seq_len, head_dim] to k and v [batch, kv_heads, seq_len,
+    head_dim]: no position sees a later one."""
+    # enable_gqa also where the numbers of heads are equal: the compiler may treat them as symbols.
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
 
 
 class AttentionSlot(nn.Module):
-    """A module that attends.
+    """A module that computes attention.
 
     Attributes:
-        core: a slot, ``(q, k, v) -> out`` as :func:`causal_attention`, which is there at first. Context parallelism, a
-            cache of keys and values and the like put theirs there.
+        core: a slot for a function ``(q, k, v) -> out``, by default :func:`causal_attention`. Context parallelism, a
+            cache of keys and values and the like replace it.
     """
 
     core: Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -37,10 +37,10 @@ class Attention(AttentionSlot):
     """Causal grouped-query attention with rotary embeddings.
 
     Args:
-        dim: of the hidden states.
-        heads: of queries.
-        kv_heads: of keys and values, a divisor of ``heads``.
-        head_dim: of each head.
+        dim: the features of the hidden states.
+        heads: the number of heads of queries.
+        kv_heads: the number of heads of keys and values, a divisor of ``heads``.
+        head_dim: the features of each head.
     """
 
     def __init__(self, dim: int, heads: int, kv_heads: int, head_dim: int) -> None:
@@ -52,9 +52,9 @@ class Attention(AttentionSlot):
         self.wo = nn.Linear(heads * head_dim, dim, bias=False)
 
     def forward(self, x: Tensor, rope: Tensor) -> Tensor:
-        """``x`` [batch, seq_len, dim] and ``rope`` [2, seq_len, head_dim] -> [batch, seq_len, dim]."""
+        """Map ``x`` [batch, seq_len, dim] to [batch, seq_len, dim]. ``rope``: [2, seq_len, head_dim]."""
         batch, seq_len, _ = x.shape
-        # -1, not the number of heads: under tensor parallelism each device has its share of them.
+        # -1 instead of the number of heads: under tensor parallelism each device has a share of them.
         q = apply_rope(self.wq(x).view(batch, seq_len, -1, self.head_dim), rope)
         k = apply_rope(self.wk(x).view(batch, seq_len, -1, self.head_dim), rope)
         v = self.wv(x).view(batch, seq_len, -1, self.head_dim)

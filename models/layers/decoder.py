@@ -20,7 +20,7 @@ from titanlite.models.layers.size import ModelSize
 
 @dataclass(frozen=True)
 class DecoderArgs:
-    """The shape of a model. ``vocab_size`` 0 is filled in from the tokenizer; ``head_dim`` None is dim / n_heads."""
+    """The sizes of a model. ``vocab_size`` 0: taken from the tokenizer; ``head_dim`` None: dim / n_heads."""
 
     dim: int
     n_layers: int
@@ -43,11 +43,11 @@ class DecoderArgs:
     def configured(self, vocab_size: int, seq_len: int) -> DecoderArgs:
         """Return these arguments for a tokenizer and a sequence length.
 
-        A flavor without a vocabulary of its own takes the tokenizer's, rounded up to a multiple of 128 (tensor cores
-        and sharding want round sizes); one that has its own must hold the tokenizer's.
+        If ``self.vocab_size`` is 0, it becomes the tokenizer's, rounded up to a multiple of 128, as tensor cores and
+        sharding prefer; otherwise it must be at least the tokenizer's.
 
         Raises:
-            ValueError: it does not.
+            ValueError: the tokenizer has more tokens than the model.
         """
         if self.vocab_size and vocab_size > self.vocab_size:
             raise ValueError(
@@ -60,7 +60,7 @@ class Block(nn.Module):
     """Attention and feed-forward, each behind a norm and added to the residual stream.
 
     Attributes:
-        run: a slot for another way to call :meth:`compute`: compiled, or with activation checkpointing. None: as it is.
+        run: a slot for a compiled or checkpointed version of :meth:`compute`; None: call :meth:`compute`.
     """
 
     run: Callable[..., Tensor] | None
@@ -81,7 +81,7 @@ class Block(nn.Module):
         return x + self.feed_forward(self.ffn_norm(x))  # type: ignore[no-any-return]
 
     def init_weights(self, init: Init, depth: int) -> None:
-        # The residual stream adds up 2 * depth branches; their output projections shrink so that it stays level.
+        # The residual stream sums 2 * depth branches. Smaller output projections keep its scale level.
         out_std = 0.02 / math.sqrt(2 * depth)
         init.ones(self.attention_norm.weight)
         init.ones(self.ffn_norm.weight)
@@ -99,18 +99,18 @@ LAYOUT = Layout(
 
 
 class Decoder(nn.Module):
-    """Token ids in, logits over the vocabulary out.
+    """A decoder that maps token ids to logits over the vocabulary.
 
-    The initialization is torchtitan's: linear layers truncated normal of standard deviation 0.02, the ones that write
-    to the residual stream (and w3) 0.02 / sqrt(2 * depth), embeddings 1, the output projection dim**-0.5. A tied
-    embedding is also the output projection, so it takes the latter.
+    The initialization is torchtitan's: truncated normal distributions of standard deviation 0.02 for linear layers,
+    0.02 / sqrt(2 * depth) for those that write to the residual stream (and w3), and dim**-0.5 for the output
+    projection; a normal one of 1 for embeddings. A tied embedding is initialized as the output projection.
 
     Attributes:
-        positions: the positions of the tokens that this process has, int64 [seq_len]; a slot for those who give a
-            process a part of each sequence, or of the model. None: 0, 1, 2, ...
+        positions: a slot for the positions of this process's tokens, int64 [seq_len], if it has a part of each sequence
+            or of the model. None: 0, 1, 2, ...
     """
 
-    # In a part of the model the ends may be None and layers be missing; it takes the hidden states of the part before.
+    # A pipeline stage may lack the ends (None) and layers. Its input is then the hidden states of the stage before.
     tok_embeddings: nn.Embedding | None
     norm: nn.RMSNorm | None
     output: nn.Linear | None
@@ -129,11 +129,11 @@ class Decoder(nn.Module):
         self.register_buffer("rope", torch.empty(2, args.max_seq_len, args.head_size), persistent=False)
 
     def forward(self, x: Tensor, positions: Tensor | None = None) -> Tensor:
-        """Token ids to logits.
+        """Map token ids to logits.
 
         Args:
             x: int64 [batch, seq_len].
-            positions: of the tokens in their sequence; int64 [seq_len]. None: ``self.positions``.
+            positions: the positions of the tokens in their sequence, int64 [seq_len]; None: ``self.positions``.
 
         Returns:
             [batch, seq_len, vocab_size], in the dtype of the parameters.
@@ -148,7 +148,7 @@ class Decoder(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, init: Init) -> None:
-        """Fill every parameter and buffer; they may be sharded, and hold anything before."""
+        """Fill every parameter and buffer. They may be sharded, and uninitialized."""
         args = self.args
         self.rope.copy_(rope_table(self.rope.shape[1], args.head_size, args.rope_theta, args.rope_scaling))
         if self.tok_embeddings is not None and not args.tie_embeddings:
@@ -162,12 +162,12 @@ class Decoder(nn.Module):
             init.trunc_normal(self.output.weight, std=args.dim**-0.5)
 
     def size(self) -> ModelSize:
-        """Return the numbers that FLOPs and memory follow from, of the whole model."""
+        """Return the sizes that determine FLOPs and memory. To be called on the whole model."""
         args, embedding = self.args, self.tok_embeddings
         assert embedding is not None
         return ModelSize(
             params=sum(p.numel() for p in self.parameters()),
-            # A tied embedding is the output projection too, and that is a matmul.
+            # A tied embedding is also the output projection, which is a matmul.
             embedding_params=0 if args.tie_embeddings else embedding.weight.numel(),
             layers=args.n_layers,
             heads=args.n_heads,

@@ -16,15 +16,15 @@ def swiglu(w2: nn.Module, gate: Tensor, up: Tensor) -> Tensor:
 
 
 class FeedForward(nn.Module):
-    """SwiGLU: ``w2(silu(w1 x) * w3 x)``.
+    """The feed-forward layer SwiGLU: ``w2(silu(w1 x) * w3 x)``.
 
     Args:
-        dim: of the hidden states.
-        hidden_dim: of gate and up.
+        dim: the features of the hidden states.
+        hidden_dim: the features of gate and up.
 
     Attributes:
-        swiglu: a slot, ``(w2, gate, up) -> out`` as :func:`swiglu`, which is there at first. One that is fused with the
-            casts of a quantized ``w2`` may take its place.
+        swiglu: a slot for a function ``(w2, gate, up) -> out``, by default :func:`swiglu`. One that is fused with the
+            casts of a quantized ``w2`` can replace it.
     """
 
     swiglu: Callable[[nn.Module, Tensor, Tensor], Tensor]
@@ -37,7 +37,7 @@ class FeedForward(nn.Module):
         self.swiglu = swiglu
 
     def forward(self, x: Tensor) -> Tensor:
-        """``x`` [..., dim] -> [..., dim]."""
+        """Map ``x`` [..., dim] to [..., dim]."""
         return self.swiglu(self.w2, self.w1(x), self.w3(x))
 
     def init_weights(self, init: Init, out_std: float) -> None:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 class Init(Protocol):
-    """Fills parameters with their initial values (see ``titanlite.distributed.init``)."""
+    """An initializer of parameters (see ``titanlite.distributed.init``)."""
 
     def trunc_normal(self, param: Tensor, std: float, bound: float = 3.0) -> None: ...
     def normal(self, param: Tensor, std: float) -> None: ...

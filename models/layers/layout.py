@@ -8,12 +8,12 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Projections:
-    """A part of a block whose linear layers come in two kinds, as tensor parallelism sees them.
+    """The linear layers of a part of a block, by the way in which tensor parallelism shards them.
 
     Attributes:
-        columns: the linear layers that take the part's first argument; their output features can be sharded.
-        rows: those that take what is made of these; their input features can be sharded.
-        arguments: how many positional arguments the part's forward takes; the first is the hidden states.
+        columns: the layers that take the part's first argument; their output features can be sharded.
+        rows: the layers that take results of the columns; their input features can be sharded.
+        arguments: the number of positional arguments of the part's forward; the first is the hidden states.
     """
 
     columns: tuple[str, ...]
@@ -23,15 +23,15 @@ class Projections:
 
 @dataclass(frozen=True)
 class Layout:
-    """A decoder's parts, by the names of its children: an embedding, blocks one after the other, a norm and an output.
-    A pipeline may cut it before any block.
+    """The parts of a decoder, by the names of its children: an embedding, a sequence of blocks, a norm and an output. A
+    pipeline may cut it before any block, and before the output.
 
     Attributes:
-        parts: by name in a block, what tensor parallelism shards.
+        parts: the parts of a block that tensor parallelism shards, by name.
         norms: the norms in a block that take hidden states.
-        embedding, norm, output: the ends of the model; in a part of the model they may be None.
-        blocks: the ``ModuleDict`` of blocks, whose keys are their numbers in the whole model.
-        divisible: the sizes, by their names in the model's arguments, that tensor parallelism divides.
+        embedding, norm, output: the first and last children; in a pipeline stage they may be None.
+        blocks: the ``ModuleDict`` of blocks; its keys are the blocks' numbers in the whole model.
+        divisible: the names in the model's arguments of the sizes that tensor parallelism must divide.
     """
 
     parts: Mapping[str, Projections]

@@ -30,7 +30,7 @@ def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -
     if scaling is None:
         return freqs
     s, wavelength = scaling, 2 * math.pi / freqs
-    # Between the two wavelengths the scaled and the unscaled frequency are blended linearly.
+    # Between the two wavelengths, interpolate linearly between the scaled and the unscaled frequency.
     smooth = (s.original_max_seq_len / wavelength - s.low_freq_factor) / (s.high_freq_factor - s.low_freq_factor)
     smooth = smooth.clamp(0, 1)
     return (1 - smooth) * freqs / s.factor + smooth * freqs

@@ -1,4 +1,4 @@
-"""The size of a model, as far as FLOPs and memory follow from it."""
+"""The sizes of a model that determine its FLOPs and memory."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from typing import NamedTuple
 
 
 class ModelSize(NamedTuple):
-    """The numbers that determine the FLOPs and the sizes of the tensors between pipeline stages. ``embedding_params``
-    are the parameters that are only looked up, never multiplied; ``dim`` is the width of the hidden states."""
+    """The sizes that determine a model's FLOPs, and the tensors between pipeline stages. ``embedding_params`` counts
+    the parameters that are looked up, not multiplied; ``dim`` is the width of the hidden states."""
 
     params: int
     embedding_params: int

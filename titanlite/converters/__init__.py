@@ -1,6 +1,6 @@
 """Converters: named transformations of the model, listed in ``model.converters``."""
 
-from titanlite.converters import float8 as float8  # these register themselves
+from titanlite.converters import float8 as float8  # imported because they register themselves
 from titanlite.converters import float8_inference as float8_inference
 from titanlite.converters import fused_norm as fused_norm
 from titanlite.converters.quantizers import Quantized, Quantizer, get_quantizer, quantizers, register_quantizer

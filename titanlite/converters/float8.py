@@ -1,5 +1,5 @@
-"""``float8``: linear layers computed in float8. The library is ``titanlite.float8``; this reads its options from the
-configuration and says what became of each layer."""
+"""The converter ``float8``, for linear layers in float8. It reads the options of ``titanlite.float8`` from the
+configuration, and logs a table of the layers."""
 
 from __future__ import annotations
 
@@ -38,11 +38,11 @@ AUTO_FILTER = "auto_filter_small_kn"
 
 
 def too_small(recipe: str, k: int, n: int) -> bool:
-    """Return whether a layer of ``k`` input and ``n`` output features is expected to lose by float8 on an H100.
+    """Return whether a layer of ``k`` input and ``n`` output features is expected to be slower in float8 on an H100.
 
-    For tensorwise and rowwise these are the thresholds that torchao's automatic filter takes from its H100 benchmarks
-    (torchao/float8/README.md, "Performance"). rowwise_with_gw_hp, which they leave out, has those of rowwise: two
-    matmuls gain instead of three, but only one copy of each operand is cast instead of two, the cheaper one, and by a
+    For tensorwise and rowwise these are the thresholds of torchao's automatic filter, from its H100 benchmarks
+    (torchao/float8/README.md, "Performance"). They leave out rowwise_with_gw_hp, for which those of rowwise are used:
+    it gains in two matmuls instead of three, but casts one copy of each operand instead of two, the cheaper one. By a
     count of bytes and FLOPs it breaks even no later (docs/internals/float8-small-layers.md).
     """
     if recipe == "tensorwise":
@@ -51,7 +51,7 @@ def too_small(recipe: str, k: int, n: int) -> bool:
 
 
 def matches(entry: str, name: str) -> bool:
-    """Return whether ``entry`` stands in the dotted ``name`` as whole components."""
+    """Return whether the dotted ``name`` contains ``entry`` as whole components."""
     return f".{entry}." in f".{name}."
 
 
@@ -146,7 +146,7 @@ class Float8Converter:
         return f"{self.recipe}{emulated}, {len(linears) - len(kept)} of {len(linears)} linear layers"
 
     def _why_kept(self, name: str, linear: nn.Linear) -> str | None:
-        """Why a layer stays in high precision; None if it does not."""
+        """Return why a layer stays in high precision; None if it is converted."""
         matching = next((entry for entry in self.filters if matches(entry, name)), None)
         if matching is not None:
             return f"filter_fqns: {matching}"
@@ -157,7 +157,7 @@ class Float8Converter:
         return None
 
     def _choose_kernels(self, layers: Iterable[nn.Linear]) -> Kernels:
-        """Return what ``kernels = "auto"`` is here, and log why."""
+        """Return the kernels that ``kernels = "auto"`` selects, and log the reason."""
         x = self.config.cast_config_input
         chosen: Kernels
         if not kernels.AVAILABLE:
@@ -174,7 +174,7 @@ class Float8Converter:
         return chosen
 
     def _faster_kernels(self, features: int) -> tuple[Kernels, str]:
-        """Time the cast of an input both ways; return the faster one, the same on all ranks, and the times."""
+        """Time the cast of an input by both kinds; return the faster one, the same on all ranks, and the times."""
         x, other = self.config.cast_config_input, self.config.cast_config_input_for_grad_weight
         times = measure(self.tokens, features, x.dtype, x.layout, other.layout, self.config.round_scales_to_power_of_2)
         why = (
@@ -186,7 +186,7 @@ class Float8Converter:
         return choice[0], choice[1]
 
     def _check_shards(self, chosen: dict[str, nn.Linear]) -> None:
-        """Scales of rows are gathered with the rows: each process must have as many."""
+        """Check that all shards have the same number of rows, since scales of rows are gathered with the rows."""
         if not (self.config.enable_fsdp_float8_all_gather and self.config.cast_config_weight.is_axiswise):
             return
         shards = self.mesh.fsdp.size()
@@ -194,7 +194,7 @@ class Float8Converter:
             if linear.out_features % shards:
                 raise ConfigError(
                     f"the {linear.out_features} rows of {name} over "
-                    f"{shards} shards: with recipe {self.recipe} each shard must have as many; add {name} to "
+                    f"{shards} shards: with recipe {self.recipe} each shard must have the same number; add {name} to "
                     "float8.filter_fqns, choose another degree, or leave the flag out",
                     key="float8.enable_fsdp_float8_all_gather",
                     value=True,
@@ -208,7 +208,7 @@ class Float8Converter:
 
 
 def conversion_table(linears: dict[str, nn.Linear], kept: dict[str, str]) -> str:
-    """Each kind of layer (numbers in names stand as *), its features in and out, how many, and what became of them."""
+    """Return a table of each kind of layer (with * for numbers in names): its features, count, and format."""
     kinds = Counter(
         (re.sub(r"\b\d+\b", "*", name), f"{m.in_features} -> {m.out_features}", kept.get(name, "float8"))
         for name, m in linears.items()

@@ -1,5 +1,5 @@
-"""``float8_dynamic``, ``float8_weight_only`` and ``float8_static``: a trained model's linear layers in float8. The
-library is ``titanlite.float8.inference``."""
+"""The quantizers ``float8_dynamic``, ``float8_weight_only`` and ``float8_static``, for a trained model's linear layers.
+They use ``titanlite.float8.inference``."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from titanlite.float8.inference import (
 from titanlite.quant.float8.numerics import amax_of, amax_to_scale, quantize
 
 Record = Mapping[str, Tensor] | None
-DTYPE = torch.float8_e4m3fn  # of files, on every machine
+DTYPE = torch.float8_e4m3fn  # in files, on every machine
 
 
 def _weight(weight: Tensor, by_rows: bool) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""``fused_rmsnorm``: RMSNorm as one generated kernel forward and one backward, also where the model is not compiled."""
+"""The converter ``fused_rmsnorm``: RMSNorm as one compiled kernel in forward and in backward, for any model."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ def _rms_norm(x: Tensor, weight: Tensor | None, eps: float | None) -> Tensor:
 
 
 class FusedRMSNorm(nn.RMSNorm):
-    """``nn.RMSNorm`` over the last dimension, through torch.compile; the same parameter under the same name."""
+    """An ``nn.RMSNorm`` over the last dimension, compiled, with the same parameter under the same name."""
 
     kernel: Callable[[Tensor, Tensor | None, float | None], Tensor]
 
     def forward(self, x: Tensor) -> Tensor:
-        # Inside a compiled block this is inlined: the block's own graph fuses it further.
+        # A compiled block inlines this, and fuses it with its neighbours.
         return self.kernel(x, self.weight, self.eps)
 
 
@@ -34,7 +34,7 @@ class FusedNormConverter:
         self.backend = config.compile.backend
 
     def convert(self, model: nn.Module) -> str:
-        # Here and not on import, which would bring in the compiler for everybody.
+        # Not at import, which would load the compiler for every run.
         kernel = torch.compile(_rms_norm, fullgraph=True, dynamic=False, backend=self.backend)
         count = 0
         for parent in list(model.modules()):

@@ -1,4 +1,4 @@
-"""Ways to quantize a trained model for inference, and the registry of them."""
+"""The interface of quantizers of a trained model for inference, and their registry."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ class Quantized(NamedTuple):
     """The tensors of a quantized layer in files.
 
     Attributes:
-        weight: (out_features, in_features), 8 bits an element.
+        weight: (out_features, in_features), 8 bits per element.
         weight_scale: float32, the multiplier that dequantizes: (1,) or (out_features, 1).
-        input_scale: float32 (1,), that of the input where it is static; else None.
+        input_scale: float32, (1,), the multiplier that dequantizes the input, if it is static; else None.
     """
 
     weight: Tensor
@@ -31,17 +31,16 @@ class Quantizer:
     """A way to quantize linear layers.
 
     Attributes:
-        scheme: in the words of compressed-tensors, the format that vLLM and transformers read: an entry of its
-            ``config_groups``, without the targets.
-        file_format: the name of that format of the tensors.
-        why_not: ``(in_features, out_features)`` -> why a layer cannot be quantized so; None if it can.
-        calibrate: None, or what records the largest magnitudes of the inputs of the layers in a model, by name, while
-            batches run through it.
-        quantize: ``(model, chosen layer names, the record or None)``: quantizes these layers in place.
-        quantize_weight: a weight (out_features, in_features) -> what the files hold of it, the first two of
-            :class:`Quantized`.
-        input_scale: the largest magnitude of a layer's input, a scalar -> the third, where the input's scale is static.
-        restore: ``(linear layer, what the files hold of it)``: makes it a quantized layer, in place.
+        scheme: an entry of ``config_groups``, without the targets, of compressed-tensors, the format that vLLM and
+            transformers read.
+        file_format: compressed-tensors' name for the format of the tensors.
+        why_not: ``(in_features, out_features)`` -> why a layer of this size cannot be quantized; None if it can.
+        calibrate: None, or ``(model)`` -> a context that records the amax of each linear layer's input, by name, while
+            batches run through the model.
+        quantize: ``(model, layer names, recorded amaxes or None)``: quantizes these layers in place.
+        quantize_weight: a weight (out_features, in_features) -> ``weight`` and ``weight_scale`` of :class:`Quantized`.
+        input_scale: the amax of a layer's input, a scalar -> ``input_scale`` of :class:`Quantized`, if it is static.
+        restore: ``(linear layer, its tensors in the files)``: turns it into a quantized layer, in place.
     """
 
     scheme: Mapping[str, Any]

@@ -15,18 +15,18 @@ from titanlite.registry import Registry
 
 
 class ModelConverter(Protocol):
-    """Changes a model after it is built on the meta device and before it is sharded.
+    """A transformation of a model, after it is built on the meta device and before it is sharded.
 
-    One that computes in a number format has a static method ``is_native(device) -> bool`` too.
+    A converter to a number format also has a static method ``is_native(device) -> bool``.
     """
 
     def convert(self, model: nn.Module) -> str:
-        """Change ``model`` in place; returns what was done, for the log. Nothing to convert is a
-        :class:`~titanlite.errors.ConfigError`."""
+        """Change ``model`` in place, and return a summary for the log. Raises :class:`~titanlite.errors.ConfigError` if
+        there is nothing to convert."""
         ...
 
     def post_optimizer_hook(self, model: nn.Module) -> None:
-        """Called after every optimizer step, for each pipeline stage that this process has."""
+        """Update ``model``, one of this process's pipeline stages, after an optimizer step."""
         ...
 
 
@@ -35,14 +35,14 @@ register_converter = _registry.register
 
 
 def native_formats(device: torch.device) -> list[str]:
-    """Return the converters to a number format that ``device`` has units for."""
+    """Return the names of the converters to number formats that the hardware of ``device`` supports."""
     return [name for name in _registry.names() if getattr(_registry.get(name), "is_native", lambda _: False)(device)]
 
 
 def build_converters(config: JobConfig, mesh: Mesh) -> dict[str, ModelConverter]:
-    """The converters that ``model.converters`` lists, by name, in its order."""
+    """Return the converters that ``model.converters`` lists, by name, in its order."""
     names = config.model.converters
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
-        raise ConfigError(f"{twice[0]} stands there twice; name it once", key="model.converters", value=",".join(names))
+    repeated = sorted({name for name in names if names.count(name) > 1})
+    if repeated:
+        raise ConfigError(f"{repeated[0]} is listed twice; list it once", key="model.converters", value=",".join(names))
     return {name: _registry.get(name)(config, mesh) for name in names}

@@ -31,7 +31,7 @@ CASES = {
     "model": ({"model__name": "lama3"}, ['model.name = "lama3"', 'did you mean "llama3"', "known: llama3"]),
     "flavor": ({"model__flavor": "9B"}, ['model.flavor = "9B"', "it has debugmodel, 1B, 3B, 8B, 70B, 405B"]),
     "converter": ({"model__converters": "fused_rmsnorn"}, ["model.converters", 'did you mean "fused_rmsnorm"']),
-    "converter twice": ({"model__converters": "fused_rmsnorm,fused_rmsnorm"}, ["stands there twice"]),
+    "converter twice": ({"model__converters": "fused_rmsnorm,fused_rmsnorm"}, ["is listed twice"]),
     "optimizer": ({"optimizer__name": "AdamX"}, ['optimizer.name = "AdamX"', "known: Adam, AdamW"]),
     "decay": ({"lr_scheduler__decay_type": "cosin"}, ["lr_scheduler.decay_type", 'did you mean "cosine"']),
     "data source": ({"training__dataset": "c5"}, ['training.dataset = "c5"', "pystdlib"]),
