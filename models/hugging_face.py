@@ -51,7 +51,8 @@ class DecoderFiles:
         places: dict[str, Place] = {"tok_embeddings.weight": "model.embed_tokens.weight"}
         for i in range(args.n_layers):
             places |= {
-                f"layers.{i}.{ours}.weight": f"model.layers.{i}.{theirs}.weight" for ours, theirs in self.layer.items()
+                f"layers.{i}.{name}.weight": f"model.layers.{i}.{hf_name}.weight"
+                for name, hf_name in self.layer.items()
             }
         places["norm.weight"] = "model.norm.weight"
         places["output.weight"] = "model.embed_tokens.weight" if args.tie_embeddings else "lm_head.weight"
@@ -62,7 +63,7 @@ class DecoderFiles:
         reads since 4.43, as do other programs."""
         scaling = None
         if args.rope_scaling is not None:
-            scaling = {theirs: getattr(args.rope_scaling, ours) for ours, theirs in _ROPE_LLAMA3.items()}
+            scaling = {key: getattr(args.rope_scaling, name) for name, key in _ROPE_LLAMA3.items()}
             # transformers warns if a factor is not a float.
             scaling = {key: value if key.startswith("original") else float(value) for key, value in scaling.items()}
             scaling["rope_type"] = "llama3"
@@ -141,9 +142,9 @@ class DecoderFiles:
         Raises:
             ConfigError: it describes another model; the message names every difference.
         """
-        theirs = replace(self.from_config(config), max_seq_len=args.max_seq_len)
-        pairs = {f.name: (getattr(theirs, f.name), getattr(args, f.name)) for f in fields(DecoderArgs)}
-        pairs["head_dim"] = theirs.head_size, args.head_size
+        described = replace(self.from_config(config), max_seq_len=args.max_seq_len)
+        pairs = {f.name: (getattr(described, f.name), getattr(args, f.name)) for f in fields(DecoderArgs)}
+        pairs["head_dim"] = described.head_size, args.head_size
         differing = [
             f"{name} is {_shown(there)} there and {_shown(here)} here"
             for name, (there, here) in pairs.items()
@@ -170,7 +171,7 @@ class DecoderFiles:
             return theta, None
         if kind != "llama3":
             raise self._unsupported(f"{key}.rope_type", kind, 'must be "llama3" or "default"')
-        return theta, RopeScaling(**{ours: self._number(rope, theirs) for ours, theirs in _ROPE_LLAMA3.items()})
+        return theta, RopeScaling(**{name: self._number(rope, key) for name, key in _ROPE_LLAMA3.items()})
 
     def _number(self, holder: Mapping[str, Any], key: str, default: Any = None) -> Any:
         value = holder.get(key, default)

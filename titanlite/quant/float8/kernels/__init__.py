@@ -127,7 +127,7 @@ torch.library.register_fake("titanlite_float8::rescale", output_of_rescale)
 
 
 def _launched(function: str) -> Callable[..., Any]:
-    """A function of launch.py, which is imported at the first call: triton is not everywhere."""
+    """Return a function of launch.py, which is imported at the first call, because triton may not be installed."""
 
     def launch(*args: Any) -> Any:
         module = importlib.import_module("titanlite.quant.float8.kernels.launch")
