@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from titanlite.converters.quantizers import Quantized, Quantizer, register_quantizer
+from titanlite.float8.config import Float8LinearConfig
 from titanlite.float8.inference import (
     Float8DynamicActivationFloat8WeightConfig,
     Float8StaticActivationFloat8WeightConfig,
@@ -29,10 +30,6 @@ DTYPE = torch.float8_e4m3fn  # in files, on every machine
 def _weight(weight: Tensor, by_rows: bool) -> tuple[Tensor, Tensor]:
     scale = amax_to_scale(amax_of(weight, 1 if by_rows else None), DTYPE)
     return quantize(weight, scale, DTYPE), scale.reciprocal().reshape(-1, 1) if by_rows else scale.reciprocal()[None]
-
-
-def _why_not(in_features: int, out_features: int) -> str | None:
-    return "float8 matmuls need multiples of 16" if in_features % 16 or out_features % 16 else None
 
 
 def _input_scale(amax: Tensor) -> Tensor:
@@ -62,7 +59,7 @@ def _register(
                 "input_activations": None if inputs is None else {**number, **inputs},
             },
             file_format="float-quantized",
-            why_not=lambda *features: None if inputs is None else _why_not(*features),
+            why_not=lambda *features: None if inputs is None else Float8LinearConfig().format.why_not(*features),
             quantize=lambda model, layers, record: quantize_(
                 model, config(record), lambda _, name: name in layers, strict=True
             ),

@@ -1,4 +1,5 @@
-"""Convert a checkpoint to a Hugging Face folder, or back. Tensors go through memory one after the other."""
+"""Convert a checkpoint to a Hugging Face folder, or back. Tensors go through memory one after the other; only
+calibration, for static scales, loads the whole model."""
 
 from __future__ import annotations
 
@@ -81,6 +82,7 @@ def to_hugging_face(
     if family is None:
         raise ConfigError(f'the model family "{spec.name}" has no form in transformers: nothing to convert to')
     tokenizer = tokenizer_of(description, tokenizer_path)
+    quantizer = None if quantize is None else quantizer_for(quantize, description)
     weights = family.weights(description.args)
     config = family.to_config(description.args)
     with torch.device("meta"):
@@ -88,8 +90,7 @@ def to_hugging_face(
     shapes = {name: tuple(param.shape) for name, param in model.named_parameters(remove_duplicate=False)}
     with _weights_of(folder, shapes, weights, family.ignored, verify_sums) as get:
         quantized = None
-        if quantize is not None:
-            quantizer = quantizer_for(quantize, description)
+        if quantizer is not None:
             layers = linear_layers(model, spec.layout.output)
             record = None
             if quantizer.calibrate or calibration:

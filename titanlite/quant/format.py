@@ -30,9 +30,7 @@ class Use(NamedTuple):
     contracted: int
 
 
-INPUT, INPUT_FOR_GRAD_WEIGHT = Use("input", 1), Use("input", 0)
 WEIGHT, WEIGHT_FOR_GRAD_INPUT = Use("weight", 1), Use("weight", 0)
-GRAD_OUTPUT, GRAD_OUTPUT_FOR_GRAD_WEIGHT = Use("grad_output", 1), Use("grad_output", 0)
 
 
 class Operand(NamedTuple):

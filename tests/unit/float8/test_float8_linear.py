@@ -17,8 +17,11 @@ from typing import Any
 import pytest
 import torch
 import torch._dynamo.testing
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.utils.checkpoint import checkpoint
 
 from tests.support.runs import ROOT
@@ -967,3 +970,13 @@ def test_a_copy_has_a_state_of_its_own() -> None:
     assert twin.get_buffer("fp8_amax_input") == 3
     assert layer.get_buffer("fp8_amax_input") == 0
     assert twin.copies is not layer.copies
+
+
+def test_a_layer_that_fsdp_shards_stays_what_it_is() -> None:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        layer = Float8Linear(32, 32, config=Float8LinearConfig(emulate=True))
+        fully_shard(layer, mesh=init_device_mesh("cpu", (1,)))
+        refused(layer.to_linear, "to_linear", "FSDP2")
+    finally:
+        dist.destroy_process_group()
