@@ -21,7 +21,7 @@ FLAVORS: dict[str, DecoderArgs] = {
 
 
 def options(flavor: str, config: str, *, seq_len: int, batch: int, compile: bool) -> list[str]:
-    """Of titanlite's command, for one of these models in bf16 or with a float8 recipe."""
+    """Return the options of titanlite's command for one of these models in bf16 or with a float8 recipe."""
     given = [
         "--experimental.custom_import=benchmark_models",
         f"--model.name={FAMILY}",

@@ -1,4 +1,4 @@
-"""What train.py, peers.py and time_budget.py share: cases, each a model that is trained in a process of its own. They
+"""The cases of train.py, peers.py and time_budget.py: each a model that is trained in a process of its own. They
 take turns, and one that fails, or for which no time is left, is a row that says why."""
 
 from __future__ import annotations

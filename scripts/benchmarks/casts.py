@@ -60,7 +60,7 @@ class Kernel(NamedTuple):
 
 
 def layouts(kernel: str, scales: str) -> tuple[str, str]:
-    """What :func:`titanlite.quant.float8.kernels.cast` calls by_rows and by_columns."""
+    """Return by_rows and by_columns of :func:`titanlite.quant.float8.kernels.cast`."""
     return (
         scales if kernel in ("cast rows", "cast both") else "none",
         scales if kernel in ("cast columns", "cast both") else "none",
@@ -77,13 +77,13 @@ SWIGLUS = [Kernel(kernel, scales, E4M3) for kernel in (SWIGLU, SWIGLU_BACKWARD) 
 
 
 def reads(by_rows: str, by_columns: str, columns: int) -> int:
-    """How often a cast reads its input."""
+    """Return how often a cast reads its input."""
     return 1 if in_one_pass(columns, by_rows, by_columns) else 2
 
 
 def swiglu_reads(first: str, second: str, columns: int) -> int:
-    """How often the cast of SwiGLU's product reads both factors: for the first layout's copy, and once for the largest
-    magnitudes of the second, which backward makes."""
+    """Return how often the cast of SwiGLU's product reads both factors: for the first layout's copy, and once for the
+    largest magnitudes of the second, which backward makes."""
     return reads(first, "none", columns) + (second != "none" and not first == second == "tensor")
 
 

@@ -1,4 +1,4 @@
-"""What a checkpoint costs training: saves that training waits for, against saves in the background.
+"""The cost of a checkpoint to training: saves that training waits for, against saves in the background.
 
     python scripts/benchmarks/checkpoint_save.py --output docs/benchmarks/checkpoint_save.json
 

@@ -1,4 +1,4 @@
-"""What a linear layer computes and moves in bfloat16 and with each float8 recipe, counted from its configuration, and
+"""The FLOPs and bytes of a linear layer in bfloat16 and with each float8 recipe, counted from its configuration, and
 the ceilings that turn counts into seconds. No GPU is needed to count."""
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ RESCALE = 2 * BF16  # a product is read and written once more
 
 
 class Ceilings(NamedTuple):
-    """What the device reaches: FLOP/s of bfloat16 matmuls and of float8 ones with fast and with full accumulation, and
-    bytes/s of a copy, reads and writes together. ``scales_follow``: scales of rows take a pass of their own after
-    matmuls with full accumulation (titanlite/quant/float8/matmul.py)."""
+    """The rates that the device reaches: FLOP/s of bfloat16 matmuls and of float8 ones with fast and with full
+    accumulation, and bytes/s of a copy, reads and writes together. ``scales_follow``: scales of rows take a pass of
+    their own after matmuls with full accumulation (titanlite/quant/float8/matmul.py)."""
 
     bf16: float
     fp8: float
@@ -95,8 +95,9 @@ def input_bytes(recipe: str, k: int, again: bool = False) -> int:
 
 
 def swiglu_bytes(recipe: str, k: int) -> tuple[int, int]:
-    """What SwiGLU moves for each of its ``k`` features, with the cast of its product for the layer that takes it, and
-    in backward. In float8 the product is not written: backward makes the copy for grad_weight beside the gradients."""
+    """Return the bytes that SwiGLU moves for each of its ``k`` features, with the cast of its product for the layer
+    that takes it, and in backward. In float8 the product is not written: backward makes the copy for grad_weight beside
+    the gradients."""
     config = config_of(recipe)
     if config is None:
         return 3 * BF16, 5 * BF16

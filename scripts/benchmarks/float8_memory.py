@@ -39,7 +39,7 @@ def block_parameters(flavor: str) -> int:
 
 
 def peak(flavor: str, config: str, compiled: bool, checkpointing: str, seq_len: int) -> int:
-    """Of a step with one sequence, in bytes."""
+    """Return the peak memory of a step with one sequence, in bytes."""
     given = options(flavor, config, seq_len=seq_len, batch=1, compile=compiled)
     return estimate(load_config([*given, *CHECKPOINTING[checkpointing]]), 1).peak
 

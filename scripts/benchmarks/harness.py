@@ -1,4 +1,4 @@
-"""What the benchmarks share: options, a budget of time, timing in turn, child processes under a limit, tables.
+"""The parts that benchmarks share: options, a budget of time, timing in turn, child processes under a limit, tables.
 
 torch is imported where it is used: the summary of scripts/gpu_suite.sh, which is written after each section, has no
 need of it.
@@ -53,7 +53,7 @@ def words(text: str) -> list[str]:
 
 
 def numbers(text: str) -> list[int]:
-    """Of an option: whole numbers from 1, separated by commas."""
+    """Parse the value of an option: whole numbers from 1, separated by commas."""
     if not all(word.isdecimal() and int(word) for word in words(text)):
         raise argparse.ArgumentTypeError(f"{text} must be whole numbers from 1, separated by commas")
     return [int(word) for word in words(text)]

@@ -73,7 +73,7 @@ def data_of(m: int, k: int, n: int, device: str) -> Data:
 
 
 def systems(recipe: str, mode: str) -> list[System]:
-    """Of one recipe, with bfloat16 first."""
+    """Return the systems of one recipe, bfloat16 first."""
     compile = mode == "compile"
     kept = (False,) if compile else (False, True)
     found = [System("torch", "bf16", None, compile, False)]

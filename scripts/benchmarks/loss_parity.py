@@ -1,4 +1,5 @@
-"""Whether float8 changes what a model learns: the same training runs in bf16 and with each float8 recipe.
+"""A comparison of what a model learns in float8 and in bf16: the same training runs in bf16 and with each float8
+recipe.
 
     python scripts/benchmarks/loss_parity.py --output docs/benchmarks/loss_parity.json
 

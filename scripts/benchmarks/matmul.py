@@ -62,7 +62,7 @@ TOY = [Shape("toy", "wq, wo", 64, 64), Shape("toy", "w1, w3", 64, 160)]
 
 
 class Way(NamedTuple):
-    """How to compute a product; ``scales`` is "none" for bfloat16, else a key of what ``measure`` prepares."""
+    """A way to compute a product; ``scales`` is "none" for bfloat16, else a key of what ``measure`` prepares."""
 
     system: str
     scales: str

@@ -45,7 +45,7 @@ COPIED = 1 << 30  # bytes, read and written
 
 
 def measured(args: argparse.Namespace) -> Ceilings:
-    """What is given counts; what is not is measured, on random data."""
+    """Return the ceilings: those that are given, and the others measured, on random data."""
     tera = {"bf16": args.bf16_tflops, "fp8": args.fp8_tflops, "fp8_full": args.fp8_full_tflops or args.fp8_tflops}
     found = {name: rate * 1e12 for name, rate in tera.items() if rate}
     if args.bandwidth_gbs:

@@ -60,7 +60,8 @@ class Linears:
 
 
 def step_gemms(args: DecoderArgs, recipe: str, tokens: int) -> tuple[list[Gemm], list[Gemm]]:
-    """Of the whole step: what is computed, and what is computed again. The output projection is in bfloat16."""
+    """Return the matmuls of the whole step, also those that are computed again. The output projection is in
+    bfloat16."""
     linears = Linears(args)
     once = [gemm for size in linears.all.values() for gemm in cost.gemms(recipe, tokens, *size)]
     again = [cost.gemms(recipe, tokens, *size)[0] for size in linears.again]
@@ -68,7 +69,7 @@ def step_gemms(args: DecoderArgs, recipe: str, tokens: int) -> tuple[list[Gemm],
 
 
 def cast_bytes(args: DecoderArgs, recipe: str, tokens: int, scales_follow: bool) -> int:
-    """Of the casts but that of SwiGLU's product, and the passes that apply scales, of all layers."""
+    """Return the bytes of the casts, but that of SwiGLU's product, and the passes that apply scales, of all layers."""
     linears = Linears(args)
     found = sum(tokens * k * cost.input_bytes(recipe, k) for k in linears.inputs)
     for k, n in linears.all.values():
@@ -78,7 +79,8 @@ def cast_bytes(args: DecoderArgs, recipe: str, tokens: int, scales_follow: bool)
 
 
 def cast_again_bytes(args: DecoderArgs, recipe: str, tokens: int) -> int:
-    """Of the casts that are computed again: largest magnitudes are kept, the casts themselves are not."""
+    """Return the bytes of the casts that are computed again: largest magnitudes are kept, the casts themselves are
+    not."""
     linears = Linears(args)
     found = sum(tokens * k * cost.input_bytes(recipe, k, again=True) for k in linears.inputs)
     found += sum(k * n * cost.weight_bytes_of_output(recipe, k, again=True) for k, n in linears.again)
@@ -86,8 +88,9 @@ def cast_again_bytes(args: DecoderArgs, recipe: str, tokens: int) -> int:
 
 
 def memory_bytes(args: DecoderArgs, recipe: str, tokens: int) -> tuple[int, int]:
-    """Of all that is neither matmul nor attention nor cast, where each operation is fused with its neighbours as far
-    as matmuls and attention let it, and of SwiGLU with its casts: in the step, and of that what is computed again."""
+    """Return the bytes of all that is neither matmul nor attention nor cast, where each operation is fused with its
+    neighbours as far as matmuls and attention let it, and of SwiGLU with its casts: in the step, and of that what is
+    computed again."""
     kv = args.n_kv_heads * args.head_size
     # Each norm with the addition before it: the stream and the branch in, the sum and the normalized out. Backward: the
     # gradients of both and the stream in, its gradient out. Again: the stream in, the normalized out.
@@ -131,7 +134,7 @@ class Clock:
         return self.known[key]
 
     def attention(self, args: DecoderArgs, batch: int, seq_len: int) -> float:
-        """Of one layer, forward and backward."""
+        """Return the seconds of attention in one layer, forward and backward."""
         key = ("attention", args.n_heads, args.n_kv_heads, args.head_size, batch, seq_len)
         if key not in self.known:
             random = functools.partial(torch.randn, device=self.device, dtype=torch.bfloat16, requires_grad=True)
@@ -215,7 +218,7 @@ def floor(row: dict[str, Any], args: DecoderArgs, at: Ceilings, clock: Clock | G
 def floors(
     files: list[dict[str, Any]], at: Ceilings, args: argparse.Namespace, budget: harness.Budget
 ) -> list[dict[str, Any]]:
-    """Of every step of ours that was compiled, each case from the first file that has it."""
+    """Return the floors of every compiled step of titanlite, each case from the first file that has it."""
     clock = Clock(args.device, args.rounds)
     found: dict[tuple[Any, ...], dict[str, Any]] = {}
     for file in files:

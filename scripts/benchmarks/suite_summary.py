@@ -1,5 +1,5 @@
-"""What a run of scripts/gpu_suite.sh came to, for people: ``suite_summary.py OUT RAN`` writes OUT/summary.txt from the
-result files in OUT and from RAN, the suite's own list (section, outcome, seconds, detail, between tabs).
+"""The summary of a run of scripts/gpu_suite.sh, for people: ``suite_summary.py OUT RAN`` writes OUT/summary.txt from
+the result files in OUT and from RAN, the suite's own list (section, outcome, seconds, detail, between tabs).
 
 The targets are ratios of one run on one H100 or H200. Of ``linear.json`` those rows are read that are ours, compiled,
 with Triton's kernels, which are the default, by ``config``, ``m``, ``k``, ``n`` and ``speedup_over_bf16``; of
@@ -93,7 +93,7 @@ def judged(target: Target, files: dict[str, list[Row]]) -> Row:
 
 
 def failures(files: dict[str, list[Row]]) -> list[str]:
-    """What rows say of themselves that failed, or were left out; each reason once, with the first case."""
+    """Return the reasons of rows that failed, or were left out; each reason once, with the first case."""
     found: dict[tuple[str, str], list[str]] = {}
     for name, rows in files.items():
         for row in rows:

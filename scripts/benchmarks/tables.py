@@ -130,7 +130,7 @@ TABLES: dict[str, Callable[[list[dict[str, Any]]], list[list[str]]]] = {
 
 
 def composition() -> list[list[str]]:
-    """What the tests of parallelism try."""
+    """Return the combinations that the tests of parallelism try."""
 
     def cell(way: str, variant: str) -> str:
         return "yes" if tried(way, variant) else "(yes)" if composes(way, variant) else "refused"

@@ -1,4 +1,4 @@
-"""Where each millisecond of a training step goes: a trace of one step, its time by kind of work.
+"""The time of a training step, by kind of work: a trace of one step, its time by kind of work.
 
     python scripts/benchmarks/time_budget.py --out docs/benchmarks/time_budget.json
     python scripts/benchmarks/time_budget.py --trace run/profile_traces/iteration_8/rank0_trace.json

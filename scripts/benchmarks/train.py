@@ -28,7 +28,7 @@ WARMUP = 2  # rows: of the first step, and of the rest of the first window
 
 
 def options(case: Case, args: argparse.Namespace) -> list[str]:
-    """Of the trainer's command; those that were given for it come last."""
+    """Return the options of the trainer's command; those that were given for it come last."""
     fixed = [f"--training.steps={steps(args)}", f"--metrics.log_freq={WINDOW}", "--sample.enable=false"]
     return [*cases.options(case, args), *fixed]
 
@@ -44,7 +44,7 @@ def train(case: Case, args: argparse.Namespace, limit: float) -> cases.Run:
 
 
 def measured(rows: list[dict[str, Any]]) -> cases.Run:
-    """What the rows of metrics.jsonl say of the steady steps; of memory and loss, of all."""
+    """Return the medians of metrics.jsonl over the steady steps; of memory and loss, of all."""
     steady = rows[WARMUP:]
     mfu = [row["mfu"] for row in steady]
     return {

@@ -1,4 +1,4 @@
-"""What the trainer adds to a step: its whole loop against a bare one, in turn, in one process.
+"""The time that the trainer adds to a step: its whole loop against a bare one, in turn, in one process.
 
     python scripts/benchmarks/trainer_overhead.py --output docs/benchmarks/trainer_overhead.json
 

@@ -54,6 +54,7 @@ def _fill_slots(model: nn.Module, blocks: nn.ModuleDict, mesh: Mesh, rotate_meth
     args: Any = model.args
     core = positions = None
     if mesh.cp.size() > 1:
+        _refuse_blocks_without_slot(blocks, mesh.cp.size())
         # The same object for all blocks: only then can torch.compile share code between them.
         context = ContextParallel(mesh.cp, rotate_method, grouped=not mesh.target.is_cpu)
         core, positions = context.attention, context.positions(args.max_seq_len)
@@ -62,8 +63,6 @@ def _fill_slots(model: nn.Module, blocks: nn.ModuleDict, mesh: Mesh, rotate_meth
     if positions is None and mesh.pp.size() > 1:  # a later stage cannot derive them from its input
         positions = torch.arange(args.max_seq_len, device=mesh.device_type)
     model.positions = positions  # type: ignore[assignment]
-    if mesh.cp.size() > 1:
-        _refuse_blocks_without_slot(blocks, mesh.cp.size())
     for module in model.modules():
         if isinstance(module, AttentionSlot) and core is not None:
             module.core = core
