@@ -96,8 +96,9 @@ class ModelSpec:
             return flavor.configured(vocab_size, seq_len)
         except ValueError as e:
             raise ConfigError(
-                f"model.tokenizer_path: {e}; take the tokenizer that belongs to the model, or a flavor that takes any "
-                "vocabulary, such as debugmodel"
+                f"{e}; take the tokenizer that belongs to the model, or a flavor that takes any vocabulary, such as "
+                "debugmodel",
+                key="model.tokenizer_path",
             ) from e
 
 

@@ -46,8 +46,9 @@ class Registry(Generic[T]):
         """The entry, or a :class:`ConfigError` that lists the known names."""
         if name not in self._entries:
             raise ConfigError(
-                f'{self.key} = "{name}": there is no such {self.kind}{nearest(name, self._entries)}; '
-                f"known: {', '.join(self.names())}"
+                f"there is no such {self.kind}{nearest(name, self._entries)}; known: {', '.join(self.names())}",
+                key=self.key,
+                value=name,
             )
         return self._entries[name]
 

@@ -81,7 +81,8 @@ def _parse_toml(path: Path, named_by: str) -> tuple[dict[str, Any], str]:
     except FileNotFoundError:
         raise ConfigError(
             f"{named_by}: there is no file {path} (relative to {Path.cwd()}), "
-            f"and none of this name comes with titanlite ({', '.join(packaged.names())})"
+            f"and none of this name comes with titanlite{nearest(path.stem, packaged.names())}; "
+            f"these do: {', '.join(packaged.names())}"
         ) from None
     except (OSError, UnicodeDecodeError) as e:
         raise ConfigError(f"{named_by}: {path} cannot be read: {e}") from None

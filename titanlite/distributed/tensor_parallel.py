@@ -63,9 +63,10 @@ def enable_async_tensor_parallel(model: nn.Module, mesh: DeviceMesh) -> None:
     Raises:
         ConfigError: the devices cannot access each other's memory (symmetric memory needs NVLink).
     """
-    key = "parallelism.enable_async_tensor_parallel = true"
+    key = "parallelism.enable_async_tensor_parallel"
     if mesh.device_type != "cuda":
-        raise ConfigError(f"{key}: needs GPUs that reach each other's memory, and this runs on {mesh.device_type}")
+        why = f"needs GPUs that reach each other's memory, and this runs on {mesh.device_type}"
+        raise ConfigError(why, key=key, value=True)
     if quant_layers(model):
         logger.warning("%s: inductor overlaps only the layers in high precision, not gathers in a number format", key)
     import torch._inductor.config
@@ -75,8 +76,10 @@ def enable_async_tensor_parallel(model: nn.Module, mesh: DeviceMesh) -> None:
     apart = [d for d in range(count) if d != current and not torch.cuda.can_device_access_peer(current, d)]
     if count % mesh.size() or apart:
         raise ConfigError(
-            f"{key}: needs all {mesh.size()} GPUs of parallelism.tensor_parallel_degree in one machine and reaching "
-            f"each other's memory; of the {count} used here GPU {current} does not reach {apart or 'those elsewhere'}"
+            f"needs all {mesh.size()} GPUs of parallelism.tensor_parallel_degree in one machine and reaching each "
+            f"other's memory; of the {count} used here GPU {current} does not reach {apart or 'those elsewhere'}",
+            key=key,
+            value=True,
         )
     torch._inductor.config._micro_pipeline_tp = True
     enable_symm_mem_for_group(mesh.get_group().group_name)

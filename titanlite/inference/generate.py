@@ -158,7 +158,7 @@ class Sampling:
         }
         for name, (holds, rule) in rules.items():
             if not holds:
-                raise ConfigError(f"{name} = {getattr(self, name)}: must be {rule}")
+                raise ConfigError(f"must be {rule}", key=name, value=getattr(self, name))
 
     def probabilities(self, logits: Tensor) -> Tensor:
         """Return the probabilities of the tokens: float32, in the shape of ``logits`` [..., vocab]."""
@@ -317,11 +317,13 @@ def _checked_number(max_new_tokens: int | None, prompt: int, positions: int) -> 
             )
         return min(DEFAULT_MAX_NEW_TOKENS, positions - prompt)
     if max_new_tokens < 1:
-        raise ConfigError(f"max_new_tokens = {max_new_tokens}: must be at least 1")
+        raise ConfigError("must be at least 1", key="max_new_tokens", value=max_new_tokens)
     if prompt + max_new_tokens > positions:
         raise ConfigError(
-            f"max_new_tokens = {max_new_tokens}: with the {prompt} tokens of the prompt these are "
-            f"{prompt + max_new_tokens}, and the model has {positions} positions; ask for fewer, or shorten the prompt"
+            f"with the {prompt} tokens of the prompt these are {prompt + max_new_tokens}, and the model has "
+            f"{positions} positions; ask for fewer, or shorten the prompt",
+            key="max_new_tokens",
+            value=max_new_tokens,
         )
     return max_new_tokens
 

@@ -27,13 +27,17 @@ def report(error: ConfigError | TrainingError, config: JobConfig | None = None) 
     """Show the message of an expected error, without a traceback, and return the exit status.
 
     Args:
-        config: gives the origin (file and line, or argument) of the option that caused the error.
+        config: gives the value and the origin (file and line, or argument) of the option that caused the error, where
+            the error does not have them.
 
     All workers of a run can meet the same error. Under the launcher, each worker writes its message to a file, and the
     launcher shows one of them.
     """
     if isinstance(error, ConfigError) and error.key and not error.origin and config is not None:
         error.origin = config.origin(error.key)
+        if error.value is None:
+            section, _, name = error.key.partition(".")
+            error.value = getattr(getattr(config, section, None), name, None)
     status = EXIT_CONFIG if isinstance(error, ConfigError) else 1
     message = f"titanlite: error: {error}"
     folder = os.environ.get(LAUNCH_DIR)
