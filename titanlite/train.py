@@ -27,15 +27,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from titanlite.checkpoint import CheckpointManager, Info, Process, saved_steps
+from titanlite.checkpoint import CheckpointManager, Info, Process
 from titanlite.config import (
     JobConfig,
     check_config,
     dump_toml,
     global_batch_size,
-    import_module,
+    import_custom,
     resolve_degrees,
 )
+from titanlite.config.run_config import CONFIG as CONFIG_TOML
 from titanlite.data import DataLoader, build_source, load_tokenizer, merge_states
 from titanlite.distributed import runtime
 from titanlite.distributed.compile import CompileWatch
@@ -66,8 +67,7 @@ from titanlite.training.build import build_loss, build_model, build_pipeline, ch
 from titanlite.training.loss_watch import LossWatch, rank_of_claim
 from titanlite.training.origin import find_start
 from titanlite.training.out_of_memory import give_up
-from titanlite.training.run_folder import CONFIG as CONFIG_TOML
-from titanlite.training.run_folder import METRICS, VALIDATION, RunFolder, drop_rows_after
+from titanlite.training.run_folder import METRICS, VALIDATION, RunFolder
 from titanlite.training.sample import log_sample
 from titanlite.training.step import StepRunner
 from titanlite.training.step_guard import StepGuard
@@ -101,9 +101,7 @@ class Trainer:
         config = self.config
         init_logging(int(os.environ.get("RANK", 0)))
         check_config(config, int(os.environ.get("WORLD_SIZE", 1)))
-        if config.experimental.custom_import:
-            key = "experimental.custom_import"
-            import_module(config.experimental.custom_import, key, config.origin(key))
+        import_custom(config)
         self.spec = get_model_spec(config.model.name)
         self.flavor = self.spec.flavor(config.model.flavor)
         self.runtime = runtime.start_runtime(config.comm)
@@ -121,6 +119,10 @@ class Trainer:
             config.checkpoint, root, self.runtime.device, config.comm.init_timeout_seconds
         )
         self.start = find_start(config, self.spec, self.checkpoints)
+        if not self.start.from_this_run:
+            self.runtime.on_rank_zero(lambda: self.run_folder.refuse_to_retire(config))
+            if config.checkpoint.enable_checkpoint:
+                logger.info("no checkpoint found in %s, starting at step %d", root, self.start.step + 1)
         seed = self.start.seed if training.seed is None else training.seed
         self.seed = training.seed = runtime.set_seed(seed, training.deterministic, self.runtime)
         self.about["seed"] = f"{self.seed}" + (", deterministic" if training.deterministic else "")
@@ -216,17 +218,12 @@ class Trainer:
         self.run_folder = RunFolder(self.run_path)
 
     def _fill_run_folder(self) -> None:
-        metrics, profiling, checkpoints = self.config.metrics, self.config.profiling, self.config.checkpoint.folder
-        if self.start.continues:
-            saved = saved_steps(self.run_path / checkpoints)
-            self.run_folder.set_earlier_aside([f"{checkpoints}/step-{step}" for step in saved if step > self.step])
-            for file in (METRICS, VALIDATION):
-                drop_rows_after(self.run_path / file, self.step)
+        metrics, checkpoint = self.config.metrics, self.start.checkpoint
+        if self.start.continues and checkpoint is not None:
+            processes = checkpoint.info.world_size, self.runtime.world_size
+            self.run_folder.go_on(self.config, self.step, processes)
         else:
-            profiles = profiling.save_traces_folder, profiling.save_memory_snapshot_folder
-            folders = [checkpoints, metrics.save_tb_folder, *profiles]
-            self.run_folder.set_earlier_aside([CONFIG_TOML, METRICS, VALIDATION, *folders])
-        (self.run_path / CONFIG_TOML).write_text(dump_toml(self.config))
+            self.run_folder.begin(self.config)
         validation = self.run_path / VALIDATION if self.validator else None
         self.sinks.append(JsonlSink(self.run_path / METRICS, validation))
         if metrics.enable_tensorboard and not metrics.save_for_all_ranks:

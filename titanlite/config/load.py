@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import importlib
 import os
 import re
-import sys
 import textwrap
 import typing
 from collections.abc import Mapping, Sequence
@@ -24,13 +22,16 @@ import tomli
 
 from titanlite.config import packaged
 from titanlite.config.options import Option, options_of
+from titanlite.config.run_config import CONFIG, RUN_FOLDER, folder_named_in, located
 from titanlite.config.schema import JobConfig
+from titanlite.config.third_party import import_module, merge
 from titanlite.environment import CONFIG_FILE
 from titanlite.errors import ConfigError
 from titanlite.registry import nearest
 
 Options = dict[str, dict[str, Option]]
 Values = dict[str, tuple[Any, str]]  # "section.key" -> (value, its origin)
+_DUMP_FOLDER = "job.dump_folder"
 
 
 def load_config(argv: Sequence[str], default_file: str | None = None) -> JobConfig:
@@ -47,7 +48,14 @@ def load_config(argv: Sequence[str], default_file: str | None = None) -> JobConf
     options = options_of(config_class)  # type: ignore[arg-type]
     arguments = _read_arguments(options, argv)
     file, origin = arguments.get("job.config_file", (default_file, CONFIG_FILE))
-    values = {**(_read_file(options, file, origin) if file else {}), **arguments}
+    values, run_config = _read_file(options, file, origin) if file else ({}, None)
+    values |= arguments
+    folder, place = values.get(_DUMP_FOLDER, ("", ""))
+    if folder is None:
+        raise ConfigError(
+            f'{place}: {RUN_FOLDER} = "." stands for the folder of {CONFIG}, and this is a copy under another name; '
+            "give it a run folder: write [job] dump_folder in its place, or add --job.dump_folder"
+        )
     sections = {}
     for section, keys in options.items():
         assigned = {key: values[opt.name][0] for key, opt in keys.items() if opt.name in values}
@@ -56,20 +64,8 @@ def load_config(argv: Sequence[str], default_file: str | None = None) -> JobConf
     if file:
         config.job.config_file = file
     config.origins = {name: origin for name, (_, origin) in values.items()}
+    config.run_config = run_config
     return config
-
-
-def dump_toml(config: JobConfig) -> str:
-    """Return the configuration as TOML that can be loaded again; unset options are omitted."""
-    import tomli_w
-
-    sections = {
-        section: {key: value for key, value in keys.items() if value is not None}
-        for section, keys in dataclasses.asdict(config).items()
-    }
-    # The file is complete, so it must not refer to the file that it was loaded from.
-    sections["job"].pop("config_file", None)
-    return "# The effective configuration of this run; it loads again as CONFIG_FILE.\n\n" + tomli_w.dumps(sections)
 
 
 # ---- the TOML file and its bases
@@ -84,7 +80,7 @@ def _parse_toml(path: Path, named_by: str) -> tuple[dict[str, Any], str]:
             f"and none of this name comes with titanlite{nearest(path.stem, packaged.names())}; "
             f"these do: {', '.join(packaged.names())}"
         ) from None
-    except (OSError, UnicodeDecodeError) as e:
+    except (OSError, ValueError) as e:
         raise ConfigError(f"{named_by}: {path} cannot be read: {e}") from None
     try:
         return tomli.loads(text), text
@@ -92,6 +88,8 @@ def _parse_toml(path: Path, named_by: str) -> tuple[dict[str, Any], str]:
         match = re.search(r"\(at (line \d+), column \d+\)$", str(e))
         line = match[1] if match else f"line {len(text.splitlines())}"  # the other case: "at end of document"
         raise ConfigError(f"{path}, {line}: not valid TOML: {e}") from None
+    except (ValueError, RecursionError) as e:  # a number of thousands of digits, thousands of brackets
+        raise ConfigError(f"{path}: no TOML of a configuration: {e}; correct the file") from None
 
 
 def _lines_of(text: str) -> dict[str, int]:
@@ -110,9 +108,9 @@ def _lines_of(text: str) -> dict[str, int]:
 def _file_chain(file: str, origin: str) -> list[tuple[Path, dict[str, Any], str]]:
     """Read the file and its bases; the last base is the first in the list."""
     chain: list[tuple[Path, dict[str, Any], str]] = []
-    path, named_by = _resolve(Path(file), file), f'job.config_file = "{file}" ({origin})'
+    path, named_by = _resolve(Path(os.path.expanduser(file)), file), f'job.config_file = "{file}" ({origin})'
     while True:
-        if any(path.resolve() == earlier.resolve() for earlier, _, _ in chain):
+        if any(os.path.realpath(path) == os.path.realpath(earlier) for earlier, _, _ in chain):
             circle = " -> ".join(str(p) for p, _, _ in [*chain, (path, {}, "")])
             raise ConfigError(f"{named_by}: the base files go in a circle: {circle}")
         tree, text = _parse_toml(path, named_by)
@@ -128,7 +126,7 @@ def _file_chain(file: str, origin: str) -> list[tuple[Path, dict[str, Any], str]
 
 def _resolve(path: Path, name: str) -> Path:
     """Return ``path``; if there is no such file, the one that comes with titanlite as ``name``, if there is one."""
-    known = None if path.exists() else packaged.find(name)
+    known = None if os.path.exists(path) else packaged.find(name)
     return Path(known) if known else path
 
 
@@ -136,10 +134,17 @@ def _place(path: Path, lines: Mapping[str, int], name: str) -> str:
     return f"{path}, line {lines[name]}" if name in lines else str(path)
 
 
-def _read_file(options: Options, file: str, origin: str) -> Values:
+def _read_file(options: Options, file: str, origin: str) -> tuple[Values, Path | None]:
+    """Return the values of the file and its bases, and the one of these files that is a run folder's."""
     values: Values = {}
+    run_config = None
     for path, tree, text in _file_chain(file, origin):
         location = partial(_place, path, _lines_of(text))
+        folder = None
+        if RUN_FOLDER in tree:
+            place = location(RUN_FOLDER)
+            folder, run_config = folder_named_in(path, tree.pop(RUN_FOLDER), place), path
+            values[_DUMP_FOLDER] = (None if folder is None else str(folder), place)
         for section, table in tree.items():
             if not isinstance(table, dict):
                 if section in options:
@@ -156,8 +161,11 @@ def _read_file(options: Options, file: str, origin: str) -> Values:
                     raise ConfigError(
                         f'{location(name)}: a file builds on another with base = "other.toml", not with {name}'
                     )
-                values[name] = (option.convert(value, location(name)), location(name))
-    return values
+                converted = option.convert(value, location(name))
+                if folder is not None and option.is_path:
+                    converted = located(converted, folder)
+                values[name] = (converted, location(name))
+    return values, run_config
 
 
 # ---- the command line
@@ -289,6 +297,7 @@ def _config_class(argv: Sequence[str], default_file: str | None) -> type[JobConf
     parser.add_argument("--job.config_file", dest="file")
     parser.add_argument(f"--{name}", dest="module")
     known, _ = parser.parse_known_args([_underscored(arg) for arg in argv])
+    run_config = None
     module_origin = f"the argument --{name}"
     file, origin = (default_file, CONFIG_FILE) if known.file is None else (known.file, "the argument --job.config_file")
     if known.module is None and file:
@@ -297,9 +306,10 @@ def _config_class(argv: Sequence[str], default_file: str | None) -> type[JobConf
             if isinstance(section, Mapping) and isinstance(section.get("custom_args_module"), str):
                 known.module = section["custom_args_module"]
                 module_origin = _place(path, _lines_of(text), name)
+                run_config = path if RUN_FOLDER in tree else None
     if not known.module:
         return JobConfig
-    custom = getattr(import_module(known.module, name, module_origin), "JobConfig", None)
+    custom = getattr(import_module(known.module, name, module_origin, run_config), "JobConfig", None)
     if not (isinstance(custom, type) and dataclasses.is_dataclass(custom)):
         raise ConfigError(
             "the module must define a dataclass JobConfig whose fields are sections (dataclasses with defaults)",
@@ -307,42 +317,4 @@ def _config_class(argv: Sequence[str], default_file: str | None) -> type[JobConf
             value=known.module,
             origin=module_origin,
         )
-    return _merge(custom)
-
-
-def _merge(custom: type) -> type[JobConfig]:
-    """Return JobConfig with the sections of ``custom``. A section that is in both has the keys of both."""
-    base, extension = typing.get_type_hints(JobConfig), typing.get_type_hints(custom)
-    merged: dict[str, type] = {}
-    for section in {**base, **extension}:
-        parts = [sections[section] for sections in (extension, base) if section in sections]
-        if len(parts) == 2 and not issubclass(parts[0], parts[1]):
-            merged[section] = dataclasses.dataclass(
-                type(parts[1].__name__, tuple(parts), {"__module__": parts[0].__module__})
-            )
-        else:
-            merged[section] = parts[0]
-    fields = [(section, cls, dataclasses.field(default_factory=cls)) for section, cls in merged.items()]
-    config_class = dataclasses.make_dataclass("JobConfig", fields, bases=(JobConfig,))
-    config_class.__annotations__ = dict(merged)
-    return config_class
-
-
-def import_module(name: str, key: str, origin: str) -> Any:
-    """Import the module that the option ``key`` names; raise :class:`ConfigError` if there is no such module."""
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
-    missing = ConfigError(
-        f"there is no such module; it must be importable from {os.getcwd()} or installed",
-        key=key,
-        value=name,
-        origin=origin,
-    )
-    if name.startswith("."):
-        raise missing
-    try:
-        return importlib.import_module(name)
-    except ModuleNotFoundError as e:
-        if e.name is None or not (name + ".").startswith(e.name + "."):
-            raise  # the module exists, but one of its imports does not: an error of the module
-        raise missing from None
+    return merge(custom)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any, Literal
 
-from titanlite.config.schema import Rule
+from titanlite.config.schema import PATH, Rule
 from titanlite.errors import ConfigError
 
 _KINDS = {
@@ -45,6 +45,10 @@ class Option:
     def name(self) -> str:
         return f"{self.section}.{self.key}"
 
+    @property
+    def is_path(self) -> bool:
+        return self.rule is PATH
+
     def expected(self) -> str:
         """Describe the valid values, to complete the sentence "must be ..."."""
         if self.base is list:
@@ -56,6 +60,7 @@ class Option:
 
     def convert(self, value: Any, origin: str) -> Any:
         """Convert a TOML value to this option's type; raise :class:`ConfigError` with the rule if it is not valid."""
+        _check_representable(value, self.name, origin)
         items = value.split(",") if self.base is list and isinstance(value, str) else value
         if self.base is list and isinstance(items, list):
             good = all(isinstance(item, str) for item in items)
@@ -84,6 +89,19 @@ class Option:
             with contextlib.suppress(ValueError):
                 value = self.base(text)
         return self.convert(value, origin)
+
+
+def _check_representable(value: Any, key: str, origin: str) -> None:
+    """Refuse a value that config.toml, the log or torch cannot hold."""
+    for item in value if isinstance(value, list) else [value]:
+        if type(item) is int and not -(1 << 63) <= item < 1 << 64:
+            raise ConfigError("must be a whole number below 2^64", key=key, value=item, origin=origin)
+        if isinstance(item, str):
+            # The command line turns bytes that are no UTF-8 into surrogates, which have no UTF-8 either.
+            readable = item.encode("utf-8", "backslashreplace").decode().replace("\0", "\\0")
+            if readable != item:
+                why = "must be text in UTF-8, without the character of code 0; rename the file if it is one's name"
+                raise ConfigError(why, key=key, value=readable, origin=origin)
 
 
 def _quoted(values: tuple[Any, ...]) -> str:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
 import torch
 
+from titanlite.checkpoint.folder import latest_checkpoint
 from titanlite.config.parallelism import Degrees
 from titanlite.config.schema import Comm
 from titanlite.distributed import runtime
@@ -29,7 +31,8 @@ def continue_text(
     """Return the prompt with its continuation. The speed is printed to stderr.
 
     Args:
-        checkpoint: the folder of one step, or of Hugging Face weights.
+        checkpoint: the folder of one step, or of Hugging Face weights; or that of a run, or of its checkpoints, of
+            which the latest is taken.
         prompt: the text to continue; an empty prompt begins a document.
         max_new_tokens: None: as many as the model has positions for, at most 256.
         dtype: the torch dtype of the weights, by name.
@@ -45,8 +48,11 @@ def continue_text(
         mesh = build_mesh(
             Degrees(1, 1, 1, tensor_parallel=process.world_size, pipeline_parallel=1), process.device.type
         )
+        folder = latest_checkpoint(Path(checkpoint).expanduser())
+        if process.rank == 0 and folder != Path(checkpoint).expanduser():
+            print(f"{checkpoint}: its latest checkpoint is {folder}", file=sys.stderr)
         loaded = load_model(
-            checkpoint,
+            folder,
             getattr(torch, dtype),
             mesh,
             process.device,

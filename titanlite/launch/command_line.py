@@ -42,7 +42,7 @@ def report(error: ConfigError | TrainingError, config: JobConfig | None = None) 
     message = f"titanlite: error: {error}"
     folder = os.environ.get(LAUNCH_DIR)
     if folder:
-        Path(folder, f"error-{os.environ.get('RANK', '0')}.{status}").write_text(message)
+        Path(folder, f"error-{os.environ.get('RANK', '0')}.{status}").write_text(message, errors="backslashreplace")
     else:
         print(message, file=sys.stderr)
     return status

@@ -43,7 +43,7 @@ from titanlite.config import (
     JobConfig,
     check_config,
     global_batch_size,
-    import_module,
+    import_custom,
     resolve_degrees,
 )
 from titanlite.config.number_formats import formats_of
@@ -203,9 +203,7 @@ def _estimate_rank(
     loss_builder: LossBuilder | None,
 ) -> tuple[RankEstimate, ModelSize, dict[str, str], list[str]]:
     warnings.simplefilter("ignore")  # warnings about a step matter only in training
-    if config.experimental.custom_import:
-        key = "experimental.custom_import"
-        import_module(config.experimental.custom_import, key, config.origin(key))
+    import_custom(config)
     config = _for_memory(config)
     with _fused_norm(), _process_group(rank, world_size):
         mesh = build_mesh(degrees, DEVICE.type, H100)

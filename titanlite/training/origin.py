@@ -36,7 +36,17 @@ class Start:
     @property
     def continues(self) -> bool:
         """True if this continues the earlier run of the run folder."""
-        return self.checkpoint is not None and self.checkpoint.from_this_run and self.keeps_step
+        return self.from_this_run and self.keeps_step
+
+    @property
+    def from_this_run(self) -> bool:
+        """True if the checkpoint lies in the run folder."""
+        return self.checkpoint is not None and self.checkpoint.from_this_run
+
+    @property
+    def step(self) -> int:
+        """The number of steps that are made already."""
+        return self.checkpoint.info.step if self.checkpoint is not None and self.keeps_step else 0
 
     @property
     def seed(self) -> int | None:
