@@ -63,7 +63,8 @@ from titanlite.metrics.sinks import (
 )
 from titanlite.models.spec import get_model_spec
 from titanlite.optim import build_optimizer, build_schedule
-from titanlite.training.build import build_loss, build_model, build_pipeline, check_memory
+from titanlite.plan.least import check_memory
+from titanlite.training.build import build_loss, build_model, build_pipeline
 from titanlite.training.loss_watch import LossWatch, rank_of_claim
 from titanlite.training.origin import find_start
 from titanlite.training.out_of_memory import give_up
@@ -133,6 +134,8 @@ class Trainer:
         if self.degrees.context_parallel > 1:
             self.context = ContextParallel(self.mesh.cp, self.config.parallelism.context_parallel_rotate_method)
         self.tokenizer = load_tokenizer(self.config.model.tokenizer_path)
+        vocab_size, device = self.tokenizer.vocab_size, self.runtime.device
+        check_memory(self.config, self.spec, self.flavor, vocab_size, self.degrees, device)
         self.global_batch_size = global_batch_size(self.config, self.degrees.data_parallel)
         self.source = build_source(
             training.dataset,
@@ -165,7 +168,6 @@ class Trainer:
         built = build_model(self.spec, self.model_args, config, self.mesh)
         self.model_parts, self.parameters = built.parts, built.parameters
         self.size, self.converters = built.size, built.converters
-        check_memory(config, self.size, self.degrees, device)
         self.compile_watch = CompileWatch()
         loss_fn = build_loss(self.mesh, config.parallelism.disable_loss_parallel, config.compile_options("loss"))
         pipeline = build_pipeline(built, loss_fn, config, self.mesh, device)

@@ -26,6 +26,8 @@ UNSUPPORTED: dict[str, tuple[Any, str]] = {
     "mx.recipe_name": ("mxfp8", "leave it out"),
 }
 
+MOST_TOKENS = 1 << 40  # of a step
+
 
 def check_config(config: JobConfig, world_size: int, *, train: bool = True) -> None:
     """Refuse options that this machine or this version cannot honour. A missing tokenizer is reported first.
@@ -41,6 +43,7 @@ def check_config(config: JobConfig, world_size: int, *, train: bool = True) -> N
                 "memory_estimation.enabled",
                 "the trainer makes no estimates; start run_train.sh, or titanlite train",
             )
+    _check_sizes(config)
     degrees = resolve_degrees(config.parallelism, world_size)
     for name, (inert, instead) in UNSUPPORTED.items():
         section, key = name.split(".")
@@ -60,6 +63,16 @@ def check_config(config: JobConfig, world_size: int, *, train: bool = True) -> N
         )
     global_batch_size(config, degrees.data_parallel)
     check_parallelism(config, degrees)
+
+
+def _check_sizes(config: JobConfig) -> None:
+    """Refuse sizes of which torch cannot count the bytes; where memory begins to be short, plan.least knows."""
+    sizes = {key: getattr(config.training, key) for key in ("seq_len", "local_batch_size", "global_batch_size")}
+    for key in sizes:
+        if sizes[key] * (sizes["seq_len"] if key != "seq_len" else sizes["local_batch_size"]) > MOST_TOKENS:
+            refuse(
+                config, f"training.{key}", "no device holds a step of as many tokens; use fewer or shorter sequences"
+            )
 
 
 def _check_checkpoint(config: JobConfig) -> None:

@@ -28,6 +28,7 @@ CASES = {
     ),
     "log rank": ({}, ["LOG_RANK=x", "rank numbers"]),
     "ngpu": ({}, ["NGPU=none", "at least 1"]),
+    "too many processes": ({}, ["NGPU=9999999", "has room for"]),
     "model": ({"model__name": "lama3"}, ['model.name = "lama3"', 'did you mean "llama3"', "known: llama3"]),
     "flavor": ({"model__flavor": "9B"}, ['model.flavor = "9B"', "it has debugmodel, 1B, 3B, 8B, 70B, 405B"]),
     "converter": ({"model__converters": "fused_rmsnorn"}, ["model.converters", 'did you mean "fused_rmsnorm"']),
@@ -60,6 +61,7 @@ def test_bad_input_is_one_message_and_status_2(train: Any, tmp_path: Path, name:
     (tmp_path / "broken.toml").write_text("[training]\nsteps = = 3\n")
     (tmp_path / "empty.txt").touch()
     env = {"hub set offline": {"HF_HUB_OFFLINE": "1"}, "log rank": {"LOG_RANK": "x"}, "ngpu": {"NGPU": "none"}}
+    env |= {"too many processes": {"NGPU": "9999999"}}
     run = train(env=env.get(name), **options)
     assert run.status == 2, run.output
     errors = run.output.split("titanlite: error: ")
