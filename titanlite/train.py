@@ -68,7 +68,7 @@ from titanlite.training.build import build_loss, build_model, build_pipeline
 from titanlite.training.loss_watch import LossWatch, rank_of_claim
 from titanlite.training.origin import find_start
 from titanlite.training.out_of_memory import give_up
-from titanlite.training.run_folder import METRICS, VALIDATION, RunFolder
+from titanlite.training.run_folder import METRICS, VALIDATION, RunFolder, loss_of_first_step
 from titanlite.training.sample import log_sample
 from titanlite.training.step import StepRunner
 from titanlite.training.step_guard import StepGuard
@@ -243,7 +243,7 @@ class Trainer:
         self.recorder = Recorder(
             self.sinks, self.runtime.device, self.flops_per_token, config.metrics.log_freq, steps, self.tokens_before
         )
-        self.loss_watch = LossWatch(config.training, self.runtime.rank)
+        self.loss_watch = LossWatch(config.training, self.runtime.rank, self.step_guard.state_dict()["losses"])
 
     # ---- the loop
 
@@ -384,7 +384,7 @@ class Trainer:
             tensorboard = f"{shown_path(sys.executable)} -m tensorboard.main --logdir"
             places["look at it"] = f"{tensorboard} {self.run_path / self.config.metrics.save_tb_folder}"
         places |= next_command(self.config, self.run_path / CONFIG_TOML, self.step, self.runtime.world_size)
-        logger.info(summary(self.recorder, places))
+        logger.info(summary(self.recorder, places, loss_of_first_step(self.run_path), [*self.loss_watch.losses]))
 
     def close(self) -> None:
         self.checkpoints.close()

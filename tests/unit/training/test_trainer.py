@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from tests.support.runs import command, environment
+from tests.support.runs import checkpoints, command, environment
 from titanlite.config import load_config
 
 # A converter that makes rank ``RANK`` compute a loss of ``VALUE`` at step ``STEP``.
@@ -203,6 +203,26 @@ def test_header_and_summary_say_what_matters(train: Any) -> None:
         "config.toml titanlite",
     ):
         assert part in rest, part
+
+
+def test_a_run_that_unlearns_says_so_also_when_it_is_continued(train: Any) -> None:
+    options = {
+        **checkpoints(4),
+        "optimizer__lr": 3,
+        "optimizer__weight_decay": 0,
+        "metrics__log_freq": 4,
+        "lr_scheduler__warmup_steps": 0,
+    }
+    first = train(training__steps=6, **options)
+    assert first.status == 0, first.output
+    second = train(training__steps=7, **options)
+    assert "7 to 7 of 7" in second.output
+    for run in (first, second):
+        assert "training finished, and THE LOSS IS ABOVE WHERE IT BEGAN" in run.output
+        assert f"above the {run.losses()[0]:.4f} of step 1" in run.output
+    assert run.losses()[0] < 9 < run.losses()[-1]
+    good = train(name="good", training__steps=6, optimizer__lr=1e-3, lr_scheduler__warmup_steps=1)
+    assert "training finished\n" in good.output
 
 
 def test_documents_the_gc_and_prints_the_configuration(train: Any) -> None:
