@@ -46,7 +46,7 @@ from titanlite.distributed.gradients import clip_gradients
 from titanlite.distributed.init import WeightInit
 from titanlite.distributed.mesh import build_mesh
 from titanlite.environment import LAUNCH_DIR
-from titanlite.errors import ConfigError, NothingToDo, TrainingError
+from titanlite.errors import ConfigError, NothingToDo, TrainingError, counted
 from titanlite.launch.stacks import end_soon, keep_stacks, show_traceback
 from titanlite.metrics.device import GIB, device_name, is_out_of_memory, peak_flops, peak_memory
 from titanlite.metrics.flops import flops_per_token
@@ -60,6 +60,7 @@ from titanlite.metrics.sinks import (
     TensorBoardSink,
     init_logging,
     is_terminal,
+    show_late_warnings,
 )
 from titanlite.models.spec import get_model_spec
 from titanlite.optim import build_optimizer, build_schedule
@@ -158,7 +159,8 @@ class Trainer:
         self.about["data"] = f"{training.dataset}{f' ({training.dataset_path})' if training.dataset_path else ''}"
         self.about["tokenizer"] = f"{self.tokenizer.path}, {self.tokenizer.vocab_size} tokens"
         self.about["tokens per step"] = (
-            f"{self.global_batch_size * training.seq_len:,} = {self.global_batch_size} sequences x {training.seq_len}"
+            f"{self.global_batch_size * training.seq_len:,} = "
+            f"{counted(self.global_batch_size, 'sequence')} x {training.seq_len}"
         )
 
     def _build_model(self) -> None:
@@ -428,6 +430,7 @@ def main(config: JobConfig | None = None) -> int:
                 trainer.close()
         finally:
             runtime.stop_runtime()
+            show_late_warnings()
     return 0
 
 

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import difflib
 import os
 import re
 import textwrap
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
@@ -77,8 +78,7 @@ def _parse_toml(path: Path, named_by: str) -> tuple[dict[str, Any], str]:
     except FileNotFoundError:
         raise ConfigError(
             f"{named_by}: there is no file {path} (relative to {Path.cwd()}), "
-            f"and none of this name comes with titanlite{nearest(path.stem, packaged.names())}; "
-            f"these do: {', '.join(packaged.names())}"
+            f"and none of this name comes with titanlite{_near_file(path)}; these do: {', '.join(packaged.names())}"
         ) from None
     except (OSError, ValueError) as e:
         raise ConfigError(f"{named_by}: {path} cannot be read: {e}") from None
@@ -90,6 +90,11 @@ def _parse_toml(path: Path, named_by: str) -> tuple[dict[str, Any], str]:
         raise ConfigError(f"{path}, {line}: not valid TOML: {e}") from None
     except (ValueError, RecursionError) as e:  # a number of thousands of digits, thousands of brackets
         raise ConfigError(f"{path}: no TOML of a configuration: {e}; correct the file") from None
+
+
+def _near_file(path: Path) -> str:
+    beside = [file.name for file in path.parent.glob("*.toml")] if path.parent.is_dir() else []
+    return nearest(path.name, [*packaged.names(), *beside])
 
 
 def _lines_of(text: str) -> dict[str, int]:
@@ -278,9 +283,21 @@ def _find_key(options: Options, key: str) -> str:
     return matches[0] if matches else "training.steps"
 
 
+def near_key(key: str, keys: Iterable[str], elsewhere: Sequence[str]) -> str:
+    """Return a hint for an unknown key of a section: the first that there is of its ``keys`` with nearly the same
+    letters, its keys with all words of the unknown one, the same key in other sections, its keys with some of the
+    words, and the nearest one."""
+    words = {other: set(other.split("_")) for other in (*keys, key)}
+    alike = difflib.get_close_matches(key, list(keys), n=1, cutoff=0.8)
+    alike = alike or sorted((other for other in keys if words[key] < words[other]), key=len)[:2]
+    alike = alike or [*elsewhere][:2] or [other for other in keys if words[other] < words[key]]
+    names = [f'"{name}"' for name in alike]
+    return f" (did you mean {' or '.join(names)}?)" if names else nearest(key, keys)
+
+
 def _unknown(options: Options, section: str, key: str, origin: str) -> NoReturn:
     elsewhere = [opt.name for opt in _all(options) if opt.key == key]
-    hint = f' (did you mean "{elsewhere[0]}"?)' if elsewhere else nearest(key, options[section])
+    hint = near_key(key, options[section], elsewhere)
     raise ConfigError(f"{origin}: unknown key {section}.{key}{hint}; [{section}] has {', '.join(options[section])}")
 
 

@@ -12,6 +12,7 @@ from titanlite.config.parallelism import Degrees
 from titanlite.config.schema import Comm
 from titanlite.distributed import runtime
 from titanlite.distributed.mesh import build_mesh
+from titanlite.errors import counted
 from titanlite.inference.generate import Sampling, TokenSampler, generate
 from titanlite.inference.load import load_model
 
@@ -73,7 +74,10 @@ def continue_text(
         out = generate(decoder, [tokenizer.bos_id, *ids], max_new_tokens, sampling, {tokenizer.eos_id}, cached=cached)
         if process.rank == 0:
             numbers = dtype if quantize is None else f"{quantize}, {dtype}"
-            print(f"{numbers} on {process.device}, {process.world_size} processes: {out.speed()}", file=sys.stderr)
+            print(
+                f"{numbers} on {process.device}, {counted(process.world_size, 'process')}: {out.speed()}",
+                file=sys.stderr,
+            )
         return tokenizer.decode([*ids, *out.ids])
     finally:
         runtime.stop_runtime()

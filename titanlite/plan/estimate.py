@@ -53,7 +53,7 @@ from titanlite.distributed.data_parallel import allocate
 from titanlite.distributed.gradients import clip_gradients
 from titanlite.distributed.mesh import Mesh, build_mesh
 from titanlite.distributed.target import H100
-from titanlite.errors import ConfigError
+from titanlite.errors import ConfigError, counted
 from titanlite.metrics.device import GIB
 from titanlite.metrics.flops import flops_per_token
 from titanlite.metrics.report import table
@@ -402,7 +402,7 @@ def describe(result: Estimate) -> str:
             sent.append([str(r.rank), *c[:2], str(c.ranks), str(t.calls), _gib(t.nbytes), _gib(t.sent)])
     return "\n".join(
         [
-            table(f"estimate for {result.world_size} devices, made without them", result.about),
+            table(f"estimate for {counted(result.world_size, 'device')}, made without any", result.about),
             "memory of each device, GiB",
             *_aligned(memory),
             "collectives of a step",

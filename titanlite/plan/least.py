@@ -15,7 +15,7 @@ import torch
 from titanlite.config import Degrees, JobConfig, global_batch_size
 from titanlite.config.refuse import refuse
 from titanlite.distributed.activation_checkpoint import checkpointed_blocks
-from titanlite.errors import ConfigError
+from titanlite.errors import ConfigError, counted
 from titanlite.metrics.device import GIB, host_memory, total_memory
 from titanlite.models.layers import DecoderArgs, ModelSize
 from titanlite.models.spec import ModelSpec
@@ -66,7 +66,7 @@ def least_memory(config: JobConfig, size: ModelSize, args: Any, degrees: Degrees
     logits = tokens * size.vocab_size // (1 if config.parallelism.disable_loss_parallel else tp)
     logits *= _bytes_per_logit(config, dtype_bytes, sharded=tp > 1)
     rotary = 2 * 4 * training.seq_len * size.head_dim
-    step = {f"activations of {size.layers} blocks": activations, "logits": logits, "rotary table": rotary}
+    step = {f"activations of {counted(size.layers, 'block')}": activations, "logits": logits, "rotary table": rotary}
     if pp > 1:  # the last stage has the logits, and other stages may have all the blocks
         step = dict([max(step.items(), key=lambda part: part[1])])
     sequences = global_batch_size(config, degrees.data_parallel) // degrees.data_parallel

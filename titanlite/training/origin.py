@@ -8,7 +8,7 @@ from typing import Any
 
 from titanlite.checkpoint import CheckpointManager, HuggingFaceFolder, Process, SavedCheckpoint, is_hugging_face
 from titanlite.config import JobConfig
-from titanlite.errors import ConfigError, NothingToDo
+from titanlite.errors import ConfigError, NothingToDo, counted
 from titanlite.models.spec import ModelSpec
 
 
@@ -105,8 +105,8 @@ def _refuse_no_steps(checkpoint: SavedCheckpoint, config: JobConfig) -> None:
         return
     if checkpoint.from_this_run:
         raise NothingToDo(
-            f"{config.job.dump_folder} has a run of {checkpoint.info.step} steps, and training.steps = {steps}: "
-            "nothing to do. Ask for more with --training.steps, or begin another with --job.dump_folder"
+            f"{config.job.dump_folder} has a run of {counted(checkpoint.info.step, 'step')}, and training.steps = "
+            f"{steps}: nothing to do. Ask for more with --training.steps, or begin another with --job.dump_folder"
         )
     raise ConfigError(
         f"{checkpoint.folder} is at step {checkpoint.info.step} already; ask for more, or begin at "

@@ -18,7 +18,7 @@ from titanlite.data import Batch, DataLoader, PartOfSource, Source, Tokenizer, T
 from titanlite.distributed.compile import CompileWatch
 from titanlite.distributed.mesh import Mesh
 from titanlite.distributed.runtime import Runtime
-from titanlite.errors import ConfigError, TrainingError
+from titanlite.errors import ConfigError, TrainingError, counted
 from titanlite.metrics.recorder import Recorder
 from titanlite.optim.loss import IGNORED
 from titanlite.quant.linear import high_precision
@@ -79,10 +79,10 @@ def read_validation_data(
         runtime.check_same("the validation data", loader.identity)
         batches = _read_once(loader, config.validation.steps)
     count = -runtime.agree_max(-len(batches))[0]
-    batch_size = f"{sequences} sequences of {config.training.seq_len} tokens"
+    batch_size = f"{counted(sequences, 'sequence')} of {config.training.seq_len} tokens"
     if not count:
         raise ConfigError(_too_little(source, batch_size, config))
-    if count < config.validation.steps and runtime.rank == 0:
+    if count < config.validation.steps:
         logger.warning(
             "validation.steps = %d: the text makes %d batches of %s; every validation reads these once",
             config.validation.steps,
@@ -94,7 +94,7 @@ def read_validation_data(
     name = config.validation.dataset or config.training.dataset
     data = f"{config.validation.held_out_percent}% of the documents of {name}, held out" if holds_out(config) else name
     precision = ", in bfloat16" if config.validation.precision == "bfloat16" else ""
-    every = f"every {config.validation.interval} steps, {count} x {batch_size}{precision}"
+    every = f"every {counted(config.validation.interval, 'step')}, {count} x {batch_size}{precision}"
     return ValidationData(batches, tokens, nbytes, f"{every}: {data}")
 
 
@@ -119,7 +119,7 @@ def _source(training_source: Source, config: JobConfig) -> Source:
     shared = {file.resolve() for file in source.files} & {file.resolve() for file in training_source.files}
     if shared:
         raise ConfigError(
-            f"{len(shared)} of its {len(source.files)} files are trained on too, for "
+            f"{len(shared)} of its {counted(len(source.files), 'file')} are trained on too, for "
             f"example {min(shared)}; name others, or leave out validation.dataset and validation.dataset_path, which "
             "holds out a part of the training data",
             key="validation.dataset",

@@ -12,7 +12,7 @@ CASES = {
         {"parallelism__data_parallel_shard_degree": -2},
         ["parallelism.data_parallel_shard_degree = -2", "the argument", "at least 1, or -1"],
     ),
-    "degrees": ({"parallelism__data_parallel_shard_degree": 3}, ["data_parallel_shard_degree 3", "= 3", "1 processes"]),
+    "degrees": ({"parallelism__data_parallel_shard_degree": 3}, ["data_parallel_shard_degree 3", "= 3", "1 process:"]),
     "batch": (
         {"training__local_batch_size": 4, "training__global_batch_size": 6},
         ["training.global_batch_size = 6", "multiple", "4 x 1 = 4"],
