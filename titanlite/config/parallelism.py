@@ -66,7 +66,8 @@ def resolve_degrees(parallelism: Parallelism, world_size: int) -> Degrees:
     if product != world_size:
         raise ConfigError(
             f"[parallelism] {shown} = {product}, but there {'is' if world_size == 1 else 'are'} "
-            f"{counted(world_size, 'process')}: set NGPU={product}, or data_parallel_shard_degree = -1 to take what the other degrees leave"
+            f"{counted(world_size, 'process')}: set NGPU={product}, or data_parallel_shard_degree = -1 to take what "
+            "the other degrees leave"
         )
     return Degrees(*degrees.values())
 
