@@ -47,6 +47,7 @@ from titanlite.distributed.init import WeightInit
 from titanlite.distributed.mesh import build_mesh
 from titanlite.environment import LAUNCH_DIR
 from titanlite.errors import ConfigError, NothingToDo, TrainingError, counted
+from titanlite.launch.caches import unwritable_cache
 from titanlite.launch.stacks import end_soon, keep_stacks, show_traceback
 from titanlite.metrics.device import GIB, device_name, is_out_of_memory, peak_flops, peak_memory
 from titanlite.metrics.flops import flops_per_token
@@ -418,6 +419,8 @@ def main(config: JobConfig | None = None) -> int:
             if STOP is not None:
                 end_soon()
             return status
+        if (unwritable := unwritable_cache(e)) is not None:
+            return report(unwritable)
         if reported(os.environ.get(LAUNCH_DIR)):
             return 1  # another rank has reported the error; broken connections only follow from it
         if STOP is None:
