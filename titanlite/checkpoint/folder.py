@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from titanlite.config.run_config import inner_folder, read_run_config
+from titanlite.config.schema import PATH
 from titanlite.errors import ConfigError
 
 INFO = "checkpoint.json"
@@ -64,8 +65,15 @@ def is_checkpoint(folder: Path) -> bool:
     return folder.is_dir() and any(any(folder.glob(name)) for name in (INFO, SUMS, ".metadata", "*.distcp"))
 
 
-def latest_checkpoint(path: Path) -> Path:
-    """Return the latest checkpoint in ``path``, if that is a run folder or a folder of checkpoints; else ``path``."""
+def latest_checkpoint(path: str | Path) -> Path:
+    """Return the latest checkpoint in ``path``, if that is a run folder or a folder of checkpoints; else ``path``.
+
+    Raises:
+        ConfigError: the system cannot look up ``path``.
+    """
+    if not PATH.holds(str(path)):
+        raise ConfigError(f"{path}: must be {PATH.text}")
+    path = Path(path).expanduser()
     for root in (path, path / (inner_folder(read_run_config(path), "checkpoint", "folder") or "checkpoint")):
         if steps := saved_steps(root):
             return step_folder(root, steps[-1])

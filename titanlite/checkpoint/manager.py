@@ -136,7 +136,7 @@ class CheckpointManager:
         Raises:
             ConfigError: there is no checkpoint, or it is damaged.
         """
-        folder = latest_checkpoint(Path(path).expanduser())
+        folder = latest_checkpoint(path)
         try:
             return SavedCheckpoint(folder, self._open(folder), from_this_run=False)
         except DamagedCheckpoint as e:

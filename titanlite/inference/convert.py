@@ -54,7 +54,7 @@ def convert(
     Raises:
         ConfigError: the source cannot be converted or read, or the target cannot be written.
     """
-    source = latest_checkpoint(source.expanduser())
+    source = latest_checkpoint(source)
     from_hugging_face = is_hugging_face(source)
     if from_hugging_face and not verify_sums:
         raise ConfigError(f"--no-verify: {source} is no checkpoint and has no checksums; leave it out")

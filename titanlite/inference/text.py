@@ -49,7 +49,7 @@ def continue_text(
         mesh = build_mesh(
             Degrees(1, 1, 1, tensor_parallel=process.world_size, pipeline_parallel=1), process.device.type
         )
-        folder = latest_checkpoint(Path(checkpoint).expanduser())
+        folder = latest_checkpoint(checkpoint)
         if process.rank == 0 and folder != Path(checkpoint).expanduser():
             print(f"{checkpoint}: its latest checkpoint is {folder}", file=sys.stderr)
         loaded = load_model(

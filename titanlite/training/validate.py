@@ -82,7 +82,7 @@ def read_validation_data(
     batch_size = f"{counted(sequences, 'sequence')} of {config.training.seq_len} tokens"
     if not count:
         raise ConfigError(_too_little(source, batch_size, config))
-    if count < config.validation.steps:
+    if count < config.validation.steps and runtime.rank == 0:
         logger.warning(
             "validation.steps = %d: the text makes %d batches of %s; every validation reads these once",
             config.validation.steps,
@@ -119,7 +119,7 @@ def _source(training_source: Source, config: JobConfig) -> Source:
     shared = {file.resolve() for file in source.files} & {file.resolve() for file in training_source.files}
     if shared:
         raise ConfigError(
-            f"{len(shared)} of its {counted(len(source.files), 'file')} are trained on too, for "
+            f"{len(shared)} of its {len(source.files)} files are trained on too, for "
             f"example {min(shared)}; name others, or leave out validation.dataset and validation.dataset_path, which "
             "holds out a part of the training data",
             key="validation.dataset",

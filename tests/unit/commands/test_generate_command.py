@@ -121,6 +121,12 @@ def test_a_damaged_description_is_not_believed(tmp_path: Path) -> None:
         describe(tmp_path / "step-1")
 
 
+@pytest.mark.parametrize("path", ["a" * 256, "~nobody-of-this-name/x"])
+def test_paths_that_no_system_has(path: str, capfd: pytest.CaptureFixture[str]) -> None:
+    assert generate_command.main(["--checkpoint", path, "--prompt", ""]) == 2
+    assert "can be looked up" in capfd.readouterr().err
+
+
 def test_folders_that_are_no_checkpoints(checkpoint: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=rf"{tmp_path} is no checkpoint: it has no checkpoint.json; a checkpoint is"):
         describe(tmp_path)
