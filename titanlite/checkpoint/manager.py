@@ -143,6 +143,13 @@ class CheckpointManager:
             raise ConfigError(f"{e}, or choose another", key="checkpoint.initial_load_path", value=path) from e
 
     def _choose(self) -> int | None:
+        if self.root.is_symlink() and not self.root.exists():
+            raise ConfigError(
+                f"{self.root} is a link to {self.root.readlink()}, which is not there; make that folder, or remove the "
+                "link",
+                key="checkpoint.folder",
+                value=self.options.folder,
+            )
         leftovers = clear_leftovers(self.root)
         if leftovers:
             logger.info("cleared what was left of saves that did not end: %s", ", ".join(leftovers))

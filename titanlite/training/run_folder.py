@@ -155,7 +155,11 @@ class RunFolder:
             aside = aside.with_name(f"{started}-{number}")
         aside.mkdir(parents=True)
         for path in files:
-            path.rename(aside / path.name)
+            if path.is_symlink():  # it may be relative to the run folder
+                (aside / path.name).symlink_to(os.path.realpath(path))
+                path.unlink()
+            else:
+                path.rename(aside / path.name)
         logger.info("%s held an earlier run: its %s are now in %s", self.path, ", ".join(p.name for p in files), aside)
 
 

@@ -129,6 +129,26 @@ def test_one_word_begins_anew_and_loses_nothing(again: Any, first: Run) -> None:
     goes_on(by_its_config(kept, run.folder, "--training.steps=4"), after=3)  # it can still be continued
 
 
+def test_linked_checkpoints_that_are_set_aside_stay_linked(again: Any, tmp_path: Path) -> None:
+    shutil.move(tmp_path / "run" / "checkpoint", tmp_path / "large-disk")
+    (tmp_path / "run" / "checkpoint").symlink_to("../large-disk")
+    assert again().status == 2
+    run = again(checkpoint__enable_checkpoint="false", training__steps=1)
+    assert run.status == 0, run.output
+    (kept,) = (run.folder / "earlier").iterdir()
+    assert (kept / "checkpoint" / "step-3" / "checkpoint.json").is_file()
+    assert not (run.folder / "checkpoint").exists()
+
+
+def test_checkpoints_behind_a_link_that_leads_nowhere(again: Any, tmp_path: Path) -> None:
+    shutil.move(tmp_path / "run" / "checkpoint", tmp_path / "large-disk")
+    (tmp_path / "run" / "checkpoint").symlink_to("../small-disk")
+    run = again(**ON)
+    assert run.status == 2
+    assert 'checkpoint.folder = "checkpoint"' in run.output
+    assert "small-disk" in run.output
+
+
 def test_a_folder_with_checkpoints_and_nothing_else_goes_on(again: Any, tmp_path: Path) -> None:
     for name in ("config.toml", "metrics.jsonl", ".lock", ".made-here"):
         (tmp_path / "run" / name).unlink()
