@@ -103,6 +103,8 @@ class Trainer:
     def _start_process(self) -> None:
         config = self.config
         init_logging(int(os.environ.get("RANK", 0)))
+        for notice in config.notices:
+            logger.info(notice)
         check_config(config, int(os.environ.get("WORLD_SIZE", 1)))
         import_custom(config)
         self.spec = get_model_spec(config.model.name)

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from titanlite.config.run_config import inner_folder, read_run_config
-from titanlite.config.schema import PATH
+from titanlite.config.value_rules import PATH
 from titanlite.errors import ConfigError
 
 INFO = "checkpoint.json"

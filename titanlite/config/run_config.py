@@ -15,7 +15,8 @@ from typing import Any
 import tomli
 
 from titanlite.config.options import options_of
-from titanlite.config.schema import JobConfig, is_inner
+from titanlite.config.schema import JobConfig
+from titanlite.config.value_rules import is_inner
 from titanlite.errors import ConfigError
 
 CONFIG = "config.toml"
