@@ -324,7 +324,7 @@ def test_choices(name: str, choices: set[str]) -> None:
     [
         ("checkpoint.saves", []),
         ("profiling.enable", ['"enable_profiling"', '"enable_memory_snapshot"']),
-        ("training.batch_size", ['"local_batch_size"', '"global_batch_size"']),
+        ("training.batch", ['"local_batch_size"', '"global_batch_size"']),
         ("training.step", ['"steps"']),
         ("training.warmup_steps", ['"lr_scheduler.warmup_steps"']),
         ("training.lr", ['"optimizer.lr"']),
