@@ -6,6 +6,7 @@ import ast
 import contextlib
 import dataclasses
 import inspect
+import math
 import sys
 import types
 import typing
@@ -58,6 +59,8 @@ class Option:
             return f"a list of strings{each}"
         if self.choices:
             return f"one of {_quoted(self.choices)}"
+        if self.rule is None and self.base is float:
+            return "a finite number"
         return _KINDS[self.base] + (f", {self.rule.text}" if self.rule else "")
 
     def convert(self, value: Any, origin: str) -> Any:
@@ -72,7 +75,7 @@ class Option:
             if good and (not self.choices or all(item in self.choices for item in items)):
                 return items
         elif self.base is float and type(value) in (int, float):
-            if self.rule is None or self.rule.holds(value):
+            if math.isfinite(value) if self.rule is None else self.rule.holds(value):
                 return float(value)
         elif (
             type(value) is self.base
