@@ -9,6 +9,7 @@ import os
 import time
 from pathlib import Path
 
+from titanlite.data import Tokenizer
 from titanlite.errors import ConfigError
 
 logger = logging.getLogger(__name__)
@@ -16,6 +17,7 @@ logger = logging.getLogger(__name__)
 CONFIG = "config.toml"
 METRICS = "metrics.jsonl"
 VALIDATION = "validation.jsonl"
+TOKENIZER = "tokenizer"
 
 
 class RunFolder:
@@ -80,6 +82,12 @@ class RunFolder:
         for path in files:
             path.rename(aside / path.name)
         logger.info("%s held an earlier run: its %s are now in %s", self.path, ", ".join(p.name for p in files), aside)
+
+    def keep_tokenizer(self, tokenizer: Tokenizer) -> None:
+        """Write a copy of the run's tokenizer into the folder."""
+        folder = self.path / TOKENIZER
+        folder.mkdir(exist_ok=True)
+        tokenizer.save(folder)
 
 
 def drop_rows_after(file: Path, step: int) -> None:
