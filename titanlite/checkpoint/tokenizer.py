@@ -141,7 +141,7 @@ def _another(tokenizer: Tokenizer, noted: Identity, weights: Weights) -> ConfigE
     return damaged(
         tokenizer.path,
         f"is another tokenizer (sha256 {short(tokenizer.identity)}) than that of the weights in {weights.folder} "
-        f"({short(noted)}, {source}): they differ in {differences(tokenizer.identity, noted)}. Leave it out to use "
+        f"({short(noted)}, {source}): they differ in {differences(tokenizer.identity, noted)}. Leave it empty to use "
         "that of the weights. To begin another run that trains them with this one: checkpoint.initial_load_path = "
         f'"{weights.folder}" and checkpoint.exclude_from_loading = ["tokenizer"]',
     )

@@ -67,7 +67,7 @@ def train(corpus: Corpus, vocab_size: int) -> Tokenizer:
             f"--vocab-size {vocab_size}: the corpus gives only {backend.get_vocab_size()} different tokens; "
             "use more text or a smaller vocabulary"
         )
-    return Tokenizer(backend, *(backend.token_to_id(token) for token in SPECIAL_TOKENS), path="")
+    return Tokenizer(backend, bos_id=vocab_size - 2, eos_id=vocab_size - 1, path="")
 
 
 def files_to_write(output: Path, force: bool) -> list[Path]:
