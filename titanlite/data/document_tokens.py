@@ -13,7 +13,7 @@ from typing import Any
 
 import tokenizers
 
-from titanlite.data.tokenizer_files import damaged, read_object
+from titanlite.data.tokenizer_files import damaged, excerpt, read_object
 from titanlite.errors import ConfigError
 
 logger = logging.getLogger(__name__)
@@ -21,6 +21,7 @@ logger = logging.getLogger(__name__)
 CONFIG = "tokenizer_config.json"
 MAP = "special_tokens_map.json"
 _KEYS = ("bos_token", "eos_token")
+_FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")  # of an added token
 
 # (BOS, EOS) of the classes of transformers that have a default, where their vocabulary has it.
 _OF_CLASS: Mapping[str, tuple[str | None, str | None]] = {
@@ -70,8 +71,8 @@ def find_document_tokens(backend: tokenizers.Tokenizer, file: Path, *, known: bo
         gone = bos if ids[0] is None else eos
         raise damaged(
             file,
-            f"its vocabulary has no token {gone}, which {place} names; name the tokens that begin and end a document "
-            f'in {folder / CONFIG}: {{"bos_token": "...", "eos_token": "..."}}',
+            f"its vocabulary has no token {excerpt(gone)}, which {place} names; name the tokens that begin and end a "
+            f'document in {folder / CONFIG}: {{"bos_token": "...", "eos_token": "..."}}',
         )
     return ids[0], ids[1]
 
@@ -105,7 +106,7 @@ def _token(file: Path, key: str, entry: object) -> str | None:
     if isinstance(entry, dict):
         entry = entry.get("content")
     if entry is not None and not isinstance(entry, str):
-        raise damaged(file, f"{key} must be a token or null, and is {str(entry)[:80]}; correct it")
+        raise damaged(file, f"{key} must be a token or null, and is {excerpt(entry)}; correct it")
     return entry or None
 
 
@@ -165,7 +166,7 @@ def _add_tokens(backend: tokenizers.Tokenizer, folder: Path, config: Mapping[str
     has = backend.get_added_tokens_decoder()
     try:
         if "added_tokens_decoder" in config:
-            listed = {int(i): tokenizers.AddedToken(**entry) for i, entry in config["added_tokens_decoder"].items()}
+            listed = {int(i): _added_token(entry) for i, entry in config["added_tokens_decoder"].items()}
         else:
             place = folder / "added_tokens.json"
             listed = {
@@ -174,7 +175,7 @@ def _add_tokens(backend: tokenizers.Tokenizer, folder: Path, config: Mapping[str
                 if i not in has
             }
     except (TypeError, ValueError, AttributeError) as e:
-        raise damaged(place, f"its list of added tokens is damaged ({e}); download it again") from None
+        raise damaged(place, f"its list of added tokens is damaged ({excerpt(e)}); download it again") from None
     ids = {i: backend.token_to_id(token.content) for i, token in listed.items()}
     for i, there in ids.items():
         if there not in (None, i):
@@ -185,9 +186,16 @@ def _add_tokens(backend: tokenizers.Tokenizer, folder: Path, config: Mapping[str
         if received != i:
             raise damaged(
                 place,
-                f"gives {listed[i].content} the id {i}, and the vocabulary beside it has room at {received}: the files "
-                "belong to different tokenizers; download all of them again",
+                f"gives {excerpt(listed[i].content)} the id {i}, and the vocabulary beside it has room at {received}: "
+                "the files belong to different tokenizers; download all of them again",
             )
+
+
+def _added_token(entry: Mapping[str, Any]) -> tokenizers.AddedToken:
+    unknown = [key for key in entry if key not in ("content", "__type", *_FLAGS)]
+    if unknown or not isinstance(entry.get("content"), str):
+        raise ValueError(f"{entry}")
+    return tokenizers.AddedToken(entry["content"], **{key: entry[key] for key in _FLAGS if key in entry})
 
 
 def _is_named(folder: Path, config: Mapping[str, Any], token: str) -> bool:

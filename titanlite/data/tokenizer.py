@@ -21,12 +21,14 @@ from titanlite.data.tokenizer_files import (
     MAX_IDS,
     Panic,
     damaged,
+    excerpt,
     is_there,
     panics_as_exceptions,
     read_limited,
     read_object,
     without_stderr,
 )
+from titanlite.data.tokenizer_growth import MAX_GROWTH, growth_of
 from titanlite.data.tokenizer_identity import FILE as IDENTITY
 from titanlite.data.tokenizer_identity import Identity, checked, comparable, differences, identity_of, is_same, short
 
@@ -101,7 +103,7 @@ class Tokenizer:
             with panics_as_exceptions():
                 yield
         except Exception as e:
-            raise damaged(self.path, f"fails on a text ({e}); use another tokenizer") from None
+            raise damaged(self.path, f"fails on a text ({excerpt(e)}); use another tokenizer") from None
 
     @cached_property
     def identity(self) -> Identity:
@@ -170,7 +172,7 @@ def load_tokenizer(path: str = "") -> Tokenizer:
             bos, eos = find_document_tokens(backend, file, known=is_llama3)
             size = max(backend.get_vocab(with_added_tokens=True).values()) + 1
     except Panic as e:
-        raise damaged(file, f"the tokenizers library fails on it ({e}); download it again") from None
+        raise damaged(file, f"the tokenizers library fails on it ({excerpt(e)}); download it again") from None
     if size > MAX_IDS:
         raise damaged(file, f"has ids up to {size - 1:,}, and the largest that is read is {MAX_IDS - 1:,}")
     tokenizer = Tokenizer(backend, bos, eos, str(file))
@@ -189,7 +191,7 @@ def _load_hugging_face(file: Path, content: bytes) -> tokenizers.Tokenizer:
         added = json.loads(content).get("added_tokens") or []
         stated = {entry["content"]: entry["id"] for entry in added}
     except (Exception, Panic) as error:  # the library raises bare Exception
-        reason = str(error).removeprefix("Cannot instantiate Tokenizer from buffer: ")
+        reason = excerpt(str(error).removeprefix("Cannot instantiate Tokenizer from buffer: "))
         raise damaged(
             file,
             f"is not a Hugging Face tokenizer.json ({reason}); "
@@ -197,11 +199,17 @@ def _load_hugging_face(file: Path, content: bytes) -> tokenizers.Tokenizer:
         ) from error
     if not backend.get_vocab_size():
         raise damaged(file, "its vocabulary is empty; download it again")
+    growth = growth_of(backend)
+    if growth > MAX_GROWTH:
+        raise damaged(
+            file,
+            f"its normalizer or decoder can make a text {growth:,} times as long, and at most {MAX_GROWTH:,} is read",
+        )
     for token, i in stated.items():
         if backend.token_to_id(token) != i:
             raise damaged(
                 file,
-                f"gives the added token {token} the id {i}, and its vocabulary has room at "
+                f"gives the added token {excerpt(token)} the id {i}, and its vocabulary has room at "
                 f"{backend.token_to_id(token)}; download it again",
             )
     return backend

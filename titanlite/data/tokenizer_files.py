@@ -23,6 +23,13 @@ def damaged(file: str | Path, why: str) -> ConfigError:
     return ConfigError(why, key=KEY, value=str(file))
 
 
+def excerpt(content: object) -> str:
+    """Return what a file or an error about it says, short enough for a message, and printable."""
+    text = str(content)
+    text = text if len(text) <= 200 else f"{text[:120]} ... {text[-60:]}"
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
 def is_there(file: Path) -> bool:
     """Return True if ``file`` is a regular file, False if there is nothing of that name.
 
@@ -66,8 +73,9 @@ def read_object(file: Path) -> dict[str, Any]:
         return {}
     try:
         content = json.loads(read_limited(file, MAX_CONFIG_BYTES).decode("utf-8"))
+        json.dumps(content, ensure_ascii=False).encode("utf-8")  # an escape may be half of a character
     except (ValueError, RecursionError) as e:
-        raise damaged(file, f"is not JSON ({e}); repair it, download it again or delete it") from None
+        raise damaged(file, f"is not JSON ({excerpt(e)}); repair it, download it again or delete it") from None
     if not isinstance(content, dict):
         raise damaged(file, "holds no JSON object; repair it, download it again or delete it")
     return content

@@ -9,7 +9,7 @@ from typing import Any
 
 import tokenizers
 
-from titanlite.data.tokenizer_files import damaged
+from titanlite.data.tokenizer_files import damaged, excerpt
 
 FILE = "tokenizer_identity.json"
 _PARTS = ("model", "vocabulary", "merges", "normalizer", "pre-tokenizer", "added tokens", "BOS", "EOS")
@@ -69,7 +69,8 @@ def comparable(one: Mapping[str, str], other: Mapping[str, str]) -> bool:
 def differences(one: Mapping[str, str], other: Mapping[str, str]) -> str:
     """Return a description of what differs, such as "vocabulary, merges, EOS (<s> (1) and </s> (2))"."""
     names = [part for part in _PARTS if one.get(part) != other.get(part)]
-    return ", ".join(f"{n} ({one.get(n)} and {other.get(n)})" if n in ("BOS", "EOS") else n for n in names)
+    pairs = {n: f"{n} ({excerpt(one.get(n))} and {excerpt(other.get(n))})" for n in ("BOS", "EOS")}
+    return ", ".join(pairs.get(name, name) for name in names)
 
 
 def short(identity: Mapping[str, str]) -> str:

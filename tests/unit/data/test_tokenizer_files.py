@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import os
 import resource
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
@@ -167,12 +168,100 @@ def test_a_text_on_which_the_library_fails(tmp_path: Path) -> None:
     assert (error.value.key, error.value.value) == ("model.tokenizer_path", str(tmp_path / "tokenizer.json"))
 
 
+REPLACE = {"type": "Replace", "pattern": {"String": "a"}, "content": "aa"}
+ANY = {"Regex": ""}
+
+
+@pytest.mark.parametrize(
+    ("part", "kind", "inner"),
+    [
+        ("normalizer", "normalizers", [REPLACE] * 20_000),
+        ("normalizer", "normalizers", [{**REPLACE, "content": "a" * 20_000}]),
+        ("normalizer", "normalizers", [{**REPLACE, "pattern": ANY, "content": "a" * 200}] * 2),
+        ("normalizer", "normalizers", [{"type": "Prepend", "prepend": "a" * 200}] * 2),
+        ("normalizer", "normalizers", [{"type": "Sequence", "normalizers": [REPLACE] * 30}] * 2),
+        ("decoder", "decoders", [REPLACE] * 60),
+    ],
+)
+def test_parts_that_make_a_text_longer_without_end(part: str, kind: str, inner: list[Any], tmp_path: Path) -> None:
+    content = {"type": "Sequence", kind: inner}
+    (tmp_path / "tokenizer.json").write_bytes(changed(**{part: content}))
+    with pytest.raises(ConfigError, match="times as long, and at most 10,000"):
+        load_tokenizer(str(tmp_path))
+    (tmp_path / "tokenizer.json").write_bytes(changed(**{part: {**content, kind: [REPLACE] * 3}}))
+    assert load_tokenizer(str(tmp_path)).vocab_size == 4
+
+
 def test_dropout_is_off(tmp_path: Path) -> None:
     """It would give a text other ids each time."""
     content = json.loads(SHIPPED.read_text())
     content["model"]["dropout"] = 0.9
     (tmp_path / "tokenizer.json").write_text(json.dumps(content))
     assert load_tokenizer(str(tmp_path)).encode("import os") == load_tokenizer().encode("import os")
+
+
+VALUES = [None, True, -1, 10**12, "", "x" * 1000, "\ud800", [], {}, [[]], {"type": "BPE"}]
+
+
+def mutated(content: Any, random: Random) -> bytes:
+    """JSON with one value dropped or of another type, or with some bytes changed."""
+    if random.random() < 0.6:
+        content = json.loads(json.dumps(content))
+        holder, key = random.choice(list(places(content, random)))
+        if random.random() < 0.4:
+            del holder[key]
+        else:
+            holder[key] = random.choice(VALUES)
+        return json.dumps(content).encode()
+    data = bytearray(json.dumps(content).encode())
+    for _ in range(random.choice([1, 3, 30])):
+        at = random.randrange(len(data))
+        data[at : at + random.randrange(2)] = random.choices(b'{}[]",:0 \x00\xff', k=random.randrange(1, 20))
+    return bytes(data)
+
+
+def places(content: Any, random: Random) -> Iterator[tuple[Any, Any]]:
+    keys = list(content) if isinstance(content, dict) else range(len(content)) if isinstance(content, list) else []
+    for key in random.sample(keys, 3) if len(keys) > 40 else keys:
+        yield content, key
+        yield from places(content[key], random)
+
+
+@pytest.mark.parametrize(
+    "seed", [0, *(pytest.param(seed, marks=pytest.mark.long) for seed in range(1, 10))], ids=lambda s: f"seed {s}"
+)
+def test_mutated_folders(seed: int, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Each loads and gives ids of its vocabulary, or is refused in one message."""
+    listed = {"content": "<|begin_of_text|>", **ADDED}
+    contents = {
+        "tokenizer.json": json.loads(SHIPPED.read_text()),
+        "tokenizer_config.json": {"bos_token": listed, "added_tokens_decoder": {"2046": listed}},
+        "special_tokens_map.json": {"bos_token": "<|begin_of_text|>", "eos_token": listed},
+        "added_tokens.json": {"<|begin_of_text|>": 2046},
+        "config.json": {"bos_token_id": 2046, "eos_token_id": [2047]},
+        "tokenizer_identity.json": load_tokenizer().identity,
+    }
+    random = Random(seed)
+    for _ in range(60):
+        names = ["tokenizer.json", *(name for name in contents if random.random() < 0.6)]
+        victim = random.choice(names)
+        for name, content in contents.items():
+            (tmp_path / name).unlink(missing_ok=True)
+            if name in names:
+                text = mutated(content, random) if name == victim else json.dumps(content).encode()
+                (tmp_path / name).write_bytes(text)
+        try:
+            tokenizer = load_tokenizer(str(tmp_path))
+            ids, refusal = tokenizer.encode("import os\n  x = 'é'"), None
+        except ConfigError as error:
+            refusal = error
+        if refusal is None:
+            assert max([*ids, tokenizer.bos_id, tokenizer.eos_id]) < tokenizer.vocab_size
+            assert tokenizer.files()
+        else:
+            assert refusal.key == "model.tokenizer_path"
+            assert len(str(refusal).encode()) < 1000
+    assert "panicked" not in capfd.readouterr().err
 
 
 # ---- identity
