@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from titanlite.checkpoint.storage import Info
 from titanlite.data.tokenizer import SHIPPED, Tokenizer, has_tokenizer, load_tokenizer
-from titanlite.data.tokenizer_files import KEY, damaged
+from titanlite.data.tokenizer_files import KEY, damaged, read_object
 from titanlite.data.tokenizer_identity import Identity, checked, comparable, differences, is_same, short
 from titanlite.errors import ConfigError
 
@@ -79,13 +79,14 @@ def _tokenizer_of(weights: Weights) -> ChosenTokenizer:
     folder, info = weights
     reason = f"of the weights in {folder}"
     if info is None:
-        if not has_tokenizer(folder):
-            raise damaged(
-                "",
-                f"{folder} has weights and no tokenizer; name the one that belongs to them, with model.tokenizer_path "
-                f"(the one that titanlite ships is {SHIPPED})",
-            )
-        tokenizer = load_tokenizer(str(folder))
+        tokenizer = load_tokenizer(str(folder) if has_tokenizer(folder) else "")
+        if Path(tokenizer.path) == SHIPPED:
+            if read_object(folder / "config.json").get("vocab_size") != tokenizer.vocab_size:
+                raise damaged(
+                    "", f"{folder} has weights and no tokenizer; name the one that belongs to them with {KEY}"
+                )
+            logger.warning("%s has no tokenizer; the one that titanlite ships has the size of its vocabulary", folder)
+            reason = "shipped"
         return ChosenTokenizer(tokenizer, _source(tokenizer), reason)
     if has_tokenizer(folder):
         tokenizer = load_tokenizer(str(folder))

@@ -13,6 +13,7 @@ _HUGGING_FACE_FILES = (
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
+    "chat_template.jinja",
 )
 _PROBE_TIMEOUT_S = 10.0
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tokenizers
@@ -18,6 +19,7 @@ from titanlite.data.document_tokens import CONFIG, find_document_tokens
 from titanlite.data.tiktoken import load_tiktoken
 from titanlite.data.tokenizer_files import (
     MAX_BYTES,
+    MAX_CONFIG_BYTES,
     MAX_IDS,
     Panic,
     damaged,
@@ -35,10 +37,18 @@ from titanlite.data.tokenizer_identity import Identity, checked, comparable, dif
 SHIPPED = Path(__file__).parent / "assets" / "tokenizer.json"
 HUGGING_FACE, LLAMA3 = "tokenizer.json", "tokenizer.model"
 _NAMES = (HUGGING_FACE, LLAMA3, f"original/{LLAMA3}")
+_TEMPLATE = "chat_template.jinja"
+
+# Entries of tokenizer_config.json that a copy keeps for transformers; training uses none of them.
+_KEPT = ("chat_template", "unk_token", "pad_token", "additional_special_tokens", "extra_special_tokens",
+         "model_max_length", "padding_side")  # fmt: skip
 
 
 class Tokenizer:
     """Converts text to token ids and back. It never adds special tokens, and never parses them in the text.
+
+    Args:
+        kept: entries of ``tokenizer_config.json`` that a copy keeps.
 
     Attributes:
         vocab_size: the size of the id space, including special tokens; every id is below it.
@@ -46,8 +56,11 @@ class Tokenizer:
         path: the file of the tokenizer.
     """
 
-    def __init__(self, backend: tokenizers.Tokenizer, bos_id: int, eos_id: int, path: str) -> None:
+    def __init__(
+        self, backend: tokenizers.Tokenizer, bos_id: int, eos_id: int, path: str, kept: Mapping[str, Any] | None = None
+    ) -> None:
         self._backend = backend
+        self._kept = kept or {}
         self.vocab_size: int = max(backend.get_vocab(with_added_tokens=True).values()) + 1
         self.bos_id = bos_id
         self.eos_id = eos_id
@@ -125,6 +138,7 @@ class Tokenizer:
                 single=[bos, "$A"], pair=[bos, "$A", bos, "$B:1"], special_tokens=[(bos, self.bos_id)]
             )
         config = {
+            **self._kept,
             "tokenizer_class": "PreTrainedTokenizerFast",
             "bos_token": bos,
             "eos_token": eos,
@@ -175,9 +189,17 @@ def load_tokenizer(path: str = "") -> Tokenizer:
         raise damaged(file, f"the tokenizers library fails on it ({excerpt(e)}); download it again") from None
     if size > MAX_IDS:
         raise damaged(file, f"has ids up to {size - 1:,}, and the largest that is read is {MAX_IDS - 1:,}")
-    tokenizer = Tokenizer(backend, bos, eos, str(file))
+    tokenizer = Tokenizer(backend, bos, eos, str(file), _kept_entries(file.parent))
     _check_identity(tokenizer, file.parent / IDENTITY)
     return tokenizer
+
+
+def _kept_entries(folder: Path) -> dict[str, Any]:
+    config = read_object(folder / CONFIG)
+    kept = {key: config[key] for key in _KEPT if key in config}
+    if is_there(folder / _TEMPLATE):  # it counts, where both are there
+        kept["chat_template"] = read_limited(folder / _TEMPLATE, MAX_CONFIG_BYTES).decode("utf-8", "replace")
+    return kept
 
 
 def has_tokenizer(folder: Path) -> bool:

@@ -151,6 +151,11 @@ def test_a_checkpoint_of_an_earlier_version(
 
 def test_weights_without_a_tokenizer(tmp_path: Path, other: Path, caplog: pytest.LogCaptureFixture) -> None:
     weights = Weights(tmp_path)
+    (tmp_path / "config.json").write_text('{"vocab_size": 2048}')
+    chosen = choose_tokenizer("", weights)  # it fits
+    assert (chosen.tokenizer.path, chosen.reason) == (str(SHIPPED), "shipped")
+    assert "has no tokenizer" in caplog.text
+    (tmp_path / "config.json").write_text('{"vocab_size": 32000}')
     assert "no tokenizer; name the one that belongs to them" in refusal(lambda: choose_tokenizer("", weights)).why
     assert same(choose_tokenizer(str(other), weights).tokenizer, other)
     assert "cannot be checked" in caplog.text

@@ -284,6 +284,23 @@ def test_what_a_tokenizer_adds_to_a_text_is_kept(tmp_path: Path) -> None:
     assert saved.encode("a").ids[-1] == 2047
 
 
+@pytest.mark.parametrize("template_in", ["config", "file"])
+def test_a_copy_keeps_what_transformers_needs(template_in: str, tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    load_tokenizer().save(tmp_path)
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    config |= {"pad_token": "<|end_of_text|>", "model_max_length": 77, "chat_template": "{{ messages }}", "other": 1}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    if template_in == "file":
+        (tmp_path / "chat_template.jinja").write_text("{{ 'é' }}", encoding="utf-8")
+    (tmp_path / "copy").mkdir()
+    load_tokenizer(str(tmp_path)).save(tmp_path / "copy")
+    for folder in (tmp_path, tmp_path / "copy"):
+        theirs = transformers.AutoTokenizer.from_pretrained(folder)
+        assert (theirs.pad_token_id, theirs.model_max_length) == (2047, 77)
+        assert theirs.chat_template == ("{{ 'é' }}" if template_in == "file" else "{{ messages }}")
+
+
 def test_sentencepiece_is_refused(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.model").write_bytes(b"\n\x0e\n\x05<unk>\x15\x00\x00\x00\x00\x18\x02\n\x0c\n\x03<s>\x15")
     with pytest.raises(ConfigError, match=r"this is a SentencePiece model .* use the same model's tokenizer.json"):
