@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 
 
 class Weights(NamedTuple):
-    """Where weights come from. ``info`` is that of a checkpoint; None: ``folder`` is a Hugging Face folder."""
+    """Where weights come from. ``info`` is that of a checkpoint; None: another program wrote ``folder``."""
 
     folder: Path
     info: Info | None = None
@@ -81,27 +81,29 @@ def _tokenizer_of(weights: Weights) -> ChosenTokenizer:
     if info is None:
         tokenizer = load_tokenizer(str(folder) if has_tokenizer(folder) else "")
         if Path(tokenizer.path) == SHIPPED:
-            if read_object(folder / "config.json").get("vocab_size") != tokenizer.vocab_size:
+            if read_object(folder / "config.json").get("vocab_size") not in (None, tokenizer.vocab_size):
                 raise damaged(
                     "", f"{folder} has weights and no tokenizer; name the one that belongs to them with {KEY}"
                 )
-            logger.warning("%s has no tokenizer; the one that titanlite ships has the size of its vocabulary", folder)
+            logger.warning(
+                "%s has no tokenizer, so the one that titanlite ships is used; %s names another", folder, KEY
+            )
             reason = "shipped"
         return ChosenTokenizer(tokenizer, _source(tokenizer), reason)
-    if has_tokenizer(folder):
-        tokenizer = load_tokenizer(str(folder))
-        noted = _noted(weights)
-        # After an update of the library, the copy, which has a checksum, is still the same.
-        if noted and comparable(noted, tokenizer.identity) and not is_same(noted, tokenizer.identity):
-            raise _another(tokenizer, noted, weights)
-        return ChosenTokenizer(tokenizer, info.tokenizer_path, reason)
+    copy, noted = has_tokenizer(folder), _noted(weights)
     try:
-        tokenizer = load_tokenizer(info.tokenizer_path)
+        tokenizer = load_tokenizer(str(folder) if copy else info.tokenizer_path)
     except ConfigError as e:
+        if copy:
+            raise
         raise damaged(
             info.tokenizer_path, f"{folder} was trained with it, and has no copy: {e.why}; name it with {KEY}"
         ) from None
-    _say_unchecked(tokenizer, folder)
+    # After an update of the library, the copy, which has a checksum, is still the same.
+    if noted and comparable(noted, tokenizer.identity) and not is_same(noted, tokenizer.identity):
+        raise _another(tokenizer, noted, weights)
+    if noted is None and not copy:
+        _say_unchecked(tokenizer, folder)
     return ChosenTokenizer(tokenizer, info.tokenizer_path, reason)
 
 
@@ -132,7 +134,7 @@ def _identity_of_files(weights: Weights) -> Identity | None:
 
 
 def _noted(weights: Weights) -> Identity | None:
-    """Return the identity in ``checkpoint.json``; None for a Hugging Face folder, or of an earlier version."""
+    """Return the identity in ``checkpoint.json``; None where another program, or an earlier version, wrote it."""
     entry = weights.info.tokenizer if weights.info else None
     return checked(entry, str(weights.folder)) if entry else None
 

@@ -104,6 +104,10 @@ def test_a_copy_that_is_not_that_of_the_checkpoint(other: Path, tmp_path: Path) 
     shutil.copy(other / "tokenizer.json", weights.folder)
     error = refusal(lambda: choose_tokenizer("", weights))
     assert "is another tokenizer" in error.why
+    (weights.folder / "tokenizer.json").unlink()
+    assert same(choose_tokenizer("", weights).tokenizer, SHIPPED)
+    weights.info.tokenizer_path = str(other)  # type: ignore[union-attr]
+    assert "is another tokenizer" in refusal(lambda: choose_tokenizer("", weights)).why
     assert error.origin == f"that of the weights in {weights.folder}"
 
 
