@@ -86,8 +86,8 @@ class ModelSpec:
             )
         return self.flavors[name]
 
-    def configure(self, flavor: Any, vocab_size: int, seq_len: int) -> Any:
-        """Return ``flavor`` completed for a tokenizer and a sequence length.
+    def configure(self, flavor: Any, vocab_size: int, seq_len: int, tokenizer_path: str = "") -> Any:
+        """Return ``flavor`` completed for a tokenizer, whose path is for messages, and a sequence length.
 
         Raises:
             ConfigError: the tokenizer does not fit.
@@ -99,6 +99,7 @@ class ModelSpec:
                 f"{e}; take the tokenizer that belongs to the model, or a flavor that takes any vocabulary, such as "
                 "debugmodel",
                 key="model.tokenizer_path",
+                value=tokenizer_path,
             ) from e
 
 

@@ -37,7 +37,7 @@ from titanlite.config import (
     resolve_degrees,
 )
 from titanlite.config.run_config import CONFIG as CONFIG_TOML
-from titanlite.data import DataLoader, build_source, load_tokenizer, merge_states
+from titanlite.data import DataLoader, build_source, merge_states
 from titanlite.distributed import runtime
 from titanlite.distributed.compile import CompileWatch
 from titanlite.distributed.context_parallel import ContextParallel
@@ -92,6 +92,7 @@ class Trainer:
         self.runtime.on_rank_zero(self._lock_run_folder)
         self.profiler = Profiler(config.profiling, self.run_path, self.runtime.rank, self.runtime.device)
         self._find_checkpoint()
+        self._load_tokenizer()
         self._build_data()
         self._build_model()
         self._build_optimizer()
@@ -132,12 +133,17 @@ class Trainer:
         self.seed = training.seed = runtime.set_seed(seed, training.deterministic, self.runtime)
         self.about["seed"] = f"{self.seed}" + (", deterministic" if training.deterministic else "")
 
+    def _load_tokenizer(self) -> None:
+        """Load the tokenizer, which belongs to the weights; every checkpoint gets a copy."""
+        self.tokenizer, self.tokenizer_source, reason = self.start.choose_tokenizer(self.config)
+        self.checkpoints.files = self.tokenizer.files()
+        self.about["tokenizer"] = f"{self.tokenizer.description()} ({reason})"
+
     def _build_data(self) -> None:
         training, data = self.config.training, self.config.data
         self.context = None
         if self.degrees.context_parallel > 1:
             self.context = ContextParallel(self.mesh.cp, self.config.parallelism.context_parallel_rotate_method)
-        self.tokenizer = load_tokenizer(self.config.model.tokenizer_path)
         vocab_size, device = self.tokenizer.vocab_size, self.runtime.device
         check_memory(self.config, self.spec, self.flavor, vocab_size, self.degrees, device)
         self.global_batch_size = global_batch_size(self.config, self.degrees.data_parallel)
@@ -158,9 +164,9 @@ class Trainer:
             dp_degree=self.degrees.data_parallel,
             pin_memory=self.runtime.device.type == "cuda",
         )
-        self.runtime.check_same("the data or tokenizers", self.loader.identity)
+        identity = {**self.loader.identity, "tokenizer": self.tokenizer.identity["sha256"]}
+        self.runtime.check_same("the data or tokenizers", identity)
         self.about["data"] = f"{training.dataset}{f' ({training.dataset_path})' if training.dataset_path else ''}"
-        self.about["tokenizer"] = f"{self.tokenizer.path}, {self.tokenizer.vocab_size} tokens"
         self.about["tokens per step"] = (
             f"{self.global_batch_size * training.seq_len:,} = "
             f"{counted(self.global_batch_size, 'sequence')} x {training.seq_len}"
@@ -169,7 +175,9 @@ class Trainer:
     def _build_model(self) -> None:
         config, device = self.config, self.runtime.device
         before = peak_memory(device).active
-        self.model_args = self.spec.configure(self.flavor, self.tokenizer.vocab_size, config.training.seq_len)
+        self.model_args = self.spec.configure(
+            self.flavor, self.tokenizer.vocab_size, config.training.seq_len, self.tokenizer.path
+        )
         built = build_model(self.spec, self.model_args, config, self.mesh)
         self.model_parts, self.parameters = built.parts, built.parameters
         self.size, self.converters = built.size, built.converters
@@ -231,6 +239,7 @@ class Trainer:
             self.run_folder.go_on(self.config, self.step, processes)
         else:
             self.run_folder.begin(self.config)
+        self.run_folder.keep_tokenizer(self.tokenizer)
         validation = self.run_path / VALIDATION if self.validator else None
         self.sinks.append(JsonlSink(self.run_path / METRICS, validation))
         if metrics.enable_tensorboard and not metrics.save_for_all_ranks:
@@ -355,11 +364,12 @@ class Trainer:
         """Save a checkpoint of this step, if checkpoints are enabled. The time is excluded from the training speed."""
         if not self.config.checkpoint.enable_checkpoint:
             return
-        start, tokenizer = time.perf_counter(), self.config.model.tokenizer_path
+        start = time.perf_counter()
         info = Info(
             step=self.step,
             model=self.process.model,
-            tokenizer_path=str(Path(tokenizer).expanduser().absolute()) if tokenizer else "",
+            tokenizer_path=self.tokenizer_source,
+            tokenizer=self.tokenizer.identity,
             seed=self.seed,
             tokens_seen=self.recorder.tokens_seen,
             data=merge_states(self.runtime.gather(self.loader.state_dict())),

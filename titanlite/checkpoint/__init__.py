@@ -4,13 +4,17 @@ from titanlite.checkpoint.folder import saved_steps
 from titanlite.checkpoint.hugging_face import HuggingFaceFolder, is_hugging_face
 from titanlite.checkpoint.manager import CheckpointManager, Process, SavedCheckpoint
 from titanlite.checkpoint.storage import Info
+from titanlite.checkpoint.tokenizer import ChosenTokenizer, Weights, choose_tokenizer
 
 __all__ = [
     "CheckpointManager",
+    "ChosenTokenizer",
     "HuggingFaceFolder",
     "Info",
     "Process",
     "SavedCheckpoint",
+    "Weights",
+    "choose_tokenizer",
     "is_hugging_face",
     "saved_steps",
 ]

@@ -97,6 +97,9 @@ class CheckpointManager:
     Args:
         root: the folder of the checkpoints.
         timeout: seconds that a process waits for the slowest process to write or read.
+
+    Attributes:
+        files: the names and contents of text files that every checkpoint gets.
     """
 
     def __init__(self, options: Checkpoint, root: Path, device: torch.device, timeout: int) -> None:
@@ -107,6 +110,7 @@ class CheckpointManager:
         if options.async_mode != "disabled":
             self._background = BackgroundSaver(device, pin=options.async_mode == "async_with_pinned_mem")
         self.last_saved: int | None = None
+        self.files: dict[str, str] = {}
         self._deleting: threading.Thread | None = None
 
     # ---- choosing a checkpoint
@@ -334,7 +338,7 @@ class CheckpointManager:
 
     def _write(self, state: State, info: Info) -> None:
         start = time.perf_counter()
-        folder = save(self.root, state, info, self.group)
+        folder = save(self.root, state, info, self.group, self.files)
         self.last_saved = info.step
         logger.info(
             "step %d: checkpoint %s saved in %.2f s (%s of this process)",

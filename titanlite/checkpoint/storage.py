@@ -58,7 +58,8 @@ class Info:
     Attributes:
         step: the number of optimizer steps made.
         model: ``name``, ``flavor`` and ``args`` of the model.
-        tokenizer_path: the configured path; empty for the shipped tokenizer.
+        tokenizer_path: where the tokenizer came from; empty for the shipped one. A copy is in the folder.
+        tokenizer: the identity of the tokenizer; empty if an earlier version saved the checkpoint.
         weights_only: True if the checkpoint has no optimizer and random states.
         world_size: the number of processes that saved the checkpoint.
         seed: the seed of the run.
@@ -71,6 +72,7 @@ class Info:
     step: int
     model: dict[str, Any]
     tokenizer_path: str = ""
+    tokenizer: dict[str, str] = field(default_factory=dict)
     weights_only: bool = False
     world_size: int = 1
     seed: int = 0
@@ -150,8 +152,13 @@ class _HashingFileSystem(FileSystem):
         self.sums[Path(new_path).name] = self.sums.pop(Path(path).name)
 
 
-def save(root: Path, state: State, info: Info, group: dist.ProcessGroup | None) -> Path:
+def save(
+    root: Path, state: State, info: Info, group: dist.ProcessGroup | None, files: Mapping[str, str] | None = None
+) -> Path:
     """Write the checkpoint ``root/step-N``, where N is ``info.step``, atomically; return its folder.
+
+    Args:
+        files: the names and contents of text files that belong to it, such as those of the tokenizer.
 
     Raises:
         SaveError: writing failed on any process. Then no new checkpoint exists.
@@ -168,8 +175,8 @@ def save(root: Path, state: State, info: Info, group: dist.ProcessGroup | None) 
         partial.mkdir()
 
     def end(sums: Mapping[str, str]) -> None:
-        text = json.dumps({"format": _FORMAT, **asdict(info)}, indent=1)
-        commit(partial, final, {**sums, INFO: write_file(partial / INFO, text)})
+        texts = {**(files or {}), INFO: json.dumps({"format": _FORMAT, **asdict(info)}, indent=1)}
+        commit(partial, final, {**sums, **{name: write_file(partial / name, text) for name, text in texts.items()}})
 
     is_first = dist.get_rank() == 0
     try:

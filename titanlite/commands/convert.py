@@ -26,7 +26,7 @@ def parser() -> argparse.ArgumentParser:
         "(compressed-tensors)")  # fmt: skip
     cli.add_argument("--calibration", metavar="FILE", help="with float8_static, a text like those to come; default: "
         "Python's standard library")  # fmt: skip
-    cli.add_argument("--tokenizer_path", metavar="PATH", help="default: what the checkpoint was trained with")
+    cli.add_argument("--tokenizer_path", metavar="PATH", help="default: that of the folder; another one is refused")
     cli.add_argument("--custom_import", metavar="MODULE", help="a Python module to import first, which may register "
         "the model")  # fmt: skip
     cli.add_argument("--no-verify", action="store_true", help="do not compare the checkpoint's checksums first")

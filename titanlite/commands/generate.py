@@ -35,7 +35,7 @@ def parser() -> argparse.ArgumentParser:
         "for the output projection; default: as in the checkpoint")  # fmt: skip
     add("--calibration", metavar="FILE", help="with float8_static, a text like those to come; default: Python's "
         "standard library")  # fmt: skip
-    add("--tokenizer_path", metavar="PATH", help="default: what the checkpoint was trained with")
+    add("--tokenizer_path", metavar="PATH", help="default: that of the folder; another one is refused")
     add("--custom_import", metavar="MODULE", help="a Python module to import first, which may register the model")
     add("--no-cache", action="store_true", help="compute all tokens again for each one: slow, for comparison")
     return cli

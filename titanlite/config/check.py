@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from titanlite.config.number_formats import NUMBER_FORMATS
@@ -94,8 +95,10 @@ def _check_checkpoint(config: JobConfig) -> None:
         )
     # With an initial checkpoint, the exclusion applies to that checkpoint.
     whole = not options.initial_load_model_weights_only if options.initial_load_path else options.enable_checkpoint
-    if excluded and not whole:
+    if set(excluded) - {"tokenizer"} and not whole:
         no_effect("exclude_from_loading", "where nothing but weights is loaded; leave it out")
+    if "tokenizer" in excluded:
+        _check_other_tokenizer(config, whole)
     if "lr_scheduler" in excluded and "train_state" not in excluded:
         refuse(
             config,
@@ -105,9 +108,22 @@ def _check_checkpoint(config: JobConfig) -> None:
         )
 
 
+def _check_other_tokenizer(config: JobConfig, whole: bool) -> None:
+    key, options = "checkpoint.exclude_from_loading", config.checkpoint
+    if not options.initial_load_path or not config.model.tokenizer_path:
+        refuse(
+            config,
+            key,
+            'that of "tokenizer" has no effect without checkpoint.initial_load_path and model.tokenizer_path, the '
+            "weights and another tokenizer for them; set both, or leave it out",
+        )
+    if whole and "dataloader" not in options.exclude_from_loading:
+        refuse(config, key, "a place in the data counts the tokens of one tokenizer; exclude dataloader too")
+
+
 def _check_tokenizer(config: JobConfig) -> None:
     path = config.model.tokenizer_path
-    if path and not Path(path).expanduser().exists():
+    if path and not os.path.lexists(os.path.expanduser(path)) and not _has_copy(config):
         refuse(
             config,
             "model.tokenizer_path",
@@ -115,3 +131,11 @@ def _check_tokenizer(config: JobConfig) -> None:
             "    titanlite tokenizer download --repo_id meta-llama/Llama-3.1-8B --hf_token=...\n"
             "or leave the option empty for the tokenizer that titanlite ships",
         )
+
+
+def _has_copy(config: JobConfig) -> bool:
+    """Return True if the run folder holds a checkpoint with a copy of its tokenizer, which takes the file's place."""
+    if not config.checkpoint.enable_checkpoint:
+        return False
+    root = Path(os.path.expanduser(config.job.dump_folder)) / config.checkpoint.folder
+    return any(root.glob("step-*/tokenizer.json"))

@@ -84,8 +84,8 @@ class Model:
     flavor: str = "debugmodel"
     """The size of the model, one of the family's flavors."""
     tokenizer_path: AnyPath = ""
-    """A Hugging Face tokenizer.json (or its folder), or a Llama 3 tokenizer.model. Empty: the small BPE
-    that titanlite ships."""
+    """A Hugging Face tokenizer.json (or its folder), or a Llama 3 tokenizer.model. Empty: that of the weights that
+    the run begins with, else the small BPE that titanlite ships."""
     converters: list[str] = field(default_factory=list)
     """Converters to apply to the model, in this order, after it is built and before it is sharded."""
     print_after_conversion: bool = False
@@ -241,11 +241,12 @@ class Checkpoint:
     """The number of latest checkpoints to keep; 0 keeps all."""
     load_step: LoadStep = -1
     """The step to continue from; -1: the latest. Later checkpoints are moved aside."""
-    exclude_from_loading: list[Literal["optimizer", "lr_scheduler", "dataloader", "train_state"]] = field(  # type: ignore[assignment]
+    exclude_from_loading: list[Literal["optimizer", "lr_scheduler", "dataloader", "train_state", "tokenizer"]] = field(  # type: ignore[assignment]
         default_factory=list
     )
     """Parts that are not loaded: optimizer, lr_scheduler, dataloader, train_state (the step). The learning rate follows
-    from the step, so lr_scheduler requires train_state."""
+    from the step, so lr_scheduler requires train_state. tokenizer: train the weights of initial_load_path with another
+    one, model.tokenizer_path."""
     enable_first_step_checkpoint: bool = False
     """Save after the first step too."""
     verify: bool = True

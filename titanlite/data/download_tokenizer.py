@@ -2,24 +2,34 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+from titanlite.data.train_tokenizer import refuse_existing
 from titanlite.errors import ConfigError
 
 # With tokenizer.model, the files that load_tokenizer reads. A model publishes tokenizer.json or tokenizer.model.
-_HUGGING_FACE_FILES = ("tokenizer.json", "tokenizer_config.json")
+_HUGGING_FACE_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+)
 _PROBE_TIMEOUT_S = 10.0
 
 
-def download(repo_id: str, token: str | None, local_dir: str, tokenizer_path: str) -> list[str]:
+def download(repo_id: str, token: str | None, local_dir: str, tokenizer_path: str, force: bool = False) -> list[str]:
     """Download the tokenizer's files, as far as the repository has them.
 
     Args:
         tokenizer_path: the folder in the repository that holds tokenizer.model; "" for its root.
+        force: replace files that are in ``local_dir`` already.
 
     Returns:
         The paths of the files on this machine.
 
     Raises:
-        ConfigError: no access, no such repository, no tokenizer in it, or no network.
+        ConfigError: a file is there already, no access, no such repository, no tokenizer in it, or no network.
     """
     from huggingface_hub import HfApi, hf_hub_download
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
@@ -32,6 +42,7 @@ def download(repo_id: str, token: str | None, local_dir: str, tokenizer_path: st
         names = [name for name in (*_HUGGING_FACE_FILES, model) if name in published]
         if "tokenizer.json" not in names and model not in names:
             raise ConfigError(f"{repo_id} has neither tokenizer.json nor {model}; correct --tokenizer_path")
+        refuse_existing([Path(local_dir, name) for name in names], force)
         return [hf_hub_download(repo_id, filename=name, local_dir=local_dir, token=token) for name in names]
     except ConfigError:
         raise

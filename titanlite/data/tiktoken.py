@@ -13,7 +13,7 @@ from pathlib import Path
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
-from titanlite.errors import ConfigError
+from titanlite.data.tokenizer_files import MAX_IDS, damaged
 
 SPLIT_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
@@ -21,6 +21,7 @@ SPLIT_PATTERN = (
 )
 
 _NUM_SPECIAL = 256
+_MAX_TOKEN = 1024  # bytes; those of Llama 3 have at most 128
 
 
 def special_tokens() -> list[str]:
@@ -48,13 +49,16 @@ def split_like_llama3() -> pre_tokenizers.PreTokenizer:
     )
 
 
-def load_tiktoken(file: Path) -> tokenizers.Tokenizer:
-    """Load a file of ``base64 rank`` lines.
+def load_tiktoken(file: Path, content: bytes) -> tokenizers.Tokenizer:
+    """Return the tokenizer of a file of ``base64 rank`` lines.
+
+    Args:
+        content: that of ``file``, whose name is for messages.
 
     Raises:
         ConfigError: the file is a SentencePiece model, or is not in this format.
     """
-    ranks = _read_ranks(file)
+    ranks = _read_ranks(file, content)
     character = _byte_characters()
     names = {token: "".join(character[byte] for byte in token) for token in ranks}
     vocab = {names[token]: rank for token, rank in ranks.items()}
@@ -65,37 +69,40 @@ def load_tiktoken(file: Path) -> tokenizers.Tokenizer:
     return backend
 
 
-def _read_ranks(file: Path) -> dict[bytes, int]:
-    data = file.read_bytes()
+def _read_ranks(file: Path, content: bytes) -> dict[bytes, int]:
     # A SentencePiece model is a protobuf. Its first field has the tag 0x0a, and it always contains an <unk> piece.
-    if data[:1] == b"\n" and b"<unk>" in data:
-        raise ConfigError(
+    if content[:1] == b"\n" and b"<unk>" in content:
+        raise damaged(
+            file,
             "this is a SentencePiece model (Llama 1 and 2, Mistral), which is not "
             "supported; use the same model's tokenizer.json",
-            key="model.tokenizer_path",
-            value=file,
         )
     ranks: dict[bytes, int] = {}
-    for number, line in enumerate(data.splitlines(), start=1):
+    for number, line in enumerate(content.splitlines(), start=1):
         if not line:
             continue
         try:
             token, rank = line.split()
             ranks[base64.b64decode(token, validate=True)] = int(rank)
         except (ValueError, binascii.Error) as error:
-            raise ConfigError(
+            raise damaged(
+                file,
                 f'line {number} is not "base64 rank", so this is no Llama 3 '
                 "tokenizer.model; download it again, or use the model's tokenizer.json",
-                key="model.tokenizer_path",
-                value=file,
             ) from error
     missing = [byte for byte in range(256) if bytes([byte]) not in ranks]
     if missing or sorted(ranks.values()) != list(range(len(ranks))):
-        raise ConfigError(
+        raise damaged(
+            file,
             f"the ranks must be 0 to {len(ranks) - 1} and hold all 256 single bytes "
             f"({len(missing)} are missing): the file is cut short or damaged; download it again",
-            key="model.tokenizer_path",
-            value=file,
+        )
+    longest = max(map(len, ranks))
+    if longest > _MAX_TOKEN or len(ranks) > MAX_IDS:
+        raise damaged(
+            file,
+            f"has {len(ranks):,} tokens, the longest of {longest:,} bytes, and at most {MAX_IDS:,} of {_MAX_TOKEN:,} "
+            "bytes are read; download it again",
         )
     return ranks
 

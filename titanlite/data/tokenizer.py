@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -13,24 +15,40 @@ import tokenizers
 from numpy.typing import NDArray
 from tokenizers import pre_tokenizers, processors
 
+from titanlite.data.document_tokens import CONFIG, find_document_tokens
 from titanlite.data.tiktoken import load_tiktoken
-from titanlite.errors import ConfigError
+from titanlite.data.tokenizer_files import (
+    MAX_BYTES,
+    MAX_CONFIG_BYTES,
+    MAX_IDS,
+    Panic,
+    damaged,
+    excerpt,
+    is_there,
+    panics_as_exceptions,
+    read_limited,
+    read_object,
+    without_stderr,
+)
+from titanlite.data.tokenizer_growth import MAX_GROWTH, growth_of
+from titanlite.data.tokenizer_identity import FILE as IDENTITY
+from titanlite.data.tokenizer_identity import Identity, checked, comparable, differences, identity_of, is_same, short
 
 SHIPPED = Path(__file__).parent / "assets" / "tokenizer.json"
+HUGGING_FACE, LLAMA3 = "tokenizer.json", "tokenizer.model"
+_NAMES = (HUGGING_FACE, LLAMA3, f"original/{LLAMA3}")
+_TEMPLATE = "chat_template.jinja"
 
-# (BOS, EOS) of known model families, used if no tokenizer_config.json names them. The order matters: GPT-2's
-# <|endoftext|> also appears in vocabularies that have a better pair.
-_KNOWN_PAIRS = (
-    ("<|begin_of_text|>", "<|end_of_text|>"),
-    ("<s>", "</s>"),
-    ("<bos>", "<eos>"),
-    ("<|startoftext|>", "<|endoftext|>"),
-    ("<|endoftext|>", "<|endoftext|>"),
-)
+# Entries of tokenizer_config.json that a copy keeps for transformers; training uses none of them.
+_KEPT = ("chat_template", "unk_token", "pad_token", "additional_special_tokens", "extra_special_tokens",
+         "model_max_length", "padding_side")  # fmt: skip
 
 
 class Tokenizer:
     """Converts text to token ids and back. It never adds special tokens, and never parses them in the text.
+
+    Args:
+        kept: entries of ``tokenizer_config.json`` that a copy keeps.
 
     Attributes:
         vocab_size: the size of the id space, including special tokens; every id is below it.
@@ -38,8 +56,11 @@ class Tokenizer:
         path: the file of the tokenizer.
     """
 
-    def __init__(self, backend: tokenizers.Tokenizer, bos_id: int, eos_id: int, path: str) -> None:
+    def __init__(
+        self, backend: tokenizers.Tokenizer, bos_id: int, eos_id: int, path: str, kept: Mapping[str, Any] | None = None
+    ) -> None:
         self._backend = backend
+        self._kept = kept or {}
         self.vocab_size: int = max(backend.get_vocab(with_added_tokens=True).values()) + 1
         self.bos_id = bos_id
         self.eos_id = eos_id
@@ -49,15 +70,19 @@ class Tokenizer:
         backend.no_padding()
         # The text "<|end_of_text|>" inside a document must not become an EOS token.
         backend.encode_special_tokens = True
+        if getattr(backend.model, "dropout", None):
+            backend.model.dropout = None  # it would give a text other ids each time
 
     def encode(self, text: str) -> list[int]:
         """Return the token ids of ``text``."""
-        ids: list[int] = self._backend.encode(text, add_special_tokens=False).ids
+        with self._naming_file():
+            ids: list[int] = self._backend.encode(text, add_special_tokens=False).ids
         return ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[NDArray[np.int32]]:
         """Return one int32 array of ids per text. Runs on all cores and releases the interpreter lock."""
-        encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        with self._naming_file():
+            encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
         return [np.asarray(encoding.ids, dtype=np.int32) for encoding in encodings]
 
     @cached_property
@@ -84,23 +109,48 @@ class Tokenizer:
         text: str = self._backend.decode([int(i) for i in ids], skip_special_tokens=False)
         return text
 
-    def save(self, folder: Path) -> None:
-        """Write ``tokenizer.json`` and ``tokenizer_config.json`` into ``folder``, for :func:`load_tokenizer` and for
-        ``transformers``. A tokenizer without a post-processor gets one that puts BOS before a text, as in training."""
+    @contextmanager
+    def _naming_file(self) -> Iterator[None]:
+        """Turn the errors of the library about a text, such as a pattern that takes too long, into ConfigError."""
+        try:
+            with panics_as_exceptions():
+                yield
+        except Exception as e:
+            raise damaged(self.path, f"fails on a text ({excerpt(e)}); use another tokenizer") from None
+
+    @cached_property
+    def identity(self) -> Identity:
+        """The checksums of what decides the ids; see :func:`identity_of`."""
+        names = (f"{self._backend.id_to_token(i)} ({i})" for i in (self.bos_id, self.eos_id))
+        return identity_of(json.loads(self._backend.to_str()), *names)
+
+    def description(self) -> str:
+        return f"{self.path}, {self.vocab_size:,} tokens, sha256 {short(self.identity)}"
+
+    def files(self, pretty: bool = True) -> dict[str, str]:
+        """Return the names and contents of ``tokenizer.json`` and ``tokenizer_config.json``, for
+        :func:`load_tokenizer` and for ``transformers``. A tokenizer without a post-processor gets one that puts BOS
+        before a text, as in training. ``pretty``: one entry of the vocabulary per line."""
         backend = tokenizers.Tokenizer.from_str(self._backend.to_str())
         bos, eos = (backend.id_to_token(i) for i in (self.bos_id, self.eos_id))
         if backend.post_processor is None:
             backend.post_processor = processors.TemplateProcessing(
                 single=[bos, "$A"], pair=[bos, "$A", bos, "$B:1"], special_tokens=[(bos, self.bos_id)]
             )
-        backend.save(str(folder / "tokenizer.json"))
         config = {
+            **self._kept,
             "tokenizer_class": "PreTrainedTokenizerFast",
             "bos_token": bos,
             "eos_token": eos,
             "clean_up_tokenization_spaces": False,  # it would change decoded text
         }
-        (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        return {HUGGING_FACE: backend.to_str(pretty), CONFIG: json.dumps(config, indent=2) + "\n"}
+
+    def save(self, folder: Path) -> None:
+        """Write :meth:`files` and ``tokenizer_identity.json`` into ``folder``."""
+        identity = json.dumps(self.identity, indent=2) + "\n"
+        for name, text in (self.files() | {IDENTITY: identity}).items():
+            (folder / name).write_text(text, encoding="utf-8")
 
 
 def _is_byte_level(backend: tokenizers.Tokenizer) -> bool:
@@ -122,76 +172,99 @@ def load_tokenizer(path: str = "") -> Tokenizer:
             is preferred); empty for the tokenizer shipped with titanlite (2,048 tokens).
 
     Raises:
-        ConfigError: the file is missing, its format is unknown, or no BOS and EOS tokens are known.
+        ConfigError: the file is missing, damaged, too large or of an unknown format, no BOS and EOS tokens are known,
+            or it is another tokenizer than ``tokenizer_identity.json`` in its folder says. The key is
+            ``model.tokenizer_path``.
     """
-    file = _find(path)
-    if file.suffix == ".model":
-        backend = load_tiktoken(file)
-    else:
-        try:
-            backend = tokenizers.Tokenizer.from_file(str(file))
-        except Exception as error:  # the library raises bare Exception
-            raise ConfigError(
-                f"{file} is not a Hugging Face tokenizer.json ({error}); "
-                "download it again, or leave model.tokenizer_path empty for the shipped tokenizer",
-                key="model.tokenizer_path",
-                value=path,
-            ) from error
-    bos, eos = _document_tokens(backend, file)
-    return Tokenizer(backend, bos, eos, str(file))
+    file = _find(path) if path else SHIPPED
+    content = read_limited(file, MAX_BYTES)
+    is_llama3 = file.suffix == ".model"
+    try:
+        with panics_as_exceptions():
+            with without_stderr():
+                backend = load_tiktoken(file, content) if is_llama3 else _load_hugging_face(file, content)
+            bos, eos = find_document_tokens(backend, file, known=is_llama3)
+            size = max(backend.get_vocab(with_added_tokens=True).values()) + 1
+    except Panic as e:
+        raise damaged(file, f"the tokenizers library fails on it ({excerpt(e)}); download it again") from None
+    if size > MAX_IDS:
+        raise damaged(file, f"has ids up to {size - 1:,}, and the largest that is read is {MAX_IDS - 1:,}")
+    tokenizer = Tokenizer(backend, bos, eos, str(file), _kept_entries(file.parent))
+    _check_identity(tokenizer, file.parent / IDENTITY)
+    return tokenizer
+
+
+def _kept_entries(folder: Path) -> dict[str, Any]:
+    config = read_object(folder / CONFIG)
+    kept = {key: config[key] for key in _KEPT if key in config}
+    if is_there(folder / _TEMPLATE):  # it counts, where both are there
+        kept["chat_template"] = read_limited(folder / _TEMPLATE, MAX_CONFIG_BYTES).decode("utf-8", "replace")
+    return kept
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Return True if ``folder`` holds the files of a tokenizer."""
+    return any(is_there(folder / name) for name in _NAMES)
+
+
+def _load_hugging_face(file: Path, content: bytes) -> tokenizers.Tokenizer:
+    try:
+        backend = tokenizers.Tokenizer.from_buffer(content)
+        added = json.loads(content).get("added_tokens") or []
+        stated = {entry["content"]: entry["id"] for entry in added}
+    except (Exception, Panic) as error:  # the library raises bare Exception
+        reason = excerpt(str(error).removeprefix("Cannot instantiate Tokenizer from buffer: "))
+        raise damaged(
+            file,
+            f"is not a Hugging Face tokenizer.json ({reason}); "
+            "download it again, or leave model.tokenizer_path empty for the shipped tokenizer",
+        ) from error
+    if not backend.get_vocab_size():
+        raise damaged(file, "its vocabulary is empty; download it again")
+    growth = growth_of(backend)
+    if growth > MAX_GROWTH:
+        raise damaged(
+            file,
+            f"its normalizer or decoder can make a text {growth:,} times as long, and at most {MAX_GROWTH:,} is read",
+        )
+    for token, i in stated.items():
+        if backend.token_to_id(token) != i:
+            raise damaged(
+                file,
+                f"gives the added token {excerpt(token)} the id {i}, and its vocabulary has room at "
+                f"{backend.token_to_id(token)}; download it again",
+            )
+    return backend
 
 
 def _find(path: str) -> Path:
-    if not path:
-        return SHIPPED
-    file = Path(path).expanduser()
-    if file.is_file():
-        return file
-    names = ("tokenizer.json", "tokenizer.model", "original/tokenizer.model")
-    for name in names:
-        if (file / name).is_file():
+    file = Path(os.path.expanduser(path))
+    try:
+        if file.is_file():
+            return file
+        is_folder = file.is_dir()
+    except OSError as e:
+        raise damaged(path, f"cannot be read ({e.strerror or e}); correct the path or its permissions") from None
+    for name in _NAMES:
+        if is_folder and is_there(file / name):
             return file / name
-    problem = f"the folder has no {', '.join(names[:-1])} or {names[-1]}" if file.is_dir() else "there is no such file"
-    raise ConfigError(
+    problem = f"the folder has no {', '.join(_NAMES[:-1])} or {_NAMES[-1]}" if is_folder else "there is no such file"
+    raise damaged(
+        path,
         f"{problem} (a path is relative to the current folder, {Path.cwd()}); "
         "get it with: titanlite tokenizer download --repo_id meta-llama/Llama-3.1-8B --hf_token=..., "
         "or leave model.tokenizer_path empty for the shipped tokenizer",
-        key="model.tokenizer_path",
-        value=path,
     )
 
 
-def _document_tokens(backend: tokenizers.Tokenizer, file: Path) -> tuple[int, int]:
-    """Return the ids of BOS and EOS, from ``tokenizer_config.json`` in the same folder or from well-known names."""
-    config = _read_config(file.parent / "tokenizer_config.json")
-    configured = [_token_name(config.get(key)) for key in ("bos_token", "eos_token")]
-    defaults = next((p for p in _KNOWN_PAIRS if all(backend.token_to_id(t) is not None for t in p)), (None, None))
-    bos, eos = (name or default for name, default in zip(configured, defaults))
-    # Families with a single separator token configure only one of the two.
-    bos, eos = bos or eos, eos or bos
-    ids = [backend.token_to_id(token) if token else None for token in (bos, eos)]
-    if ids[0] is None or ids[1] is None:
-        raise ConfigError(
-            f"model.tokenizer_path: {file} has no token known to begin or end a document "
-            f"(looked for {bos or 'BOS'} and {eos or 'EOS'}); name them in a tokenizer_config.json beside it: "
-            '{"bos_token": "...", "eos_token": "..."}'
+def _check_identity(tokenizer: Tokenizer, file: Path) -> None:
+    if not is_there(file):
+        return
+    noted = checked(read_object(file), str(file))
+    if comparable(noted, tokenizer.identity) and not is_same(noted, tokenizer.identity):
+        raise damaged(
+            tokenizer.path,
+            f"is not the tokenizer that this folder was written with: sha256 {short(noted)} there, "
+            f"{short(tokenizer.identity)} here; they differ in {differences(noted, tokenizer.identity)}; restore it, "
+            f"or, if you changed it on purpose, delete {file}",
         )
-    return ids[0], ids[1]
-
-
-def _read_config(file: Path) -> dict[str, Any]:
-    if not file.is_file():
-        return {}
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ConfigError(
-            f"model.tokenizer_path: {file} is not JSON ({error}); repair, re-download or delete it"
-        ) from error
-    return config if isinstance(config, dict) else {}
-
-
-def _token_name(entry: object) -> str | None:
-    if isinstance(entry, dict):
-        entry = entry.get("content")
-    return entry if isinstance(entry, str) else None

@@ -47,7 +47,7 @@ def convert(
     Args:
         dtype: the torch dtype, by name, of the weights in a Hugging Face folder; None: bfloat16. A checkpoint keeps the
             dtypes of the source.
-        tokenizer_path: the tokenizer; None: the one that the weights were trained with.
+        tokenizer_path: the tokenizer, where the source has none; None: the one of the source.
         quantize, calibration: see :func:`titanlite.inference.load.load_model`.
         verify_sums: verify the checksums of a checkpoint first.
 
@@ -84,7 +84,7 @@ def to_hugging_face(
     spec, family = description.spec, description.spec.hugging_face
     if family is None:
         raise ConfigError(f'the model family "{spec.name}" has no form in transformers: nothing to convert to')
-    tokenizer = tokenizer_of(description, tokenizer_path)
+    tokenizer = tokenizer_of(description, tokenizer_path).tokenizer
     quantizer = None if quantize is None else quantizer_for(quantize, description)
     weights = family.weights(description.args)
     config = family.to_config(description.args)
@@ -152,7 +152,7 @@ def to_checkpoint(folder: Path, target: Path, tokenizer_path: str | None) -> str
     source, description = HuggingFaceFolder(folder), describe(folder)
     if description.quantizer is not None:
         raise ConfigError(f"{folder}: its weights are quantized, and a run continues from weights in high precision")
-    tokenizer_of(description, tokenizer_path)
+    tokenizer, tokenizer_source, _ = tokenizer_of(description, tokenizer_path)
     family = description.spec.hugging_face
     assert family is not None
     weights = family.weights(description.args)
@@ -161,10 +161,10 @@ def to_checkpoint(folder: Path, target: Path, tokenizer_path: str | None) -> str
         state = {f"model.{name}": get(place) for name, place in weights.items()}  # as views of the files
         shape: dict[str, Any] = json.loads(json.dumps(asdict(description.args)))
         model = {"name": description.spec.name, "flavor": description.flavor, "args": shape}
-        tokenizer = str(folder.absolute()) if tokenizer_path is None else tokenizer_path
+        info = Info(0, model, tokenizer_path=tokenizer_source, tokenizer=tokenizer.identity, weights_only=True)
         runtime.start_runtime(Comm())
         try:
-            checkpoint = save(target, state, Info(0, model, tokenizer_path=tokenizer, weights_only=True), None)
+            checkpoint = save(target, state, info, None, tokenizer.files())
         except SaveError as e:
             raise ConfigError(f"{target}: cannot be written: {e}; choose another folder, or make room") from e
         finally:

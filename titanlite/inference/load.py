@@ -16,10 +16,12 @@ from torch import Tensor, nn
 from titanlite.checkpoint.hugging_face import QUANTIZATION, HuggingFaceFolder, is_hugging_face
 from titanlite.checkpoint.state import model_state
 from titanlite.checkpoint.storage import INFO, SUMS, load, read_info, verify
+from titanlite.checkpoint.tokenizer import ChosenTokenizer, Weights, choose_tokenizer
 from titanlite.config import JobConfig
 from titanlite.config.run_config import CONFIG
 from titanlite.converters import Quantizer, get_quantizer
-from titanlite.data import Tokenizer, load_tokenizer
+from titanlite.data import Tokenizer
+from titanlite.data.tokenizer_files import KEY
 from titanlite.distributed.mesh import Mesh
 from titanlite.distributed.parallelize import apply_tensor_parallel, check
 from titanlite.errors import ConfigError
@@ -34,7 +36,7 @@ class ModelDescription(NamedTuple):
     spec: ModelSpec
     flavor: str
     args: Any
-    tokenizer_path: str
+    weights: Weights
     quantizer: Quantizer | None = None
 
 
@@ -82,7 +84,7 @@ def load_model(
         path: a checkpoint (the folder of one step), or a Hugging Face folder.
         dtype: the dtype of the parameters; buffers keep their own.
         mesh: a mesh with tensor parallelism only.
-        tokenizer_path: a tokenizer to use in place of the one that the checkpoint names.
+        tokenizer_path: the tokenizer, where the folder has none; None: the one of the folder.
         quantize: the name of a way to quantize the linear layers, but for the output projection; None: leave them as
             they are in the folder.
         calibration: a text file to calibrate with, where ``quantize`` needs it; None: Python's standard library.
@@ -101,7 +103,7 @@ def load_model(
         )
     if quantizer is None and calibration is not None:
         raise ConfigError(f"--calibration={calibration}: has no effect without --quantize; leave it out")
-    tokenizer = tokenizer_of(description, tokenizer_path)
+    tokenizer = tokenizer_of(description, tokenizer_path).tokenizer
     model = build(description.spec, description.args, dtype, mesh, device)
     fill_weights(model, description, folder)
     model.eval()
@@ -127,20 +129,22 @@ def quantizer_for(name: str, description: ModelDescription) -> Quantizer:
     return quantizer
 
 
-def tokenizer_of(description: ModelDescription, path: str | None = None) -> Tokenizer:
-    """Load the tokenizer that a folder names, or the one at ``path`` in its place.
+def tokenizer_of(description: ModelDescription, path: str | None = None) -> ChosenTokenizer:
+    """Load the tokenizer of a folder, or the one at ``path``, which must be the same where the folder says which it is.
 
     Raises:
-        ConfigError: the tokenizer cannot be read, or has more tokens than the model.
+        ConfigError: the tokenizer cannot be read, is another one, or has more tokens than the model.
     """
-    tokenizer = load_tokenizer(description.tokenizer_path if path is None else path)
+    chosen = choose_tokenizer(path or "", description.weights)
+    tokenizer = chosen.tokenizer
     if tokenizer.vocab_size > description.args.vocab_size:
         raise ConfigError(
-            f"the tokenizer {tokenizer.path} has {tokenizer.vocab_size} tokens, more than the "
-            f"{description.args.vocab_size} of the model's vocabulary; --tokenizer_path names the one that belongs to "
-            "the model"
+            f"the tokenizer has {tokenizer.vocab_size} tokens, more than the {description.args.vocab_size} of the "
+            "model's vocabulary; --tokenizer_path names the one that belongs to the model",
+            key=KEY,
+            value=tokenizer.path,
         )
-    return tokenizer
+    return chosen
 
 
 def build(spec: ModelSpec, args: Any, dtype: torch.dtype, mesh: Mesh, device: torch.device) -> nn.Module:
@@ -186,7 +190,7 @@ def describe(folder: Path) -> ModelDescription:
         config = HuggingFaceFolder(folder).config
         quantizer = quantizer_of(config)
         spec, args = model_spec_of({key: value for key, value in config.items() if key != QUANTIZATION})
-        return ModelDescription(spec, _flavor_of(spec, args), args, str(folder.absolute()), quantizer)
+        return ModelDescription(spec, _flavor_of(spec, args), args, Weights(folder), quantizer)
     if not any((folder / name).exists() for name in (INFO, SUMS)):
         raise ConfigError(f"{folder} is no checkpoint: {_contents(folder)}")
     try:
@@ -205,7 +209,7 @@ def describe(folder: Path) -> ModelDescription:
         raise ConfigError(
             f"{folder / INFO}: its model.args are not those of a {name} ({e}); it is of another version"
         ) from e
-    return ModelDescription(spec, flavor, args, info.tokenizer_path)
+    return ModelDescription(spec, flavor, args, Weights(folder, info))
 
 
 def _flavor_of(spec: ModelSpec, args: Any) -> str:

@@ -37,7 +37,7 @@ def continue_text(
         prompt: the text to continue; an empty prompt begins a document.
         max_new_tokens: None: as many as the model has positions for, at most 256.
         dtype: the torch dtype of the weights, by name.
-        tokenizer_path: the tokenizer; None: the one that the checkpoint was trained with.
+        tokenizer_path: the tokenizer, where the folder has none; None: the one of the folder.
         quantize, calibration: see :func:`titanlite.inference.load.load_model`.
         cached: cache keys and values; False: compute all tokens again for each new token.
 

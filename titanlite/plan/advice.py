@@ -29,6 +29,7 @@ from titanlite.errors import ConfigError
 from titanlite.launch.shortage import Shortage
 from titanlite.metrics.device import GIB
 from titanlite.plan.estimate import START_METHOD, Estimate, estimate
+from titanlite.training.run_folder import TOKENIZER
 
 TIME_LIMIT = 180  # seconds for all estimates; the advice names those that are late
 _NOTICEABLE = 0.005  # fraction of the peak; options that save less are not shown
@@ -293,7 +294,9 @@ def main() -> int:
             file.write(shortage.config)
             file.flush()
             config = load_config([], file.name)
-        advice = find_advice(config, shortage, load_tokenizer(config.model.tokenizer_path).vocab_size)
+        copy = Path(config.job.dump_folder).expanduser() / TOKENIZER
+        tokenizer = config.model.tokenizer_path or (str(copy) if copy.is_dir() else "")
+        advice = find_advice(config, shortage, load_tokenizer(tokenizer).vocab_size)
     except NotInTime:
         print("titanlite: there is no estimate of it: it takes too long", file=sys.stderr)
         return 1

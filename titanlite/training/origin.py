@@ -6,7 +6,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from titanlite.checkpoint import CheckpointManager, HuggingFaceFolder, Process, SavedCheckpoint, is_hugging_face
+from titanlite.checkpoint import (
+    CheckpointManager,
+    ChosenTokenizer,
+    HuggingFaceFolder,
+    Process,
+    SavedCheckpoint,
+    Weights,
+    choose_tokenizer,
+    is_hugging_face,
+)
 from titanlite.config import JobConfig
 from titanlite.errors import ConfigError, NothingToDo, counted
 from titanlite.models.spec import ModelSpec
@@ -52,6 +61,20 @@ class Start:
     def seed(self) -> int | None:
         """The seed in the checkpoint; None if the checkpoint is not loaded as a whole."""
         return self.checkpoint.info.seed if self.checkpoint is not None and self.whole else None
+
+    def choose_tokenizer(self, config: JobConfig) -> ChosenTokenizer:
+        """Return the tokenizer of the run: the configured one, else that of the weights, else the shipped one.
+
+        Raises:
+            ConfigError: see :func:`titanlite.checkpoint.tokenizer.choose_tokenizer`.
+        """
+        weights, resume = None, False
+        if self.checkpoint is not None:
+            weights, resume = Weights(self.checkpoint.folder, self.checkpoint.info), self.checkpoint.from_this_run
+        elif self.pretrained is not None:
+            weights = Weights(self.pretrained.folder)
+        replace = "tokenizer" in config.checkpoint.exclude_from_loading and not resume
+        return choose_tokenizer(config.model.tokenizer_path, weights, replace=replace, resume=resume)
 
     def load(self, checkpoints: CheckpointManager, process: Process, spec: ModelSpec, args: Any) -> str:
         """Load the weights, and other state if there is any, into ``process``. Return the source, for the

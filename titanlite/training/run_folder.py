@@ -22,12 +22,14 @@ from titanlite.config.run_config import (
     run_config_of,
     write_run_config,
 )
+from titanlite.data import Tokenizer
 from titanlite.errors import ConfigError, shown
 
 logger = logging.getLogger(__name__)
 
 METRICS = "metrics.jsonl"
 VALIDATION = "validation.jsonl"
+TOKENIZER = "tokenizer"
 
 # The options that name folders in the run folder.
 _FOLDERS = (
@@ -120,7 +122,7 @@ class RunFolder:
         """Set an earlier run aside, and make this the folder of a new run."""
         trees = run_config_of(config, self.path), self.earlier
         folders = dict.fromkeys(inner_folder(tree, *option) for tree in trees for option in _FOLDERS)
-        self.set_earlier_aside([CONFIG, METRICS, VALIDATION, *filter(None, folders)])
+        self.set_earlier_aside([CONFIG, METRICS, VALIDATION, TOKENIZER, *filter(None, folders)])
         mark_as_made_here(self.path)
         write_run_config(config, self.path)
 
@@ -161,6 +163,12 @@ class RunFolder:
             else:
                 path.rename(aside / path.name)
         logger.info("%s held an earlier run: its %s are now in %s", self.path, ", ".join(p.name for p in files), aside)
+
+    def keep_tokenizer(self, tokenizer: Tokenizer) -> None:
+        """Write a copy of the run's tokenizer into the folder."""
+        folder = self.path / TOKENIZER
+        folder.mkdir(exist_ok=True)
+        tokenizer.save(folder)
 
 
 def drop_rows_after(file: Path, step: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +88,10 @@ def test_bad_input_is_one_message(
     step: Path, exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     larger = str(larger_tokenizer(tmp_path))
+    does_not_fit = tmp_path / "does_not_fit"
+    shutil.copytree(exported, does_not_fit)
+    shutil.copy(larger, does_not_fit)
+    (does_not_fit / "tokenizer_identity.json").unlink()
     monkeypatch.chdir(tmp_path)
     (tmp_path / "outer").mkdir()
     (tmp_path / "outer" / "best").symlink_to(step)
@@ -95,13 +100,9 @@ def test_bad_input_is_one_message(
         (str(tmp_path / "empty"), "x"): "is no checkpoint: it has no checkpoint.json",
         (str(tmp_path / "outer"), "x"): f"name one: {tmp_path / 'outer' / 'best'}",
         (str(step), str(exported)): "is there and not empty",
-        (
-            str(step),
-            "x",
-            "--tokenizer_path",
-            larger,
-        ): f"titanlite convert: the tokenizer {larger} has 2248 tokens, more than",
-        (str(exported), "x", "--tokenizer_path", larger): f"titanlite convert: the tokenizer {larger} has 2248 tokens",
+        (str(step), "x", "--tokenizer_path", larger): f'model.tokenizer_path = "{larger}": is another tokenizer',
+        (str(exported), "x", "--tokenizer_path", larger): f'model.tokenizer_path = "{larger}": is another tokenizer',
+        (str(does_not_fit), "x"): "the tokenizer has 2248 tokens, more than the 2048 of the model's",
         (str(exported), "x", "--dtype=bfloat16"): "--dtype=bfloat16: a checkpoint keeps the dtypes of",
         (str(exported), "x", "--no-verify"): f"--no-verify: {exported} is no checkpoint and has no checksums",
         (str(step), "x", "--custom_import=no.such"): '--custom_import = "no.such" (the command line): there is no',

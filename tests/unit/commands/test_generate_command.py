@@ -215,16 +215,21 @@ def larger_tokenizer(folder: Path) -> Path:
     return folder / "tokenizer.json"
 
 
-def test_a_tokenizer_that_does_not_fit(checkpoint: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_another_tokenizer_than_the_run_had(
+    checkpoint: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     larger = str(larger_tokenizer(tmp_path))
-    assert (
-        generate_command.main(["--checkpoint", str(checkpoint), "--prompt", "another7", "--tokenizer_path", larger])
-        == 2
-    )
-    assert (
-        f"titanlite generate: the tokenizer {larger} has 2248 tokens, more than the 2176 of the"
-        in capfd.readouterr().err
-    )
+    options = ["--checkpoint", str(checkpoint), "--prompt", "another7"]
+    assert generate_command.main([*options, "--tokenizer_path", larger]) == 2
+    error = capfd.readouterr().err
+    assert f'model.tokenizer_path = "{larger}": is another tokenizer' in error
+    assert str(checkpoint) in error
+    assert "they differ in added tokens" in error
+    same = [*options, "--tokenizer_path", str(SHIPPED), "--temperature=0", "--max_new_tokens=5"]
+    assert generate_command.main(same) == 0
+    with_path = capfd.readouterr().out
+    assert generate_command.main([*options, "--temperature=0", "--max_new_tokens=5"]) == 0
+    assert capfd.readouterr().out == with_path
 
 
 @pytest.mark.parametrize(

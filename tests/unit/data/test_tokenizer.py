@@ -87,7 +87,7 @@ def test_well_known_document_tokens(tmp_path: Path, words: tuple[str, ...], expe
     [
         ({"bos_token": "B", "eos_token": "E"}, (2, 3)),
         ({"bos_token": {"content": "B", "lstrip": False}, "eos_token": {"content": "E"}}, (2, 3)),
-        ({"bos_token": None, "eos_token": "E"}, (0, 3)),
+        ({"bos_token": None, "eos_token": "E"}, (3, 3)),
         ({}, (0, 1)),
     ],
 )
@@ -107,13 +107,13 @@ def test_one_separator_serves_as_both(tmp_path: Path) -> None:
 
 def test_no_document_tokens(tmp_path: Path) -> None:
     save_words(tmp_path, "a", "b")
-    with pytest.raises(ConfigError, match=r"no token known to begin or end a document .*tokenizer_config\.json"):
+    with pytest.raises(ConfigError, match=r"no file names the tokens .*tokenizer_config\.json"):
         load_tokenizer(str(tmp_path))
     (tmp_path / "tokenizer_config.json").write_text('{"bos_token": "a", "eos_token": "gone"}')
-    with pytest.raises(ConfigError, match="looked for a and gone"):
+    with pytest.raises(ConfigError, match=r"no token gone, which .*tokenizer_config\.json names"):
         load_tokenizer(str(tmp_path))
     (tmp_path / "tokenizer_config.json").write_text("{")
-    with pytest.raises(ConfigError, match=r"tokenizer_config\.json is not JSON"):
+    with pytest.raises(ConfigError, match=r'tokenizer_config\.json": is not JSON'):
         load_tokenizer(str(tmp_path))
 
 
@@ -282,6 +282,23 @@ def test_what_a_tokenizer_adds_to_a_text_is_kept(tmp_path: Path) -> None:
     saved = tokenizers.Tokenizer.from_file(str(tmp_path / "saved" / "tokenizer.json"))
     assert saved.encode("a").ids == backend.encode("a").ids
     assert saved.encode("a").ids[-1] == 2047
+
+
+@pytest.mark.parametrize("template_in", ["config", "file"])
+def test_a_copy_keeps_what_transformers_needs(template_in: str, tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    load_tokenizer().save(tmp_path)
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    config |= {"pad_token": "<|end_of_text|>", "model_max_length": 77, "chat_template": "{{ messages }}", "other": 1}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    if template_in == "file":
+        (tmp_path / "chat_template.jinja").write_text("{{ 'é' }}", encoding="utf-8")
+    (tmp_path / "copy").mkdir()
+    load_tokenizer(str(tmp_path)).save(tmp_path / "copy")
+    for folder in (tmp_path, tmp_path / "copy"):
+        theirs = transformers.AutoTokenizer.from_pretrained(folder)
+        assert (theirs.pad_token_id, theirs.model_max_length) == (2047, 77)
+        assert theirs.chat_template == ("{{ 'é' }}" if template_in == "file" else "{{ messages }}")
 
 
 def test_sentencepiece_is_refused(tmp_path: Path) -> None:

@@ -1,0 +1,110 @@
+"""Read the files of a tokenizer. They may come from anybody: a file has a largest size, and one that is damaged is
+refused by its name."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from titanlite.errors import ConfigError
+
+KEY = "model.tokenizer_path"
+MAX_BYTES = 100_000_000  # of a vocabulary; published ones have at most 35 MB
+MAX_CONFIG_BYTES = 10_000_000  # of a file beside it; published ones have at most 1.2 MB
+MAX_IDS = 1 << 22  # of a vocabulary; published ones have at most a million
+
+
+def damaged(file: str | Path, why: str) -> ConfigError:
+    """Return the error for a tokenizer that cannot be used; ``why`` is the reason and the fix."""
+    return ConfigError(why, key=KEY, value=str(file))
+
+
+def excerpt(content: object) -> str:
+    """Return what a file or an error about it says, short enough for a message, and printable."""
+    text = str(content)
+    text = text if len(text) <= 200 else f"{text[:120]} ... {text[-60:]}"
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def is_there(file: Path) -> bool:
+    """Return True if ``file`` is a regular file, False if there is nothing of that name.
+
+    Raises:
+        ConfigError: it is something else, such as a folder, or the system does not say.
+    """
+    try:
+        if file.is_file():
+            return True
+        other = os.path.lexists(file)
+    except OSError as e:
+        raise damaged(file, f"cannot be read ({e.strerror or e}); correct the path or its permissions") from None
+    if other:
+        raise damaged(file, "is no regular file, or a link to nothing; put the file itself there, or delete this")
+    return False
+
+
+def read_limited(file: Path, limit: int) -> bytes:
+    """Return the content of a file of at most ``limit`` bytes.
+
+    Raises:
+        ConfigError: it cannot be read, or is larger.
+    """
+    try:
+        with file.open("rb") as stream:
+            content = stream.read(limit + 1)
+    except OSError as e:
+        raise damaged(file, f"cannot be read ({e.strerror or e}); correct the path or its permissions") from None
+    if len(content) > limit:
+        raise damaged(file, f"has more than {limit:,} bytes, the most that are read of it; download it again")
+    return content
+
+
+def read_object(file: Path) -> dict[str, Any]:
+    """Return the object in a JSON file of at most 10 MB; an empty one if there is no such file.
+
+    Raises:
+        ConfigError: the file cannot be read, is larger, or holds something else.
+    """
+    if not is_there(file):
+        return {}
+    try:
+        content = json.loads(read_limited(file, MAX_CONFIG_BYTES).decode("utf-8"))
+        json.dumps(content, ensure_ascii=False).encode("utf-8")  # an escape may be half of a character
+    except (ValueError, RecursionError) as e:
+        raise damaged(file, f"is not JSON ({excerpt(e)}); repair it, download it again or delete it") from None
+    if not isinstance(content, dict):
+        raise damaged(file, "holds no JSON object; repair it, download it again or delete it")
+    return content
+
+
+class Panic(Exception):
+    """The tokenizers library has failed in a way that it did not foresee."""
+
+
+@contextmanager
+def panics_as_exceptions() -> Iterator[None]:
+    """Turn a panic of the tokenizers library, which is no ``Exception``, into :class:`Panic`."""
+    try:
+        yield
+    except BaseException as e:
+        if type(e).__name__ != "PanicException":
+            raise
+        raise Panic(str(e)) from None
+
+
+@contextmanager
+def without_stderr() -> Iterator[None]:
+    """Discard what is written to stderr meanwhile: a panic prints a stack trace there before it can be caught."""
+    kept = os.dup(2)
+    nothing = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nothing, 2)
+    os.close(nothing)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
