@@ -57,7 +57,7 @@ def refusal(argv: list[str], file: str | None = None) -> str:
 
 def values_of(opt: Option) -> st.SearchStrategy[Any]:
     """Any value that an option takes, and that both TOML and the command line can spell."""
-    text = st.text(st.characters(codec="utf-8"), max_size=12)
+    text = st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=12)
     if opt.base is list:
         item = st.sampled_from(opt.choices) if opt.choices else text.map(str.strip).filter(lambda s: s and "," not in s)
         return st.lists(item, max_size=3)
