@@ -184,12 +184,12 @@ def load_tokenizer(path: str = "") -> Tokenizer:
             with without_stderr():
                 backend = load_tiktoken(file, content) if is_llama3 else _load_hugging_face(file, content)
             bos, eos = find_document_tokens(backend, file, known=is_llama3)
-            size = max(backend.get_vocab(with_added_tokens=True).values()) + 1
+            tokenizer = Tokenizer(backend, bos, eos, str(file), _kept_entries(file.parent))
     except Panic as e:
         raise damaged(file, f"the tokenizers library fails on it ({excerpt(e)}); download it again") from None
-    if size > MAX_IDS:
-        raise damaged(file, f"has ids up to {size - 1:,}, and the largest that is read is {MAX_IDS - 1:,}")
-    tokenizer = Tokenizer(backend, bos, eos, str(file), _kept_entries(file.parent))
+    if tokenizer.vocab_size > MAX_IDS:
+        largest = tokenizer.vocab_size - 1
+        raise damaged(file, f"has ids up to {largest:,}, and the largest that is read is {MAX_IDS - 1:,}")
     _check_identity(tokenizer, file.parent / IDENTITY)
     return tokenizer
 

@@ -29,15 +29,16 @@ def identity_of(content: Mapping[str, Any], bos: str, eos: str) -> Identity:
         bos, eos: the tokens before and after each document, with their ids.
     """
     model = dict(content["model"])
+    vocabulary, merges = model.pop("vocab", None), model.pop("merges", None)
     parts: dict[str, Any] = {
-        "vocabulary": model.pop("vocab", None),
-        "merges": model.pop("merges", None),
-        "model": model,
-        "normalizer": content.get("normalizer"),
-        "pre-tokenizer": content.get("pre_tokenizer"),
-        "added tokens": content.get("added_tokens"),
+        "vocabulary": vocabulary if isinstance(vocabulary, Mapping) else _plain(vocabulary),  # with scores
+        "merges": merges,
+        "model": _plain(model),
+        "normalizer": _plain(content.get("normalizer")),
+        "pre-tokenizer": _plain(content.get("pre_tokenizer")),
+        "added tokens": _plain(content.get("added_tokens")),
     }
-    digests = {name: _digest(_plain(value)) for name, value in parts.items()} | {"BOS": bos, "EOS": eos}
+    digests = {name: _digest(value) for name, value in parts.items()} | {"BOS": bos, "EOS": eos}
     return {"sha256": _digest(digests), "tokenizers": tokenizers.__version__} | digests
 
 
