@@ -66,6 +66,18 @@ def cpu_step(results: list[dict[str, Any]]) -> list[list[str]]:
     return rows
 
 
+def compiled_block(results: list[dict[str, Any]]) -> list[list[str]]:
+    rows = [["recomputed", "config", "casts by", "launches", "MB", "in sectors", "MB once", "MiB kept", "of torchao's MB"]]
+    theirs = {(row["ac"], row["config"]): row["mb"] for row in results if row["system"] == "torchao"}
+    for row in results:
+        by = "torchao" if row["system"] == "torchao" else {"triton": "own kernels"}.get(row["kernels"], "the compiler")
+        figures = [f"{row[key]:,.0f}" for key in ("launches", "mb", "sectors_mb", "once_mb", "kept_mib")]
+        peer = theirs.get((row["ac"], row["config"]))
+        ratio = "" if peer is None or row["system"] == "torchao" else f"{row['mb'] / peer:.2f}"
+        rows.append([row["ac"], row["config"], by if row["config"] != "bf16" else "", *figures, ratio])
+    return rows
+
+
 def predicted_linears(results: list[dict[str, Any]]) -> list[list[str]]:
     rows = [["M", "K", "N", "config", "bf16", "float8", "of that casts", "speed over bf16"]]
     for r in results:
@@ -122,6 +134,7 @@ TABLES: dict[str, Callable[[list[dict[str, Any]]], list[list[str]]]] = {
     "memory_estimates": memory_estimates,
     "checkpoint_save": checkpoint_save,
     "cpu_step": cpu_step,
+    "compiled_block": compiled_block,
     "time_budget": time_budget,
     "float8_memory": float8_memory,
     "roofline_assumed/linears": predicted_linears,

@@ -259,8 +259,10 @@ def test_no_code_is_repeated() -> None:
 
 
 def test_one_loop_over_microbatches() -> None:
-    """Benchmarks of titanlite run its own step. Two of them compare it with another loop: a bare one, torchtitan's."""
-    others = {"scripts.benchmarks.loops", "scripts.benchmarks.peer_torchtitan"}
+    """Benchmarks of titanlite run its own step. Two of them compare it with another loop: a bare one, torchtitan's. A
+    third compiles a block alone."""
+    benchmarks = ("loops", "peer_torchtitan", "absent_gpu.block")
+    others = {f"scripts.benchmarks.{name}" for name in benchmarks}
     calls = {
         name
         for name, path in PRODUCT.items()
@@ -367,5 +369,7 @@ def f(a, b):
 
 
 def test_no_method_is_swapped() -> None:
-    """``plan/memory.py``, which replaces two functions of torch's classes to see them being called, says why."""
-    assert swapped_methods({name: path.read_text() for name, path in PRODUCT.items()}) == []
+    """``plan/memory.py``, which replaces two functions of torch's classes to see them being called, says why. The
+    benchmark on a GPU that is not there has to take the place of the device."""
+    sources = {name: path.read_text() for name, path in PRODUCT.items() if ".absent_gpu." not in name}
+    assert swapped_methods(sources) == []

@@ -1,0 +1,128 @@
+"""One compiled transformer block on a GPU that is not there: prints what it launches, reads, writes and keeps, as JSON.
+
+A child process of compiled_block.py, with the environment of :func:`absent_gpu.device.environment`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import time
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from absent_gpu import device, recorder
+from absent_gpu.recorder import Launch
+from titanlite.config.schema import ActivationCheckpoint
+from titanlite.distributed.activation_checkpoint import apply_activation_checkpoint
+from titanlite.models.layers import Block, DecoderArgs
+
+# Operators whose bytes are counted apart: they are the same whatever the casts do.
+_HEAVY = ("mm", "_scaled_mm", "addmm", "bmm", "attention")
+
+
+def flash_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    # The dispatcher would look for a real GPU to choose between its implementations.
+    out: Tensor = torch.ops.aten._scaled_dot_product_flash_attention.default(q, k, v, 0.0, True)[0]
+    return out
+
+
+def build(options: argparse.Namespace) -> Block:
+    args = DecoderArgs(
+        dim=options.dim, n_layers=1, n_heads=options.dim // 128, n_kv_heads=options.kv_heads, ffn_dim=options.ffn_dim
+    )
+    with torch.device("meta"):
+        torch.set_default_dtype(torch.bfloat16)
+        block = Block(args)
+        torch.set_default_dtype(torch.float32)
+    with recorder.MODE:
+        block.to_empty(device="cuda")
+        block.attention.core = flash_attention
+        if options.config != "bf16":
+            _convert(block, options)
+        if options.ac != "none":
+            mode = "full" if options.ac == "full" else "selective"
+            ac = ActivationCheckpoint(mode=mode, selective_ac_option="op")  # type: ignore[arg-type]
+            apply_activation_checkpoint(nn.ModuleDict({"0": block}), ac)
+    return block
+
+
+def _convert(block: Block, options: argparse.Namespace) -> None:
+    if options.system == "torchao":
+        import torchao.float8 as float8
+
+        float8.convert_to_float8_training(block, config=float8.Float8LinearConfig.from_recipe_name(options.config))
+        return
+    from titanlite.float8 import Float8LinearConfig, convert_to_float8_training
+    from titanlite.quant.swiglu import swiglu_linear
+
+    config = Float8LinearConfig.from_recipe_name(options.config)
+    config = dataclasses.replace(config, kernels=options.kernels, target=options.architecture)
+    convert_to_float8_training(block, config=config)
+    block.feed_forward.swiglu = swiglu_linear
+
+
+def kept_bytes(out: Tensor, block: nn.Module) -> int:
+    """Return the bytes that the compiled forward keeps for backward, without the parameters."""
+    parameters = {parameter.untyped_storage()._cdata for parameter in block.parameters()}
+    assert out.grad_fn is not None
+    saved = (tensor.untyped_storage() for tensor in out.grad_fn.saved_tensors)  # type: ignore[attr-defined]
+    return sum({s._cdata: s.nbytes() for s in saved if s._cdata not in parameters}.values())
+
+
+def measure(options: argparse.Namespace) -> dict[str, Any]:
+    began, block = time.perf_counter(), build(options)
+    with recorder.recording() as record:
+        x = torch.randn(1, options.tokens, options.dim, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+        rope = torch.randn(2, options.tokens, 128, device="cuda")
+        record.launches.clear()
+        out = torch.compile(block.run or block.compute, fullgraph=True)(x, rope)  # one graph, or an error
+        kept, forward = kept_bytes(out, block), len(record.launches)
+        ones = torch.ones_like(out)
+        out.backward(ones)
+    casts = [launch for launch in record.launches if not _is_heavy(launch)]
+    heavy = [launch for launch in record.launches if _is_heavy(launch)]
+    return {
+        **{key: getattr(options, key) for key in ("system", "config", "ac", "tokens", "architecture")},
+        "kernels": options.kernels if options.system == "titanlite" and options.config != "bf16" else None,
+        "launches": len(record.launches),
+        "once_mb": sum(launch.traffic.once for launch in casts) / 1e6,
+        "mb": sum(launch.traffic.total for launch in casts) / 1e6,
+        "sectors_mb": sum(launch.traffic.sectors for launch in casts) / 1e6,
+        "forward_mb": sum(launch.traffic.total for launch in record.launches[:forward] if not _is_heavy(launch)) / 1e6,
+        "matmuls_mb": sum(launch.traffic.total for launch in heavy) / 1e6,
+        "kept_mib": kept / 2**20,
+        "seconds": round(time.perf_counter() - began, 1),
+        "list": [_row(launch) for launch in record.launches],
+    }
+
+
+def _is_heavy(launch: Launch) -> bool:
+    return launch.origin.startswith("aten.") and any(word in launch.name for word in _HEAVY)
+
+
+def _row(launch: Launch) -> list[Any]:
+    traffic = launch.traffic
+    return [launch.name, *(round(n / 1e6, 1) for n in (traffic.read, traffic.written, traffic.sectors))]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--system", choices=("titanlite", "torchao"), default="titanlite")
+    parser.add_argument("--config", default="bf16")
+    parser.add_argument("--kernels", choices=("inductor", "triton"), default="inductor")
+    parser.add_argument("--ac", choices=("none", "op", "full"), default="none")
+    parser.add_argument("--architecture", choices=device.ARCHITECTURES, default="sm_90")
+    for name, default in {"tokens": 8192, "dim": 4096, "kv-heads": 8, "ffn-dim": 14336}.items():
+        parser.add_argument(f"--{name}", type=int, default=default)
+    options = parser.parse_args()
+    device.install(options.architecture)
+    recorder.install()
+    print(json.dumps(measure(options)))
+
+
+if __name__ == "__main__":
+    main()
