@@ -67,7 +67,9 @@ def cpu_step(results: list[dict[str, Any]]) -> list[list[str]]:
 
 
 def compiled_block(results: list[dict[str, Any]]) -> list[list[str]]:
-    rows = [["recomputed", "config", "casts by", "launches", "MB", "in sectors", "MB once", "MiB kept", "of torchao's MB"]]
+    rows = [
+        ["recomputed", "config", "casts by", "launches", "MB", "in sectors", "MB once", "MiB kept", "of torchao's MB"]
+    ]
     theirs = {(row["ac"], row["config"]): row["mb"] for row in results if row["system"] == "torchao"}
     for row in results:
         by = "torchao" if row["system"] == "torchao" else {"triton": "own kernels"}.get(row["kernels"], "the compiler")
