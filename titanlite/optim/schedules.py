@@ -57,17 +57,20 @@ class Schedule:
 
 
 def build_schedule(options: LRScheduler, peak_lr: float, steps: int) -> Schedule:
-    """Build the schedule that ``[lr_scheduler]`` describes for a run of ``steps`` steps."""
-    warmup = options.warmup_steps
-    if warmup >= steps:
+    """Build the schedule that ``[lr_scheduler]`` describes for a run of ``steps`` steps. It is torchtitan's since 11
+    June 2025: a warm-up longer than the run is as long as the run."""
+    warmup = min(options.warmup_steps, steps)
+    after_warmup = steps - warmup
+    decay = after_warmup if options.decay_ratio is None else round(steps * options.decay_ratio)
+    if warmup == steps:
         logger.warning(
-            "lr_scheduler.warmup_steps = %d is not less than training.steps = %d: the learning rate never decays",
-            warmup,
+            "lr_scheduler.warmup_steps = %d, training.steps = %d: the learning rate rises over all steps, to its peak "
+            "at the last one, and never decays",
+            options.warmup_steps,
             steps,
         )
-    after_warmup = max(0, steps - warmup)
-    decay = after_warmup if options.decay_ratio is None else round(steps * options.decay_ratio)
-    if decay > after_warmup:
+        decay = 0
+    elif decay > after_warmup:
         logger.warning(
             "lr_scheduler: %d warm-up steps and %d of decay are more than training.steps = %d: decay over %d",
             warmup,
@@ -77,5 +80,4 @@ def build_schedule(options: LRScheduler, peak_lr: float, steps: int) -> Schedule
         )
         decay = after_warmup
     # The decay would end one step after the run, as torchtitan's does, so that no step runs at a rate of zero.
-    start = max(steps + 1 - decay, warmup)
-    return Schedule(peak_lr, warmup, start, decay, _decays.get(options.decay_type), options.lr_min)
+    return Schedule(peak_lr, warmup, steps + 1 - decay, decay, _decays.get(options.decay_type), options.lr_min)

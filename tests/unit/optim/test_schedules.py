@@ -35,8 +35,9 @@ def learning_rates(steps: int, peak: float = 1.0, **options: object) -> list[flo
         (6, {"warmup_steps": 2, "decay_ratio": 0.5}, [1 / 2, 1, 1, 1, 2 / 3, 1 / 3]),
         (6, {"warmup_steps": 2, "decay_ratio": 0.0}, [1 / 2, 1, 1, 1, 1, 1]),
         (6, {"warmup_steps": 2, "decay_ratio": 1.0}, [1 / 2, 1, 1, 3 / 4, 2 / 4, 1 / 4]),
-        (3, {"warmup_steps": 4}, [1 / 4, 2 / 4, 3 / 4]),
-        (3, {"warmup_steps": 4, "decay_ratio": 1.0}, [1 / 4, 2 / 4, 3 / 4]),
+        (3, {"warmup_steps": 4}, [1 / 3, 2 / 3, 1]),
+        (3, {"warmup_steps": 4, "decay_ratio": 1.0}, [1 / 3, 2 / 3, 1]),
+        (1, {"warmup_steps": 200, "decay_ratio": 0.5}, [1]),
         (3, {"warmup_steps": 3}, [1 / 3, 2 / 3, 1]),
         (1, {"warmup_steps": 0}, [1]),
         (4, {"warmup_steps": 0, "decay_type": "cosine"}, [1, (2 + math.sqrt(2)) / 4, 1 / 2, (2 - math.sqrt(2)) / 4]),
@@ -52,6 +53,38 @@ def test_tables(steps: int, options: dict[str, object], expected: list[float]) -
     assert learning_rates(steps, peak=3e-4, **options) == pytest.approx([3e-4 * value for value in expected], rel=1e-12)
 
 
+def factor_of_torchtitan(index: int, steps: int, warmup: int, ratio: float | None, kind: str, floor: float) -> float:
+    """The factor of step ``index``, counted from 0, as torchtitan describes it since 11 June 2025: a warm-up of at most
+    the whole run; a decay over what is left, or over ``ratio`` of the run if that is less; between them a plateau, one
+    step longer than the rest, so that the last step has not decayed fully."""
+    warmup = min(warmup, steps)
+    decay = steps - warmup if ratio is None else min(round(steps * ratio), steps - warmup)
+    plateau = steps + 1 - warmup - decay
+    if index < warmup:
+        return (index + 1) / warmup
+    if index < warmup + plateau:
+        return 1.0
+    progress = (index + 1 - warmup - plateau) / decay
+    fallen = {"linear": progress, "sqrt": progress**0.5, "cosine": math.sin(math.pi * progress / 2) ** 2}[kind]
+    return floor + (1 - floor) * (1 - fallen)
+
+
+@given(
+    steps=st.integers(1, 200),
+    warmup=st.integers(0, 250),
+    ratio=st.none() | st.floats(0, 1),
+    kind=st.sampled_from(DECAYS),
+    floor=st.floats(0, 1),
+)
+def test_every_step_is_as_torchtitan_has_it(
+    steps: int, warmup: int, ratio: float | None, kind: str, floor: float
+) -> None:
+    rates = learning_rates(steps, warmup_steps=warmup, decay_ratio=ratio, decay_type=kind, lr_min=floor)
+    theirs = [factor_of_torchtitan(index, steps, warmup, ratio, kind, floor) for index in range(steps)]
+    assert rates == pytest.approx(theirs, rel=1e-9)
+    assert warmup == 0 or max(rates) == 1.0
+
+
 @given(
     steps=st.integers(1, 200),
     warmup=st.integers(0, 250),
@@ -62,11 +95,12 @@ def test_tables(steps: int, options: dict[str, object], expected: list[float]) -
 )
 def test_shape(steps: int, warmup: int, ratio: float | None, kind: str, floor: float, peak: float) -> None:
     rates = learning_rates(steps, peak, warmup_steps=warmup, decay_ratio=ratio, decay_type=kind, lr_min=floor)
-    after = max(steps - warmup, 0)
+    warmup = min(warmup, steps)
+    after = steps - warmup
     decaying = after if ratio is None else min(round(ratio * steps), after)
     start = max(warmup, steps + 1 - decaying)
     rising, flat, falling = rates[:warmup], rates[warmup:start], rates[start:]
-    assert rising == pytest.approx([peak * (i + 1) / warmup for i in range(min(warmup, steps))], rel=1e-12)
+    assert rising == pytest.approx([peak * (i + 1) / warmup for i in range(warmup)], rel=1e-12)
     assert flat == [peak] * len(flat)
     for i, rate in enumerate(falling, 1):
         x = i / decaying
@@ -81,13 +115,18 @@ def test_shape(steps: int, warmup: int, ratio: float | None, kind: str, floor: f
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"warmup_steps": 10}, "warmup_steps = 10"), ({"warmup_steps": 5, "decay_ratio": 0.9}, "decay over 5")],
+    [
+        ({"warmup_steps": 10}, "warmup_steps = 10"),
+        ({"warmup_steps": 200, "decay_ratio": 0.8}, "warmup_steps = 200"),
+        ({"warmup_steps": 5, "decay_ratio": 0.9}, "decay over 5"),
+    ],
 )
 def test_a_schedule_that_does_not_fit_is_said(
     options: dict[str, object], message: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     learning_rates(10, **options)
     assert message in caplog.text
+    assert len(caplog.records) == 1
 
 
 def test_a_schedule_that_fits_is_not_remarked_upon(caplog: pytest.LogCaptureFixture) -> None:
