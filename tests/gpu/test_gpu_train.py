@@ -21,7 +21,8 @@ def test_the_gpu_trains_as_the_cpu(train: Any) -> None:
     cpu = train(name="cpu", env={"CUDA_VISIBLE_DEVICES": ""}, **options)
     assert gpu.status == 0, gpu.output
     assert gpu.losses() == pytest.approx(cpu.losses(), rel=1e-4)
-    assert gpu.rows()[0]["reserved_gib"] > 0
+    assert gpu.rows()[0]["reserved_gib"] > gpu.rows()[0]["memory_gib"]
+    assert f"memory: {gpu.rows()[0]['reserved_gib']:5.2f}GiB(" in gpu.output
 
 
 @pytest.mark.parametrize("mode", ["none", "full", "selective"])

@@ -12,7 +12,7 @@ import torch
 
 from titanlite.errors import TrainingError
 from titanlite.metrics.device import GIB, device_name, peak_flops, peak_memory, reset_peak_memory
-from titanlite.metrics.sinks import Row, Sink
+from titanlite.metrics.sinks import Row, Sink, shown_memory
 
 
 @dataclass
@@ -127,7 +127,7 @@ class Recorder:
                 if row[key] is not None:
                     values.append(row[key])
         self.last = row
-        if self.peak is None or row["memory_gib"] > self.peak["memory_gib"]:
+        if self.peak is None or shown_memory(row) > shown_memory(self.peak):
             self.peak = row
 
     def median(self, key: str) -> float | None:

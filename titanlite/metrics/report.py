@@ -9,7 +9,7 @@ from pathlib import Path
 from titanlite.config import JobConfig
 from titanlite.environment import COMMAND
 from titanlite.metrics.recorder import Recorder
-from titanlite.metrics.sinks import Row
+from titanlite.metrics.sinks import Row, shown_memory
 
 
 def table(title: str, rows: Mapping[str, str]) -> str:
@@ -51,7 +51,7 @@ def summary(recorder: Recorder, places: Mapping[str, str]) -> str:
             **validation,
             "median tps per device": "n/a (a single window)" if tps is None else f"{round(tps):,}",
             "median mfu": "n/a" if mfu is None else f"{mfu:.2f}%",
-            "peak memory": f"{peak['memory_gib']:.2f} GiB ({peak['memory_pct']:.2f}%)",
+            "peak memory": "{:.2f} GiB ({:.2f}%)".format(*shown_memory(peak)),
             **places,
         },
     )

@@ -61,6 +61,13 @@ def is_terminal() -> bool:
     return sys.stdout is not None and sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
 
 
+def shown_memory(row: Row) -> tuple[float, float]:
+    """Return the peak memory that the log line and the summary show, in GiB and in percent of the total: reserved on
+    GPUs, as in torchtitan's logs; on the CPU the resident set."""
+    kind = "memory" if row["reserved_gib"] is None else "reserved"
+    return row[f"{kind}_gib"], row[f"{kind}_pct"]
+
+
 def _duration(seconds: float) -> str:
     minutes, hours = int(seconds / 60), int(seconds / 3600)
     return f"{hours}h{minutes % 60:02}m" if hours else f"{minutes}m{int(seconds) % 60:02}s"
@@ -88,7 +95,7 @@ class ConsoleSink:
             self._paint("red", f"step: {row['step']:2}"),
             self._paint("green", f"loss: {row['loss']:7.4f}"),
             self._paint("orange", f"grad_norm: {row['grad_norm']:7.4f}"),
-            self._paint("blue", f"memory: {row['memory_gib']:5.2f}GiB({row['memory_pct']:.2f}%)"),
+            self._paint("blue", "memory: {:5.2f}GiB({:.2f}%)".format(*shown_memory(row))),
             self._paint("cyan", f"tps: {round(row['tps']):,}"),
             self._paint("magenta", f"tflops: {row['tflops']:,.2f}"),
             self._paint("magenta", f"mfu: {mfu}"),

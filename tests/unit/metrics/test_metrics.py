@@ -114,12 +114,13 @@ def line_of(sink: ConsoleSink, values: Row, caplog: pytest.LogCaptureFixture) ->
 def test_log_line(caplog: pytest.LogCaptureFixture) -> None:
     sink = ConsoleSink(colored=False, steps=None)
     assert line_of(sink, row(), caplog) == (
-        "step: 10  loss: 10.7069  grad_norm:  1.2345  memory: 30.99GiB(32.62%)  tps: 7,034  tflops: 407.35  mfu: 41.19%"
+        "step: 10  loss: 10.7069  grad_norm:  1.2345  memory: 40.00GiB(42.50%)  tps: 7,034  tflops: 407.35  mfu: 41.19%"
     )
     assert line_of(sink, row(loss=math.nan, grad_norm=math.inf), caplog).startswith(
         "step: 10  loss:     nan  grad_norm:     inf  memory:"
     )
-    assert line_of(sink, row(step=3, loss=2.5, mfu=None, tps=999.4, tflops=1234.5, memory_gib=0.5), caplog) == (
+    on_cpu = {"memory_gib": 0.5, "reserved_gib": None, "reserved_pct": None}
+    assert line_of(sink, row(step=3, loss=2.5, mfu=None, tps=999.4, tflops=1234.5, **on_cpu), caplog) == (
         "step:  3  loss:  2.5000  grad_norm:  1.2345  memory:  0.50GiB(32.62%)  tps: 999  tflops: 1,234.50  mfu: n/a"
     )
 
@@ -410,9 +411,9 @@ def test_summary() -> None:
     assert summary(made, {}) == "stopped before the first step"
     made.tokens_seen = 12345
     for logged in (
-        row(step=1, loss=9.0, tps=1.0, memory_gib=3.0, memory_pct=30.0),
-        row(step=10, tps=1000.0, mfu=40.0, memory_gib=2.0),
-        row(step=20, loss=4.5, tps=2000.6, mfu=41.0, memory_gib=2.0),
+        row(step=1, loss=9.0, tps=1.0, memory_gib=2.0, reserved_gib=3.0, reserved_pct=30.0),
+        row(step=10, tps=1000.0, mfu=40.0, memory_gib=2.5, reserved_gib=2.6),
+        row(step=20, loss=4.5, tps=2000.6, mfu=41.0, memory_gib=2.0, reserved_gib=2.6),
     ):
         made.remember(logged)
     title, *lines = summary(made, {"metrics": "outputs/metrics.jsonl"}).splitlines()
