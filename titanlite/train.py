@@ -100,6 +100,8 @@ class Trainer:
     def _start_process(self) -> None:
         config = self.config
         init_logging(int(os.environ.get("RANK", 0)))
+        for notice in config.notices:
+            logger.info(notice)
         check_config(config, int(os.environ.get("WORLD_SIZE", 1)))
         if config.experimental.custom_import:
             key = "experimental.custom_import"

@@ -3,28 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from titanlite.config.number_formats import NUMBER_FORMATS
 from titanlite.config.parallelism import check_parallelism, global_batch_size, resolve_degrees
 from titanlite.config.refuse import refuse
 from titanlite.config.schema import Checkpoint, JobConfig
+from titanlite.config.unsupported import check_unsupported
 from titanlite.config.validation import check_validation
-
-# Keys of the schema without an implementation in this version: the value at which the key does nothing, and what to do
-# instead. Any other value is an error and never silently ignored. (Keys such as checkpoint.interval, which only modify
-# a feature, are not here: files from June 2025 contain them.)
-UNSUPPORTED: dict[str, tuple[Any, str]] = {
-    "metrics.enable_wandb": (False, "read metrics.jsonl or TensorBoard"),
-    "optimizer.early_step_in_backward": (False, "leave it out"),
-    "parallelism.enable_compiled_autograd": (False, "use training.compile"),
-    "memory_estimation.disable_fake_mode": (False, "leave it out"),
-    "fault_tolerance.enable": (False, "leave it out"),
-    "fault_tolerance.replica_id": (0, "leave it out"),
-    "fault_tolerance.group_size": (0, "leave it out"),
-    "fault_tolerance.semi_sync_method": (None, "leave it out"),
-    "mx.recipe_name": ("mxfp8", "leave it out"),
-}
 
 
 def check_config(config: JobConfig, world_size: int, *, train: bool = True) -> None:
@@ -42,11 +27,7 @@ def check_config(config: JobConfig, world_size: int, *, train: bool = True) -> N
                 "the trainer makes no estimates; start run_train.sh, or titanlite train",
             )
     degrees = resolve_degrees(config.parallelism, world_size)
-    for name, (inert, instead) in UNSUPPORTED.items():
-        section, key = name.split(".")
-        value = getattr(getattr(config, section), key)
-        if value != inert:
-            refuse(config, name, f"this version of titanlite does not implement it; {instead}")
+    check_unsupported(config)
     _check_checkpoint(config)
     for number_format in NUMBER_FORMATS:
         number_format.check(config)
@@ -79,6 +60,16 @@ def _check_checkpoint(config: JobConfig) -> None:
                 no_effect(key, "without checkpoints; set checkpoint.enable_checkpoint too")
     if not options.initial_load_path and is_set("initial_load_model_weights_only"):
         no_effect("initial_load_model_weights_only", "without checkpoint.initial_load_path; set that too")
+    if options.initial_load_in_hf:
+        if not options.initial_load_path:
+            no_effect("initial_load_in_hf", "without checkpoint.initial_load_path; set that too")
+        elif not (Path(options.initial_load_path).expanduser() / "config.json").is_file():
+            refuse(
+                config,
+                "checkpoint.initial_load_in_hf",
+                f'checkpoint.initial_load_path = "{options.initial_load_path}" is no Hugging Face folder, which has a '
+                "config.json; correct the path, or leave this out",
+            )
     if is_set("export_dtype") and not options.last_save_model_weights_only:
         no_effect("export_dtype", "without checkpoint.last_save_model_weights_only: a run needs float32; set that too")
     excluded = options.exclude_from_loading

@@ -13,9 +13,10 @@ def check(config: JobConfig) -> None:
     """Refuse options of [float8] that would have no effect, or do not go together."""
     float8 = config.float8
     if "float8" not in config.model.converters:
+        defaults = Float8()
         for field in fields(Float8):
             # filter_fqns alone is allowed: published files have it together with converters = [].
-            if field.name != "filter_fqns" and getattr(float8, field.name) != field.default:
+            if field.name != "filter_fqns" and getattr(float8, field.name) != getattr(defaults, field.name):
                 refuse(
                     config,
                     f"float8.{field.name}",

@@ -15,7 +15,7 @@ import re
 import sys
 import textwrap
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
@@ -23,14 +23,13 @@ from typing import Any, NoReturn
 import tomli
 
 from titanlite.config import packaged
+from titanlite.config.aliases import Options, Values, present_names, with_aliases
 from titanlite.config.options import Option, options_of
 from titanlite.config.schema import JobConfig
+from titanlite.config.unsupported import UNSUPPORTED
 from titanlite.environment import CONFIG_FILE
 from titanlite.errors import ConfigError
 from titanlite.registry import nearest
-
-Options = dict[str, dict[str, Option]]
-Values = dict[str, tuple[Any, str]]  # "section.key" -> (value, its origin)
 
 
 def load_config(argv: Sequence[str], default_file: str | None = None) -> JobConfig:
@@ -44,18 +43,20 @@ def load_config(argv: Sequence[str], default_file: str | None = None) -> JobConf
         ConfigError: an unknown section or key, a wrong type or value, an unreadable file.
     """
     config_class = _config_class(argv, default_file)
-    options = options_of(config_class)  # type: ignore[arg-type]
-    arguments = _read_arguments(options, argv)
+    options = with_aliases(options_of(config_class))  # type: ignore[arg-type]
+    notices: list[str] = []
+    arguments = present_names(_read_arguments(options, argv), options, notices)
     file, origin = arguments.get("job.config_file", (default_file, CONFIG_FILE))
-    values = {**(_read_file(options, file, origin) if file else {}), **arguments}
+    values = {**(_read_file(options, file, origin, notices) if file else {}), **arguments}
     sections = {}
-    for section, keys in options.items():
+    for section, keys in options_of(config_class).items():  # type: ignore[arg-type]
         assigned = {key: values[opt.name][0] for key, opt in keys.items() if opt.name in values}
         sections[section] = typing.get_type_hints(config_class)[section](**assigned)
     config = config_class(**sections)
     if file:
         config.job.config_file = file
     config.origins = {name: origin for name, (_, origin) in values.items()}
+    config.notices = notices
     return config
 
 
@@ -107,10 +108,11 @@ def _lines_of(text: str) -> dict[str, int]:
     return lines
 
 
-def _file_chain(file: str, origin: str) -> list[tuple[Path, dict[str, Any], str]]:
+def _file_chain(file: str, origin: str, notices: list[str]) -> list[tuple[Path, dict[str, Any], str]]:
     """Read the file and its bases; the last base is the first in the list."""
     chain: list[tuple[Path, dict[str, Any], str]] = []
-    path, named_by = _resolve(Path(file), file), f'job.config_file = "{file}" ({origin})'
+    named_by = f'job.config_file = "{file}" ({origin})'
+    path = _resolve(Path(file), file, named_by, notices)
     while True:
         if any(path.resolve() == earlier.resolve() for earlier, _, _ in chain):
             circle = " -> ".join(str(p) for p, _, _ in [*chain, (path, {}, "")])
@@ -123,12 +125,17 @@ def _file_chain(file: str, origin: str) -> list[tuple[Path, dict[str, Any], str]
         named_by = f"{path}, line {_lines_of(text).get('base', '?')}: base = {base!r}"
         if not isinstance(base, str):
             raise ConfigError(f"{named_by}: must be a string, the path of a TOML file relative to this one")
-        path = _resolve(path.parent / base, base)
+        path = _resolve(path.parent / base, base, named_by, notices)
 
 
-def _resolve(path: Path, name: str) -> Path:
-    """Return ``path``; if there is no such file, the one that comes with titanlite as ``name``, if there is one."""
-    known = None if path.exists() else packaged.find(name)
+def _resolve(path: Path, name: str, named_by: str, notices: list[str]) -> Path:
+    """Return ``path``; if there is no such file, the one that comes with titanlite as ``name``, or as the last part of
+    ``name``, if there is one."""
+    if path.exists():
+        return path
+    known = packaged.find(name)
+    if known is None and path.suffix == ".toml" and (known := packaged.find(path.stem)):
+        notices.append(f"{named_by}: there is no such file; {known}, which comes with titanlite, takes its place")
     return Path(known) if known else path
 
 
@@ -136,15 +143,26 @@ def _place(path: Path, lines: Mapping[str, int], name: str) -> str:
     return f"{path}, line {lines[name]}" if name in lines else str(path)
 
 
-def _read_file(options: Options, file: str, origin: str) -> Values:
+def _tables(options: Options, tree: dict[str, Any], outer: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the name and the content of each section; [a.b] is one of the name "a.b" if there is such a section."""
+    for name, table in tree.items():
+        section = f"{outer}{name}"
+        if isinstance(table, dict) and section not in options and any(s.startswith(f"{section}.") for s in options):
+            yield from _tables(options, table, f"{section}.")
+        else:
+            yield section, table
+
+
+def _read_file(options: Options, file: str, origin: str, notices: list[str]) -> Values:
     values: Values = {}
-    for path, tree, text in _file_chain(file, origin):
+    for path, tree, text in _file_chain(file, origin, notices):
         location = partial(_place, path, _lines_of(text))
-        for section, table in tree.items():
+        in_this_file: Values = {}
+        for section, table in _tables(options, tree):
             if not isinstance(table, dict):
                 if section in options:
                     raise ConfigError(f"{location(section)}: {section} is a section: it must be written [{section}]")
-                keys = [opt.name for opt in _all(options) if opt.key == section]
+                keys = [opt.name for known in options.values() for opt in _listed(known) if opt.key == section]
                 hint = f'; "{section}" belongs to the section [{keys[0].split(".")[0]}]' if keys else ""
                 raise ConfigError(f"{location(section)}: the key {section} stands outside of any section{hint}")
             if section not in options:
@@ -156,7 +174,8 @@ def _read_file(options: Options, file: str, origin: str) -> Values:
                     raise ConfigError(
                         f'{location(name)}: a file builds on another with base = "other.toml", not with {name}'
                     )
-                values[name] = (option.convert(value, location(name)), location(name))
+                in_this_file[name] = (option.convert(value, location(name)), location(name))
+        values.update(present_names(in_this_file, options, notices))
     return values
 
 
@@ -204,6 +223,8 @@ def _parser(options: Options) -> argparse.ArgumentParser:
             meta = "{" + ",".join(opt.choices) + "}" if opt.choices and opt.base is not list else kind
             rule = f" Must be {opt.rule.text}." if opt.rule else ""
             text = f"{opt.help}{rule} Default: {_shown(opt.default)}.".replace("%", "%%")
+            if opt not in _listed(keys):
+                text = argparse.SUPPRESS
             if opt.base is bool:
                 group.add_argument(f"--{opt.name}", dest=opt.name, nargs="?", const="true", metavar=meta, help=text)
                 group.add_argument(
@@ -242,7 +263,7 @@ def _checked(options: Options, arg: str) -> str:
     if not arg.startswith("--") or arg == "--help":
         return arg
     name, equals, value = _underscored(arg)[2:].partition("=")
-    section, _, key = name.partition(".")
+    section, _, key = name.rpartition(".") if name.rpartition(".")[0] in options else name.partition(".")
     if section not in options:
         flat = "" if key else f"; options are written --section.key, for example --{_find_key(options, name)}"
         raise ConfigError(f"the argument {arg}: unknown section [{section}]{_near_section(options, section)}{flat}")
@@ -261,19 +282,26 @@ def _all(options: Options) -> list[Option]:
     return [opt for keys in options.values() for opt in keys.values()]
 
 
+def _listed(keys: Mapping[str, Option]) -> list[Option]:
+    """Return the options of a section that users should know: no aliases, and none that would be refused."""
+    return [opt for opt in keys.values() if not opt.alias_of and opt.name not in UNSUPPORTED]
+
+
 def _near_section(options: Options, section: str) -> str:
-    return f"{nearest(section, options)}; the sections are {', '.join(options)}"
+    sections = [name for name, keys in options.items() if _listed(keys)]
+    return f"{nearest(section, sections)}; the sections are {', '.join(sections)}"
 
 
 def _find_key(options: Options, key: str) -> str:
-    matches = [opt.name for opt in _all(options) if opt.key == key]
+    matches = [opt.name for keys in options.values() for opt in _listed(keys) if opt.key == key]
     return matches[0] if matches else "training.steps"
 
 
 def _unknown(options: Options, section: str, key: str, origin: str) -> NoReturn:
-    elsewhere = [opt.name for opt in _all(options) if opt.key == key]
-    hint = f' (did you mean "{elsewhere[0]}"?)' if elsewhere else nearest(key, options[section])
-    raise ConfigError(f"{origin}: unknown key {section}.{key}{hint}; [{section}] has {', '.join(options[section])}")
+    elsewhere = [opt.name for keys in options.values() for opt in _listed(keys) if opt.key == key]
+    known = [opt.key for opt in _listed(options[section])]
+    hint = f' (did you mean "{elsewhere[0]}"?)' if elsewhere else nearest(key, known)
+    raise ConfigError(f"{origin}: unknown key {section}.{key}{hint}; [{section}] has {', '.join(known)}")
 
 
 # ---- keys added by third-party code
@@ -292,7 +320,7 @@ def _config_class(argv: Sequence[str], default_file: str | None) -> type[JobConf
     module_origin = f"the argument --{name}"
     file, origin = (default_file, CONFIG_FILE) if known.file is None else (known.file, "the argument --job.config_file")
     if known.module is None and file:
-        for path, tree, text in _file_chain(file, origin):
+        for path, tree, text in _file_chain(file, origin, []):
             section = tree.get("experimental")
             if isinstance(section, Mapping) and isinstance(section.get("custom_args_module"), str):
                 known.module = section["custom_args_module"]

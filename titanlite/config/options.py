@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any, Literal
 
-from titanlite.config.schema import Rule
+from titanlite.config.value_rules import Rule
 from titanlite.errors import ConfigError
 
 _KINDS = {
@@ -29,7 +29,8 @@ class Option:
     """One key of one section.
 
     ``base`` is ``bool``, ``int``, ``float``, ``str`` or ``list``. ``choices`` are the only valid values (for a list:
-    of each item). ``None`` is valid only if ``optional`` is true.
+    of each item); ``object`` accepts every value. ``None`` is valid only if ``optional`` is true. ``alias_of`` is the
+    present name of a renamed option.
     """
 
     section: str
@@ -40,6 +41,7 @@ class Option:
     rule: Rule | None
     default: Any
     help: str
+    alias_of: str = ""
 
     @property
     def name(self) -> str:
@@ -56,6 +58,8 @@ class Option:
 
     def convert(self, value: Any, origin: str) -> Any:
         """Convert a TOML value to this option's type; raise :class:`ConfigError` with the rule if it is not valid."""
+        if self.base is object:
+            return value
         items = value.split(",") if self.base is list and isinstance(value, str) else value
         if self.base is list and isinstance(items, list):
             good = all(isinstance(item, str) for item in items)

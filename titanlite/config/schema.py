@@ -1,45 +1,30 @@
 """Every option of titanlite: one dataclass per TOML section, one field per key.
 
-The string under a field is its help text. Sections, keys and defaults are torchtitan's of June 2025, so that
-its TOML files of that time load unchanged; differences are noted. This file is data: no logic, no torch.
+The string under a field is its help text. Sections, keys and defaults are torchtitan's of June and July 2025, so that
+its Llama 3 files of that time load unchanged; differences are noted. Keys that it renamed are in
+:mod:`titanlite.config.aliases`. Keys without a help text have no implementation here
+(:mod:`titanlite.config.unsupported`). This file is data: no logic, no torch.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import PurePath
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Literal
 
-
-class Rule(NamedTuple):
-    """A condition on the values of an option, part of its type. ``text`` completes the sentence "must be ..."."""
-
-    text: str
-    holds: Callable[[Any], bool]
-
-
-Positive = Annotated[int, Rule("at least 1", lambda v: v >= 1)]
-NotNegative = Annotated[int, Rule("0 or more", lambda v: v >= 0)]
-PositiveOrAuto = Annotated[int, Rule("at least 1, or -1 to infer it", lambda v: v >= 1 or v == -1)]
-Percentage = Annotated[float, Rule("more than 0 and below 100", lambda v: 0 < v < 100)]
-Fraction = Annotated[float, Rule("between 0 and 1", lambda v: 0 <= v <= 1)]
-Beta = Annotated[float, Rule("at least 0 and below 1", lambda v: 0 <= v < 1)]
-NotNegativeFloat = Annotated[float, Rule("0 or more", lambda v: v >= 0)]
-PositiveFloat = Annotated[float, Rule("more than 0, and finite", lambda v: 0 < v < math.inf)]
-
-
-def _is_inner(value: str) -> bool:
-    path = PurePath(value)
-    return path.parts != () and not path.is_absolute() and ".." not in path.parts
-
-
-InnerFolder = Annotated[str, Rule("the relative path of a folder inside the run folder", _is_inner)]
-
-
-def _is_ac_option(value: str) -> bool:
-    return value == "op" or (value.isdecimal() and int(value) >= 1)
+from titanlite.config.value_rules import (
+    Beta,
+    CheckpointOption,
+    Fraction,
+    InnerFolder,
+    LoadStep,
+    NotNegative,
+    NotNegativeFloat,
+    Percentage,
+    Positive,
+    PositiveFloat,
+    PositiveOrAll,
+    PositiveOrAuto,
+)
 
 
 @dataclass
@@ -85,7 +70,6 @@ class Metrics:
     save_for_all_ranks: bool = False
     """Write TensorBoard events from every rank (tb/rank_N), not only from rank 0."""
     enable_wandb: bool = False
-    """Log to Weights & Biases."""
 
 
 @dataclass
@@ -120,7 +104,6 @@ class Optimizer:
     implementation: Literal["fused", "foreach", "for-loop"] = "fused"
     """fused: one kernel for all parameters; foreach: one per operation; for-loop: one per parameter."""
     early_step_in_backward: bool = False
-    """Update each parameter as soon as its gradient is ready."""
 
 
 @dataclass
@@ -156,6 +139,7 @@ class Training:
     """Optimizer steps."""
     enable_cpu_offload: bool = False
     """Keep parameters, gradients and optimizer state in host memory."""
+    dtype: str = "float32"
     mixed_precision_param: Literal["bfloat16", "float32"] = "bfloat16"
     """The dtype of parameters and activations in forward and backward; master weights are float32. It
     applies with one device too."""
@@ -193,7 +177,6 @@ class Parallelism:
     """Free a block's gathered parameters after its forward. default: always, but not under pipeline parallelism,
     and not with a single shard on the device, where gathering only copies."""
     enable_compiled_autograd: bool = False
-    """Compile the backward with compiled autograd."""
     tensor_parallel_degree: Positive = 1
     """Devices over which each layer is split; 1 is off."""
     disable_loss_parallel: bool = False
@@ -218,6 +201,10 @@ class Parallelism:
     """Devices over which each sequence is split; 1 is off."""
     context_parallel_rotate_method: Literal["allgather", "alltoall"] = "allgather"
     """The exchange of keys and values: all at once (allgather), or one process's at a time (alltoall, less memory)."""
+    expert_parallel_degree: int = 1
+    module_fqns_per_model_part: object | None = None
+    pipeline_parallel_first_stage_less_layers: int = 1
+    pipeline_parallel_last_stage_less_layers: int = 1
 
 
 @dataclass
@@ -231,6 +218,8 @@ class Checkpoint:
     used), or a Hugging Face folder (config.json and *.safetensors)."""
     initial_load_model_weights_only: bool = True
     """Load only the weights from initial_load_path; false: load everything, and continue from its step."""
+    initial_load_in_hf: bool = False
+    """Insist that initial_load_path is a Hugging Face folder. Unless this is set, such a folder is recognized."""
     interval: Positive = 500
     """Save every N steps, and after the last step."""
     last_save_model_weights_only: bool = False
@@ -238,13 +227,14 @@ class Checkpoint:
     can be continued.)"""
     export_dtype: Literal["float16", "bfloat16", "float32"] = "float32"
     """The dtype of a weights-only last save."""
+    last_save_in_hf: bool = False
     create_seed_checkpoint: bool = False
     """Save the initial weights as step 0, then end the run."""
     async_mode: Literal["disabled", "async", "async_with_pinned_mem"] = "disabled"
     """Save while training continues, from a copy of the state in host memory; pinned memory is faster on GPUs."""
     keep_latest_k: NotNegative = 10
     """The number of latest checkpoints to keep; 0 keeps all."""
-    load_step: Annotated[int, Rule("0 or more, or -1 for the latest", lambda v: v >= -1)] = -1
+    load_step: LoadStep = -1
     """The step to continue from; -1: the latest. Later checkpoints are moved aside."""
     exclude_from_loading: list[Literal["optimizer", "lr_scheduler", "dataloader", "train_state"]] = field(  # type: ignore[assignment]
         default_factory=list
@@ -265,8 +255,9 @@ class Checkpoint:
 class ActivationCheckpoint:
     mode: Literal["none", "full", "selective"] = "selective"
     """none: keep all activations; full: recompute every block; selective: see selective_ac_option."""
-    selective_ac_option: Annotated[str, Rule('"op", or a whole number from 1 as a string', _is_ac_option)] = "2"
+    selective_ac_option: CheckpointOption = "2"
     """"op": recompute all but the results of the expensive operations; "N": recompute every Nth block."""
+    per_op_sac_force_recompute_mm_shapes_by_fqns: list[str] = field(default_factory=lambda: ["moe.router.gate"])
 
 
 ScalingTypeName = Literal["dynamic", "delayed", "static"]
@@ -302,14 +293,16 @@ class Float8:
     """The factor of the weights with static scaling: 448 / (the largest expected value)."""
     static_scale_grad_output: PositiveFloat | None = None
     """The factor of the gradients with static scaling: 57344 / (the largest expected value)."""
+    moe_fqns_prototype: list[str] = field(default_factory=list)
 
 
 @dataclass
 class MX:
     recipe_name: str = "mxfp8"
-    """The MX recipe."""
     filter_fqns: list[str] = field(default_factory=lambda: ["output"])
-    """Layers to leave in high precision, by name."""
+    use_fp8_dim1_cast_triton_kernel: bool = True
+    mxfp8_dim1_cast_kernel_choice: str = "triton"
+    moe_fqns_prototype: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -320,6 +313,7 @@ class Comm:
     """The timeout of collectives after the first step."""
     trace_buf_size: NotNegative = 20000
     """Entries of the NCCL flight recorder; 0 is off."""
+    save_traces_folder: str = "comm_traces"
 
 
 @dataclass
@@ -327,23 +321,21 @@ class MemoryEstimation:
     enabled: bool = False
     """Estimate the memory of a configuration instead of training."""
     disable_fake_mode: bool = False
-    """Estimate with real tensors."""
 
 
 @dataclass
 class FaultTolerance:
     enable: bool = False
-    """Fault tolerance through torchft."""
-    replica_id: NotNegative = 0
-    """This replica's number."""
-    group_size: NotNegative = 0
-    """The number of replicas."""
-    min_replica_size: Positive = 1
-    """The smallest number of replicas to continue with."""
+    process_group: str = "gloo"
+    process_group_timeout_ms: int = 10000
+    replica_id: int = 0
+    group_size: int = 0
+    min_replica_size: int = 1
     semi_sync_method: str | None = None
-    """Semi-synchronous training: local_sgd or diloco."""
-    sync_steps: Positive = 5
-    """Steps between synchronizations under semi_sync_method."""
+    sync_steps: int = 5
+    should_quantize: bool = False
+    fragment_sync_delay: int = 0
+    fragment_update_alpha: float = 0.0
 
 
 @dataclass
@@ -382,7 +374,7 @@ class Data:
 
 @dataclass
 class Validation:
-    """Options that torchtitan of June 2025 does not have."""
+    """The defaults are titanlite's own."""
 
     enable: bool = False
     """Compute the loss, and bits per byte, of text that training never sees."""
@@ -391,9 +383,11 @@ class Validation:
     held out from training. A source that shares files with the training data is refused."""
     dataset_path: str | None = None
     """The files of that source. Unset with an empty dataset: the training data's."""
+    local_batch_size: Positive | None = None
+    seq_len: Positive | None = None
     interval: Positive = 100
     """Validate every N steps, and after the last step."""
-    steps: Positive = 10
+    steps: PositiveOrAll = 10
     """Batches of a validation, of the size of training batches; the same in every validation. Fewer if the text, read
     once, does not suffice."""
     held_out_percent: Percentage = 1.0
@@ -440,6 +434,7 @@ class JobConfig:
 
     def __post_init__(self) -> None:
         self.origins: dict[str, str] = {}
+        self.notices: list[str] = []  # of renamed options and replaced files, for the log
 
     def compile_options(self, component: Literal["model", "loss"]) -> Compile | None:
         """Return the options with which ``component`` is compiled; None if it is not."""

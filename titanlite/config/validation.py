@@ -20,7 +20,9 @@ def check_validation(config: JobConfig) -> None:
     validation, default = config.validation, Validation()
 
     if not validation.enable:
-        for key in ("dataset", "dataset_path", "held_out_percent", "precision"):
+        # torchtitan's files name the data of a validation that they turn off.
+        turned_off = "validation.enable" in config.origins
+        for key in ("held_out_percent", "precision", *(() if turned_off else ("dataset", "dataset_path"))):
             if getattr(validation, key) != getattr(default, key):
                 refuse(
                     config,
@@ -28,6 +30,8 @@ def check_validation(config: JobConfig) -> None:
                     "has no effect unless validation.enable = true; set that, or leave this out",
                 )
         return
+    if validation.steps == -1:
+        refuse(config, "validation.steps", "validation on all of the data is not there; set the number of batches")
     if validation.held_out_percent != default.held_out_percent and not holds_out(config):
         refuse(
             config,

@@ -19,14 +19,16 @@ from hypothesis import strategies as st
 
 from tests.support.forks import ROOT
 from titanlite.config import check_config, dump_toml, global_batch_size, load_config, resolve_degrees
-from titanlite.config.check import UNSUPPORTED
 from titanlite.config.options import Option, options_of
 from titanlite.config.schema import JobConfig, Parallelism
+from titanlite.config.unsupported import UNSUPPORTED
 from titanlite.errors import ConfigError
 
 BY_NAME = {opt.name: opt for keys in options_of(JobConfig).values() for opt in keys.values()}
-# These two say where the configuration comes from; they have their own tests.
-ORDINARY = [opt for opt in BY_NAME.values() if opt.name not in ("job.config_file", "experimental.custom_args_module")]
+# Two say where the configuration comes from, and have their own tests. The last one takes any value.
+SPECIAL = ("job.config_file", "experimental.custom_args_module", "parallelism.module_fqns_per_model_part")
+ORDINARY = [opt for opt in BY_NAME.values() if opt.name not in SPECIAL]
+LISTED = {name: opt for name, opt in BY_NAME.items() if name not in UNSUPPORTED}
 
 
 def get(config: JobConfig, name: str) -> Any:
@@ -174,130 +176,6 @@ def test_effective_configuration_stands_alone(tmp_path: Path) -> None:
     assert "config_file" not in dumped.read_text()
 
 
-ANY = object()  # the issue lists the key without a default
-JUNE_2025: dict[str, dict[str, Any]] = {
-    "job": {
-        "config_file": None,
-        "dump_folder": "./outputs",
-        "description": "default job",
-        "use_for_integration_test": False,
-        "print_args": False,
-    },
-    "profiling": {
-        "enable_profiling": False,
-        "save_traces_folder": "profile_traces",
-        "profile_freq": 10,
-        "enable_memory_snapshot": False,
-        "save_memory_snapshot_folder": "memory_snapshot",
-    },
-    "metrics": {
-        "log_freq": 10,
-        "enable_tensorboard": False,
-        "disable_color_printing": False,
-        "save_tb_folder": "tb",
-        "save_for_all_ranks": False,
-        "enable_wandb": False,
-    },
-    "model": {
-        "name": "llama3",
-        "flavor": "debugmodel",
-        "tokenizer_path": ANY,
-        "converters": [],
-        "print_after_conversion": False,
-    },
-    "optimizer": {
-        "name": "AdamW",
-        "lr": 8e-4,
-        "beta1": 0.9,
-        "beta2": 0.95,
-        "eps": 1e-8,
-        "weight_decay": 0.1,
-        "implementation": "fused",
-        "early_step_in_backward": False,
-    },
-    "lr_scheduler": {"warmup_steps": 200, "decay_ratio": None, "decay_type": "linear", "lr_min": 0.0},
-    "training": {
-        "dataset": ANY,
-        "dataset_path": None,
-        "local_batch_size": 8,
-        "global_batch_size": -1,
-        "seq_len": 2048,
-        "max_norm": 1.0,
-        "steps": 10000,
-        "enable_cpu_offload": False,
-        "mixed_precision_param": "bfloat16",
-        "mixed_precision_reduce": "float32",
-        "compile": False,
-        "gc_freq": 50,
-        "gc_debug": False,
-        "seed": None,
-        "deterministic": False,
-    },
-    "parallelism": {
-        "data_parallel_replicate_degree": 1,
-        "data_parallel_shard_degree": -1,
-        "enable_compiled_autograd": False,
-        "fsdp_reshard_after_forward": "default",
-        "tensor_parallel_degree": 1,
-        "disable_loss_parallel": False,
-        "enable_async_tensor_parallel": False,
-        "pipeline_parallel_degree": 1,
-        "pipeline_parallel_split_points": [],
-        "pipeline_parallel_layers_per_stage": None,
-        "pipeline_parallel_schedule": "1F1B",
-        "pipeline_parallel_schedule_csv": "",
-        "pipeline_parallel_microbatch_size": 1,
-        "context_parallel_degree": 1,
-        "context_parallel_rotate_method": "allgather",
-    },
-    "checkpoint": {
-        "enable_checkpoint": False,
-        "folder": "checkpoint",
-        "initial_load_path": None,
-        "initial_load_model_weights_only": True,
-        "interval": 500,
-        "last_save_model_weights_only": True,
-        "export_dtype": "float32",
-        "create_seed_checkpoint": False,
-        "async_mode": "disabled",
-        "keep_latest_k": 10,
-        "load_step": -1,
-        "exclude_from_loading": [],
-        "enable_first_step_checkpoint": False,
-    },
-    "activation_checkpoint": {"mode": "selective", "selective_ac_option": "2"},
-    "float8": {
-        "enable_fsdp_float8_all_gather": False,
-        "precompute_float8_dynamic_scale_for_fsdp": False,
-        "force_recompute_fp8_weight_in_bwd": False,
-        "recipe_name": None,
-        "filter_fqns": [],
-        "emulate": False,
-    },
-    "mx": {"recipe_name": "mxfp8", "filter_fqns": ["output"]},
-    "comm": {"init_timeout_seconds": 300, "train_timeout_seconds": 100, "trace_buf_size": 20000},
-    "memory_estimation": {"enabled": False, "disable_fake_mode": False},
-    "fault_tolerance": {"enable": False},
-    "experimental": {"custom_import": ANY, "custom_args_module": ANY},
-}
-OUR_DEFAULTS = {"metrics.enable_tensorboard": True, "checkpoint.last_save_model_weights_only": False}
-
-
-def test_every_key_of_june_2025_has_its_default() -> None:
-    config = JobConfig()
-    for section, keys in JUNE_2025.items():
-        for key, default in keys.items():
-            name = f"{section}.{key}"
-            assert name in BY_NAME
-            if default is not ANY:
-                assert get(config, name) == OUR_DEFAULTS.get(name, default), name
-
-
-def test_help_says_where_a_default_is_not_torchtitans() -> None:
-    for name in (*OUR_DEFAULTS, "training.dataset"):
-        assert "torchtitan's default is" in BY_NAME[name].help
-
-
 @pytest.mark.parametrize(
     ("name", "choices"),
     [
@@ -319,7 +197,7 @@ def test_choices(name: str, choices: set[str]) -> None:
 
 
 def test_every_option_has_help() -> None:
-    assert not [opt.name for opt in BY_NAME.values() if len(opt.help) < 10]
+    assert not [opt.name for opt in LISTED.values() if len(opt.help) < 10]
 
 
 # ---- spellings
@@ -633,18 +511,18 @@ def test_help_answers_at_once_without_torch(without_torch: dict[str, str], comma
     assert min(seconds for _, seconds in tries) <= 1.0
 
 
-def test_help_lists_every_option_with_its_text_and_default(without_torch: dict[str, str]) -> None:
+def test_help_lists_every_option_that_is_not_refused_with_its_text_and_default(without_torch: dict[str, str]) -> None:
     shown = run_without_torch(without_torch, "-m", "titanlite.commands", "train", "--help")[0].stdout
     blocks = {block.split()[0]: "".join(block.split()) for block in re.split(r"\n +--", shown)[1:]}
-    assert blocks.keys() == BY_NAME.keys()
-    for opt in BY_NAME.values():
+    assert blocks.keys() == LISTED.keys()
+    for opt in LISTED.values():
         default = ",".join(opt.default) if opt.base is list else str(opt.default)
         default = default.lower() if opt.base is bool and opt.default is not None else default
         default = "unset" if opt.default is None else default or "(empty)"
         for text in (opt.help, f"Default: {default}.", *opt.choices):
             assert "".join(text.split()) in blocks[opt.name], opt.name
     sections = re.findall(r"^\[(\w+)\]:$", shown, re.MULTILINE)
-    assert sections == list(options_of(JobConfig))
+    assert sections == list(dict.fromkeys(opt.section for opt in LISTED.values()))
 
 
 # ---- check
@@ -726,15 +604,23 @@ def test_global_batch_size(local: int, data_parallel: int, wanted: int, result: 
 
 @pytest.mark.parametrize("name", UNSUPPORTED)
 def test_what_is_not_implemented_is_refused_and_its_inert_value_is_not(name: str) -> None:
-    opt, (inert, instead) = BY_NAME[name], UNSUPPORTED[name]
-    assert opt.default == inert
-    text = ",".join(inert) if opt.base is list else str(inert).lower() if opt.base is bool else str(inert)
-    check_config(load_config([f"--{name}={text}"]), 2)
-    asked = {int: "2", list: "a,b", bool: "true"}.get(opt.base) or str(another(opt))
+    opt, instead = BY_NAME[name], UNSUPPORTED[name]
+    text = argument(opt, opt.default).partition("=")[2]
+    enabled = ["--validation.enable"] if opt.section == "validation" else []
+    check_config(load_config([f"--{name}={text}", *enabled]), 2)
+    asked = {int: "3", float: "0.5", list: "a,b", bool: str(not opt.default)}.get(opt.base, "another")
     with pytest.raises(ConfigError) as error:
-        check_config(load_config([f"--{name}={asked}"]), 2)
-    for part in (f"{name} = ", f"the argument --{name}", "does not implement it", instead):
-        assert part in str(error.value)
+        check_config(load_config([f"--{name}={asked}", *enabled]), 2)
+    assert (error.value.key, error.value.origin) == (name, f"the argument --{name}")
+    for part in ("does not implement it", instead):
+        assert part in error.value.why
+
+
+def test_a_nested_list_of_torchtitans_is_refused_by_name(tmp_path: Path) -> None:
+    (tmp_path / "a.toml").write_text("[parallelism]\nmodule_fqns_per_model_part = [['tok_embeddings'], ['layers.0']]")
+    with pytest.raises(ConfigError, match="pipeline_parallel_split_points") as error:
+        check_config(load_config([], str(tmp_path / "a.toml")), 1)
+    assert error.value.key == "parallelism.module_fqns_per_model_part"
 
 
 def test_informative_keys_are_accepted() -> None:

@@ -1,0 +1,42 @@
+"""Types with a condition on their values, for the fields of the schema."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import PurePath
+from typing import Annotated, Any, NamedTuple
+
+
+class Rule(NamedTuple):
+    """A condition on the values of an option, part of its type. ``text`` completes the sentence "must be ..."."""
+
+    text: str
+    holds: Callable[[Any], bool]
+
+
+Positive = Annotated[int, Rule("at least 1", lambda v: v >= 1)]
+NotNegative = Annotated[int, Rule("0 or more", lambda v: v >= 0)]
+PositiveOrAuto = Annotated[int, Rule("at least 1, or -1 to infer it", lambda v: v >= 1 or v == -1)]
+Percentage = Annotated[float, Rule("more than 0 and below 100", lambda v: 0 < v < 100)]
+Fraction = Annotated[float, Rule("between 0 and 1", lambda v: 0 <= v <= 1)]
+Beta = Annotated[float, Rule("at least 0 and below 1", lambda v: 0 <= v < 1)]
+NotNegativeFloat = Annotated[float, Rule("0 or more", lambda v: v >= 0)]
+PositiveFloat = Annotated[float, Rule("more than 0, and finite", lambda v: 0 < v < math.inf)]
+
+
+def _is_inner(value: str) -> bool:
+    path = PurePath(value)
+    return path.parts != () and not path.is_absolute() and ".." not in path.parts
+
+
+InnerFolder = Annotated[str, Rule("the relative path of a folder inside the run folder", _is_inner)]
+
+
+def _is_ac_option(value: str) -> bool:
+    return value == "op" or (value.isdecimal() and int(value) >= 1)
+
+
+CheckpointOption = Annotated[str, Rule('"op", or a whole number from 1 as a string', _is_ac_option)]
+LoadStep = Annotated[int, Rule("0 or more, or -1 for the latest", lambda v: v >= -1)]
+PositiveOrAll = Annotated[int, Rule("at least 1, or -1 for all", lambda v: v >= 1 or v == -1)]
