@@ -154,13 +154,13 @@ class Need:
 
 
 def need(config: JobConfig, world_size: int, vocab_size: int) -> Need:
-    """Estimate the largest peak of a rank. Options that are not modelled are off; CPU offload is subtracted.
+    """Estimate the largest peak of a rank. CPU offload, which is not modelled, is subtracted.
 
     Raises:
         ConfigError: the configuration is not possible.
     """
     modelled, offload = copy.deepcopy(config), config.training.enable_cpu_offload
-    modelled.training.enable_cpu_offload = modelled.parallelism.enable_async_tensor_parallel = False
+    modelled.training.enable_cpu_offload = False
     result: Estimate = estimate(modelled, world_size, vocab_size)
     largest = max(result.ranks, key=lambda rank: rank.peak)
     movable = largest.parameters + largest.optimizer

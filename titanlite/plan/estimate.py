@@ -95,6 +95,11 @@ NOT_COUNTED = (
     "(reserved memory)."
 )
 
+ASYNCHRONOUS = (
+    "With parallelism.enable_async_tensor_parallel the collectives of tensor parallelism send as much, in parts. Not "
+    "counted: the buffers that the GPUs share for it."
+)
+
 
 @dataclass
 class RankEstimate:
@@ -171,7 +176,9 @@ def estimate(
     check_config(config, world_size, train=False)
     _check_modelled(config)
     degrees = resolve_degrees(config.parallelism, world_size)
-    ranks, notes = [], [NOT_COUNTED]
+    ranks, notes = [], [*config.notices, NOT_COUNTED]
+    if config.parallelism.enable_async_tensor_parallel:
+        notes.append(ASYNCHRONOUS)
     for stage in range(degrees.pipeline_parallel):
         # Each stage has its own process, because DTensor caches process groups that no longer exist.
         ending: dict[str, Any] = {"initializer": _end_with, "initargs": (os.getpid(),)}
@@ -220,12 +227,8 @@ def _estimate_rank(
 
 
 def _check_modelled(config: JobConfig) -> None:
-    for key, on in {
-        "training.enable_cpu_offload": config.training.enable_cpu_offload,
-        "parallelism.enable_async_tensor_parallel": config.parallelism.enable_async_tensor_parallel,
-    }.items():
-        if on:
-            refuse(config, key, "is not modelled by estimates; leave it out for one")
+    if config.training.enable_cpu_offload:
+        refuse(config, "training.enable_cpu_offload", "is not modelled by estimates; leave it out for one")
 
 
 @contextmanager
@@ -274,11 +277,12 @@ def _fused_norm() -> Iterator[None]:
 
 
 def _for_memory(config: JobConfig) -> JobConfig:
-    """Return ``config`` with a compiler that counts memory in place of the default one."""
-    if config.compile.backend != "inductor":
-        return config
+    """Return ``config`` with a compiler that counts memory in place of the default one, and without the asynchronous
+    tensor parallelism that the default one would make."""
     config = copy.deepcopy(config)
-    config.compile.backend, config.compile.mode = MEMORY_BACKEND, "default"
+    config.parallelism.enable_async_tensor_parallel = False
+    if config.compile.backend == "inductor":
+        config.compile.backend, config.compile.mode = MEMORY_BACKEND, "default"
     return config
 
 

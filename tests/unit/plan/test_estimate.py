@@ -16,7 +16,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tests.support.runs import ROOT, environment
-from titanlite.config import load_config
+from titanlite.config import load_config, packaged
 from titanlite.data import load_tokenizer
 from titanlite.plan.estimate import ASSUMED_VOCAB_SIZE, Estimate, estimate
 from titanlite.plan.memory import MemoryTracker
@@ -45,7 +45,7 @@ REAL = """
 import json, os, sys
 import torch
 import torch.distributed as dist
-from titanlite.config import load_config
+from titanlite.config import load_config, packaged
 from titanlite.data import load_tokenizer
 from titanlite.plan.estimate import _bytes, _dimensions
 from titanlite.plan.memory import MemoryTracker
@@ -220,6 +220,36 @@ def test_bad_input_ends_as_in_training(options: tuple[str, ...], mode: str, mess
     assert message in ended.stderr
     assert "Traceback" not in ended.stderr
     assert len(ended.stderr.strip().splitlines()) == 1
+
+
+def test_asynchronous_tensor_parallelism_needs_no_gpu_for_an_estimate() -> None:
+    options = {"parallelism__tensor_parallel_degree": "2", "training__compile": "true"}
+    plain = estimated(4, **options)
+    overlapped = estimated(4, **options, parallelism__enable_async_tensor_parallel="true")
+    assert overlapped.ranks == plain.ranks
+    (note,) = {*overlapped.notes} - {*plain.notes}
+    assert "parallelism.enable_async_tensor_parallel" in note
+
+
+PACKAGED = {"debug_model": 1, "llama3_8b": 8, "llama3_70b": 256, "llama3_405b": 512}
+
+
+@pytest.mark.parametrize("name", packaged.names())
+def test_every_packaged_file_is_estimated_for_its_devices(name: str) -> None:
+    """With a small model: the parallelism is what the file has, and asynchronous where the file is torchtitan's."""
+    argv = ["--model.flavor=debugmodel", "--training.seq_len=64", "--training.local_batch_size=1"]
+    if name == "llama3_405b":
+        argv.append("--parallelism.enable_async_tensor_parallel")
+    result = estimate(load_config(argv, packaged.find(name)), PACKAGED[name])
+    assert result.world_size == PACKAGED[name]
+    assert result.peak > 0
+
+
+def test_renamed_options_are_among_the_notes() -> None:
+    config = load_config(
+        [*arguments(DEBUG), "--compile.enable=false"], str(ROOT / "train_configs" / "debug_model.toml")
+    )
+    assert any(note.endswith("is called training.compile here") for note in estimate(config, 1).notes)
 
 
 def test_the_key_does_what_the_variable_does() -> None:
