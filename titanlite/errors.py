@@ -17,6 +17,11 @@ def shown(value: object) -> str:
     return "unset" if value is None else str(value)
 
 
+def counted(number: int, noun: str) -> str:
+    """A number with its noun: "1 shard", "2 processes"."""
+    return f"{number} {noun}" + ("" if number == 1 else "es" if noun.endswith(("s", "ch")) else "s")
+
+
 class ConfigError(Exception):
     """A request that cannot be met: a bad option, file, or combination.
 

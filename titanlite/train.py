@@ -27,15 +27,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from titanlite.checkpoint import CheckpointManager, Info, Process, saved_steps
+from titanlite.checkpoint import CheckpointManager, Info, Process
 from titanlite.config import (
     JobConfig,
     check_config,
     dump_toml,
     global_batch_size,
-    import_module,
+    import_custom,
     resolve_degrees,
 )
+from titanlite.config.run_config import CONFIG as CONFIG_TOML
 from titanlite.data import DataLoader, build_source, load_tokenizer, merge_states
 from titanlite.distributed import runtime
 from titanlite.distributed.compile import CompileWatch
@@ -45,7 +46,8 @@ from titanlite.distributed.gradients import clip_gradients
 from titanlite.distributed.init import WeightInit
 from titanlite.distributed.mesh import build_mesh
 from titanlite.environment import LAUNCH_DIR
-from titanlite.errors import ConfigError, NothingToDo, TrainingError
+from titanlite.errors import ConfigError, NothingToDo, TrainingError, counted
+from titanlite.launch.caches import unwritable_cache
 from titanlite.launch.stacks import end_soon, keep_stacks, show_traceback
 from titanlite.metrics.device import GIB, device_name, is_out_of_memory, peak_flops, peak_memory
 from titanlite.metrics.flops import flops_per_token
@@ -59,15 +61,16 @@ from titanlite.metrics.sinks import (
     TensorBoardSink,
     init_logging,
     is_terminal,
+    show_late_warnings,
 )
 from titanlite.models.spec import get_model_spec
 from titanlite.optim import build_optimizer, build_schedule
-from titanlite.training.build import build_loss, build_model, build_pipeline, check_memory
+from titanlite.plan.least import check_memory
+from titanlite.training.build import build_loss, build_model, build_pipeline
 from titanlite.training.loss_watch import LossWatch, rank_of_claim
 from titanlite.training.origin import find_start
 from titanlite.training.out_of_memory import give_up
-from titanlite.training.run_folder import CONFIG as CONFIG_TOML
-from titanlite.training.run_folder import METRICS, VALIDATION, RunFolder, drop_rows_after
+from titanlite.training.run_folder import METRICS, VALIDATION, RunFolder, loss_of_first_step
 from titanlite.training.sample import log_sample
 from titanlite.training.step import StepRunner
 from titanlite.training.step_guard import StepGuard
@@ -103,9 +106,7 @@ class Trainer:
         for notice in config.notices:
             logger.info(notice)
         check_config(config, int(os.environ.get("WORLD_SIZE", 1)))
-        if config.experimental.custom_import:
-            key = "experimental.custom_import"
-            import_module(config.experimental.custom_import, key, config.origin(key))
+        import_custom(config)
         self.spec = get_model_spec(config.model.name)
         self.flavor = self.spec.flavor(config.model.flavor)
         self.runtime = runtime.start_runtime(config.comm)
@@ -123,6 +124,10 @@ class Trainer:
             config.checkpoint, root, self.runtime.device, config.comm.init_timeout_seconds
         )
         self.start = find_start(config, self.spec, self.checkpoints)
+        if not self.start.from_this_run:
+            self.runtime.on_rank_zero(lambda: self.run_folder.refuse_to_retire(config))
+            if config.checkpoint.enable_checkpoint:
+                logger.info("no checkpoint found in %s, starting at step %d", root, self.start.step + 1)
         seed = self.start.seed if training.seed is None else training.seed
         self.seed = training.seed = runtime.set_seed(seed, training.deterministic, self.runtime)
         self.about["seed"] = f"{self.seed}" + (", deterministic" if training.deterministic else "")
@@ -133,6 +138,8 @@ class Trainer:
         if self.degrees.context_parallel > 1:
             self.context = ContextParallel(self.mesh.cp, self.config.parallelism.context_parallel_rotate_method)
         self.tokenizer = load_tokenizer(self.config.model.tokenizer_path)
+        vocab_size, device = self.tokenizer.vocab_size, self.runtime.device
+        check_memory(self.config, self.spec, self.flavor, vocab_size, self.degrees, device)
         self.global_batch_size = global_batch_size(self.config, self.degrees.data_parallel)
         self.source = build_source(
             training.dataset,
@@ -155,7 +162,8 @@ class Trainer:
         self.about["data"] = f"{training.dataset}{f' ({training.dataset_path})' if training.dataset_path else ''}"
         self.about["tokenizer"] = f"{self.tokenizer.path}, {self.tokenizer.vocab_size} tokens"
         self.about["tokens per step"] = (
-            f"{self.global_batch_size * training.seq_len:,} = {self.global_batch_size} sequences x {training.seq_len}"
+            f"{self.global_batch_size * training.seq_len:,} = "
+            f"{counted(self.global_batch_size, 'sequence')} x {training.seq_len}"
         )
 
     def _build_model(self) -> None:
@@ -165,7 +173,6 @@ class Trainer:
         built = build_model(self.spec, self.model_args, config, self.mesh)
         self.model_parts, self.parameters = built.parts, built.parameters
         self.size, self.converters = built.size, built.converters
-        check_memory(config, self.size, self.degrees, device)
         self.compile_watch = CompileWatch()
         loss_fn = build_loss(self.mesh, config.parallelism.disable_loss_parallel, config.compile_options("loss"))
         pipeline = build_pipeline(built, loss_fn, config, self.mesh, device)
@@ -218,17 +225,12 @@ class Trainer:
         self.run_folder = RunFolder(self.run_path)
 
     def _fill_run_folder(self) -> None:
-        metrics, profiling, checkpoints = self.config.metrics, self.config.profiling, self.config.checkpoint.folder
-        if self.start.continues:
-            saved = saved_steps(self.run_path / checkpoints)
-            self.run_folder.set_earlier_aside([f"{checkpoints}/step-{step}" for step in saved if step > self.step])
-            for file in (METRICS, VALIDATION):
-                drop_rows_after(self.run_path / file, self.step)
+        metrics, checkpoint = self.config.metrics, self.start.checkpoint
+        if self.start.continues and checkpoint is not None:
+            processes = checkpoint.info.world_size, self.runtime.world_size
+            self.run_folder.go_on(self.config, self.step, processes)
         else:
-            profiles = profiling.save_traces_folder, profiling.save_memory_snapshot_folder
-            folders = [checkpoints, metrics.save_tb_folder, *profiles]
-            self.run_folder.set_earlier_aside([CONFIG_TOML, METRICS, VALIDATION, *folders])
-        (self.run_path / CONFIG_TOML).write_text(dump_toml(self.config))
+            self.run_folder.begin(self.config)
         validation = self.run_path / VALIDATION if self.validator else None
         self.sinks.append(JsonlSink(self.run_path / METRICS, validation))
         if metrics.enable_tensorboard and not metrics.save_for_all_ranks:
@@ -246,7 +248,7 @@ class Trainer:
         self.recorder = Recorder(
             self.sinks, self.runtime.device, self.flops_per_token, config.metrics.log_freq, steps, self.tokens_before
         )
-        self.loss_watch = LossWatch(config.training, self.runtime.rank)
+        self.loss_watch = LossWatch(config.training, self.runtime.rank, self.step_guard.state_dict()["losses"])
 
     # ---- the loop
 
@@ -387,7 +389,7 @@ class Trainer:
             tensorboard = f"{shown_path(sys.executable)} -m tensorboard.main --logdir"
             places["look at it"] = f"{tensorboard} {self.run_path / self.config.metrics.save_tb_folder}"
         places |= next_command(self.config, self.run_path / CONFIG_TOML, self.step, self.runtime.world_size)
-        logger.info(summary(self.recorder, places))
+        logger.info(summary(self.recorder, places, loss_of_first_step(self.run_path), [*self.loss_watch.losses]))
 
     def close(self) -> None:
         self.checkpoints.close()
@@ -419,6 +421,8 @@ def main(config: JobConfig | None = None) -> int:
             if STOP is not None:
                 end_soon()
             return status
+        if (unwritable := unwritable_cache(e)) is not None:
+            return report(unwritable)
         if reported(os.environ.get(LAUNCH_DIR)):
             return 1  # another rank has reported the error; broken connections only follow from it
         if STOP is None:
@@ -431,6 +435,7 @@ def main(config: JobConfig | None = None) -> int:
                 trainer.close()
         finally:
             runtime.stop_runtime()
+            show_late_warnings()
     return 0
 
 

@@ -16,8 +16,11 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from titanlite.config.run_config import inner_folder, read_run_config
+from titanlite.config.value_rules import PATH
 from titanlite.errors import ConfigError
 
+INFO = "checkpoint.json"
 SUMS = "SHA256SUMS"
 _SELF = "# of the lines above: "  # sha256sum reads this line as a comment
 _PARTIAL, _DELETING = ".partial-", ".deleting-"
@@ -43,10 +46,38 @@ def partial_folder(root: Path, step: int) -> Path:
 
 def saved_steps(root: Path) -> list[int]:
     """Return the steps of the checkpoints in ``root``, in ascending order."""
+    return sorted(int(path.name.removeprefix("step-")) for path in _steps_in(root) if is_checkpoint(path))
+
+
+def strays_in(root: Path) -> list[Path]:
+    """Return what is called like a checkpoint in ``root`` and is none."""
+    return sorted(path for path in _steps_in(root) if not is_checkpoint(path))
+
+
+def _steps_in(root: Path) -> list[Path]:
     if not root.is_dir():
         return []
-    matches = (re.fullmatch(r"step-(0|[1-9]\d*)", path.name) for path in root.iterdir())
-    return sorted(int(match[1]) for match in matches if match)
+    return [path for path in root.iterdir() if re.fullmatch(r"step-(0|[1-9]\d*)", path.name)]
+
+
+def is_checkpoint(folder: Path) -> bool:
+    """Return True if ``folder`` holds a file of a checkpoint, which may be damaged."""
+    return folder.is_dir() and any(any(folder.glob(name)) for name in (INFO, SUMS, ".metadata", "*.distcp"))
+
+
+def latest_checkpoint(path: str | Path) -> Path:
+    """Return the latest checkpoint in ``path``, if that is a run folder or a folder of checkpoints; else ``path``.
+
+    Raises:
+        ConfigError: the system cannot look up ``path``.
+    """
+    if not PATH.holds(str(path)):
+        raise ConfigError(f"{path}: must be {PATH.text}")
+    path = Path(path).expanduser()
+    for root in (path, path / (inner_folder(read_run_config(path), "checkpoint", "folder") or "checkpoint")):
+        if steps := saved_steps(root):
+            return step_folder(root, steps[-1])
+    return path
 
 
 def clear_leftovers(root: Path) -> list[str]:
@@ -63,6 +94,11 @@ def delete(folder: Path) -> Path:
     """Rename a checkpoint atomically, so that it no longer counts as one; return the new folder, whose files the caller
     removes (slow)."""
     return _renamed(folder, _DELETING)
+
+
+def set_stray_aside(path: Path) -> Path:
+    """Rename what has the name of a checkpoint and is none; return its new path."""
+    return _renamed(path, "stray-")
 
 
 def set_damaged_aside(folder: Path) -> Path:

@@ -21,9 +21,11 @@ from titanlite.checkpoint.folder import (
     DamagedCheckpoint,
     clear_leftovers,
     delete,
+    latest_checkpoint,
     saved_steps,
     set_damaged_aside,
     step_folder,
+    strays_in,
 )
 from titanlite.checkpoint.state import (
     State,
@@ -129,24 +131,30 @@ class CheckpointManager:
         return None
 
     def initial(self, path: str) -> SavedCheckpoint:
-        """Return the checkpoint at ``path``: the folder of one checkpoint, or of several; then the latest is taken.
+        """Return the checkpoint at ``path``: the folder of one checkpoint, or of several, or of a run; then the latest.
 
         Raises:
             ConfigError: there is no checkpoint, or it is damaged.
         """
-        folder = Path(path).expanduser()
-        steps = saved_steps(folder)
-        if steps:
-            folder = step_folder(folder, steps[-1])
+        folder = latest_checkpoint(path)
         try:
             return SavedCheckpoint(folder, self._open(folder), from_this_run=False)
         except DamagedCheckpoint as e:
             raise ConfigError(f"{e}, or choose another", key="checkpoint.initial_load_path", value=path) from e
 
     def _choose(self) -> int | None:
+        if self.root.is_symlink() and not self.root.exists():
+            raise ConfigError(
+                f"{self.root} is a link to {self.root.readlink()}, which is not there; make that folder, or remove the "
+                "link",
+                key="checkpoint.folder",
+                value=self.options.folder,
+            )
         leftovers = clear_leftovers(self.root)
         if leftovers:
             logger.info("cleared what was left of saves that did not end: %s", ", ".join(leftovers))
+        for path in strays_in(self.root):
+            logger.warning("%s is no checkpoint, for all its name: a save of that step renames it", path)
         steps, step = saved_steps(self.root), self.options.load_step
         if step == -1 or _restarted():
             return steps[-1] if steps else None

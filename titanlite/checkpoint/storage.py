@@ -29,21 +29,23 @@ from torch.distributed.checkpoint.state_dict_saver import save as save_tensors
 from torch.utils.serialization import config
 
 from titanlite.checkpoint.folder import (
+    INFO,
     SUMS,
     DamagedCheckpoint,
     HashingFile,
     commit,
+    is_checkpoint,
     make_folder,
     partial_folder,
     problems_of,
     read_sums,
+    set_stray_aside,
     step_folder,
     write_file,
 )
 from titanlite.checkpoint.state import State
 from titanlite.errors import ConfigError
 
-INFO = "checkpoint.json"
 _FORMAT = 1
 _COPY_AHEAD = 10_000_000  # bytes
 T = TypeVar("T")
@@ -157,8 +159,10 @@ def save(root: Path, state: State, info: Info, group: dist.ProcessGroup | None) 
     partial, final = partial_folder(root, info.step), step_folder(root, info.step)
 
     def begin() -> None:
-        if final.exists():
+        if is_checkpoint(final):
             raise FileExistsError(f"{final} exists")
+        if final.exists() or final.is_symlink():
+            set_stray_aside(final)
         shutil.rmtree(partial, ignore_errors=True)
         make_folder(root)
         partial.mkdir()

@@ -6,6 +6,7 @@ import importlib
 import sys
 
 from titanlite import __version__
+from titanlite.config import packaged
 from titanlite.registry import nearest
 
 SUBCOMMANDS = {
@@ -22,6 +23,13 @@ def usage() -> str:
     return "\n".join(["usage:", *lines, "", "titanlite SUBCOMMAND --help says more of each; titanlite --version."])
 
 
+def _hint(name: str) -> str:
+    """Return a hint for an unknown subcommand, which may be a configuration."""
+    if name.endswith(".toml") or packaged.find(name):
+        return f' (did you mean "titanlite train {name}"?)'
+    return nearest(name, SUBCOMMANDS) or nearest(name, packaged.names()).replace('"', '"titanlite train ', 1)
+
+
 def main() -> int:
     """Run the subcommand that the arguments name, and return the exit status."""
     argv = sys.argv[1:]
@@ -33,10 +41,7 @@ def main() -> int:
         return 0
     name, rest = (argv[0], argv[1:]) if argv and not argv[0].startswith("-") else ("train", argv)
     if name not in SUBCOMMANDS:
-        print(
-            f"titanlite: error: {name}: there is no such subcommand{nearest(name, SUBCOMMANDS)}\n{usage()}",
-            file=sys.stderr,
-        )
+        print(f"titanlite: error: {name}: there is no such subcommand{_hint(name)}\n{usage()}", file=sys.stderr)
         return 2
     status: int = importlib.import_module(f"titanlite.commands.{name}").main(rest)
     return status

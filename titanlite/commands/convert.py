@@ -1,7 +1,8 @@
 """Turn a checkpoint into a Hugging Face folder, or the other way round.
 
-SOURCE is a checkpoint of titanlite, the folder of one step: TARGET becomes a folder that transformers loads. Or SOURCE
-is a folder with config.json and *.safetensors: TARGET becomes a folder of checkpoints, with the weights as its step-0.
+SOURCE is a checkpoint of titanlite, the folder of one step, or of a run, whose latest is taken: TARGET becomes a folder
+that transformers loads. Or SOURCE is a folder with config.json and *.safetensors: TARGET becomes a folder of
+checkpoints, with the weights as its step-0.
 Tensors go through memory one after the other.
 """
 

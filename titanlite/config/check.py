@@ -11,6 +11,8 @@ from titanlite.config.schema import Checkpoint, JobConfig
 from titanlite.config.unsupported import check_unsupported
 from titanlite.config.validation import check_validation
 
+MOST_TOKENS = 1 << 40  # of a step
+
 
 def check_config(config: JobConfig, world_size: int, *, train: bool = True) -> None:
     """Refuse options that this machine or this version cannot honour. A missing tokenizer is reported first.
@@ -26,6 +28,7 @@ def check_config(config: JobConfig, world_size: int, *, train: bool = True) -> N
                 "memory_estimation.enabled",
                 "the trainer makes no estimates; start run_train.sh, or titanlite train",
             )
+    _check_sizes(config)
     degrees = resolve_degrees(config.parallelism, world_size)
     check_unsupported(config)
     _check_checkpoint(config)
@@ -41,6 +44,16 @@ def check_config(config: JobConfig, world_size: int, *, train: bool = True) -> N
         )
     global_batch_size(config, degrees.data_parallel)
     check_parallelism(config, degrees)
+
+
+def _check_sizes(config: JobConfig) -> None:
+    """Refuse sizes of which torch cannot count the bytes; where memory begins to be short, plan.least knows."""
+    sizes = {key: getattr(config.training, key) for key in ("seq_len", "local_batch_size", "global_batch_size")}
+    for key in sizes:
+        if sizes[key] * (sizes["seq_len"] if key != "seq_len" else sizes["local_batch_size"]) > MOST_TOKENS:
+            refuse(
+                config, f"training.{key}", "no device holds a step of as many tokens; use fewer or shorter sequences"
+            )
 
 
 def _check_checkpoint(config: JobConfig) -> None:

@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import importlib
+import difflib
 import os
 import re
-import sys
 import textwrap
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
@@ -25,11 +24,15 @@ import tomli
 from titanlite.config import packaged
 from titanlite.config.aliases import Options, Values, present_names, with_aliases
 from titanlite.config.options import Option, options_of
+from titanlite.config.run_config import CONFIG, RUN_FOLDER, folder_named_in, located
 from titanlite.config.schema import JobConfig
+from titanlite.config.third_party import import_module, merge
 from titanlite.config.unsupported import UNSUPPORTED
 from titanlite.environment import CONFIG_FILE
 from titanlite.errors import ConfigError
 from titanlite.registry import nearest
+
+_DUMP_FOLDER = "job.dump_folder"
 
 
 def load_config(argv: Sequence[str], default_file: str | None = None) -> JobConfig:
@@ -47,7 +50,14 @@ def load_config(argv: Sequence[str], default_file: str | None = None) -> JobConf
     notices: list[str] = []
     arguments = present_names(_read_arguments(options, argv), options, notices)
     file, origin = arguments.get("job.config_file", (default_file, CONFIG_FILE))
-    values = {**(_read_file(options, file, origin, notices) if file else {}), **arguments}
+    values, run_config = _read_file(options, file, origin, notices) if file else ({}, None)
+    values |= arguments
+    folder, place = values.get(_DUMP_FOLDER, ("", ""))
+    if folder is None:
+        raise ConfigError(
+            f'{place}: {RUN_FOLDER} = "." stands for the folder of {CONFIG}, and this is a copy under another name; '
+            "give it a run folder: write [job] dump_folder in its place, or add --job.dump_folder"
+        )
     sections = {}
     for section, keys in options_of(config_class).items():  # type: ignore[arg-type]
         assigned = {key: values[opt.name][0] for key, opt in keys.items() if opt.name in values}
@@ -57,20 +67,8 @@ def load_config(argv: Sequence[str], default_file: str | None = None) -> JobConf
         config.job.config_file = file
     config.origins = {name: origin for name, (_, origin) in values.items()}
     config.notices = notices
+    config.run_config = run_config
     return config
-
-
-def dump_toml(config: JobConfig) -> str:
-    """Return the configuration as TOML that can be loaded again; unset options are omitted."""
-    import tomli_w
-
-    sections = {
-        section: {key: value for key, value in keys.items() if value is not None}
-        for section, keys in dataclasses.asdict(config).items()
-    }
-    # The file is complete, so it must not refer to the file that it was loaded from.
-    sections["job"].pop("config_file", None)
-    return "# The effective configuration of this run; it loads again as CONFIG_FILE.\n\n" + tomli_w.dumps(sections)
 
 
 # ---- the TOML file and its bases
@@ -82,10 +80,9 @@ def _parse_toml(path: Path, named_by: str) -> tuple[dict[str, Any], str]:
     except FileNotFoundError:
         raise ConfigError(
             f"{named_by}: there is no file {path} (relative to {Path.cwd()}), "
-            f"and none of this name comes with titanlite{nearest(path.stem, packaged.names())}; "
-            f"these do: {', '.join(packaged.names())}"
+            f"and none of this name comes with titanlite{_near_file(path)}; these do: {', '.join(packaged.names())}"
         ) from None
-    except (OSError, UnicodeDecodeError) as e:
+    except (OSError, ValueError) as e:
         raise ConfigError(f"{named_by}: {path} cannot be read: {e}") from None
     try:
         return tomli.loads(text), text
@@ -93,6 +90,13 @@ def _parse_toml(path: Path, named_by: str) -> tuple[dict[str, Any], str]:
         match = re.search(r"\(at (line \d+), column \d+\)$", str(e))
         line = match[1] if match else f"line {len(text.splitlines())}"  # the other case: "at end of document"
         raise ConfigError(f"{path}, {line}: not valid TOML: {e}") from None
+    except (ValueError, RecursionError) as e:  # a number of thousands of digits, thousands of brackets
+        raise ConfigError(f"{path}: no TOML of a configuration: {e}; correct the file") from None
+
+
+def _near_file(path: Path) -> str:
+    beside = [file.name for file in path.parent.glob("*.toml")] if path.parent.is_dir() else []
+    return nearest(path.name, [*packaged.names(), *beside])
 
 
 def _lines_of(text: str) -> dict[str, int]:
@@ -112,9 +116,9 @@ def _file_chain(file: str, origin: str, notices: list[str]) -> list[tuple[Path, 
     """Read the file and its bases; the last base is the first in the list."""
     chain: list[tuple[Path, dict[str, Any], str]] = []
     named_by = f'job.config_file = "{file}" ({origin})'
-    path = _resolve(Path(file), file, named_by, notices)
+    path = _resolve(Path(os.path.expanduser(file)), file, named_by, notices)
     while True:
-        if any(path.resolve() == earlier.resolve() for earlier, _, _ in chain):
+        if any(os.path.realpath(path) == os.path.realpath(earlier) for earlier, _, _ in chain):
             circle = " -> ".join(str(p) for p, _, _ in [*chain, (path, {}, "")])
             raise ConfigError(f"{named_by}: the base files go in a circle: {circle}")
         tree, text = _parse_toml(path, named_by)
@@ -131,7 +135,7 @@ def _file_chain(file: str, origin: str, notices: list[str]) -> list[tuple[Path, 
 def _resolve(path: Path, name: str, named_by: str, notices: list[str]) -> Path:
     """Return ``path``; if there is no such file, the one that comes with titanlite as ``name``, or as the last part of
     ``name``, if there is one."""
-    if path.exists():
+    if os.path.exists(path):
         return path
     known = packaged.find(name)
     if known is None and path.suffix == ".toml" and (known := packaged.find(path.stem)):
@@ -153,11 +157,18 @@ def _tables(options: Options, tree: dict[str, Any], outer: str = "") -> Iterator
             yield section, table
 
 
-def _read_file(options: Options, file: str, origin: str, notices: list[str]) -> Values:
+def _read_file(options: Options, file: str, origin: str, notices: list[str]) -> tuple[Values, Path | None]:
+    """Return the values of the file and its bases, and the one of these files that is a run folder's."""
     values: Values = {}
+    run_config = None
     for path, tree, text in _file_chain(file, origin, notices):
         location = partial(_place, path, _lines_of(text))
         in_this_file: Values = {}
+        folder = None
+        if RUN_FOLDER in tree:
+            place = location(RUN_FOLDER)
+            folder, run_config = folder_named_in(path, tree.pop(RUN_FOLDER), place), path
+            values[_DUMP_FOLDER] = (None if folder is None else str(folder), place)
         for section, table in _tables(options, tree):
             if not isinstance(table, dict):
                 if section in options:
@@ -174,9 +185,12 @@ def _read_file(options: Options, file: str, origin: str, notices: list[str]) -> 
                     raise ConfigError(
                         f'{location(name)}: a file builds on another with base = "other.toml", not with {name}'
                     )
-                in_this_file[name] = (option.convert(value, location(name)), location(name))
+                converted = option.convert(value, location(name))
+                if folder is not None and option.is_path:
+                    converted = located(converted, folder)
+                in_this_file[name] = (converted, location(name))
         values.update(present_names(in_this_file, options, notices))
-    return values
+    return values, run_config
 
 
 # ---- the command line
@@ -297,10 +311,22 @@ def _find_key(options: Options, key: str) -> str:
     return matches[0] if matches else "training.steps"
 
 
+def near_key(key: str, keys: Iterable[str], elsewhere: Sequence[str]) -> str:
+    """Return a hint for an unknown key of a section: the first that there is of its ``keys`` with nearly the same
+    letters, its keys with all words of the unknown one, the same key in other sections, its keys with some of the
+    words, and the nearest one."""
+    words = {other: set(other.split("_")) for other in (*keys, key)}
+    alike = difflib.get_close_matches(key, list(keys), n=1, cutoff=0.8)
+    alike = alike or sorted((other for other in keys if words[key] < words[other]), key=len)[:2]
+    alike = alike or [*elsewhere][:2] or [other for other in keys if words[other] < words[key]]
+    names = [f'"{name}"' for name in alike]
+    return f" (did you mean {' or '.join(names)}?)" if names else nearest(key, keys)
+
+
 def _unknown(options: Options, section: str, key: str, origin: str) -> NoReturn:
     elsewhere = [opt.name for keys in options.values() for opt in _listed(keys) if opt.key == key]
     known = [opt.key for opt in _listed(options[section])]
-    hint = f' (did you mean "{elsewhere[0]}"?)' if elsewhere else nearest(key, known)
+    hint = near_key(key, known, elsewhere)
     raise ConfigError(f"{origin}: unknown key {section}.{key}{hint}; [{section}] has {', '.join(known)}")
 
 
@@ -317,6 +343,7 @@ def _config_class(argv: Sequence[str], default_file: str | None) -> type[JobConf
     parser.add_argument("--job.config_file", dest="file")
     parser.add_argument(f"--{name}", dest="module")
     known, _ = parser.parse_known_args([_underscored(arg) for arg in argv])
+    run_config = None
     module_origin = f"the argument --{name}"
     file, origin = (default_file, CONFIG_FILE) if known.file is None else (known.file, "the argument --job.config_file")
     if known.module is None and file:
@@ -325,9 +352,10 @@ def _config_class(argv: Sequence[str], default_file: str | None) -> type[JobConf
             if isinstance(section, Mapping) and isinstance(section.get("custom_args_module"), str):
                 known.module = section["custom_args_module"]
                 module_origin = _place(path, _lines_of(text), name)
+                run_config = path if RUN_FOLDER in tree else None
     if not known.module:
         return JobConfig
-    custom = getattr(import_module(known.module, name, module_origin), "JobConfig", None)
+    custom = getattr(import_module(known.module, name, module_origin, run_config), "JobConfig", None)
     if not (isinstance(custom, type) and dataclasses.is_dataclass(custom)):
         raise ConfigError(
             "the module must define a dataclass JobConfig whose fields are sections (dataclasses with defaults)",
@@ -335,42 +363,4 @@ def _config_class(argv: Sequence[str], default_file: str | None) -> type[JobConf
             value=known.module,
             origin=module_origin,
         )
-    return _merge(custom)
-
-
-def _merge(custom: type) -> type[JobConfig]:
-    """Return JobConfig with the sections of ``custom``. A section that is in both has the keys of both."""
-    base, extension = typing.get_type_hints(JobConfig), typing.get_type_hints(custom)
-    merged: dict[str, type] = {}
-    for section in {**base, **extension}:
-        parts = [sections[section] for sections in (extension, base) if section in sections]
-        if len(parts) == 2 and not issubclass(parts[0], parts[1]):
-            merged[section] = dataclasses.dataclass(
-                type(parts[1].__name__, tuple(parts), {"__module__": parts[0].__module__})
-            )
-        else:
-            merged[section] = parts[0]
-    fields = [(section, cls, dataclasses.field(default_factory=cls)) for section, cls in merged.items()]
-    config_class = dataclasses.make_dataclass("JobConfig", fields, bases=(JobConfig,))
-    config_class.__annotations__ = dict(merged)
-    return config_class
-
-
-def import_module(name: str, key: str, origin: str) -> Any:
-    """Import the module that the option ``key`` names; raise :class:`ConfigError` if there is no such module."""
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
-    missing = ConfigError(
-        f"there is no such module; it must be importable from {os.getcwd()} or installed",
-        key=key,
-        value=name,
-        origin=origin,
-    )
-    if name.startswith("."):
-        raise missing
-    try:
-        return importlib.import_module(name)
-    except ModuleNotFoundError as e:
-        if e.name is None or not (name + ".").startswith(e.name + "."):
-            raise  # the module exists, but one of its imports does not: an error of the module
-        raise missing from None
+    return merge(custom)

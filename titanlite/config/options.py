@@ -6,6 +6,7 @@ import ast
 import contextlib
 import dataclasses
 import inspect
+import math
 import sys
 import types
 import typing
@@ -13,7 +14,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any, Literal
 
-from titanlite.config.value_rules import Rule
+from titanlite.config.value_rules import PATH, Rule
 from titanlite.errors import ConfigError
 
 _KINDS = {
@@ -47,6 +48,10 @@ class Option:
     def name(self) -> str:
         return f"{self.section}.{self.key}"
 
+    @property
+    def is_path(self) -> bool:
+        return self.rule is PATH
+
     def expected(self) -> str:
         """Describe the valid values, to complete the sentence "must be ..."."""
         if self.base is list:
@@ -54,12 +59,15 @@ class Option:
             return f"a list of strings{each}"
         if self.choices:
             return f"one of {_quoted(self.choices)}"
+        if self.rule is None and self.base is float:
+            return "a finite number"
         return _KINDS[self.base] + (f", {self.rule.text}" if self.rule else "")
 
     def convert(self, value: Any, origin: str) -> Any:
         """Convert a TOML value to this option's type; raise :class:`ConfigError` with the rule if it is not valid."""
         if self.base is object:
             return value
+        _check_representable(value, self.name, origin)
         items = value.split(",") if self.base is list and isinstance(value, str) else value
         if self.base is list and isinstance(items, list):
             good = all(isinstance(item, str) for item in items)
@@ -67,7 +75,7 @@ class Option:
             if good and (not self.choices or all(item in self.choices for item in items)):
                 return items
         elif self.base is float and type(value) in (int, float):
-            if self.rule is None or self.rule.holds(value):
+            if math.isfinite(value) if self.rule is None else self.rule.holds(value):
                 return float(value)
         elif (
             type(value) is self.base
@@ -88,6 +96,19 @@ class Option:
             with contextlib.suppress(ValueError):
                 value = self.base(text)
         return self.convert(value, origin)
+
+
+def _check_representable(value: Any, key: str, origin: str) -> None:
+    """Refuse a value that config.toml, the log or torch cannot hold."""
+    for item in value if isinstance(value, list) else [value]:
+        if type(item) is int and not -(1 << 63) <= item < 1 << 64:
+            raise ConfigError("must be a whole number below 2^64", key=key, value=item, origin=origin)
+        if isinstance(item, str):
+            # The command line turns bytes that are no UTF-8 into surrogates, which have no UTF-8 either.
+            readable = item.encode("utf-8", "backslashreplace").decode().replace("\0", "\\0")
+            if readable != item:
+                why = "must be text in UTF-8, without the character of code 0; rename the file if it is one's name"
+                raise ConfigError(why, key=key, value=readable, origin=origin)
 
 
 def _quoted(values: tuple[Any, ...]) -> str:

@@ -17,7 +17,7 @@ def names() -> list[str]:
 def find(name: str) -> str | None:
     """Return the path of the file ``name``.toml, relative if it is below the current folder; None if there is no such
     file."""
-    path = FOLDER / f"{name}.toml"
-    if "/" in name or not path.is_file():
+    if name not in names():
         return None
+    path = FOLDER / f"{name}.toml"
     return os.path.relpath(path) if path.is_relative_to(Path.cwd()) else str(path)

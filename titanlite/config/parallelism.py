@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from titanlite.config.number_formats import formats_of, gathers_quantized
 from titanlite.config.refuse import refuse
 from titanlite.config.schema import JobConfig, Parallelism
-from titanlite.errors import ConfigError, shown
+from titanlite.errors import ConfigError, counted, shown
 from titanlite.registry import nearest
 
 # The schedules by their pipeline stages per process: one, several, or two in V shape. SPLIT_BACKWARD schedules compute
@@ -60,15 +60,16 @@ def resolve_degrees(parallelism: Parallelism, world_size: int) -> Degrees:
         if world_size % fixed:
             raise ConfigError(
                 f"[parallelism] {shown}: the degrees other than data_parallel_shard_degree multiply to {fixed}, which "
-                f"does not divide the {world_size} processes (NGPU={world_size}); use a multiple of {fixed} "
+                f"does not divide the {counted(world_size, 'process')} (NGPU={world_size}); use a multiple of {fixed} "
                 "processes, or smaller degrees"
             )
         degrees["data_parallel_shard_degree"] = world_size // fixed
     product = fixed * degrees["data_parallel_shard_degree"]
     if product != world_size:
         raise ConfigError(
-            f"[parallelism] {shown} = {product}, but there are {world_size} processes: set NGPU={product}, or "
-            "data_parallel_shard_degree = -1 to take what the other degrees leave"
+            f"[parallelism] {shown} = {product}, but there {'is' if world_size == 1 else 'are'} "
+            f"{counted(world_size, 'process')}: set NGPU={product}, or data_parallel_shard_degree = -1 to take what "
+            "the other degrees leave"
         )
     return Degrees(*degrees.values())
 

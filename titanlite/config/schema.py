@@ -9,13 +9,16 @@ its Llama 3 files of that time load unchanged; differences are noted. Keys that 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 from titanlite.config.value_rules import (
+    AnyPath,
     Beta,
     CheckpointOption,
     Fraction,
     InnerFolder,
+    Int32,
     LoadStep,
     NotNegative,
     NotNegativeFloat,
@@ -24,14 +27,16 @@ from titanlite.config.value_rules import (
     PositiveFloat,
     PositiveOrAll,
     PositiveOrAuto,
+    Scale,
+    Seconds,
 )
 
 
 @dataclass
 class Job:
-    config_file: str | None = None
+    config_file: AnyPath | None = None
     """The TOML file to start from. A file may name another one to build on: base = "other.toml"."""
-    dump_folder: str = "./outputs"
+    dump_folder: AnyPath = "./outputs"
     """The run folder: config.toml, metrics.jsonl, tb/, profiles. One job, one folder."""
     description: str = "default job"
     """A description of the job, for people."""
@@ -78,7 +83,7 @@ class Model:
     """The model family: a package under models/, or one registered by experimental.custom_import."""
     flavor: str = "debugmodel"
     """The size of the model, one of the family's flavors."""
-    tokenizer_path: str = ""
+    tokenizer_path: AnyPath = ""
     """A Hugging Face tokenizer.json (or its folder), or a Llama 3 tokenizer.model. Empty: the small BPE
     that titanlite ships."""
     converters: list[str] = field(default_factory=list)
@@ -124,7 +129,7 @@ class Training:
     dataset: str = "pystdlib"
     """The data source: pystdlib (the Python standard library's own source text), text, json, parquet, or a
     hub set (c4, fineweb_edu). (torchtitan's default is c4_test.)"""
-    dataset_path: str | None = None
+    dataset_path: AnyPath | None = None
     """The file, folder or glob that text, json and parquet read; for a hub set, a local copy of it."""
     local_batch_size: Positive = 8
     """Sequences per device and microbatch."""
@@ -192,7 +197,7 @@ class Parallelism:
     pipeline_parallel_schedule: str = "1F1B"
     """The pipeline schedule: 1F1B, GPipe, Interleaved1F1B, LoopedBFS, InterleavedZeroBubble, ZBVZeroBubble; or
     PipelineScheduleMulti, with the schedule in pipeline_parallel_schedule_csv."""
-    pipeline_parallel_schedule_csv: str = ""
+    pipeline_parallel_schedule_csv: AnyPath = ""
     """A CSV file with a schedule: a row per process, a cell per time slot, such as 0F1 (stage 0, forward,
     microbatch 1), 0B1 (backward), or 0I1 and 0W1 (its two halves)."""
     pipeline_parallel_microbatch_size: Positive = 1
@@ -213,7 +218,7 @@ class Checkpoint:
     """Save checkpoints, and continue from the latest one in the run folder."""
     folder: InnerFolder = "checkpoint"
     """The folder of the checkpoints, in the run folder."""
-    initial_load_path: str | None = None
+    initial_load_path: AnyPath | None = None
     """The start if the run folder has no checkpoint: a checkpoint of any run, a folder of checkpoints (the latest is
     used), or a Hugging Face folder (config.json and *.safetensors)."""
     initial_load_model_weights_only: bool = True
@@ -287,11 +292,11 @@ class Float8:
     """Scale of the weights: as for the inputs."""
     scaling_type_grad_output: ScalingTypeName = "dynamic"
     """Scale of the gradients: as for the inputs."""
-    static_scale_input: PositiveFloat | None = None
+    static_scale_input: Scale | None = None
     """The factor of the inputs with static scaling: 448 / (the largest expected value)."""
-    static_scale_weight: PositiveFloat | None = None
+    static_scale_weight: Scale | None = None
     """The factor of the weights with static scaling: 448 / (the largest expected value)."""
-    static_scale_grad_output: PositiveFloat | None = None
+    static_scale_grad_output: Scale | None = None
     """The factor of the gradients with static scaling: 57344 / (the largest expected value)."""
     moe_fqns_prototype: list[str] = field(default_factory=list)
 
@@ -307,11 +312,11 @@ class MX:
 
 @dataclass
 class Comm:
-    init_timeout_seconds: Positive = 300
+    init_timeout_seconds: Seconds = 300
     """The timeout of collectives until the first step is done."""
-    train_timeout_seconds: Positive = 100
+    train_timeout_seconds: Seconds = 100
     """The timeout of collectives after the first step."""
-    trace_buf_size: NotNegative = 20000
+    trace_buf_size: Int32 = 20000
     """Entries of the NCCL flight recorder; 0 is off."""
     save_traces_folder: str = "comm_traces"
 
@@ -381,7 +386,7 @@ class Validation:
     dataset: str = ""
     """The data source of validation. Empty, or the same source and path as training: documents of the training data,
     held out from training. A source that shares files with the training data is refused."""
-    dataset_path: str | None = None
+    dataset_path: AnyPath | None = None
     """The files of that source. Unset with an empty dataset: the training data's."""
     local_batch_size: Positive | None = None
     seq_len: Positive | None = None
@@ -435,6 +440,7 @@ class JobConfig:
     def __post_init__(self) -> None:
         self.origins: dict[str, str] = {}
         self.notices: list[str] = []  # of renamed options and replaced files, for the log
+        self.run_config: Path | None = None  # the run folder's config.toml that this was loaded from
 
     def compile_options(self, component: Literal["model", "loss"]) -> Compile | None:
         """Return the options with which ``component`` is compiled; None if it is not."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable
 from pathlib import PurePath
 from typing import Annotated, Any, NamedTuple
@@ -21,16 +22,39 @@ PositiveOrAuto = Annotated[int, Rule("at least 1, or -1 to infer it", lambda v: 
 Percentage = Annotated[float, Rule("more than 0 and below 100", lambda v: 0 < v < 100)]
 Fraction = Annotated[float, Rule("between 0 and 1", lambda v: 0 <= v <= 1)]
 Beta = Annotated[float, Rule("at least 0 and below 1", lambda v: 0 <= v < 1)]
-NotNegativeFloat = Annotated[float, Rule("0 or more", lambda v: v >= 0)]
+NotNegativeFloat = Annotated[float, Rule("0 or more, and finite", lambda v: 0 <= v < math.inf)]
 PositiveFloat = Annotated[float, Rule("more than 0, and finite", lambda v: 0 < v < math.inf)]
+Scale = Annotated[float, Rule("from 1e-30 to 1e30, for float32", lambda v: 1e-30 <= v <= 1e30)]
+Seconds = Annotated[int, Rule("from 1 to 1000000000", lambda v: 1 <= v <= 10**9)]
+Int32 = Annotated[int, Rule("from 0 to 2147483647", lambda v: 0 <= v < 1 << 31)]
 
 
-def _is_inner(value: str) -> bool:
+def is_inner(value: str) -> bool:
     path = PurePath(value)
     return path.parts != () and not path.is_absolute() and ".." not in path.parts
 
 
-InnerFolder = Annotated[str, Rule("the relative path of a folder inside the run folder", _is_inner)]
+def _can_be_looked_up(value: str) -> bool:
+    path = os.path.expanduser(value)
+    try:
+        os.stat(path)
+    except FileNotFoundError:
+        pass
+    except NotADirectoryError:
+        pass
+    except OSError:
+        return False
+    return not path.startswith("~")
+
+
+# A relative path is relative to the current folder; in config.toml of a run folder, to that folder.
+PATH = Rule(
+    "a path that can be looked up: at most 255 bytes between two slashes, a ~ that names a user, links that end, "
+    "folders that may be searched",
+    _can_be_looked_up,
+)
+AnyPath = Annotated[str, PATH]
+InnerFolder = Annotated[str, Rule("the relative path of a folder inside the run folder", is_inner)]
 
 
 def _is_ac_option(value: str) -> bool:

@@ -8,6 +8,7 @@ from titanlite.config import JobConfig
 from titanlite.distributed.activation_checkpoint import checkpointed_blocks
 from titanlite.distributed.mesh import Mesh
 from titanlite.distributed.parallelize import attends_in_float32
+from titanlite.errors import counted
 
 
 def describe(args: Any, mesh: Mesh, config: JobConfig) -> dict[str, str]:
@@ -21,14 +22,16 @@ def describe(args: Any, mesh: Mesh, config: JobConfig) -> dict[str, str]:
     if mesh.tp.size() > 1:
         loss = "whole logits" if parallelism.disable_loss_parallel else "loss parallel"
         overlapped = ", asynchronous" if parallelism.enable_async_tensor_parallel else ""
-        about["tensor parallelism"] = f"{mesh.tp.size()} processes, sequence parallel, {loss}{overlapped}"
+        about["tensor parallelism"] = f"{counted(mesh.tp.size(), 'process')}, sequence parallel, {loss}{overlapped}"
     if mesh.cp.size() > 1:
-        about["context parallelism"] = f"{mesh.cp.size()} processes, {parallelism.context_parallel_rotate_method}"
+        about["context parallelism"] = (
+            f"{counted(mesh.cp.size(), 'process')}, {parallelism.context_parallel_rotate_method}"
+        )
     elif attends_in_float32(args.head_size, mesh, training.mixed_precision_param):
         about["attention"] = f"float32, the faster one on the CPU for heads of {args.head_size}"
     about["activation checkpointing"] = _checkpointing(args.n_layers, config)
     if options := config.compile_options("model"):
-        about["compile"] = f"{args.n_layers} blocks, {options.backend}"
+        about["compile"] = f"{counted(args.n_layers, 'block')}, {options.backend}"
     about["FSDP2"] = _sharding(mesh, config)
     return about
 
@@ -39,12 +42,14 @@ def _checkpointing(blocks: int, config: JobConfig) -> str:
     if options.mode == "none":
         return "none"
     per_op = options.mode == "selective" and options.selective_ac_option == "op"
-    return f"selective per op, {blocks} blocks" if per_op else f"{options.mode}, {chosen} of {blocks} blocks"
+    count = counted(blocks, "block")
+    return f"selective per op, {count}" if per_op else f"{options.mode}, {chosen} of {count}"
 
 
 def _sharding(mesh: Mesh, config: JobConfig) -> str:
     replicas = mesh.degrees.data_parallel_replicate
-    shards = f"{mesh.fsdp.size()} shards" + (f" x {replicas} replicas" if replicas > 1 else "")
+    shards = "not sharded" if mesh.fsdp.size() == 1 else f"{mesh.fsdp.size()} shards"
+    shards += f" x {replicas} replicas" if replicas > 1 else ""
     where = ""
     if config.training.enable_cpu_offload:
         where = ", in host memory" + (" (all there is here)" if mesh.device_type == "cpu" else "")

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from titanlite.checkpoint import Info
+from titanlite.checkpoint.folder import latest_checkpoint
 from titanlite.checkpoint.hugging_face import QUANTIZATION, HuggingFaceFolder, is_hugging_face
 from titanlite.checkpoint.hugging_face_export import write_hugging_face
 from titanlite.checkpoint.storage import SaveError, load, save, saved_shapes, verify
@@ -40,7 +41,8 @@ def convert(
     verify_sums: bool = True,
 ) -> str:
     """Convert ``source``, a checkpoint or a Hugging Face folder, to the other format, in ``target``. Return a message
-    with the result and its use. With ``quantize`` the target is a Hugging Face folder in any case.
+    with the result and its use. With ``quantize`` the target is a Hugging Face folder in any case. Of a run folder, or
+    a folder of checkpoints, the latest is converted.
 
     Args:
         dtype: the torch dtype, by name, of the weights in a Hugging Face folder; None: bfloat16. A checkpoint keeps the
@@ -52,6 +54,7 @@ def convert(
     Raises:
         ConfigError: the source cannot be converted or read, or the target cannot be written.
     """
+    source = latest_checkpoint(source)
     from_hugging_face = is_hugging_face(source)
     if from_hugging_face and not verify_sums:
         raise ConfigError(f"--no-verify: {source} is no checkpoint and has no checksums; leave it out")

@@ -17,6 +17,7 @@ from titanlite.checkpoint.hugging_face import QUANTIZATION, HuggingFaceFolder, i
 from titanlite.checkpoint.state import model_state
 from titanlite.checkpoint.storage import INFO, SUMS, load, read_info, verify
 from titanlite.config import JobConfig
+from titanlite.config.run_config import CONFIG
 from titanlite.converters import Quantizer, get_quantizer
 from titanlite.data import Tokenizer, load_tokenizer
 from titanlite.distributed.mesh import Mesh
@@ -220,6 +221,8 @@ def _contents(folder: Path) -> str:
     inside = sorted(file.parent for pattern in ("*/", "*/*/") for file in folder.glob(pattern + INFO))
     if inside:
         return f"there are some in it, so name one: {', '.join(map(str, inside))}"
+    if (folder / CONFIG).is_file():
+        return "it is the folder of a run without checkpoints; --checkpoint.enable_checkpoint makes a run save them"
     return f"it has no {INFO}; a checkpoint is a folder such as outputs/checkpoint/step-100"
 
 

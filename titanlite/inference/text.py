@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
 import torch
 
+from titanlite.checkpoint.folder import latest_checkpoint
 from titanlite.config.parallelism import Degrees
 from titanlite.config.schema import Comm
 from titanlite.distributed import runtime
 from titanlite.distributed.mesh import build_mesh
+from titanlite.errors import counted
 from titanlite.inference.generate import Sampling, TokenSampler, generate
 from titanlite.inference.load import load_model
 
@@ -29,7 +32,8 @@ def continue_text(
     """Return the prompt with its continuation. The speed is printed to stderr.
 
     Args:
-        checkpoint: the folder of one step, or of Hugging Face weights.
+        checkpoint: the folder of one step, or of Hugging Face weights; or that of a run, or of its checkpoints, of
+            which the latest is taken.
         prompt: the text to continue; an empty prompt begins a document.
         max_new_tokens: None: as many as the model has positions for, at most 256.
         dtype: the torch dtype of the weights, by name.
@@ -45,8 +49,11 @@ def continue_text(
         mesh = build_mesh(
             Degrees(1, 1, 1, tensor_parallel=process.world_size, pipeline_parallel=1), process.device.type
         )
+        folder = latest_checkpoint(checkpoint)
+        if process.rank == 0 and folder != Path(checkpoint).expanduser():
+            print(f"{checkpoint}: its latest checkpoint is {folder}", file=sys.stderr)
         loaded = load_model(
-            checkpoint,
+            folder,
             getattr(torch, dtype),
             mesh,
             process.device,
@@ -67,7 +74,10 @@ def continue_text(
         out = generate(decoder, [tokenizer.bos_id, *ids], max_new_tokens, sampling, {tokenizer.eos_id}, cached=cached)
         if process.rank == 0:
             numbers = dtype if quantize is None else f"{quantize}, {dtype}"
-            print(f"{numbers} on {process.device}, {process.world_size} processes: {out.speed()}", file=sys.stderr)
+            print(
+                f"{numbers} on {process.device}, {counted(process.world_size, 'process')}: {out.speed()}",
+                file=sys.stderr,
+            )
         return tokenizer.decode([*ids, *out.ids])
     finally:
         runtime.stop_runtime()

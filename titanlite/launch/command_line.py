@@ -11,6 +11,7 @@ from pathlib import Path
 from titanlite.config import JobConfig, load_config
 from titanlite.environment import CONFIG_FILE, LAUNCH_DIR
 from titanlite.errors import ConfigError, TrainingError
+from titanlite.launch.caches import unwritable_cache
 
 EXIT_CONFIG = 2
 
@@ -33,6 +34,7 @@ def report(error: ConfigError | TrainingError, config: JobConfig | None = None) 
     All workers of a run can meet the same error. Under the launcher, each worker writes its message to a file, and the
     launcher shows one of them.
     """
+    error = unwritable_cache(error) or error
     if isinstance(error, ConfigError) and error.key and not error.origin and config is not None:
         error.origin = config.origin(error.key)
         if error.value is None:
@@ -42,7 +44,7 @@ def report(error: ConfigError | TrainingError, config: JobConfig | None = None) 
     message = f"titanlite: error: {error}"
     folder = os.environ.get(LAUNCH_DIR)
     if folder:
-        Path(folder, f"error-{os.environ.get('RANK', '0')}.{status}").write_text(message)
+        Path(folder, f"error-{os.environ.get('RANK', '0')}.{status}").write_text(message, errors="backslashreplace")
     else:
         print(message, file=sys.stderr)
     return status

@@ -47,6 +47,8 @@ from titanlite.launch.shortage import advise
 from titanlite.launch.stacks import stacks_file
 from titanlite.launch.stop_request import STOP_SIGNALS
 
+_PROCESS_BYTES = 64 << 20  # a lower bound of what a process has to itself
+
 
 class Failure(Protocol):
     """The end of a worker: the fields of torch's ``ProcessFailure``, whose import would take seconds."""
@@ -133,6 +135,12 @@ def _process_count() -> int:
     if requested and gpus and requested > gpus:
         raise ConfigError(
             f"NGPU={requested}: this machine has {gpus} GPUs, and each process needs one; set NGPU={gpus} or less"
+        )
+    most = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // _PROCESS_BYTES
+    if requested and not gpus and requested > most:
+        raise ConfigError(
+            f"NGPU={requested}: each process takes more than {_PROCESS_BYTES >> 20} MiB before its model, so this "
+            f"machine has room for {most} at most; without GPUs, as many as there are processor cores are fastest"
         )
     return requested or max(gpus, 1)
 

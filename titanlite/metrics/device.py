@@ -6,6 +6,8 @@ import os
 import re
 import resource
 import sys
+from contextlib import suppress
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -63,6 +65,19 @@ def total_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def host_memory() -> int:
+    """Return the memory in bytes that all processes of this machine, or container, can have: with what can be swapped
+    out, and at most what control groups allow."""
+    total = total_memory(torch.device("cpu"))
+    with suppress(OSError, KeyError, ValueError):
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        total += int(dict(line.split(":") for line in lines)["SwapTotal"].split()[0]) << 10
+    for file in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        with suppress(OSError, ValueError):  # "max" is no number: there is no limit
+            total = min(total, int(Path(file).read_text()))
+    return total
 
 
 def peak_memory(device: torch.device) -> Memory:

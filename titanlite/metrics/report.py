@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+import statistics
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from titanlite.config import JobConfig
@@ -29,8 +30,33 @@ def _loss(row: Row) -> str:
     return "not finite" if row["loss"] is None else f"{row['loss']:.4f}"
 
 
-def summary(recorder: Recorder, places: Mapping[str, str]) -> str:
-    """Summarize the run: steps, tokens, losses, medians over the steady windows, peak memory, paths of files."""
+def end_above(start: float | None, losses: Sequence[float], steps: int) -> float | None:
+    """Return the median of the last losses of a run that ended above where it began, else None.
+
+    The end of a run is the last tenth of its steps, at least 5 and at most 100 of them. It is above the start if nine
+    tenths of its losses are; of fewer than 5 losses, by 5%, because one batch is harder than another.
+
+    Args:
+        start: the loss of step 1; None if it is not known.
+        losses: those of the latest steps, the last one last.
+        steps: the number of steps made.
+    """
+    length = min(max(5, steps // 10), 100, steps - 1)
+    last = losses[-length:] if length > 0 else []
+    if start is None or not last:
+        return None
+    limit = start if len(last) >= 5 else 1.05 * start
+    return statistics.median(last) if sum(loss > limit for loss in last) >= 0.9 * len(last) else None
+
+
+def summary(
+    recorder: Recorder, places: Mapping[str, str], start: float | None = None, losses: Sequence[float] = ()
+) -> str:
+    """Summarize the run: steps, tokens, losses, medians over the steady windows, peak memory, paths of files.
+
+    Args:
+        start, losses: see :func:`end_above`.
+    """
     first, last, peak = recorder.first, recorder.last, recorder.peak
     validated = recorder.last_validation
     if first is None or last is None or peak is None:
@@ -40,13 +66,24 @@ def summary(recorder: Recorder, places: Mapping[str, str]) -> str:
         bits = validated["bits_per_byte"]
         in_bits = "" if bits is None else f", {bits:.4f} bits per byte"
         validation["validation"] = f"loss {validated['loss']:.4f}{in_bits} at step {validated['step']}"
+    title = "training finished" if last["step"] == recorder.last_step else "training stopped early"
+    loss, above = f"{_loss(first)} -> {_loss(last)}", {}
+    if first["step"] > 1 and start is not None:
+        loss = f"{start:.4f} at step 1, {loss}"
+    if (end := end_above(start, losses, last["step"])) is not None:
+        title = f"{title}, and THE LOSS IS ABOVE WHERE IT BEGAN"
+        above["loss at the end"] = (
+            f"{end:.4f}, the median of the last steps, above the {start:.4f} of step 1: the run has unlearned; lower "
+            "optimizer.lr, or lengthen lr_scheduler.warmup_steps"
+        )
     tps, mfu = recorder.median("tps"), recorder.median("mfu")
     return table(
-        "training finished" if last["step"] == recorder.last_step else "training stopped early",
+        title,
         {
             "steps": f"{first['step']} to {last['step']} of {recorder.last_step}",
             "tokens": f"{recorder.tokens_seen:,}",
-            "loss": f"{_loss(first)} -> {_loss(last)}",
+            "loss": loss,
+            **above,
             **({"skipped steps": f"{last['skipped_steps']}"} if last["skipped_steps"] else {}),
             **validation,
             "median tps per device": "n/a (a single window)" if tps is None else f"{round(tps):,}",

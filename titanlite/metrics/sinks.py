@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import math
 import os
 import sys
+import warnings
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
 from titanlite.environment import LOG_RANK
 from titanlite.errors import ConfigError
+from titanlite.metrics.repeated import Once
 
 logger = logging.getLogger()
 
@@ -34,17 +37,37 @@ class Sink(Protocol):
 
 
 def init_logging(rank: int) -> None:
-    """Log to stdout in torchtitan's format. Ranks that are not in LOG_RANK (default 0) log only warnings."""
+    """Log to stdout in torchtitan's format, Python's warnings too. Ranks that are not in LOG_RANK (default 0) log only
+    warnings, and of these only those that no other rank has logged."""
     chosen = os.environ.get(LOG_RANK, "0").split(",")
     if not all(part.strip().isdecimal() for part in chosen):
         raise ConfigError(f"LOG_RANK={os.environ[LOG_RANK]}: must be rank numbers separated by commas, for example 0,1")
+    speaks = rank in map(int, chosen)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of files can be any bytes
     handler = _ConsoleHandler(sys.stdout or open(os.devnull, "w"))  # noqa: SIM115  (there is no stdout after >&-)
+    handler.addFilter(Once(handler, speaks=speaks))
     handler.setFormatter(
         logging.Formatter(f"[rank{rank}]:[titan] %(asctime)s - %(name)s - %(levelname)s - %(message)s")
     )
     root = logging.getLogger()
     root.handlers[:] = [handler]
-    root.setLevel(logging.INFO if rank in map(int, chosen) else logging.WARNING)
+    root.setLevel(logging.INFO if speaks else logging.WARNING)
+    warnings.showwarning = _log_warning
+
+
+def _log_warning(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, file: Any = None, line: Any = None
+) -> None:
+    logging.getLogger("py.warnings").warning("%s:%d: %s: %s", filename, lineno, category.__name__, message)
+
+
+def show_late_warnings() -> None:
+    """Show the warnings of this process that are held back, if they are its own; call this before it ends."""
+    for handler in logging.getLogger().handlers:
+        for each in handler.filters:
+            if isinstance(each, Once):
+                each.flush()
 
 
 class _ConsoleHandler(logging.StreamHandler[TextIO]):

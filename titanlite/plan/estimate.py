@@ -43,7 +43,7 @@ from titanlite.config import (
     JobConfig,
     check_config,
     global_batch_size,
-    import_module,
+    import_custom,
     resolve_degrees,
 )
 from titanlite.config.number_formats import formats_of
@@ -53,7 +53,7 @@ from titanlite.distributed.data_parallel import allocate
 from titanlite.distributed.gradients import clip_gradients
 from titanlite.distributed.mesh import Mesh, build_mesh
 from titanlite.distributed.target import H100
-from titanlite.errors import ConfigError
+from titanlite.errors import ConfigError, counted
 from titanlite.metrics.device import GIB
 from titanlite.metrics.flops import flops_per_token
 from titanlite.metrics.report import table
@@ -210,9 +210,7 @@ def _estimate_rank(
     loss_builder: LossBuilder | None,
 ) -> tuple[RankEstimate, ModelSize, dict[str, str], list[str]]:
     warnings.simplefilter("ignore")  # warnings about a step matter only in training
-    if config.experimental.custom_import:
-        key = "experimental.custom_import"
-        import_module(config.experimental.custom_import, key, config.origin(key))
+    import_custom(config)
     config = _for_memory(config)
     with _fused_norm(), _process_group(rank, world_size):
         mesh = build_mesh(degrees, DEVICE.type, H100)
@@ -408,7 +406,7 @@ def describe(result: Estimate) -> str:
             sent.append([str(r.rank), *c[:2], str(c.ranks), str(t.calls), _gib(t.nbytes), _gib(t.sent)])
     return "\n".join(
         [
-            table(f"estimate for {result.world_size} devices, made without them", result.about),
+            table(f"estimate for {counted(result.world_size, 'device')}, made without any", result.about),
             "memory of each device, GiB",
             *_aligned(memory),
             "collectives of a step",

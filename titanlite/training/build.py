@@ -4,7 +4,6 @@ before :func:`titanlite.distributed.data_parallel.allocate`."""
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,7 +13,6 @@ from torch import Tensor, nn
 from torch.distributed.pipelining import PipelineStage
 
 from titanlite.config import JobConfig, pipeline_microbatches
-from titanlite.config.parallelism import Degrees
 from titanlite.config.refuse import refuse
 from titanlite.config.schema import Compile
 from titanlite.converters import ModelConverter, build_converters
@@ -25,8 +23,6 @@ from titanlite.distributed.parallelize import chain, check, parallelize
 from titanlite.distributed.pipeline import Pipeline, boundary_of, part_of
 from titanlite.distributed.pipeline_plan import Plan, plan_pipeline
 from titanlite.distributed.tensor_parallel import VocabParallelCrossEntropy
-from titanlite.errors import ConfigError
-from titanlite.metrics.device import GIB, total_memory
 from titanlite.models.layers import ModelSize
 from titanlite.models.spec import ModelSpec
 from titanlite.optim import cross_entropy_loss
@@ -114,26 +110,3 @@ def build_pipeline(
     count = pipeline_microbatches(config, mesh.degrees.data_parallel)
     boundary = boundary_of(built.size, mesh, config.training, config.parallelism)
     return Pipeline(built.plan, built.parts, boundary, mesh, device, config.parallelism, count, loss_fn, stage_type)
-
-
-def check_memory(config: JobConfig, size: ModelSize, degrees: Degrees, device: torch.device) -> None:
-    """Refuse a model that cannot fit, before anything is allocated. The least that training needs is 16 bytes per
-    parameter: weights, gradients and two moments in float32.
-
-    Raises:
-        ConfigError: the device has less memory than that.
-    """
-    per_process = 16 * size.params / degrees.model_shards
-    on_host = config.training.enable_cpu_offload or device.type != "cuda"
-    sharing = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if on_host else 1
-    total = total_memory(torch.device("cpu") if on_host else device)
-    if per_process * sharing > total:
-        raise ConfigError(
-            f"its {size.params:,} parameters need at least "
-            f"{per_process * sharing / GIB:.1f} GiB here (16 bytes each for weights, gradients and optimizer "
-            f"state, {sharing} of {degrees.model_shards} shards), and this "
-            f"{'machine' if on_host else 'GPU'} has {total / GIB:.1f} GiB: use more devices (NGPU), or a smaller "
-            "flavor",
-            key="model.flavor",
-            value=config.model.flavor,
-        )

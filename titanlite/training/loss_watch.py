@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections import deque
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -40,11 +41,16 @@ class LossWatch:
         latest: the latest record that was checked.
         bad: the number and record of the first step that must end the run.
         last_good: the number and record of the last good step before it.
+        losses: the finite losses of the latest steps, the last one last.
+
+    Args:
+        losses: those of the steps before, of a run that continues.
     """
 
-    def __init__(self, training: Training, rank: int, depth: int = 2) -> None:
+    def __init__(self, training: Training, rank: int, losses: Iterable[float] = (), depth: int = 2) -> None:
         self._training, self._rank, self._depth = training, rank, depth
         self._pending: deque[_Pending] = deque()
+        self.losses = deque(losses, maxlen=WINDOW)
         self.latest: StepRecord | None = None
         self.last_good: tuple[int, StepRecord] | None = None
         self.bad: tuple[int, StepRecord] | None = None
@@ -74,6 +80,8 @@ class LossWatch:
                 arrived.synchronize()
             self._pending.popleft()
             self.latest = StepRecord.of(values)
+            if math.isfinite(self.latest.loss):
+                self.losses.append(self.latest.loss)
             if self.bad is None:
                 self._see(step, self.latest)
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from titanlite.checkpoint import CheckpointManager, HuggingFaceFolder, Process, SavedCheckpoint, is_hugging_face
 from titanlite.config import JobConfig
-from titanlite.errors import ConfigError, NothingToDo
+from titanlite.errors import ConfigError, NothingToDo, counted
 from titanlite.models.spec import ModelSpec
 
 
@@ -36,7 +36,17 @@ class Start:
     @property
     def continues(self) -> bool:
         """True if this continues the earlier run of the run folder."""
-        return self.checkpoint is not None and self.checkpoint.from_this_run and self.keeps_step
+        return self.from_this_run and self.keeps_step
+
+    @property
+    def from_this_run(self) -> bool:
+        """True if the checkpoint lies in the run folder."""
+        return self.checkpoint is not None and self.checkpoint.from_this_run
+
+    @property
+    def step(self) -> int:
+        """The number of steps that are made already."""
+        return self.checkpoint.info.step if self.checkpoint is not None and self.keeps_step else 0
 
     @property
     def seed(self) -> int | None:
@@ -95,8 +105,8 @@ def _refuse_no_steps(checkpoint: SavedCheckpoint, config: JobConfig) -> None:
         return
     if checkpoint.from_this_run:
         raise NothingToDo(
-            f"{config.job.dump_folder} has a run of {checkpoint.info.step} steps, and training.steps = {steps}: "
-            "nothing to do. Ask for more with --training.steps, or begin another with --job.dump_folder"
+            f"{config.job.dump_folder} has a run of {counted(checkpoint.info.step, 'step')}, and training.steps = "
+            f"{steps}: nothing to do. Ask for more with --training.steps, or begin another with --job.dump_folder"
         )
     raise ConfigError(
         f"{checkpoint.folder} is at step {checkpoint.info.step} already; ask for more, or begin at "

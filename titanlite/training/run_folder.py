@@ -8,18 +8,43 @@ import logging
 import os
 import time
 from pathlib import Path
+from typing import Any
 
-from titanlite.errors import ConfigError
+from titanlite.checkpoint import saved_steps
+from titanlite.config import JobConfig
+from titanlite.config.options import options_of
+from titanlite.config.refuse import refuse
+from titanlite.config.run_config import (
+    CONFIG,
+    inner_folder,
+    mark_as_made_here,
+    read_run_config,
+    run_config_of,
+    write_run_config,
+)
+from titanlite.errors import ConfigError, shown
 
 logger = logging.getLogger(__name__)
 
-CONFIG = "config.toml"
 METRICS = "metrics.jsonl"
 VALIDATION = "validation.jsonl"
+
+# The options that name folders in the run folder.
+_FOLDERS = (
+    ("checkpoint", "folder"),
+    ("metrics", "save_tb_folder"),
+    ("profiling", "save_traces_folder"),
+    ("profiling", "save_memory_snapshot_folder"),
+)
+# The sections that change neither what a run computes nor how fast.
+_OUTSIDE = {"job", "profiling", "metrics", "sample", "checkpoint", "comm", "memory_estimation"}
 
 
 class RunFolder:
     """``job.dump_folder``, locked for as long as this process lives.
+
+    Attributes:
+        earlier: the configuration of the run that the folder holds; empty if there is none, or it cannot be read.
 
     Raises:
         ConfigError: the folder cannot be written, or another run is using it.
@@ -37,6 +62,7 @@ class RunFolder:
                 value=path,
             ) from None
         self._take_lock()
+        self.earlier = read_run_config(path)
 
     def _take_lock(self) -> None:
         # A worker of a run that was just killed may still hold the lock.
@@ -65,6 +91,57 @@ class RunFolder:
             value=self.path,
         )
 
+    def refuse_to_retire(self, config: JobConfig) -> None:
+        """Refuse to begin at step 1 if the folder holds a run that can be continued, unless the command line asks for
+        that with ``--checkpoint.enable_checkpoint=false``."""
+        options = config.checkpoint
+        before = inner_folder(self.earlier, "checkpoint", "folder") or options.folder
+        saved = {name: steps[-1] for name in (before, options.folder) if (steps := saved_steps(self.path / name))}
+        if not saved:
+            return
+        key, (name, step) = "checkpoint.enable_checkpoint", next(iter(saved.items()))
+        run = f"{self.path} holds a run with checkpoints, the last is {name}/step-{step}; continue it with"
+        if not options.enable_checkpoint and not config.origin(key).startswith("the argument"):
+            other = "" if name == options.folder else f" --checkpoint.folder={name}"
+            refuse(
+                config,
+                key,
+                f"{run} --{key}{other}, or move it to {self.path / 'earlier'} and begin at step 1 with --{key}=false, "
+                "or choose another folder with --job.dump_folder",
+            )
+        if options.enable_checkpoint and options.folder not in saved:
+            refuse(
+                config,
+                "checkpoint.folder",
+                f"{run} --checkpoint.folder={name}, or choose another folder with --job.dump_folder",
+            )
+
+    def begin(self, config: JobConfig) -> None:
+        """Set an earlier run aside, and make this the folder of a new run."""
+        trees = run_config_of(config, self.path), self.earlier
+        folders = dict.fromkeys(inner_folder(tree, *option) for tree in trees for option in _FOLDERS)
+        self.set_earlier_aside([CONFIG, METRICS, VALIDATION, *filter(None, folders)])
+        mark_as_made_here(self.path)
+        write_run_config(config, self.path)
+
+    def go_on(self, config: JobConfig, step: int, processes: tuple[int, int]) -> None:
+        """Make this the folder of the same run after ``step``, and log which options are not those of before.
+
+        Args:
+            processes: their number before, and now.
+        """
+        folder = config.checkpoint.folder
+        later = [f"{folder}/step-{saved}" for saved in saved_steps(self.path / folder) if saved > step]
+        self.set_earlier_aside(later)
+        for file in (METRICS, VALIDATION):
+            drop_rows_after(self.path / file, step)
+        changes = _changes(self.earlier, config, self.path) if self.earlier else []
+        if processes[0] != processes[1]:
+            changes.append("processes: {} -> {}".format(*processes))
+        if changes:
+            logger.info("the run goes on with other options than before: %s", ", ".join(changes))
+        write_run_config(config, self.path)
+
     def set_earlier_aside(self, names: list[str]) -> None:
         """Move the files of an earlier run to ``earlier/<time of its start>``, so that nothing is mixed or lost."""
         files = [self.path / name for name in names if (self.path / name).exists()]
@@ -78,7 +155,11 @@ class RunFolder:
             aside = aside.with_name(f"{started}-{number}")
         aside.mkdir(parents=True)
         for path in files:
-            path.rename(aside / path.name)
+            if path.is_symlink():  # it may be relative to the run folder
+                (aside / path.name).symlink_to(os.path.realpath(path))
+                path.unlink()
+            else:
+                path.rename(aside / path.name)
         logger.info("%s held an earlier run: its %s are now in %s", self.path, ", ".join(p.name for p in files), aside)
 
 
@@ -86,15 +167,39 @@ def drop_rows_after(file: Path, step: int) -> None:
     """Remove from a file of JSON lines the rows after ``step``, and a last line that is incomplete."""
     if not file.exists():
         return
-    kept = [line for line in file.read_text().splitlines() if _step_of(line) <= step]
+    kept = [line for line in file.read_bytes().splitlines() if _step_of(line) <= step]
     partial = file.with_name(f".{file.name}.partial")
-    partial.write_text("".join(f"{line}\n" for line in kept))
+    partial.write_bytes(b"".join(line + b"\n" for line in kept))
     partial.rename(file)
 
 
-def _step_of(line: str) -> float:
+def _step_of(line: bytes) -> float:
     try:
-        step: int = json.loads(line)["step"]
-    except ValueError:
+        return float(json.loads(line)["step"])
+    except (ValueError, TypeError, KeyError):
         return float("inf")
-    return step
+
+
+def loss_of_first_step(folder: Path) -> float | None:
+    """Return the loss of step 1 in the metrics of a run folder; None if it is not there, or was not finite."""
+    try:
+        with (folder / METRICS).open("rb") as file:
+            row = json.loads(file.readline())
+            return float(row["loss"]) if row["step"] == 1 else None
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
+
+
+def _changes(earlier: dict[str, Any], config: JobConfig, folder: Path) -> list[str]:
+    """Return the options of a run that are not those of ``earlier``, each with its old and new value."""
+    current = run_config_of(config, folder)
+    changes = []
+    for section, options in options_of(type(config)).items():  # type: ignore[arg-type]
+        for option in options.values() if section not in _OUTSIDE else ():
+            old, new = (
+                tree.get(section, {}).get(option.key, unset)
+                for tree, unset in ((earlier, option.default), (current, None))
+            )
+            if old != new:
+                changes.append(f"{option.name}: {shown(old)} -> {shown(new)}")
+    return changes

@@ -18,7 +18,7 @@ from titanlite.data import Batch, DataLoader, PartOfSource, Source, Tokenizer, T
 from titanlite.distributed.compile import CompileWatch
 from titanlite.distributed.mesh import Mesh
 from titanlite.distributed.runtime import Runtime
-from titanlite.errors import ConfigError, TrainingError
+from titanlite.errors import ConfigError, TrainingError, counted
 from titanlite.metrics.recorder import Recorder
 from titanlite.optim.loss import IGNORED
 from titanlite.quant.linear import high_precision
@@ -79,7 +79,7 @@ def read_validation_data(
         runtime.check_same("the validation data", loader.identity)
         batches = _read_once(loader, config.validation.steps)
     count = -runtime.agree_max(-len(batches))[0]
-    batch_size = f"{sequences} sequences of {config.training.seq_len} tokens"
+    batch_size = f"{counted(sequences, 'sequence')} of {config.training.seq_len} tokens"
     if not count:
         raise ConfigError(_too_little(source, batch_size, config))
     if count < config.validation.steps and runtime.rank == 0:
@@ -94,7 +94,7 @@ def read_validation_data(
     name = config.validation.dataset or config.training.dataset
     data = f"{config.validation.held_out_percent}% of the documents of {name}, held out" if holds_out(config) else name
     precision = ", in bfloat16" if config.validation.precision == "bfloat16" else ""
-    every = f"every {config.validation.interval} steps, {count} x {batch_size}{precision}"
+    every = f"every {counted(config.validation.interval, 'step')}, {count} x {batch_size}{precision}"
     return ValidationData(batches, tokens, nbytes, f"{every}: {data}")
 
 

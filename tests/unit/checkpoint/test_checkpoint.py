@@ -95,14 +95,6 @@ def test_without_verification_nothing_is_read_twice(again: Any) -> None:
     assert "verified in" in again(training__steps=8).output
 
 
-def test_a_run_without_checkpoints_leaves_those_of_the_folder_alone(finished: Run, tmp_path: Path) -> None:
-    shutil.copytree(finished.folder, tmp_path / "run")
-    run = run_trainer(tmp_path, training__steps=1)
-    assert run.status == 0, run.output
-    assert "resuming" not in run.output
-    assert run.rows()[-1]["step"] == 1
-
-
 # ---- bad input
 
 

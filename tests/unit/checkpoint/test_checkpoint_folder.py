@@ -15,12 +15,14 @@ from titanlite.checkpoint.folder import (
     clear_leftovers,
     commit,
     delete,
+    latest_checkpoint,
     partial_folder,
     problems_of,
     read_sums,
     saved_steps,
     set_damaged_aside,
     step_folder,
+    strays_in,
     write_file,
 )
 from titanlite.checkpoint.storage import INFO, Info, read_info, verify
@@ -47,6 +49,36 @@ def test_a_checkpoint_is_there_once_it_is_complete(tmp_path: Path) -> None:
     assert not partial_folder(tmp_path, 10).exists()
     assert verify(folder) == sum(path.stat().st_size for path in folder.iterdir() if path.name != SUMS)
     assert clear_leftovers(tmp_path) == []
+
+
+def test_what_is_only_called_like_a_checkpoint_is_none(tmp_path: Path) -> None:
+    make(tmp_path, 10)
+    (tmp_path / "step-50").touch()
+    (tmp_path / "step-60").mkdir()
+    (tmp_path / "step-70").symlink_to("gone")
+    (tmp_path / "step-80").mkdir()
+    (tmp_path / "step-80" / "notes.txt").touch()
+    assert saved_steps(tmp_path) == [10]
+    assert [path.name for path in strays_in(tmp_path)] == ["step-50", "step-60", "step-70", "step-80"]
+    (tmp_path / "step-80" / ".metadata").touch()  # of a checkpoint that is damaged
+    assert saved_steps(tmp_path) == [10, 80]
+
+
+@pytest.mark.parametrize("config", ["", '[checkpoint]\nfolder = "saved/here"', '[checkpoint]\nfolder = "../elsewhere"'])
+def test_the_latest_checkpoint_of_a_run(tmp_path: Path, config: str) -> None:
+    run, folder = tmp_path / "run", "saved/here" if "saved" in config else "checkpoint"
+    run.mkdir()
+    if config:
+        (run / "config.toml").write_text(config)
+    make(tmp_path / "elsewhere", 900)
+    assert latest_checkpoint(run) == run
+    for step in (9, 10):
+        make(run / folder, step)
+    (run / folder / "step-11").touch()
+    assert latest_checkpoint(run) == run / folder / "step-10"
+    assert latest_checkpoint(run / folder) == run / folder / "step-10"
+    assert latest_checkpoint(run / folder / "step-9") == run / folder / "step-9"
+    assert latest_checkpoint(tmp_path / "gone") == tmp_path / "gone"
 
 
 def test_the_sums_are_those_of_sha256sum(tmp_path: Path) -> None:

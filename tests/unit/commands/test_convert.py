@@ -88,9 +88,12 @@ def test_bad_input_is_one_message(
 ) -> None:
     larger = str(larger_tokenizer(tmp_path))
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "outer").mkdir()
+    (tmp_path / "outer" / "best").symlink_to(step)
+    (tmp_path / "empty").mkdir()
     for arguments, message in {
-        (str(tmp_path), "x"): "is no checkpoint: it has no checkpoint.json",
-        (str(step.parent), "x"): f"name one: {step}",
+        (str(tmp_path / "empty"), "x"): "is no checkpoint: it has no checkpoint.json",
+        (str(tmp_path / "outer"), "x"): f"name one: {tmp_path / 'outer' / 'best'}",
         (str(step), str(exported)): "is there and not empty",
         (
             str(step),

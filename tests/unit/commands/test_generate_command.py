@@ -121,6 +121,12 @@ def test_a_damaged_description_is_not_believed(tmp_path: Path) -> None:
         describe(tmp_path / "step-1")
 
 
+@pytest.mark.parametrize("path", ["a" * 256, "~nobody-of-this-name/x"])
+def test_paths_that_no_system_has(path: str, capfd: pytest.CaptureFixture[str]) -> None:
+    assert generate_command.main(["--checkpoint", path, "--prompt", ""]) == 2
+    assert "can be looked up" in capfd.readouterr().err
+
+
 def test_folders_that_are_no_checkpoints(checkpoint: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=rf"{tmp_path} is no checkpoint: it has no checkpoint.json; a checkpoint is"):
         describe(tmp_path)
@@ -156,7 +162,7 @@ def test_the_text_goes_to_stdout_with_a_cache_and_without(checkpoint: Path) -> N
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("import os")
     assert len(load_tokenizer().encode(done.stdout)) > 15
-    assert "float32 on cpu, 1 processes: prefill 3 tokens, " in done.stderr
+    assert "float32 on cpu, 1 process: prefill 3 tokens, " in done.stderr
     assert "; decode 19 tokens, " in done.stderr
     assert done.stderr.count("tokens/s") == 2
     assert run(checkpoint, *given, "--no-cache").stdout == done.stdout
@@ -173,7 +179,7 @@ def test_the_command_of_the_readme_writes_the_same_on_two_processes(tmp_path: Pa
     done = run(tmp_path, *given)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("import")
-    assert "float32 on cpu, 1 processes: prefill 2 tokens, " in done.stderr
+    assert "float32 on cpu, 1 process: prefill 2 tokens, " in done.stderr
     assert "; decode 253 tokens, " in done.stderr  # what 256 positions have room for
     parallel = run(tmp_path, *given, "--max_new_tokens=64", launcher=TORCHRUN)
     begun = parallel.stdout.rstrip("\n\ufffd")  # it may end within a character

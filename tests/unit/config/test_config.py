@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import re
 import subprocess
@@ -56,7 +57,7 @@ def refusal(argv: list[str], file: str | None = None) -> str:
 
 def values_of(opt: Option) -> st.SearchStrategy[Any]:
     """Any value that an option takes, and that both TOML and the command line can spell."""
-    text = st.text(st.characters(codec="utf-8"), max_size=12)
+    text = st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=12)
     if opt.base is list:
         item = st.sampled_from(opt.choices) if opt.choices else text.map(str.strip).filter(lambda s: s and "," not in s)
         return st.lists(item, max_size=3)
@@ -194,6 +195,82 @@ def test_choices(name: str, choices: set[str]) -> None:
     for choice in choices:
         assert get(load_config([f"--{name}={choice}"]), name) == choice
     assert f'{name} = "unheard_of" (the argument --{name}): must be one of' in refusal([f"--{name}=unheard_of"])
+
+
+@pytest.mark.parametrize(
+    ("name", "hints"),
+    [
+        ("checkpoint.saves", []),
+        ("profiling.enable", ['"enable_profiling"', '"enable_memory_snapshot"']),
+        ("training.batch", ['"local_batch_size"', '"global_batch_size"']),
+        ("training.step", ['"steps"']),
+        ("training.warmup_steps", ['"lr_scheduler.warmup_steps"']),
+        ("training.lr", ['"optimizer.lr"']),
+        ("optimizer.steps", ['"training.steps"', '"validation.steps"']),
+        ("checkpoint.path", ['"initial_load_path"']),
+        ("job.folder", ['"dump_folder"']),
+        ("training.enable_compile", ['"compile"']),
+        ("float8.recipe", ['"recipe_name"']),
+    ],
+)
+def test_the_hint_for_an_unknown_key_is_of_its_section_if_that_has_a_near_one(name: str, hints: list[str]) -> None:
+    message = refusal([f"--{name}=1"]).partition(";")[0]
+    assert re.findall(r'"[\w.]+"', message) == hints
+
+
+NUMBERS = [opt for opt in ORDINARY if opt.base in (int, float) and opt.name not in UNSUPPORTED]
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf", "1e400", "-1e400", "-2", "9" * 30, "-" + "9" * 30, "9" * 5000])
+@pytest.mark.parametrize("in_file", [True, False])
+def test_absurd_numbers_are_refused_by_their_rule_or_can_be_held(tmp_path: Path, value: str, in_file: bool) -> None:
+    for opt in NUMBERS:
+        section, key = opt.name.split(".")
+        (tmp_path / "a.toml").write_text(f"[{section}]\n{key} = {value}\n")
+        given: tuple[list[str], str | None] = (
+            ([], str(tmp_path / "a.toml")) if in_file else ([f"--{opt.name}={value}"], None)
+        )
+        try:
+            number = get(load_config(*given), opt.name)
+        except ConfigError:
+            assert opt.name in refusal(*given) or "digits" in refusal(*given)
+            continue
+        assert opt.base is float, (opt.name, number)
+        assert math.isfinite(number), (opt.name, number)
+        assert float(value) == number, (opt.name, number)
+
+
+def test_seeds_are_those_that_torch_takes() -> None:
+    assert load_config([f"--training.seed={2**64 - 1}"]).training.seed == 2**64 - 1
+    for seed in (2**64, 2**200, -1):
+        assert "training.seed = " in refusal([f"--training.seed={seed}"])
+
+
+@pytest.mark.parametrize(
+    "value",
+    [os.fsdecode(b"caf\xe9"), "with\0nothing", "a" * 256, "b/" * 3000, "~nobody-of-this-name/x", "loop/x"],
+)
+def test_paths_that_no_system_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("loop").symlink_to("loop")
+    paths = [opt.name for opt in BY_NAME.values() if opt.is_path]
+    assert {"job.dump_folder", "training.dataset_path", "model.tokenizer_path"} <= {*paths}
+    for name in paths:
+        assert f"{name} = " in refusal([f"--{name}={value}"])
+
+
+@pytest.mark.parametrize("text", ["a = " + "[" * 5000, "a = " + "9" * 5000, '[job]\ndescription = "a\\u0000"', "\0"])
+def test_files_that_toml_readers_stumble_over(tmp_path: Path, text: str) -> None:
+    (tmp_path / "a.toml").write_text(text)
+    assert "a.toml" in refusal([], str(tmp_path / "a.toml"))
+
+
+def test_the_nearest_file_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("my_run.toml").touch()
+    assert 'did you mean "llama3_8b"?' in refusal([], "llama3_8")
+    assert 'did you mean "my_run.toml"?' in refusal([], "my_rum.toml")
+    assert "did you mean" not in refusal([], "something/else.toml")
 
 
 def test_every_option_has_help() -> None:
@@ -572,7 +649,8 @@ def test_degrees_multiply_to_the_processes(sizes: tuple[int, ...], infer: bool) 
 def test_degrees_that_do_not_multiply_to_the_processes(processes: int) -> None:
     with pytest.raises(ConfigError) as error:
         resolve_degrees(Parallelism(**DEGREES), processes)
-    assert f"= 60, but there are {processes} processes: set NGPU=60" in str(error.value)
+    there_are = "there is 1 process" if processes == 1 else f"there are {processes} processes"
+    assert f"= 60, but {there_are}: set NGPU=60" in str(error.value)
     for name, degree in DEGREES.items():
         assert f"{name} {degree}" in str(error.value)
 

@@ -316,7 +316,7 @@ def test_an_inferred_degree_fills_the_processes_or_is_refused(sizes: tuple[int, 
     )
     others = replicate * cp * tp * pp
     if world % others:
-        with pytest.raises(ConfigError, match=rf"multiply to {others}, .* the {world} processes"):
+        with pytest.raises(ConfigError, match=rf"multiply to {others}, .* the {world} process"):
             resolve_degrees(parallelism, world)
         return
     degrees = resolve_degrees(parallelism, world)
@@ -374,7 +374,7 @@ def test_published_files_take_more_dimensions() -> None:
 
 @pytest.mark.parametrize("world", [4, 12, 100])
 def test_published_files_are_refused_at_sizes_that_do_not_fit(world: int) -> None:
-    with pytest.raises(ConfigError, match=rf"tensor_parallel_degree 8 .*multiply to 8, .* the {world} processes"):
+    with pytest.raises(ConfigError, match=rf"tensor_parallel_degree 8 .*multiply to 8, .* the {world} process"):
         check_config(published("llama3_70b"), world)
 
 

@@ -21,7 +21,7 @@ from titanlite.errors import ConfigError, TrainingError
 from titanlite.metrics.device import peak_flops, peak_memory, total_memory
 from titanlite.metrics.flops import ModelSize, flops_per_token
 from titanlite.metrics.recorder import Recorder
-from titanlite.metrics.report import summary
+from titanlite.metrics.report import end_above, summary
 from titanlite.metrics.sinks import ConsoleSink, JsonlSink, Row, Sink, TensorBoardSink, init_logging
 
 CPU = torch.device("cpu")
@@ -430,6 +430,34 @@ def test_summary() -> None:
     made.remember(row(step=25))
     assert summary(made, {}).startswith("training finished\n")
     assert "skipped" not in summary(made, {})
+
+
+@pytest.mark.parametrize(
+    ("start", "losses", "end"),
+    [
+        (7.7, [7.7, *[9.0] * 19], 9.0),
+        (7.7, [7.7, *[9.0] * 12, *[6.0] * 7], None),  # it came back
+        (7.7, [7.7, *[6.0] * 95, 8.0, 6.0, 6.0, 6.0], None),  # one hard batch
+        (7.7, [7.7, *[6.0] * 95, 9.0, 9.0, 5.0, 9.0], None),
+        (7.7, [7.7, *[6.0] * 80, *[7.8] * 10], 7.8),  # a little, but for good
+        (7.7, [7.7, *[7.8, 7.6] * 30], None),  # it learned nothing, but lost nothing
+        (7.7, [7.7, 7.9], None),  # one batch
+        (7.7, [7.7, 7e6, 7e6], 7e6),
+        (7.7, [9.0] * 128, 9.0),  # of a run of 2000 steps, the last 128
+        (7.7, [7.7], None),
+        (7.7, [], None),
+        (None, [9.0] * 20, None),
+    ],
+)
+def test_a_loss_that_ends_above_where_it_began(start: float | None, losses: list[float], end: float | None) -> None:
+    steps = 2000 if len(losses) == 128 else len(losses)
+    assert end_above(start, losses, steps) == end
+    made = recorder()
+    made.remember(row(step=1, loss=7.7))
+    made.remember(row(step=steps, loss=losses[-1] if losses else 7.7))
+    title, *lines = summary(made, {}, start, losses).splitlines()
+    assert ("ABOVE WHERE IT BEGAN" in title) == (end is not None)
+    assert any("of step 1" in line for line in lines) == (end is not None)
 
 
 def test_summary_of_a_run_that_skipped_steps() -> None:

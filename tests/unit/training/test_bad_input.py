@@ -7,12 +7,15 @@ from typing import Any
 
 import pytest
 
+from titanlite.errors import ConfigError
+from titanlite.launch.caches import unwritable_cache
+
 CASES = {
     "negative degree": (
         {"parallelism__data_parallel_shard_degree": -2},
         ["parallelism.data_parallel_shard_degree = -2", "the argument", "at least 1, or -1"],
     ),
-    "degrees": ({"parallelism__data_parallel_shard_degree": 3}, ["data_parallel_shard_degree 3", "= 3", "1 processes"]),
+    "degrees": ({"parallelism__data_parallel_shard_degree": 3}, ["data_parallel_shard_degree 3", "= 3", "1 process:"]),
     "batch": (
         {"training__local_batch_size": 4, "training__global_batch_size": 6},
         ["training.global_batch_size = 6", "multiple", "4 x 1 = 4"],
@@ -28,6 +31,7 @@ CASES = {
     ),
     "log rank": ({}, ["LOG_RANK=x", "rank numbers"]),
     "ngpu": ({}, ["NGPU=none", "at least 1"]),
+    "too many processes": ({}, ["NGPU=9999999", "has room for"]),
     "model": ({"model__name": "lama3"}, ['model.name = "lama3"', 'did you mean "llama3"', "known: llama3"]),
     "flavor": ({"model__flavor": "9B"}, ['model.flavor = "9B"', "it has debugmodel, 1B, 3B, 8B, 70B, 405B"]),
     "converter": ({"model__converters": "fused_rmsnorn"}, ["model.converters", 'did you mean "fused_rmsnorm"']),
@@ -60,6 +64,7 @@ def test_bad_input_is_one_message_and_status_2(train: Any, tmp_path: Path, name:
     (tmp_path / "broken.toml").write_text("[training]\nsteps = = 3\n")
     (tmp_path / "empty.txt").touch()
     env = {"hub set offline": {"HF_HUB_OFFLINE": "1"}, "log rank": {"LOG_RANK": "x"}, "ngpu": {"NGPU": "none"}}
+    env |= {"too many processes": {"NGPU": "9999999"}}
     run = train(env=env.get(name), **options)
     assert run.status == 2, run.output
     errors = run.output.split("titanlite: error: ")
@@ -67,6 +72,40 @@ def test_bad_input_is_one_message_and_status_2(train: Any, tmp_path: Path, name:
     assert all(part in errors[1] for part in parts), errors[1]
     assert "Traceback" not in run.output
     assert not (run.folder / "metrics.jsonl").exists()
+
+
+@pytest.mark.parametrize(("variable", "ngpu"), [("TORCHINDUCTOR_CACHE_DIR", 1), ("TORCHINDUCTOR_CACHE_DIR", 2)])
+def test_a_cache_that_cannot_be_written_is_named(train: Any, tmp_path: Path, variable: str, ngpu: int) -> None:
+    (tmp_path / "file").touch()
+    folder = tmp_path / "file" / "cache"
+    run = train(ngpu, env={variable: str(folder)}, training__compile="true", training__local_batch_size=2)
+    assert run.status == 2, run.output
+    assert run.output.count("titanlite: error:") == 1
+    assert f"the cache folder {folder} cannot be written" in run.output
+    assert variable in run.output
+    assert "Traceback" not in run.output
+
+
+@pytest.mark.parametrize(
+    ("variable", "below"),
+    [("HF_HOME", "datasets/x.lock"), ("HF_DATASETS_CACHE", ""), ("HF_HUB_CACHE", "a/b"), ("TRITON_CACHE_DIR", "k")],
+)
+def test_an_error_is_a_cache_s_if_that_cannot_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variable: str, below: str
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv(variable, str(tmp_path / "file" / "cache"))
+    broken = NotADirectoryError(20, "Not a directory", str(tmp_path / "file" / "cache" / below))
+    wrapped = ConfigError("cannot be read; replace the damaged file")
+    wrapped.__cause__ = broken
+    for error in (broken, wrapped, NotADirectoryError(20, "Not a directory", str(tmp_path / "file"))):
+        unwritable = unwritable_cache(error)
+        assert variable in str(unwritable)
+        assert str(tmp_path / "file" / "cache") in str(unwritable)
+    assert unwritable_cache(FileNotFoundError(2, "no such file", str(tmp_path / "data.txt"))) is None
+    assert unwritable_cache(ConfigError("something else")) is None
+    monkeypatch.setenv(variable, str(tmp_path / "cache"))
+    assert unwritable_cache(FileNotFoundError(2, "no such file", str(tmp_path / "cache" / "x"))) is None
 
 
 def test_a_worker_s_bad_input_is_shown_once(train: Any) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from tests.support.runs import command, environment
+from tests.support.runs import checkpoints, command, environment
 from titanlite.config import load_config
 
 # A converter that makes rank ``RANK`` compute a loss of ``VALUE`` at step ``STEP``.
@@ -188,6 +188,41 @@ def test_log_rank_chooses_who_speaks(train: Any) -> None:
     assert train(env={"LOG_RANK": "x"}).status == 2
 
 
+NOISY = """
+import logging, os, warnings
+import torch
+from titanlite.converters import register_converter
+
+@register_converter("noisy")
+class Noisy:
+    def __init__(self, config, mesh): pass
+    def convert(self, model):
+        rank = os.environ.get("RANK", "0")
+        warnings.warn("a warning of Python")
+        logging.getLogger("a library").warning("a warning of a library")
+        logging.getLogger("a library").warning("a warning of rank %s", rank)
+        torch.searchsorted(torch.arange(8.)[::2], torch.arange(4.))
+        logging.getLogger("a library").error("an error")
+        return "noisy"
+    def post_optimizer_hook(self, model): pass
+"""
+
+
+@pytest.mark.parametrize("speaks", [0, 1])
+def test_a_warning_of_all_ranks_is_shown_once(train: Any, tmp_path: Path, speaks: int) -> None:
+    (tmp_path / "noisy.py").write_text(NOISY)
+    options = {"training__local_batch_size": 2, "model__converters": "noisy", "experimental__custom_import": "noisy"}
+    run = train(2, env={"LOG_RANK": str(speaks)}, training__steps=2, **options)
+    assert run.status == 0, run.output
+    for text in ("a warning of Python", "a warning of a library", "boundary tensor is non-contiguous", "warmup_steps"):
+        (line,) = [line for line in run.output.splitlines() if text in line]
+        assert line.startswith(f"[rank{speaks}]"), line
+    for rank in (0, 1):
+        assert run.output.count(f"[rank{rank}]") - run.output.count("INFO") <= 6
+        assert run.output.count(f"a warning of rank {rank}") == 1
+    assert run.output.count("an error") == 2
+
+
 def test_header_and_summary_say_what_matters(train: Any) -> None:
     run = train(metrics__enable_tensorboard="true", job__description="what this is", training__global_batch_size=8)
     header, _, rest = run.output.partition("step:  1")
@@ -203,6 +238,26 @@ def test_header_and_summary_say_what_matters(train: Any) -> None:
         "config.toml titanlite",
     ):
         assert part in rest, part
+
+
+def test_a_run_that_unlearns_says_so_also_when_it_is_continued(train: Any) -> None:
+    options = {
+        **checkpoints(4),
+        "optimizer__lr": 3,
+        "optimizer__weight_decay": 0,
+        "metrics__log_freq": 4,
+        "lr_scheduler__warmup_steps": 0,
+    }
+    first = train(training__steps=6, **options)
+    assert first.status == 0, first.output
+    second = train(training__steps=7, **options)
+    assert "7 to 7 of 7" in second.output
+    for run in (first, second):
+        assert "training finished, and THE LOSS IS ABOVE WHERE IT BEGAN" in run.output
+        assert f"above the {run.losses()[0]:.4f} of step 1" in run.output
+    assert run.losses()[0] < 9 < run.losses()[-1]
+    good = train(name="good", training__steps=6, optimizer__lr=1e-3, lr_scheduler__warmup_steps=1)
+    assert "training finished\n" in good.output
 
 
 def test_documents_the_gc_and_prints_the_configuration(train: Any) -> None:
