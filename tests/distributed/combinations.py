@@ -15,7 +15,7 @@ BATCH, SEQ_LEN = 8, 32
 SCHEDULES = ["1F1B", "GPipe", "Interleaved1F1B", "LoopedBFS", "InterleavedZeroBubble", "ZBVZeroBubble"]
 if torch.__version__ < "2.13":
     SCHEDULES.remove("ZBVZeroBubble")  # refused there on the CPU
-# Run with neither checkpointing nor compile.
+# Run the backward of a block in two halves.
 SPLIT_BACKWARD = ["PP 2 InterleavedZeroBubble", "PP 2 ZBVZeroBubble", "PP 2 CSV"]
 
 
@@ -122,10 +122,10 @@ TOUCHED: dict[str, list[str]] = {
     "rowwise_with_gw_hp": ["TP 2"],  # gathers in high precision
     "float8 delayed": ["FSDP 2", "PP 2 1F1B"],  # amaxes agreed by the ranks that hold a layer
     "float8 all-gather": ["FSDP 2", "HSDP 2 x 2", "FSDP 2 x TP 2"],
-    "AC full": ["TP 2", "CP 2 alltoall"],  # collectives are repeated
-    "AC selective 2": ["PP 2 1F1B"],  # counts blocks of the whole model
+    "AC full": ["TP 2", "CP 2 alltoall", "PP 2 ZBVZeroBubble"],  # collectives are repeated; so is recomputation
+    "AC selective 2": ["PP 2 1F1B", "PP 2 InterleavedZeroBubble"],  # counts blocks of the whole model
     "AC selective op": ["FSDP 2", "TP 2", "CP 2 alltoall"],  # keeps results of collectives, and of attention
-    "compile": ["FSDP 2", "TP 2", "CP 2 alltoall", "PP 2 1F1B"],
+    "compile": ["FSDP 2", "TP 2", "CP 2 alltoall", "PP 2 1F1B", "PP 2 InterleavedZeroBubble"],
     "compile, AC full": ["TP 2"],  # compiled before it is checkpointed
     "compile, tensorwise, AC selective 2": ["FSDP 2"],
     "compile, rowwise, AC selective op": ["FSDP 2 x TP 2"],
@@ -136,7 +136,12 @@ DEBUG_WAYS = ["FSDP 2", "TP 2", "CP 2 alltoall", "PP 2 1F1B", "FSDP 2 x TP 2"]
 
 def composes(way: str, variant: str) -> bool:
     """Whether a variant is one that this way can be combined with; the others are refused."""
-    return not (way in SPLIT_BACKWARD and ("AC" in variant or "compile" in variant))
+    options = {**VARIANTS[variant], **WAYS[way].all_options()}
+    per_op = options.get("activation_checkpoint.selective_ac_option") == "op"
+    compiled, formats = "training.compile" in options, "model.converters" in options
+    if way not in SPLIT_BACKWARD:
+        return True
+    return not (per_op and not compiled) and (torch.__version__ >= "2.13" or not (compiled or formats))
 
 
 def tried(way: str, variant: str) -> bool:

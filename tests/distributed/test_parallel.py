@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tests.distributed import parallel
 from tests.distributed.combinations import BATCH, DEBUG_WAYS, SEQ_LEN, VARIANTS, WAYS, cases, tried
@@ -315,6 +316,15 @@ def test_variants_are_as_on_one_process(varied: Reports, way: str, variant: str)
     assert column(many, "grad_norm") == pytest.approx(column(one, "grad_norm"), rel=norm)
     if variant not in ("compile", "compile, AC full"):  # it is really another precision
         assert column(many, "loss") != pytest.approx(column(varied[ONE], "loss"), rel=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.__version__ < "2.13", reason="refused there")
+def test_inductor_takes_a_backward_in_halves(tmp_path: Path) -> None:
+    """Its own code frees what a backward has used, which would leave nothing for the second half."""
+    way = "PP 2 InterleavedZeroBubble"
+    reports = in_ways(tmp_path, [way], {**SMALL, "training.compile": "true"})
+    assert column(reports[way], "loss") == pytest.approx(column(reports[ONE], "loss"), rel=4e-5)
 
 
 @each(SAME_BITS)

@@ -66,8 +66,8 @@ def load_config(argv: Sequence[str], default_file: str | None = None) -> JobConf
     if file:
         config.job.config_file = file
     config.origins = {name: origin for name, (_, origin) in values.items()}
-    config.run_config = run_config
     config.notices = notices
+    config.run_config = run_config
     return config
 
 
@@ -163,12 +163,12 @@ def _read_file(options: Options, file: str, origin: str, notices: list[str]) -> 
     run_config = None
     for path, tree, text in _file_chain(file, origin, notices):
         location = partial(_place, path, _lines_of(text))
+        in_this_file: Values = {}
         folder = None
         if RUN_FOLDER in tree:
             place = location(RUN_FOLDER)
             folder, run_config = folder_named_in(path, tree.pop(RUN_FOLDER), place), path
             values[_DUMP_FOLDER] = (None if folder is None else str(folder), place)
-        in_this_file: Values = {}
         for section, table in _tables(options, tree):
             if not isinstance(table, dict):
                 if section in options:

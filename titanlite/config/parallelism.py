@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from titanlite.config.number_formats import gathers_quantized
+from titanlite.config.number_formats import formats_of, gathers_quantized
 from titanlite.config.refuse import refuse
 from titanlite.config.schema import JobConfig, Parallelism
-from titanlite.errors import ConfigError, counted
+from titanlite.errors import ConfigError, counted, shown
 from titanlite.registry import nearest
 
 # The schedules by their pipeline stages per process: one, several, or two in V shape. SPLIT_BACKWARD schedules compute
@@ -19,6 +20,7 @@ LOOPED_SCHEDULES = ("Interleaved1F1B", "LoopedBFS", "InterleavedZeroBubble")
 V_SCHEDULES = ("ZBVZeroBubble",)
 CSV_SCHEDULE = "PipelineScheduleMulti"
 SPLIT_BACKWARD_SCHEDULES = ("InterleavedZeroBubble", "ZBVZeroBubble")
+_ONE_BACKWARD = "before torch 2.13, its layers have one backward", "choose another schedule or a later torch"
 
 
 class Degrees(NamedTuple):
@@ -221,20 +223,33 @@ def _check_pipeline(config: JobConfig, degrees: Degrees) -> None:
     _check_microbatches(config, degrees)
 
 
-def whole_backward(config: JobConfig) -> str | None:
-    """Return the reason why gradients of inputs and of weights must be computed together; None if they need not."""
-    compiled = config.training.compile and "model" in config.compile.components
-    reasons = {
-        "training.compile": (compiled, "a compiled block"),
-        "activation_checkpoint.mode": (config.activation_checkpoint.mode != "none", "a recomputed block"),
-    }
-    for name, (on, block) in reasons.items():
+def whole_backward(config: JobConfig, torch_version: str = version("torch")) -> str | None:
+    """Return the reason why gradients of inputs and of weights must be computed together; None if they need not.
+
+    Tried on gloo processes with torch 2.11, 2.12 and 2.13. Both halves run the whole backward of a compiled block, and
+    recompute a checkpointed one.
+    """
+    compiled = config.compile_options("model") is not None
+    checkpointing = config.activation_checkpoint
+    per_op = checkpointing.mode == "selective" and checkpointing.selective_ac_option == "op"
+    formats = [number_format.name for number_format in formats_of(config)]
+    old = tuple(map(int, torch_version.split(".")[:2])) < (2, 13)
+    for name, on, why, way_out in (
+        (
+            "activation_checkpoint.selective_ac_option",
+            per_op and not compiled,
+            "what it keeps of a block that is not compiled can be used once",
+            "choose another schedule or another option, or compile",
+        ),
+        ("training.compile", old and compiled, *_ONE_BACKWARD),
+        ("model.converters", old and formats, *_ONE_BACKWARD),
+    ):
         if on:
             section, key = name.split(".")
-            value = str(getattr(getattr(config, section), key)).lower()
+            value = shown(getattr(getattr(config, section), key))
             return (
-                f"runs the gradients of inputs and of weights at different times, which {block} cannot ({name} = "
-                f"{value}, {config.origin(name)}); choose another schedule, or turn that off"
+                "runs the gradients of inputs and of weights at different times, which does not go with "
+                f"{name} = {value} ({config.origin(name)}): {why}; {way_out}"
             )
     return None
 

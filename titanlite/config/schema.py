@@ -440,6 +440,7 @@ class JobConfig:
 
     def __post_init__(self) -> None:
         self.origins: dict[str, str] = {}
+        self.notices: list[str] = []  # of renamed options and replaced files, for the log
         self.run_config: Path | None = None  # the run folder's config.toml that this was loaded from
         self.notices: list[str] = []  # of renamed options and replaced files, for the log
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch._functorch.config
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.pipelining import PipelineStage
@@ -21,7 +22,7 @@ from torch.distributed.pipelining.schedules import (
     get_schedule_class,
 )
 
-from titanlite.config.parallelism import V_SCHEDULES
+from titanlite.config.parallelism import SPLIT_BACKWARD_SCHEDULES, V_SCHEDULES
 from titanlite.config.schema import Parallelism, Training
 from titanlite.distributed.data_parallel import DTYPES
 from titanlite.distributed.mesh import Mesh
@@ -138,6 +139,9 @@ class Pipeline:
                 key="parallelism.pipeline_parallel_schedule",
                 value=schedule,
             )
+        if csv or schedule in SPLIT_BACKWARD_SCHEDULES:
+            # A compiled backward runs for the gradients of inputs, and again for those of weights.
+            torch._functorch.config.donated_buffer = False
         self._schedule: PipelineScheduleSingle | PipelineScheduleMulti
         try:
             if csv:

@@ -21,7 +21,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from tests.support.runs import ROOT
 from titanlite.config import JobConfig, check_config, load_config, pipeline_microbatches, resolve_degrees
-from titanlite.config.parallelism import Degrees
+from titanlite.config.parallelism import Degrees, whole_backward
 from titanlite.config.schema import Parallelism
 from titanlite.distributed.mesh import Mesh, build_mesh
 from titanlite.distributed.parallelize import check, parallelize
@@ -50,6 +50,7 @@ SHORT = {
     "components": "compile.components",
     "offload": "training.enable_cpu_offload",
     "ac": "activation_checkpoint.mode",
+    "ac_option": "activation_checkpoint.selective_ac_option",
     "converters": "model.converters",
     "fp8_gather": "float8.enable_fsdp_float8_all_gather",
 }
@@ -171,21 +172,12 @@ REFUSED: dict[str, tuple[Options, int, list[str]]] = {
         ["layers_per_stage = 2 (the argument", "split_points = ['layers.2']", "one or the other"],
     ),
     "split backward, checkpointed": (
-        ZERO_BUBBLE,  # the default of activation_checkpoint.mode is selective
+        {**ZERO_BUBBLE, "ac_option": "op"},  # the default of activation_checkpoint.mode is selective
         2,
         [
-            *(
-                'schedule = "InterleavedZeroBubble"',
-                "a recomputed block cannot",
-                "activation_checkpoint.mode = selective",
-            ),
-            *("the default", "choose another schedule, or turn that off"),
+            *('schedule = "InterleavedZeroBubble"', 'activation_checkpoint.selective_ac_option = "op" (the argument'),
+            *("can be used once", "or compile"),
         ],
-    ),
-    "split backward, compiled": (
-        {"pp": 2, "schedule": "ZBVZeroBubble", "ac": "none", "compile": True},
-        2,
-        ['schedule = "ZBVZeroBubble"', "a compiled block cannot", "training.compile = true, the argument"],
     ),
     "microbatch does not divide": (
         {"pp": 2, "micro": 3, "batch": 8},
@@ -273,8 +265,11 @@ ACCEPTED: list[tuple[Options, int]] = [
     ({"pp": 4, "batch": 10, "schedule": "Interleaved1F1B"}, 4),
     ({"pp": 4, "batch": 3, "schedule": "Interleaved1F1B"}, 4),
     ({"pp": 3, "batch": 1, "schedule": "ZBVZeroBubble", "ac": "none"}, 3),
-    # It is the blocks that cannot be compiled; and the other schedules run a backward as a whole.
+    (ZERO_BUBBLE, 2),
+    ({**ZERO_BUBBLE, "ac": "full"}, 2),
     ({**ZERO_BUBBLE, "ac": "none", "compile": True, "components": "loss"}, 2),
+    # The other schedules run a backward as a whole.
+    ({"pp": 2, "schedule": "Interleaved1F1B", "ac_option": "op"}, 2),
     ({"pp": 2, "schedule": "Interleaved1F1B", "ac": "full", "compile": True}, 2),
     ({"offload": True, "converters": "float8"}, 2),
     ({"offload": True, "tp": 2, "pp": 2}, 8),
@@ -285,6 +280,28 @@ ACCEPTED: list[tuple[Options, int]] = [
 @pytest.mark.parametrize(("options", "world"), ACCEPTED, ids=str)
 def test_what_goes_together_is_accepted(options: Options, world: int) -> None:
     check_config(config_of(options), world)
+
+
+@pytest.mark.parametrize(
+    ("options", "before", "now"),
+    [
+        ({"ac": "none"}, "", ""),
+        ({"ac": "full"}, "", ""),
+        ({}, "", ""),
+        ({"ac_option": "op"}, "can be used once", "can be used once"),
+        ({"ac_option": "op", "compile": True, "components": "loss"}, "can be used once", "can be used once"),
+        ({"ac_option": "op", "compile": True}, "training.compile = true", ""),
+        ({"compile": True}, "training.compile = true", ""),
+        ({"compile": True, "components": "loss"}, "", ""),
+        ({"converters": "float8"}, 'model.converters = ["float8"]', ""),
+    ],
+    ids=str,
+)
+def test_a_backward_in_halves_is_refused_where_torch_fails(options: Options, before: str, now: str) -> None:
+    for versions, words in ((("2.11.0+cu130", "2.12.1"), before), (("2.13.0+cpu", "2.14.1"), now)):
+        for torch_version in versions:
+            reason = whole_backward(config_of({**ZERO_BUBBLE, **options}), torch_version)
+            assert words in reason if words else reason is None, torch_version
 
 
 @given(st.tuples(*[st.sampled_from([1, 1, 2, 3])] * 5), st.integers(1, 40))

@@ -316,17 +316,15 @@ def test_split_points_must_fit_the_file(meta: Decoder, tmp_path: Path) -> None:
 def test_a_file_may_split_the_backward_only_where_it_can_be(meta: Decoder, tmp_path: Path, cell: str) -> None:
     (tmp_path / "own.csv").write_text(f"0F0,0B0\n1F0,{cell}\n")
     options: dict[str, Any] = {"schedule": CSV_SCHEDULE, "schedule_csv": tmp_path / "own.csv"}
-    for key, value, why in (
-        ("activation_checkpoint", "full", r"a recomputed block cannot \(activation_checkpoint.mode = full"),
-        ("training", True, r"a compiled block cannot \(training.compile = true"),
-    ):
-        config = config_of(**options)
-        setattr(getattr(config, key), "mode" if key == "activation_checkpoint" else "compile", value)
-        with pytest.raises(ConfigError, match=why):
-            plan_pipeline(meta, chain(meta, LAYOUT), config, 2)
-        (tmp_path / "own.csv").write_text("0F0,0B0\n1F0,1B0\n")
+    config = config_of(**options)
+    for mode in ("none", "full", "selective"):
+        config.activation_checkpoint.mode = mode  # type: ignore[assignment]
         plan_pipeline(meta, chain(meta, LAYOUT), config, 2)
-        (tmp_path / "own.csv").write_text(f"0F0,0B0\n1F0,{cell}\n")
+    config.activation_checkpoint.selective_ac_option = "op"
+    with pytest.raises(ConfigError, match=r"activation_checkpoint.selective_ac_option = \"op\""):
+        plan_pipeline(meta, chain(meta, LAYOUT), config, 2)
+    (tmp_path / "own.csv").write_text("0F0,0B0\n1F0,1B0\n")
+    plan_pipeline(meta, chain(meta, LAYOUT), config, 2)
 
 
 # ---- against PyTorch's schedules themselves
