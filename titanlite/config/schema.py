@@ -442,7 +442,6 @@ class JobConfig:
         self.origins: dict[str, str] = {}
         self.notices: list[str] = []  # of renamed options and replaced files, for the log
         self.run_config: Path | None = None  # the run folder's config.toml that this was loaded from
-        self.notices: list[str] = []  # of renamed options and replaced files, for the log
 
     def compile_options(self, component: Literal["model", "loss"]) -> Compile | None:
         """Return the options with which ``component`` is compiled; None if it is not."""
