@@ -34,6 +34,7 @@ class HuggingFaceFormat:
         check: ``(configured flavor, parsed config.json)``; raises :class:`ConfigError`, with the differences, if the
             file describes another model.
         weights: a configured flavor -> the place of every parameter in the files.
+        copies: a configured flavor -> tensors that the files may hold twice: the name of the copy -> that of the other.
         ignored: a regular expression; tensors in the files whose whole name matches are not loaded.
     """
 
@@ -42,6 +43,7 @@ class HuggingFaceFormat:
     from_config: Callable[[Mapping[str, Any]], Any]
     check: Callable[[Any, Mapping[str, Any]], None]
     weights: Callable[[Any], WeightMap]
+    copies: Callable[[Any], Mapping[str, str]] = lambda args: {}
     ignored: str | None = None
 
 

@@ -56,7 +56,7 @@ class Start:
         if self.pretrained is not None and spec.hugging_face is not None:
             family, folder = spec.hugging_face, self.pretrained
             family.check(args, folder.config)
-            folder.load_into(process.parameters(), family.weights(args), family.ignored)
+            folder.load_into(process.parameters(), family.weights(args), family.ignored, family.copies(args))
             return f"{folder.folder}, Hugging Face weights"
         return ""
 

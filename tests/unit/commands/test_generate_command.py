@@ -122,7 +122,7 @@ def test_a_damaged_description_is_not_believed(tmp_path: Path) -> None:
 
 
 def test_folders_that_are_no_checkpoints(checkpoint: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=rf"{tmp_path} is no checkpoint: it has no checkpoint.json; a checkpoint is"):
+    with pytest.raises(ConfigError, match=rf"{tmp_path} is no checkpoint: it has no checkpoint.json, and no"):
         describe(tmp_path)
     with pytest.raises(ConfigError, match=r"gone is no checkpoint: there is no such folder \(relative to /"):
         describe(tmp_path / "gone")
