@@ -66,6 +66,8 @@ class ModelSpec:
             returns hidden states [batch, seq_len, dim] if it lacks the first or last children of the model.
         layout: a declaration of the module's parts.
         hugging_face: the form of the files; None if ``transformers`` does not have the family.
+        torchtitan: a configured flavor -> the parameters whose rows are the features of rotated heads, and the features
+            of one head; torchtitan keeps these rows in another order. None if its family is another.
     """
 
     name: str
@@ -73,6 +75,7 @@ class ModelSpec:
     build: Callable[[Any], nn.Module] = Decoder
     layout: Layout = LAYOUT
     hugging_face: HuggingFaceFormat | None = None
+    torchtitan: Callable[[Any], Mapping[str, int]] | None = None
 
     def flavor(self, name: str) -> Any:
         """Return a flavor.

@@ -4,6 +4,7 @@ from titanlite.checkpoint.folder import saved_steps
 from titanlite.checkpoint.hugging_face import HuggingFaceFolder, is_hugging_face
 from titanlite.checkpoint.manager import CheckpointManager, Process, SavedCheckpoint
 from titanlite.checkpoint.storage import Info
+from titanlite.checkpoint.torchtitan import TorchtitanFolder, is_torchtitan
 
 __all__ = [
     "CheckpointManager",
@@ -11,6 +12,8 @@ __all__ = [
     "Info",
     "Process",
     "SavedCheckpoint",
+    "TorchtitanFolder",
     "is_hugging_face",
+    "is_torchtitan",
     "saved_steps",
 ]

@@ -128,16 +128,12 @@ class CheckpointManager:
                 return SavedCheckpoint(folder, info, from_this_run=True)
         return None
 
-    def initial(self, path: str) -> SavedCheckpoint:
-        """Return the checkpoint at ``path``: the folder of one checkpoint, or of several; then the latest is taken.
+    def initial(self, path: str, folder: Path) -> SavedCheckpoint:
+        """Return the checkpoint ``folder``, which ``checkpoint.initial_load_path`` = ``path`` names.
 
         Raises:
             ConfigError: there is no checkpoint, or it is damaged.
         """
-        folder = Path(path).expanduser()
-        steps = saved_steps(folder)
-        if steps:
-            folder = step_folder(folder, steps[-1])
         try:
             return SavedCheckpoint(folder, self._open(folder), from_this_run=False)
         except DamagedCheckpoint as e:

@@ -212,7 +212,7 @@ def _write_tensors(folder: Path, state: State, group: dist.ProcessGroup | None) 
 def _message(error: BaseException) -> str:
     if isinstance(error, DamagedCheckpoint):
         return "; ".join(error.problems)
-    return str(error) if isinstance(error, (OSError, Untrusted)) else f"{type(error).__name__}: {error}"
+    return str(error) if isinstance(error, (OSError, ConfigError)) else f"{type(error).__name__}: {error}"
 
 
 # ---- reading
@@ -308,14 +308,19 @@ def load(
         DamagedCheckpoint: a file is missing, or cannot be read.
     """
     if not dist.is_initialized():
-        _copy(folder, state, read_metadata(folder) if saved is None else saved)
+        copy_into(state, read_metadata(folder) if saved is None else saved, folder)
         return
     tensors = from_rank_zero(group, lambda: read_metadata(folder)) if saved is None else saved
-    on_all(group, lambda: _copy(folder, state, tensors), lambda problems: DamagedCheckpoint(folder, problems))
+    on_all(group, lambda: copy_into(state, tensors, folder), lambda problems: DamagedCheckpoint(folder, problems))
 
 
-def _copy(folder: Path, state: Mapping[str, Tensor], saved: Mapping[str, SavedTensor]) -> None:
-    """Read the parts of the saved tensors that this process holds, file by file in order, and copy them."""
+def copy_into(state: Mapping[str, Tensor], saved: Mapping[str, SavedTensor], folder: Path) -> None:
+    """Copy the parts that this process holds of the tensors of ``state``, which are in ``saved`` by the same names. The
+    files are read one after the other, each from its beginning to its end.
+
+    Raises:
+        DamagedCheckpoint: a file is missing, or cannot be read.
+    """
     requests = [
         (chunk, name, box)
         for name, tensor in state.items()

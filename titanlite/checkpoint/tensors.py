@@ -18,6 +18,7 @@ from torch import Tensor
 
 from titanlite.checkpoint.metadata import DTYPES
 from titanlite.checkpoint.untrusted import Record, Untrusted, read_pickle
+from titanlite.errors import ConfigError
 
 _STORAGES = {
     "torch.FloatStorage": torch.float32,
@@ -141,7 +142,7 @@ def read_tensor(
         if count:
             archive.read(f"data/{key}", first * dtype.itemsize, data.numpy().data)
         return data.view(dtype).as_strided(tuple(sizes), strides)
-    except (Untrusted, OSError):
+    except (ConfigError, OSError):
         raise
     except Exception as e:  # what fails on damaged bytes is open
         raise Untrusted(f"{file} cannot be read at byte {start} ({type(e).__name__}: {e})") from None

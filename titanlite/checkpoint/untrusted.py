@@ -1,7 +1,7 @@
 """Read files that somebody else may have made.
 
 No such file runs code, opens a file outside its folder, or makes the process take memory without bound. Every function
-raises :class:`Untrusted` or ``OSError``, whose message names the file.
+raises an error whose message names the file.
 """
 
 from __future__ import annotations
@@ -25,6 +25,10 @@ MOST_JSON = 1 << 26  # bytes; the largest published index has 20 MB
 
 class Untrusted(ConfigError):
     """A file holds what it must not, or not what it must; the message names the file and says what to do."""
+
+
+class NamesCode(ConfigError):
+    """A pickle names code that does not belong into it. Nothing of the file was run."""
 
 
 # ---- paths
@@ -154,7 +158,7 @@ class _Unpickler(pickle._Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         kind = f"{module}.{name}"
         if kind not in self._kinds:
-            raise Untrusted(kind)
+            raise NamesCode(kind)
         return self._kinds[kind]
 
     def persistent_load(self, pid: Any) -> Any:
@@ -184,14 +188,15 @@ def read_pickle(data: bytes, kinds: Collection[str], file: Path) -> Any:
         kinds: ``module.name`` of every class and function that it may name. None of them is imported or called.
 
     Raises:
-        Untrusted: it names another class, or is damaged.
+        NamesCode: it names another class or function.
+        Untrusted: it is damaged, or holds more than a pickle of these kinds needs.
     """
     try:
         return _Unpickler(data, kinds).load()
-    except Untrusted as e:
-        raise Untrusted(
-            f"{file} asks for {e}, which a checkpoint does not need, and which could run code; nothing of it was run. "
-            "Do not load this checkpoint, and ask whoever made it"
+    except NamesCode as e:
+        raise NamesCode(
+            f"{file} asks for {str(e)[:200]!r}, which no checkpoint needs, and which could run code; nothing was run. "
+            "Do not use these files, and ask whoever made them"
         ) from None
     except Exception as e:  # what fails on damaged bytes is open
         raise Untrusted(f"{file} cannot be read ({type(e).__name__}: {e})") from None
