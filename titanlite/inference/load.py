@@ -246,6 +246,8 @@ def describe(folder: Path) -> ModelDescription:
 
 def _flavor_of(spec: ModelSpec, args: Any) -> str:
     for name, flavor in spec.flavors.items():
+        if flavor.vocab_size and flavor.vocab_size != args.vocab_size:  # it cannot be configured for another vocabulary
+            continue
         if spec.configure(flavor, args.vocab_size, args.max_seq_len) == args:
             return name
     return ""
