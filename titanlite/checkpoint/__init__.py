@@ -1,6 +1,6 @@
 """Checkpoints. One is complete or absent, is verified on load, and does not depend on the parallelism."""
 
-from titanlite.checkpoint.folder import saved_steps
+from titanlite.checkpoint.folder import DamagedCheckpoint, saved_steps
 from titanlite.checkpoint.hugging_face import HuggingFaceFolder, is_hugging_face
 from titanlite.checkpoint.manager import CheckpointManager, Process, SavedCheckpoint
 from titanlite.checkpoint.storage import Info
@@ -8,6 +8,7 @@ from titanlite.checkpoint.torchtitan import TorchtitanFolder, is_torchtitan
 
 __all__ = [
     "CheckpointManager",
+    "DamagedCheckpoint",
     "HuggingFaceFolder",
     "Info",
     "Process",

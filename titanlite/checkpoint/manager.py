@@ -25,6 +25,7 @@ from titanlite.checkpoint.folder import (
     set_damaged_aside,
     step_folder,
 )
+from titanlite.checkpoint.metadata import read_metadata
 from titanlite.checkpoint.state import (
     State,
     buffer_names,
@@ -44,7 +45,6 @@ from titanlite.checkpoint.storage import (
     on_all,
     read_info,
     save,
-    saved_shapes,
     verify,
 )
 from titanlite.config.schema import Checkpoint
@@ -187,7 +187,8 @@ class CheckpointManager:
                 "continue from; take an earlier one with --checkpoint.load_step, or begin another run from it with "
                 f"--checkpoint.initial_load_path={checkpoint.folder}"
             )
-        shapes = from_rank_zero(self.group, lambda: saved_shapes(checkpoint.folder))
+        saved_tensors = from_rank_zero(self.group, lambda: read_metadata(checkpoint.folder))
+        shapes = {name: tensor.shape for name, tensor in saved_tensors.items()}
         state = self._matching(checkpoint, process, shapes)
         if not weights_only:
             if "optimizer" not in self.excluded(checkpoint) and checkpoint.info.step > 0:
@@ -197,9 +198,12 @@ class CheckpointManager:
                 self._check_optimizer(checkpoint, local, {name: shapes[name] for name in saved})
                 state |= local
             state |= self._random(checkpoint, process, shapes)
-        load(checkpoint.folder, state, self.group)
+        load(checkpoint.folder, state, self.group, saved_tensors)
         if not weights_only:
-            set_random_state(state, process.rank, process.device)
+            try:
+                set_random_state(state, process.rank, process.device)
+            except (ValueError, TypeError, RuntimeError, OverflowError) as e:
+                raise DamagedCheckpoint(checkpoint.folder, [f"the state of a random generator is none ({e})"]) from e
         content = "its weights" if weights_only else f"step {checkpoint.info.step}"
         logger.info("%s: %s loaded in %.1f s", checkpoint.folder, content, time.perf_counter() - start)
 

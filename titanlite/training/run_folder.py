@@ -22,12 +22,13 @@ class RunFolder:
     """``job.dump_folder``, locked for as long as this process lives.
 
     Raises:
-        ConfigError: the folder cannot be written, or another run is using it.
+        ConfigError: the folder cannot be written, another run is using it, or a link in it leads out of it.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
+            _refuse_links_out(path)
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = (self.path / ".lock").open("a")
         except OSError as e:
@@ -80,6 +81,30 @@ class RunFolder:
         for path in files:
             path.rename(aside / path.name)
         logger.info("%s held an earlier run: its %s are now in %s", self.path, ", ".join(p.name for p in files), aside)
+
+
+def _refuse_links_out(run_folder: Path) -> None:
+    """Check that a run, which writes, deletes and moves files in its folder, does so there alone. A folder from
+    somebody else could hold a link to a file of this user, or a pipe, which blocks whoever opens it."""
+    border = Path(os.path.realpath(run_folder))
+    folders = [run_folder] if run_folder.is_dir() else []
+    while folders:
+        with os.scandir(folders.pop()) as entries:
+            for entry in entries:
+                why = ""
+                if entry.is_symlink():
+                    target = Path(os.path.realpath(entry.path))
+                    if not target.is_relative_to(border):
+                        why = (
+                            f"is a link to {target}, outside of the run folder; remove it. For checkpoints on another "
+                        )
+                        why += "disk, give --checkpoint.folder its whole path"
+                elif entry.is_dir():
+                    folders.append(Path(entry.path))
+                elif not entry.is_file():
+                    why = "is a pipe, a socket or a device; remove it"
+                if why:
+                    raise ConfigError(f"{entry.path} {why}", key="job.dump_folder", value=run_folder)
 
 
 def drop_rows_after(file: Path, step: int) -> None:

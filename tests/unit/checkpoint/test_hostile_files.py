@@ -20,6 +20,7 @@ from tests.support.forks import ROOT
 from tests.support.hostile import EMBEDDING, WAYS_IN, Payload, edit_metadata
 from tests.support.runs import Run, checkpoints, run_trainer
 from tests.unit.commands.test_generate_command import ARGS, write
+from titanlite.checkpoint.folder import clear_leftovers
 from titanlite.checkpoint.hugging_face import HuggingFaceFolder
 from titanlite.commands import convert, generate
 from titanlite.errors import ConfigError
@@ -284,3 +285,29 @@ def test_metadata_is_dcps_own(honest: Path, tmp_path: Path) -> None:
     shutil.copytree(honest, tmp_path / "step-1")
     edit_metadata(tmp_path / "step-1", lambda metadata: None)
     assert generated(tmp_path / "step-1", tmp_path) == 0
+
+
+def test_an_export_follows_no_link(honest: Path, exported: Path, tmp_path: Path) -> None:
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (tmp_path / "hf").symlink_to(outside)
+    (tmp_path / ".other.partial").symlink_to(outside)
+    (tmp_path / "steps").mkdir()
+    (tmp_path / "steps" / ".partial-step-0").symlink_to(outside)
+    (tmp_path / "done").mkdir()
+    (tmp_path / "done" / "step-0").symlink_to(outside)
+    assert convert.main([str(honest), str(tmp_path / "hf")]) == 2
+    assert convert.main([str(honest), str(tmp_path / "other")]) == 2
+    assert convert.main([str(exported), str(tmp_path / "steps")]) == 2
+    assert convert.main([str(exported), str(tmp_path / "done")]) == 2
+    assert list(outside.iterdir()) == []
+
+
+def test_leftovers_that_are_links_are_removed_alone(tmp_path: Path) -> None:
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (tmp_path / "root").mkdir()
+    (tmp_path / "root" / ".partial-step-3").symlink_to(outside)
+    assert clear_leftovers(tmp_path / "root") == [".partial-step-3"]
+    assert outside.is_dir()
+    assert list((tmp_path / "root").iterdir()) == []
