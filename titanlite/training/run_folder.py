@@ -111,7 +111,7 @@ def drop_rows_after(file: Path, step: int) -> None:
     """Remove from a file of JSON lines the rows after ``step``, and a last line that is incomplete."""
     if not file.exists():
         return
-    kept = [line for line in file.read_text().splitlines() if _step_of(line) <= step]
+    kept = [line for line in file.read_text(errors="replace").splitlines() if _step_of(line) <= step]
     partial = file.with_name(f".{file.name}.partial")
     partial.write_text("".join(f"{line}\n" for line in kept))
     partial.rename(file)
@@ -119,7 +119,7 @@ def drop_rows_after(file: Path, step: int) -> None:
 
 def _step_of(line: str) -> float:
     try:
-        step: int = json.loads(line)["step"]
-    except ValueError:
+        step = json.loads(line)["step"]
+    except (ValueError, LookupError, TypeError, RecursionError):  # a row that was cut short, or is none
         return float("inf")
-    return step
+    return step if isinstance(step, (int, float)) else float("inf")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import os
 import re
 import shutil
@@ -17,7 +18,7 @@ from torch.distributed.checkpoint import load
 from torch.distributed.checkpoint.api import CheckpointException
 
 from tests.support.forks import ROOT
-from tests.support.hostile import EMBEDDING, WAYS_IN, Payload, edit_metadata
+from tests.support.hostile import EMBEDDING, WAYS_IN, Payload, edit_metadata, reseal
 from tests.support.runs import Run, checkpoints, run_trainer
 from tests.unit.commands.test_generate_command import ARGS, write
 from titanlite.checkpoint.folder import clear_leftovers
@@ -148,6 +149,35 @@ def test_the_trainer_runs_nothing(finished: Run, tmp_path: Path, way: str, start
     assert message in run.output
     assert "Traceback" not in run.output
     assert not marker.exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "status", "message"),
+    [
+        (lambda info: info["data"].clear(), 2, "of another form"),
+        (lambda info: info["data"].update(identity=3), 2, "of another form"),
+        (lambda info: info["data"].update(shards={s: [0, 0, 0, -1] for s in "0123"}), 2, "negative or too large"),
+        (lambda info: info["data"].update(shards={s: [0, 0, 0, 1 << 61] for s in "0123"}), 2, "continues at token"),
+        (lambda info: info["step_guard"].clear(), 2, "of another form"),
+        (lambda info: info["step_guard"].update(losses=[1.0] * 1000), 2, "of another form"),
+        (lambda info: info["model"]["args"].update(dim="wide"), 2, "of another model"),
+        (lambda info: info.update(step=1 << 62), 0, "nothing to do"),
+    ],
+)
+@pytest.mark.slow
+def test_a_run_does_not_continue_from_values_of_another_form(
+    finished: Run, tmp_path: Path, change: Callable[[dict[str, Any]], Any], status: int, message: str
+) -> None:
+    shutil.copytree(finished.folder, tmp_path / "run")
+    file = tmp_path / "run" / "checkpoint" / "step-1" / "checkpoint.json"
+    info = json.loads(file.read_text())
+    change(info)
+    file.write_text(json.dumps(info))
+    reseal(file.parent)
+    run = run_trainer(tmp_path, timeout=100, **checkpoints(1), training__steps=2)
+    assert run.status == status, run.output
+    assert message in run.output
+    assert "Traceback" not in run.output
 
 
 @pytest.mark.parametrize("way", ["metadata", "bytes"])
