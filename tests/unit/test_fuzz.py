@@ -14,13 +14,17 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from tests.support.hostile import reseal
+from tests.support.runs import Run, checkpoints, run_trainer
 from tests.unit.commands.test_generate_command import ARGS, write
 from titanlite.commands import convert, generate
 from titanlite.config import check_config, load_config
 from titanlite.config.packaged import find
+from titanlite.data import load_tokenizer
 from titanlite.errors import ConfigError
 
 SECONDS = 60
@@ -197,3 +201,52 @@ def change_option(chance: random.Random) -> str:
     keys = ["training.steps", "optimizer.lr", "model.converters", "data.text_field", "float8.filter_fqns", "x.y", "job"]
     name = f"--{chance.choice(keys)}"
     return chance.choice([name, f"{name}=", f"{name}={chance.choice(VALUES)}", f"{name}=\udc80", name[1:], f"{name}=="])
+
+
+# ---- whole runs
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = run_trainer(tmp_path_factory.mktemp("finished"), **checkpoints(1), training__steps=1)
+    assert run.status == 0, run.output
+    return run.folder
+
+
+def assert_one_message(run: Run, folders: list[Path]) -> None:
+    assert run.status in (0, 1, 2), run.output
+    assert "Traceback" not in run.output, run.output
+    assert run.output.count("titanlite: error:") == (run.status != 0), run.output
+    empty = [path for folder in folders for path in folder.rglob("*") if path.is_file() and not path.stat().st_size]
+    assert [path.name for path in empty if path.name != ".lock"] == []
+
+
+@pytest.mark.parametrize("seed", [pytest.param(0, marks=SLOW), *(pytest.param(n, marks=LONG) for n in range(1, 40))])
+def test_runs_that_continue(finished: Path, tmp_path: Path, seed: int) -> None:
+    chance = random.Random(f"run {seed}")
+    shutil.copytree(finished, tmp_path / "run")
+    change_a_file(tmp_path / "run" / "checkpoint" / "step-1", chance)
+    if chance.random() < 0.8:
+        reseal(tmp_path / "run" / "checkpoint" / "step-1")
+    run = run_trainer(tmp_path, timeout=120, **checkpoints(1), training__steps=2)
+    assert_one_message(run, [])
+
+
+@pytest.mark.parametrize("seed", [pytest.param(0, marks=SLOW), *(pytest.param(n, marks=LONG) for n in range(1, 60))])
+def test_data_and_tokenizers(tmp_path: Path, seed: int) -> None:
+    chance = random.Random(f"data {seed}")
+    kind = chance.choice(("text", "json", "parquet"))
+    texts = [f"{number} {json.dumps({'name': number})} import os\n" * 40 for number in range(200)]
+    file = tmp_path / "data" / {"text": "a.txt", "json": "a.jsonl", "parquet": "a.parquet"}[kind]
+    file.parent.mkdir()
+    if kind == "parquet":
+        pyarrow.parquet.write_table(pyarrow.table({"text": texts}), file)
+    else:
+        file.write_text("".join(texts) if kind == "text" else "".join(f"{json.dumps({'text': t})}\n" for t in texts))
+    tokenizer = tmp_path / "tokenizer"
+    tokenizer.mkdir()
+    load_tokenizer().save(tokenizer)
+    change_a_file(chance.choice((file.parent, tokenizer)), chance)
+    options = {"training__dataset": kind, "training__dataset_path": file.parent, "model__tokenizer_path": tokenizer}
+    run = run_trainer(tmp_path, timeout=120, **options, training__steps=2)
+    assert_one_message(run, [tmp_path / "run"] if run.status else [])

@@ -91,20 +91,16 @@ def _refuse_links_out(run_folder: Path) -> None:
     while folders:
         with os.scandir(folders.pop()) as entries:
             for entry in entries:
-                why = ""
-                if entry.is_symlink():
-                    target = Path(os.path.realpath(entry.path))
-                    if not target.is_relative_to(border):
-                        why = (
-                            f"is a link to {target}, outside of the run folder; remove it. For checkpoints on another "
-                        )
-                        why += "disk, give --checkpoint.folder its whole path"
+                if entry.is_symlink() and not (target := Path(os.path.realpath(entry.path))).is_relative_to(border):
+                    why = f"a link to {target}, outside of it; remove it, or make the run folder itself such a link"
+                elif entry.is_symlink() or entry.is_file():
+                    continue
                 elif entry.is_dir():
                     folders.append(Path(entry.path))
-                elif not entry.is_file():
-                    why = "is a pipe, a socket or a device; remove it"
-                if why:
-                    raise ConfigError(f"{entry.path} {why}", key="job.dump_folder", value=run_folder)
+                    continue
+                else:
+                    why = "a pipe, a socket or a device; remove it"
+                raise ConfigError(f"{entry.path} in the run folder is {why}", key="job.dump_folder", value=run_folder)
 
 
 def drop_rows_after(file: Path, step: int) -> None:

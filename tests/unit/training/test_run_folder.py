@@ -94,7 +94,7 @@ def test_nothing_outside_is_written(tmp_path: Path, name: str, kind: str) -> Non
         os.mkfifo(run / name)
     else:
         (run / name).symlink_to(other if kind == "link" else tmp_path / "none")
-    with pytest.raises(ConfigError, match=rf"{name} is a (link to .*outside of the run folder|pipe)") as raised:
+    with pytest.raises(ConfigError, match=rf"{name} in the run folder is a (link to .*outside of it|pipe)") as raised:
         RunFolder(run)
     assert raised.value.key == "job.dump_folder"
     assert other.read_text() == "precious\n"
