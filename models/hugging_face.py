@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from titanlite.errors import ConfigError
@@ -12,6 +12,15 @@ from titanlite.models.spec import HuggingFaceFormat
 from titanlite.models.weight_map import Place, WeightMap
 
 _REQUIRED = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")
+
+# The largest sizes that are believed. A file that states more would fill the memory before a tensor is compared.
+_MOST = {
+    "num_hidden_layers": 10_000,
+    "num_attention_heads": 1 << 16,
+    "num_key_value_heads": 1 << 16,
+    "head_dim": 1 << 16,
+    **dict.fromkeys(("hidden_size", "intermediate_size", "vocab_size", "max_position_embeddings"), 1 << 24),
+}
 
 _ROPE_LLAMA3 = {
     "factor": "factor",
@@ -42,7 +51,7 @@ class DecoderFiles:
 
     def format(self) -> HuggingFaceFormat:
         return HuggingFaceFormat(
-            self.model_type, self.to_config, self.from_config, self.check, self.weights, self.ignored
+            self.model_type, self.to_config, self.from_config, self.check, self.weights, self.copies, self.ignored
         )
 
     def weights(self, args: DecoderArgs) -> WeightMap:
@@ -57,6 +66,10 @@ class DecoderFiles:
         places["norm.weight"] = "model.norm.weight"
         places["output.weight"] = "model.embed_tokens.weight" if args.tie_embeddings else "lm_head.weight"
         return places
+
+    def copies(self, args: DecoderArgs) -> dict[str, str]:
+        """Return the tensors that the files may hold twice: the head of a model that ties it to the embedding."""
+        return {"lm_head.weight": "model.embed_tokens.weight"} if args.tie_embeddings else {}
 
     def to_config(self, args: DecoderArgs) -> dict[str, Any]:
         """Return the model's part of ``config.json``. Scaled rotary frequencies have the keys that ``transformers``
@@ -103,12 +116,10 @@ class DecoderFiles:
         for key, only in {"architectures": [self.architecture], "partial_rotary_factor": 1.0, **self.fixed}.items():
             if config.get(key) not in (None, only):
                 raise self._unsupported(key, config[key], f"must be {_shown(only)}")
-        for key in _REQUIRED:
-            if not isinstance(config.get(key), int) or config[key] < 1:
-                raise self._unsupported(key, config.get(key), "must be a whole number of at least 1")
-        for key in ("num_key_value_heads", "head_dim"):
-            if config.get(key) is not None and (not isinstance(config[key], int) or config[key] < 1):
-                raise self._unsupported(key, config[key], "must be a whole number of at least 1")
+        for key, most in _MOST.items():
+            value = config.get(key)
+            if (value is not None or key in _REQUIRED) and (type(value) is not int or not 1 <= value <= most):
+                raise self._unsupported(key, value, f"must be a whole number from 1 to {most}")
         if config.get("tie_word_embeddings") not in (None, True, False):
             raise self._unsupported("tie_word_embeddings", config["tie_word_embeddings"], "must be true or false")
         heads, dim = config["num_attention_heads"], config["hidden_size"]
@@ -133,7 +144,7 @@ class DecoderFiles:
             rope_scaling=scaling,
             norm_eps=self._number(config, "rms_norm_eps", 1e-6),
             tie_embeddings=bool(config.get("tie_word_embeddings")),
-            max_seq_len=self._number(config, "max_position_embeddings", 2048),
+            max_seq_len=config.get("max_position_embeddings") or 2048,
         )
 
     def check(self, args: DecoderArgs, config: Mapping[str, Any]) -> None:
@@ -143,13 +154,9 @@ class DecoderFiles:
             ConfigError: it describes another model; the message names every difference.
         """
         described = replace(self.from_config(config), max_seq_len=args.max_seq_len)
-        pairs = {f.name: (getattr(described, f.name), getattr(args, f.name)) for f in fields(DecoderArgs)}
-        pairs["head_dim"] = described.head_size, args.head_size
-        differing = [
-            f"{name} is {_shown(there)} there and {_shown(here)} here"
-            for name, (there, here) in pairs.items()
-            if there != here
-        ]
+        there, here = self.to_config(described), self.to_config(args)
+        differing = [f"{key} is {_shown(there[key])} there and {_shown(here[key])} here" for key in there
+            if there[key] != here[key]]  # fmt: skip
         if differing:
             raise ConfigError(
                 f"config.json: describes another model than model.flavor: {'; '.join(differing)}; choose the flavor "
@@ -175,8 +182,8 @@ class DecoderFiles:
 
     def _number(self, holder: Mapping[str, Any], key: str, default: Any = None) -> Any:
         value = holder.get(key, default)
-        if not isinstance(value, (int, float)):
-            raise self._unsupported(key, value, "must be a number")
+        if type(value) not in (int, float) or not 0 < value < 1e15:
+            raise self._unsupported(key, value, "must be a number above 0")
         return value
 
     def _unsupported(self, key: str, value: Any, rule: str) -> ConfigError:

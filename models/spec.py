@@ -34,6 +34,7 @@ class HuggingFaceFormat:
         check: ``(configured flavor, parsed config.json)``; raises :class:`ConfigError`, with the differences, if the
             file describes another model.
         weights: a configured flavor -> the place of every parameter in the files.
+        copies: a configured flavor -> tensors that the files may hold twice: the name of the copy -> that of the other.
         ignored: a regular expression; tensors in the files whose whole name matches are not loaded.
     """
 
@@ -42,6 +43,7 @@ class HuggingFaceFormat:
     from_config: Callable[[Mapping[str, Any]], Any]
     check: Callable[[Any, Mapping[str, Any]], None]
     weights: Callable[[Any], WeightMap]
+    copies: Callable[[Any], Mapping[str, str]] = lambda args: {}
     ignored: str | None = None
 
 
@@ -64,6 +66,8 @@ class ModelSpec:
             returns hidden states [batch, seq_len, dim] if it lacks the first or last children of the model.
         layout: a declaration of the module's parts.
         hugging_face: the form of the files; None if ``transformers`` does not have the family.
+        torchtitan: a configured flavor -> the parameters whose rows are the features of rotated heads, and the features
+            of one head; torchtitan keeps these rows in another order. None if its family is another.
     """
 
     name: str
@@ -71,6 +75,7 @@ class ModelSpec:
     build: Callable[[Any], nn.Module] = Decoder
     layout: Layout = LAYOUT
     hugging_face: HuggingFaceFormat | None = None
+    torchtitan: Callable[[Any], Mapping[str, int]] | None = None
 
     def flavor(self, name: str) -> Any:
         """Return a flavor.

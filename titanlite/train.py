@@ -27,7 +27,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from titanlite.checkpoint import CheckpointManager, Info, Process
+from titanlite.checkpoint import CheckpointManager, DamagedCheckpoint, Info, Process
 from titanlite.config import (
     JobConfig,
     check_config,
@@ -219,11 +219,17 @@ class Trainer:
             self.about["starts from"] = source
         if self.start.checkpoint is not None and self.start.whole:
             info = self.start.checkpoint.info
-            if "dataloader" not in self.start.excluded:
-                self.loader.load_state_dict(info.data)
+            try:
+                if "dataloader" not in self.start.excluded:
+                    self.loader.load_state_dict(info.data)
+                if self.start.keeps_step:
+                    self.step_guard.load_state_dict(info.step_guard)
+            except (AttributeError, LookupError, TypeError, ValueError, RuntimeError, OverflowError) as e:
+                raise DamagedCheckpoint(
+                    self.start.checkpoint.folder, [f"data or step_guard in checkpoint.json is of another form ({e!r})"]
+                ) from e
             if self.start.keeps_step:
                 self.step, self.tokens_before = info.step, info.tokens_seen
-                self.step_guard.load_state_dict(info.step_guard)
                 logger.info("resuming from step %d: %s", self.step, self.start.checkpoint.folder)
         if self.start.continues:
             self.checkpoints.last_saved = self.step

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from titanlite.errors import ConfigError
 from titanlite.models.hugging_face import DecoderFiles
 from titanlite.models.layers import DecoderArgs, RopeScaling
 from titanlite.models.spec import ModelSpec, register_model
@@ -45,4 +46,14 @@ HUGGING_FACE = DecoderFiles(
     ignored=r".*\.rotary_emb\.inv_freq",  # Llama 2's files hold this buffer, which follows from the configuration
 ).format()
 
-register_model(ModelSpec("llama3", FLAVORS, hugging_face=HUGGING_FACE))
+
+def torchtitan(args: DecoderArgs) -> dict[str, int]:
+    """Return the parameters whose rows torchtitan orders otherwise; see :class:`~titanlite.models.spec.ModelSpec`."""
+    if args.tie_embeddings:
+        raise ConfigError("the model ties its output to the embedding, and torchtitan's Llama 3 does not")
+    return {
+        f"layers.{i}.attention.{name}.weight": args.head_size for i in range(args.n_layers) for name in ("wq", "wk")
+    }
+
+
+register_model(ModelSpec("llama3", FLAVORS, hugging_face=HUGGING_FACE, torchtitan=torchtitan))

@@ -16,6 +16,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from titanlite.checkpoint.untrusted import Untrusted, contained, open_file
 from titanlite.config.run_config import inner_folder, read_run_config
 from titanlite.config.value_rules import PATH
 from titanlite.errors import ConfigError
@@ -25,6 +26,7 @@ SUMS = "SHA256SUMS"
 _SELF = "# of the lines above: "  # sha256sum reads this line as a comment
 _PARTIAL, _DELETING = ".partial-", ".deleting-"
 _BLOCK = 1 << 22
+_MOST_SUMS = 1 << 26  # bytes: half a million files
 
 
 class DamagedCheckpoint(ConfigError):
@@ -86,7 +88,10 @@ def clear_leftovers(root: Path) -> list[str]:
         return []
     leftovers = [path for path in root.iterdir() if path.name.startswith((_PARTIAL, _DELETING))]
     for path in leftovers:
-        shutil.rmtree(path)
+        if path.is_symlink() or not path.is_dir():
+            path.unlink()
+        else:
+            shutil.rmtree(path)
     return sorted(path.name for path in leftovers)
 
 
@@ -193,32 +198,41 @@ def read_sums(folder: Path) -> dict[str, str]:
         DamagedCheckpoint: ``SHA256SUMS`` is missing or changed.
     """
     try:
-        text = (folder / SUMS).read_text(encoding="ascii")
+        with open_file(contained(folder, SUMS)) as stream:
+            text = stream.read(_MOST_SUMS).decode("ascii")
     except (FileNotFoundError, UnicodeDecodeError) as e:
         raise DamagedCheckpoint(
             folder, [f"{SUMS} is {'missing' if isinstance(e, FileNotFoundError) else 'changed'}"]
         ) from None
+    except Untrusted as e:
+        raise DamagedCheckpoint(folder, [str(e)]) from None
     lines, _, digest = text.rpartition(_SELF)
     if digest != hashlib.sha256(lines.encode()).hexdigest() + "\n":
         raise DamagedCheckpoint(folder, [f"{SUMS} is changed"])
-    return {line[66:]: line[:64] for line in lines.splitlines()}
+    sums = {line[66:]: line[:64] for line in lines.splitlines()}
+    strange = [name for name in sums if name in ("", ".", "..") or "/" in name or not name.isprintable()]
+    if strange:
+        raise DamagedCheckpoint(folder, [f"{SUMS} names {strange[0]!r}, which is no file of this folder"])
+    return sums
 
 
 def problems_of(folder: Path, sums: Mapping[str, str], names: Iterable[str]) -> list[str]:
     """Compare the files ``names`` with their checksums; return one line per missing, changed or unreadable file."""
-    problems = ((name, _problem(folder / name, sums[name])) for name in names)
+    problems = ((name, _problem(folder, name, sums[name])) for name in names)
     return [f"{name} {problem}" for name, problem in problems if problem]
 
 
-def _problem(file: Path, expected: str) -> str | None:
+def _problem(folder: Path, name: str, expected: str) -> str | None:
     digest = hashlib.sha256()
     try:
-        with file.open("rb", buffering=0) as stream:
+        with open_file(contained(folder, name)) as stream:
             block = bytearray(_BLOCK)
-            while size := stream.readinto(block):
+            while size := stream.readinto(block):  # type: ignore[attr-defined]
                 digest.update(memoryview(block)[:size])
     except FileNotFoundError:
         return "is missing"
     except OSError as e:
         return f"cannot be read: {e.strerror}"
+    except Untrusted as e:
+        return f"is not read: {e}"
     return None if digest.hexdigest() == expected else "is changed (its SHA-256 is another)"

@@ -6,20 +6,21 @@
 from __future__ import annotations
 
 import functools
-import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+from titanlite.checkpoint.diagnosis import why_no_weights
+from titanlite.checkpoint.state import local_part
+from titanlite.checkpoint.untrusted import contained, open_file, read_json
 from titanlite.errors import ConfigError
 from titanlite.models.weight_map import Place, Rows, Stack, WeightMap, tensors_of
 
@@ -33,6 +34,7 @@ QUANTIZED_DTYPES = {"F8_E4M3": torch.float8_e4m3fn, "I8": torch.int8}
 QUANTIZATION = "quantization_config"  # the key of config.json
 
 _MAX_LISTED = 10
+_COMPARED = 1 << 24  # elements of two tensors that are compared at a time
 
 
 @dataclass(frozen=True)
@@ -63,12 +65,18 @@ class HuggingFaceFolder:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         if not is_hugging_face(folder):
-            problem = f"it has no {CONFIG} beside *.safetensors" if folder.is_dir() else "there is no such folder"
-            raise ConfigError(f"{folder}: not a folder of Hugging Face weights: {problem}; correct the path")
-        self.config = read_json(folder / CONFIG)
-        self.tensors = _find_tensors(folder, DTYPES | (QUANTIZED_DTYPES if self.config.get(QUANTIZATION) else {}))
+            raise ConfigError(f"{folder}: not a folder of Hugging Face weights: {why_no_weights(folder)}")
+        self.config = read_json(contained(folder, CONFIG))
+        dtypes = DTYPES | (QUANTIZED_DTYPES if self.config.get(QUANTIZATION) else {})
+        self.tensors, self._absent = _find_tensors(folder, dtypes)
 
-    def check(self, shapes: Mapping[str, Sequence[int]], weights: WeightMap, ignored: str | None = None) -> None:
+    def check(
+        self,
+        shapes: Mapping[str, Sequence[int]],
+        weights: WeightMap,
+        ignored: str | None = None,
+        copies: Mapping[str, str] | None = None,
+    ) -> None:
         """Compare the names and shapes of the tensors in the files with those of the model.
 
         Args:
@@ -76,12 +84,17 @@ class HuggingFaceFolder:
                 pass the shapes of the whole model, so that all ranks get the same result.
             weights: where every parameter of the whole model is in the files.
             ignored: a regular expression. Tensors in the files whose full name matches it are ignored.
+            copies: tensors that the files may hold twice: the name of the copy -> the tensor that it must equal.
 
         Raises:
-            ConfigError: names are missing or unexpected, or shapes differ; the message lists the names.
+            ConfigError: names are missing or unexpected, shapes differ, or a copy does; the message lists the names.
         """
+        copies = copies or {}
+        absent = [name for name in self._absent if name not in copies]
+        if absent:
+            raise _disagree(self.folder, absent)
         expected = dict.fromkeys(tensor for place in weights.values() for tensor in tensors_of(place))
-        extra = (name for name in self.tensors if name not in expected)
+        extra = (name for name in self.tensors if name not in expected and name not in copies)
         problems = {
             "are not in its files": [name for name in expected if name not in self.tensors],
             "are in its files and not in the model": [n for n in extra if not ignored or not re.fullmatch(ignored, n)],
@@ -97,14 +110,38 @@ class HuggingFaceFolder:
                 f"{self.folder}: these are the weights of another model, flavor or vocabulary: {'; '.join(lines)}; "
                 "choose the flavor that they belong to"
             )
+        for name, original in copies.items():
+            if name in self.tensors and not self._equal(name, original):
+                raise ConfigError(
+                    f"{self.folder}: {CONFIG} says that {name} and {original} are the same weights, and the files hold "
+                    'different ones; set "tie_word_embeddings" as the model was trained, or repair the files'
+                )
 
-    def load_into(self, state: Mapping[str, Tensor], weights: WeightMap, ignored: str | None = None) -> None:
+    def _equal(self, name: str, other: str) -> bool:
+        """Compare two tensors of the files, some rows at a time."""
+        shape = self.tensors[name].shape
+        if shape != self.tensors[other].shape:
+            return False
+        rows = max(1, _COMPARED // prod(shape[1:]))
+        with self._files() as files:
+            one, two = (files(self.tensors[n].file).get_slice(n) for n in (name, other))
+            return all(
+                torch.equal(one[i : i + rows].double(), two[i : i + rows].double()) for i in range(0, shape[0], rows)
+            )
+
+    def load_into(
+        self,
+        state: Mapping[str, Tensor],
+        weights: WeightMap,
+        ignored: str | None = None,
+        copies: Mapping[str, str] | None = None,
+    ) -> None:
         """Copy weights into the tensors of ``state`` in place, one tensor at a time, converted to their dtypes.
 
         Args:
             state: parameter name in the model -> tensor or DTensor; of a DTensor only the local shard is read. A
                 pipeline stage passes only its own parameters. A tied parameter may appear under several names.
-            weights, ignored: see :meth:`check`, which this method calls first.
+            weights, ignored, copies: see :meth:`check`, which this method calls first.
 
         Raises:
             ConfigError: see :meth:`check`; or a file cannot be read. Then some tensors may already be filled.
@@ -112,7 +149,7 @@ class HuggingFaceFolder:
         unknown = [name for name in state if name not in weights]
         if unknown:
             raise ConfigError(f"{self.folder}: {_report('of the model have no name in Hugging Face files', unknown)}")
-        self.check({name: tensor.shape for name, tensor in state.items()}, weights, ignored)
+        self.check({name: tensor.shape for name, tensor in state.items()}, weights, ignored, copies)
         with self._files() as files:
             for name, tensor in state.items():
                 _copy_local_shard(tensor, weights[name], lambda t: files(self.tensors[t].file).get_slice(t))
@@ -140,43 +177,33 @@ class HuggingFaceFolder:
             yield functools.cache(lambda file: stack.enter_context(_opened(file)))
 
 
-def read_json(file: Path) -> dict[str, Any]:
-    """Return the object in a JSON file.
-
-    Raises:
-        ConfigError: the file cannot be read, or does not hold a JSON object.
-    """
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as e:
-        raise ConfigError(f"{file}: cannot be read as JSON ({e}); repair it or download it again") from None
-    if not isinstance(content, dict):
-        raise ConfigError(f"{file}: holds no JSON object; repair it or download it again")
-    return content
-
-
-def _find_tensors(folder: Path, dtypes: Mapping[str, torch.dtype]) -> dict[str, Stored]:
+def _find_tensors(folder: Path, dtypes: Mapping[str, torch.dtype]) -> tuple[dict[str, Stored], list[str]]:
+    """Return the tensors of the files, and the names in the index that no file has."""
     if (folder / SINGLE).is_file():
-        return _headers([folder / SINGLE], dtypes)
+        return _headers([contained(folder, SINGLE)], dtypes), []
     if not (folder / INDEX).is_file():
-        return _headers(sorted(folder.glob("*.safetensors")), dtypes)
-    weight_map = read_json(folder / INDEX).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise ConfigError(f"{folder / INDEX}: has no weight_map; download it again")
-    files = sorted(set(weight_map.values()))
-    missing = [name for name in files if not (folder / name).is_file()]
+        return _headers([contained(folder, path.name) for path in sorted(folder.glob("*.safetensors"))], dtypes), []
+    weight_map = read_json(contained(folder, INDEX)).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(n, str) for n in weight_map.values()):
+        raise ConfigError(f"{folder / INDEX}: has no weight_map of names; download it again")
+    files = {name: contained(folder, name) for name in sorted(set(weight_map.values()))}
+    missing = [name for name, file in files.items() if not file.is_file()]
     if missing:
         raise ConfigError(
             f"{folder}: {_report(f'of {len(files)} files that {INDEX} names are missing', missing)}; download them"
         )
-    tensors = _headers([folder / name for name in files], dtypes)
-    misplaced = [n for n, file in weight_map.items() if n not in tensors or tensors[n].file != folder / file]
+    tensors = _headers(files.values(), dtypes)
+    misplaced = [name for name, file in weight_map.items() if name in tensors and tensors[name].file != files[file]]
     if misplaced:
-        raise ConfigError(
-            f"{folder}: {_report(f'are not in the file that {INDEX} names', misplaced)}; the files belong to different "
-            "downloads: download all of them again"
-        )
-    return tensors
+        raise _disagree(folder, misplaced)
+    return tensors, [name for name in weight_map if name not in tensors]
+
+
+def _disagree(folder: Path, names: list[str]) -> ConfigError:
+    return ConfigError(
+        f"{folder}: {_report(f'are not in the file that {INDEX} names', names)}; the files belong to different "
+        "downloads: download all of them again"
+    )
 
 
 def _headers(files: Iterable[Path], dtypes: Mapping[str, torch.dtype]) -> dict[str, Stored]:
@@ -202,6 +229,7 @@ def _headers(files: Iterable[Path], dtypes: Mapping[str, torch.dtype]) -> dict[s
 def _opened(file: Path) -> Any:
     """Open a safetensors file, as a context manager. Opening compares the header with the length of the file."""
     try:
+        open_file(file).close()
         return safe_open(file, framework="pt")
     except OSError as e:
         raise ConfigError(f"{file}: cannot be read ({e}); correct the path or its permissions") from None
@@ -233,12 +261,8 @@ def _copy_local_shard(tensor: Tensor, place: Place, source: Callable[[str], Any]
     Args:
         source: tensor name in the files -> what reads a slice of it.
     """
-    data = tensor.detach()
-    slices: tuple[slice, ...] = tuple(slice(0, size) for size in data.shape)
-    if isinstance(data, DTensor):
-        shape, offset = compute_local_shape_and_global_offset(data.shape, data.device_mesh, data.placements)
-        data, slices = data.to_local(), tuple(slice(start, start + size) for start, size in zip(offset, shape))
-        assert data.shape == tuple(shape), (data.shape, shape)
+    data, offset = local_part(tensor)
+    slices = tuple(slice(start, start + size) for start, size in zip(offset, data.shape))
     if not data.numel():
         return
     if isinstance(place, Stack):

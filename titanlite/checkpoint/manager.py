@@ -21,12 +21,12 @@ from titanlite.checkpoint.folder import (
     DamagedCheckpoint,
     clear_leftovers,
     delete,
-    latest_checkpoint,
     saved_steps,
     set_damaged_aside,
     step_folder,
     strays_in,
 )
+from titanlite.checkpoint.metadata import read_metadata
 from titanlite.checkpoint.state import (
     State,
     buffer_names,
@@ -46,7 +46,6 @@ from titanlite.checkpoint.storage import (
     on_all,
     read_info,
     save,
-    saved_shapes,
     verify,
 )
 from titanlite.config.schema import Checkpoint
@@ -134,13 +133,12 @@ class CheckpointManager:
                 return SavedCheckpoint(folder, info, from_this_run=True)
         return None
 
-    def initial(self, path: str) -> SavedCheckpoint:
-        """Return the checkpoint at ``path``: the folder of one checkpoint, or of several, or of a run; then the latest.
+    def initial(self, path: str, folder: Path) -> SavedCheckpoint:
+        """Return the checkpoint ``folder``, which ``checkpoint.initial_load_path`` = ``path`` names.
 
         Raises:
             ConfigError: there is no checkpoint, or it is damaged.
         """
-        folder = latest_checkpoint(path)
         try:
             return SavedCheckpoint(folder, self._open(folder), from_this_run=False)
         except DamagedCheckpoint as e:
@@ -203,7 +201,8 @@ class CheckpointManager:
                 "continue from; take an earlier one with --checkpoint.load_step, or begin another run from it with "
                 f"--checkpoint.initial_load_path={checkpoint.folder}"
             )
-        shapes = from_rank_zero(self.group, lambda: saved_shapes(checkpoint.folder))
+        saved_tensors = from_rank_zero(self.group, lambda: read_metadata(checkpoint.folder))
+        shapes = {name: tensor.shape for name, tensor in saved_tensors.items()}
         state = self._matching(checkpoint, process, shapes)
         if not weights_only:
             if "optimizer" not in self.excluded(checkpoint) and checkpoint.info.step > 0:
@@ -213,9 +212,12 @@ class CheckpointManager:
                 self._check_optimizer(checkpoint, local, {name: shapes[name] for name in saved})
                 state |= local
             state |= self._random(checkpoint, process, shapes)
-        load(checkpoint.folder, state, self.group)
+        load(checkpoint.folder, state, self.group, saved_tensors)
         if not weights_only:
-            set_random_state(state, process.rank, process.device)
+            try:
+                set_random_state(state, process.rank, process.device)
+            except (ValueError, TypeError, RuntimeError, OverflowError) as e:
+                raise DamagedCheckpoint(checkpoint.folder, [f"the state of a random generator is none ({e})"]) from e
         content = "its weights" if weights_only else f"step {checkpoint.info.step}"
         logger.info("%s: %s loaded in %.1f s", checkpoint.folder, content, time.perf_counter() - start)
 

@@ -10,24 +10,23 @@ import hashlib
 import json
 import os
 import shutil
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import MISSING, asdict, dataclass, field, fields
+from itertools import groupby
 from pathlib import Path
-from typing import IO, Any, TypeVar
+from typing import IO, Any, TypeVar, get_type_hints
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
-from torch.distributed.checkpoint.filesystem import FileSystem, FileSystemReader, FileSystemWriter
-from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
-from torch.distributed.checkpoint.state_dict_loader import load as load_tensors
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+from torch.distributed.checkpoint.filesystem import FileSystem, FileSystemWriter
 from torch.distributed.checkpoint.state_dict_saver import save as save_tensors
 from torch.utils.serialization import config
 
+from titanlite.checkpoint.diagnosis import why_no_weights
 from titanlite.checkpoint.folder import (
     INFO,
     SUMS,
@@ -43,10 +42,14 @@ from titanlite.checkpoint.folder import (
     step_folder,
     write_file,
 )
-from titanlite.checkpoint.state import State
+from titanlite.checkpoint.metadata import METADATA, Chunk, SavedTensor, read_metadata
+from titanlite.checkpoint.state import State, local_part
+from titanlite.checkpoint.tensors import read_tensor
+from titanlite.checkpoint.untrusted import MOST_JSON, Untrusted, contained, is_of, json_object, open_file
 from titanlite.errors import ConfigError
 
 _FORMAT = 1
+_MODEL = {"name": str, "flavor": str, "args": dict}  # the keys of Info.model
 _COPY_AHEAD = 10_000_000  # bytes
 T = TypeVar("T")
 
@@ -89,12 +92,13 @@ class SaveError(Exception):
 # ---- collective calls
 
 
-def on_all(group: dist.ProcessGroup | None, function: Callable[[], T]) -> list[T]:
-    """Call ``function`` on every process; return all results, ordered by rank.
-
-    Raises:
-        SaveError: on all processes, if ``function`` raised on any of them.
-    """
+def on_all(
+    group: dist.ProcessGroup | None,
+    function: Callable[[], T],
+    failed: Callable[[list[str]], Exception] = lambda problems: SaveError("; ".join(problems)),
+) -> list[T]:
+    """Call ``function`` on every process; return all results, ordered by rank. If it raises on any of them, raise
+    ``failed(problems)`` on all, with a line for each rank that it raised on."""
     try:
         result: tuple[T | None, str] = (function(), "")
     except Exception as e:  # any exception: the other processes must not wait for this one
@@ -103,7 +107,7 @@ def on_all(group: dist.ProcessGroup | None, function: Callable[[], T]) -> list[T
     dist.all_gather_object(results, result, group=group)
     errors = [error for _, error in results if error]
     if errors:
-        raise SaveError("; ".join(errors))
+        raise failed(errors)
     return [value for value, _ in results]
 
 
@@ -217,7 +221,9 @@ def _write_tensors(folder: Path, state: State, group: dist.ProcessGroup | None) 
 
 
 def _message(error: BaseException) -> str:
-    return str(error) if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
+    if isinstance(error, DamagedCheckpoint):
+        return "; ".join(error.problems)
+    return str(error) if isinstance(error, (OSError, ConfigError)) else f"{type(error).__name__}: {error}"
 
 
 # ---- reading
@@ -231,20 +237,33 @@ def read_info(folder: Path) -> Info:
         DamagedCheckpoint: ``checkpoint.json`` or ``SHA256SUMS`` is missing or changed.
     """
     try:
-        text = (folder / INFO).read_bytes()
+        with open_file(contained(folder, INFO)) as stream:
+            text = stream.read(MOST_JSON + 1)
+        # Always verified, whatever checkpoint.verify says: a changed file could pass for another version or values.
+        if hashlib.sha256(text).hexdigest() != read_sums(folder).get(INFO):
+            raise DamagedCheckpoint(folder, [f"{INFO} is changed"])
+        content = json_object(text, folder / INFO)
+        if content.pop("format", None) != _FORMAT:
+            raise ConfigError(f"{folder} was written by another version of titanlite: its format is not {_FORMAT}")
+        return _info(content, folder / INFO)
     except (FileNotFoundError, NotADirectoryError):
         if (folder / SUMS).exists():
             raise DamagedCheckpoint(folder, [f"{INFO} is missing"]) from None
-        raise ConfigError(
-            f"{folder} is no checkpoint of titanlite: it has no {INFO}; a checkpoint is a folder such as "
-            "outputs/checkpoint/step-100"
-        ) from None
-    # Always verified, whatever checkpoint.verify says: a changed file could pass for another version or other values.
-    if hashlib.sha256(text).hexdigest() != read_sums(folder).get(INFO):
-        raise DamagedCheckpoint(folder, [f"{INFO} is changed"])
-    content = json.loads(text)
-    if content.pop("format") != _FORMAT:
-        raise ConfigError(f"{folder} was written by another version of titanlite: its format is not {_FORMAT}")
+        raise ConfigError(f"{folder} is no checkpoint of titanlite: {why_no_weights(folder)}") from None
+    except Untrusted as e:
+        raise DamagedCheckpoint(folder, [str(e)]) from None
+
+
+def _info(content: Mapping[str, Any], file: Path) -> Info:
+    """Return the :class:`Info` of what a JSON file holds; raise :class:`Untrusted` if it has another thing."""
+    kinds = get_type_hints(Info)
+    required = {f.name for f in fields(Info) if f.default is MISSING and f.default_factory is MISSING}
+    strange = sorted({*(content.keys() - kinds.keys()), *(required - content.keys())})
+    strange += [name for name, value in content.items() if name in kinds and not is_of(value, kinds[name])]
+    if not strange and not all(is_of(content["model"].get(key), kind) for key, kind in _MODEL.items()):
+        strange = ["model"]
+    if strange:
+        raise Untrusted(f"{file}: {', '.join(strange)[:200]}: missing, unknown, or of another type")
     return Info(**content)
 
 
@@ -260,6 +279,8 @@ def verify(folder: Path, group: dist.ProcessGroup | None = None) -> int:
 
     def sums_and_sizes() -> tuple[dict[str, str], dict[str, int]]:
         sums = read_sums(folder)
+        if METADATA not in sums:
+            raise DamagedCheckpoint(folder, [f"{METADATA} is not in {SUMS}"])
         return sums, {name: (folder / name).stat().st_size if (folder / name).is_file() else 0 for name in sums}
 
     if not dist.is_initialized():
@@ -279,40 +300,72 @@ def verify(folder: Path, group: dist.ProcessGroup | None = None) -> int:
 
 def saved_shapes(folder: Path) -> dict[str, torch.Size]:
     """Return tensor name -> shape for the tensors of a checkpoint."""
-    entries = _metadata(folder).state_dict_metadata
-    return {name: entry.size for name, entry in entries.items() if isinstance(entry, TensorStorageMetadata)}
+    return {name: saved.shape for name, saved in read_metadata(folder).items()}
 
 
-def _metadata(folder: Path) -> Metadata:
-    try:
-        return FileSystemReader(folder).read_metadata()
-    except FileNotFoundError:
-        raise DamagedCheckpoint(folder, [".metadata is missing"]) from None
-    except Exception as e:  # unpickling can raise any exception
-        raise DamagedCheckpoint(folder, [f".metadata cannot be read ({type(e).__name__}: {e})"]) from None
-
-
-def load(folder: Path, state: Mapping[str, Tensor], group: dist.ProcessGroup | None = None) -> None:
+def load(
+    folder: Path,
+    state: Mapping[str, Tensor],
+    group: dist.ProcessGroup | None = None,
+    saved: Mapping[str, SavedTensor] | None = None,
+) -> None:
     """Copy the saved tensors into the tensors of the same names in ``state``, with any sharding; dtypes are converted.
     Also works in a single process where ``torch.distributed`` is not initialized.
+
+    Args:
+        saved: the result of :func:`read_metadata`; None: read it.
 
     Raises:
         DamagedCheckpoint: a file is missing, or cannot be read.
     """
-    planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        try:
-            load_tensors(
-                dict(state),
-                storage_reader=FileSystemReader(folder),
-                planner=planner,
-                process_group=group,
-                no_dist=not dist.is_initialized(),
-            )
-        except CheckpointException as e:
-            problems = [f"rank {rank}: {_message(failure[0])}" for rank, failure in sorted(e.failures.items())]
-            raise DamagedCheckpoint(folder, problems) from e
+    if not dist.is_initialized():
+        copy_into(state, read_metadata(folder) if saved is None else saved, folder)
+        return
+    tensors = from_rank_zero(group, lambda: read_metadata(folder)) if saved is None else saved
+    on_all(group, lambda: copy_into(state, tensors, folder), lambda problems: DamagedCheckpoint(folder, problems))
+
+
+def copy_into(state: Mapping[str, Tensor], saved: Mapping[str, SavedTensor], folder: Path) -> None:
+    """Copy the parts that this process holds of the tensors of ``state``, which are in ``saved`` by the same names. The
+    files are read one after the other, each from its beginning to its end.
+
+    Raises:
+        DamagedCheckpoint: a file is missing, or cannot be read.
+    """
+    requests = [
+        (chunk, name, box)
+        for name, tensor in state.items()
+        for chunk in _fitting(folder, name, tensor, saved).chunks
+        if (box := _overlap(chunk, tensor)) is not None
+    ]
+    requests.sort(key=lambda request: (request[0].file, request[0].start))
+    try:
+        for file, parts in groupby(requests, key=lambda request: request[0].file):
+            with open_file(contained(folder, file)) as stream:
+                for chunk, name, (offset, sizes) in parts:
+                    target, begin = local_part(state[name])
+                    place = tuple(slice(o - b, o - b + n) for o, b, n in zip(offset, begin, sizes))
+                    inner = [o - c for o, c in zip(offset, chunk.offset)]
+                    target[place].copy_(read_tensor(stream, chunk.start, chunk.length, chunk.shape, inner, sizes))
+    except (Untrusted, OSError) as e:
+        raise DamagedCheckpoint(folder, [str(e)]) from None
+
+
+def _fitting(folder: Path, name: str, tensor: Tensor, saved: Mapping[str, SavedTensor]) -> SavedTensor:
+    if name not in saved:
+        raise DamagedCheckpoint(folder, [f"{name} is not among its tensors"])
+    if saved[name].shape != tensor.shape:
+        raise DamagedCheckpoint(folder, [f"{name} has the shape {tuple(saved[name].shape)}, not {tuple(tensor.shape)}"])
+    return saved[name]
+
+
+def _overlap(chunk: Chunk, tensor: Tensor) -> tuple[list[int], list[int]] | None:
+    """Return the offset and the sizes, in the whole tensor, of what a chunk and the local part of ``tensor`` share."""
+    local, begin = local_part(tensor)
+    offset = [max(pair) for pair in zip(chunk.offset, begin)]
+    ends = (min(c + n, b + m) for c, n, b, m in zip(chunk.offset, chunk.shape, begin, local.shape))
+    sizes = [end - start for end, start in zip(ends, offset)]
+    return None if any(size <= 0 for size in sizes) else (offset, sizes)
 
 
 __all__ = ["INFO", "SUMS", "Info", "SaveError", "load", "read_info", "save", "saved_shapes", "verify"]

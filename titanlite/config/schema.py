@@ -220,7 +220,7 @@ class Checkpoint:
     """The folder of the checkpoints, in the run folder."""
     initial_load_path: AnyPath | None = None
     """The start if the run folder has no checkpoint: a checkpoint of any run, a folder of checkpoints (the latest is
-    used), or a Hugging Face folder (config.json and *.safetensors)."""
+    used), a Hugging Face folder (config.json and *.safetensors), or a folder that torchtitan saved."""
     initial_load_model_weights_only: bool = True
     """Load only the weights from initial_load_path; false: load everything, and continue from its step."""
     initial_load_in_hf: bool = False

@@ -21,6 +21,8 @@ from titanlite.data.sources import Position, Source
 from titanlite.data.tokenizer import Tokenizer
 from titanlite.errors import ConfigError
 
+_MOST = 1 << 62  # the largest epoch, document or token of a place
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -116,8 +118,10 @@ class DataLoader:
 
         Raises:
             ConfigError: the state has another corpus, seed, tokenizer size, global batch size or seq_len.
-            ValueError: the state lacks a shard that this rank reads.
+            ValueError: the state lacks a shard that this rank reads, or holds a number that is no place.
         """
+        if any(not 0 <= int(number) < _MOST for numbers in state["shards"].values() for number in numbers):
+            raise ValueError("a place in the data is negative or too large")
         _check_identity(state["identity"], self.identity)
         missing = [shard for shard in self._progress.shards if str(shard) not in state["shards"]]
         if missing:

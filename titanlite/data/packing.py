@@ -61,6 +61,8 @@ class ShardStream:
     def fetch(self, characters: int) -> list[tuple[Place, str]]:
         """Return the next documents: at least ``characters`` characters in total, counting BOS and EOS as one each."""
         documents: list[tuple[Place, str]] = []
+        if self._num_ready < 0:  # it continues within a document: read that one before believing the place in it
+            characters = 1
         while characters > 0:
             place, text = next(self._texts)
             documents.append((place, text))
@@ -72,7 +74,14 @@ class ShardStream:
 
         Raises:
             TooLittleText: the document begins a new epoch, and the previous epoch was shorter than one sequence.
+            ConfigError: the stream begins within a document, which is shorter.
         """
+        if not self._ready and self.place.token >= len(tokens):
+            raise ConfigError(
+                f"the checkpoint continues at token {self.place.token} of a document, which has {len(tokens)}: it is "
+                "another document, or the checkpoint is damaged; restore it, or start the data afresh with "
+                "--checkpoint.exclude_from_loading=dataloader"
+            )
         if place.epoch > self._epoch:
             if self._epoch_tokens is not None:
                 self._require_a_sequence(self._epoch_tokens)

@@ -17,7 +17,8 @@ from titanlite.checkpoint import Info
 from titanlite.checkpoint.folder import latest_checkpoint
 from titanlite.checkpoint.hugging_face import QUANTIZATION, HuggingFaceFolder, is_hugging_face
 from titanlite.checkpoint.hugging_face_export import write_hugging_face
-from titanlite.checkpoint.storage import SaveError, load, save, saved_shapes, verify
+from titanlite.checkpoint.metadata import read_metadata
+from titanlite.checkpoint.storage import SaveError, load, save, verify
 from titanlite.config.parallelism import Degrees
 from titanlite.config.schema import Comm
 from titanlite.converters import Quantizer
@@ -25,7 +26,7 @@ from titanlite.data import Tokenizer
 from titanlite.distributed import runtime
 from titanlite.distributed.mesh import build_mesh
 from titanlite.errors import ConfigError
-from titanlite.inference.load import describe, load_model, quantizer_for, tokenizer_of
+from titanlite.inference.load import describe, load_model, outline, quantizer_for, tokenizer_of
 from titanlite.inference.quantize import calibrated, linear_layers, quantization_config, quantized_weights
 from titanlite.models.weight_map import WeightMap
 
@@ -88,10 +89,11 @@ def to_hugging_face(
     quantizer = None if quantize is None else quantizer_for(quantize, description)
     weights = family.weights(description.args)
     config = family.to_config(description.args)
-    with torch.device("meta"):
-        model = spec.build(description.args)
+    if verify_sums and not is_hugging_face(folder):
+        verify(folder)
+    model = outline(description, folder)
     shapes = {name: tuple(param.shape) for name, param in model.named_parameters(remove_duplicate=False)}
-    with _weights_of(folder, shapes, weights, family.ignored, verify_sums) as get:
+    with _weights_of(folder, weights) as get:
         quantized = None
         if quantizer is not None:
             layers = linear_layers(model, spec.layout.output)
@@ -110,26 +112,17 @@ Get = Callable[[list[str]], dict[str, Tensor]]
 
 
 @contextmanager
-def _weights_of(
-    folder: Path, shapes: Mapping[str, tuple[int, ...]], weights: WeightMap, ignored: str | None, verify_sums: bool
-) -> Iterator[Get]:
-    """Yield a function that reads the parameters in a folder: names -> parameters, of these ``shapes``."""
+def _weights_of(folder: Path, weights: WeightMap) -> Iterator[Get]:
+    """Yield a function that reads the parameters in a folder: names -> parameters."""
     if is_hugging_face(folder):
-        source = HuggingFaceFolder(folder)
-        source.check(shapes, weights, ignored)
-        with source.opened() as opened:
+        with HuggingFaceFolder(folder).opened() as opened:
             yield lambda names: {name: opened(weights[name]) for name in names}
         return
-    if verify_sums:
-        verify(folder)
-    saved = saved_shapes(folder)
-    lacking = [name for name, shape in shapes.items() if tuple(saved.get(f"model.{name}", ())) != shape]
-    if lacking:
-        raise ConfigError(f"{folder} lacks {len(lacking)} weights of its own model, such as {lacking[0]}")
+    saved = read_metadata(folder)
 
     def get(requested: list[str]) -> dict[str, Tensor]:
-        state = {f"model.{name}": torch.empty(saved[f"model.{name}"]) for name in requested}
-        load(folder, state)
+        state = {f"model.{name}": torch.empty(saved[f"model.{name}"].shape) for name in requested}
+        load(folder, state, saved=saved)
         return {name.removeprefix("model."): tensor for name, tensor in state.items()}
 
     yield get
@@ -156,7 +149,7 @@ def to_checkpoint(folder: Path, target: Path, tokenizer_path: str | None) -> str
     family = description.spec.hugging_face
     assert family is not None
     weights = family.weights(description.args)
-    source.check({}, weights, family.ignored)
+    outline(description, folder)
     with source.opened() as get:
         state = {f"model.{name}": get(place) for name, place in weights.items()}  # as views of the files
         shape: dict[str, Any] = json.loads(json.dumps(asdict(description.args)))

@@ -13,12 +13,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from titanlite.checkpoint.diagnosis import why_no_weights
 from titanlite.checkpoint.hugging_face import QUANTIZATION, HuggingFaceFolder, is_hugging_face
 from titanlite.checkpoint.state import model_state
-from titanlite.checkpoint.storage import INFO, SUMS, load, read_info, verify
+from titanlite.checkpoint.storage import INFO, SUMS, load, read_info, saved_shapes, verify
 from titanlite.checkpoint.tokenizer import ChosenTokenizer, Weights, choose_tokenizer
+from titanlite.checkpoint.untrusted import is_of
 from titanlite.config import JobConfig
-from titanlite.config.run_config import CONFIG
 from titanlite.converters import Quantizer, get_quantizer
 from titanlite.data import Tokenizer
 from titanlite.data.tokenizer_files import KEY
@@ -50,22 +51,52 @@ class LoadedModel(NamedTuple):
 
 def fill_weights(model: nn.Module, description: ModelDescription, folder: Path) -> None:
     """Read the parameters of ``model`` (plain or sharded, of any dtype) from a checkpoint or from Hugging Face's files.
-    The checksums of a checkpoint are verified first.
 
     Raises:
         ConfigError: a file is missing or damaged.
     """
     family = description.spec.hugging_face
     if family is not None and is_hugging_face(folder):
-        source, weights, ignored = HuggingFaceFolder(folder), family.weights(description.args), family.ignored
+        source, weights = HuggingFaceFolder(folder), family.weights(description.args)
         if description.quantizer is not None:
             restore(model, linear_layers(model, description.spec.layout.output), source, weights)
-            ignored = "|".join(filter(None, (SCALES, ignored)))
-        source.load_into(dict(model.named_parameters(remove_duplicate=False)), weights, ignored)
+        state = dict(model.named_parameters(remove_duplicate=False))
+        source.load_into(state, weights, _ignored(description), family.copies(description.args))
         return
-    state = model_state([model])
-    verify(folder)
-    load(folder, state)
+    load(folder, model_state([model]))
+
+
+def _ignored(description: ModelDescription) -> str | None:
+    family = description.spec.hugging_face
+    ignored = None if family is None else family.ignored
+    return ignored if description.quantizer is None else "|".join(filter(None, (SCALES, ignored)))
+
+
+def outline(description: ModelDescription, folder: Path) -> nn.Module:
+    """Build the model of a folder on the meta device, and compare it with the weights there: what they do not have is
+    not allocated.
+
+    Raises:
+        ConfigError: no model can be built of the sizes in the folder, or its weights are not those of this model.
+    """
+    args, family = description.args, description.spec.hugging_face
+    source = HuggingFaceFolder(folder) if family is not None and is_hugging_face(folder) else None
+    saved = {} if source is not None else saved_shapes(folder)
+    if args.n_layers > len(saved if source is None else source.tensors):
+        raise ConfigError(f"{folder}: its model has {args.n_layers} layers, more than there are tensors in its files")
+    try:
+        with torch.device("meta"):
+            model = description.spec.build(args)
+    except (RuntimeError, ValueError, TypeError, ArithmeticError, AssertionError) as e:
+        raise ConfigError(f"{folder}: no model can be built of its sizes, {args} ({e})") from e
+    shapes = {name: tuple(param.shape) for name, param in model.named_parameters(remove_duplicate=False)}
+    if source is not None and family is not None:
+        source.check(shapes, family.weights(args), _ignored(description), family.copies(args))
+        return model
+    lacking = [name for name, shape in shapes.items() if tuple(saved.get(f"model.{name}", ())) != shape]
+    if lacking:
+        raise ConfigError(f"{folder} lacks {len(lacking)} weights of its own model, such as {lacking[0]}")
+    return model
 
 
 def load_model(
@@ -78,7 +109,7 @@ def load_model(
     quantize: str | None = None,
     calibration: str | None = None,
 ) -> LoadedModel:
-    """Build the model of a folder and load its weights.
+    """Build the model of a folder and load its weights. The checksums of a checkpoint are verified first.
 
     Args:
         path: a checkpoint (the folder of one step), or a Hugging Face folder.
@@ -104,7 +135,9 @@ def load_model(
     if quantizer is None and calibration is not None:
         raise ConfigError(f"--calibration={calibration}: has no effect without --quantize; leave it out")
     tokenizer = tokenizer_of(description, tokenizer_path).tokenizer
-    model = build(description.spec, description.args, dtype, mesh, device)
+    if not is_hugging_face(folder):
+        verify(folder)
+    model = allocated(outline(description, folder), description, dtype, mesh, device)
     fill_weights(model, description, folder)
     model.eval()
     max_seq_len = description.args.max_seq_len
@@ -147,27 +180,30 @@ def tokenizer_of(description: ModelDescription, path: str | None = None) -> Chos
     return chosen
 
 
-def build(spec: ModelSpec, args: Any, dtype: torch.dtype, mesh: Mesh, device: torch.device) -> nn.Module:
-    """Build the model, allocate it and initialize its buffers. The parameters are uninitialized."""
+def allocated(
+    model: nn.Module, description: ModelDescription, dtype: torch.dtype, mesh: Mesh, device: torch.device
+) -> nn.Module:
+    """Allocate a model of the meta device, and initialize its buffers. The parameters are uninitialized."""
+    layout = description.spec.layout
     config = JobConfig()
     config.parallelism.tensor_parallel_degree = mesh.tp.size()
     config.parallelism.disable_loss_parallel = True
     config.activation_checkpoint.mode = "none"
-    check(args, spec.layout, mesh, config)
-    with torch.device("meta"):
-        model = spec.build(args)
+    check(description.args, layout, mesh, config)
     for param in model.parameters():
         param.data = param.data.to(dtype)
     if mesh.tp.size() > 1:
-        apply_tensor_parallel(model, spec.layout, mesh, config.parallelism)
+        apply_tensor_parallel(model, layout, mesh, config.parallelism)
     # A parameter that two modules share must stay shared.
     swap = torch.__future__.get_swap_module_params_on_conversion()
     torch.__future__.set_swap_module_params_on_conversion(True)
     try:
         model.to_empty(device=device)
+        model.init_weights(_BuffersAlone())  # type: ignore[operator]
+    except RuntimeError as e:
+        raise ConfigError(f"the model does not fit into the memory of {device} ({e})") from e
     finally:
         torch.__future__.set_swap_module_params_on_conversion(swap)
-    model.init_weights(_BuffersAlone())  # type: ignore[operator]
     return model.requires_grad_(False)
 
 
@@ -192,7 +228,7 @@ def describe(folder: Path) -> ModelDescription:
         spec, args = model_spec_of({key: value for key, value in config.items() if key != QUANTIZATION})
         return ModelDescription(spec, _flavor_of(spec, args), args, Weights(folder), quantizer)
     if not any((folder / name).exists() for name in (INFO, SUMS)):
-        raise ConfigError(f"{folder} is no checkpoint: {_contents(folder)}")
+        raise ConfigError(f"{folder} is no checkpoint: {why_no_weights(folder)}")
     try:
         info = read_info(folder)
     except OSError as e:
@@ -214,20 +250,11 @@ def describe(folder: Path) -> ModelDescription:
 
 def _flavor_of(spec: ModelSpec, args: Any) -> str:
     for name, flavor in spec.flavors.items():
+        if flavor.vocab_size and flavor.vocab_size != args.vocab_size:  # it cannot be configured for another vocabulary
+            continue
         if spec.configure(flavor, args.vocab_size, args.max_seq_len) == args:
             return name
     return ""
-
-
-def _contents(folder: Path) -> str:
-    if not folder.is_dir():
-        return f"there is no such folder (relative to {Path.cwd()})"
-    inside = sorted(file.parent for pattern in ("*/", "*/*/") for file in folder.glob(pattern + INFO))
-    if inside:
-        return f"there are some in it, so name one: {', '.join(map(str, inside))}"
-    if (folder / CONFIG).is_file():
-        return "it is the folder of a run without checkpoints; --checkpoint.enable_checkpoint makes a run save them"
-    return f"it has no {INFO}; a checkpoint is a folder such as outputs/checkpoint/step-100"
 
 
 def _rebuilt(kind: Any, value: Any) -> Any:
@@ -236,5 +263,9 @@ def _rebuilt(kind: Any, value: Any) -> Any:
         for cls in (kind, *typing.get_args(kind)):
             if dataclasses.is_dataclass(cls):
                 kinds = typing.get_type_hints(cls)
-                return cls(**{key: _rebuilt(kinds.get(key), v) for key, v in value.items()})  # type: ignore[operator]
+                values = {key: _rebuilt(kinds.get(key), v) for key, v in value.items()}
+                strange = [f"{key} = {v!r:.60}" for key, v in values.items() if not is_of(v, kinds.get(key, Any))]
+                if strange:
+                    raise TypeError(", ".join(strange))
+                return cls(**values)  # type: ignore[operator]
     return value

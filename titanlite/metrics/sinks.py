@@ -9,6 +9,7 @@ import math
 import os
 import sys
 import warnings
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
@@ -202,7 +203,11 @@ class _LinesFile:
         return f"{self._path} lacks its last rows ({self._error})" if self._kept else ""
 
     def close(self) -> None:
+        """Close the file. It is removed if it has no line, as when a run ends with an error in its first step."""
         self._file.close()
+        with suppress(OSError):
+            if not self._path.stat().st_size:
+                self._path.unlink()
 
 
 _TENSORBOARD_TAGS = {

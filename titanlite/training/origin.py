@@ -12,10 +12,14 @@ from titanlite.checkpoint import (
     HuggingFaceFolder,
     Process,
     SavedCheckpoint,
+    TorchtitanFolder,
     Weights,
     choose_tokenizer,
     is_hugging_face,
+    is_torchtitan,
 )
+from titanlite.checkpoint.diagnosis import why_no_weights
+from titanlite.checkpoint.folder import INFO, SUMS, latest_checkpoint
 from titanlite.config import JobConfig
 from titanlite.errors import ConfigError, NothingToDo, counted
 from titanlite.models.spec import ModelSpec
@@ -27,13 +31,13 @@ class Start:
 
     Attributes:
         checkpoint: the checkpoint to load.
-        pretrained: or the Hugging Face folder to load.
+        pretrained: or the folder of Hugging Face or torchtitan to load.
         whole: load more of the checkpoint than its weights.
         excluded: the parts of the checkpoint that are not loaded.
     """
 
     checkpoint: SavedCheckpoint | None = None
-    pretrained: HuggingFaceFolder | None = None
+    pretrained: HuggingFaceFolder | TorchtitanFolder | None = None
     whole: bool = False
     excluded: tuple[str, ...] = ()
 
@@ -86,10 +90,14 @@ class Start:
         if self.checkpoint is not None:
             checkpoints.load(self.checkpoint, process, weights_only=not self.whole)
             return f"{self.checkpoint.folder}" + ("" if self.whole else ", its weights alone")
-        if self.pretrained is not None and spec.hugging_face is not None:
-            family, folder = spec.hugging_face, self.pretrained
+        folder = self.pretrained
+        if isinstance(folder, TorchtitanFolder) and spec.torchtitan is not None:
+            folder.load_into(process.parameters(), spec.torchtitan(args), checkpoints.group)
+            return f"{folder.folder}, torchtitan's weights, without checksums"
+        if isinstance(folder, HuggingFaceFolder) and spec.hugging_face is not None:
+            family = spec.hugging_face
             family.check(args, folder.config)
-            folder.load_into(process.parameters(), family.weights(args), family.ignored)
+            folder.load_into(process.parameters(), family.weights(args), family.ignored, family.copies(args))
             return f"{folder.folder}, Hugging Face weights"
         return ""
 
@@ -110,9 +118,14 @@ def find_start(config: JobConfig, spec: ModelSpec, checkpoints: CheckpointManage
         )
     path = options.initial_load_path
     if checkpoint is None and path:
-        if is_hugging_face(Path(path).expanduser()):
-            return Start(pretrained=_open_pretrained(path, options.initial_load_model_weights_only, spec))
-        checkpoint = checkpoints.initial(path)
+        folder = latest_checkpoint(path)
+        if is_hugging_face(folder) or is_torchtitan(folder):
+            return Start(pretrained=_open_pretrained(path, folder, options.initial_load_model_weights_only, spec))
+        if not any((folder / name).exists() for name in (INFO, SUMS)):
+            raise ConfigError(
+                f"there are no weights: {why_no_weights(folder)}", key="checkpoint.initial_load_path", value=path
+            )
+        checkpoint = checkpoints.initial(path, folder)
     if checkpoint is None:
         return Start()
     whole = checkpoint.from_this_run or not options.initial_load_model_weights_only
@@ -139,17 +152,16 @@ def _refuse_no_steps(checkpoint: SavedCheckpoint, config: JobConfig) -> None:
     )
 
 
-def _open_pretrained(path: str, weights_only: bool, spec: ModelSpec) -> HuggingFaceFolder:
+def _open_pretrained(
+    path: str, folder: Path, weights_only: bool, spec: ModelSpec
+) -> HuggingFaceFolder | TorchtitanFolder:
+    torchtitan = is_torchtitan(folder)
+    why = ""
     if not weights_only:
-        raise ConfigError(
-            "has weights alone, and checkpoint.initial_load_model_weights_only = false asks for more; leave that out",
-            key="checkpoint.initial_load_path",
-            value=path,
-        )
-    if spec.hugging_face is None:
-        raise ConfigError(
-            f'model.name = "{spec.name}" has no form in transformers; take a checkpoint of titanlite',
-            key="checkpoint.initial_load_path",
-            value=path,
-        )
-    return HuggingFaceFolder(Path(path).expanduser())
+        why = "has weights alone, and checkpoint.initial_load_model_weights_only = false asks for more; leave that out"
+    elif (spec.torchtitan if torchtitan else spec.hugging_face) is None:
+        other = "torchtitan" if torchtitan else "transformers"
+        why = f'model.name = "{spec.name}" has no form in {other}; take a checkpoint of titanlite'
+    if why:
+        raise ConfigError(why, key="checkpoint.initial_load_path", value=path)
+    return TorchtitanFolder(folder) if torchtitan else HuggingFaceFolder(folder)

@@ -20,6 +20,7 @@ from titanlite.config.run_config import (
     mark_as_made_here,
     read_run_config,
     run_config_of,
+    was_made_here,
     write_run_config,
 )
 from titanlite.data import Tokenizer
@@ -49,12 +50,13 @@ class RunFolder:
         earlier: the configuration of the run that the folder holds; empty if there is none, or it cannot be read.
 
     Raises:
-        ConfigError: the folder cannot be written, or another run is using it.
+        ConfigError: the folder cannot be written, another run is using it, or a link in it leads out of it.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
+            _refuse_links_out(path)
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = (self.path / ".lock").open("a")
         except OSError as e:
@@ -171,6 +173,31 @@ class RunFolder:
         tokenizer.save(folder)
 
 
+def _refuse_links_out(run_folder: Path) -> None:
+    """Check that a run, which writes, deletes and moves files in its folder, does so there alone. A folder from
+    somebody else could hold a link to a file of this user, or a pipe, which blocks whoever opens it. This user may link
+    to folders on another disk: in a run that was made here, or before the first one."""
+    if not run_folder.is_dir() or was_made_here(run_folder):
+        return
+    if all(path.is_symlink() and path.is_dir() for path in run_folder.iterdir()):
+        return
+    border = Path(os.path.realpath(run_folder))
+    folders = [run_folder]
+    while folders:
+        with os.scandir(folders.pop()) as entries:
+            for entry in entries:
+                if entry.is_symlink() and not (target := Path(os.path.realpath(entry.path))).is_relative_to(border):
+                    why = f"a link to {target}, outside of it; remove it, or make the run folder itself such a link"
+                elif entry.is_symlink() or entry.is_file():
+                    continue
+                elif entry.is_dir():
+                    folders.append(Path(entry.path))
+                    continue
+                else:
+                    why = "a pipe, a socket or a device; remove it"
+                raise ConfigError(f"{entry.path} in the run folder is {why}", key="job.dump_folder", value=run_folder)
+
+
 def drop_rows_after(file: Path, step: int) -> None:
     """Remove from a file of JSON lines the rows after ``step``, and a last line that is incomplete."""
     if not file.exists():
@@ -184,7 +211,7 @@ def drop_rows_after(file: Path, step: int) -> None:
 def _step_of(line: bytes) -> float:
     try:
         return float(json.loads(line)["step"])
-    except (ValueError, TypeError, KeyError):
+    except (ValueError, TypeError, LookupError, RecursionError):  # a row that was cut short, or is none
         return float("inf")
 
 

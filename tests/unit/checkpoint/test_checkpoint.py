@@ -121,11 +121,11 @@ def test_without_verification_nothing_is_read_twice(again: Any) -> None:
         ({"training__seq_len": 16}, ["seq_len was 32, is 16"]),
         (
             {"checkpoint__initial_load_path": "nowhere", "job__dump_folder": "x"},
-            ["nowhere is no checkpoint of titanlite"],
+            ['checkpoint.initial_load_path = "nowhere"', "there is no such folder"],
         ),
         (
-            {"checkpoint__initial_load_path": "run/tb", "job__dump_folder": "x"},
-            ["run/tb is no checkpoint of titanlite: it has no checkpoint.json"],
+            {"checkpoint__initial_load_path": ".", "job__dump_folder": "x"},
+            ['checkpoint.initial_load_path = "."', "it has no checkpoint.json"],
         ),
     ],
     ids=[

@@ -116,7 +116,10 @@ def test_bad_input_is_one_message(
     ("options", "message"),
     [
         ({"checkpoint__initial_load_model_weights_only": "false"}, "has weights alone"),
-        ({"model__flavor": "short"}, "describes another model than model.flavor: n_layers is 6 there and 2 here"),
+        (
+            {"model__flavor": "short"},
+            "another model than model.flavor: num_hidden_layers is 6 there and 2 here",
+        ),
     ],
 )
 def test_weights_that_do_not_fit(exported: Path, tmp_path: Path, options: dict[str, Any], message: str) -> None:

@@ -128,7 +128,7 @@ def test_paths_that_no_system_has(path: str, capfd: pytest.CaptureFixture[str]) 
 
 
 def test_folders_that_are_no_checkpoints(checkpoint: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=rf"{tmp_path} is no checkpoint: it has no checkpoint.json; a checkpoint is"):
+    with pytest.raises(ConfigError, match=rf"{tmp_path} is no checkpoint: it has no checkpoint.json, and no"):
         describe(tmp_path)
     with pytest.raises(ConfigError, match=r"gone is no checkpoint: there is no such folder \(relative to /"):
         describe(tmp_path / "gone")

@@ -50,6 +50,7 @@ def linked(folder: Path, to: Path) -> Path:
 
 
 def with_linked_checkpoints(folder: Path, to: Path) -> Path:
+    mark_as_made_here(folder)  # in a folder from elsewhere, links that lead out are refused
     shutil.move(folder / "checkpoint", to.with_name("large-disk"))
     (folder / "checkpoint").symlink_to(to.with_name("large-disk"))
     return folder
@@ -130,6 +131,7 @@ def test_one_word_begins_anew_and_loses_nothing(again: Any, first: Run) -> None:
 
 
 def test_linked_checkpoints_that_are_set_aside_stay_linked(again: Any, tmp_path: Path) -> None:
+    mark_as_made_here(tmp_path / "run")
     shutil.move(tmp_path / "run" / "checkpoint", tmp_path / "large-disk")
     (tmp_path / "run" / "checkpoint").symlink_to("../large-disk")
     assert again().status == 2
@@ -141,6 +143,7 @@ def test_linked_checkpoints_that_are_set_aside_stay_linked(again: Any, tmp_path:
 
 
 def test_checkpoints_behind_a_link_that_leads_nowhere(again: Any, tmp_path: Path) -> None:
+    mark_as_made_here(tmp_path / "run")
     shutil.move(tmp_path / "run" / "checkpoint", tmp_path / "large-disk")
     (tmp_path / "run" / "checkpoint").symlink_to("../small-disk")
     run = again(**ON)

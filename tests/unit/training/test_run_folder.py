@@ -82,3 +82,28 @@ def test_what_is_not_named_stays(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     folder.set_earlier_aside([CONFIG, METRICS])
     assert sorted(path.name for path in tmp_path.iterdir()) == [".lock", "notes.txt"]
+
+
+@pytest.mark.parametrize("name", [".lock", "metrics.jsonl", "config.toml", "checkpoint", "tb/events", "earlier/1/x"])
+@pytest.mark.parametrize("kind", ["link", "dangling link", "pipe"])
+def test_nothing_outside_is_written(tmp_path: Path, name: str, kind: str) -> None:
+    run, other = tmp_path / "run", tmp_path / "other"
+    (run / name).parent.mkdir(parents=True, exist_ok=True)
+    other.write_text("precious\n")
+    if kind == "pipe":
+        os.mkfifo(run / name)
+    else:
+        (run / name).symlink_to(other if kind == "link" else tmp_path / "none")
+    with pytest.raises(ConfigError, match=rf"{name} in the run folder is a (link to .*outside of it|pipe)") as raised:
+        RunFolder(run)
+    assert raised.value.key == "job.dump_folder"
+    assert other.read_text() == "precious\n"
+    assert not (tmp_path / "none").exists()
+
+
+def test_links_to_a_run_folder_and_within_it_are_followed(tmp_path: Path) -> None:
+    (tmp_path / "real" / "checkpoint").mkdir(parents=True)
+    (tmp_path / "real" / "latest").symlink_to("checkpoint")
+    (tmp_path / "run").symlink_to("real")
+    RunFolder(tmp_path / "run")
+    assert (tmp_path / "real" / ".lock").exists()

@@ -1,0 +1,150 @@
+"""Read ``.metadata`` of a folder of ``torch.distributed.checkpoint`` (DCP): which tensor is where.
+
+The file is a pickle. It is read as data (:mod:`titanlite.checkpoint.untrusted`), and every value is checked: DCP's own
+reader would run whatever the file names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from math import prod
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from titanlite.checkpoint.folder import SUMS, DamagedCheckpoint, read_sums
+from titanlite.checkpoint.untrusted import Record, Untrusted, contained, open_file, read_pickle
+
+METADATA = ".metadata"
+DTYPES = {f"torch.{name}" for name, value in vars(torch).items() if isinstance(value, torch.dtype)}
+
+_DCP = "torch.distributed.checkpoint.metadata"
+_STORAGE = "torch.distributed.checkpoint.filesystem._StorageInfo"
+_PATHS = {f"{module}.{kind}" for module in ("pathlib", "pathlib._local") for kind in ("PosixPath", "WindowsPath")}
+_KINDS = {
+    *(f"{_DCP}.{name}" for name in ("Metadata", "MetadataIndex", "StorageMeta", "TensorProperties")),
+    *(f"{_DCP}.{name}" for name in ("TensorStorageMetadata", "BytesStorageMetadata", "ChunkStorageMetadata")),
+    f"{_DCP}._MEM_FORMAT_ENCODING",
+    _STORAGE,
+    *("torch.Size", "torch.serialization._get_layout"),
+    *DTYPES,
+    *_PATHS,
+}
+_MOST_DIMS = 64
+
+
+class Chunk(NamedTuple):
+    """A part of a tensor: its place and shape in the tensor, and the bytes of a file that hold it."""
+
+    offset: tuple[int, ...]
+    shape: tuple[int, ...]
+    file: str
+    start: int
+    length: int
+
+
+class SavedTensor(NamedTuple):
+    """The shape of a tensor, and the chunks that it is made of."""
+
+    shape: torch.Size
+    chunks: list[Chunk]
+
+
+def read_metadata(folder: Path) -> dict[str, SavedTensor]:
+    """Return tensor name -> where it is. Entries that are no tensors are left out: nothing here reads them.
+
+    Raises:
+        DamagedCheckpoint: the file is missing, damaged, or asks for what a checkpoint does not need.
+    """
+    try:
+        with open_file(contained(folder, METADATA)) as stream:
+            content = read_pickle(stream.read(), _KINDS, folder / METADATA)
+        return _Reader(folder).tensors(content)
+    except FileNotFoundError as e:
+        raise DamagedCheckpoint(folder, [f"{Path(e.filename).name} is missing"]) from None
+    except (Untrusted, OSError) as e:
+        raise DamagedCheckpoint(folder, [str(e)]) from None
+
+
+class _Reader:
+    """Makes the tensors of a folder of what ``.metadata`` holds."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder, self._file = folder, folder / METADATA
+        self._sizes: dict[str, int] = {}
+        self._verified = read_sums(folder).keys() if (folder / SUMS).exists() else None
+
+    def tensors(self, content: Any) -> dict[str, SavedTensor]:
+        fields = self._state(content, "Metadata")
+        entries, storage = fields.get("state_dict_metadata"), fields.get("storage_data")
+        if not isinstance(entries, dict) or not isinstance(storage, dict):
+            raise self._wrong("it has no entries")
+        places = {}
+        for index, info in storage.items():
+            key = self._state(index, "MetadataIndex")
+            offset = key.get("offset")
+            places[key.get("fqn"), None if offset is None else self._size(offset)] = info
+        tensors = {}
+        for name, entry in entries.items():
+            if not isinstance(name, str) or not isinstance(entry, Record):
+                raise self._wrong(f"the entry {str(name)[:100]!r} is none")
+            if entry.kind == f"{_DCP}.TensorStorageMetadata":
+                tensors[name] = self._tensor(name, entry, places)
+        return tensors
+
+    def _tensor(self, name: str, entry: Record, places: Mapping[Any, Any]) -> SavedTensor:
+        fields = self._state(entry, "TensorStorageMetadata")
+        shape, parts = self._size(fields.get("size")), fields.get("chunks")
+        if not isinstance(parts, list):
+            raise self._wrong(f"{name} has no chunks")
+        chunks = []
+        for part in parts:
+            chunk = self._state(part, "ChunkStorageMetadata")
+            offset, sizes = self._size(chunk.get("offsets")), self._size(chunk.get("sizes"))
+            if not len(offset) == len(sizes) == len(shape) or any(o + n > s for o, n, s in zip(offset, sizes, shape)):
+                raise self._wrong(f"a chunk of {name} lies outside of it")
+            chunks.append(Chunk(offset, sizes, *self._place(name, prod(sizes), places.get((name, offset)))))
+        if sum(prod(chunk.shape) for chunk in chunks) != prod(shape):
+            raise self._wrong(f"the chunks of {name} are not the whole tensor")
+        return SavedTensor(torch.Size(shape), chunks)
+
+    def _place(self, name: str, elements: int, info: Any) -> tuple[str, int, int]:
+        """Return the file, start and length of a chunk of so many elements."""
+        if not isinstance(info, Record) or info.kind != _STORAGE or not isinstance(info.state, dict):
+            raise self._wrong(f"{name} is in no file")
+        file: Any = info.state.get("relative_path")
+        start: Any = info.state.get("offset")
+        length: Any = info.state.get("length")
+        if info.state.get("transform_descriptors"):
+            raise self._wrong(f"{name} was compressed, which is not read")
+        if not isinstance(file, str) or not _is_count(start) or not _is_count(length):
+            raise self._wrong(f"the place of {name} is none")
+        if file not in self._sizes:
+            if self._verified is not None and file not in self._verified:
+                raise Untrusted(f"{file[:200]!r} has tensors and is not in {SUMS}")
+            with open_file(contained(self._folder, file)) as stream:
+                self._sizes[file] = stream.seek(0, 2)
+        if start + length > self._sizes[file]:
+            raise Untrusted(f"{file} is cut short: {name} would lie beyond its end")
+        if elements > length:  # an element has a byte or more
+            raise self._wrong(f"{name} has {elements} elements in {length} bytes of {file}")
+        return file, start, length
+
+    def _state(self, record: Any, kind: str) -> dict[str, Any]:
+        if not isinstance(record, Record) or record.kind != f"{_DCP}.{kind}" or not isinstance(record.state, dict):
+            raise self._wrong(f"it has another thing in the place of {kind}")
+        return record.state
+
+    def _size(self, record: Any) -> tuple[int, ...]:
+        sizes = record.args[0] if isinstance(record, Record) and record.kind == "torch.Size" and record.args else None
+        if not isinstance(sizes, tuple) or len(sizes) > _MOST_DIMS or not all(map(_is_count, sizes)):
+            raise self._wrong("a shape is none")
+        return sizes
+
+    def _wrong(self, problem: str) -> Untrusted:
+        return Untrusted(f"{self._file}: {problem}")
+
+
+def _is_count(value: object) -> bool:
+    return type(value) is int and 0 <= value < 1 << 62
