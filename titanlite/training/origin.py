@@ -18,6 +18,7 @@ from titanlite.checkpoint import (
 )
 from titanlite.checkpoint.diagnosis import why_no_weights
 from titanlite.checkpoint.storage import INFO, SUMS
+from titanlite.checkpoint.untrusted import contained
 from titanlite.config import JobConfig
 from titanlite.errors import ConfigError, NothingToDo
 from titanlite.models.spec import ModelSpec
@@ -95,7 +96,7 @@ def find_start(config: JobConfig, spec: ModelSpec, checkpoints: CheckpointManage
         folder = Path(path).expanduser()
         steps = saved_steps(folder)
         if steps:
-            folder = folder / f"step-{steps[-1]}"
+            folder = contained(folder, f"step-{steps[-1]}")
         if is_hugging_face(folder) or is_torchtitan(folder):
             return Start(pretrained=_open_pretrained(path, folder, options.initial_load_model_weights_only, spec))
         if not any((folder / name).exists() for name in (INFO, SUMS)):
