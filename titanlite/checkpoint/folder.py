@@ -71,14 +71,14 @@ def latest_checkpoint(path: str | Path) -> Path:
     """Return the latest checkpoint in ``path``, if that is a run folder or a folder of checkpoints; else ``path``.
 
     Raises:
-        ConfigError: the system cannot look up ``path``.
+        ConfigError: the system cannot look up ``path``, or the checkpoint is a link that leads out of its folder.
     """
     if not PATH.holds(str(path)):
         raise ConfigError(f"{path}: must be {PATH.text}")
     path = Path(path).expanduser()
     for root in (path, path / (inner_folder(read_run_config(path), "checkpoint", "folder") or "checkpoint")):
         if steps := saved_steps(root):
-            return step_folder(root, steps[-1])
+            return contained(root, step_folder(root, steps[-1]).name)
     return path
 
 

@@ -342,3 +342,12 @@ def test_leftovers_that_are_links_are_removed_alone(tmp_path: Path) -> None:
     assert clear_leftovers(tmp_path / "root") == [".partial-step-3"]
     assert outside.is_dir()
     assert list((tmp_path / "root").iterdir()) == []
+
+
+def test_a_step_that_is_a_link_out_is_not_the_latest(finished: Run, tmp_path: Path) -> None:
+    root = tmp_path / "theirs"
+    root.mkdir()
+    (root / "step-9").symlink_to(finished.folder / "checkpoint" / "step-1")
+    run = run_trainer(tmp_path, checkpoint__initial_load_path=root)
+    assert run.status == 2
+    assert f"{root / 'step-9'} is a link to" in run.output

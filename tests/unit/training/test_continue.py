@@ -12,6 +12,7 @@ import pytest
 
 from tests.support.runs import Run, checkpoints, environment, forked_run, run_trainer
 from titanlite.commands import convert, generate
+from titanlite.config.run_config import mark_as_made_here
 
 ON = checkpoints(2)
 NONE_FOUND = "starting at step 1"
