@@ -167,6 +167,7 @@ class Trainer:
         identity = {**self.loader.identity, "tokenizer": self.tokenizer.identity["sha256"]}
         self.runtime.check_same("the data or tokenizers", identity)
         self.about["data"] = f"{training.dataset}{f' ({training.dataset_path})' if training.dataset_path else ''}"
+        self.about["packing"] = "documents that share a sequence attend to each other"
         self.about["tokens per step"] = (
             f"{self.global_batch_size * training.seq_len:,} = "
             f"{counted(self.global_batch_size, 'sequence')} x {training.seq_len}"
@@ -342,6 +343,7 @@ class Trainer:
             grad_norm=latest.grad_norm,
             lr=lr,
             skipped_steps=latest.skipped,
+            skipped_documents=self.runtime.sum(self.loader.skipped, self.degrees.data_parallel),
         )
 
     def _asked_to_stop(self) -> bool:

@@ -130,14 +130,15 @@ class Training:
     """The data source: pystdlib (the Python standard library's own source text), text, json, parquet, or a
     hub set (c4, fineweb_edu). (torchtitan's default is c4_test.)"""
     dataset_path: AnyPath | None = None
-    """The file, folder or glob that text, json and parquet read; for a hub set, a local copy of it."""
+    """The file, folder or glob that text, json and parquet read; for a hub set, a local copy of it. A name that
+    exists is never a glob."""
     local_batch_size: Positive = 8
     """Sequences per device and microbatch."""
     global_batch_size: PositiveOrAuto = -1
     """Sequences per optimizer step over all devices; more than local_batch_size times the data-parallel
     degree accumulates gradients. -1: exactly that product."""
     seq_len: Positive = 2048
-    """Tokens per sequence."""
+    """Tokens per sequence. Documents that share a sequence attend to each other."""
     max_norm: PositiveFloat = 1.0
     """The largest gradient norm; larger gradients are scaled down to it."""
     steps: Positive = 10000
@@ -375,7 +376,8 @@ class Data:
     text_field: str = "text"
     """The field of a json or parquet document that holds its text."""
     on_corrupt: Literal["stop", "skip"] = "stop"
-    """If a document cannot be read: stop with an error (file and line), or skip and count it."""
+    """If a document cannot be read: stop with an error (file and line), or skip it and count it in the log,
+    metrics.jsonl and the summary."""
 
 
 @dataclass

@@ -1,14 +1,27 @@
-"""Find the local files of a data source, and report missing and unreadable ones."""
+"""Find and open the local files of a data source, and report missing, unreadable and left out ones."""
 
 from __future__ import annotations
 
 import glob
+import gzip
+import io
+import logging
 import os
+import stat
+from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
+from typing import IO, cast
 
 from titanlite.errors import ConfigError
 
+logger = logging.getLogger(__name__)
+
 _OPTION = "training.dataset_path"
+# The last suffix of a compressed file. Its name without it says the format: ``a.jsonl.gz`` holds JSON lines.
+COMPRESSED = (".gz", ".zst")
+JSON_SUFFIXES = (".json", ".jsonl", ".ndjson")
+_EXAMPLES = 3
 
 
 def require_path(name: str, path: str | None, hint: str) -> str:
@@ -21,32 +34,113 @@ def require_path(name: str, path: str | None, hint: str) -> str:
 
 
 def find_files(path: str, suffixes: tuple[str, ...]) -> list[Path]:
-    """Return the files that match ``path``, sorted, so that every process gets the same list.
+    """Return the files of ``path``, sorted, so that every process gets the same list.
+
+    A name that exists is that file or folder, whatever characters it has; only another name can be a glob. One warning
+    names files of a folder that are not read.
 
     Args:
         path: a file, a folder (searched at every depth for ``suffixes``; hidden files are left out), or a glob
             (``**`` for any depth).
-        suffixes: the file name suffixes to search a folder for, such as ``(".txt",)``.
+        suffixes: the suffixes to search a folder for, in lower case, such as ``(".txt",)``; those of files may be in
+            capitals.
 
     Raises:
-        ConfigError: the path does not exist, or no file matches.
+        ConfigError: the path does not exist, no file matches, or a file is a pipe or a device.
     """
-    expanded = os.path.expanduser(path)
-    if os.path.isdir(expanded):
-        pattern = os.path.join(glob.escape(expanded), "**", "*")
-        matches = [name for name in glob.glob(pattern, recursive=True) if name.endswith(suffixes)]
-        problem = f"the folder has no {' or '.join(suffixes)} files; for other names use a glob such as {path}/**/*.rst"
-    elif os.path.exists(expanded):
-        return [Path(expanded)]
+    name = path if os.path.lexists(path) else os.path.expanduser(path)
+    known = ", ".join(suffixes)
+    if os.path.isdir(name):
+        everything = sorted(_walk(name))
+        files = [file for file in everything if file.name.lower().endswith(suffixes) and not _is_special(file)]
+        left_out = sorted(set(everything) - set(files))
+        examples = ", ".join(str(file.relative_to(name)) for file in left_out[:_EXAMPLES])
+        holds = f"{len(left_out)} files with other names{f', for example {examples}' if left_out else ''}"
+        problem = f"the folder has no files named {known}, and {holds}; for other names use a glob: {path}/**/*.rst"
+        if files and left_out:
+            _warn(f"{path} has {holds}, which are NOT READ; the names that are read end in {known}")
+    elif os.path.lexists(name):
+        files, problem = [Path(name)], ""
+        if glob.has_magic(name):
+            logger.info(f"{_OPTION} = {path}: a file of this name exists, so it is no glob")
     else:
-        matches = glob.glob(expanded, recursive=True)
-        is_glob = glob.has_magic(expanded)
-        reason = "no file matches this glob" if is_glob else "there is no such file or folder"
+        files = sorted(Path(match) for match in _matches(name) if not os.path.isdir(match))
+        reason = "no file matches this glob" if glob.has_magic(name) else "there is no such file or folder"
         problem = f"{reason} (a path is relative to the current folder, {os.getcwd()}); correct {_OPTION}"
-    files = sorted(Path(name) for name in matches if not os.path.isdir(name))
     if not files:
-        raise ConfigError(f'{_OPTION} = "{path}": {problem}')
+        raise ConfigError(problem, key=_OPTION, value=path)
+    for file in files:
+        if _is_special(file):
+            raise ConfigError(
+                f"{file} is a pipe or a device, and data are read more than once; save them as a file",
+                key=_OPTION,
+                value=path,
+            )
     return files
+
+
+def _walk(folder: str) -> Iterator[Path]:
+    """Yield the files below ``folder`` that are not hidden. A link to a folder is followed, unless it leads back up."""
+    for parent, folders, names in os.walk(folder, followlinks=True):
+        here = os.path.realpath(parent)
+        folders[:] = [name for name in folders if not name.startswith(".") and not _leads_up(Path(parent, name), here)]
+        yield from (Path(parent, name) for name in names if not name.startswith("."))
+
+
+def _leads_up(folder: Path, here: str) -> bool:
+    """Return True if ``folder`` is a link to ``here``, the real path of its parent, or to a folder above that."""
+    return folder.is_symlink() and os.path.commonpath([target := os.path.realpath(folder), here]) == target
+
+
+def _is_special(file: Path) -> bool:
+    try:
+        return not stat.S_ISREG(file.stat().st_mode)
+    except OSError:  # opening it gives the message
+        return False
+
+
+def _matches(pattern: str) -> list[str]:
+    """Return the names that match a glob. Leading folders that exist under their very names are no patterns."""
+    parts = Path(pattern).parts
+    count = next(n for n in range(len(parts), -1, -1) if os.path.isdir(os.path.join("", *parts[:n])) or n == 0)
+    escaped = (glob.escape(part) for part in parts[:count])
+    return glob.glob(os.path.join("", *escaped, *parts[count:]), recursive=True)
+
+
+@cache  # once, although each process, and validation too, finds its own files
+def _warn(message: str) -> None:
+    if os.environ.get("RANK", "0") == "0":
+        logger.warning(message)
+
+
+def with_compressed(*suffixes: str) -> tuple[str, ...]:
+    """Return the suffixes of files, and of the same files compressed."""
+    return (*suffixes, *(suffix + compression for compression in COMPRESSED for suffix in suffixes))
+
+
+def is_compressed(file: Path) -> bool:
+    return file.suffix.lower() in COMPRESSED
+
+
+def open_file(file: Path) -> IO[bytes]:
+    """Open a file to read its bytes from beginning to end; a compressed one is decompressed piece by piece.
+
+    Raises:
+        ConfigError: the file cannot be opened. Reading can raise OSError, EOFError and zlib.error.
+    """
+    try:
+        if file.suffix.lower() == ".gz":
+            return cast(IO[bytes], gzip.open(file, "rb"))
+        if file.suffix.lower() == ".zst":
+            import pyarrow  # it comes with `datasets`
+
+            with file.open("rb") as stream:
+                if not stream.read(1):  # no frame at all is an error to zstd
+                    return io.BytesIO()
+            return io.BufferedReader(pyarrow.CompressedInputStream(pyarrow.OSFile(str(file)), "zstd"))
+        return file.open("rb")
+    except OSError as error:
+        raise unreadable(file, error) from error
 
 
 def unreadable(file: Path, error: OSError) -> ConfigError:

@@ -34,6 +34,10 @@ class PartOfSource(Source):
         self.identity = {**source.identity, "held_out_percent": str(percent)}
         self.read = self.kept = 0
 
+    @property
+    def skipped(self) -> int:
+        return self._source.skipped
+
     def num_shards(self, at_most: int) -> int:
         """Return the number of shards: that of ``source`` for the training part. The held-out part is small and gets
         fewer: about 16 documents or more per shard, or, if the number of documents is unknown, one file or more."""
@@ -45,6 +49,7 @@ class PartOfSource(Source):
         return largest_divisor(at_most, int(self._source.identity.get("files", at_most)))
 
     def documents(self, shard: int, num_shards: int, epoch: int, start: Position) -> Iterator[tuple[Position, str]]:
+        self._source.continues_older = self.continues_older
         for position, text in self._source.documents(shard, num_shards, epoch, start):
             self.read += 1
             if is_held_out(text, self._percent) == self._held_out:

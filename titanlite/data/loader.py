@@ -37,6 +37,11 @@ class Batch:
     labels: torch.Tensor
 
 
+# The way in which documents are read, in the state. A state without it is of a titanlite that did not cut long
+# documents of JSON and parquet, and kept byte order marks.
+_READING = 2
+
+
 class DataLoader:
     """An endless iterator of :class:`Batch`. A thread prepares the batches ahead of time.
 
@@ -79,6 +84,7 @@ class DataLoader:
         self._sequences_per_shard = global_batch_size // self._num_shards
         owned = global_batch_size // dp_degree
         slots = range(dp_rank * owned, (dp_rank + 1) * owned)
+        self._first_slots = slots
         self._slots = [(slot % self._num_shards, slot // self._num_shards) for slot in slots]
         self.identity: dict[str, str | int] = {
             **source.identity,
@@ -107,17 +113,29 @@ class DataLoader:
     def state_dict(self) -> dict[str, Any]:
         """Return the position after the last batch that ``next()`` returned, for the shards that this rank reads.
 
-        The values are plain strings and integers: ``step``, ``identity``, and ``shards``: shard number (a string) ->
-        [epoch, part, document, token]. Ranks that read the same shard return the same entry; see :func:`merge_states`.
+        The values are plain strings and integers: ``step``, ``identity``, ``reading``, and ``shards``: shard number (a
+        string) -> [epoch, part, document, token, piece, skipped]. Ranks that read the same shard return the same entry;
+        see :func:`merge_states`.
         """
-        shards = {str(shard): [p.epoch, *p.position, p.token] for shard, p in self._progress.shards.items()}
-        return {"step": self._progress.step, "identity": dict(self.identity), "shards": shards}
+        shards = {str(shard): [p.epoch, *p.position, *p[2:]] for shard, p in self._progress.shards.items()}
+        reading = {} if self._source.continues_older else {"reading": _READING}
+        return {"step": self._progress.step, "identity": dict(self.identity), "shards": shards, **reading}
+
+    @property
+    def skipped(self) -> int:
+        """The number of corrupt documents left out up to the last batch that ``next()`` returned, since step 1.
+
+        It counts the shards of which this data-parallel rank has the first slot: the sum over these ranks is that of
+        all shards.
+        """
+        return sum(place.skipped for shard, place in self._progress.shards.items() if shard in self._first_slots)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from ``state``, the merged state of all ranks; their number may have been another.
 
         Raises:
-            ConfigError: the state has another corpus, seed, tokenizer size, global batch size or seq_len.
+            ConfigError: the state has another corpus, seed, tokenizer size, global batch size or seq_len. ``next()``
+                raises it later, where an older titanlite, which wrote the state, read a document otherwise.
             ValueError: the state lacks a shard that this rank reads, or holds a number that is no place.
         """
         if any(not 0 <= int(number) < _MOST for numbers in state["shards"].values() for number in numbers):
@@ -130,7 +148,8 @@ class DataLoader:
             self._prefetcher.close()
             self._prefetcher = None
         saved = {shard: [int(number) for number in state["shards"][str(shard)]] for shard in self._progress.shards}
-        places = {shard: Place(n[0], Position(n[1], n[2]), n[3]) for shard, n in saved.items()}
+        places = {shard: Place(n[0], Position(n[1], n[2]), *n[3:]) for shard, n in saved.items()}
+        self._source.continues_older = "reading" not in state
         self._progress = _Progress(int(state["step"]), places)
 
     def close(self) -> None:

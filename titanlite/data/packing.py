@@ -1,14 +1,20 @@
-"""Packing: cut the endless token stream of each virtual shard into sequences."""
+"""Packing: cut the endless token stream of each virtual shard into sequences.
+
+A sequence can hold several documents, or a part of one. Nothing marks the borders but BOS and EOS: attention crosses
+them.
+"""
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Collection, Iterator
+from itertools import islice
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from titanlite.data.cut import cut
 from titanlite.data.sources import START, Position, Source
 from titanlite.data.tokenizer import Tokenizer
 from titanlite.errors import ConfigError
@@ -23,18 +29,24 @@ class TooLittleText(ConfigError):
 
 
 class Place(NamedTuple):
-    """The position of the next token in a shard's stream: epoch, document, and index in BOS + document + EOS."""
+    """The position of the next token in a shard's stream: epoch, document, piece of it, and index in BOS + piece + EOS.
+
+    ``skipped`` is the number of corrupt documents that were left out before it, in all epochs.
+    """
 
     epoch: int
     position: Position
     token: int
+    piece: int = 0
+    skipped: int = 0
 
 
 BEGINNING = Place(0, START, 0)
 
 
 class ShardStream:
-    """The endless stream of one shard: BOS + document + EOS, document after document, epoch after epoch.
+    """The endless stream of one shard: BOS + document + EOS, document after document, epoch after epoch. A long
+    document is cut into pieces (:mod:`titanlite.data.cut`), and each is a document here.
 
     Sequence n is the tokens n * seq_len to (n + 1) * seq_len of the stream, both included. So each token is an input
     once and a label once.
@@ -111,22 +123,35 @@ class ShardStream:
         self.place = self._ready[0][0]._replace(token=token)
 
     def _read(self, place: Place) -> Iterator[tuple[Place, str]]:
-        epoch, start = place.epoch, place.position
+        """Yield the pieces from ``place`` on, each with the place of its first token."""
+        source = self._source
+        epoch, (start, first_piece), skipped = place.epoch, (place.position, place.piece), place.skipped
         while True:
             empty = True
-            for position, text in self._source.documents(self._shard, self._num_shards, epoch, start):
+            # All shards of this process count in source.skipped; between two lines here, this one alone reads.
+            before = source.skipped
+            for position, text in source.documents(self._shard, self._num_shards, epoch, start):
                 empty = False
-                yield Place(epoch, position, 0), text
+                skipped += source.skipped - before
+                if source.continues_older and len(list(islice(cut(text), 2))) > 1:
+                    source.differs_from_older("a document", f"of data shard {self._shard} is long and is cut")
+                for piece, content in enumerate(cut(text)):
+                    if piece >= first_piece or position != start:
+                        yield Place(epoch, position, 0, piece, skipped), content
+                before = source.skipped
+            skipped += source.skipped - before
             if empty and start == START:
                 self._require_a_sequence(0)
-            epoch, start = epoch + 1, START
+            epoch, start, first_piece = epoch + 1, START, 0
 
     def _require_a_sequence(self, tokens: int) -> None:
         if tokens <= self._seq_len:
+            skipped = self._source.skipped
+            left_out = f" ({skipped} documents are left out, because they cannot be read)" if skipped else ""
             raise TooLittleText(
                 f"training.seq_len = {self._seq_len}: a sequence and its last label need {self._seq_len + 1} tokens, "
-                f"and data shard {self._shard} of {self._num_shards} has only {tokens} in a whole epoch; use a smaller "
-                "training.seq_len, a smaller training.global_batch_size (fewer shards), or more text"
+                f"and data shard {self._shard} of {self._num_shards} has only {tokens} in a whole epoch{left_out}; use "
+                "a smaller training.seq_len, a smaller training.global_batch_size (fewer shards), or more text"
             )
 
 

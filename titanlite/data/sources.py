@@ -6,6 +6,7 @@ the number of shards. So the training data do not depend on the number of proces
 
 from __future__ import annotations
 
+import itertools
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
@@ -16,6 +17,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from titanlite.data.records import Corrupt
 from titanlite.errors import ConfigError
 from titanlite.registry import Registry
 
@@ -39,6 +41,9 @@ START = Position(0, 0)
 # lengths in tokens would differ so much that short shards repeat many times during one epoch of a long shard.
 MIN_DOCUMENTS = 16
 
+# The documents to look through for the extent of a fault.
+_SURVEY = 100
+
 
 @dataclass(frozen=True)
 class SourceOptions:
@@ -60,19 +65,25 @@ class SourceOptions:
 
 
 class Source(ABC):
-    """A corpus of documents.
+    """A corpus of documents. The loader cuts long ones into pieces (:mod:`titanlite.data.cut`).
 
     Attributes:
         identity: plain values. A saved position is valid in another run only if these are equal.
-        skipped: the number of corrupt documents that this process has skipped (``data.on_corrupt = "skip"``).
         files: the local files that the source reads.
+        continues_older: the position to continue from is of a titanlite that read some documents otherwise.
     """
 
     def __init__(self, options: SourceOptions) -> None:
         self.options = options
         self.identity: dict[str, str | int] = {"dataset": options.name, "seed": options.seed}
-        self.skipped = 0
         self.files: list[Path] = []
+        self.continues_older = False
+        self._skipped = 0
+
+    @property
+    def skipped(self) -> int:
+        """The number of corrupt documents that this process has skipped (``data.on_corrupt = "skip"``)."""
+        return self._skipped
 
     @abstractmethod
     def num_shards(self, at_most: int) -> int:
@@ -86,15 +97,36 @@ class Source(ABC):
             ConfigError: a document is corrupt and ``on_corrupt`` is "stop".
         """
 
-    def corrupt(self, location: str, problem: str) -> None:
-        """Report a corrupt document: raise ConfigError, or count it and log a warning for the first one."""
+    def first_documents(self) -> Iterator[tuple[str, Corrupt | None]]:
+        """Yield the location of each document in the order of the files, and what is wrong with it; for messages."""
+        return iter(())
+
+    def corrupt(self, location: str, fault: Corrupt) -> None:
+        """Report a corrupt document: raise ConfigError, or count it and log a warning for the first one.
+
+        The order of the documents is random, so the error names the first document in the files that has the fault.
+        """
         if self.options.on_corrupt == "stop":
+            first = list(itertools.islice(self.first_documents(), _SURVEY))
+            same = [(place, other) for place, other in first if other is not None and other.kind == fault.kind]
+            location, fault = same[0] if same else (location, fault)
+            extent = f" (so are {len(same)} of the first {len(first)} documents)" if len(same) > 1 else ""
             raise ConfigError(
-                f'{location}: {problem}; correct the file, or leave out such documents with data.on_corrupt = "skip"'
+                f"{location}: {fault}{extent}; correct the file, or leave out such documents with "
+                'data.on_corrupt = "skip"'
             )
-        if self.skipped == 0:
-            logger.warning(f'{location}: {problem}; left out, and so is every other one (data.on_corrupt = "skip")')
-        self.skipped += 1
+        if self._skipped == 0:
+            logger.warning(f'{location}: {fault}; left out, and so is every other one (data.on_corrupt = "skip")')
+        self._skipped += 1
+
+    def differs_from_older(self, location: str, difference: str) -> None:
+        """Raise ConfigError if an older titanlite, whose position this run continues, read a document otherwise."""
+        if self.continues_older:
+            raise ConfigError(
+                f"{location} {difference}: the titanlite that wrote the checkpoint read it otherwise, so the run "
+                "cannot be continued exactly; start the data afresh with the checkpoint's weights: "
+                'checkpoint.exclude_from_loading = ["dataloader"]'
+            )
 
 
 class RandomAccessSource(Source):
@@ -103,12 +135,7 @@ class RandomAccessSource(Source):
 
     def __init__(self, options: SourceOptions, num_documents: int) -> None:
         super().__init__(options)
-        if num_documents == 0:
-            raise ConfigError(
-                "there is no document in it (all files are empty); point it at files with text",
-                key="training.dataset_path",
-                value=options.path,
-            )
+        require_documents(num_documents, options)
         self.num_documents = num_documents
         self.identity["documents"] = num_documents
         self._shuffled = permutation(num_documents, options.seed)
@@ -128,6 +155,16 @@ class RandomAccessSource(Source):
             text = self.read(int(order[index]))
             if text is not None:
                 yield Position(0, index), text
+
+
+def require_documents(number: int, options: SourceOptions) -> None:
+    """Raise a ConfigError if a source has no documents."""
+    if not number:
+        raise ConfigError(
+            "there is no document in it (all files are empty); point it at files with text",
+            key="training.dataset_path",
+            value=options.path,
+        )
 
 
 def largest_divisor(number: int, limit: int) -> int:

@@ -1,14 +1,27 @@
-"""Sources streamed with the ``datasets`` library: local parquet files, and data sets of the Hugging Face hub."""
+"""Sources that are read from beginning to end: local parquet and compressed files, and data sets of the Hugging Face
+hub."""
 
 from __future__ import annotations
 
 import logging
+from abc import abstractmethod
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from titanlite.data.files import find_files, require_path, unreadable
-from titanlite.data.sources import SOURCES, Position, Source, SourceOptions, permutation
+from titanlite.data.files import JSON_SUFFIXES, find_files, open_file, require_path, with_compressed
+from titanlite.data.readers import LinesReader, ParquetReader, Reader
+from titanlite.data.records import Corrupt, text_of_record
+from titanlite.data.sources import (
+    MIN_DOCUMENTS,
+    SOURCES,
+    Position,
+    Source,
+    SourceOptions,
+    permutation,
+    require_documents,
+)
 from titanlite.errors import ConfigError, TrainingError
 
 if TYPE_CHECKING:
@@ -16,8 +29,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# File name suffix -> name of the format in `datasets`, for local copies of data sets of the hub.
-_FORMATS = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".json.gz": "json", ".jsonl.gz": "json"}
 _PROBE_TIMEOUT_S = 10.0
 
 
@@ -31,17 +42,23 @@ class StreamedSource(Source):
     the files before it.
     """
 
-    def __init__(self, options: SourceOptions, stream: IterableDataset, files: list[Path]) -> None:
+    def __init__(self, options: SourceOptions, num_files: int) -> None:
         super().__init__(options)
-        self._stream = stream
-        self.files = files
-        self._num_parts = int(stream.num_shards)
-        self.identity["files"] = self._num_parts
-        self._order = permutation(self._num_parts, options.seed).tolist()
+        self._num_parts = num_files
+        self.identity["files"] = num_files
+        self._order = permutation(num_files, options.seed).tolist()
 
-    def num_shards(self, at_most: int) -> int:
-        """Return ``at_most``, because the number of documents in a stream is unknown."""
-        return at_most
+    @abstractmethod
+    def records(self, file: int, first: int) -> Iterator[Any]:
+        """Yield the records of a file from number ``first`` on."""
+
+    @abstractmethod
+    def text_of(self, record: Any) -> str:
+        """Return the text of a record; raise :class:`Corrupt` if there is none."""
+
+    @abstractmethod
+    def location(self, file: int, row: int) -> str:
+        """Return the place of a record, for messages."""
 
     def documents(self, shard: int, num_shards: int, epoch: int, start: Position) -> Iterator[tuple[Position, str]]:
         groups = min(num_shards, self._num_parts)
@@ -52,45 +69,110 @@ class StreamedSource(Source):
                 continue
             first = start.document if part == start.part else 0
             file = self._order[part]
-            for row, record in self._records(file, first):
+            for row, record in enumerate(self.records(file, first), start=first):
                 if row % members == member:
-                    text = self._text_of(record, file, row)
-                    if text is not None:
+                    try:
+                        text = self.text_of(record)
+                    except Corrupt as fault:
+                        self.corrupt(self.location(file, row), fault)
+                    else:
                         yield Position(part, row), text
 
-    def _records(self, file: int, first: int) -> Iterator[tuple[int, dict[str, object]]]:
+
+class FileStream(StreamedSource):
+    """Local files in the format of ``reader``. Files without documents are left out."""
+
+    def __init__(self, options: SourceOptions, files: list[Path], reader: Reader) -> None:
+        self._reader = reader
+        for file in files:
+            open_file(file).close()
+        self._full = [file for file in files if self._count(file, 1)]
+        require_documents(len(self._full), options)
+        super().__init__(options, len(self._full))
+        self.files = files
+
+    def num_shards(self, at_most: int) -> int:
+        """Return the largest divisor of ``at_most`` with at least 16 documents in every shard, or else 1."""
+        enough = MIN_DOCUMENTS * -(-at_most // self._num_parts)
+        sizes = [self._count(self._full[file], enough) for file in self._order]
+        divisors = (number for number in range(at_most, 1, -1) if at_most % number == 0)
+        return next((n for n in divisors if min(_documents_per_shard(sizes, n)) >= MIN_DOCUMENTS), 1)
+
+    def records(self, file: int, first: int) -> Iterator[Any]:
+        with _reading(self._full[file]):
+            yield from self._reader.records(self._full[file], first)
+
+    def text_of(self, record: Any) -> str:
+        return self._reader.text(record)
+
+    def location(self, file: int, row: int) -> str:
+        return f"{self._full[file]}, {self._reader.noun} {row + 1}"
+
+    def first_documents(self) -> Iterator[tuple[str, Corrupt | None]]:
+        for file in range(self._num_parts):
+            for row, record in enumerate(self.records(file, 0)):
+                problem = None
+                try:
+                    self.text_of(record)
+                except Corrupt as fault:
+                    problem = fault
+                yield self.location(file, row), problem
+
+    def _count(self, file: Path, at_most: int) -> int:
+        with _reading(file):
+            return self._reader.count(file, at_most)
+
+
+def _documents_per_shard(sizes: list[int], num_shards: int) -> list[int]:
+    """Return the number of documents in each shard, given those in each file, in the order of the files."""
+    groups = min(num_shards, len(sizes))
+    members = [len(range(group, num_shards, groups)) for group in range(groups)]
+    return [sum(size // members[group] for size in sizes[group::groups]) for group in range(groups)]
+
+
+@contextmanager
+def _reading(file: Path) -> Iterator[None]:
+    try:
+        yield
+    except ConfigError:
+        raise
+    except Exception as error:  # any exception of the reader of the format
+        raise ConfigError(
+            f"{file}: reading failed ({_named(error)}); replace the file or leave it out of training.dataset_path"
+        ) from error
+
+
+class HubStream(StreamedSource):
+    """A data set of the Hugging Face hub."""
+
+    def __init__(self, options: SourceOptions, stream: IterableDataset) -> None:
+        super().__init__(options, int(stream.num_shards))
+        self._stream = stream
+
+    def num_shards(self, at_most: int) -> int:
+        """Return ``at_most``, because the number of documents in the stream is unknown."""
+        return at_most
+
+    def records(self, file: int, first: int) -> Iterator[Any]:
         try:
-            stream = self._stream.shard(num_shards=self._num_parts, index=file)
-            yield from enumerate(stream.skip(first), start=first)
+            yield from self._stream.shard(num_shards=self._num_parts, index=file).skip(first)
         except Exception as error:  # any exception of the reader of the format, or of the network
-            problem = f"{self._name_of(file)}: reading failed ({type(error).__name__}: {_first_line(error)})"
-            if self.files:
-                raise ConfigError(f"{problem}; replace the file or leave it out of training.dataset_path") from error
             raise TrainingError(
-                f"{problem}; start the run again to continue from its last checkpoint, or use a local copy "
-                "through training.dataset_path"
+                f"{self.options.name}, file {file} of {self._num_parts}: reading failed ({_named(error)}); start the "
+                "run again to continue from its last checkpoint, or use a local copy through training.dataset_path"
             ) from error
 
-    def _text_of(self, record: dict[str, object], file: int, row: int) -> str | None:
-        field = self.options.text_field
-        text = record.get(field)
-        if isinstance(text, str):
-            return text
-        fields = ", ".join(record)
-        problem = (
-            f'the field "{field}" is not a string' if field in record else f'no field "{field}" (it has: {fields})'
-        )
-        self.corrupt(f"{self._name_of(file)}, row {row + 1}", problem)
-        return None
+    def text_of(self, record: Any) -> str:
+        return text_of_record(record, self.options.text_field)
 
-    def _name_of(self, file: int) -> str:
-        return str(self.files[file]) if self.files else f"{self.options.name}, file {file} of {self._num_parts}"
+    def location(self, file: int, row: int) -> str:
+        return f"{self.options.name}, file {file} of {self._num_parts}, row {row + 1}"
 
 
 @SOURCES.register("parquet")
 def _parquet(options: SourceOptions) -> Source:
     path = require_path("parquet", options.path, "a folder of .parquet files, a file, or a glob")
-    return _stream_files(options, find_files(path, (".parquet",)), "parquet")
+    return FileStream(options, find_files(path, (".parquet",)), ParquetReader(options.text_field))
 
 
 @SOURCES.register("c4")
@@ -104,38 +186,22 @@ def _fineweb_edu(options: SourceOptions) -> Source:
 
 
 def _hub_or_copy(options: SourceOptions, repo: str, subset: str) -> Source:
-    if options.path:
-        files = find_files(options.path, tuple(_FORMATS))
-        formats = {fmt for file in files for suffix, fmt in _FORMATS.items() if file.name.endswith(suffix)}
-        if len(formats) != 1:
-            raise ConfigError(
-                f"a local copy of {repo} must be either parquet or JSON "
-                f"lines, not {' and '.join(sorted(formats)) or 'other files'}; narrow it with a glob",
-                key="training.dataset_path",
-                value=options.path,
-            )
-        return _stream_files(options, files, formats.pop())
-    return StreamedSource(options, _open_hub(options.name, repo, subset), [])
-
-
-def _stream_files(options: SourceOptions, files: list[Path], file_format: str) -> Source:
-    from datasets import load_dataset
-
-    for file in files:
-        try:
-            file.open("rb").close()
-        except OSError as error:
-            raise unreadable(file, error) from error
-    names = [str(file) for file in files]
-    try:
-        stream = load_dataset(file_format, data_files={"train": names}, split="train", streaming=True)
-    except Exception as error:  # datasets reads the header of the first file; its reader can raise any exception
+    if not options.path:
+        return HubStream(options, _open_hub(options.name, repo, subset))
+    json = with_compressed(*JSON_SUFFIXES)
+    files = find_files(options.path, (".parquet", *json))
+    field = options.text_field
+    readers: dict[str, Reader] = {"parquet": ParquetReader(field), "JSON": LinesReader(field)}
+    suffixes = {".parquet": "parquet", **dict.fromkeys(json, "JSON")}
+    formats = {name for file in files for suffix, name in suffixes.items() if file.name.lower().endswith(suffix)}
+    if len(formats) != 1:
         raise ConfigError(
-            f"cannot be read as {file_format} ({type(error).__name__}: {_first_line(error)}); replace the damaged file",
+            f"a local copy of {repo} must be either parquet or JSON lines, not "
+            f"{' and '.join(sorted(formats)) or 'other files'}; narrow it with a glob",
             key="training.dataset_path",
             value=options.path,
-        ) from error
-    return StreamedSource(options, stream, files)
+        )
+    return FileStream(options, files, readers[formats.pop()])
 
 
 def _open_hub(name: str, repo: str, subset: str) -> IterableDataset:
@@ -150,12 +216,12 @@ def _open_hub(name: str, repo: str, subset: str) -> IterableDataset:
     except Exception as error:  # exceptions of the hub library and of its HTTP library
         raise ConfigError(
             f"{repo} cannot be read from the Hugging Face hub "
-            f"({type(error).__name__}: {_first_line(error)}); check the network, or set training.dataset_path "
+            f"({_named(error)}); check the network, or set training.dataset_path "
             'to a local copy, or use training.dataset = "pystdlib", which needs no network',
             key="training.dataset",
             value=name,
         ) from error
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or ["no message"])[0]
+def _named(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or ['no message'])[0]}"

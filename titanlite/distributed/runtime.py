@@ -49,6 +49,13 @@ class Runtime:
             dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self.control)
         return tensor.tolist()
 
+    def sum(self, value: int, distinct: int) -> int:
+        """Return the sum of the ``distinct`` values, of which each is on equally many processes; it uses no device."""
+        total = torch.tensor(value, dtype=torch.int64)
+        if self.world_size > 1:
+            dist.all_reduce(total, group=self.control)
+        return int(total) * distinct // self.world_size
+
     def gather(self, value: object) -> list[Any]:
         """Return ``value`` of every process, by rank."""
         values: list[Any] = [None] * self.world_size

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import statistics
 import time
 from array import array
@@ -13,6 +14,8 @@ import torch
 from titanlite.errors import TrainingError
 from titanlite.metrics.device import GIB, device_name, peak_flops, peak_memory, reset_peak_memory
 from titanlite.metrics.sinks import Row, Sink, shown_memory
+
+logger = logging.getLogger()
 
 
 @dataclass
@@ -65,11 +68,22 @@ class Recorder:
     def is_due(self, step: int) -> bool:
         return step == 1 or step % self.log_freq == 0 or step == self.last_step
 
-    def log(self, step: int, *, loss: float, max_loss: float, grad_norm: float, lr: float, skipped_steps: int) -> None:
+    def log(
+        self,
+        step: int,
+        *,
+        loss: float,
+        max_loss: float,
+        grad_norm: float,
+        lr: float,
+        skipped_steps: int,
+        skipped_documents: int,
+    ) -> None:
         """Close the window at ``step`` and write its row. Reading ``loss`` has waited for the device.
 
         Args:
             skipped_steps: the number so far. The row of a skipped step can have values that are not finite.
+            skipped_documents: the number of corrupt documents that the data have left out so far.
         """
         elapsed = time.perf_counter() - self._start
         tps = self._tokens / elapsed
@@ -96,7 +110,10 @@ class Recorder:
             "num_alloc_retries": memory.alloc_retries,
             "num_ooms": memory.ooms,
             "skipped_steps": skipped_steps,
+            "skipped_documents": skipped_documents,
         }
+        if skipped_documents > (0 if self.last is None else self.last["skipped_documents"]):
+            logger.info("%d documents are left out so far, because they cannot be read", skipped_documents)
         for sink in self.sinks:
             sink.write(row)
         self.remember(row)

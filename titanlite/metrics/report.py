@@ -85,6 +85,7 @@ def summary(
             "loss": loss,
             **above,
             **({"skipped steps": f"{last['skipped_steps']}"} if last["skipped_steps"] else {}),
+            **({"skipped documents": f"{last['skipped_documents']:,}"} if last["skipped_documents"] else {}),
             **validation,
             "median tps per device": "n/a (a single window)" if tps is None else f"{round(tps):,}",
             "median mfu": "n/a" if mfu is None else f"{mfu:.2f}%",

@@ -228,6 +228,7 @@ _TENSORBOARD_TAGS = {
     "num_alloc_retries": "memory/num_alloc_retries",
     "num_ooms": "memory/num_ooms",
     "skipped_steps": "skipped_steps",
+    "skipped_documents": "skipped_documents",
 }
 
 

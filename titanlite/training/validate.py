@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -91,11 +92,13 @@ def read_validation_data(
         )
     batches = batches[:count]
     tokens, nbytes = _count(batches, tokenizer, mesh, runtime)
+    skipped = runtime.sum(loader.skipped, mesh.degrees.data_parallel)
     name = config.validation.dataset or config.training.dataset
     data = f"{config.validation.held_out_percent}% of the documents of {name}, held out" if holds_out(config) else name
     precision = ", in bfloat16" if config.validation.precision == "bfloat16" else ""
+    left_out = f", without {skipped} documents that cannot be read" if skipped else ""
     every = f"every {counted(config.validation.interval, 'step')}, {count} x {batch_size}{precision}"
-    return ValidationData(batches, tokens, nbytes, f"{every}: {data}")
+    return ValidationData(batches, tokens, nbytes, f"{every}: {data}{left_out}")
 
 
 def _source(training_source: Source, config: JobConfig) -> Source:
@@ -116,16 +119,23 @@ def _source(training_source: Source, config: JobConfig) -> Source:
     )
     if held_out:
         return PartOfSource(source, validation.held_out_percent, held_out=True)
-    shared = {file.resolve() for file in source.files} & {file.resolve() for file in training_source.files}
+    trained_on = {_identity(file) for file in training_source.files}
+    shared = [file for file in source.files if _identity(file) in trained_on]
     if shared:
         raise ConfigError(
             f"{len(shared)} of its {len(source.files)} files are trained on too, for "
-            f"example {min(shared)}; name others, or leave out validation.dataset and validation.dataset_path, which "
+            f"example {shared[0]}; name others, or leave out validation.dataset and validation.dataset_path, which "
             "holds out a part of the training data",
             key="validation.dataset",
             value=name,
         )
     return source
+
+
+def _identity(file: Path) -> tuple[int, int]:
+    """Return what is the same for a file under all its names, links of both kinds included."""
+    status = file.stat()
+    return status.st_dev, status.st_ino
 
 
 @contextmanager

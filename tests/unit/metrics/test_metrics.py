@@ -48,6 +48,7 @@ def row(**values: object) -> Row:
         "num_alloc_retries": 1,
         "num_ooms": 2,
         "skipped_steps": 0,
+        "skipped_documents": 0,
         **values,
     }
 
@@ -255,6 +256,7 @@ TAGS = {
     "memory/num_alloc_retries": "num_alloc_retries",
     "memory/num_ooms": "num_ooms",
     "skipped_steps": "skipped_steps",
+    "skipped_documents": "skipped_documents",
 }
 
 
@@ -340,7 +342,7 @@ def recorder(*sinks: Sink, **options: int) -> Recorder:
 
 
 def log(recorder: Recorder, step: int, loss: float = 1.0) -> Row:
-    recorder.log(step, loss=loss, max_loss=2.0, grad_norm=3.0, lr=4.0, skipped_steps=0)
+    recorder.log(step, loss=loss, max_loss=2.0, grad_norm=3.0, lr=4.0, skipped_steps=0, skipped_documents=0)
     assert recorder.last is not None
     return recorder.last
 

@@ -272,7 +272,7 @@ def test_files_that_are_trained_on_are_refused(trainer: Any, tmp_path: Path) -> 
     with pytest.raises(ConfigError) as error:
         trainer(**training, **{"validation.dataset_path": f"{tmp_path}/corpus/../corpus/a.*"})
     message = 'validation.dataset = "json": 1 of its 1 files are trained on too, for example '
-    assert str(error.value).startswith(f"{message}{tmp_path}/corpus/a.jsonl; name others")
+    assert str(error.value).startswith(f"{message}{tmp_path}/corpus/../corpus/a.jsonl; name others")
 
 
 def test_messages_name_the_options_of_validation(trainer: Any, tmp_path: Path) -> None:

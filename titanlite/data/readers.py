@@ -1,0 +1,150 @@
+"""Files that are read from beginning to end: parquet, compressed text, compressed JSON lines."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import islice, repeat
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any, Protocol
+
+from titanlite.data.cut import pieces
+from titanlite.data.files import is_compressed, open_file
+from titanlite.data.records import (
+    LONGEST_RECORD,
+    Corrupt,
+    decode_text,
+    is_blank,
+    no_field,
+    text_of_line,
+    text_of_record,
+)
+from titanlite.data.spans import array_spans, read_span
+
+if TYPE_CHECKING:
+    from pyarrow.parquet import ParquetFile
+
+_BUFFER = 1 << 20
+_ROWS = 64  # of a parquet file at a time: a few, because a row can be long
+
+
+class Reader(Protocol):
+    """A format of files.
+
+    Attributes:
+        noun: the name of a record, for messages.
+    """
+
+    noun: str
+
+    def count(self, file: Path, at_most: int) -> int:
+        """Return the number of records of ``file``; any number from ``at_most`` on if there are more."""
+        ...
+
+    def records(self, file: Path, first: int) -> Iterator[Any]:
+        """Yield the records of ``file`` from number ``first`` on."""
+        ...
+
+    def text(self, record: Any) -> str:
+        """Return the text of a record; raise :class:`Corrupt` if there is none."""
+        ...
+
+
+class ParquetReader:
+    """Parquet files. Only the column of the text is read, so files may differ in others."""
+
+    noun = "row"
+
+    def __init__(self, text_field: str) -> None:
+        self._field = text_field
+
+    def count(self, file: Path, at_most: int) -> int:
+        with _parquet(file) as table:
+            return 0 if table is None else table.metadata.num_rows
+
+    def records(self, file: Path, first: int) -> Iterator[Any]:
+        with _parquet(file) as table:
+            if table is None:
+                return
+            names = table.schema_arrow.names
+            if names.count(self._field) != 1:
+                twice = f'two columns "{self._field}"'
+                fault = Corrupt(twice if self._field in names else no_field(self._field, names), "no field")
+                yield from repeat(fault, table.metadata.num_rows - first)
+                return
+            group = 0
+            while group < table.num_row_groups and (rows := table.metadata.row_group(group).num_rows) <= first:
+                group, first = group + 1, first - rows
+            groups = range(group, table.num_row_groups)
+            for batch in table.iter_batches(_ROWS, groups, columns=[self._field], use_threads=False):
+                yield from batch.column(self._field)[first:]
+                first = max(0, first - len(batch))
+
+    def text(self, record: Any) -> str:
+        if isinstance(record, Corrupt):
+            raise record
+        try:
+            return text_of_record({self._field: record.as_py()}, self._field)
+        except UnicodeDecodeError as error:
+            raise Corrupt(f"invalid UTF-8 ({error.reason})", "utf-8") from None
+
+
+@contextmanager
+def _parquet(file: Path) -> Iterator[ParquetFile | None]:
+    """Open a parquet file; None for a file without a byte."""
+    import pyarrow  # it comes with `datasets`
+    from pyarrow.parquet import ParquetFile
+
+    if not file.stat().st_size:
+        yield None
+        return
+    with pyarrow.OSFile(str(file)) as stream, ParquetFile(stream, buffer_size=_BUFFER) as table:
+        yield table
+
+
+class LinesReader:
+    """JSON lines, possibly compressed; and JSON arrays that are not."""
+
+    noun = "document"
+
+    def __init__(self, text_field: str) -> None:
+        self._field = text_field
+
+    def count(self, file: Path, at_most: int) -> int:
+        return sum(1 for _ in islice(self.records(file, 0), at_most))
+
+    def records(self, file: Path, first: int) -> Iterator[bytes]:
+        elements = None if is_compressed(file) else array_spans(file)
+        if elements is not None:
+            yield from (read_span(file, int(begin), int(end)) for begin, end in elements[first:])
+            return
+        with open_file(file) as stream:
+            yield from islice((line for line in _lines(stream) if not is_blank(line)), first, None)
+
+    def text(self, record: bytes) -> str:
+        return text_of_line(record, self._field)
+
+
+def _lines(stream: IO[bytes]) -> Iterator[bytes]:
+    """Yield the lines; of a line that is too long, as much as shows that it is."""
+    while line := stream.readline(LONGEST_RECORD + 1):
+        yield line
+        too_long = len(line) > LONGEST_RECORD
+        while too_long and line and not line.endswith(b"\n"):
+            line = stream.readline(_BUFFER)
+
+
+class TextReader:
+    """UTF-8 text, possibly compressed; each piece of a long file (:mod:`titanlite.data.cut`) is a record."""
+
+    noun = "piece"
+
+    def count(self, file: Path, at_most: int) -> int:
+        return sum(1 for _ in islice(self.records(file, 0), at_most))
+
+    def records(self, file: Path, first: int) -> Iterator[bytes]:
+        with open_file(file) as stream:
+            yield from islice(pieces(stream), first, None)
+
+    def text(self, record: bytes) -> str:
+        return decode_text(record)
