@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -84,7 +86,8 @@ def scaled_mm(
     if a.scale is None or b.scale is None:
         return a.data.to(out_dtype) @ b.data.to(out_dtype)
     if emulate:
-        with torch.autocast(a.data.device.type, enabled=False):
+        # (There is no autocast on the meta device.)
+        with nullcontext() if a.data.is_meta else torch.autocast(a.data.device.type, enabled=False):
             return (dequantize(a.data, a.scale) @ dequantize(b.data, b.scale)).to(out_dtype)
     a8, b8 = _padded(a.data), _padded(b.data.t()).t()
     if not a.scale.ndim and not b.scale.ndim:
