@@ -19,8 +19,10 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
     ParallelStyle,
     PrepareModuleInput,
+    RowwiseParallel,
     SequenceParallel,
     parallelize_module,
 )
@@ -132,6 +134,7 @@ class Case:
     output: Placement = Shard(1)  # noqa: RUF009
     shape: tuple[int, ...] = (BATCH, TOKENS, DIM)
     dtensors: bool = False
+    partial: bool = False  # the gradients of parameters are to be summed over the ranks
 
 
 def own(dim: int = 1) -> Plan:
@@ -151,6 +154,48 @@ def without_prepare(plan: Plan) -> Plan:
 def head(**output: Any) -> Plan:
     return {"norm": SequenceParallel(), "output": Float8ColwiseParallel(input_layouts=Shard(1), **output)}
 
+
+def gathered() -> Plan:
+    """torch's own sequence parallelism, with DTensors between the layers."""
+    return {
+        "norm": SequenceParallel(),
+        "ff": PrepareModuleInput(input_layouts=Shard(1), desired_input_layouts=Replicate()),
+        "ff.w1": ColwiseParallel(use_local_output=False),
+        "ff.w3": ColwiseParallel(use_local_output=False),
+        "ff.w2": RowwiseParallel(output_layouts=Shard(1), use_local_output=False),
+    }
+
+
+def gathered_each() -> Plan:
+    return {
+        "norm": SequenceParallel(use_local_output=True),
+        "ff.w1": ColwiseParallel(input_layouts=Shard(1)),
+        "ff.w3": ColwiseParallel(input_layouts=Shard(1)),
+        "ff.w2": RowwiseParallel(output_layouts=Shard(1)),
+    }
+
+
+STOCK = {
+    "torch's": Case(
+        lambda: {"ff.w1": ColwiseParallel(), "ff.w3": ColwiseParallel(), "ff.w2": RowwiseParallel()},
+        input=Replicate(),
+        output=Replicate(),
+    ),
+    "torch's, DTensors": Case(gathered, dtensors=True),
+    "torch's, each": Case(gathered_each),
+    "torch's, head": Case(
+        lambda: {
+            "norm": SequenceParallel(),
+            "output": ColwiseParallel(input_layouts=Shard(1), output_layouts=Replicate()),
+        },
+        model=Head,
+        output=Replicate(),
+    ),
+    "torch's, tokens": Case(
+        lambda: {"norm": SequenceParallel(), "output": SequenceParallel()}, model=Head, dtensors=True, partial=True
+    ),
+}
+"""Cases with the styles of torch.distributed.tensor.parallel."""
 
 CASES = {
     "prepared": Case(prepared),
@@ -181,6 +226,7 @@ CASES = {
         output=Replicate(),
         dtensors=True,
     ),
+    **STOCK,
 }
 
 
@@ -253,7 +299,7 @@ def forward_backward(
             assert isinstance(param, DTensor)
             # What a rank holds of the gradient is what the optimizer takes it to be. (Of a norm's weight, torch's
             # SequenceParallel leaves the sum to FSDP2.)
-            if "norm" not in name and g.placements != param.placements:
+            if "norm" not in name and not case.partial and g.placements != param.placements:
                 raise ValueError(f"gradient of {name}: {g.placements}, the parameter: {param.placements}")
             g = g.full_tensor()
         results[name] = g
@@ -461,12 +507,12 @@ def four(recipe: str, mode: str, traffic: Traffic, meshes: tuple[DeviceMesh, Dev
     """A few steps of Adam of two blocks.
 
     Args:
-        mode: "one" process; float8 all-gather "off" or "on"; or "compiled", which is on.
+        mode: "one" process; float8 all-gather "off" or "on"; "compiled", which is on; or with torch's styles.
         meshes: of all processes, and of this one.
     """
     mesh, alone = meshes
     tp = mesh["tp"]  # one object for both blocks, for compiled code to be shared
-    one, gather = mode == "one", mode in ("on", "compiled")
+    one, gather = mode == "one", mode in ("on", "compiled", "torch's, on")
     torch.manual_seed(0)
     initial = nn.Sequential(Block(), Block()).state_dict()
     elements = linear_elements(nn.Sequential(Block(), Block()))
@@ -478,7 +524,7 @@ def four(recipe: str, mode: str, traffic: Traffic, meshes: tuple[DeviceMesh, Dev
     dp, policy = alone if one else mesh["dp"], MixedPrecisionPolicy(torch.bfloat16, torch.float32)
     for block in model:
         if not one:
-            parallelize_module(block, tp, prepared())
+            parallelize_module(block, tp, gathered_each() if mode.startswith("torch's") else prepared())
         if mode == "compiled":
             block.forward = torch.compile(block.forward, fullgraph=True, backend=counter)  # type: ignore[method-assign]
         fully_shard(block, mesh=dp, mp_policy=policy)
@@ -561,7 +607,7 @@ def four_processes() -> dict[str, Any]:
     return {
         f"{recipe}/{mode}": four(recipe, mode, moved, (mesh, alone))
         for recipe in RECIPES
-        for mode in ("one", "off", "on", "compiled")
+        for mode in ("one", "off", "on", "torch's, off", "torch's, on", "compiled")
         if mode != "compiled" or recipe == "rowwise"  # the others are compiled on 2 processes
     }
 

@@ -24,35 +24,19 @@ from titanlite.float8 import (
     convert_to_float8_training,
     precompute_float8_dynamic_scale_for_fsdp,
     sync_float8_amax_and_scale_history,
-    why_not_convertible,
 )
+from titanlite.float8.float8_linear_utils import too_small
+from titanlite.quant.convertible import name_matches
 from titanlite.quant.float8 import kernels
 from titanlite.quant.float8.devices import architecture, has_native_float8, native_dtypes, why_not
 from titanlite.quant.float8.format import Kernels
 from titanlite.quant.float8.kernels.choose import measure
+from titanlite.quant.linear import reasons_in
 from titanlite.registry import nearest
 
 logger = logging.getLogger()
 
 AUTO_FILTER = "auto_filter_small_kn"
-
-
-def too_small(recipe: str, k: int, n: int) -> bool:
-    """Return whether a layer of ``k`` input and ``n`` output features is expected to be slower in float8 on an H100.
-
-    For tensorwise and rowwise these are the thresholds of torchao's automatic filter, from its H100 benchmarks
-    (torchao/float8/README.md, "Performance"). They leave out rowwise_with_gw_hp, for which those of rowwise are used:
-    it gains in two matmuls instead of three, but casts one copy of each operand instead of two, the cheaper one. By a
-    count of bytes and FLOPs it breaks even no later (docs/internals/float8-small-layers.md).
-    """
-    if recipe == "tensorwise":
-        return k <= 4096 and n <= 1024
-    return n <= 2048 or k <= 1024 or (n <= 4096 and k <= 2048)
-
-
-def matches(entry: str, name: str) -> bool:
-    """Return whether the dotted ``name`` contains ``entry`` as whole components."""
-    return f".{entry}." in f".{name}."
 
 
 def library_config(config: JobConfig, emulate: bool) -> Float8LinearConfig:
@@ -118,7 +102,7 @@ class Float8Converter:
     def convert(self, model: nn.Module) -> str:
         linears = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
         for entry in self.filters:
-            if not any(matches(entry, name) for name in linears):
+            if not any(name_matches(entry, name) for name in linears):
                 raise ConfigError(
                     "matches no linear layer"
                     f"{nearest(entry, {*linears, *(name.split('.')[-1] for name in linears)})}; an entry is a whole "
@@ -126,7 +110,12 @@ class Float8Converter:
                     key="float8.filter_fqns",
                     value=entry,
                 )
-        kept = {name: reason for name, linear in linears.items() if (reason := self._why_kept(name, linear))}
+        not_convertible = reasons_in(model, self.config.format)
+        kept = {
+            name: reason
+            for name, linear in linears.items()
+            if (reason := self._why_kept(name, linear, not_convertible.get(name)))
+        }
         if len(kept) == len(linears):
             raise ConfigError(
                 "there is nothing to convert\n" + "\n".join(f"    {name}: {reason}" for name, reason in kept.items()),
@@ -145,13 +134,13 @@ class Float8Converter:
         emulated = ", emulated" if self.config.emulate else ""
         return f"{self.recipe}{emulated}, {len(linears) - len(kept)} of {len(linears)} linear layers"
 
-    def _why_kept(self, name: str, linear: nn.Linear) -> str | None:
+    def _why_kept(self, name: str, linear: nn.Linear, not_convertible: str | None) -> str | None:
         """Return why a layer stays in high precision; None if it is converted."""
-        matching = next((entry for entry in self.filters if matches(entry, name)), None)
+        matching = next((entry for entry in self.filters if name_matches(entry, name)), None)
         if matching is not None:
             return f"filter_fqns: {matching}"
-        if reason := why_not_convertible(linear):
-            return reason
+        if not_convertible:
+            return not_convertible
         if self.filter_small and too_small(self.recipe, linear.in_features, linear.out_features):
             return AUTO_FILTER
         return None

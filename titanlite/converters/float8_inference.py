@@ -18,9 +18,10 @@ from titanlite.float8.inference import (
     PerRow,
     QuantizationConfig,
     calibrate,
-    from_quantized,
     quantize_,
 )
+from titanlite.float8.inference_config import InputCast
+from titanlite.float8.inference_linear import from_quantized
 from titanlite.quant.float8.numerics import amax_of, amax_to_scale, quantize
 
 Record = Mapping[str, Tensor] | None
@@ -43,7 +44,7 @@ def _restore(layer: nn.Linear, stored: Quantized, casts_input: bool) -> None:
         stored.weight,
         weight_scale if weight_scale.ndim == 2 else weight_scale.reshape(()),
         None if stored.input_scale is None else stored.input_scale.float().reciprocal().reshape(()),
-        casts_input=casts_input,
+        input_cast=InputCast(DTYPE) if casts_input else None,
     )
 
 

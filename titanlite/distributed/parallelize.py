@@ -29,6 +29,8 @@ from titanlite.distributed.tensor_parallel import (
 )
 from titanlite.errors import ConfigError
 from titanlite.models.layers import AttentionSlot, FeedForward, Layout, causal_attention
+from titanlite.quant.linear import quant_layers
+from titanlite.quant.reuse import share_first_input
 from titanlite.quant.swiglu import swiglu_linear
 
 
@@ -37,6 +39,10 @@ def parallelize(model: nn.Module, layout: Layout, mesh: Mesh, config: JobConfig)
     if mesh.tp.size() > 1:
         apply_tensor_parallel(model, layout, mesh, config.parallelism)
     blocks: nn.ModuleDict = getattr(model, layout.blocks)
+    if quant_layers(model):
+        for block in blocks.values():
+            for part in layout.parts:
+                share_first_input(block.get_submodule(part))
     rotate_method = config.parallelism.context_parallel_rotate_method
     _fill_slots(model, blocks, mesh, rotate_method, config.training.mixed_precision_param)
     _checkpoint_and_compile(blocks, mesh, config.activation_checkpoint, config.compile_options("model"))

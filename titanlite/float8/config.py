@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass, field, fields, replace
+import logging
+from dataclasses import InitVar, dataclass, field, fields, replace
 from functools import cached_property
 from typing import Any, NoReturn, get_args
 
@@ -21,7 +22,13 @@ __all__ = [
     "Float8LinearRecipeName",
     "ScalingGranularity",
     "ScalingType",
+    "e4m3_dtype",
+    "e5m2_dtype",
 ]
+
+logger = logging.getLogger("titanlite.float8")
+
+e4m3_dtype, e5m2_dtype = default_dtypes()
 
 
 def _refuse(message: str) -> NoReturn:
@@ -73,12 +80,11 @@ class Float8LinearRecipeName(enum.Enum):
     """Like rowwise, but grad_weight is computed in high precision, and the weight in grad_input has one scale."""
 
 
-_E4M3, _E5M2 = default_dtypes()
 # (operand, the cast for its first matmul, the cast for its second matmul, default dtype)
 _OPERANDS = (
-    ("input", "cast_config_input", "cast_config_input_for_grad_weight", _E4M3),
-    ("weight", "cast_config_weight", "cast_config_weight_for_grad_input", _E4M3),
-    ("grad_output", "cast_config_grad_output", "cast_config_grad_output_for_grad_weight", _E5M2),
+    ("input", "cast_config_input", "cast_config_input_for_grad_weight", e4m3_dtype),
+    ("weight", "cast_config_weight", "cast_config_weight_for_grad_input", e4m3_dtype),
+    ("grad_output", "cast_config_grad_output", "cast_config_grad_output_for_grad_weight", e5m2_dtype),
 )
 _MATMULS = (
     ("output", "cast_config_input", "cast_config_weight"),
@@ -111,6 +117,7 @@ class Float8LinearConfig:
             same bits, except where the compiler divides less exactly than IEEE.
         target: the architecture to compute for, such as "sm_90", in an estimate without that device; None: the
             device's own.
+        enable_amax_init, enable_pre_and_post_forward: options of old versions of torchao, accepted without effect.
 
     Raises:
         ValueError: an invalid combination; the message names the fields, the rule and the fix.
@@ -133,8 +140,14 @@ class Float8LinearConfig:
     delayed_scaling_config: DelayedScalingConfig = field(default_factory=DelayedScalingConfig)
     kernels: Kernels = "auto"
     target: str | None = None
+    enable_amax_init: InitVar[bool | None] = None
+    enable_pre_and_post_forward: InitVar[bool | None] = None
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, enable_amax_init: bool | None, enable_pre_and_post_forward: bool | None) -> None:
+        old = {"enable_amax_init": enable_amax_init, "enable_pre_and_post_forward": enable_pre_and_post_forward}
+        for name, value in old.items():
+            if value is not None:
+                logger.warning("Float8LinearConfig(%s=%s) has no effect: torchao removed the option", name, value)
         for operand, first_name, second_name, default in _OPERANDS:
             first = getattr(self, first_name)
             second = getattr(self, second_name) or first
@@ -225,11 +238,11 @@ class Float8LinearConfig:
             recipe_name = Float8LinearRecipeName(recipe_name)
         if recipe_name is Float8LinearRecipeName.TENSORWISE:
             return Float8LinearConfig()
-        row = CastConfig(scaling_granularity=ScalingGranularity.AXISWISE, target_dtype=_E4M3)
+        row = CastConfig(scaling_granularity=ScalingGranularity.AXISWISE, target_dtype=e4m3_dtype)
         rowwise: dict[str, Any] = {f"cast_config_{operand}": row for operand, *_ in _OPERANDS}
         if recipe_name is Float8LinearRecipeName.ROWWISE_WITH_GW_HP:
             disabled = CastConfig(scaling_type=ScalingType.DISABLED)
-            rowwise["cast_config_weight_for_grad_input"] = CastConfig(target_dtype=_E4M3)
+            rowwise["cast_config_weight_for_grad_input"] = CastConfig(target_dtype=e4m3_dtype)
             rowwise["cast_config_input_for_grad_weight"] = disabled
             rowwise["cast_config_grad_output_for_grad_weight"] = disabled
         return Float8LinearConfig(**rowwise, round_scales_to_power_of_2=True)

@@ -9,224 +9,48 @@ multiplier ``fp8_max / max(amax, EPS)``, and the dtype is the machine's e4m3.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from titanlite.float8.float8_linear import Float8Linear
-from titanlite.quant.autograd import refuse_double_backward
-from titanlite.quant.float8.devices import default_dtypes, has_native_float8
-from titanlite.quant.float8.matmul import scaled_mm
-from titanlite.quant.float8.numerics import amax_of, amax_to_scale, dequantize, quantize
-from titanlite.quant.format import Operand
+from titanlite.float8.inference_config import (
+    Float8DynamicActivationFloat8WeightConfig,
+    Float8MMConfig,
+    Float8StaticActivationFloat8WeightConfig,
+    Float8WeightOnlyConfig,
+    QuantizationConfig,
+    input_cast_of,
+)
+from titanlite.float8.inference_linear import HIGH_PRECISION, Float8InferenceLinear, from_quantized
+from titanlite.float8.types import FP8Granularity, PerRow, PerTensor
+from titanlite.quant.convertible import why_not_changeable
+from titanlite.quant.float8.numerics import amax_of, amax_to_scale, quantize
+
+__all__ = [
+    "FP8Granularity",
+    "Float8DynamicActivationFloat8WeightConfig",
+    "Float8InferenceLinear",
+    "Float8MMConfig",
+    "Float8StaticActivationFloat8WeightConfig",
+    "Float8WeightOnlyConfig",
+    "PerRow",
+    "PerTensor",
+    "QuantizationConfig",
+    "QuantizationReport",
+    "calibrate",
+    "quantize_",
+]
 
 logger = logging.getLogger("titanlite.float8")
 
-_HIGH_PRECISION = (torch.bfloat16, torch.float16, torch.float32)
 _WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module")  # torch.compile's and activation checkpointing's
 _READ_WEIGHTS_DIRECTLY = (nn.MultiheadAttention, nn.TransformerEncoderLayer)  # fused kernels, which read the tensors
-
-# ---- configuration
-
-
-@dataclass(frozen=True)
-class PerTensor:
-    """One scale for the tensor."""
-
-
-@dataclass(frozen=True)
-class PerRow:
-    """One scale for each row: each output feature of a weight, each token of an activation."""
-
-
-Granularity: TypeAlias = PerTensor | PerRow
-
-
-@dataclass(frozen=True)
-class Float8DynamicActivationFloat8WeightConfig:
-    """A configuration for float8 matmuls with activations scaled by the amax of the batch (PerTensor) or of each token
-    (PerRow).
-
-    Args:
-        granularity: of activation and weight; or, as in torchao, a pair of two equal ones.
-
-    Raises:
-        ValueError: any other granularity.
-    """
-
-    granularity: Granularity | tuple[Granularity, Granularity] = PerTensor()
-
-    def __post_init__(self) -> None:
-        pair = self.granularity
-        if isinstance(pair, (tuple, list)) and len(pair) == 2 and pair[0] == pair[1]:
-            object.__setattr__(self, "granularity", pair[0])
-        _check_granularity(self, ", or a pair (activation, weight) of equal ones")
-
-
-@dataclass(frozen=True)
-class Float8WeightOnlyConfig:
-    """A configuration that saves memory: weights in float8, dequantized to the input's dtype for each matmul.
-
-    Args:
-        granularity: of the weight.
-
-    Raises:
-        ValueError: any other granularity.
-    """
-
-    granularity: Granularity = PerRow()
-
-    def __post_init__(self) -> None:
-        _check_granularity(self)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Float8StaticActivationFloat8WeightConfig:
-    """A configuration for float8 matmuls with activations scaled by a constant, which saves the pass for their amax.
-
-    Larger inputs than ``activation_amax`` are clamped to it. Measure it with :func:`calibrate`, on data like those of
-    inference.
-
-    Args:
-        activation_amax: the largest magnitude of a layer's input: one for all layers, or by fully qualified name. The
-            scale is ``fp8_max / activation_amax``; torchao's ``act_quant_scale`` is ``activation_amax / fp8_max``.
-        granularity: of the weight.
-
-    Raises:
-        ValueError: an amax that is not positive and finite, an empty mapping, or any other granularity.
-    """
-
-    activation_amax: float | Tensor | Mapping[str, float | Tensor]
-    granularity: Granularity = PerTensor()
-
-    def __post_init__(self) -> None:
-        _check_granularity(self)
-        amax: Any = self.activation_amax
-        if isinstance(amax, Mapping):
-            if not amax:
-                raise ValueError("activation_amax={}: names no layer; run batches through the model under calibrate()")
-            amax = {fqn: _positive(value, f"activation_amax of {fqn!r}: ") for fqn, value in amax.items()}
-        else:
-            amax = _positive(amax, "activation_amax=")
-        object.__setattr__(self, "activation_amax", amax)
-
-
-QuantizationConfig: TypeAlias = (
-    Float8DynamicActivationFloat8WeightConfig | Float8WeightOnlyConfig | Float8StaticActivationFloat8WeightConfig
-)
-
-
-def _check_granularity(config: QuantizationConfig, alternative: str = "") -> None:
-    if not isinstance(config.granularity, (PerTensor, PerRow)):
-        value = f"{type(config).__name__}(granularity={config.granularity!r})"
-        raise ValueError(f"{value}: must be titanlite.float8's PerTensor() or PerRow(){alternative}")
-
-
-def _positive(value: Any, name: str) -> float:
-    try:
-        number = float(value)
-    except (TypeError, ValueError, RuntimeError):  # RuntimeError: a tensor of several elements
-        number = float("nan")
-    if not 0 < number < float("inf"):
-        raise ValueError(f"{name}{value!r}: must be one positive finite number; calibrate() measures it")
-    return number
-
-
-def _amax_for(config: QuantizationConfig, fqn: str) -> float | None:
-    amax: Any = getattr(config, "activation_amax", None)
-    return amax.get(fqn) if isinstance(amax, dict) else amax
-
-
-# ---- the layer
-
-
-class _Matmul(torch.autograd.Function):
-    """The matmul ``x @ weight.T`` in float8. Its gradient treats quantization as the identity, as training does."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, weight_scale: Tensor, x_scale: Tensor | None, emulate: bool
-    ) -> Tensor:
-        ctx.save_for_backward(weight, weight_scale)
-        if x_scale is None:
-            x_scale = amax_to_scale(amax_of(x, 1 if weight_scale.ndim else None), weight.dtype)
-        else:
-            x = x.masked_fill(x.isinf(), float("nan"))  # a clamped infinity would be a plausible number
-        a = Operand(quantize(x, x_scale, weight.dtype), x_scale)
-        b = Operand(weight, weight_scale).t()
-        return scaled_mm(a, b, out_dtype=x.dtype, fast_accum=True, emulate=emulate)
-
-    @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        if not torch.compiler.is_compiling():
-            refuse_double_backward("float8")
-        return grad_output @ dequantize(*ctx.saved_tensors).to(grad_output.dtype), None, None, None, None
-
-
-class Float8InferenceLinear(nn.Linear):
-    """A linear layer with a float8 weight, as :func:`quantize_` makes it.
-
-    It has no attribute ``weight``, so that nothing can use the float8 numbers without their scale. Its state dict holds
-    plain tensors: an unchanged ``bias``, and these buffers, which keep their dtypes under ``.to(dtype)``:
-
-        weight_float8: (out_features, in_features), float8 e4m3.
-        weight_scale: float32 multiplier, () or (out_features, 1).
-        input_scale: float32 multiplier, (); only with static scaling.
-    """
-
-    weight_float8: Tensor
-    weight_scale: Tensor
-    input_scale: Tensor | None
-    casts_input: bool
-
-    def forward(self, input: Tensor) -> Tensor:
-        """Map ``input`` [..., in_features] of bfloat16, float16 or float32 to [..., out_features] in the same dtype (in
-        autocast's, if that is enabled).
-
-        A NaN or infinity in the input gives NaN for all values with the same scale: the row, or the whole output. The
-        input's gradient uses the dequantized weight, and treats quantization as the identity.
-
-        Raises:
-            TypeError: the input has another dtype.
-            ValueError: the input has another number of features.
-        """
-        if torch.is_autocast_enabled(input.device.type):
-            input = input.to(torch.get_autocast_dtype(input.device.type))
-        if input.dtype not in _HIGH_PRECISION:
-            raise TypeError(f"input of {input.dtype}: must be bfloat16, float16 or float32")
-        if input.shape[-1:] != (self.in_features,):
-            raise ValueError(f"input of shape {tuple(input.shape)}: the last dimension must be {self.in_features}")
-        bias = None if self.bias is None else self.bias.to(input.dtype)
-        if not self.casts_input or input.numel() == 0:  # an empty input has no amax
-            return F.linear(input, dequantize(self.weight_float8, self.weight_scale).to(input.dtype), bias)
-        rows, emulate = input.reshape(-1, self.in_features), not has_native_float8(input.device)
-        out: Tensor = _Matmul.apply(rows, self.weight_float8, self.weight_scale, self.input_scale, emulate)
-        out = out.view(*input.shape[:-1], self.out_features)
-        return out if bias is None else out + bias
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        # .to(dtype) is for the bias only: the buffers keep their dtypes.
-        buffers = [self.weight_float8, self.weight_scale, self.input_scale]
-
-        def keep_dtype(t: Tensor) -> Tensor:
-            moved = fn(t)
-            return t.to(moved.device) if moved.dtype != t.dtype and any(t is b for b in buffers) else moved
-
-        return super()._apply(keep_dtype, recurse)
-
-    def extra_repr(self) -> str:
-        granularity = PerRow() if self.weight_scale.ndim else PerTensor()
-        input = "static" if self.input_scale is not None else "dynamic" if self.casts_input else "not cast"
-        return f"{super().extra_repr()}, weight={self.weight_float8.dtype} {granularity}, input={input}"
-
-
-# ---- conversion
 
 
 @dataclass(frozen=True)
@@ -246,6 +70,7 @@ def quantize_(
     model: nn.Module,
     config: QuantizationConfig,
     filter_fn: Callable[[nn.Module, str], bool] | None = None,
+    device: torch.device | str | int | None = None,
     *,
     strict: bool = False,
 ) -> QuantizationReport:
@@ -257,6 +82,7 @@ def quantize_(
 
     Args:
         filter_fn: called as ``filter_fn(layer, name)`` for every linear layer; None takes all.
+        device: move the model there; each layer is quantized there after its weight is moved.
         strict: raise if a chosen layer cannot be quantized, instead of leaving it in high precision.
 
     Raises:
@@ -294,7 +120,9 @@ def quantize_(
     for fqn, module in quantized.items():
         tied.setdefault(id(module.weight), {})[fqn] = module
     for group in tied.values():  # each weight is freed before the next is quantized
-        _swap(group, config)
+        _swap(group, config, device)
+    if device is not None:
+        model.to(device)
     done = f"quantized {len(quantized)} of {len(linears)} linear layers to float8 ({config.granularity} weights)"
     logger.log(logging.WARNING if left_out else logging.INFO, f"{done}{'; not ' if left_out else ''}{summary}")
     return QuantizationReport(tuple(quantized), left_out)
@@ -309,19 +137,16 @@ def _linears(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
 def _why_not(module: nn.Linear, reader: str | None, config: QuantizationConfig, fqn: str) -> str | None:
     """Return why ``module`` cannot be quantized; None if it can. ``reader`` is the type of a parent that reads its
     weight without calling it."""
-    weight = module._parameters.get("weight")
     if reader:
         return f"{reader} reads its weight directly"
-    if weight is None:
-        return "its weight is computed from other tensors (a parametrization, weight norm, pruning)"
-    if type(weight) is not nn.Parameter:
+    if reason := why_not_changeable(module, Float8Linear if isinstance(module, Float8Linear) else nn.Linear):
+        return reason
+    weight = module.weight
+    if type(weight) is not nn.Parameter or (isinstance(module, Float8Linear) and module.sharding is not None):
         return f"its weight is a {type(weight).__name__}, not a plain tensor"
-    sharded = isinstance(module, Float8Linear) and module.sharding is not None
-    if type(module) not in (nn.Linear, Float8Linear) or sharded or "forward" in vars(module):
-        return f"is a {type(module).__name__} with a forward of its own"
     if weight.is_meta:
         return "its weight is on the meta device"
-    if weight.dtype not in _HIGH_PRECISION:
+    if weight.dtype not in HIGH_PRECISION:
         return f"its weight is {weight.dtype}, not bfloat16, float16 or float32"
     sizes = f"{module.in_features} -> {module.out_features} features"
     if not weight.numel():
@@ -333,39 +158,23 @@ def _why_not(module: nn.Linear, reader: str | None, config: QuantizationConfig, 
     return None
 
 
-def _swap(tied: dict[str, nn.Linear], config: QuantizationConfig) -> None:
-    """Quantize the layers ``tied``, by name, which share one weight."""
-    dtype = default_dtypes()[0]
+def _amax_for(config: QuantizationConfig, fqn: str) -> float | None:
+    amax: Any = getattr(config, "activation_amax", None)
+    return amax.get(fqn) if isinstance(amax, dict) else amax
+
+
+def _swap(tied: dict[str, nn.Linear], config: QuantizationConfig, device: Any) -> None:
+    """Quantize the layers ``tied``, by name, which share one weight, on ``device``, or where they are."""
+    dtype = config.weight_dtype
     weight = next(iter(tied.values())).weight.detach()
+    if device is not None:
+        weight = weight.to(device)
     scale = amax_to_scale(amax_of(weight, 1 if isinstance(config.granularity, PerRow) else None), dtype)
-    data = quantize(weight, scale, dtype)
+    data, cast = quantize(weight, scale, dtype), input_cast_of(config)
     for fqn, module in tied.items():
         amax = _amax_for(config, fqn)
-        input_scale = None if amax is None else amax_to_scale(scale.new_tensor(amax), dtype)
-        from_quantized(module, data, scale, input_scale, casts_input=not isinstance(config, Float8WeightOnlyConfig))
-
-
-def from_quantized(
-    module: nn.Linear, weight: Tensor, weight_scale: Tensor, input_scale: Tensor | None, *, casts_input: bool
-) -> Float8InferenceLinear:
-    """Turn ``module`` itself into a :class:`Float8InferenceLinear` with an already quantized weight, and return it.
-
-    Args:
-        weight: (out_features, in_features), float8 e4m3.
-        weight_scale: float32 multiplier, () or (out_features, 1).
-        input_scale: float32 multiplier, (), of a static cast of the input; None: a dynamic cast, or none.
-        casts_input: multiply in float8; False: dequantize the weight, and multiply in the input's dtype.
-    """
-    if isinstance(module, Float8Linear):  # remove the state of training
-        module.to_linear()
-    module.__class__ = Float8InferenceLinear
-    assert isinstance(module, Float8InferenceLinear)
-    del module.weight
-    module.register_buffer("weight_float8", weight)
-    module.register_buffer("weight_scale", weight_scale)
-    module.register_buffer("input_scale", input_scale)
-    module.casts_input = casts_input
-    return module
+        input_scale = None if amax is None or cast is None else amax_to_scale(scale.new_tensor(amax), cast.dtype)
+        from_quantized(module, data, scale, input_scale, input_cast=cast)
 
 
 @contextmanager

@@ -7,8 +7,15 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from titanlite.quant.format import Format, Operand
-from titanlite.quant.operands import CastsOperands, cast_grad_output, weight_for_grad_input
+from titanlite.quant.agreement import ALONE, Agreement, Shards
+from titanlite.quant.format import WEIGHT_FOR_GRAD_INPUT, Format, Operand
+from titanlite.quant.operands import (
+    CastsOperands,
+    cast_grad_output,
+    uses_of,
+    weight_for_grad_input,
+    weight_is_cast,
+)
 
 
 class Ranks(Protocol):
@@ -44,33 +51,40 @@ class QuantMatmul(torch.autograd.Function):
         w_scale: Tensor | None,
         saved_data: Tensor | None,
         saved_scale: Tensor | None,
+        weight_amax: Tensor | None,
         layer: CastsOperands,
         format: Format,
         ranks: Ranks | None,
+        shards: Shards | None,
     ) -> Tensor:
         if saved_data is None:
             saved_data, saved_scale = x_data, x_scale
+        # The amax of the whole weight, that ranks agreed on, serves the other cast of the weight too.
+        amax = None if weight_amax is None or weight_amax.ndim else weight_amax
         if weight.requires_grad:
-            ctx.save_for_backward(weight, saved_data, saved_scale)
+            ctx.save_for_backward(weight, amax, saved_data, saved_scale)
         else:
-            ctx.save_for_backward(weight)
-        ctx.ranks = ranks
+            ctx.save_for_backward(weight, amax)
+        ctx.ranks, ctx.shards = ranks, shards
         _save(ctx, layer, format, x)
         out = _output(ctx, Operand(x_data, x_scale), Operand(w_data, w_scale))
         return out if ranks is None else ranks.sum(out)
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        weight, *saved = ctx.saved_tensors
+        weight, amax, *saved = ctx.saved_tensors
         _begin_backward(ctx)
         grad_input = grad_weight = None
         whole = grad_output if ctx.ranks is None else ctx.ranks.whole(grad_output)
-        g_for_input, g_for_weight = cast_grad_output(ctx.layer, whole, ctx.format, ctx.needs_input_grad[1])
+        agreement = _agree(ctx, whole, weight, amax)
+        learns = ctx.needs_input_grad[1]
+        g_for_input, g_for_weight = cast_grad_output(ctx.layer, whole, ctx.format, learns, agreement)
         if ctx.needs_input_grad[0]:
-            grad_input = _grad_input(ctx, g_for_input, weight).view(ctx.shape)
-        if ctx.needs_input_grad[1]:
+            amax = agreement.get(WEIGHT_FOR_GRAD_INPUT) if amax is None else amax
+            grad_input = _grad_input(ctx, g_for_input, weight, amax).view(ctx.shape)
+        if learns:
             grad_weight = _grad_weight(ctx, g_for_weight, Operand(*saved))
-        return grad_input, grad_weight, *[None] * 9
+        return grad_input, grad_weight, *[None] * 11
 
 
 class QuantSwiGLUMatmul(torch.autograd.Function):
@@ -119,7 +133,7 @@ class QuantSwiGLUMatmul(torch.autograd.Function):
 
 def _save(ctx: Any, layer: CastsOperands, format: Format, x: Tensor) -> None:
     """Store on ``ctx`` what the backward needs beside the saved tensors."""
-    ctx.source = None if torch.compiler.is_compiling() else layer.weight
+    ctx.source = layer.kept_source()
     ctx.layer, ctx.format, ctx.shape, ctx.dtype = layer, format, x.shape, x.dtype
 
 
@@ -144,8 +158,22 @@ def refuse_double_backward(format_name: str) -> None:
         )
 
 
-def _grad_input(ctx: Any, grad_output: Operand, weight: Tensor) -> Tensor:
-    w = weight_for_grad_input(ctx.layer, weight, ctx.source, ctx.format)
+def _agree(ctx: Any, grad_output: Tensor | Operand, weight: Tensor, amax: Tensor | None) -> Agreement:
+    """Begin to agree with the other ranks on the amaxes of the operands of backward. ``amax`` is that of the weight, if
+    forward has it."""
+    if ctx.shards is None:
+        return ALONE
+    casts = []
+    if isinstance(grad_output, Tensor):
+        casts.append((grad_output, uses_of("grad_output", ctx.needs_input_grad[1])))
+    needs_weight = ctx.needs_input_grad[0] and amax is None
+    if needs_weight and not weight_is_cast(ctx.layer, weight, ctx.source, ctx.format, for_output=False):
+        casts.append((weight, (WEIGHT_FOR_GRAD_INPUT,)))
+    return Agreement(ctx.shards, ctx.format, casts)
+
+
+def _grad_input(ctx: Any, grad_output: Operand, weight: Tensor, amax: Tensor | None = None) -> Tensor:
+    w = weight_for_grad_input(ctx.layer, weight, ctx.source, ctx.format, amax)
     return ctx.format.multiply(grad_output, w, "grad_input", ctx.dtype)  # type: ignore[no-any-return]
 
 

@@ -12,8 +12,8 @@ dimension that a matmul sums over is called contracted; a cast for the matmul ha
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Hashable
-from typing import Any, Literal, NamedTuple
+from collections.abc import Hashable, Iterable
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +31,7 @@ class Use(NamedTuple):
 
 
 WEIGHT, WEIGHT_FOR_GRAD_INPUT = Use("weight", 1), Use("weight", 0)
+Amaxes: TypeAlias = tuple[Tensor | None, Tensor | None]
 
 
 class Operand(NamedTuple):
@@ -79,25 +80,28 @@ class Format(ABC):
     # ---- casts
 
     @abstractmethod
-    def cast(self, x: Tensor, use: Use, scale: Tensor | None = None) -> Operand:
+    def cast(self, x: Tensor, use: Use, scale: Tensor | None = None, amax: Tensor | None = None) -> Operand:
         """Cast ``x`` for one matmul.
 
         Args:
             x: 2-D, in high precision.
-            scale: from :meth:`scale_from_state`; None computes it from ``x``.
+            scale: from :meth:`scale_from_state`; None computes it from the amaxes.
+            amax: the amaxes, as of :meth:`amaxes`, that ranks agreed on; None: those of ``x``.
         """
 
     @abstractmethod
     def one_cast_serves_both(self, x: Tensor, operand: OperandName, scale: Tensor | None = None) -> bool:
         """Return whether one cast serves both matmuls of the operand."""
 
-    def cast_both(self, x: Tensor, operand: OperandName, scale: Tensor | None = None) -> tuple[Operand, Operand]:
+    def cast_both(
+        self, x: Tensor, operand: OperandName, scale: Tensor | None = None, amaxes: Amaxes = (None, None)
+    ) -> tuple[Operand, Operand]:
         """Cast ``x`` for the matmul that contracts its features, and for the one that contracts its rows. The two are
-        the same object where one cast serves both."""
-        by_features = self.cast(x, Use(operand, 1), scale)
+        the same object where one cast serves both. ``amaxes`` are those of the two casts."""
+        by_features = self.cast(x, Use(operand, 1), scale, amaxes[0])
         if self.one_cast_serves_both(x, operand, scale):
             return by_features, by_features
-        return by_features, self.cast(x, Use(operand, 0), scale)
+        return by_features, self.cast(x, Use(operand, 0), scale, amaxes[1])
 
     @abstractmethod
     def recast(self, arrived: Operand, operand: OperandName) -> Operand:
@@ -129,6 +133,15 @@ class Format(ABC):
     def amax(self, x: Tensor, operand: OperandName) -> Tensor:
         """Return the amaxes for the scales of ``x``, float32: (), which the ranks that share the tensor have to
         all-reduce, or (..., 1) for scales of rows, each of which is whole on its rank."""
+
+    def agrees(self, use: Use, sharded: int) -> bool:
+        """Return whether ranks have to agree on the amaxes of a cast if each has a part of the operand, split along
+        dimension ``sharded``. Otherwise the scales of the parts give the same numbers."""
+        return False
+
+    def amaxes(self, x: Tensor, uses: Iterable[Use]) -> dict[Use, Tensor]:
+        """Return the amaxes of casts of ``x``, 2-D: float32, (), or with size 1 along the contracted dimension."""
+        raise NotImplementedError
 
     @abstractmethod
     def quantize(self, x: Tensor, amax: Tensor, operand: OperandName) -> Operand:

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard
 from torch.utils._pytree import tree_map_only
 
 from titanlite.quant.format import Format, Operand
@@ -56,17 +56,26 @@ class ShardedWeight(Tensor):
     Args:
         shard: the plain tensor, (rows, columns).
         format: the format of the layer.
+        writes: the number of writes to the memory of ``shard``.
+        tensor_parallel: the mesh over which tensor parallelism shards the weight, if any.
     """
 
     shard: Tensor
     format: Format
     writes: _Writes
+    tensor_parallel: DeviceMesh | None
     sharded_over: DeviceMesh | None  # set when FSDP2 first gathers
     _amax: tuple[Any, Tensor] | None
     _quantized: tuple[Any, Operand] | None
 
     @staticmethod
-    def __new__(cls, shard: Tensor, format: Format, writes: _Writes | None = None) -> ShardedWeight:
+    def __new__(
+        cls,
+        shard: Tensor,
+        format: Format,
+        writes: _Writes | None = None,
+        tensor_parallel: DeviceMesh | None = None,
+    ) -> ShardedWeight:
         self = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
             cls,
             shard.shape,
@@ -76,16 +85,17 @@ class ShardedWeight(Tensor):
             device=shard.device,
         )
         self.shard, self.format, self.writes = shard, format, writes or _Writes()
-        self.sharded_over = None
+        self.tensor_parallel, self.sharded_over = tensor_parallel, None
         self._amax = self._quantized = None
         return self  # type: ignore[no-any-return]
 
-    def __tensor_flatten__(self) -> tuple[list[str], Format]:
-        return ["shard"], self.format
+    def __tensor_flatten__(self) -> tuple[list[str], Any]:
+        return ["shard"], (self.format, self.tensor_parallel)
 
     @staticmethod
-    def __tensor_unflatten__(tensors: dict[str, Tensor], format: Format, size: Any, stride: Any) -> ShardedWeight:
-        return ShardedWeight(tensors["shard"], format)
+    def __tensor_unflatten__(tensors: dict[str, Tensor], context: Any, size: Any, stride: Any) -> ShardedWeight:
+        format, tensor_parallel = context
+        return ShardedWeight(tensors["shard"], format, None, tensor_parallel)
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"ShardedWeight({self.shard})"
@@ -107,8 +117,9 @@ class ShardedWeight(Tensor):
                 weight.writes.count += 1
         if func not in _VIEWS and func not in _COPIES:
             return out
-        writes = weights[0].writes if func in _VIEWS else None
-        return tree_map_only(Tensor, lambda t: ShardedWeight(t, weights[0].format, writes), out)
+        first = weights[0]
+        writes = first.writes if func in _VIEWS else None
+        return tree_map_only(Tensor, lambda t: ShardedWeight(t, first.format, writes, first.tensor_parallel), out)
 
     # ---- FSDP2
 
@@ -120,12 +131,14 @@ class ShardedWeight(Tensor):
 
     @property
     def scale_amax(self) -> Tensor:
-        """The amax of the whole weight, all-reduced over the shards, or the amaxes of its rows."""
+        """The amax of the whole weight, all-reduced over the shards, or the amaxes of the rows."""
         if self._amax is None or self._amax[0] != self._state:
             amax = self.format.amax(self.shard, "weight")
             if not amax.ndim:  # one amax for the whole weight
                 assert self.sharded_over is not None
-                dist.all_reduce(amax, op=dist.ReduceOp.MAX, group=self.sharded_over.get_group())
+                for mesh in (self.sharded_over, self.tensor_parallel):
+                    if mesh is not None:
+                        dist.all_reduce(amax, op=dist.ReduceOp.MAX, group=mesh.get_group())
             self._amax = self._state, amax
         return self._amax[1]
 
@@ -207,37 +220,48 @@ def plain(tensor: Tensor) -> Tensor:
     return _with_local(tensor, (local.shard if isinstance(local, ShardedWeight) else local).detach())
 
 
-def wrapped_for_gather(param: nn.Parameter, format: Format) -> nn.Parameter:
+def wrapped_for_gather(param: nn.Parameter, format: Format, *, tensor_parallel: bool = False) -> nn.Parameter:
     """Return ``param`` wrapped so that FSDP2 gathers it in the format. A parameter that is wrapped or gathered already
-    is returned unchanged."""
+    is returned unchanged.
+
+    Args:
+        tensor_parallel: ``param`` comes from a style of tensor parallelism: if its placement is a Shard, the ranks of
+            its mesh share one scale.
+    """
     local = _local(param)
-    if isinstance(local, (ShardedWeight, QuantTensor)):
-        return param
-    wrapped = _with_local(param, ShardedWeight(local.detach(), format))
-    return nn.Parameter(wrapped, requires_grad=param.requires_grad)
+    if not isinstance(local, (ShardedWeight, QuantTensor)):
+        wrapped = _with_local(param, ShardedWeight(local.detach(), format))
+        param = nn.Parameter(wrapped, requires_grad=param.requires_grad)
+        local = _local(param)
+    if tensor_parallel and isinstance(param, DTensor) and isinstance(param.placements[0], Shard):
+        assert isinstance(local, ShardedWeight)
+        local.tensor_parallel = param.device_mesh
+    return param
 
 
 @torch.no_grad()
 def precompute_scales(module: nn.Module) -> None:
     """Compute the amaxes of all weights that are gathered in a number format at once: for scales of whole weights with
-    one all-reduce instead of one per weight; scales of rows need none. Call it after the optimizer step. It changes no
-    result.
+    one all-reduce (under tensor parallelism two) instead of one per weight; scales of rows need none. Call it after the
+    optimizer step. It changes no result.
 
     Args:
         module: a model sharded by ``fully_shard``.
     """
-    by_group: defaultdict[Any, list[ShardedWeight]] = defaultdict(list)
+    by_groups: defaultdict[Any, list[ShardedWeight]] = defaultdict(list)
     for param in module.parameters():
         weight = _local(param)
         if isinstance(weight, ShardedWeight) and weight.sharded_over is not None:
             if weight.format.has_scales_of_rows("weight"):
                 weight._amax = weight._state, weight.format.amax(weight.shard, "weight")
             else:
-                by_group[weight.sharded_over.get_group()].append(weight)
-    for group, weights in by_group.items():
+                meshes = (weight.sharded_over, weight.tensor_parallel)
+                by_groups[tuple(mesh.get_group() for mesh in meshes if mesh is not None)].append(weight)
+    for groups, weights in by_groups.items():
         # With fewer rows than shards, some shards are empty and have no norm.
         shards = [w.shard if w.shard.numel() else w.shard.new_zeros(1) for w in weights]
         amaxes = torch.stack(torch._foreach_norm(shards, torch.inf)).float()
-        dist.all_reduce(amaxes, op=dist.ReduceOp.MAX, group=group)
+        for group in groups:
+            dist.all_reduce(amaxes, op=dist.ReduceOp.MAX, group=group)
         for weight, amax in zip(weights, amaxes.unbind(), strict=True):
             weight._amax = weight._state, amax

@@ -5,29 +5,37 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
 
+from titanlite.quant.agreement import ALONE, Agreement, Shards
 from titanlite.quant.autograd import QuantMatmul, Ranks
-from titanlite.quant.format import Format, Operand
+from titanlite.quant.convertible import (
+    call_all_layers,
+    change_class,
+    read_directly,
+    restore_class,
+    why_not_changeable,
+)
+from titanlite.quant.format import WEIGHT, Format, Operand
 from titanlite.quant.fsdp import plain, wrapped_for_gather
-from titanlite.quant.operands import CastsOperands, cast_input, weight_for_output
+from titanlite.quant.operands import (
+    CastsOperands,
+    autocast,
+    cast_input,
+    uses_of,
+    weight_for_output,
+    weight_is_cast,
+)
 from titanlite.quant.reuse import WeightCopies
+from titanlite.quant.sharding import Sharding, local_part, sharding_of
 from titanlite.quant.tensor import QuantTensor
 
 Layer = TypeVar("Layer", bound="QuantLinear")
-
-
-class Sharding(Protocol):
-    """The forward of a layer whose parameters are sharded by tensor parallelism."""
-
-    def __call__(self, layer: QuantLinear, input: Tensor) -> Tensor:
-        """Return the output of ``layer`` for ``input``."""
 
 
 class QuantLinear(CastsOperands):
@@ -44,7 +52,8 @@ class QuantLinear(CastsOperands):
 
     Attributes:
         gather_option: the users' name of ``gather_quantized``, for messages.
-        sharding: set by the styles of :mod:`titanlite.quant.tensor_parallel`.
+        sharding: set by the styles of :mod:`titanlite.quant.tensor_parallel`. None: as the placements of the weight
+            imply, if it is a DTensor, as the styles of torch make it.
         in_high_precision: set by :func:`high_precision`.
 
     Raises:
@@ -75,10 +84,9 @@ class QuantLinear(CastsOperands):
         reason = why_not_convertible(module, format)
         if reason:
             raise ValueError(f"{module}: {reason}")
-        module.__class__ = cls
-        assert isinstance(module, cls)
-        module._start(format, gather_quantized, keep_weight)
-        return module
+        layer = change_class(module, cls)
+        layer._start(format, gather_quantized, keep_weight)
+        return layer
 
     def to_linear(self) -> nn.Linear:
         """Turn this layer itself back into an ``nn.Linear`` and return it.
@@ -91,7 +99,7 @@ class QuantLinear(CastsOperands):
         for name in self._state_names():
             delattr(self, name)
         del self.format, self.gather_quantized, self.keep_weight, self.copies
-        self.__class__ = nn.Linear  # type: ignore[assignment]
+        restore_class(self)
         return self
 
     def _start(self, format: Format, gather_quantized: bool, keep_weight: bool) -> None:
@@ -102,7 +110,8 @@ class QuantLinear(CastsOperands):
             )
         self.format, self.gather_quantized = format, gather_quantized
         self.keep_weight, self.copies = keep_weight, WeightCopies()
-        self.weight = self.weight  # wraps it for FSDP2 if gather_quantized
+        if gather_quantized:
+            self.weight = self.weight  # wraps it for FSDP2
         for shapes in format.state().values():
             for name, shape in shapes.items():
                 self.register_buffer(name, torch.zeros(shape, device=self.weight.device))
@@ -113,48 +122,56 @@ class QuantLinear(CastsOperands):
     # ---- forward
 
     def forward(self, input: Tensor) -> Tensor:
-        """Map ``input`` [..., in_features] to [..., out_features], in the dtype of ``input``, or of autocast."""
-        if self.sharding is not None:
-            return self.sharding(self, input)
+        """Map ``input`` [..., in_features] to [..., out_features], in the dtype of ``input``, or of autocast. A DTensor
+        gives a DTensor."""
+        sharding = self.sharding or sharding_of(self, input)
+        if sharding is not None:
+            return sharding(self, input)
         if self.in_high_precision:
             return super().forward(input)  # with a bias, the last bit differs from that of multiply
-        out = self.multiply(input)
-        return out if self.bias is None else out + self.bias.to(out.dtype)
+        out, bias = self.multiply(input), self.bias
+        return out if bias is None else out + bias.to(out.dtype)
 
-    def multiply(self, input: Tensor, ranks: Ranks | None = None) -> Tensor:
+    def multiply(self, input: Tensor, ranks: Ranks | None = None, shards: Shards | None = None) -> Tensor:
         """Compute :meth:`forward` without the bias.
 
         Args:
             ranks: the ranks that share the input features; the result is then ``ranks.sum`` of their outputs.
+            shards: the operands of which this rank has a part.
         """
         input = autocast(input)
-        weight = self.local_weight(input)
+        weight = self.local_weight(input, shards)
         if self.in_high_precision:
             product = F.linear(input, weight)
             return product if ranks is None else ranks.sum(product)
-        format = self.format.on(input.device)
-        x, saved = cast_input(self, input, format, self.learns(weight))
-        w = weight_for_output(self, weight, format)
+        format, learns = self.format.on(input.device), self.learns(weight)
+        agreement = ALONE if shards is None else self._agree(input, weight, format, shards)
+        x, saved = cast_input(self, input, format, learns, agreement)
+        w = weight_for_output(self, weight, format, agreement)
         if saved is x:
             saved = Operand(None, None)  # type: ignore[arg-type]  # the compiler takes no tensor twice
-        out: Tensor = QuantMatmul.apply(input, weight, *x, *w, *saved, self, format, ranks)
+        amax = agreement.get(WEIGHT)
+        out: Tensor = QuantMatmul.apply(input, weight, *x, *w, *saved, amax, self, format, ranks, shards)
         return out
 
-    def local_weight(self, input: Tensor) -> Tensor:
+    def _agree(self, input: Tensor, weight: Tensor, format: Format, shards: Shards) -> Agreement:
+        """Begin to agree with the other ranks on the amaxes of the operands of forward."""
+        casts = []
+        if not isinstance(input, QuantTensor):
+            casts.append((input, uses_of("input", self.learns(weight))))
+        if not weight_is_cast(self, weight, self.kept_source(), format, for_output=True):
+            casts.append((weight, (WEIGHT,)))
+        return Agreement(shards, format, casts)
+
+    def local_weight(self, input: Tensor, shards: Shards | None = None) -> Tensor:
         """Return this rank's weight, to be multiplied with ``input``.
 
         Raises:
-            TypeError: ``input`` is a DTensor.
             ValueError: ``input`` has another number of features.
             RuntimeError: FSDP2 has not gathered the weight.
         """
         name = type(self).__name__
-        if isinstance(input, DTensor):
-            raise TypeError(
-                f"{name} takes plain tensors, not a DTensor: parallelize it with the styles for columns and rows of "
-                "quantized layers (for float8: Float8ColwiseParallel, Float8RowwiseParallel)"
-            )
-        weight = self.weight.to_local() if isinstance(self.weight, DTensor) else self.weight
+        weight = local_part(self.weight, shards)  # read once, because it may be computed from other tensors
         if input.shape[-1] != weight.shape[-1]:
             raise ValueError(f"{name}: input of shape {tuple(input.shape)}, must be [..., {weight.shape[-1]}]")
         if self.gather_quantized and not self.in_high_precision and not isinstance(weight, QuantTensor):
@@ -175,9 +192,17 @@ class QuantLinear(CastsOperands):
         copies = self.__dict__.get("copies")  # None while the constructor of nn.Linear runs
         if name == "weight" and copies is not None:
             copies.forget()
-            if isinstance(value, nn.Parameter) and self.gather_quantized:
-                value = wrapped_for_gather(value, self.format)
+            if isinstance(value, nn.Parameter) and name in self._parameters:
+                # As FSDP2 does it for a layer without __setattr__. It assigns the parameter before every use.
+                self._parameters[name] = wrapped_for_gather(value, self.format) if self.gather_quantized else value
+                return
         super().__setattr__(name, value)
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """Take a parameter from a style of tensor parallelism."""
+        if name == "weight" and param is not None and self.__dict__.get("gather_quantized"):
+            param = wrapped_for_gather(param, self.format, tensor_parallel=True)
+        super().register_parameter(name, param)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "copies": WeightCopies()}  # a copy of the layer has none yet
@@ -188,7 +213,7 @@ class QuantLinear(CastsOperands):
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        if not keep_vars:
+        if not keep_vars and "weight" in self._parameters:
             # Not the result of detach, so that writes to the state dict change the weight's version.
             destination[f"{prefix}weight"] = plain(self.weight)
 
@@ -217,14 +242,6 @@ class QuantLinear(CastsOperands):
     def extra_repr(self) -> str:
         options = (f"{name}={value}" for name, value in self.format.describe().items())
         return ", ".join([super().extra_repr(), *options])
-
-
-def autocast(input: Tensor) -> Tensor:
-    """Return ``input``, cast to autocast's dtype if autocast is enabled."""
-    # (is_autocast_enabled does not know the meta device; torch 2.11 cannot compile is_autocast_available.)
-    if not input.is_meta and torch.is_autocast_enabled(input.device.type):
-        return input.to(torch.get_autocast_dtype(input.device.type))
-    return input
 
 
 def quant_layers(model: nn.Module) -> list[QuantLinear]:
@@ -267,9 +284,17 @@ def why_not_convertible(module: nn.Module, format: Format) -> str | None:
     """Return why ``module`` cannot become a QuantLinear of the format; None if it can."""
     if isinstance(module, QuantLinear):
         return "is converted already"
-    if type(module) is not nn.Linear:
-        return f"is a {type(module).__name__}, whose own forward would be lost"
-    return format.why_not(module.in_features, module.out_features)
+    if not isinstance(module, nn.Linear):
+        return f"is a {type(module).__name__}, not a linear layer"
+    return why_not_changeable(module) or format.why_not(module.in_features, module.out_features)
+
+
+def reasons_in(model: nn.Module, format: Format) -> dict[str, str]:
+    """Return, by name, why linear layers in ``model`` cannot become QuantLinears of the format."""
+    reader = read_directly(model)
+    linears = ((name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear))
+    reasons = ((name, reader.get(id(linear)) or why_not_convertible(linear, format)) for name, linear in linears)
+    return {name: reason for name, reason in reasons if reason}
 
 
 def convert_linears(
@@ -291,6 +316,7 @@ def convert_linears(
     """
     chosen: list[nn.Linear] = []
     reasons: dict[str, str] = {}
+    not_convertible = reasons_in(model, format)
     for name, linear in model.named_modules():
         if not isinstance(linear, nn.Linear):
             continue
@@ -298,8 +324,8 @@ def convert_linears(
             reasons[name] = reason
         elif isinstance(linear, QuantLinear):
             raise ValueError(f'"{name}" is a {type(linear).__name__} already; convert a layer once')
-        elif reason := why_not_convertible(linear, format):
-            reasons[name] = reason
+        elif name in not_convertible:
+            reasons[name] = not_convertible[name]
         else:
             chosen.append(linear)
     if not chosen:
@@ -309,6 +335,7 @@ def convert_linears(
         _wrap_weights(model, chosen, format)
     for linear in chosen:
         convert(linear)
+    call_all_layers(model, set(map(id, chosen)))
 
 
 def _wrap_weights(model: nn.Module, linears: list[nn.Linear], format: Format) -> None:

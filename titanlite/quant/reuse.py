@@ -8,7 +8,7 @@ from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils._python_dispatch import _disable_current_modes
@@ -19,11 +19,27 @@ from torch.utils.weak import WeakTensorKeyDictionary
 _memo: Any = WeakTensorKeyDictionary()  # input -> (its state, its copies by key)
 
 
-def _is_result(x: Tensor) -> bool:
-    """Return whether ``x`` was computed in a graph; only then are its copies kept. Other tensors, such as a batch or a
-    receive buffer, may be refilled without a change of their version counter. Compiled code needs no memo, since the
-    compiler merges equal computations."""
-    return not torch.compiler.is_compiling() and torch.is_grad_enabled() and x.grad_fn is not None
+def share_casts(x: Tensor) -> Tensor:
+    """Let all quantized layers that take ``x`` share its casts, and return ``x``.
+
+    Call it in the block that passes ``x`` to several layers. A write to ``x`` between them is noticed, unless it does
+    not change the version counter of ``x``, as a write through ``.data``: do not write so to ``x`` after the call.
+
+    Nothing is shared if ``x`` was not computed in a graph, as a batch or a receive buffer, which may be refilled. In
+    compiled code there is nothing to do: the compiler merges equal computations.
+    """
+    if not torch.compiler.is_compiling() and torch.is_grad_enabled() and x.grad_fn is not None:
+        _memo[x] = (_state(x), {})
+    return x
+
+
+def share_first_input(block: nn.Module) -> None:
+    """Let the layers of ``block`` share the casts of its first argument, as :func:`share_casts`."""
+    block.register_forward_pre_hook(_share_first)
+
+
+def _share_first(block: nn.Module, inputs: tuple[Any, ...]) -> None:
+    share_casts(inputs[0])
 
 
 def _state(x: Tensor) -> tuple[int, int]:
@@ -32,19 +48,28 @@ def _state(x: Tensor) -> tuple[int, int]:
     return x._version, torch._C._current_graph_task_id()
 
 
+def _copies(x: Tensor) -> dict[Hashable, Any] | None:
+    """Return the copies of ``x``, in its present state, that layers share; None if they share none."""
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return None
+    state, copies = _memo.get(x, (None, None))
+    if copies is not None and state != _state(x):
+        copies = {}
+        _memo[x] = (_state(x), copies)
+    return copies  # type: ignore[no-any-return]
+
+
 def remembered(x: Tensor, key: Hashable) -> Any:
     """Return what :func:`remember` stored for ``x`` under ``key``; None if nothing, or if ``x`` was written to."""
-    if not _is_result(x):
-        return None
-    state, copies = _memo.get(x, (None, {}))
-    return copies.get(key) if state == _state(x) else None
+    copies = _copies(x)
+    return None if copies is None else copies.get(key)
 
 
-def remember(x: Tensor, key: Hashable, copies: Any) -> None:
-    """Store ``copies`` under ``key`` for as long as ``x`` lives and is not written to."""
-    if _is_result(x):
-        state, earlier = _memo.get(x, (None, {}))
-        _memo[x] = (_state(x), {**(earlier if state == _state(x) else {}), key: copies})
+def remember(x: Tensor, key: Hashable, value: Any) -> None:
+    """Store ``value`` under ``key`` for as long as ``x`` lives and is not written to, if layers share its casts."""
+    copies = _copies(x)
+    if copies is not None:
+        copies[key] = value
 
 
 # ---- weights
@@ -100,14 +125,7 @@ class WeightCopies:
         Args:
             in_forward: True if called in forward. In backward, a missing gradient does not mean that it was cleared.
         """
-        # A DTensor and its local tensor each count only the writes through themselves.
-        local = weight._local_tensor if isinstance(weight, DTensor) else weight
-        storage = local.untyped_storage()
-        state = (weight._version, local._version, storage._cdata, _optimizer_steps)
-        grad_cleared = in_forward and self.backward_ran and weight.requires_grad and weight.grad is None
-        if self.weight is None or self.weight() is not weight or state != self.state or grad_cleared:
-            self.forget()
-            self.weight, self.storage, self.state = weakref.ref(weight), storage, state
+        self._refresh(weight, in_forward)
         self.uses[key] += not (in_forward and torch._C._current_graph_task_id() != -1)  # recomputation does not count
         if key in self.copies:
             return self.copies[key]
@@ -118,3 +136,19 @@ class WeightCopies:
         if self.uses[key] > 1 or self.used_again.get(key):
             self.copies[key] = copy
         return copy
+
+    def has(self, weight: Tensor, key: Hashable, *, in_forward: bool) -> bool:
+        """Return whether :meth:`get` would return a copy without a call of ``make``."""
+        self._refresh(weight, in_forward)
+        return key in self.copies
+
+    def _refresh(self, weight: Tensor, in_forward: bool) -> None:
+        """Drop the copies if the weight has changed."""
+        # A DTensor and its local tensor each count only the writes through themselves.
+        local = weight._local_tensor if isinstance(weight, DTensor) else weight
+        storage = local.untyped_storage()
+        state = (weight._version, local._version, storage._cdata, _optimizer_steps)
+        grad_cleared = in_forward and self.backward_ran and weight.requires_grad and weight.grad is None
+        if self.weight is None or self.weight() is not weight or state != self.state or grad_cleared:
+            self.forget()
+            self.weight, self.storage, self.state = weakref.ref(weight), storage, state

@@ -7,8 +7,8 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from titanlite.quant.autograd import QuantSwiGLUMatmul
-from titanlite.quant.linear import QuantLinear, autocast
-from titanlite.quant.operands import weight_for_output
+from titanlite.quant.linear import QuantLinear
+from titanlite.quant.operands import autocast, weight_for_output
 
 
 def swiglu_linear(linear: nn.Module, gate: Tensor, up: Tensor) -> Tensor:

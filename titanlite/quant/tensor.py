@@ -20,36 +20,38 @@ class QuantTensor(Tensor):
     dequantizes it silently.
 
     Args:
-        payload: the data in the format, contiguous.
+        qdata: the data in the format, contiguous.
         scale: float32 multiplier: (), or one per row, of shape (..., 1).
         dtype: the dtype of the original.
     """
 
-    payload: Tensor
+    qdata: Tensor
     scale: Tensor
 
     @staticmethod
-    def __new__(cls, payload: Tensor, scale: Tensor, dtype: torch.dtype) -> QuantTensor:
+    def __new__(cls, qdata: Tensor, scale: Tensor, dtype: torch.dtype) -> QuantTensor:
         self = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
-            cls, payload.shape, strides=payload.stride(), dtype=dtype, device=payload.device
+            cls, qdata.shape, strides=qdata.stride(), dtype=dtype, device=qdata.device
         )
-        self.payload, self.scale = payload, scale
+        self.qdata, self.scale = qdata, scale
         return self  # type: ignore[no-any-return]
 
     def __tensor_flatten__(self) -> tuple[list[str], torch.dtype]:
-        return ["payload", "scale"], self.dtype
+        return ["qdata", "scale"], self.dtype
 
     @staticmethod
     def __tensor_unflatten__(tensors: dict[str, Tensor], dtype: torch.dtype, size: Any, stride: Any) -> QuantTensor:
-        return QuantTensor(tensors["payload"], tensors["scale"], dtype)
+        return QuantTensor(tensors["qdata"], tensors["scale"], dtype)
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
-        return f"QuantTensor(shape={tuple(self.shape)}, {self.payload.dtype} for {self.dtype}, scale={self.scale})"
+        return (
+            f"{type(self).__name__}(shape={tuple(self.shape)}, {self.qdata.dtype} for {self.dtype}, scale={self.scale})"
+        )
 
     def operand(self) -> Operand:
         """Return the data and scale as a (rows, columns) matrix."""
         scale = self.scale.reshape(-1, 1) if self.scale.ndim else self.scale
-        return Operand(self.payload.reshape(-1, self.shape[-1]), scale)
+        return Operand(self.qdata.reshape(-1, self.shape[-1]), scale)
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
@@ -58,10 +60,10 @@ class QuantTensor(Tensor):
         x = args[0]
         same = func is _aten.view.default and list(args[1]) == list(x.shape)
         if same or func in (_aten.detach.default, _aten.alias.default):
-            return QuantTensor(x.payload, x.scale, x.dtype)
+            return type(x)(x.qdata, x.scale, x.dtype)
         if func is _aten.as_strided.default and list(args[2]) == list(x.stride()) and not any(args[3:]):
-            return QuantTensor(x.payload[: args[1][0]], x.scale, x.dtype)  # FSDP2 removes its padding
+            return type(x)(x.qdata[: args[1][0]], x.scale, x.dtype)  # FSDP2 removes its padding
         raise NotImplementedError(
-            f"{func} of a QuantTensor, which arrived as {x.payload.dtype}: only quantized layers compute with it; "
+            f"{func} of a QuantTensor, which arrived as {x.qdata.dtype}: only quantized layers compute with it; "
             "convert all layers that use it, or communicate it in high precision"
         )

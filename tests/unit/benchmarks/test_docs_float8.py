@@ -26,7 +26,7 @@ from tests.support.docs import Block, blocks_of, prose_of, tables_in
 from tests.support.runs import ROOT
 from titanlite.config import check_config, load_config
 from titanlite.config.schema import Float8
-from titanlite.converters.float8 import Float8Converter, too_small
+from titanlite.converters.float8 import Float8Converter
 from titanlite.distributed.target import Target
 from titanlite.float8 import (
     CastConfig,
@@ -34,6 +34,7 @@ from titanlite.float8 import (
     Float8LinearConfig,
     convert_to_float8_training,
 )
+from titanlite.float8.float8_linear_utils import too_small
 from titanlite.float8.inference import Float8InferenceLinear
 from titanlite.models.spec import get_model_spec
 from titanlite.quant.float8 import format as float8_format

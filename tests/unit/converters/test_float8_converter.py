@@ -12,12 +12,14 @@ from torch import nn
 
 from tests.support.runs import ROOT, run_trainer
 from titanlite.config import Degrees, load_config
-from titanlite.converters.float8 import Float8Converter, matches, too_small
+from titanlite.converters.float8 import Float8Converter
 from titanlite.distributed.mesh import Mesh, build_mesh
 from titanlite.distributed.target import H100, Target
 from titanlite.errors import ConfigError
 from titanlite.float8 import Float8Linear, ScalingType
+from titanlite.float8.float8_linear_utils import too_small
 from titanlite.models.spec import get_model_spec
+from titanlite.quant.convertible import name_matches
 
 RECIPES = ["tensorwise", "rowwise", "rowwise_with_gw_hp"]
 
@@ -95,7 +97,7 @@ def test_kernels_are_chosen_aloud(mesh: Mesh, caplog: pytest.LogCaptureFixture) 
     ],
 )
 def test_entries_match_whole_components(entry: str, name: str, expected: bool) -> None:
-    assert matches(entry, name) == expected
+    assert name_matches(entry, name) == expected
 
 
 def test_filters(mesh: Mesh) -> None:

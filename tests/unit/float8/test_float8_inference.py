@@ -34,12 +34,12 @@ from titanlite.float8.inference import (
 DYNAMIC = Float8DynamicActivationFloat8WeightConfig
 STATIC = Float8StaticActivationFloat8WeightConfig
 CONFIGS: dict[str, QuantizationConfig] = {
-    "dynamic per tensor": DYNAMIC(PerTensor()),
-    "dynamic per row": DYNAMIC(PerRow()),
+    "dynamic per tensor": DYNAMIC(granularity=PerTensor()),
+    "dynamic per row": DYNAMIC(granularity=PerRow()),
     "static per tensor": STATIC(activation_amax=3.0),
     "static per row": STATIC(activation_amax=3.0, granularity=PerRow()),
-    "weight per tensor": Float8WeightOnlyConfig(PerTensor()),
-    "weight per row": Float8WeightOnlyConfig(PerRow()),
+    "weight per tensor": Float8WeightOnlyConfig(granularity=PerTensor()),
+    "weight per row": Float8WeightOnlyConfig(granularity=PerRow()),
 }
 every_config = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 EPSILON = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 2.0**-24}  # relative, of one rounding
@@ -150,7 +150,7 @@ def test_weights_are_the_nearest_float8_numbers(granularity: Any, dtype: torch.d
         linear.weight[3] *= 1e-3
         linear.weight[5] = 0
     numbers, scale = cast(linear.weight, granularity == PerRow())
-    quantize_(linear, Float8WeightOnlyConfig(granularity))
+    quantize_(linear, Float8WeightOnlyConfig(granularity=granularity))
     assert linear.weight_float8.dtype is torch.float8_e4m3fn
     assert linear.weight_scale.dtype is torch.float32
     assert linear.weight_scale.shape == ((64, 1) if granularity == PerRow() else ())
@@ -164,7 +164,7 @@ def test_weight_only_agrees_with_torchao(granularity: str) -> None:
     theirs = model()  # of bfloat16 weights it takes scales in bfloat16
     ours = copy.deepcopy(theirs)
     torchao.quantize_(theirs, torchao.Float8WeightOnlyConfig(granularity=getattr(torchao, granularity)()))
-    quantize_(ours, Float8WeightOnlyConfig({"PerTensor": PerTensor(), "PerRow": PerRow()}[granularity]))
+    quantize_(ours, Float8WeightOnlyConfig(granularity={"PerTensor": PerTensor(), "PerRow": PerRow()}[granularity]))
     for i in (0, 2, 4):
         torch.testing.assert_close(  # theirs is the divisor
             ours[i].weight_scale.reciprocal().flatten(), theirs[i].weight.scale.flatten(), rtol=1e-6, atol=0
@@ -215,7 +215,7 @@ def test_the_matmul_of_float8_units_agrees_with_its_emulation(
     x = torch.randn(5, 64, dtype=dtype)
     emulated = linear(x)
     # torch._scaled_mm takes the same operands on the CPU.
-    monkeypatch.setattr("titanlite.float8.inference.has_native_float8", lambda device: True)
+    monkeypatch.setattr("titanlite.float8.inference_linear.has_native_float8", lambda device: True)
     with Operators() as operators:
         assert sqnr_db(linear(x), emulated) > 45
     assert operators.seen.count(torch.ops.aten._scaled_mm.default) == 1
@@ -227,8 +227,8 @@ def test_an_outlier_costs_only_its_own_row_precision() -> None:
     x = torch.randn(16, 64)
     x[0, 0] = 1e6
     per_tensor, per_row = copy.deepcopy(linear), copy.deepcopy(linear)
-    quantize_(per_tensor, DYNAMIC(PerTensor()))
-    quantize_(per_row, DYNAMIC(PerRow()))
+    quantize_(per_tensor, DYNAMIC(granularity=PerTensor()))
+    quantize_(per_row, DYNAMIC(granularity=PerRow()))
     wanted = linear(x)[1:]
     assert sqnr_db(per_row(x)[1:], wanted) > 25
     assert sqnr_db(per_tensor(x)[1:], wanted) < 5
@@ -244,7 +244,7 @@ def test_what_is_not_finite_gives_nan(config: QuantizationConfig, value: float) 
     clean = linear(x)
     x[1, 7] = value
     out = linear(x)
-    if config == DYNAMIC(PerTensor()):
+    if config == DYNAMIC(granularity=PerTensor()):
         assert out.isnan().all()
     else:
         assert not out[1].isfinite().any()
@@ -336,7 +336,7 @@ def test_a_compiled_model_that_ran_already_is_quantized() -> None:
 
 def test_compiled_backward_equals_eager() -> None:
     m = model()
-    quantize_(m, DYNAMIC(PerRow()))
+    quantize_(m, DYNAMIC(granularity=PerRow()))
     grads = []
     for f in (m, torch.compile(m, fullgraph=True)):
         x = torch.randn(7, 32, generator=torch.Generator().manual_seed(1)).requires_grad_()
@@ -403,7 +403,7 @@ def test_layers_tied_to_each_other_stay_tied() -> None:
     m = nn.ModuleDict({"embedding": nn.Embedding(64, 32), "a": nn.Linear(32, 64), "b": nn.Linear(32, 64)})
     m["a"].weight = m["b"].weight = m["embedding"].weight
     embedded = m["embedding"](torch.arange(64)).clone()
-    assert quantize_(m, DYNAMIC(PerRow())).quantized == ("a", "b")
+    assert quantize_(m, DYNAMIC(granularity=PerRow())).quantized == ("a", "b")
     assert m["a"].weight_float8.data_ptr() == m["b"].weight_float8.data_ptr()
     assert torch.equal(m["embedding"](torch.arange(64)), embedded)
     with torch.inference_mode():
@@ -421,7 +421,7 @@ def test_weights_take_one_byte_per_element() -> None:
     m = model(bias=False)
     elements = sum(p.numel() for p in m.parameters())
     weights = [weakref.ref(p) for p in m.parameters()]
-    quantize_(m, DYNAMIC(PerTensor()))
+    quantize_(m, DYNAMIC(granularity=PerTensor()))
     assert sum(t.nbytes for t in m.state_dict().values()) == elements + 3 * 4
     assert [w() for w in weights] == [None] * 3
     assert list(m.parameters()) == []
@@ -431,7 +431,7 @@ def test_weights_take_one_byte_per_element() -> None:
 def test_a_saved_state_loads_into_a_model_quantized_alike(config: QuantizationConfig) -> None:
     m, other = model(torch.bfloat16), model(torch.bfloat16)
     quantize_(m, config)
-    quantize_(other, DYNAMIC(config.granularity) if isinstance(config, DYNAMIC) else config)
+    quantize_(other, DYNAMIC(granularity=config.granularity) if isinstance(config, DYNAMIC) else config)
     state = m.state_dict()
     assert {type(t) for t in state.values()} == {Tensor}
     x = torch.randn(5, 32, dtype=torch.bfloat16)
@@ -448,8 +448,8 @@ def test_a_saved_state_loads_into_a_model_quantized_alike(config: QuantizationCo
 
 def test_states_of_other_models_do_not_load() -> None:
     high_precision, per_tensor, per_row = model(), model(), model()
-    quantize_(per_tensor, DYNAMIC(PerTensor()))
-    quantize_(per_row, DYNAMIC(PerRow()))
+    quantize_(per_tensor, DYNAMIC(granularity=PerTensor()))
+    quantize_(per_row, DYNAMIC(granularity=PerRow()))
     for a, b in ((high_precision, per_row), (per_row, high_precision), (per_tensor, per_row), (per_row, per_tensor)):
         with pytest.raises(RuntimeError, match="loading state_dict"):
             a.load_state_dict(b.state_dict())
@@ -587,18 +587,21 @@ def left_out_layers() -> dict[str, tuple[nn.Module, str]]:
         "odd": (nn.Linear(100, 32), "100 -> 32 features: float8 matmuls need multiples of 16"),
         "empty": (nn.Linear(16, 0), "16 -> 0 features: its weight is empty"),
         "subclass": (OwnForward(32, 32), "is a OwnForward with a forward of its own"),
-        "patched": (patched, "is a Linear with a forward of its own"),
+        "patched": (patched, "its forward was replaced on the instance"),
         "meta": (nn.Linear(32, 32, device="meta"), "its weight is on the meta device"),
         "double": (nn.Linear(32, 32).double(), "its weight is torch.float64, not bfloat16, float16 or float32"),
-        "complex": (nn.Linear(32, 32, dtype=torch.complex64), "its weight is torch.complex64, not"),
+        "complex": (
+            nn.Linear(32, 32, dtype=torch.complex64),
+            "its weight is torch.complex64, not a high-precision dtype",
+        ),
         "normed": (
             nn.utils.parametrizations.weight_norm(nn.Linear(32, 32)),
             "its weight is computed from other tensors",
         ),
         "pruned": (prune.identity(nn.Linear(32, 32), "weight"), "its weight is computed from other tensors"),
-        "float8": (float8, "its weight is torch.float8_e4m3fn, not bfloat16, float16 or float32"),
+        "float8": (float8, "its weight is torch.float8_e4m3fn, not a high-precision dtype"),
         "tensor subclass": (subclass, "its weight is a Fancy, not a plain tensor"),
-        "lazy": (nn.LazyLinear(32), "its weight is a UninitializedParameter, not a plain tensor"),
+        "lazy": (nn.LazyLinear(32), "its weight is not initialized yet; run a batch"),
     }
 
 
@@ -661,7 +664,7 @@ def test_the_filter_is_asked_for_each_linear_layer_and_strict_does_not_mind_its_
         return fqn == "0"
 
     with caplog.at_level(logging.INFO, logger="titanlite.float8"):
-        report = quantize_(m, DYNAMIC(PerRow()), filter_fn, strict=True)
+        report = quantize_(m, DYNAMIC(granularity=PerRow()), filter_fn, strict=True)
     assert asked == [(m[0], "0"), (m[2], "2")]
     assert report.quantized == ("0",)
     assert report.left_out == {}
@@ -672,7 +675,7 @@ def test_the_filter_is_asked_for_each_linear_layer_and_strict_does_not_mind_its_
 
 def test_layers_can_be_quantized_in_turn_but_none_twice() -> None:
     m = model()
-    quantize_(m, DYNAMIC(PerRow()), lambda _, fqn: fqn == "0")
+    quantize_(m, DYNAMIC(granularity=PerRow()), lambda _, fqn: fqn == "0")
     state = {k: t.clone() for k, t in m.state_dict().items()}
     with pytest.raises(ValueError, match=r"\['0'\] are quantized already.*exclude them by filter_fn"):
         quantize_(m, Float8WeightOnlyConfig())
@@ -684,12 +687,19 @@ def test_layers_can_be_quantized_in_turn_but_none_twice() -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: DYNAMIC(PerRow), r"must be titanlite.float8's PerTensor\(\) or PerRow\(\), or a pair"),
-        (lambda: DYNAMIC((PerRow(), PerTensor())), r"granularity=\(PerRow\(\), PerTensor\(\)\)\): must be"),
-        (lambda: DYNAMIC(None), "granularity=None"),
-        (lambda: Float8WeightOnlyConfig("row"), "granularity='row'"),
+        (lambda: DYNAMIC(granularity=PerRow), r"must be titanlite.float8's PerTensor\(\) or PerRow\(\), or a pair"),
+        (lambda: DYNAMIC(granularity=(PerRow(), PerTensor())), r"granularity=\(PerRow\(\), PerTensor\(\)\)\): must be"),
+        (lambda: DYNAMIC(granularity="row"), "granularity='row'"),
+        (lambda: DYNAMIC(granularity=PerRow(0)), r"PerRow\(dim=0\): must be -1"),
+        (lambda: DYNAMIC(version=1), "version=1.*must be 2: titanlite has no other"),
+        (lambda: DYNAMIC(packing_format="sparse"), "packing_format='sparse'"),
+        (lambda: DYNAMIC(kernel_preference="mslk"), "kernel_preference='mslk'"),
+        (lambda: DYNAMIC(weight_dtype=torch.int8), "weight_dtype=torch.int8.*must be one of torch.float8_e4m3fn"),
+        (lambda: DYNAMIC(torch.float8_e5m2, torch.float8_e5m2), "weight_dtype=torch.float8_e5m2.*must be an e4m3"),
+        (lambda: STATIC(), "needs activation_amax or act_quant_scale"),
+        (lambda: Float8WeightOnlyConfig(granularity="row"), "granularity='row'"),
         (
-            lambda: Float8WeightOnlyConfig((PerRow(), PerRow())),
+            lambda: Float8WeightOnlyConfig(granularity=(PerRow(), PerRow())),
             r"must be titanlite.float8's PerTensor\(\) or PerRow\(\)$",
         ),
         (lambda: STATIC(activation_amax=0), "activation_amax=0: must be one positive finite number"),
@@ -708,8 +718,12 @@ def test_configurations_without_meaning(make: Any, message: str) -> None:
 
 
 def test_configurations_compare_and_do_not_change() -> None:
-    assert DYNAMIC((PerRow(), PerRow())) == DYNAMIC([PerRow(), PerRow()]) == DYNAMIC(PerRow())  # type: ignore[arg-type]
-    assert Float8WeightOnlyConfig() == Float8WeightOnlyConfig(PerRow())
+    assert (
+        DYNAMIC(granularity=(PerRow(), PerRow()))
+        == DYNAMIC(granularity=[PerRow(), PerRow()])
+        == DYNAMIC(granularity=PerRow())
+    )  # type: ignore[arg-type]
+    assert Float8WeightOnlyConfig() == Float8WeightOnlyConfig(granularity=PerRow())
     measured = {"0": torch.tensor(2.0)}
     config = STATIC(activation_amax=measured)
     measured["0"].fill_(7)
@@ -748,11 +762,19 @@ def test_inputs_without_meaning(config: QuantizationConfig) -> None:
             linear(torch.ones(shape))
 
 
-def test_a_quantized_layer_has_no_weight_to_misread() -> None:
-    linear = nn.Linear(32, 16)
+def test_the_weight_of_a_quantized_layer() -> None:
+    """It has the shape and dtype that programs ask for, and nothing computes with its numbers without their scale."""
+    linear = nn.Linear(32, 16).bfloat16()
+    original = linear.weight.detach()
     quantize_(linear, STATIC(activation_amax=1.0))
-    with pytest.raises(AttributeError, match="weight"):
-        F.linear(torch.ones(2, 32), linear.weight)
+    weight = linear.weight
+    assert (weight.shape, weight.dtype, weight.device) == ((16, 32), torch.bfloat16, original.device)
+    assert weight.qdata.dtype == torch.float8_e4m3fn
+    assert sqnr_db(weight.dequantize(), original) > 25
+    assert not list(linear.parameters())[1:]
+    with pytest.raises(NotImplementedError, match="only quantized layers compute with it"):
+        F.linear(torch.ones(2, 32, dtype=torch.bfloat16), weight)
+    assert linear.float().weight.dtype == torch.float32
     assert repr(linear) == (
         "Float8InferenceLinear(in_features=32, out_features=16, bias=True, weight=torch.float8_e4m3fn PerTensor(), "
         "input=static)"

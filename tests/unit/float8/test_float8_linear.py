@@ -38,6 +38,7 @@ from titanlite.float8 import (
     ScalingType,
     convert_to_float8_training,
     precompute_float8_dynamic_scale_for_fsdp,
+    share_casts,
     sync_float8_amax_and_scale_history,
     why_not_convertible,
 )
@@ -157,7 +158,7 @@ def test_a_subclass_with_its_own_forward_is_left_alone() -> None:
     model = nn.Sequential(adapter, nn.Linear(32, 32))
     convert_to_float8_training(model)
     assert type(model[0]) is Adapter
-    assert why_not_convertible(adapter) == "is a Adapter, whose own forward would be lost"
+    assert why_not_convertible(adapter) == "is a Adapter with a forward of its own"
 
 
 def test_there_and_back() -> None:
@@ -305,7 +306,7 @@ def test_inputs_are_saved_in_one_byte(recipe: str) -> None:
 def test_layers_that_share_an_input_save_it_once(recipe: str) -> None:
     torch.manual_seed(0)
     per_element = 2 if recipe == "rowwise_with_gw_hp" else 1.1
-    x = torch.randn(2, 64, ARGS.dim, dtype=torch.bfloat16, requires_grad=True) * 1  # a result, as a norm's is
+    x = share_casts(torch.randn(2, 64, ARGS.dim, dtype=torch.bfloat16, requires_grad=True) * 1)  # as a norm's output
     attention = Attention(ARGS.dim, ARGS.n_heads, ARGS.n_kv_heads, ARGS.head_size).bfloat16()
     trio = (attention.wq, attention.wk, attention.wv)
     convert_to_float8_training(attention, config=configured(recipe))
@@ -343,7 +344,7 @@ USES = {"tensorwise": 1, "rowwise": 2, "rowwise_with_gw_hp": 2}  # casts of a we
 @each_recipe
 def test_a_shared_input_is_cast_once(recipe: str, counter: Counter) -> None:
     a, b = (Float8Linear(64, 32, config=configured(recipe)) for _ in range(2))
-    x = torch.randn(16, 64, requires_grad=True) * 1
+    x = share_casts(torch.randn(16, 64, requires_grad=True) * 1)
     first = a(x), b(x)
     assert counter.of(x) == USES[recipe]
     x.mul_(2)  # another input now
@@ -354,6 +355,16 @@ def test_a_shared_input_is_cast_once(recipe: str, counter: Counter) -> None:
     assert counter.of(x) == 2 * USES[recipe] + 1  # nothing is kept, and nothing made for a backward
     for one, two in zip(first, second, strict=True):
         assert not torch.equal(one, two)
+
+
+@each_recipe
+def test_an_input_is_shared_only_where_its_block_says_so(recipe: str) -> None:
+    """Between the layers of anybody's module, a write that no version counter shows may come."""
+    a, b = (Float8Linear(64, 32, config=configured(recipe)) for _ in range(2))
+    x = torch.randn(16, 64, requires_grad=True) * 1
+    a(x)
+    x.data.mul_(3)
+    assert torch.equal(b(x), b(x.detach().clone()))
 
 
 @each_recipe
@@ -942,7 +953,7 @@ def test_public_names() -> None:
     assert {name.value for name in Float8LinearRecipeName} == set(RECIPES)
     assert Float8LinearConfig.from_recipe_name(Float8LinearRecipeName.ROWWISE) == configured("rowwise")
     config = configured("rowwise")
-    assert "input=dyn_axs_e4m3fn" in repr(Float8Linear(16, 16, config=config))
+    assert "cast_configs=i:dyn_axs_e4m3,w:dyn_axs_e4m3,go:dyn_axs_e4m3" in repr(Float8Linear(16, 16, config=config))
     weight = ShardedWeight(torch.ones(2, 2), config.format)
     assert repr(weight) == f"ShardedWeight({torch.ones(2, 2)})"
     arrived = QuantTensor(torch.ones(2, 2).to(torch.float8_e4m3fn), torch.ones(()), torch.bfloat16)

@@ -113,5 +113,5 @@ class CastConfig:
     def short_str(self) -> str:
         if not self.is_cast:
             return "dis"
-        dtype = str(self.target_dtype).removeprefix("torch.float8_")
+        dtype = str(self.target_dtype).removeprefix("torch.float8_").removesuffix("fn")
         return f"{self.scaling_type.short_str()}_{self.scaling_granularity.short_str()}_{dtype}"

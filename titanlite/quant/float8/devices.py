@@ -89,7 +89,7 @@ def _must_emulate(name: str, dtypes: tuple[torch.dtype, ...], emulate: bool, com
     if reason:
         raise ValueError(f"float8: {reason}")
     native = bool(native_dtypes(name))
-    if not emulate and not native and name not in _noticed:
+    if not emulate and not native and name not in {*_noticed, "meta"}:
         _noticed.add(name)
         logger.warning("float8 is emulated on %s: the same quantized values, multiplied in float32", name)
     return emulate or not native

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterable
 from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias
 
@@ -14,7 +14,7 @@ from titanlite.quant.float8.casts import CastConfig, ScalingType
 from titanlite.quant.float8.devices import must_emulate
 from titanlite.quant.float8.matmul import cast, cast_by_kernels, scaled_mm
 from titanlite.quant.float8.numerics import amax_of, amax_to_scale, dequantize, quantize
-from titanlite.quant.format import OPERANDS, Format, Matmul, Operand, OperandName, Use
+from titanlite.quant.format import OPERANDS, Amaxes, Format, Matmul, Operand, OperandName, Use
 
 Kernels = Literal["auto", "triton", "inductor"]
 Casts: TypeAlias = tuple[CastConfig, CastConfig]
@@ -76,12 +76,21 @@ class Float8Format(Format):
         enabled = kernels.AVAILABLE and self.kernels != "inductor" and not self.emulate
         return enabled and x.dtype in kernels.DTYPES and x.numel() > 0
 
-    def cast(self, x: Tensor, use: Use, scale: Tensor | None = None) -> Operand:
+    def cast(self, x: Tensor, use: Use, scale: Tensor | None = None, amax: Tensor | None = None) -> Operand:
         config = self._cast(use)
-        if config.is_cast and scale is None and self._by_kernels(x):
+        by_amaxes_of_x = amax is None or not amax.ndim  # the kernels take no other amaxes of rows
+        if config.is_cast and scale is None and by_amaxes_of_x and self._by_kernels(x):
             by_features, by_rows = (config, None) if use.contracted == 1 else (None, config)
-            return cast_by_kernels(x, by_features, by_rows, power_of_2=self.power_of_2)[1 - use.contracted]
-        return cast(x, config, contracted=use.contracted, power_of_2=self.power_of_2, scale=scale, emulate=self.emulate)
+            return cast_by_kernels(x, by_features, by_rows, power_of_2=self.power_of_2, amax=amax)[1 - use.contracted]
+        return cast(
+            x,
+            config,
+            contracted=use.contracted,
+            power_of_2=self.power_of_2,
+            scale=scale,
+            amax=amax,
+            emulate=self.emulate,
+        )
 
     def one_cast_serves_both(self, x: Tensor, operand: OperandName, scale: Tensor | None = None) -> bool:
         by_features, by_rows = self._casts(operand)
@@ -89,11 +98,15 @@ class Float8Format(Format):
         two_copies = by_features.is_cast and scale is None and self._by_kernels(x)
         return by_features == by_rows and not by_features.is_axiswise and not two_copies
 
-    def cast_both(self, x: Tensor, operand: OperandName, scale: Tensor | None = None) -> tuple[Operand, Operand]:
+    def cast_both(
+        self, x: Tensor, operand: OperandName, scale: Tensor | None = None, amaxes: Amaxes = (None, None)
+    ) -> tuple[Operand, Operand]:
         by_features, by_rows = self._casts(operand)
-        if by_features.is_cast and by_rows.is_cast and scale is None and self._by_kernels(x):
-            return cast_by_kernels(x, by_features, by_rows, power_of_2=self.power_of_2)
-        return super().cast_both(x, operand, scale)
+        amax = amaxes[0]
+        one_amax = amaxes == (None, None) or (amax is not None and not amax.ndim and amax is amaxes[1])
+        if by_features.is_cast and by_rows.is_cast and scale is None and one_amax and self._by_kernels(x):
+            return cast_by_kernels(x, by_features, by_rows, power_of_2=self.power_of_2, amax=amax)
+        return super().cast_both(x, operand, scale, amaxes)
 
     def recast(self, arrived: Operand, operand: OperandName) -> Operand:
         if arrived.scale is not None and not arrived.scale.ndim and not self._casts(operand)[1].is_axiswise:
@@ -124,6 +137,24 @@ class Float8Format(Format):
 
     def amax(self, x: Tensor, operand: OperandName) -> Tensor:
         return amax_of(x, -1 if self.has_scales_of_rows(operand) else None).float()
+
+    def agrees(self, use: Use, sharded: int) -> bool:
+        # Powers of two only shift exponents: whichever they are, the numbers are the same, except where they underflow.
+        config = self._cast(use)
+        shared = not config.is_axiswise or use.contracted == sharded
+        return config.is_dynamic and shared and not self.power_of_2
+
+    def amaxes(self, x: Tensor, uses: Iterable[Use]) -> dict[Use, Tensor]:
+        whole = None
+        amaxes: dict[Use, Tensor] = {}
+        for use in uses:
+            if self._cast(use).is_axiswise:
+                amaxes[use] = amax_of(x, use.contracted).float()
+                continue
+            if whole is None:
+                whole = kernels.amax(x) if self._by_kernels(x) else amax_of(x).float()
+            amaxes[use] = whole
+        return amaxes
 
     def quantize(self, x: Tensor, amax: Tensor, operand: OperandName) -> Operand:
         dtype = self._casts(operand)[0].dtype
@@ -170,10 +201,7 @@ class Float8Format(Format):
         return grad_gate, grad_up, product if for_weight else None
 
     def describe(self) -> dict[str, str]:
-        options = {}
-        for operand, other in (("input", "grad_weight"), ("weight", "grad_input"), ("grad_output", "grad_weight")):
-            first, second = (config.short_str() for config in getattr(self, operand))
-            options[operand] = first
-            if second != first:
-                options[f"{operand}_for_{other}"] = second
-        return options
+        names = (("i", "i_gw", self.input), ("w", "w_gi", self.weight), ("go", "go_gw", self.grad_output))
+        parts = [f"{name}:{casts[0].short_str()}" for name, _, casts in names]
+        parts += [f"{name}:{casts[1].short_str()}" for _, name, casts in names if casts[1] != casts[0]]
+        return {"cast_configs": ",".join(parts)}

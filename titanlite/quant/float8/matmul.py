@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -14,18 +16,27 @@ from titanlite.quant.format import Operand
 
 
 def cast(
-    x: Tensor, config: CastConfig, *, contracted: int, power_of_2: bool, scale: Tensor | None = None, emulate: bool
+    x: Tensor,
+    config: CastConfig,
+    *,
+    contracted: int,
+    power_of_2: bool,
+    scale: Tensor | None = None,
+    amax: Tensor | None = None,
+    emulate: bool,
 ) -> Operand:
     """Cast ``x`` (2-D) by ``config`` for a matmul that sums over dimension ``contracted``.
 
     Args:
-        scale: the delayed or static scale; None: computed from the amax of ``x``.
+        scale: the delayed or static scale; None: computed from ``amax``.
+        amax: () or with size 1 along ``contracted``; None: that of ``x``.
         emulate: keep the memory layout of ``x``, instead of the one that float8 units need.
     """
     if not config.is_cast:
         return Operand(x.detach(), None)
     if scale is None:
-        amax = amax_of(x, contracted if config.is_axiswise else None)
+        if amax is None:
+            amax = amax_of(x, contracted if config.is_axiswise else None)
         scale = amax_to_scale(amax, config.dtype, power_of_2)
     else:
         # A clamped infinity would be a plausible number. (With a dynamic scale it becomes NaN by itself.)
@@ -37,11 +48,16 @@ def cast(
 
 
 def cast_by_kernels(
-    x: Tensor, by_features: CastConfig | None, by_rows: CastConfig | None, *, power_of_2: bool
+    x: Tensor,
+    by_features: CastConfig | None,
+    by_rows: CastConfig | None,
+    *,
+    power_of_2: bool,
+    amax: Tensor | None = None,
 ) -> tuple[Operand, Operand]:
     """Cast ``x`` (rows, features) with dynamic scales for a matmul that sums over its features, for one that sums over
     its rows, or for both, in the fewest reads. Gives the same bits as :func:`cast`, in the memory layouts that float8
-    units need. An operand whose configuration is None is empty."""
+    units need. An operand whose configuration is None is empty. ``amax``, (), replaces that of ``x``."""
     config = by_features or by_rows
     assert config is not None
     data, scale, transposed, transposed_scale = kernels.cast(
@@ -50,6 +66,7 @@ def cast_by_kernels(
         "none" if by_features is None else by_features.layout,
         "none" if by_rows is None else by_rows.layout,
         power_of_2,
+        amax,
     )
     return Operand(data, scale), Operand(transposed.t(), transposed_scale)
 
@@ -69,7 +86,8 @@ def scaled_mm(
     if a.scale is None or b.scale is None:
         return a.data.to(out_dtype) @ b.data.to(out_dtype)
     if emulate:
-        with torch.autocast(a.data.device.type, enabled=False):
+        # (There is no autocast on the meta device.)
+        with nullcontext() if a.data.is_meta else torch.autocast(a.data.device.type, enabled=False):
             return (dequantize(a.data, a.scale) @ dequantize(b.data, b.scale)).to(out_dtype)
     a8, b8 = _padded(a.data), _padded(b.data.t()).t()
     if not a.scale.ndim and not b.scale.ndim:

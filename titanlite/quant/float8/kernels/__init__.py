@@ -15,6 +15,7 @@ from torch import Tensor
 
 from titanlite.quant.float8.kernels import reference
 from titanlite.quant.float8.kernels.outputs import (
+    counts,
     output_of_amaxes,
     output_of_rescale,
     outputs_of_cast,
@@ -41,8 +42,18 @@ _library.define(
 _library.define("rescale(Tensor product, Tensor row_scale, Tensor column_scale, ScalarType dtype) -> Tensor")
 
 
+def amax(x: Tensor) -> Tensor:
+    """Return the largest magnitude in ``x``, float32, (). ``x`` is as for :func:`cast`."""
+    return torch.ops.titanlite_float8.amaxes(x, "tensor", "none").view(torch.float32).reshape(())  # type: ignore[no-any-return]
+
+
 def cast(
-    x: Tensor, dtype: torch.dtype, by_rows: Layout, by_columns: Layout, power_of_2: bool
+    x: Tensor,
+    dtype: torch.dtype,
+    by_rows: Layout,
+    by_columns: Layout,
+    power_of_2: bool,
+    amax: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Cast ``x`` to float8 with dynamic scales, in up to two layouts. Reads ``x`` twice, or once for scales of rows
     alone.
@@ -51,13 +62,17 @@ def cast(
         x: (rows, columns), of one of :data:`DTYPES`, not empty.
         by_rows: the row-major copy; "vector": one scale per row.
         by_columns: the transposed copy; "vector": one scale per column.
+        amax: with tensor scales only: float32, (), in place of the amax of ``x``.
 
     Returns:
         (rows, columns) float8; its float32 scales, () or (rows, 1); (columns, rows) float8; its scales, () or
         (1, columns). A layout that is "none" gives empty tensors.
     """
     # Two operators, so that activation checkpointing can keep the amaxes, which are small but cost a read of x.
-    amaxes = torch.ops.titanlite_float8.amaxes(x, by_rows, by_columns)
+    if amax is None:
+        amaxes = torch.ops.titanlite_float8.amaxes(x, by_rows, by_columns)
+    else:
+        amaxes = amax.view(torch.int32).repeat(sum(counts(x, by_rows, by_columns)))
     return torch.ops.titanlite_float8.cast(x, amaxes, dtype, by_rows, by_columns, power_of_2)  # type: ignore[no-any-return]
 
 
