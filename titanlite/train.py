@@ -236,6 +236,11 @@ class Trainer:
             self.checkpoints.last_saved = self.step
         self.first_step = self.step + 1
 
+    def _skipped_documents(self) -> int:
+        if self.config.data.on_corrupt != "skip":  # the first one ends the run: no collective is needed
+            return 0
+        return self.runtime.sum(self.loader.skipped, self.degrees.data_parallel)
+
     def _lock_run_folder(self) -> None:
         self.run_folder = RunFolder(self.run_path)
 
@@ -343,7 +348,7 @@ class Trainer:
             grad_norm=latest.grad_norm,
             lr=lr,
             skipped_steps=latest.skipped,
-            skipped_documents=self.runtime.sum(self.loader.skipped, self.degrees.data_parallel),
+            skipped_documents=self._skipped_documents(),
         )
 
     def _asked_to_stop(self) -> bool:
