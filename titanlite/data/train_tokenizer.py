@@ -12,6 +12,7 @@ from pathlib import Path
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from titanlite.data.cut import cut
 from titanlite.data.sources import START, Source
 from titanlite.data.tiktoken import split_like_llama3
 from titanlite.data.tokenizer import Tokenizer
@@ -38,7 +39,7 @@ class Corpus:
             if self.nbytes > self.limit:
                 self.is_cut = True
                 return
-            yield text
+            yield from cut(text)
 
 
 def train(corpus: Corpus, vocab_size: int) -> Tokenizer:

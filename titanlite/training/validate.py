@@ -119,13 +119,13 @@ def _source(training_source: Source, config: JobConfig) -> Source:
     )
     if held_out:
         return PartOfSource(source, validation.held_out_percent, held_out=True)
-    trained_on = {_identity(file) for file in training_source.files}
-    shared = [file for file in source.files if _identity(file) in trained_on]
+    trained_on = {_identity(file): file for file in training_source.files}
+    shared = trained_on.keys() & set(map(_identity, source.files))
     if shared:
         raise ConfigError(
-            f"{len(shared)} of its {len(source.files)} files are trained on too, for "
-            f"example {shared[0]}; name others, or leave out validation.dataset and validation.dataset_path, which "
-            "holds out a part of the training data",
+            f"{len(shared)} of its {len(source.files)} files are trained on too, for example "
+            f"{min(trained_on[file] for file in shared)}; name others, or leave out validation.dataset and "
+            "validation.dataset_path, which holds out a part of the training data",
             key="validation.dataset",
             value=name,
         )

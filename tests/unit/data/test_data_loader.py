@@ -267,6 +267,37 @@ def test_a_corpus_of_corrupt_documents_ends_with_an_error(tmp_path: Path) -> Non
     loader.close()
 
 
+@pytest.mark.parametrize("documents", [300, 40])
+def test_documents_left_out_are_counted_over_ranks_and_resumes(tmp_path: Path, documents: int) -> None:
+    """With a shard per slot, and with few shards that ranks share; over the end of an epoch."""
+    lines = [json.dumps({"text": f"text {n} " * 5}) if n % 4 else '{"text": 5}' for n in range(documents)]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+
+    def made(degree: int) -> list[DataLoader]:
+        sizes = {"local_batch_size": 1, "dp_degree": degree}
+        sources = (build_source("json", path=str(tmp_path), on_corrupt="skip", seed=7) for _ in range(degree))
+        return [make_loader(source, dp_rank=rank, **sizes) for rank, source in enumerate(sources)]
+
+    one, four, resumed = made(1), made(4), made(2)
+    for step in range(60):
+        next(one[0])
+        for loader in four:
+            next(loader)
+        assert sum(loader.skipped for loader in four) == one[0].skipped
+        if step == 30:
+            state = merge_states([loader.state_dict() for loader in four])
+            for loader in resumed:
+                loader.load_state_dict(json.loads(json.dumps(state)))
+        if step > 30:
+            for loader in resumed:
+                next(loader)
+            assert sum(loader.skipped for loader in resumed) == one[0].skipped
+    epochs = [place[0] for place in one[0].state_dict()["shards"].values()]
+    assert one[0].skipped >= min(epochs) * documents // 4
+    assert documents == 300 or min(epochs) > 1
+    close([*one, *four, *resumed])
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

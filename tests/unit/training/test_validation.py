@@ -8,6 +8,7 @@ import itertools
 import json
 import logging
 import math
+import re
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,16 +17,18 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from datasets import Dataset
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from tests.support.runs import TINY
 from titanlite import train
 from titanlite.config import JobConfig, check_config, load_config
-from titanlite.data import Batch, is_held_out, load_tokenizer
+from titanlite.data import START, Batch, is_held_out, load_tokenizer
 from titanlite.distributed import runtime
 from titanlite.distributed.compile import CompileWatch
 from titanlite.errors import ConfigError, TrainingError
+from titanlite.metrics.report import summary
 from titanlite.models.layers import Decoder
 from titanlite.optim.loss import IGNORED
 from titanlite.train import Trainer
@@ -272,7 +275,45 @@ def test_files_that_are_trained_on_are_refused(trainer: Any, tmp_path: Path) -> 
     with pytest.raises(ConfigError) as error:
         trainer(**training, **{"validation.dataset_path": f"{tmp_path}/corpus/../corpus/a.*"})
     message = 'validation.dataset = "json": 1 of its 1 files are trained on too, for example '
-    assert str(error.value).startswith(f"{message}{tmp_path}/corpus/../corpus/a.jsonl; name others")
+    assert str(error.value).startswith(f"{message}{tmp_path}/corpus/a.jsonl; name others")
+    (tmp_path / "link").hardlink_to(tmp_path / "corpus" / "a.jsonl")
+    with pytest.raises(ConfigError, match="1 of its 1 files are trained on too"):
+        trainer(**training, **{"validation.dataset_path": tmp_path / "link"})
+
+
+@pytest.mark.parametrize("name", ["json", "parquet"])
+def test_the_files_that_are_compared_are_those_that_are_read(trainer: Any, tmp_path: Path, name: str) -> None:
+    """A file whose name could be a pattern for a file that is trained on."""
+    suffix = "jsonl" if name == "json" else "parquet"
+    for stem, count in (("x[0-9]", 120), ("x5", 130)):
+        if name == "json":
+            json_lines(tmp_path / f"{stem}.{suffix}", documents(count))
+        else:
+            Dataset.from_dict({"text": documents(count)}).to_parquet(str(tmp_path / f"{stem}.{suffix}"))
+    training = {"training.dataset": name, "training.dataset_path": tmp_path / f"x5.{suffix}"}
+    run = trainer(**training, **{"validation.dataset_path": tmp_path / f"x[0-9].{suffix}"})
+    assert [file.name for file in run.source.files] == [f"x5.{suffix}"]
+    with pytest.raises(ConfigError, match="1 of its 1 files are trained on too"):
+        trainer(**training, **{"validation.dataset_path": tmp_path / f"x?.{suffix}"})
+
+
+def test_documents_that_are_left_out_are_counted(trainer: Any, tmp_path: Path) -> None:
+    """In metrics.jsonl, the summary and what is said of validation: exactly, for the steps that were made."""
+    lines = [json.dumps({"text": text}) if n % 3 else "broken" for n, text in enumerate(documents(300))]
+    (tmp_path / "data.jsonl").write_text("\n".join(lines))
+    options = {"training.dataset": "json", "training.dataset_path": tmp_path / "data.jsonl"}
+    run = trainer(**options, **{"data.on_corrupt": "skip", "training.steps": 4, "metrics.log_freq": 1})
+    assert re.search(r"without \d+ documents", run.about["validation"])
+    advance(run, 4)
+    counts = [row["skipped_documents"] for row in rows(run, "metrics.jsonl")]
+    shards = run.loader.state_dict()["shards"]
+    expected = 0
+    for shard, (epoch, _, document, *_) in shards.items():
+        assert epoch == 0
+        good = [position.document for position, _ in run.source.documents(int(shard), len(shards), 0, START)]
+        expected += document - sum(index < document for index in good)
+    assert 0 < counts[0] <= counts[1] <= counts[2] <= counts[3] == expected
+    assert re.search(rf"skipped documents +{expected}\n", summary(run.recorder, {}, None, []))
 
 
 def test_messages_name_the_options_of_validation(trainer: Any, tmp_path: Path) -> None:
