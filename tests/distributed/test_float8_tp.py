@@ -209,6 +209,7 @@ def test_compiled_by_inductor(tmp_path: Path) -> None:
 # ---- 4 processes: with FSDP2
 
 
+@pytest.mark.slow
 @each_recipe
 def test_float8_all_gather_changes_nothing(four: Any, recipe: str) -> None:
     for rank in four:
@@ -224,6 +225,7 @@ def test_float8_all_gather_changes_nothing(four: Any, recipe: str) -> None:
             assert on["losses"] == pytest.approx(off["losses"], rel=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["off", "on", "torch's, off", "torch's, on"])
 @each_recipe
 def test_against_one_process(four: Any, recipe: str, mode: str) -> None:
@@ -234,6 +236,7 @@ def test_against_one_process(four: Any, recipe: str, mode: str) -> None:
         assert one["losses"][-1] < 0.8 * one["losses"][0]  # it learns
 
 
+@pytest.mark.slow
 @each_recipe
 def test_one_byte_per_element(four: Any, recipe: str) -> None:
     elements = 3 * DIM * HIDDEN / 2  # of one rank's linear layers in a block
@@ -247,6 +250,7 @@ def test_one_byte_per_element(four: Any, recipe: str) -> None:
         assert on["hook_calls"] == ({"all_reduce": 2} if recipe == "tensorwise" else {})  # dp, tp
 
 
+@pytest.mark.slow
 @each_recipe
 def test_states_are_plain(four: Any, recipe: str) -> None:
     for rank in four:
@@ -257,6 +261,7 @@ def test_states_are_plain(four: Any, recipe: str) -> None:
             assert found["moments"] == 2 * len(found["weights"])
 
 
+@pytest.mark.slow
 def test_compiled_with_fsdp(four: Any) -> None:
     for rank in four:
         eager, compiled = rank["rowwise/on"], rank["rowwise/compiled"]

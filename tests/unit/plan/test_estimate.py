@@ -222,6 +222,7 @@ def test_bad_input_ends_as_in_training(options: tuple[str, ...], mode: str, mess
     assert len(ended.stderr.strip().splitlines()) == 1
 
 
+@pytest.mark.slow
 def test_asynchronous_tensor_parallelism_needs_no_gpu_for_an_estimate() -> None:
     options = {"parallelism__tensor_parallel_degree": "2", "training__compile": "true"}
     plain = estimated(4, **options)
@@ -284,6 +285,7 @@ def test_8b_takes_less_than_a_minute_and_no_memory_to_speak_of() -> None:
     assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss < 3 << 20  # KiB
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compile", ["false", "true"])
 @pytest.mark.parametrize("recipe", ["tensorwise", "rowwise", "rowwise_with_gw_hp"])
 def test_float8_of_gpus_is_estimated_without_one(recipe: str, compile: str) -> None:
