@@ -6,6 +6,7 @@ reader would run whatever the file names.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from math import prod
 from pathlib import Path
@@ -32,6 +33,7 @@ _KINDS = {
     *_PATHS,
 }
 _MOST_DIMS = 64
+_MOST_BYTES = 2 << 30
 
 
 class Chunk(NamedTuple):
@@ -59,6 +61,8 @@ def read_metadata(folder: Path) -> dict[str, SavedTensor]:
     """
     try:
         with open_file(contained(folder, METADATA)) as stream:
+            if os.fstat(stream.fileno()).st_size > _MOST_BYTES:
+                raise Untrusted(f"{folder / METADATA} has more than {_MOST_BYTES >> 30} GiB")
             content = read_pickle(stream.read(), _KINDS, folder / METADATA)
         return _Reader(folder).tensors(content)
     except FileNotFoundError as e:
@@ -83,8 +87,10 @@ class _Reader:
         places = {}
         for index, info in storage.items():
             key = self._state(index, "MetadataIndex")
-            offset = key.get("offset")
-            places[key.get("fqn"), None if offset is None else self._size(offset)] = info
+            name, offset = key.get("fqn"), key.get("offset")
+            if not isinstance(name, str):  # the hash of a nested tuple can take forever
+                raise self._wrong("a place has no name")
+            places[name, None if offset is None else self._size(offset)] = info
         tensors = {}
         for name, entry in entries.items():
             if not isinstance(name, str) or not isinstance(entry, Record):

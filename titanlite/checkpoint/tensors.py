@@ -145,7 +145,7 @@ def read_tensor(
     except (ConfigError, OSError):
         raise
     except Exception as e:  # what fails on damaged bytes is open
-        raise Untrusted(f"{file} cannot be read at byte {start} ({type(e).__name__}: {e})") from None
+        raise Untrusted(f"{file} cannot be read at byte {start} ({type(e).__name__}: {str(e)[:200]})") from None
 
 
 def _described(saved: Any, shape: tuple[int, ...]) -> tuple[torch.dtype, str, int, tuple[int, ...]]:
@@ -157,6 +157,8 @@ def _described(saved: Any, shape: tuple[int, ...]) -> tuple[torch.dtype, str, in
         dtype = getattr(torch, rest[2].kind.removeprefix("torch."))
     else:
         dtype = _STORAGES[storage.kind]
+    if not isinstance(key, str) or not isinstance(sizes, tuple) or not all(type(size) is int for size in sizes):
+        raise ValueError("its name or its shape is none")
     if sizes != shape:
         raise ValueError(f"the tensor has the shape {sizes}, and {shape} in .metadata")
     numbers = (first, *strides)

@@ -14,6 +14,7 @@ import os
 import pickle
 import stat
 from collections.abc import Collection
+from functools import cache
 from pathlib import Path, PurePosixPath
 from types import UnionType
 from typing import Any, BinaryIO, ClassVar, Union, get_args, get_origin
@@ -122,6 +123,7 @@ class Record:
     """What a pickle says of an object: the ``kind`` (module and name), the arguments and the state. It is data."""
 
     kind = ""
+    args: tuple[Any, ...] = ()
     state: Any = None
 
     def __init__(self, *args: Any) -> None:
@@ -129,6 +131,11 @@ class Record:
 
     def __setstate__(self, state: Any) -> None:
         self.state = state
+
+
+@cache
+def _record_of(kind: str) -> type[Record]:
+    return type("Record", (Record,), {"kind": kind})
 
 
 # The operations of the pickles that torch and DCP write: those that make plain values, and those that make records.
@@ -153,13 +160,13 @@ class _Unpickler(pickle._Unpickler):
 
     def __init__(self, data: bytes, kinds: Collection[str]) -> None:
         super().__init__(io.BytesIO(data))
-        self._kinds = {kind: type("Record", (Record,), {"kind": kind}) for kind in kinds}
+        self._kinds = kinds
 
     def find_class(self, module: str, name: str) -> Any:
         kind = f"{module}.{name}"
         if kind not in self._kinds:
             raise NamesCode(kind)
-        return self._kinds[kind]
+        return _record_of(kind)
 
     def persistent_load(self, pid: Any) -> Any:
         return pid
@@ -199,4 +206,4 @@ def read_pickle(data: bytes, kinds: Collection[str], file: Path) -> Any:
             "Do not use these files, and ask whoever made them"
         ) from None
     except Exception as e:  # what fails on damaged bytes is open
-        raise Untrusted(f"{file} cannot be read ({type(e).__name__}: {e})") from None
+        raise Untrusted(f"{file} cannot be read ({type(e).__name__}: {str(e)[:200]})") from None

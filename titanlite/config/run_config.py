@@ -21,6 +21,7 @@ from titanlite.errors import ConfigError
 
 CONFIG = "config.toml"
 RUN_FOLDER = "run_folder"  # the key in config.toml
+_MOST_BYTES = 1 << 20  # of a configuration
 _MADE_HERE = ".made-here"
 _HEADER = "# The effective configuration of this run; it loads again as CONFIG_FILE"
 
@@ -87,8 +88,11 @@ def _movable(value: str, folder: Path) -> str:
 
 def read_run_config(folder: Path) -> dict[str, Any]:
     """Return the sections of ``config.toml`` in a run folder, unchecked; nothing if it is not there or no TOML."""
+    file = folder / CONFIG
     try:
-        tree = tomli.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        if not file.is_file() or file.stat().st_size > _MOST_BYTES:  # a pipe would block, a device has no end
+            return {}
+        tree = tomli.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return {}
     return {section: keys for section, keys in tree.items() if isinstance(keys, dict)}

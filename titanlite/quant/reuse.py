@@ -39,7 +39,8 @@ def share_first_input(block: nn.Module) -> None:
 
 
 def _share_first(block: nn.Module, inputs: tuple[Any, ...]) -> None:
-    share_casts(inputs[0])
+    if inputs:  # else the argument has a name, and nothing is shared
+        share_casts(inputs[0])
 
 
 def _state(x: Tensor) -> tuple[int, int]:

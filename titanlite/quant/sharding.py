@@ -221,7 +221,10 @@ class TokenSharding:
         out = layer.multiply(input.to_local(), shards=shards)
         if layer.bias is not None:
             out = out + layer.bias.to_local(grad_placements=_of_parameters(shards)).to(out.dtype)
-        return DTensor.from_local(out, mesh, (layout,), run_check=False)
+        # The shape is stated because shards of tokens may be uneven.
+        shape = torch.Size((*input.shape[:-1], out.shape[-1]))
+        stride = torch.empty(shape, device="meta").stride()
+        return DTensor.from_local(out, mesh, (layout,), run_check=False, shape=shape, stride=stride)
 
 
 def _of_parameters(shards: Shards | None) -> tuple[Placement] | None:

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.distributed.checkpoint.metadata import MetadataIndex
 
 from tests.support.hostile import EMBEDDING, edit_metadata, place_of, point_to, reseal
 from tests.unit.commands.test_generate_command import ARGS, write
@@ -68,6 +69,7 @@ def chunk_of(metadata: Any) -> Any:
         (lambda m: setattr(place_of(m), "relative_path", "../step-1/__0_0.distcp"), "is not in SHA256SUMS"),
         (lambda m: setattr(place_of(m), "relative_path", "/etc/passwd"), "'/etc/passwd' .* is not in SHA256SUMS"),
         (lambda m: setattr(place_of(m), "relative_path", 3), "the place of model.tok_embeddings.weight is none"),
+        (lambda m: m.storage_data.update({MetadataIndex(("a", "b")): place_of(m)}), "a place has no name"),
         (lambda m: setattr(place_of(m), "offset", 1 << 40), "__0_0.distcp is cut short"),
         (lambda m: setattr(place_of(m), "length", 1 << 61), "__0_0.distcp is cut short"),
         (lambda m: setattr(place_of(m), "offset", -1), "the place of"),

@@ -10,7 +10,14 @@ from pathlib import Path
 import pytest
 
 from titanlite.config import JobConfig, load_config
-from titanlite.config.run_config import CONFIG, mark_as_made_here, run_config_of, was_made_here, write_run_config
+from titanlite.config.run_config import (
+    CONFIG,
+    mark_as_made_here,
+    read_run_config,
+    run_config_of,
+    was_made_here,
+    write_run_config,
+)
 from titanlite.errors import ConfigError
 
 
@@ -170,3 +177,16 @@ def test_unset_options_and_the_file_it_came_from_are_left_out(tmp_path: Path) ->
     assert "dump_folder" not in tree["job"]
     assert "config_file" not in tree["job"]
     assert "seed" not in tree["training"]
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device", "huge"])
+def test_a_configuration_that_is_no_file_is_none(tmp_path: Path, kind: str) -> None:
+    file = tmp_path / "config.toml"
+    if kind == "pipe":
+        os.mkfifo(file)
+    elif kind == "device":
+        file.symlink_to("/dev/zero")
+    else:
+        with file.open("wb") as stream:
+            stream.truncate(1 << 40)
+    assert read_run_config(tmp_path) == {}
