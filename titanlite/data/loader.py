@@ -140,7 +140,8 @@ class DataLoader:
         """
         if any(not 0 <= int(number) < _MOST for numbers in state["shards"].values() for number in numbers):
             raise ValueError("a place in the data is negative or too large")
-        _check_identity(state["identity"], self.identity)
+        _, local_batch_size, _ = self._shape
+        _check_identity(state["identity"], self.identity, local_batch_size, len(self._first_slots))
         missing = [shard for shard in self._progress.shards if str(shard) not in state["shards"]]
         if missing:
             raise ValueError(f"the state lacks the data shards {missing}: merge the states of all ranks first")
@@ -222,15 +223,31 @@ def _check_sizes(seq_len: int, global_batch_size: int, local_batch_size: int, dp
         )
 
 
-def _check_identity(saved: dict[str, Any], current: dict[str, str | int]) -> None:
-    changed = [
-        f"{key} was {saved.get(key)}, is {current.get(key)}"
-        for key in {**saved, **current}
-        if saved.get(key) != current.get(key)
-    ]
-    if changed:
-        raise ConfigError(
-            f"the checkpoint's place in the data does not fit this run: {', '.join(changed)}; restore that, "
-            "or start the data afresh with the checkpoint's weights: "
-            'checkpoint.exclude_from_loading = ["dataloader"]'
-        )
+def _check_identity(saved: dict[str, Any], current: dict[str, Any], local_batch_size: int, sequences: int) -> None:
+    """Check that a saved place fits. ``sequences`` are those of a step that one data-parallel rank reads."""
+    both: dict[str, tuple[Any, Any]] = {key: (saved.get(key), current.get(key)) for key in {**saved, **current}}
+    changed = {key: (old, new) for key, (old, new) in both.items() if old != new}
+    if not changed:
+        return
+    key, value, fix = "", None, "restore that"
+    if "global_batch_size" in changed:
+        key, (before, value) = "training.global_batch_size", changed["global_batch_size"]
+        changed.pop("num_shards", None)  # follows from it
+        fix = _restoring(int(before), local_batch_size, current["global_batch_size"] // sequences)
+    differences = ", ".join(f"{name} was {old}, is {new}" for name, (old, new) in changed.items())
+    raise ConfigError(
+        f"the checkpoint's place in the data does not fit this run: {differences}; {fix}, or start the data afresh "
+        'with the checkpoint\'s weights: checkpoint.exclude_from_loading = ["dataloader"]',
+        key=key,
+        value=value,
+    )
+
+
+def _restoring(global_batch_size: int, local_batch_size: int, dp_degree: int) -> str:
+    """Return what restores the global batch size of a run that continues on ``dp_degree`` data-parallel ranks."""
+    if global_batch_size < dp_degree or global_batch_size % dp_degree:
+        return f"continue it on a number of data-parallel processes that divides {global_batch_size}"
+    share = global_batch_size // dp_degree
+    fitting = max(size for size in range(1, local_batch_size + 1) if share % size == 0)
+    smaller = f" --training.local_batch_size={fitting}" if fitting != local_batch_size else ""
+    return f"continue it with --training.global_batch_size={global_batch_size}{smaller}"

@@ -322,6 +322,17 @@ def test_state_of_another_run_is_refused(corpus: Path) -> None:
         world(corpus, 1, 8, seq_len=8)[0].load_state_dict(state)
     with pytest.raises(ConfigError, match=r"global_batch_size was 8, is 16.*exclude_from_loading"):
         world(corpus, 1, 8, global_batch_size=16)[0].load_state_dict(state)
+    for changes, fix in (
+        ({"global_batch_size": 16, "local_batch_size": 4}, "--training.global_batch_size=8, or"),
+        (
+            {"global_batch_size": 16, "local_batch_size": 8, "dp_degree": 2},
+            "--training.global_batch_size=8 --training.local_batch_size=4, or",
+        ),
+        ({"global_batch_size": 12, "local_batch_size": 4, "dp_degree": 3}, "processes that divides 8, or"),
+    ):
+        with pytest.raises(ConfigError, match=fix) as caught:
+            make_loader(build_source("json", path=str(corpus), seed=7), **changes).load_state_dict(state)
+        assert (caught.value.key, caught.value.value) == ("training.global_batch_size", changes["global_batch_size"])
     with pytest.raises(ConfigError, match="seed was 7, is 8"):
         make_loader(build_source("json", path=str(corpus), seed=8)).load_state_dict(state)
     corpus.write_text(corpus.read_text() + '{"text": "new"}\n')
