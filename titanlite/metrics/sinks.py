@@ -43,6 +43,11 @@ def init_logging(rank: int) -> None:
     chosen = os.environ.get(LOG_RANK, "0").split(",")
     if not all(part.strip().isdecimal() for part in chosen):
         raise ConfigError(f"LOG_RANK={os.environ[LOG_RANK]}: must be rank numbers separated by commas, for example 0,1")
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    if min(map(int, chosen)) >= world_size:
+        raise ConfigError(
+            f"LOG_RANK={os.environ[LOG_RANK]}: nothing would be logged; the ranks are 0 to {world_size - 1}"
+        )
     speaks = rank in map(int, chosen)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # names of files can be any bytes

@@ -175,6 +175,7 @@ def test_only_the_chosen_ranks_log(
     monkeypatch.delenv("LOG_RANK", raising=False)
     if log_rank is not None:
         monkeypatch.setenv("LOG_RANK", log_rank)
+    monkeypatch.setenv("WORLD_SIZE", "2")
     init_logging(rank)
     root_logger.info("hello")
     root_logger.warning("look out")
@@ -183,9 +184,15 @@ def test_only_the_chosen_ranks_log(
     assert re.fullmatch(expected, capsys.readouterr().out)
 
 
-def test_log_rank_must_be_ranks(root_logger: logging.Logger, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("LOG_RANK", "first")
-    with pytest.raises(ConfigError, match="LOG_RANK=first: must be rank numbers"):
+@pytest.mark.parametrize(
+    ("log_rank", "why"), [("first", "must be rank numbers"), ("-1", "must be rank numbers"), ("2,7", "are 0 to 1")]
+)
+def test_log_rank_must_be_ranks(
+    root_logger: logging.Logger, monkeypatch: pytest.MonkeyPatch, log_rank: str, why: str
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOG_RANK", log_rank)
+    with pytest.raises(ConfigError, match=f"LOG_RANK={log_rank}: .*{why}"):
         init_logging(0)
 
 
