@@ -37,6 +37,7 @@ from titanlite.config import (
     resolve_degrees,
 )
 from titanlite.config.run_config import CONFIG as CONFIG_TOML
+from titanlite.config.run_config import METRICS, VALIDATION
 from titanlite.data import DataLoader, build_source, merge_states
 from titanlite.distributed import runtime
 from titanlite.distributed.compile import CompileWatch
@@ -70,7 +71,7 @@ from titanlite.training.build import build_loss, build_model, build_pipeline
 from titanlite.training.loss_watch import LossWatch, rank_of_claim
 from titanlite.training.origin import find_start
 from titanlite.training.out_of_memory import give_up
-from titanlite.training.run_folder import METRICS, VALIDATION, RunFolder, loss_of_first_step
+from titanlite.training.run_folder import RunFolder, loss_of_first_step
 from titanlite.training.sample import log_sample
 from titanlite.training.step import StepRunner
 from titanlite.training.step_guard import StepGuard
@@ -90,7 +91,15 @@ class Trainer:
         self._start_process()
         self.run_path = Path(config.job.dump_folder).expanduser()
         self.runtime.on_rank_zero(self._lock_run_folder)
-        self.profiler = Profiler(config.profiling, self.run_path, self.runtime.rank, self.runtime.device)
+        try:
+            self._set_up()
+        except Exception:
+            if self.runtime.rank == 0:
+                self.run_folder.discard()
+            raise
+
+    def _set_up(self) -> None:
+        self.profiler = Profiler(self.config.profiling, self.run_path, self.runtime.rank, self.runtime.device)
         self._find_checkpoint()
         self._load_tokenizer()
         self._build_data()

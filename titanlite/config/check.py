@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
+from pathlib import Path, PurePath
 
 from titanlite.config.number_formats import NUMBER_FORMATS
 from titanlite.config.parallelism import check_parallelism, global_batch_size, resolve_degrees
 from titanlite.config.refuse import refuse
+from titanlite.config.run_config import FIXED_NAMES, FOLDERS
 from titanlite.config.schema import Checkpoint, JobConfig
 from titanlite.config.unsupported import check_unsupported
 from titanlite.config.validation import check_validation
@@ -30,6 +31,7 @@ def check_config(config: JobConfig, world_size: int, *, train: bool = True) -> N
                 "the trainer makes no estimates; start run_train.sh, or titanlite train",
             )
     _check_sizes(config)
+    _check_folders(config)
     degrees = resolve_degrees(config.parallelism, world_size)
     check_unsupported(config)
     _check_checkpoint(config)
@@ -55,6 +57,16 @@ def _check_sizes(config: JobConfig) -> None:
             refuse(
                 config, f"training.{key}", "no device holds a step of as many tokens; use fewer or shorter sequences"
             )
+
+
+def _check_folders(config: JobConfig) -> None:
+    """Refuse folders that are, by mistake, the current one or files of the run folder."""
+    if not config.job.dump_folder.strip():
+        refuse(config, "job.dump_folder", 'the run folder needs a name; for the current folder, write "."')
+    for section, key in FOLDERS:
+        name = getattr(getattr(config, section), key)
+        if PurePath(name).parts[0] in FIXED_NAMES:
+            refuse(config, f"{section}.{key}", "the run folder has a file or folder of this name; choose another")
 
 
 def _check_checkpoint(config: JobConfig) -> None:

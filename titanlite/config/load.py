@@ -24,7 +24,7 @@ import tomli
 from titanlite.config import packaged
 from titanlite.config.aliases import Options, Values, present_names, with_aliases
 from titanlite.config.options import Option, options_of
-from titanlite.config.run_config import CONFIG, RUN_FOLDER, folder_named_in, located
+from titanlite.config.run_config import CONFIG, RUN_FOLDER, folder_named_in, located, older_run_folder
 from titanlite.config.schema import JobConfig
 from titanlite.config.third_party import import_module, merge
 from titanlite.config.unsupported import UNSUPPORTED
@@ -33,6 +33,7 @@ from titanlite.errors import ConfigError
 from titanlite.registry import nearest
 
 _DUMP_FOLDER = "job.dump_folder"
+_MOVED = "before the folder was moved"
 
 
 def load_config(argv: Sequence[str], default_file: str | None = None) -> JobConfig:
@@ -58,6 +59,8 @@ def load_config(argv: Sequence[str], default_file: str | None = None) -> JobConf
             f'{place}: {RUN_FOLDER} = "." stands for the folder of {CONFIG}, and this is a copy under another name; '
             "give it a run folder: write [job] dump_folder in its place, or add --job.dump_folder"
         )
+    if place.endswith(_MOVED):
+        notices.append(f"the run goes on in {folder}, the folder of its {CONFIG} ({place})")
     sections = {}
     for section, keys in options_of(config_class).items():  # type: ignore[arg-type]
         assigned = {key: values[opt.name][0] for key, opt in keys.items() if opt.name in values}
@@ -190,6 +193,11 @@ def _read_file(options: Options, file: str, origin: str, notices: list[str]) -> 
                     converted = located(converted, folder)
                 in_this_file[name] = (converted, location(name))
         values.update(present_names(in_this_file, options, notices))
+        if folder is None and (older := older_run_folder(path, text)) is not None:
+            run_config = path
+            named, place = values.get(_DUMP_FOLDER, ("", ""))
+            if os.path.realpath(os.path.expanduser(named or "")) != os.path.realpath(older):
+                values[_DUMP_FOLDER] = (str(older), f'{place}: "{named}" {_MOVED}')
     return values, run_config
 
 
@@ -352,7 +360,7 @@ def _config_class(argv: Sequence[str], default_file: str | None) -> type[JobConf
             if isinstance(section, Mapping) and isinstance(section.get("custom_args_module"), str):
                 known.module = section["custom_args_module"]
                 module_origin = _place(path, _lines_of(text), name)
-                run_config = path if RUN_FOLDER in tree else None
+                run_config = path if RUN_FOLDER in tree or older_run_folder(path, text) else None
     if not known.module:
         return JobConfig
     custom = getattr(import_module(known.module, name, module_origin, run_config), "JobConfig", None)

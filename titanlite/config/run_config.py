@@ -20,9 +20,23 @@ from titanlite.config.value_rules import is_inner
 from titanlite.errors import ConfigError
 
 CONFIG = "config.toml"
+METRICS = "metrics.jsonl"
+VALIDATION = "validation.jsonl"
+TOKENIZER = "tokenizer"
+EARLIER = "earlier"
+LOCK = ".lock"
 RUN_FOLDER = "run_folder"  # the key in config.toml
 _MOST_BYTES = 1 << 20  # of a configuration
 _MADE_HERE = ".made-here"
+# The files and folders of a run folder whose names no option chooses.
+FIXED_NAMES = (CONFIG, METRICS, VALIDATION, TOKENIZER, EARLIER, LOCK, _MADE_HERE)
+# The options that choose the names of others.
+FOLDERS = (
+    ("checkpoint", "folder"),
+    ("metrics", "save_tb_folder"),
+    ("profiling", "save_traces_folder"),
+    ("profiling", "save_memory_snapshot_folder"),
+)
 _HEADER = "# The effective configuration of this run; it loads again as CONFIG_FILE"
 
 
@@ -115,6 +129,14 @@ def folder_named_in(file: Path, value: Any, place: str) -> Path | None:
         raise ConfigError(f'{place}: {RUN_FOLDER} = {value!r}: must be a path relative to this file, such as "."')
     real = Path(os.path.realpath(file)) if file.is_symlink() else file
     return real.parent / value if real.name == CONFIG else None
+
+
+def older_run_folder(file: Path, text: str) -> Path | None:
+    """Return the folder of ``file`` if it is the ``config.toml`` of a run that an older titanlite made. Its ``text``
+    names the run folder by the path that it had then. None if it is another file."""
+    real = Path(os.path.realpath(file)) if file.is_symlink() else file
+    is_older = real.name == CONFIG and text.startswith(_HEADER) and (real.parent / METRICS).is_file()
+    return real.parent if is_older else None
 
 
 def located(value: str, folder: Path) -> str:

@@ -31,7 +31,7 @@ Int32 = Annotated[int, Rule("from 0 to 2147483647", lambda v: 0 <= v < 1 << 31)]
 
 def is_inner(value: str) -> bool:
     path = PurePath(value)
-    return path.parts != () and not path.is_absolute() and ".." not in path.parts
+    return value.strip() != "" and path.parts != () and not path.is_absolute() and ".." not in path.parts
 
 
 def _can_be_looked_up(value: str) -> bool:

@@ -24,12 +24,12 @@ from typing import Any
 
 from titanlite.config import Degrees, JobConfig, global_batch_size, load_config, resolve_degrees
 from titanlite.config.number_formats import formats_of, gathers_quantized
+from titanlite.config.run_config import TOKENIZER
 from titanlite.data import load_tokenizer
 from titanlite.errors import ConfigError
 from titanlite.launch.shortage import Shortage
 from titanlite.metrics.device import GIB
 from titanlite.plan.estimate import START_METHOD, Estimate, estimate
-from titanlite.training.run_folder import TOKENIZER
 
 TIME_LIMIT = 180  # seconds for all estimates; the advice names those that are late
 _NOTICEABLE = 0.005  # fraction of the peak; options that save less are not shown

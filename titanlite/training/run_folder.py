@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import logging
 import os
 import time
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from titanlite.checkpoint import saved_steps
 from titanlite.config import JobConfig
@@ -16,6 +17,12 @@ from titanlite.config.options import options_of
 from titanlite.config.refuse import refuse
 from titanlite.config.run_config import (
     CONFIG,
+    EARLIER,
+    FOLDERS,
+    LOCK,
+    METRICS,
+    TOKENIZER,
+    VALIDATION,
     inner_folder,
     mark_as_made_here,
     read_run_config,
@@ -28,17 +35,6 @@ from titanlite.errors import ConfigError, shown
 
 logger = logging.getLogger(__name__)
 
-METRICS = "metrics.jsonl"
-VALIDATION = "validation.jsonl"
-TOKENIZER = "tokenizer"
-
-# The options that name folders in the run folder.
-_FOLDERS = (
-    ("checkpoint", "folder"),
-    ("metrics", "save_tb_folder"),
-    ("profiling", "save_traces_folder"),
-    ("profiling", "save_memory_snapshot_folder"),
-)
 # The sections that change neither what a run computes nor how fast.
 _OUTSIDE = {"job", "profiling", "metrics", "sample", "checkpoint", "comm", "memory_estimation"}
 
@@ -55,18 +51,23 @@ class RunFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._lock = self._open_lock()
+        self._take_lock()
+        self.earlier = read_run_config(path)
+
+    def _open_lock(self) -> IO[str]:
+        path = self.path
         try:
             _refuse_links_out(path)
-            self.path.mkdir(parents=True, exist_ok=True)
-            self._lock = (self.path / ".lock").open("a")
+            self._made = [folder for folder in (path, *path.parents) if not folder.exists()]
+            path.mkdir(parents=True, exist_ok=True)
+            return (path / LOCK).open("a")
         except OSError as e:
             raise ConfigError(
                 f"the run folder cannot be written: {e.strerror or e}; choose another with --job.dump_folder",
                 key="job.dump_folder",
                 value=path,
             ) from None
-        self._take_lock()
-        self.earlier = read_run_config(path)
 
     def _take_lock(self) -> None:
         # A worker of a run that was just killed may still hold the lock.
@@ -83,17 +84,35 @@ class RunFolder:
                     value=self.path,
                 ) from None
             else:
+                if not self._is_there():
+                    self._lock = self._open_lock()
+                    continue
                 self._lock.truncate(0)
                 self._lock.write(f"{os.getpid()}\n")
                 self._lock.flush()
                 return
-        holder = (self.path / ".lock").read_text().strip()
+        holder = (self.path / LOCK).read_text().strip()
         raise ConfigError(
             f"another run (process {holder}) is writing to this folder; wait for it, "
             "or choose another folder with --job.dump_folder",
             key="job.dump_folder",
             value=self.path,
         )
+
+    def _is_there(self) -> bool:
+        """Return False if the run that held the lock has removed it; see :meth:`discard`."""
+        try:
+            return os.path.samestat(os.fstat(self._lock.fileno()), (self.path / LOCK).stat())
+        except FileNotFoundError:
+            return False
+
+    def discard(self) -> None:
+        """Remove the folder again, and those around it, if this run made them and has written nothing into them."""
+        if self._made and [path.name for path in self.path.iterdir()] == [LOCK]:
+            (self.path / LOCK).unlink()
+            with contextlib.suppress(OSError):  # something has come into it
+                for folder in self._made:
+                    folder.rmdir()
 
     def refuse_to_retire(self, config: JobConfig) -> None:
         """Refuse to begin at step 1 if the folder holds a run that can be continued, unless the command line asks for
@@ -110,7 +129,7 @@ class RunFolder:
             refuse(
                 config,
                 key,
-                f"{run} --{key}{other}, or move it to {self.path / 'earlier'} and begin at step 1 with --{key}=false, "
+                f"{run} --{key}{other}, or move it to {self.path / EARLIER} and begin at step 1 with --{key}=false, "
                 "or choose another folder with --job.dump_folder",
             )
         if options.enable_checkpoint and options.folder not in saved:
@@ -123,7 +142,7 @@ class RunFolder:
     def begin(self, config: JobConfig) -> None:
         """Set an earlier run aside, and make this the folder of a new run."""
         trees = run_config_of(config, self.path), self.earlier
-        folders = dict.fromkeys(inner_folder(tree, *option) for tree in trees for option in _FOLDERS)
+        folders = dict.fromkeys(inner_folder(tree, *option) for tree in trees for option in FOLDERS)
         self.set_earlier_aside([CONFIG, METRICS, VALIDATION, TOKENIZER, *filter(None, folders)])
         mark_as_made_here(self.path)
         write_run_config(config, self.path)
@@ -148,23 +167,27 @@ class RunFolder:
 
     def set_earlier_aside(self, names: list[str]) -> None:
         """Move the files of an earlier run to ``earlier/<time of its start>``, so that nothing is mixed or lost."""
-        files = [self.path / name for name in names if (self.path / name).exists()]
+        # One folder can lie in another: the outer one takes it along.
+        files = sorted({self.path / name for name in names if (self.path / name).exists()}, key=lambda p: len(p.parts))
         if not files:
             return
         started = time.strftime("%Y%m%d-%H%M%S", time.localtime(min(p.stat().st_mtime for p in files)))
-        aside = self.path / "earlier" / started
+        aside = self.path / EARLIER / started
         number = 1
         while aside.exists():
             number += 1
             aside = aside.with_name(f"{started}-{number}")
         aside.mkdir(parents=True)
-        for path in files:
+        for path in filter(os.path.lexists, files):
+            kept = aside / path.relative_to(self.path)
+            kept.parent.mkdir(parents=True, exist_ok=True)
             if path.is_symlink():  # it may be relative to the run folder
-                (aside / path.name).symlink_to(os.path.realpath(path))
+                kept.symlink_to(os.path.realpath(path))
                 path.unlink()
             else:
-                path.rename(aside / path.name)
-        logger.info("%s held an earlier run: its %s are now in %s", self.path, ", ".join(p.name for p in files), aside)
+                path.rename(kept)
+        moved = ", ".join(str(path.relative_to(self.path)) for path in files)
+        logger.info("%s held an earlier run: its %s are now in %s", self.path, moved, aside)
 
     def keep_tokenizer(self, tokenizer: Tokenizer) -> None:
         """Write a copy of the run's tokenizer into the folder."""

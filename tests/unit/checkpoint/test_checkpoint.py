@@ -198,7 +198,7 @@ def test_load_step_sets_later_ones_aside(again: Any, tmp_path: Path, finished: R
     assert run.status == 0, run.output
     assert steps(run) == [1, 2, 3, 4, 5, 6]
     assert [row["loss"] for row in run.rows()][:2] == finished.losses()[:2]
-    (aside,) = run.folder.glob("earlier/*")
+    (aside,) = run.folder.glob("earlier/*/checkpoint")
     assert [path.name for path in aside.iterdir()] == ["step-4"]
 
 

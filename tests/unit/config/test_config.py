@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from tests.support.forks import ROOT
 from titanlite.config import check_config, dump_toml, global_batch_size, load_config, resolve_degrees
 from titanlite.config.options import Option, options_of
+from titanlite.config.run_config import FIXED_NAMES, FOLDERS
 from titanlite.config.schema import JobConfig, Parallelism
 from titanlite.config.unsupported import UNSUPPORTED
 from titanlite.errors import ConfigError
@@ -244,6 +245,15 @@ def test_seeds_are_those_that_torch_takes() -> None:
     assert load_config([f"--training.seed={2**64 - 1}"]).training.seed == 2**64 - 1
     for seed in (2**64, 2**200, -1):
         assert "training.seed = " in refusal([f"--training.seed={seed}"])
+
+
+@pytest.mark.parametrize("section_key", FOLDERS)
+@pytest.mark.parametrize("name", [*FIXED_NAMES, "tokenizer/below", "./earlier", " "])
+def test_folders_have_other_names_than_the_files_of_the_run_folder(section_key: tuple[str, str], name: str) -> None:
+    key = ".".join(section_key)
+    with pytest.raises(ConfigError) as caught:
+        check_config(load_config([f"--{key}={name}"]), 1)
+    assert (caught.value.key, caught.value.value) == (key, name)
 
 
 @pytest.mark.parametrize(

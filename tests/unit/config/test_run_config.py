@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from titanlite.config import JobConfig, load_config
+from titanlite.config import JobConfig, dump_toml, load_config
 from titanlite.config.run_config import (
     CONFIG,
     mark_as_made_here,
@@ -118,6 +118,30 @@ def test_nothing_half_written_is_left(tmp_path: Path) -> None:
         write_run_config(config, tmp_path / "run")
     assert [path.name for path in (tmp_path / "run").iterdir()] == [CONFIG]
     assert (tmp_path / "run" / CONFIG).read_bytes() == before
+
+
+@pytest.mark.parametrize("named", ["./outputs", "moved", ""])
+@pytest.mark.parametrize("way", ["moved", "base"])
+def test_a_run_of_an_older_version_goes_on_where_it_lies(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, named: str, way: str
+) -> None:
+    """Its config.toml names the folder by the path that it had, and its other paths as they were typed."""
+    monkeypatch.chdir(tmp_path)
+    config = load_config([f"--job.dump_folder={named}", "--training.dataset_path=notes.txt"])
+    Path("moved").mkdir()
+    Path("moved", CONFIG).write_text(dump_toml(config))
+    file = Path("moved", CONFIG)
+    assert load_config([], str(file)).job.dump_folder == named  # no run lies beside it
+    Path("moved", "metrics.jsonl").touch()
+    if way == "base":
+        file = Path("longer.toml")
+        file.write_text('base = "moved/config.toml"\n')
+    again = load_config([], str(file))
+    assert again.job.dump_folder == "moved"
+    assert again.training.dataset_path == "notes.txt"
+    assert [named for notice in again.notices if "goes on in moved" in notice] == ([named] if named != "moved" else [])
+    explicit = load_config(["--job.dump_folder=mine"], str(file))
+    assert (explicit.job.dump_folder, explicit.notices) == ("mine", [])
 
 
 @pytest.mark.parametrize("value", ["3", "[]", "true"])

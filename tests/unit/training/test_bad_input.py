@@ -49,6 +49,8 @@ CASES = {
         ["model.tokenizer_path", "titanlite tokenizer download"],
     ),
     "too large": ({"model__flavor": "405B"}, ['model.flavor = "405B"', "bytes each", "GiB"]),
+    "no run folder": ({"job__dump_folder": ""}, ['job.dump_folder = ""', 'write "."']),
+    "blank run folder": ({"job__dump_folder": " "}, ['job.dump_folder = " "', 'write "."']),
     "run folder": ({"job__dump_folder": "/proc/nowhere"}, ["job.dump_folder", "cannot be written"]),
     "custom import": ({"experimental__custom_import": "no.such"}, ['experimental.custom_import = "no.such"']),
     "not implemented": (
@@ -71,7 +73,7 @@ def test_bad_input_is_one_message_and_status_2(train: Any, tmp_path: Path, name:
     assert len(errors) == 2
     assert all(part in errors[1] for part in parts), errors[1]
     assert "Traceback" not in run.output
-    assert not (run.folder / "metrics.jsonl").exists()
+    assert not run.folder.exists()
 
 
 @pytest.mark.parametrize(("variable", "ngpu"), [("TORCHINDUCTOR_CACHE_DIR", 1), ("TORCHINDUCTOR_CACHE_DIR", 2)])

@@ -7,13 +7,15 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 
 from tests.support.forks import ROOT
+from titanlite.config.run_config import CONFIG, LOCK, METRICS
 from titanlite.errors import ConfigError
-from titanlite.training.run_folder import CONFIG, METRICS, RunFolder
+from titanlite.training.run_folder import RunFolder
 
 HOLD = """
 import sys, time
@@ -74,7 +76,43 @@ def test_setting_aside_loses_nothing(tmp_path: Path) -> None:
     for run, aside in enumerate(asides):
         assert (aside / CONFIG).read_text() == f"config {run}"
         assert (aside / METRICS).read_text() == f"metrics {run}"
-        assert (aside / "tb" / "events").read_text() == f"events {run}"
+        assert (aside / "logs" / "tb" / "events").read_text() == f"events {run}"
+
+
+@pytest.mark.parametrize("names", [["logs", "logs/tb"], ["logs/tb", "logs"], ["logs", "./logs"], ["a/logs", "b/logs"]])
+def test_folders_in_each_other_and_of_one_name_are_set_aside(tmp_path: Path, names: list[str]) -> None:
+    folder = RunFolder(tmp_path / "run")
+    for name in names:
+        (folder.path / name).mkdir(parents=True, exist_ok=True)
+        (folder.path / name / "events").write_text(name)
+    before = {name: (folder.path / name / "events").read_text() for name in names}
+    folder.set_earlier_aside(names)
+    (aside,) = (folder.path / "earlier").iterdir()
+    assert {name: (aside / name / "events").read_text() for name in names} == before
+
+
+def test_a_refused_run_leaves_no_folder(tmp_path: Path) -> None:
+    (tmp_path / "there").mkdir()
+    for path in (tmp_path / "a" / "b" / "run", tmp_path / "there"):
+        RunFolder(path).discard()
+    assert [path.name for path in tmp_path.iterdir()] == ["there"]
+    kept = RunFolder(tmp_path / "kept")
+    (kept.path / CONFIG).touch()
+    kept.discard()
+    assert sorted(path.name for path in kept.path.iterdir()) == [LOCK, CONFIG]
+
+
+def test_whoever_waits_for_a_folder_that_is_discarded_makes_it_again(tmp_path: Path) -> None:
+    first = RunFolder(tmp_path / "run")
+    timer = threading.Timer(0.2, lambda: (first.discard(), first._lock.close()))
+    timer.start()
+    second = RunFolder(tmp_path / "run")
+    timer.join()
+    assert (tmp_path / "run" / LOCK).read_text() == f"{os.getpid()}\n"
+    with pytest.raises(ConfigError, match="another run"):
+        RunFolder(tmp_path / "run")
+    second.discard()
+    assert not (tmp_path / "run").exists()
 
 
 def test_what_is_not_named_stays(tmp_path: Path) -> None:
