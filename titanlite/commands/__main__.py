@@ -20,7 +20,7 @@ SUBCOMMANDS = {
 def usage() -> str:
     width = max(map(len, SUBCOMMANDS))
     lines = (f"    titanlite {name:<{width}}  {text}" for name, text in SUBCOMMANDS.items())
-    return "\n".join(["usage:", *lines, "", "titanlite SUBCOMMAND --help says more of each; titanlite --version."])
+    return "\n".join(["usage:", *lines, "", "titanlite SUBCOMMAND --help lists its options; titanlite --version."])
 
 
 def _hint(name: str) -> str:

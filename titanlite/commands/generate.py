@@ -31,8 +31,8 @@ def parser() -> argparse.ArgumentParser:
     add("--dtype", choices=["bfloat16", "float32"], default="float32", help="of the weights; default: "
         "float32. bfloat16 takes half the memory, and its coarser rounding can make another text of another number of "
         "processes, and of --no-cache")  # fmt: skip
-    add("--quantize", metavar="HOW", help="float8_dynamic, float8_weight_only or float8_static: the linear layers, but "
-        "for the output projection; default: as in the checkpoint")  # fmt: skip
+    add("--quantize", metavar="SCHEME", help="float8_dynamic, float8_weight_only or float8_static: the linear layers, "
+        "but for the output projection; default: as in the checkpoint")  # fmt: skip
     add("--calibration", metavar="FILE", help="with float8_static, a text like those to come; default: Python's "
         "standard library")  # fmt: skip
     add("--tokenizer_path", metavar="PATH", help="default: that of the folder; another one is refused")

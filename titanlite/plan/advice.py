@@ -294,8 +294,8 @@ def main() -> int:
             file.write(shortage.config)
             file.flush()
             config = load_config([], file.name)
-        copy = Path(config.job.dump_folder).expanduser() / TOKENIZER
-        tokenizer = config.model.tokenizer_path or (str(copy) if copy.is_dir() else "")
+        saved = Path(config.job.dump_folder).expanduser() / TOKENIZER
+        tokenizer = config.model.tokenizer_path or (str(saved) if saved.is_dir() else "")
         advice = find_advice(config, shortage, load_tokenizer(tokenizer).vocab_size)
     except NotInTime:
         print("titanlite: there is no estimate of it: it takes too long", file=sys.stderr)

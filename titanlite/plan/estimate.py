@@ -23,9 +23,8 @@ import threading
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,9 +32,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.distributed.pipelining import PipelineStage
 from torch.distributed.tensor import DTensor
-from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._pytree import tree_leaves
 
 from titanlite.config import (
@@ -61,6 +58,7 @@ from titanlite.models.layers import ModelSize
 from titanlite.models.spec import get_model_spec
 from titanlite.optim import build_optimizer
 from titanlite.plan.compiled_memory import MEMORY_BACKEND
+from titanlite.plan.lone_rank import LoneStage, fused_norm, lone_process_group
 from titanlite.plan.memory import (
     ACTIVATIONS,
     GATHERED,
@@ -212,7 +210,7 @@ def _estimate_rank(
     warnings.simplefilter("ignore")  # warnings about a step matter only in training
     import_custom(config)
     config = _for_memory(config)
-    with _fused_norm(), _process_group(rank, world_size):
+    with fused_norm(), lone_process_group(rank, world_size):
         mesh = build_mesh(degrees, DEVICE.type, H100)
         built, notes = _build(config, mesh, vocab_size)
         about = {name: text.replace(MEMORY_BACKEND, "inductor") for name, text in built.about.items()}
@@ -227,51 +225,6 @@ def _estimate_rank(
 def _check_modelled(config: JobConfig) -> None:
     if config.training.enable_cpu_offload:
         refuse(config, "training.enable_cpu_offload", "is not modelled by estimates; leave it out for one")
-
-
-@contextmanager
-def _process_group(rank: int, world_size: int) -> Iterator[None]:
-    """Make a process group in which this process is one rank, and the other ranks do not exist."""
-    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
-
-
-def _never_run(*_: Any) -> Any:
-    raise NotImplementedError
-
-
-class _Answer:
-    """The answer on which a stage's neighbours agree: all shapes are known."""
-
-    def item(self) -> int:
-        return 1
-
-
-class _LoneStage(PipelineStage):
-    """A stage whose neighbours do not exist. torch 2.13 sends messages to learn whether all stages know their shapes;
-    titanlite's do."""
-
-    def _warmup_forward_vote(self, has_backward: bool, received_acc: Any = None) -> Any:
-        return _Answer()
-
-    def _warmup_backward_result(self, received_result: Any = None) -> Any:
-        return _Answer()
-
-
-@contextmanager
-def _fused_norm() -> Iterator[None]:
-    """Let RMSNorm be one operation, as on a GPU: with a registered kernel it is not decomposed. (The tensors without
-    data have the device "cpu", because torch without CUDA supports autograd on no other.)"""
-    library = torch.library.Library("aten", "IMPL")
-    try:
-        for name in ("_fused_rms_norm", "_fused_rms_norm_backward"):
-            library.impl(name, _never_run, "CPU")
-        yield
-    finally:
-        library._destroy()
 
 
 def _for_memory(config: JobConfig) -> JobConfig:
@@ -321,7 +274,7 @@ def _dimensions(mesh: Mesh) -> dict[str, str]:
 
 def _measure(built: BuiltModel, loss_fn: LossFunction, config: JobConfig, mesh: Mesh) -> RankEstimate:
     """Allocate the state of this rank, then run a step as :class:`titanlite.train.Trainer` does."""
-    pipeline = build_pipeline(built, loss_fn, config, mesh, DEVICE, _LoneStage)
+    pipeline = build_pipeline(built, loss_fn, config, mesh, DEVICE, LoneStage)
     parameters = built.parameters()
     with FakeTensorMode(allow_non_fake_inputs=True), MemoryTracker(_dimensions(mesh)) as tracker:
         with tracker.kind(PARAMETERS):

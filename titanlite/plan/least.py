@@ -1,7 +1,7 @@
 """The least memory that a run needs, from its options alone, to refuse what cannot fit before anything is allocated.
 
 Every part is a lower bound: what a step holds at one moment, without temporaries, padding and fragmentation.
-:mod:`titanlite.plan.estimate` is exact, but runs a step to know.
+:mod:`titanlite.plan.estimate` counts temporaries and padding too, but must run a step for it.
 """
 
 from __future__ import annotations
@@ -55,7 +55,6 @@ def least_memory(config: JobConfig, size: ModelSize, args: Any, degrees: Degrees
     """Return the least memory of a process of the run. ``args`` are the model's configured arguments."""
     training, shards = config.training, degrees.model_shards
     moments = 2 if config.optimizer.name in ("Adam", "AdamW") else 0
-    # A first step has no optimizer state yet.
     optimizer = moments * 4 * size.params // shards
     tp, pp = degrees.tensor_parallel, degrees.pipeline_parallel
     dtype_bytes = 2 if training.mixed_precision_param == "bfloat16" else 4
@@ -73,7 +72,7 @@ def least_memory(config: JobConfig, size: ModelSize, args: Any, degrees: Degrees
     return Least(
         weights=4 * size.params // shards,
         gradients=4 * size.params // shards,
-        optimizer=optimizer if training.steps > 1 else 0,
+        optimizer=optimizer if training.steps > 1 else 0,  # a first step has none before its end
         step=step,
         batch=sequences * (2 * _INT64 * training.seq_len + _PER_SEQUENCE),
     )

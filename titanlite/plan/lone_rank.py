@@ -1,0 +1,57 @@
+"""What lets one process build and run the part of one rank, when the other ranks and the GPU do not exist."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.pipelining import PipelineStage
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+
+@contextmanager
+def lone_process_group(rank: int, world_size: int) -> Iterator[None]:
+    """Make a process group in which this process is one rank, and the other ranks do not exist."""
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def _never_run(*_: Any) -> Any:
+    raise NotImplementedError
+
+
+class _Answer:
+    """The answer on which a stage's neighbours agree: all shapes are known."""
+
+    def item(self) -> int:
+        return 1
+
+
+class LoneStage(PipelineStage):
+    """A stage whose neighbours do not exist. torch 2.13 sends messages to learn whether all stages know their shapes;
+    titanlite's do."""
+
+    def _warmup_forward_vote(self, has_backward: bool, received_acc: Any = None) -> Any:
+        return _Answer()
+
+    def _warmup_backward_result(self, received_result: Any = None) -> Any:
+        return _Answer()
+
+
+@contextmanager
+def fused_norm() -> Iterator[None]:
+    """Let RMSNorm be one operation, as on a GPU: with a registered kernel it is not decomposed. (The tensors without
+    data have the device "cpu", because torch without CUDA supports autograd on no other.)"""
+    library = torch.library.Library("aten", "IMPL")
+    try:
+        for name in ("_fused_rms_norm", "_fused_rms_norm_backward"):
+            library.impl(name, _never_run, "CPU")
+        yield
+    finally:
+        library._destroy()
