@@ -20,9 +20,9 @@ from torch import Tensor
 
 from titanlite.checkpoint.diagnosis import why_no_weights
 from titanlite.checkpoint.state import local_part
-from titanlite.checkpoint.untrusted import contained, open_file, read_json
 from titanlite.errors import ConfigError
 from titanlite.models.weight_map import Place, Rows, Stack, WeightMap, tensors_of
+from titanlite.untrusted.files import contained, open_file, read_json
 
 CONFIG = "config.json"
 SINGLE = "model.safetensors"

@@ -81,7 +81,7 @@ def _tokenizer_of(weights: Weights) -> ChosenTokenizer:
     if info is None:
         tokenizer = load_tokenizer(str(folder) if has_tokenizer(folder) else "")
         if Path(tokenizer.path) == SHIPPED:
-            if read_object(folder / "config.json").get("vocab_size") not in (None, tokenizer.vocab_size):
+            if read_object(folder, "config.json").get("vocab_size") not in (None, tokenizer.vocab_size):
                 raise damaged(
                     "", f"{folder} has weights and no tokenizer; name the one that belongs to them with {KEY}"
                 )

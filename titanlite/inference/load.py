@@ -18,7 +18,6 @@ from titanlite.checkpoint.hugging_face import QUANTIZATION, HuggingFaceFolder, i
 from titanlite.checkpoint.state import model_state
 from titanlite.checkpoint.storage import INFO, SUMS, load, read_info, saved_shapes, verify
 from titanlite.checkpoint.tokenizer import ChosenTokenizer, Weights, choose_tokenizer
-from titanlite.checkpoint.untrusted import is_of
 from titanlite.config import JobConfig
 from titanlite.converters import Quantizer, get_quantizer
 from titanlite.data import Tokenizer
@@ -28,6 +27,7 @@ from titanlite.distributed.parallelize import apply_tensor_parallel, check
 from titanlite.errors import ConfigError
 from titanlite.inference.quantize import SCALES, calibrated, linear_layers, quantizer_of, restore
 from titanlite.models.spec import ModelSpec, get_model_spec, model_spec_of
+from titanlite.untrusted.files import is_of
 
 
 class ModelDescription(NamedTuple):
