@@ -111,6 +111,12 @@ def on_all(
     return [value for value, _ in results]
 
 
+def shapes_on_all(group: dist.ProcessGroup | None, state: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    """Return the names and shapes of the tensors that all processes have together."""
+    parts = on_all(group, lambda: {name: tuple(tensor.shape) for name, tensor in state.items()})
+    return {name: shape for part in parts for name, shape in part.items()}
+
+
 def from_rank_zero(group: dist.ProcessGroup | None, function: Callable[[], T]) -> T:
     """Call ``function`` on rank 0; return its result on every process.
 

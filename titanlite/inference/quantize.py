@@ -139,14 +139,14 @@ def quantizer_of(config: Mapping[str, Any]) -> Quantizer | None:
     described = config.get(QUANTIZATION)
     if not described:
         return None
-    if described.get("quant_method") == METHOD:
-        groups = list(described.get("config_groups", {}).values())
+    if isinstance(described, dict) and described.get("quant_method") == METHOD:
+        groups = described.get("config_groups")
         for quantizer in quantizers():
-            if len(groups) == 1 and _agrees(quantizer.scheme, groups[0]):
+            if isinstance(groups, dict) and len(groups) == 1 and _agrees(quantizer.scheme, *groups.values()):
                 return quantizer
     raise ConfigError(
-        f"config.json: {QUANTIZATION} = {described}: titanlite reads {METHOD} as titanlite convert --quantize writes "
-        "them; take the weights in high precision"
+        f"config.json: {QUANTIZATION} = {str(described)[:500]}: titanlite reads {METHOD} as titanlite convert "
+        "--quantize writes them; take the weights in high precision"
     )
 
 

@@ -291,7 +291,9 @@ def test_descriptions_of_other_types(folder: Path, values: dict[str, Any]) -> No
         ({"n_heads": 0}, "no model can be built"),
         ({"rope_scaling": {"factor": "x"}}, "factor = 'x'"),
         ({"rope_scaling": 3}, "rope_scaling = 3"),
-        ({"max_seq_len": 1 << 45}, "does not fit into the memory"),
+        ({"n_layers": 10_001}, "layers, more than there are tensors"),
+        ({"max_seq_len": 1 << 45}, "tables of .* GiB for"),
+        ({"max_seq_len": 1 << 24}, "tables of 1.0 GiB for 16,777,216 positions"),
     ],
 )
 def test_sizes_that_are_not_those_of_the_weights(
