@@ -193,7 +193,7 @@ def restore(model: nn.Module, layers: Mapping[str, nn.Linear], folder: HuggingFa
                 tensors.append(get(tensor).to(layer.weight.device))
             if not all(scale.isfinite().all() and (scale > 0).all() for scale in tensors[1:]):
                 raise _not_as_quantized(folder, next(iter(entries)), "has scales that are not above 0 and finite")
-            quantizer.restore(layer, Quantized(tensors[0], tensors[1], *(tensors[2:] or [None])))
+            quantizer.restore(layer, Quantized(tensors[0], tensors[1], tensors[2] if len(tensors) > 2 else None))
     if unused:
         raise _not_as_quantized(folder, min(unused), "belongs to no quantized layer")
 

@@ -308,6 +308,19 @@ def test_sizes_that_are_not_those_of_the_weights(
     assert re.search(message, capfd.readouterr().err)
 
 
+def test_a_message_does_not_write_to_the_terminal(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    file = folder / "checkpoint.json"
+    content = json.loads(file.read_text())
+    content["model"]["name"] = "\x1b]0;title\x07\r\u202e" + "x" * 10**6
+    file.write_text(json.dumps(content))
+    reseal(folder)
+    assert generate.main(["--checkpoint", str(folder), "--prompt", "x"]) == 2
+    error = capfd.readouterr().err
+    assert r"\x1b]0;title\x07\r\u202ex" in error
+    assert error.replace("\n", "").isprintable()
+    assert len(error) < 21_000
+
+
 @pytest.mark.parametrize("name", ["../elsewhere", "/dev/zero", "..", "a/b", "a\x07"])
 def test_sums_name_files_of_their_folder(folder: Path, name: str) -> None:
     (folder.parent / "elsewhere").write_text("x")
