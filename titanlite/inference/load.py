@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from titanlite.checkpoint.diagnosis import why_no_weights
 from titanlite.checkpoint.hugging_face import QUANTIZATION, HuggingFaceFolder, is_hugging_face
 from titanlite.checkpoint.metadata import SavedTensor, read_metadata
-from titanlite.checkpoint.state import model_state
+from titanlite.checkpoint.state import model_state, refuse_another_model
 from titanlite.checkpoint.storage import INFO, SUMS, load, read_info, verify
 from titanlite.checkpoint.tokenizer import ChosenTokenizer, Weights, choose_tokenizer
 from titanlite.config import JobConfig
@@ -106,15 +106,16 @@ def outline(description: ModelDescription) -> Outline:
         with torch.device("meta"):
             model = description.spec.build(args)
     except (RuntimeError, ValueError, TypeError, ArithmeticError, AssertionError) as e:
-        raise ConfigError(f"{folder}: no model can be built of its sizes, {args} ({e})") from e
+        reason = str(e).partition("\n")[0]  # torch adds a stack trace
+        raise ConfigError(f"{folder}: no model can be built of its sizes, {args} ({reason})") from e
     shapes = {name: tuple(param.shape) for name, param in model.named_parameters(remove_duplicate=False)}
     if files is not None and family is not None:
         files.check(shapes, family.weights(args), _ignored(description), family.copies(args))
-    else:
-        of_model = {name: saved[f"model.{name}"].shape for name in shapes if f"model.{name}" in saved}
-        lacking = [name for name, shape in shapes.items() if of_model.get(name) != shape]
-        if lacking:
-            raise ConfigError(f"{folder} lacks {len(lacking)} weights of its own model, such as {lacking[0]}")
+    elif description.weights.info is not None:
+        buffers = set(description.weights.info.buffers)
+        of_model = {name: tensor.shape for name, tensor in saved.items() if name.startswith("model.")}
+        kept = {name.removeprefix("model."): shape for name, shape in of_model.items() if name not in buffers}
+        refuse_another_model(folder, kept, shapes)
     # No file has the buffers that are computed, such as the table of positions: their sizes are a claim.
     computed = sum(buffer.nbytes for buffer in model.buffers())
     weights = sum(4 * param.numel() for param in model.parameters())
@@ -229,7 +230,8 @@ def allocated(
         model.to_empty(device=device)
         model.init_weights(_BuffersAlone())  # type: ignore[operator]
     except RuntimeError as e:
-        raise ConfigError(f"the model does not fit into the memory of {device} ({e})") from e
+        reason = str(e).partition("\n")[0]
+        raise ConfigError(f"the model does not fit into the memory of {device} ({reason})") from e
     finally:
         torch.__future__.set_swap_module_params_on_conversion(swap)
     return model.requires_grad_(False)

@@ -254,15 +254,17 @@ def replace(file: Path, kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["link out", "device", "pipe"])
-@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer_config.json", "chat_template.jinja"])
 def test_only_files_of_a_hugging_face_folder_are_read(
     exported: Path, tmp_path: Path, name: str, kind: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
     folder = tmp_path / "model"
     shutil.copytree(exported, folder)
+    (folder / name).touch()
     replace(folder / name, kind)
     assert converted(folder, tmp_path / "out") == 2
-    assert str(folder) in capfd.readouterr().err
+    assert str(folder if name == "config.json" else folder / name) in capfd.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_an_index_names_only_files_of_its_folder(exported: Path, tmp_path: Path) -> None:
