@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import PurePath
 from typing import Any
 
+_MOST_SHOWN = 20_000  # characters of a message
+
 
 def shown(value: object) -> str:
     """A value as it would stand in a TOML file; None is "unset"."""
@@ -41,10 +43,12 @@ class ConfigError(Exception):
         self.why, self.key, self.value, self.origin = why, key, value, origin
 
     def __str__(self) -> str:
-        if not self.key:
-            return self.why
         origin = f" ({self.origin})" if self.origin else ""
-        return f"{self.key} = {shown(self.value)}{origin}: {self.why}"
+        text = f"{self.key} = {shown(self.value)}{origin}: {self.why}" if self.key else self.why
+        if len(text) > _MOST_SHOWN:
+            text = f"{text[: _MOST_SHOWN // 2]} ... {text[-_MOST_SHOWN // 2 :]}"
+        # A name in a file from somebody else could move the cursor of a terminal, or write to its clipboard.
+        return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
 
     def __reduce__(self) -> Any:
         return _rebuilt, (type(self), self.args, self.__dict__)

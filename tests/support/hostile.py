@@ -102,7 +102,7 @@ def bytes_run(folder: Path, marker: Path) -> None:
 WAYS_IN: dict[str, tuple[Callable[[Path, Path], None], str]] = {
     "metadata": (metadata_runs, ".metadata asks for 'posix.mkdir'"),
     "hidden": (metadata_hides, ".metadata asks for 'posix.mkdir'"),
-    "rank": (other_metadata_runs, ".metadata cannot be read"),
+    "rank": (other_metadata_runs, ".metadata: cannot be read"),
     "tensor": (tensor_runs, "own.distcp asks for 'posix.mkdir'"),
     "bytes": (bytes_run, "tok_embeddings.weight"),
 }

@@ -33,7 +33,7 @@ FLOORS = (
     ("data", "optim"),
     ("config",),
     ("float8", "models"),
-    ("quant", "registry"),
+    ("quant", "registry", "untrusted"),
     ("errors", "environment"),
 )
 # At the root lie these modules; everything else is in a room.

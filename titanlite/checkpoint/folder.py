@@ -16,10 +16,10 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from titanlite.checkpoint.untrusted import Untrusted, contained, open_file
 from titanlite.config.run_config import inner_folder, read_run_config
 from titanlite.config.value_rules import PATH
 from titanlite.errors import ConfigError
+from titanlite.untrusted.files import Untrusted, contained, open_file, read_bytes
 
 INFO = "checkpoint.json"
 SUMS = "SHA256SUMS"
@@ -198,8 +198,7 @@ def read_sums(folder: Path) -> dict[str, str]:
         DamagedCheckpoint: ``SHA256SUMS`` is missing or changed.
     """
     try:
-        with open_file(contained(folder, SUMS)) as stream:
-            text = stream.read(_MOST_SUMS).decode("ascii")
+        text = read_bytes(contained(folder, SUMS), _MOST_SUMS).decode("ascii")
     except (FileNotFoundError, UnicodeDecodeError) as e:
         raise DamagedCheckpoint(
             folder, [f"{SUMS} is {'missing' if isinstance(e, FileNotFoundError) else 'changed'}"]

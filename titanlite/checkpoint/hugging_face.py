@@ -19,10 +19,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from titanlite.checkpoint.diagnosis import why_no_weights
-from titanlite.checkpoint.state import local_part
-from titanlite.checkpoint.untrusted import contained, open_file, read_json
+from titanlite.checkpoint.state import listed, local_part, refuse_another_model
 from titanlite.errors import ConfigError
 from titanlite.models.weight_map import Place, Rows, Stack, WeightMap, tensors_of
+from titanlite.untrusted.files import contained, open_file, read_json
 
 CONFIG = "config.json"
 SINGLE = "model.safetensors"
@@ -33,7 +33,6 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
 QUANTIZED_DTYPES = {"F8_E4M3": torch.float8_e4m3fn, "I8": torch.int8}
 QUANTIZATION = "quantization_config"  # the key of config.json
 
-_MAX_LISTED = 10
 _COMPARED = 1 << 24  # elements of two tensors that are compared at a time
 
 
@@ -93,23 +92,14 @@ class HuggingFaceFolder:
         absent = [name for name in self._absent if name not in copies]
         if absent:
             raise _disagree(self.folder, absent)
-        expected = dict.fromkeys(tensor for place in weights.values() for tensor in tensors_of(place))
-        extra = (name for name in self.tensors if name not in expected and name not in copies)
-        problems = {
-            "are not in its files": [name for name in expected if name not in self.tensors],
-            "are in its files and not in the model": [n for n in extra if not ignored or not re.fullmatch(ignored, n)],
-            "have another shape": [
-                f"{tensor} {list(stored.shape)}, in the model {list(shape)}"
-                for tensor, shape in stored_shapes(shapes, weights).items()
-                if (stored := self.tensors.get(tensor)) and stored.shape != shape
-            ],
+        model: dict[str, tuple[int, ...] | None] = {t: None for place in weights.values() for t in tensors_of(place)}
+        model |= stored_shapes(shapes, weights)
+        saved = {
+            name: stored.shape
+            for name, stored in self.tensors.items()
+            if name in model or not (name in copies or (ignored and re.fullmatch(ignored, name)))
         }
-        lines = [_report(problem, tensors) for problem, tensors in problems.items() if tensors]
-        if lines:
-            raise ConfigError(
-                f"{self.folder}: these are the weights of another model, flavor or vocabulary: {'; '.join(lines)}; "
-                "choose the flavor that they belong to"
-            )
+        refuse_another_model(self.folder, saved, model)
         for name, original in copies.items():
             if name in self.tensors and not self._equal(name, original):
                 raise ConfigError(
@@ -120,7 +110,7 @@ class HuggingFaceFolder:
     def _equal(self, name: str, other: str) -> bool:
         """Compare two tensors of the files, some rows at a time."""
         shape = self.tensors[name].shape
-        if shape != self.tensors[other].shape:
+        if shape != self.tensors[other].shape or not prod(shape):
             return False
         rows = max(1, _COMPARED // prod(shape[1:]))
         with self._files() as files:
@@ -148,7 +138,7 @@ class HuggingFaceFolder:
         """
         unknown = [name for name in state if name not in weights]
         if unknown:
-            raise ConfigError(f"{self.folder}: {_report('of the model have no name in Hugging Face files', unknown)}")
+            raise ConfigError(f"{self.folder}: {listed('of the model have no name in Hugging Face files', unknown)}")
         self.check({name: tensor.shape for name, tensor in state.items()}, weights, ignored, copies)
         with self._files() as files:
             for name, tensor in state.items():
@@ -190,7 +180,7 @@ def _find_tensors(folder: Path, dtypes: Mapping[str, torch.dtype]) -> tuple[dict
     missing = [name for name, file in files.items() if not file.is_file()]
     if missing:
         raise ConfigError(
-            f"{folder}: {_report(f'of {len(files)} files that {INDEX} names are missing', missing)}; download them"
+            f"{folder}: {listed(f'of {len(files)} files that {INDEX} names are missing', missing)}; download them"
         )
     tensors = _headers(files.values(), dtypes)
     misplaced = [name for name, file in weight_map.items() if name in tensors and tensors[name].file != files[file]]
@@ -201,7 +191,7 @@ def _find_tensors(folder: Path, dtypes: Mapping[str, torch.dtype]) -> tuple[dict
 
 def _disagree(folder: Path, names: list[str]) -> ConfigError:
     return ConfigError(
-        f"{folder}: {_report(f'are not in the file that {INDEX} names', names)}; the files belong to different "
+        f"{folder}: {listed(f'are not in the file that {INDEX} names', names)}; the files belong to different "
         "downloads: download all of them again"
     )
 
@@ -273,8 +263,3 @@ def _copy_local_shard(tensor: Tensor, place: Place, source: Callable[[str], Any]
         data.copy_(source(place.tensor)[there])
     else:
         data.copy_(source(place)[slices])
-
-
-def _report(predicate: str, names: Sequence[str]) -> str:
-    more = f" and {len(names) - _MAX_LISTED} more" if len(names) > _MAX_LISTED else ""
-    return f"{len(names)} {predicate}: {', '.join(names[:_MAX_LISTED])}{more}"

@@ -30,7 +30,7 @@ from titanlite.checkpoint.metadata import read_metadata
 from titanlite.checkpoint.state import (
     State,
     buffer_names,
-    differences,
+    disagreements,
     local_bytes,
     model_state,
     optimizer_state,
@@ -46,6 +46,7 @@ from titanlite.checkpoint.storage import (
     on_all,
     read_info,
     save,
+    shapes_on_all,
     verify,
 )
 from titanlite.config.schema import Checkpoint
@@ -230,39 +231,31 @@ class CheckpointManager:
     def _matching(self, checkpoint: SavedCheckpoint, process: Process, shapes: dict[str, torch.Size]) -> State:
         """Return the tensors of the model to load; raise ConfigError if the checkpoint is of another model."""
         state, info = model_state(process.parts), checkpoint.info
-        missing, mismatches = differences(shapes, state)
-        gathered: list[Any] = [None] * dist.get_world_size()
-        buffers = buffer_names(process.parts)
-        dist.all_gather_object(gathered, (set(state), buffers, missing, mismatches), group=self.group)
-        names, buffers, unsaved = (set().union(*(part[i] for part in gathered)) for i in range(3))
-        saved = {name for name in shapes if name.startswith("model.")}
-        lines = [
-            *(f"{key} was {old}, is {new}" for key, old, new in _changes(info.model, process.model)),
-            *sorted({line for part in gathered for line in part[3]}),
-            *(f"{name} is not in the checkpoint" for name in sorted(unsaved - buffers)),
-            *(f"{name} is not in the model" for name in sorted(saved - names - set(info.buffers))),
-        ]
+        model = shapes_on_all(self.group, state)
+        saved = {name: shape for name, shape in shapes.items() if name.startswith("model.")}
+        # Buffers, such as the scales of delayed scaling, may be in one of the two alone.
+        new = {name for name in self._all_buffers(process) if name not in saved}
+        gone = {name for name in info.buffers if name in saved and name not in model}
+        lines = [f"{key} was {before}, is {now}" for key, before, now in _changes(info.model, process.model)]
+        lines += disagreements(
+            {name: shape for name, shape in saved.items() if name not in gone},
+            {name: shape for name, shape in model.items() if name not in new},
+        )
         if lines:
-            shown = [*lines[:12], *([f"and {len(lines) - 12} more"] if len(lines) > 12 else [])]
             raise ConfigError(
-                f"{checkpoint.folder} is a checkpoint of another model:\n    " + "\n    ".join(shown) + "\n"
+                f"{checkpoint.folder} is a checkpoint of another model:\n    " + "\n    ".join(lines) + "\n"
                 "restore [model] as it was, or choose another job.dump_folder"
             )
-        for changed, outcome in ((unsaved & buffers, "begin anew"), (saved - names, "are left out")):
+        for changed, outcome in ((new, "begin anew"), (gone, "are left out")):
             if changed:
                 logger.warning("%d buffers %s, such as %s", len(changed), outcome, min(changed))
-        return {name: tensor for name, tensor in state.items() if name not in unsaved}
+        return {name: tensor for name, tensor in state.items() if name not in new}
 
     def _check_optimizer(self, checkpoint: SavedCheckpoint, local: State, saved: dict[str, torch.Size]) -> None:
-        gathered: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(gathered, (set(local), *differences(saved, local)), group=self.group)
-        names = set().union(*(part[0] for part in gathered))
-        lines = sorted({line for part in gathered for line in (*part[1], *part[2])} | (saved.keys() - names))
-        if lines:
+        if lines := disagreements(saved, shapes_on_all(self.group, local)):
             raise ConfigError(
-                f"{checkpoint.folder} was saved by another optimizer: {len(lines)} of its tensors differ, such as "
-                f"{lines[0]}; restore optimizer.name, or begin its state anew with "
-                "--checkpoint.exclude_from_loading=optimizer"
+                f"{checkpoint.folder} was saved by another optimizer: {'; '.join(lines)}; restore optimizer.name, or "
+                "begin its state anew with --checkpoint.exclude_from_loading=optimizer"
             )
 
     def _random(self, checkpoint: SavedCheckpoint, process: Process, shapes: dict[str, torch.Size]) -> State:
@@ -334,9 +327,7 @@ class CheckpointManager:
             raise
 
     def _all_buffers(self, process: Process) -> list[str]:
-        gathered: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(gathered, buffer_names(process.parts), group=self.group)
-        return sorted(set().union(*gathered))
+        return sorted(set().union(*on_all(self.group, lambda: buffer_names(process.parts))))
 
     def _write(self, state: State, info: Info) -> None:
         start = time.perf_counter()

@@ -5,7 +5,8 @@ not copies: a write to them changes the model or the optimizer."""
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,9 +15,11 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+from titanlite.errors import ConfigError
 from titanlite.quant.fsdp import plain
 
 State = dict[str, Tensor]
+_MAX_LISTED = 10
 
 
 def model_state(parts: Iterable[nn.Module]) -> State:
@@ -97,15 +100,36 @@ def set_random_state(state: Mapping[str, Tensor], rank: int, device: torch.devic
         torch.cuda.set_rng_state(local["cuda"], device)
 
 
-def differences(saved: Mapping[str, torch.Size], state: Mapping[str, Tensor]) -> tuple[list[str], list[str]]:
-    """Return the names in ``state`` that were not saved, and one line for each tensor whose saved shape differs."""
-    missing = [name for name in state if name not in saved]
-    mismatches = [
-        f"{name} is {tuple(tensor.shape)}, was {tuple(saved[name])}"
-        for name, tensor in state.items()
-        if name in saved and saved[name] != tensor.shape
-    ]
-    return missing, mismatches
+def disagreements(saved: Mapping[str, Sequence[int]], model: Mapping[str, Sequence[int] | None]) -> list[str]:
+    """Return why tensors of these names and shapes are not those of a model: one line for each kind of reason, nothing
+    if they are. A shape of the model that is None is not compared."""
+    reasons = {
+        "are not in its files": [name for name in model if name not in saved],
+        "are in its files and not in the model": [name for name in saved if name not in model],
+        "have another shape": [
+            f"{name} {list(saved[name])}, in the model {list(shape)}"
+            for name, shape in model.items()
+            if shape is not None and name in saved and tuple(saved[name]) != tuple(shape)
+        ],
+    }
+    return [listed(reason, names) for reason, names in reasons.items() if names]
+
+
+def listed(predicate: str, names: Sequence[str]) -> str:
+    """Return how many ``names`` there are, the predicate, and the first of them."""
+    more = f" and {len(names) - _MAX_LISTED} more" if len(names) > _MAX_LISTED else ""
+    return f"{len(names)} {predicate}: {', '.join(names[:_MAX_LISTED])}{more}"
+
+
+def refuse_another_model(
+    folder: Path, saved: Mapping[str, Sequence[int]], model: Mapping[str, Sequence[int] | None]
+) -> None:
+    """Raise ConfigError if the weights in ``folder`` are not those of the model; see :func:`disagreements`."""
+    if lines := disagreements(saved, model):
+        raise ConfigError(
+            f"{folder}: these are the weights of another model, flavor or vocabulary: {'; '.join(lines)}; choose the "
+            "flavor that they belong to"
+        )
 
 
 def local_part(tensor: Tensor) -> tuple[Tensor, tuple[int, ...]]:

@@ -45,8 +45,8 @@ from titanlite.checkpoint.folder import (
 from titanlite.checkpoint.metadata import METADATA, Chunk, SavedTensor, read_metadata
 from titanlite.checkpoint.state import State, local_part
 from titanlite.checkpoint.tensors import read_tensor
-from titanlite.checkpoint.untrusted import MOST_JSON, Untrusted, contained, is_of, json_object, open_file
 from titanlite.errors import ConfigError
+from titanlite.untrusted.files import MOST_JSON, Untrusted, contained, is_of, json_object, open_file, read_bytes
 
 _FORMAT = 1
 _MODEL = {"name": str, "flavor": str, "args": dict}  # the keys of Info.model
@@ -109,6 +109,12 @@ def on_all(
     if errors:
         raise failed(errors)
     return [value for value, _ in results]
+
+
+def shapes_on_all(group: dist.ProcessGroup | None, state: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    """Return the names and shapes of the tensors that all processes have together."""
+    parts = on_all(group, lambda: {name: tuple(tensor.shape) for name, tensor in state.items()})
+    return {name: shape for part in parts for name, shape in part.items()}
 
 
 def from_rank_zero(group: dist.ProcessGroup | None, function: Callable[[], T]) -> T:
@@ -237,8 +243,7 @@ def read_info(folder: Path) -> Info:
         DamagedCheckpoint: ``checkpoint.json`` or ``SHA256SUMS`` is missing or changed.
     """
     try:
-        with open_file(contained(folder, INFO)) as stream:
-            text = stream.read(MOST_JSON + 1)
+        text = read_bytes(contained(folder, INFO), MOST_JSON)
         # Always verified, whatever checkpoint.verify says: a changed file could pass for another version or values.
         if hashlib.sha256(text).hexdigest() != read_sums(folder).get(INFO):
             raise DamagedCheckpoint(folder, [f"{INFO} is changed"])
@@ -263,7 +268,7 @@ def _info(content: Mapping[str, Any], file: Path) -> Info:
     if not strange and not all(is_of(content["model"].get(key), kind) for key, kind in _MODEL.items()):
         strange = ["model"]
     if strange:
-        raise Untrusted(f"{file}: {', '.join(strange)[:200]}: missing, unknown, or of another type")
+        raise Untrusted(file, f"{', '.join(strange)[:200]}: missing, unknown, or of another type")
     return Info(**content)
 
 

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from titanlite.checkpoint.metadata import DTYPES
-from titanlite.checkpoint.untrusted import Record, Untrusted, read_pickle
 from titanlite.errors import ConfigError
+from titanlite.untrusted.files import Untrusted
+from titanlite.untrusted.pickles import Record, read_pickle
 
 _STORAGES = {
     "torch.FloatStorage": torch.float32,
@@ -145,7 +146,7 @@ def read_tensor(
     except (ConfigError, OSError):
         raise
     except Exception as e:  # what fails on damaged bytes is open
-        raise Untrusted(f"{file} cannot be read at byte {start} ({type(e).__name__}: {str(e)[:200]})") from None
+        raise Untrusted(file, f"cannot be read at byte {start} ({type(e).__name__}: {str(e)[:200]})") from None
 
 
 def _described(saved: Any, shape: tuple[int, ...]) -> tuple[torch.dtype, str, int, tuple[int, ...]]:

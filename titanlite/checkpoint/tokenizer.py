@@ -81,7 +81,7 @@ def _tokenizer_of(weights: Weights) -> ChosenTokenizer:
     if info is None:
         tokenizer = load_tokenizer(str(folder) if has_tokenizer(folder) else "")
         if Path(tokenizer.path) == SHIPPED:
-            if read_object(folder / "config.json").get("vocab_size") not in (None, tokenizer.vocab_size):
+            if read_object(folder, "config.json").get("vocab_size") not in (None, tokenizer.vocab_size):
                 raise damaged(
                     "", f"{folder} has weights and no tokenizer; name the one that belongs to them with {KEY}"
                 )
@@ -91,14 +91,10 @@ def _tokenizer_of(weights: Weights) -> ChosenTokenizer:
             reason = "shipped"
         return ChosenTokenizer(tokenizer, _source(tokenizer), reason)
     copy, noted = has_tokenizer(folder), _noted(weights)
-    try:
-        tokenizer = load_tokenizer(str(folder) if copy else info.tokenizer_path)
-    except ConfigError as e:
-        if copy:
-            raise
-        raise damaged(
-            info.tokenizer_path, f"{folder} was trained with it, and has no copy: {e.why}; name it with {KEY}"
-        ) from None
+    if not copy and info.tokenizer_path:  # whoever made the checkpoint does not choose which file is opened here
+        why = f"{folder} was trained with it, and has no copy of it; name it yourself with {KEY}"
+        raise damaged(info.tokenizer_path, why)
+    tokenizer = load_tokenizer(str(folder) if copy else "")
     # After an update of the library, the copy, which has a checksum, is still the same.
     if noted and comparable(noted, tokenizer.identity) and not is_same(noted, tokenizer.identity):
         raise _another(tokenizer, noted, weights)
@@ -123,12 +119,12 @@ def _check(tokenizer: Tokenizer, weights: Weights) -> None:
 
 
 def _identity_of_files(weights: Weights) -> Identity | None:
-    """Return the identity of the copy, or of the file that an earlier version noted; None if it cannot be read."""
+    """Return the identity of the copy, or of the shipped one; None if there is another, or it cannot be read."""
     folder, info = weights
     try:
         if has_tokenizer(folder):
             return load_tokenizer(str(folder)).identity
-        return None if info is None else load_tokenizer(info.tokenizer_path).identity
+        return None if info is None or info.tokenizer_path else load_tokenizer().identity
     except ConfigError:
         return None
 

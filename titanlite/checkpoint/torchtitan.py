@@ -14,13 +14,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from titanlite.checkpoint.metadata import METADATA, read_metadata
-from titanlite.checkpoint.state import local_part
-from titanlite.checkpoint.storage import INFO, SUMS, copy_into, on_all
+from titanlite.checkpoint.state import local_part, refuse_another_model
+from titanlite.checkpoint.storage import INFO, SUMS, copy_into, on_all, shapes_on_all
 from titanlite.errors import ConfigError
 
 _PREFIX = "model."  # until May 2025; since then the names of the model have none
 _OTHER = ("optimizer.", "lr_scheduler.", "train_state.", "dataloader.", "freqs_cis")
-_MAX_LISTED = 10
 
 
 def is_torchtitan(folder: Path) -> bool:
@@ -56,32 +55,14 @@ class TorchtitanFolder:
         Raises:
             ConfigError: on all processes: names or shapes differ, or a file cannot be read.
         """
-        names: set[str] = set().union(*on_all(group, lambda: set(parameters)))
-        shapes = {name: tuple(tensor.shape) for name, tensor in parameters.items()}
-        lines = [
-            *(f"{name} is not in its files" for name in sorted(names - self._saved.keys())),
-            *(f"{name} is not in the model" for name in sorted(self._saved.keys() - names)),
-        ]
-        lines += set().union(*on_all(group, lambda: self._mismatches(shapes)))
-        if lines:
-            more = f", and {len(lines) - _MAX_LISTED} more" if len(lines) > _MAX_LISTED else ""
-            raise ConfigError(
-                f"{self.folder}: these are the weights of another model, flavor or vocabulary: "
-                f"{'; '.join(lines[:_MAX_LISTED])}{more}; choose the flavor that they belong to"
-            )
+        saved = {name: tensor.shape for name, tensor in self._saved.items()}
+        refuse_another_model(self.folder, saved, shapes_on_all(group, parameters))
 
         def copy() -> None:
             for name, tensor in parameters.items():
                 self._copy(name, tensor, heads.get(name))
 
         on_all(group, copy, lambda problems: ConfigError("; ".join(problems)))
-
-    def _mismatches(self, shapes: Mapping[str, tuple[int, ...]]) -> set[str]:
-        return {
-            f"{name} is {tuple(self._saved[name].shape)}, in the model {shape}"
-            for name, shape in shapes.items()
-            if name in self._saved and tuple(self._saved[name].shape) != shape
-        }
 
     def _copy(self, name: str, tensor: Tensor, head_size: int | None) -> None:
         if head_size is None:

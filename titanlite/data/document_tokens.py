@@ -57,7 +57,7 @@ def find_document_tokens(backend: tokenizers.Tokenizer, file: Path, *, known: bo
         ConfigError: the files name no token, or one that the vocabulary has not, or are damaged.
     """
     folder = file.parent
-    config, special = read_object(folder / CONFIG), read_object(folder / MAP)
+    config, special = read_object(folder, CONFIG), read_object(folder, MAP)
     _add_tokens(backend, folder, config)
     named, place = _named(backend, folder, config, special)
     if named == (None, None):
@@ -138,7 +138,7 @@ def _unnamed(backend: tokenizers.Tokenizer, file: Path, known: bool) -> tuple[Pa
 def _ids_of_model(file: Path) -> tuple[list[int], list[int]]:
     """Return the ids of BOS and of EOS in a model's ``config.json``, which may have several."""
     try:
-        config = read_object(file)
+        config = read_object(file.parent, file.name)
     except ConfigError:  # who reads the model reports it
         config = {}
     entries = [config.get(f"{key}_id") for key in _KEYS]
@@ -171,7 +171,7 @@ def _add_tokens(backend: tokenizers.Tokenizer, folder: Path, config: Mapping[str
             place = folder / "added_tokens.json"
             listed = {
                 int(i): tokenizers.AddedToken(token, special=_is_named(folder, config, token))
-                for token, i in read_object(place).items()
+                for token, i in read_object(folder, place.name).items()
                 if i not in has
             }
     except (TypeError, ValueError, AttributeError) as e:
@@ -199,6 +199,6 @@ def _added_token(entry: Mapping[str, Any]) -> tokenizers.AddedToken:
 
 
 def _is_named(folder: Path, config: Mapping[str, Any], token: str) -> bool:
-    entries = {**config, **read_object(folder / MAP)}
+    entries = {**config, **read_object(folder, MAP)}
     names = [entry.get("content") if isinstance(entry, dict) else entry for entry in entries.values()]
     return token in [name for name in names if isinstance(name, str)]

@@ -190,21 +190,21 @@ def load_tokenizer(path: str = "") -> Tokenizer:
     if tokenizer.vocab_size > MAX_IDS:
         largest = tokenizer.vocab_size - 1
         raise damaged(file, f"has ids up to {largest:,}, and the largest that is read is {MAX_IDS - 1:,}")
-    _check_identity(tokenizer, file.parent / IDENTITY)
+    _check_identity(tokenizer, file.parent)
     return tokenizer
 
 
 def _kept_entries(folder: Path) -> dict[str, Any]:
-    config = read_object(folder / CONFIG)
+    config = read_object(folder, CONFIG)
     kept = {key: config[key] for key in _KEPT if key in config}
-    if is_there(folder / _TEMPLATE):  # it counts, where both are there
+    if is_there(folder, _TEMPLATE):  # it counts, where both are there
         kept["chat_template"] = read_limited(folder / _TEMPLATE, MAX_CONFIG_BYTES).decode("utf-8", "replace")
     return kept
 
 
 def has_tokenizer(folder: Path) -> bool:
     """Return True if ``folder`` holds the files of a tokenizer."""
-    return any(is_there(folder / name) for name in _NAMES)
+    return any(is_there(folder, name) for name in _NAMES)
 
 
 def _load_hugging_face(file: Path, content: bytes) -> tokenizers.Tokenizer:
@@ -246,7 +246,7 @@ def _find(path: str) -> Path:
     except OSError as e:
         raise damaged(path, f"cannot be read ({e.strerror or e}); correct the path or its permissions") from None
     for name in _NAMES:
-        if is_folder and is_there(file / name):
+        if is_folder and is_there(file, name):
             return file / name
     problem = f"the folder has no {', '.join(_NAMES[:-1])} or {_NAMES[-1]}" if is_folder else "there is no such file"
     raise damaged(
@@ -257,10 +257,11 @@ def _find(path: str) -> Path:
     )
 
 
-def _check_identity(tokenizer: Tokenizer, file: Path) -> None:
-    if not is_there(file):
+def _check_identity(tokenizer: Tokenizer, folder: Path) -> None:
+    if not is_there(folder, IDENTITY):
         return
-    noted = checked(read_object(file), str(file))
+    file = folder / IDENTITY
+    noted = checked(read_object(folder, IDENTITY), str(file))
     if comparable(noted, tokenizer.identity) and not is_same(noted, tokenizer.identity):
         raise damaged(
             tokenizer.path,

@@ -1,9 +1,8 @@
-"""Read the files of a tokenizer. They may come from anybody: a file has a largest size, and one that is damaged is
-refused by its name."""
+"""Read the files of a tokenizer. They may come from anybody: a file has a largest size, those beside it lie in its
+folder, and one that is damaged is refused by its name."""
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from titanlite.errors import ConfigError
+from titanlite.untrusted.files import Untrusted, contained, read_bytes, read_json
 
 KEY = "model.tokenizer_path"
 MAX_BYTES = 100_000_000  # of a vocabulary; published ones have at most 35 MB
@@ -30,55 +30,54 @@ def excerpt(content: object) -> str:
     return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
-def is_there(file: Path) -> bool:
-    """Return True if ``file`` is a regular file, False if there is nothing of that name.
+def is_there(folder: Path, name: str) -> bool:
+    """Return True if ``name`` is a regular file of ``folder``, False if there is nothing of that name.
 
     Raises:
-        ConfigError: it is something else, such as a folder, or the system does not say.
+        ConfigError: it is something else, such as a folder or a link that leads out of ``folder``, or the system does
+            not say.
     """
-    try:
-        if file.is_file():
-            return True
-        other = os.path.lexists(file)
-    except OSError as e:
-        raise damaged(file, f"cannot be read ({e.strerror or e}); correct the path or its permissions") from None
-    if other:
-        raise damaged(file, "is no regular file, or a link to nothing; put the file itself there, or delete this")
-    return False
+    file = folder / name
+    with _naming(file):
+        if not os.path.lexists(file):
+            return False
+        if not contained(folder, name).is_file():
+            raise Untrusted(file, "is no regular file, or a link to nothing; put the file itself there, or delete this")
+    return True
 
 
 def read_limited(file: Path, limit: int) -> bytes:
-    """Return the content of a file of at most ``limit`` bytes.
+    """Return the content of a file of at most ``limit`` bytes. One that lies beside the file that the user named is
+    looked for by :func:`is_there` first.
 
     Raises:
         ConfigError: it cannot be read, or is larger.
     """
-    try:
-        with file.open("rb") as stream:
-            content = stream.read(limit + 1)
-    except OSError as e:
-        raise damaged(file, f"cannot be read ({e.strerror or e}); correct the path or its permissions") from None
-    if len(content) > limit:
-        raise damaged(file, f"has more than {limit:,} bytes, the most that are read of it; download it again")
-    return content
+    with _naming(file):
+        return read_bytes(file, limit)
 
 
-def read_object(file: Path) -> dict[str, Any]:
-    """Return the object in a JSON file of at most 10 MB; an empty one if there is no such file.
+def read_object(folder: Path, name: str) -> dict[str, Any]:
+    """Return the object in a JSON file of ``folder`` of at most 10 MB; an empty one if there is no such file.
 
     Raises:
-        ConfigError: the file cannot be read, is larger, or holds something else.
+        ConfigError: the file cannot be read, is larger, leads out of ``folder``, or holds something else.
     """
-    if not is_there(file):
+    if not is_there(folder, name):
         return {}
+    with _naming(folder / name):
+        return read_json(folder / name, MAX_CONFIG_BYTES)
+
+
+@contextmanager
+def _naming(file: Path) -> Iterator[None]:
+    """Turn the errors about ``file`` into those of a tokenizer."""
     try:
-        content = json.loads(read_limited(file, MAX_CONFIG_BYTES).decode("utf-8"))
-        json.dumps(content, ensure_ascii=False).encode("utf-8")  # an escape may be half of a character
-    except (ValueError, RecursionError) as e:
-        raise damaged(file, f"is not JSON ({excerpt(e)}); repair it, download it again or delete it") from None
-    if not isinstance(content, dict):
-        raise damaged(file, "holds no JSON object; repair it, download it again or delete it")
-    return content
+        yield
+    except OSError as e:
+        raise damaged(file, f"cannot be read ({e.strerror or e}); correct the path or its permissions") from None
+    except Untrusted as e:
+        raise damaged(file, e.problem) from None
 
 
 class Panic(Exception):

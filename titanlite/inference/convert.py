@@ -15,9 +15,9 @@ from torch import Tensor
 
 from titanlite.checkpoint import Info
 from titanlite.checkpoint.folder import latest_checkpoint
-from titanlite.checkpoint.hugging_face import QUANTIZATION, HuggingFaceFolder, is_hugging_face
+from titanlite.checkpoint.hugging_face import QUANTIZATION, is_hugging_face
 from titanlite.checkpoint.hugging_face_export import write_hugging_face
-from titanlite.checkpoint.metadata import read_metadata
+from titanlite.checkpoint.metadata import SavedTensor
 from titanlite.checkpoint.storage import SaveError, load, save, verify
 from titanlite.config.parallelism import Degrees
 from titanlite.config.schema import Comm
@@ -26,7 +26,7 @@ from titanlite.data import Tokenizer
 from titanlite.distributed import runtime
 from titanlite.distributed.mesh import build_mesh
 from titanlite.errors import ConfigError
-from titanlite.inference.load import describe, load_model, outline, quantizer_for, tokenizer_of
+from titanlite.inference.load import ModelDescription, describe, load_model, outline, quantizer_for, tokenizer_of
 from titanlite.inference.quantize import calibrated, linear_layers, quantization_config, quantized_weights
 from titanlite.models.weight_map import WeightMap
 
@@ -89,11 +89,11 @@ def to_hugging_face(
     quantizer = None if quantize is None else quantizer_for(quantize, description)
     weights = family.weights(description.args)
     config = family.to_config(description.args)
-    if verify_sums and not is_hugging_face(folder):
+    if verify_sums and description.files is None:
         verify(folder)
-    model = outline(description, folder)
+    model, saved = outline(description)
     shapes = {name: tuple(param.shape) for name, param in model.named_parameters(remove_duplicate=False)}
-    with _weights_of(folder, weights) as get:
+    with _weights_of(description, saved, weights) as get:
         quantized = None
         if quantizer is not None:
             layers = linear_layers(model, spec.layout.output)
@@ -112,17 +112,16 @@ Get = Callable[[list[str]], dict[str, Tensor]]
 
 
 @contextmanager
-def _weights_of(folder: Path, weights: WeightMap) -> Iterator[Get]:
+def _weights_of(description: ModelDescription, saved: Mapping[str, SavedTensor], weights: WeightMap) -> Iterator[Get]:
     """Yield a function that reads the parameters in a folder: names -> parameters."""
-    if is_hugging_face(folder):
-        with HuggingFaceFolder(folder).opened() as opened:
+    if description.files is not None:
+        with description.files.opened() as opened:
             yield lambda names: {name: opened(weights[name]) for name in names}
         return
-    saved = read_metadata(folder)
 
     def get(requested: list[str]) -> dict[str, Tensor]:
         state = {f"model.{name}": torch.empty(saved[f"model.{name}"].shape) for name in requested}
-        load(folder, state, saved=saved)
+        load(description.weights.folder, state, saved=saved)
         return {name.removeprefix("model."): tensor for name, tensor in state.items()}
 
     yield get
@@ -142,15 +141,16 @@ def _calibrated(
 
 
 def to_checkpoint(folder: Path, target: Path, tokenizer_path: str | None) -> str:
-    source, description = HuggingFaceFolder(folder), describe(folder)
+    description = describe(folder)
     if description.quantizer is not None:
         raise ConfigError(f"{folder}: its weights are quantized, and a run continues from weights in high precision")
     tokenizer, tokenizer_source, _ = tokenizer_of(description, tokenizer_path)
-    family = description.spec.hugging_face
+    family, files = description.spec.hugging_face, description.files
     assert family is not None
+    assert files is not None
     weights = family.weights(description.args)
-    outline(description, folder)
-    with source.opened() as get:
+    outline(description)
+    with files.opened() as get:
         state = {f"model.{name}": get(place) for name, place in weights.items()}  # as views of the files
         shape: dict[str, Any] = json.loads(json.dumps(asdict(description.args)))
         model = {"name": description.spec.name, "flavor": description.flavor, "args": shape}

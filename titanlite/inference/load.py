@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import typing
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,10 +16,10 @@ from torch import Tensor, nn
 
 from titanlite.checkpoint.diagnosis import why_no_weights
 from titanlite.checkpoint.hugging_face import QUANTIZATION, HuggingFaceFolder, is_hugging_face
-from titanlite.checkpoint.state import model_state
-from titanlite.checkpoint.storage import INFO, SUMS, load, read_info, saved_shapes, verify
+from titanlite.checkpoint.metadata import SavedTensor, read_metadata
+from titanlite.checkpoint.state import model_state, refuse_another_model
+from titanlite.checkpoint.storage import INFO, SUMS, load, read_info, verify
 from titanlite.checkpoint.tokenizer import ChosenTokenizer, Weights, choose_tokenizer
-from titanlite.checkpoint.untrusted import is_of
 from titanlite.config import JobConfig
 from titanlite.converters import Quantizer, get_quantizer
 from titanlite.data import Tokenizer
@@ -28,17 +29,30 @@ from titanlite.distributed.parallelize import apply_tensor_parallel, check
 from titanlite.errors import ConfigError
 from titanlite.inference.quantize import SCALES, calibrated, linear_layers, quantizer_of, restore
 from titanlite.models.spec import ModelSpec, get_model_spec, model_spec_of
+from titanlite.untrusted.files import is_of
+
+_MOST_LAYERS = 10_000
+_BUFFERS = 1 << 28  # bytes that computed buffers may take in any case: 262,144 positions of heads of 128 features
 
 
 class ModelDescription(NamedTuple):
     """The model of a folder of weights. ``args`` is a configured flavor. ``flavor`` is its name, which need not be
-    registered here; empty if it has none. ``quantizer`` is how its weights are quantized; None: they are not."""
+    registered here; empty if it has none. ``files`` are those of Hugging Face; None: it is a checkpoint. ``quantizer``
+    is how its weights are quantized; None: they are not."""
 
     spec: ModelSpec
     flavor: str
     args: Any
     weights: Weights
+    files: HuggingFaceFolder | None = None
     quantizer: Quantizer | None = None
+
+
+class Outline(NamedTuple):
+    """A model on the meta device, whose weights are in its folder; ``saved`` says where, if that is a checkpoint."""
+
+    model: nn.Module
+    saved: dict[str, SavedTensor]
 
 
 class LoadedModel(NamedTuple):
@@ -49,21 +63,22 @@ class LoadedModel(NamedTuple):
     max_seq_len: int
 
 
-def fill_weights(model: nn.Module, description: ModelDescription, folder: Path) -> None:
-    """Read the parameters of ``model`` (plain or sharded, of any dtype) from a checkpoint or from Hugging Face's files.
+def fill_weights(model: nn.Module, description: ModelDescription, saved: Mapping[str, SavedTensor]) -> None:
+    """Read the parameters of ``model`` (plain or sharded, of any dtype) from its folder; ``saved`` is that of its
+    :class:`Outline`.
 
     Raises:
         ConfigError: a file is missing or damaged.
     """
-    family = description.spec.hugging_face
-    if family is not None and is_hugging_face(folder):
-        source, weights = HuggingFaceFolder(folder), family.weights(description.args)
-        if description.quantizer is not None:
-            restore(model, linear_layers(model, description.spec.layout.output), source, weights)
-        state = dict(model.named_parameters(remove_duplicate=False))
-        source.load_into(state, weights, _ignored(description), family.copies(description.args))
+    family, files = description.spec.hugging_face, description.files
+    if files is None or family is None:
+        load(description.weights.folder, model_state([model]), saved=saved)
         return
-    load(folder, model_state([model]))
+    weights = family.weights(description.args)
+    if description.quantizer is not None:
+        restore(model, linear_layers(model, description.spec.layout.output), files, weights)
+    state = dict(model.named_parameters(remove_duplicate=False))
+    files.load_into(state, weights, _ignored(description), family.copies(description.args))
 
 
 def _ignored(description: ModelDescription) -> str | None:
@@ -72,31 +87,44 @@ def _ignored(description: ModelDescription) -> str | None:
     return ignored if description.quantizer is None else "|".join(filter(None, (SCALES, ignored)))
 
 
-def outline(description: ModelDescription, folder: Path) -> nn.Module:
+def outline(description: ModelDescription) -> Outline:
     """Build the model of a folder on the meta device, and compare it with the weights there: what they do not have is
     not allocated.
 
     Raises:
         ConfigError: no model can be built of the sizes in the folder, or its weights are not those of this model.
     """
-    args, family = description.args, description.spec.hugging_face
-    source = HuggingFaceFolder(folder) if family is not None and is_hugging_face(folder) else None
-    saved = {} if source is not None else saved_shapes(folder)
-    if args.n_layers > len(saved if source is None else source.tensors):
-        raise ConfigError(f"{folder}: its model has {args.n_layers} layers, more than there are tensors in its files")
+    args, family, files = description.args, description.spec.hugging_face, description.files
+    folder = description.weights.folder
+    saved = read_metadata(folder) if files is None else {}
+    if args.n_layers > min(_MOST_LAYERS, len(saved if files is None else files.tensors)):
+        raise ConfigError(
+            f"{folder}: its model has {args.n_layers} layers, more than there are tensors in its files, or than "
+            f"{_MOST_LAYERS:,}"
+        )
     try:
         with torch.device("meta"):
             model = description.spec.build(args)
     except (RuntimeError, ValueError, TypeError, ArithmeticError, AssertionError) as e:
-        raise ConfigError(f"{folder}: no model can be built of its sizes, {args} ({e})") from e
+        reason = str(e).partition("\n")[0]  # torch adds a stack trace
+        raise ConfigError(f"{folder}: no model can be built of its sizes, {args} ({reason})") from e
     shapes = {name: tuple(param.shape) for name, param in model.named_parameters(remove_duplicate=False)}
-    if source is not None and family is not None:
-        source.check(shapes, family.weights(args), _ignored(description), family.copies(args))
-        return model
-    lacking = [name for name, shape in shapes.items() if tuple(saved.get(f"model.{name}", ())) != shape]
-    if lacking:
-        raise ConfigError(f"{folder} lacks {len(lacking)} weights of its own model, such as {lacking[0]}")
-    return model
+    if files is not None and family is not None:
+        files.check(shapes, family.weights(args), _ignored(description), family.copies(args))
+    elif description.weights.info is not None:
+        buffers = set(description.weights.info.buffers)
+        of_model = {name: tensor.shape for name, tensor in saved.items() if name.startswith("model.")}
+        kept = {name.removeprefix("model."): shape for name, shape in of_model.items() if name not in buffers}
+        refuse_another_model(folder, kept, shapes)
+    # No file has the buffers that are computed, such as the table of positions: their sizes are a claim.
+    computed = sum(buffer.nbytes for buffer in model.buffers())
+    weights = sum(4 * param.numel() for param in model.parameters())
+    if computed > max(_BUFFERS, weights):
+        raise ConfigError(
+            f"{folder}: its model has tables of {computed / 2**30:,.1f} GiB for {args.max_seq_len:,} positions, more "
+            f"than its weights, and than {_BUFFERS >> 20} MiB; state the positions that it was trained with"
+        )
+    return Outline(model, saved)
 
 
 def load_model(
@@ -135,10 +163,11 @@ def load_model(
     if quantizer is None and calibration is not None:
         raise ConfigError(f"--calibration={calibration}: has no effect without --quantize; leave it out")
     tokenizer = tokenizer_of(description, tokenizer_path).tokenizer
-    if not is_hugging_face(folder):
+    if description.files is None:
         verify(folder)
-    model = allocated(outline(description, folder), description, dtype, mesh, device)
-    fill_weights(model, description, folder)
+    model, saved = outline(description)
+    model = allocated(model, description, dtype, mesh, device)
+    fill_weights(model, description, saved)
     model.eval()
     max_seq_len = description.args.max_seq_len
     if quantizer is not None:
@@ -201,7 +230,8 @@ def allocated(
         model.to_empty(device=device)
         model.init_weights(_BuffersAlone())  # type: ignore[operator]
     except RuntimeError as e:
-        raise ConfigError(f"the model does not fit into the memory of {device} ({e})") from e
+        reason = str(e).partition("\n")[0]
+        raise ConfigError(f"the model does not fit into the memory of {device} ({reason})") from e
     finally:
         torch.__future__.set_swap_module_params_on_conversion(swap)
     return model.requires_grad_(False)
@@ -223,10 +253,10 @@ def describe(folder: Path) -> ModelDescription:
         DamagedCheckpoint: see :func:`titanlite.checkpoint.storage.read_info`.
     """
     if is_hugging_face(folder):
-        config = HuggingFaceFolder(folder).config
-        quantizer = quantizer_of(config)
-        spec, args = model_spec_of({key: value for key, value in config.items() if key != QUANTIZATION})
-        return ModelDescription(spec, _flavor_of(spec, args), args, Weights(folder), quantizer)
+        files = HuggingFaceFolder(folder)
+        quantizer = quantizer_of(files.config)
+        spec, args = model_spec_of({key: value for key, value in files.config.items() if key != QUANTIZATION})
+        return ModelDescription(spec, _flavor_of(spec, args), args, Weights(folder), files, quantizer)
     if not any((folder / name).exists() for name in (INFO, SUMS)):
         raise ConfigError(f"{folder} is no checkpoint: {why_no_weights(folder)}")
     try:

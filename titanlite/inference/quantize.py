@@ -7,6 +7,8 @@ static; and a ``quantization_config`` in ``config.json``. The output projection 
 
 from __future__ import annotations
 
+import codecs
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,15 +16,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from titanlite.checkpoint.hugging_face import QUANTIZATION, HuggingFaceFolder
-from titanlite.checkpoint.hugging_face_export import QuantizedWeights
+from titanlite.checkpoint.hugging_face import DTYPES, QUANTIZATION, HuggingFaceFolder
+from titanlite.checkpoint.hugging_face_export import Entry, QuantizedWeights
 from titanlite.converters.quantizers import Quantized, Quantizer, quantizers
 from titanlite.data import Tokenizer, build_source
 from titanlite.data.sources import START
 from titanlite.errors import ConfigError
 from titanlite.models.weight_map import WeightMap
+from titanlite.untrusted.files import open_file
 
 SEQUENCES, TOKENS = 8, 512  # of calibration, at most
+_MOST_TEXT = 1 << 20  # bytes that are read for them
 METHOD = "compressed-tensors"
 SCALES = r".*\.(weight|input)_scale"
 
@@ -66,7 +70,9 @@ def _texts(path: str | None) -> Iterator[str]:
         yield from (text for _, text in source.documents(0, 1, 0, START))
         return
     try:
-        text = Path(path).expanduser().read_text(encoding="utf-8")
+        with open_file(Path(path).expanduser()) as stream:
+            content = stream.read(_MOST_TEXT)
+            text = codecs.getincrementaldecoder("utf-8")().decode(content, final=not stream.read(1))
     except (OSError, UnicodeDecodeError) as e:
         raise ConfigError(f"--calibration={path}: cannot be read as UTF-8 text ({e}); name a text file") from e
     if not text.strip():
@@ -104,7 +110,7 @@ def quantized_weights(
         ConfigError: a layer cannot be quantized, or calibration did not reach it.
     """
     by_tensor: dict[str, str] = {}
-    entries: dict[str, dict[str, tuple[tuple[int, ...], torch.dtype]]] = {}
+    entries: dict[str, dict[str, Entry]] = {}
     for layer, linear in layers.items():
         tensor, shape = weights[f"{layer}.weight"], (linear.out_features, linear.in_features)
         reason = quantizer.why_not(linear.in_features, linear.out_features)
@@ -114,12 +120,7 @@ def quantized_weights(
             reason = "calibration did not reach it"
         if reason or not isinstance(tensor, str):
             raise ConfigError(f"--quantize: {layer} ({shape[1]} -> {shape[0]}): {reason}; use the weights as they are")
-        with torch.device("meta"):
-            weight, scale = quantizer.quantize_weight(torch.empty(shape))
-        stem = tensor.removesuffix(".weight")
-        entries[tensor] = {tensor: (shape, weight.dtype), f"{stem}.weight_scale": (tuple(scale.shape), torch.float32)}
-        if record is not None:
-            entries[tensor][f"{stem}.input_scale"] = ((1,), torch.float32)
+        entries[tensor] = _entries(quantizer, tensor, shape)
         by_tensor[tensor] = layer
 
     def encode(tensor: str, weight: Tensor) -> Iterator[Tensor]:
@@ -128,6 +129,17 @@ def quantized_weights(
             yield quantizer.input_scale(record[by_tensor[tensor]])
 
     return QuantizedWeights(entries, encode)
+
+
+def _entries(quantizer: Quantizer, tensor: str, shape: tuple[int, int]) -> dict[str, Entry]:
+    """Return what a weight, ``tensor`` in the files, becomes there, in the order of :class:`Quantized`."""
+    with torch.device("meta"):
+        weight, scale = quantizer.quantize_weight(torch.empty(shape))
+    stem = tensor.removesuffix(".weight")
+    entries = {tensor: (shape, weight.dtype), f"{stem}.weight_scale": (tuple(scale.shape), torch.float32)}
+    if quantizer.calibrate is not None:
+        entries[f"{stem}.input_scale"] = ((1,), torch.float32)
+    return entries
 
 
 def quantizer_of(config: Mapping[str, Any]) -> Quantizer | None:
@@ -139,14 +151,14 @@ def quantizer_of(config: Mapping[str, Any]) -> Quantizer | None:
     described = config.get(QUANTIZATION)
     if not described:
         return None
-    if described.get("quant_method") == METHOD:
-        groups = list(described.get("config_groups", {}).values())
+    if isinstance(described, dict) and described.get("quant_method") == METHOD:
+        groups = described.get("config_groups")
         for quantizer in quantizers():
-            if len(groups) == 1 and _agrees(quantizer.scheme, groups[0]):
+            if isinstance(groups, dict) and len(groups) == 1 and _agrees(quantizer.scheme, *groups.values()):
                 return quantizer
     raise ConfigError(
-        f"config.json: {QUANTIZATION} = {described}: titanlite reads {METHOD} as titanlite convert --quantize writes "
-        "them; take the weights in high precision"
+        f"config.json: {QUANTIZATION} = {str(described)[:500]}: titanlite reads {METHOD} as titanlite convert "
+        "--quantize writes them; take the weights in high precision"
     )
 
 
@@ -158,15 +170,36 @@ def _agrees(scheme: Any, described: Any) -> bool:
 
 
 def restore(model: nn.Module, layers: Mapping[str, nn.Linear], folder: HuggingFaceFolder, weights: WeightMap) -> None:
-    """Make the layers of ``model`` that the folder has in 8 bits quantized ones with these weights."""
+    """Make the layers of ``model`` that the folder has in 8 bits quantized ones with these weights.
+
+    Raises:
+        ConfigError: a weight in 8 bits or a scale is missing, of another shape or dtype, or belongs to no such layer.
+    """
     quantizer = quantizer_of(folder.config)
     assert quantizer is not None
+    stored = folder.tensors
+    unused = {name for name in stored if stored[name].dtype not in DTYPES.values() or re.fullmatch(SCALES, name)}
     with folder.opened() as get:
         for name, layer in layers.items():
-            tensor = str(weights[f"{name}.weight"])
-            stem, device = tensor.removesuffix(".weight"), layer.weight.device
-            if f"{stem}.weight_scale" not in folder.tensors:
+            entries = _entries(quantizer, str(weights[f"{name}.weight"]), (layer.out_features, layer.in_features))
+            if unused.isdisjoint(entries):  # this one is in high precision
                 continue
-            input_scale = f"{stem}.input_scale"
-            scales = (get(s).to(device) if s in folder.tensors else None for s in (f"{stem}.weight_scale", input_scale))
-            quantizer.restore(layer, Quantized(get(tensor).to(device), *scales))  # type: ignore[arg-type]
+            unused -= entries.keys()
+            tensors = []
+            for tensor, (shape, dtype) in entries.items():
+                allowed = [dtype] if dtype.itemsize == 1 else DTYPES.values()  # others write scales in bfloat16
+                if tensor not in stored or stored[tensor].shape != shape or stored[tensor].dtype not in allowed:
+                    raise _not_as_quantized(folder, tensor, f"must be {dtype} {list(shape)}")
+                tensors.append(get(tensor).to(layer.weight.device))
+            if not all(scale.isfinite().all() and (scale > 0).all() for scale in tensors[1:]):
+                raise _not_as_quantized(folder, next(iter(entries)), "has scales that are not above 0 and finite")
+            quantizer.restore(layer, Quantized(tensors[0], tensors[1], tensors[2] if len(tensors) > 2 else None))
+    if unused:
+        raise _not_as_quantized(folder, min(unused), "belongs to no quantized layer")
+
+
+def _not_as_quantized(folder: HuggingFaceFolder, tensor: str, problem: str) -> ConfigError:
+    return ConfigError(
+        f"{folder.folder}: {tensor} {problem}: its {QUANTIZATION} says so; take the weights in high precision, or "
+        "convert them again"
+    )

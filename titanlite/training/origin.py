@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch.distributed import ProcessGroup
+
 from titanlite.checkpoint import (
     CheckpointManager,
     ChosenTokenizer,
@@ -20,6 +22,7 @@ from titanlite.checkpoint import (
 )
 from titanlite.checkpoint.diagnosis import why_no_weights
 from titanlite.checkpoint.folder import INFO, SUMS, latest_checkpoint
+from titanlite.checkpoint.storage import from_rank_zero
 from titanlite.config import JobConfig
 from titanlite.errors import ConfigError, NothingToDo, counted
 from titanlite.models.spec import ModelSpec
@@ -120,7 +123,8 @@ def find_start(config: JobConfig, spec: ModelSpec, checkpoints: CheckpointManage
     if checkpoint is None and path:
         folder = latest_checkpoint(path)
         if is_hugging_face(folder) or is_torchtitan(folder):
-            return Start(pretrained=_open_pretrained(path, folder, options.initial_load_model_weights_only, spec))
+            weights_only = options.initial_load_model_weights_only
+            return Start(pretrained=_open_pretrained(path, folder, weights_only, spec, checkpoints.group))
         if not any((folder / name).exists() for name in (INFO, SUMS)):
             raise ConfigError(
                 f"there are no weights: {why_no_weights(folder)}", key="checkpoint.initial_load_path", value=path
@@ -153,7 +157,7 @@ def _refuse_no_steps(checkpoint: SavedCheckpoint, config: JobConfig) -> None:
 
 
 def _open_pretrained(
-    path: str, folder: Path, weights_only: bool, spec: ModelSpec
+    path: str, folder: Path, weights_only: bool, spec: ModelSpec, group: ProcessGroup
 ) -> HuggingFaceFolder | TorchtitanFolder:
     torchtitan = is_torchtitan(folder)
     why = ""
@@ -164,4 +168,6 @@ def _open_pretrained(
         why = f'model.name = "{spec.name}" has no form in {other}; take a checkpoint of titanlite'
     if why:
         raise ConfigError(why, key="checkpoint.initial_load_path", value=path)
-    return TorchtitanFolder(folder) if torchtitan else HuggingFaceFolder(folder)
+    if torchtitan:
+        return from_rank_zero(group, lambda: TorchtitanFolder(folder))
+    return HuggingFaceFolder(folder)

@@ -112,7 +112,7 @@ def test_without_verification_nothing_is_read_twice(again: Any) -> None:
             [
                 "of another model",
                 "dim was 256, is 128",
-                "attention.wk.weight is (128, 128), was (256, 256)",
+                "attention.wk.weight [256, 256], in the model [128, 128]",
             ],
         ),
         ({"optimizer__name": "SGDM"}, ["was saved by another optimizer", "exclude_from_loading=optimizer"]),

@@ -17,7 +17,6 @@ from torch import Tensor
 from titanlite.checkpoint import hugging_face_export
 from titanlite.checkpoint.hugging_face import HuggingFaceFolder, is_hugging_face
 from titanlite.checkpoint.hugging_face_export import Unit, group, write_hugging_face
-from titanlite.checkpoint.untrusted import read_json
 from titanlite.config.schema import Optimizer
 from titanlite.data import load_tokenizer
 from titanlite.distributed.init import WeightInit
@@ -27,6 +26,7 @@ from titanlite.models.llama3.spec import FLAVORS, HUGGING_FACE
 from titanlite.models.spec import get_model_spec
 from titanlite.models.weight_map import Place, Rows, Stack
 from titanlite.optim import build_optimizer, cross_entropy_loss
+from titanlite.untrusted.files import read_json
 
 GQA = DecoderArgs(
     dim=64,
@@ -310,7 +310,7 @@ def test_folders_without_weights(tmp_path: Path) -> None:
 def test_damaged_json(folder: Path, text: str) -> None:
     for name in ("model.safetensors.index.json", "config.json"):
         (folder / name).write_text(text, encoding="latin-1")
-        with pytest.raises(ConfigError, match=rf"{name}: (cannot be read as JSON|holds no JSON object).*again"):
+        with pytest.raises(ConfigError, match=rf"{name}: (is not JSON|holds no JSON object).*again"):
             HuggingFaceFolder(folder)
 
 

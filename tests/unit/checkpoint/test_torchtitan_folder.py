@@ -103,9 +103,9 @@ def test_weights_of_another_model_are_named(weights: dict[str, Tensor], tmp_path
     assert run.status == 2
     assert "Traceback" not in run.output
     for part in (
-        "layers.5.attention.wq.weight is not in its files",
-        "layers.9.attention.wq.weight is not in the model",
-        "output.weight is (100, 256), in the model (2048, 256)",
+        "1 are not in its files: layers.5.attention.wq.weight",
+        "1 are in its files and not in the model: layers.9.attention.wq.weight",
+        "output.weight [100, 256], in the model [2048, 256]",
     ):
         assert part in run.output
     options = {"checkpoint__initial_load_model_weights_only": "false"}

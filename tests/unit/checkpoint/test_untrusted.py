@@ -22,9 +22,10 @@ from tests.support.hostile import EMBEDDING, edit_metadata, place_of, point_to, 
 from tests.unit.commands.test_generate_command import ARGS, write
 from titanlite.checkpoint.metadata import read_metadata
 from titanlite.checkpoint.storage import load, read_info, saved_shapes, verify
-from titanlite.checkpoint.untrusted import MOST_JSON, Record, read_json, read_pickle
 from titanlite.commands import generate
 from titanlite.errors import ConfigError
+from titanlite.untrusted.files import MOST_JSON, read_json
+from titanlite.untrusted.pickles import Record, read_pickle
 
 
 @pytest.fixture(scope="module")
@@ -82,6 +83,10 @@ def chunk_of(metadata: Any) -> Any:
         (lambda m: setattr(m.state_dict_metadata[EMBEDDING], "chunks", None), "has no chunks"),
         (lambda m: setattr(m.state_dict_metadata[EMBEDDING], "size", (2, 3)), "a shape is none"),
         (lambda m: m.state_dict_metadata.update({EMBEDDING: 7}), "is none"),
+        (
+            lambda m: m.storage_data.update(dict.fromkeys(m.storage_data, place_of(m))),
+            "shares its bytes of __0_0.distcp",
+        ),
         (lambda m: m.storage_data.clear(), "is in no file"),
         (lambda m: setattr(m, "storage_data", None), "it has no entries"),
         (lambda m: m.state_dict_metadata, "in the place of Metadata"),
@@ -205,6 +210,32 @@ def test_archives_that_claim_what_is_not_there(folder: Path, changes: dict[str, 
         assert "own.distcp" in str(raised.value)
 
 
+SIZES, KEY = ROWS + b"K@\x86", b"X\x01\x00\x00\x000"
+DEEP = b")" + b"q\x20h\x20\x86" * 60  # a pair of a pair of ...: its hash, and its text, take forever
+
+
+@pytest.mark.parametrize(
+    ("place", "value"),
+    [
+        *((SIZES, value) for value in (b"N", b"K\x02", b"](" + ROWS + b"K@e", SIZES + b"\x85", ROWS + b"\x85", DEEP)),
+        *(
+            (SIZES, ROWS + value + b"\x86")
+            for value in (b"N", b"\x88", b"J\xff\xff\xff\xff", b"\x8a\x09" + b"\x7f" * 9)
+        ),
+        (SIZES, b"(" + b"K\x01" * 100 + b"t"),
+        *((KEY, value) for value in (b"N", b"K\x00", b"]", DEEP, b"ctorch\nFloatStorage\n")),
+        *((KEY, b"X" + len(name).to_bytes(4, "little") + name) for name in (b"1", b"../data/0", b"", b"0" * 300)),
+    ],
+)
+def test_tensors_of_another_size_or_name(folder: Path, place: bytes, value: bytes) -> None:
+    content = archive(torch.randn(2176, 64), lambda text: text.replace(place, value, 1))
+    point_to(folder, content)
+    with pytest.raises(
+        ConfigError, match=r"own\.distcp: cannot be read at byte 0 \((Value|Key)Error: .{,250}\); restore"
+    ):
+        embedding(folder)
+
+
 @pytest.mark.parametrize("claimed", [1 << 31, (1 << 32) - 2])
 def test_a_member_that_claims_to_be_larger_than_its_archive(folder: Path, claimed: int) -> None:
     content = bytearray(archive(torch.randn(2176, 64)))
@@ -255,12 +286,16 @@ def test_descriptions_of_other_types(folder: Path, values: dict[str, Any]) -> No
     [
         ({"n_layers": 1 << 40}, "layers, more than there are tensors"),
         ({"n_layers": "two"}, "n_layers = 'two'"),
-        ({"vocab_size": 1 << 50}, "lacks 2 weights|no model can be built"),
-        ({"dim": 1 << 62}, "no model can be built|lacks"),
+        ({"n_layers": 1}, "are in its files and not in the model: layers.1"),
+        ({"vocab_size": 1 << 50}, "2 have another shape|no model can be built"),
+        ({"dim": 1 << 62}, "no model can be built|have another shape"),
+        ({"ffn_dim": 1 << 63}, r"no model can be built of its sizes, .*\)$"),
         ({"n_heads": 0}, "no model can be built"),
         ({"rope_scaling": {"factor": "x"}}, "factor = 'x'"),
         ({"rope_scaling": 3}, "rope_scaling = 3"),
-        ({"max_seq_len": 1 << 45}, "does not fit into the memory"),
+        ({"n_layers": 10_001}, "layers, more than there are tensors"),
+        ({"max_seq_len": 1 << 45}, "tables of .* GiB for"),
+        ({"max_seq_len": 1 << 24}, "tables of 1.0 GiB for 16,777,216 positions"),
     ],
 )
 def test_sizes_that_are_not_those_of_the_weights(
@@ -272,7 +307,20 @@ def test_sizes_that_are_not_those_of_the_weights(
     file.write_text(json.dumps(content))
     reseal(folder)
     assert generate.main(["--checkpoint", str(folder), "--prompt", "x", "--max_new_tokens", "1"]) == 2
-    assert re.search(message, capfd.readouterr().err)
+    assert re.search(message, capfd.readouterr().err.strip())
+
+
+def test_a_message_does_not_write_to_the_terminal(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    file = folder / "checkpoint.json"
+    content = json.loads(file.read_text())
+    content["model"]["name"] = "\x1b]0;title\x07\r\u202e" + "x" * 10**6
+    file.write_text(json.dumps(content))
+    reseal(folder)
+    assert generate.main(["--checkpoint", str(folder), "--prompt", "x"]) == 2
+    error = capfd.readouterr().err
+    assert r"\x1b]0;title\x07\r\u202ex" in error
+    assert error.replace("\n", "").isprintable()
+    assert len(error) < 21_000
 
 
 @pytest.mark.parametrize("name", ["../elsewhere", "/dev/zero", "..", "a/b", "a\x07"])
@@ -298,5 +346,5 @@ def test_metadata_without_a_sum_is_not_verified(folder: Path) -> None:
 def test_json_that_is_none(tmp_path: Path, text: bytes) -> None:
     file = tmp_path / "config.json"
     file.write_bytes(text)
-    with pytest.raises(ConfigError, match=r"config.json: (cannot be read as JSON|holds no JSON object|has more than)"):
+    with pytest.raises(ConfigError, match=r"config.json: (is not JSON|holds no JSON object|has more than)"):
         read_json(file)

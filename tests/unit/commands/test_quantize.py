@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import shutil
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -94,6 +96,36 @@ def test_transformers_computes_the_same(folders: dict[str, Path], mesh: Mesh, na
         assert difference(theirs(IDS).logits, logits(folders[name], mesh)) < 2e-3
 
 
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("q_proj.weight_scale", lambda scale: torch.ones(3), "must be torch.float32"),
+        ("q_proj.weight_scale", lambda scale: scale.to(torch.int8), "must be torch.float32"),
+        ("q_proj.weight_scale", lambda scale: -scale, "not above 0"),
+        ("q_proj.weight_scale", lambda scale: scale * float("nan"), "not above 0"),
+        ("q_proj.weight_scale", lambda scale: None, "must be torch.float32"),
+        ("q_proj.weight", lambda weight: weight.view(torch.int8), "must be torch.float8_e4m3fn"),
+        ("q_proj.weight", lambda weight: weight.bfloat16(), "must be torch.float8_e4m3fn"),
+        ("q_proj.input_scale", lambda scale: torch.ones(1), "belongs to no quantized layer"),
+        ("norm.weight_scale", lambda scale: torch.ones(1), "belongs to no quantized layer"),
+        ("q_proj.weight_scale", lambda scale: scale.bfloat16(), None),
+    ],
+)
+def test_files_that_are_not_as_their_config_says(
+    folders: dict[str, Path], tmp_path: Path, mesh: Mesh, name: str, change: Callable[[Any], Any], message: str | None
+) -> None:
+    shutil.copytree(folders["float8_dynamic"], tmp_path / "model")
+    file, name = tmp_path / "model" / "model.safetensors", f"model.layers.0.self_attn.{name}"
+    tensors = load_file(file)
+    changed = {**tensors, name: change(tensors.get(name))}
+    save_file({key: tensor for key, tensor in changed.items() if tensor is not None}, file)
+    if message is None:
+        load_model(tmp_path / "model", torch.float32, mesh, CPU)
+    else:
+        with pytest.raises(ConfigError, match=rf"{tmp_path / 'model'}: .*q_proj.*{message}|norm.*{message}"):
+            load_model(tmp_path / "model", torch.float32, mesh, CPU)
+
+
 def test_texts_to_calibrate_with(checkpoint: Path, tmp_path: Path, mesh: Mesh) -> None:
     """Another text gives other scales of inputs, and nothing else."""
     (tmp_path / "text.txt").write_text("the same word " * 200)
@@ -125,6 +157,7 @@ def test_generate_writes_with_it(checkpoint: Path, folders: dict[str, Path], cap
         (["--quantize=float8_dynamic", "--calibration=text"], "has no effect, as no scale is static"),
         (["--calibration=text"], "has no effect without --quantize"),
         (["--quantize=float8_static", "--calibration=nowhere"], "--calibration=nowhere: cannot be read as UTF-8"),
+        (["--quantize=float8_static", "--calibration=/dev/zero"], "a pipe, a socket or a device"),
     ],
 )
 def test_bad_input_is_one_message(

@@ -90,6 +90,44 @@ def test_places_that_are_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         assert error.value.key == "model.tokenizer_path"
 
 
+@pytest.mark.parametrize(
+    "name",
+    ["tokenizer.json", "tokenizer.model", "original/tokenizer.model", "original", "tokenizer_config.json",
+     "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
+     "tokenizer_identity.json"],
+)  # fmt: skip
+def test_no_file_of_a_tokenizer_leads_out_of_its_folder(name: str, tmp_path: Path) -> None:
+    folder, outside = folder_of(tmp_path / "folder", {}), tmp_path / "secret"
+    config = folder / "tokenizer_config.json"
+    config.write_text(json.dumps(NEW))
+    if name.endswith(".model") or name == "original":
+        (folder / "tokenizer.json").unlink()
+    outside.mkdir()
+    (outside / "tokenizer.model").write_text("a password")
+    (folder / name).unlink(missing_ok=True)
+    (folder / name).parent.mkdir(exist_ok=True)
+    (folder / name).symlink_to(outside if name == "original" else outside / "tokenizer.model")
+    with pytest.raises(ConfigError, match=rf"{folder / name}.*is a link to {outside}.*, outside of {folder}") as error:
+        load_tokenizer(str(folder))
+    assert error.value.key == "model.tokenizer_path"
+
+
+def test_links_within_the_folder_and_the_users_own_are_followed(tmp_path: Path) -> None:
+    for name in ("blobs", "snapshots"):
+        (tmp_path / "models--a--b" / name).mkdir(parents=True)
+    folder = folder_of(tmp_path / "models--a--b" / "snapshots" / "1", {"tokenizer_config": NEW})
+    for file in list(folder.iterdir()):
+        blob = tmp_path / "models--a--b" / "blobs" / file.name
+        file.rename(blob)
+        file.symlink_to(f"../../blobs/{file.name}")
+    (tmp_path / "link").symlink_to(folder)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "tokenizer_config.json").write_text(json.dumps(NEW))
+    (tmp_path / "other" / "named.json").symlink_to(folder / "tokenizer.json")
+    for path in (folder, folder / "tokenizer.json", tmp_path / "link", tmp_path / "other" / "named.json"):
+        assert load_tokenizer(str(path)).eos_id == 4
+
+
 def test_a_file_that_may_not_be_read(tmp_path: Path) -> None:
     for name in ("tokenizer.json", "tokenizer_config.json"):
         folder = folder_of(tmp_path / name, {"tokenizer_config": NEW})
