@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import nn
 
-from titanlite.errors import ConfigError
+from titanlite.errors import ConfigError, shown
 from titanlite.models.layers import LAYOUT, Decoder, Layout
 from titanlite.models.weight_map import WeightMap
 from titanlite.registry import Registry, nearest
@@ -128,18 +128,31 @@ def model_spec_of(config: Mapping[str, Any]) -> tuple[ModelSpec, Any]:
     """Return the family and the configured flavor that a Hugging Face folder's ``config.json`` describes.
 
     Raises:
-        ConfigError: no family computes such a model; the message is that of a family of its ``model_type``, if any.
+        ConfigError: no family has its ``model_type``, or those that have it do not compute such a model.
     """
     _import(_packages())
-    refusals: list[tuple[bool, ConfigError]] = []
-    for name in _registry.names():
-        spec = _registry.get(name)
-        if spec.hugging_face is not None:
+    kind, types, refusal = config.get("model_type"), set(), None
+    for spec in map(_registry.get, _registry.names()):
+        family = spec.hugging_face
+        types |= {family.model_type} if family is not None else set()
+        if family is not None and family.model_type == kind:
             try:
-                return spec, spec.hugging_face.from_config(config)
+                return spec, family.from_config(config)
             except ConfigError as e:
-                refusals.append((spec.hugging_face.model_type == config.get("model_type"), e))
-    raise max(refusals, key=lambda refusal: refusal[0])[1]
+                refusal = refusal or e
+    raise refusal or ConfigError(
+        f"config.json: model_type = {shown(kind)}: no family of models here is of this type; it must be one of "
+        f"{', '.join(sorted(types))}"
+    )
+
+
+def same_network(name: str, other: str) -> bool:
+    """Return whether two families build the same network from the same arguments."""
+    try:
+        one, two = get_model_spec(name), get_model_spec(other)
+    except ConfigError:  # one of them is not registered here
+        return name == other
+    return (one.build, one.layout) == (two.build, two.layout)
 
 
 def _packages() -> list[str]:

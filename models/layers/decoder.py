@@ -14,13 +14,22 @@ from titanlite.models.layers.attention import Attention
 from titanlite.models.layers.feed_forward import FeedForward
 from titanlite.models.layers.init import Init
 from titanlite.models.layers.layout import Layout, Projections
-from titanlite.models.layers.rotary import RopeScaling, rope_table
+from titanlite.models.layers.rotary import RopeScaling, YarnScaling, rope_table
 from titanlite.models.layers.size import ModelSize
 
 
 @dataclass(frozen=True)
 class DecoderArgs:
-    """The sizes of a model. ``vocab_size`` 0: taken from the tokenizer; ``head_dim`` None: dim / n_heads."""
+    """The sizes of a model, and what its attention has.
+
+    Attributes:
+        vocab_size: 0: taken from the tokenizer.
+        head_dim: None: dim / n_heads.
+        qkv_bias: queries, keys and values have a bias.
+        qk_norm: each head of queries and keys is normalized (RMSNorm) before its rotation.
+        sliding_window: the number of positions that each position attends to; None: all before it.
+        partial_rotary_factor: the share of a head's features that are rotated; None: all.
+    """
 
     dim: int
     n_layers: int
@@ -29,16 +38,25 @@ class DecoderArgs:
     ffn_dim: int
     vocab_size: int = 128256
     rope_theta: float = 500000.0
-    rope_scaling: RopeScaling | None = None
+    rope_scaling: RopeScaling | YarnScaling | None = None
     norm_eps: float = 1e-5
     tie_embeddings: bool = False
     max_seq_len: int = 8192
     head_dim: int | None = None
+    qkv_bias: bool = False
+    qk_norm: bool = False
+    sliding_window: int | None = None
+    partial_rotary_factor: float | None = None
 
     @property
     def head_size(self) -> int:
         """The features of one head."""
         return self.dim // self.n_heads if self.head_dim is None else self.head_dim
+
+    @property
+    def rotary_size(self) -> int:
+        """The features of one head that are rotated."""
+        return int(self.head_size * (self.partial_rotary_factor or 1.0))
 
     def configured(self, vocab_size: int, seq_len: int) -> DecoderArgs:
         """Return these arguments for a tokenizer and a sequence length.
@@ -68,7 +86,15 @@ class Block(nn.Module):
     def __init__(self, args: DecoderArgs) -> None:
         super().__init__()
         self.run = None
-        self.attention = Attention(args.dim, args.n_heads, args.n_kv_heads, args.head_size)
+        self.attention = Attention(
+            args.dim,
+            args.n_heads,
+            args.n_kv_heads,
+            args.head_size,
+            bias=args.qkv_bias,
+            norm_eps=args.norm_eps if args.qk_norm else None,
+            window=args.sliding_window,
+        )
         self.feed_forward = FeedForward(args.dim, args.ffn_dim)
         self.attention_norm = nn.RMSNorm(args.dim, eps=args.norm_eps)
         self.ffn_norm = nn.RMSNorm(args.dim, eps=args.norm_eps)
@@ -91,7 +117,7 @@ class Block(nn.Module):
 
 LAYOUT = Layout(
     parts={
-        "attention": Projections(("wq", "wk", "wv"), ("wo",), arguments=2),
+        "attention": Projections(("wq", "wk", "wv"), ("wo",), arguments=2, head_norms=("q_norm", "k_norm")),
         "feed_forward": Projections(("w1", "w3"), ("w2",)),
     },
     norms=("attention_norm", "ffn_norm"),
@@ -126,7 +152,7 @@ class Decoder(nn.Module):
         self.output = nn.Linear(args.dim, args.vocab_size, bias=False)
         if args.tie_embeddings:
             self.output.weight = self.tok_embeddings.weight
-        self.register_buffer("rope", torch.empty(2, args.max_seq_len, args.head_size), persistent=False)
+        self.register_buffer("rope", torch.empty(2, args.max_seq_len, args.rotary_size), persistent=False)
 
     def forward(self, x: Tensor, positions: Tensor | None = None) -> Tensor:
         """Map token ids to logits.
@@ -150,7 +176,7 @@ class Decoder(nn.Module):
     def init_weights(self, init: Init) -> None:
         """Fill every parameter and buffer. They may be sharded, and uninitialized."""
         args = self.args
-        self.rope.copy_(rope_table(self.rope.shape[1], args.head_size, args.rope_theta, args.rope_scaling))
+        self.rope.copy_(rope_table(self.rope.shape[1], args.rotary_size, args.rope_theta, args.rope_scaling))
         if self.tok_embeddings is not None and not args.tie_embeddings:
             init.normal(self.tok_embeddings.weight, std=1.0)
         for i, layer in self.layers.items():
@@ -174,4 +200,5 @@ class Decoder(nn.Module):
             head_dim=args.head_size,
             dim=args.dim,
             vocab_size=args.vocab_size,
+            window=args.sliding_window,
         )

@@ -251,10 +251,14 @@ def test_both_spellings_of_scaled_frequencies(rope: dict[str, Any]) -> None:
         ("num_key_value_heads", 3, "num_key_value_heads = 3: must divide num_attention_heads = 8"),
         ("vocab_size", None, "vocab_size = None: must be a whole number from 1 to 16777216"),
         ("rms_norm_eps", "x", 'rms_norm_eps = "x": must be a number'),
-        ("rope_scaling", {"type": "yarn"}, r'rope_scaling.rope_type = "yarn": must be "llama3" or "default"'),
+        (
+            "rope_scaling",
+            {"type": "dynamic"},
+            r'rope_scaling.rope_type = "dynamic": must be "llama3" or "yarn" or "default"',
+        ),
         ("rope_parameters", {"rope_type": "linear"}, r'rope_parameters.rope_type = "linear": must be'),
         ("rope_parameters", {"partial_rotary_factor": 0.5}, r"rope_parameters.partial_rotary_factor = 0.5"),
-        ("rope_scaling", {"rope_type": "llama3"}, "factor = None: must be a number"),
+        ("rope_scaling", {"rope_type": "llama3"}, "rope_scaling.factor = None: must be a number"),
     ],
 )
 def test_what_is_not_computed_is_refused(key: str, value: Any, message: str) -> None:

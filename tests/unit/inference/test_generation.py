@@ -85,8 +85,8 @@ def test_filling_up_adds_no_activation() -> None:
 def test_the_model_is_left_as_it_was() -> None:
     model = build(SMALL)
 
-    def own(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return causal_attention(q, k, v)
+    def own(q: Tensor, k: Tensor, v: Tensor, window: int | None = None) -> Tensor:
+        return causal_attention(q, k, v, window)
 
     first, second = (model.layers[name].attention for name in "01")
     first.core = own
