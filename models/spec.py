@@ -10,13 +10,13 @@ import importlib
 import importlib.util
 import pkgutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from torch import nn
 
 from titanlite.errors import ConfigError, shown
-from titanlite.models.layers import LAYOUT, Decoder, Layout
+from titanlite.models.layers import LAYOUT, Decoder, DecoderArgs, Layout
 from titanlite.models.weight_map import WeightMap
 from titanlite.registry import Registry, nearest
 
@@ -90,6 +90,27 @@ class ModelSpec:
                 value=name,
             )
         return self.flavors[name]
+
+    def resized(self, flavor: Any, sizes: Mapping[str, Any]) -> Any:
+        """Return ``flavor`` with other ``sizes``.
+
+        Raises:
+            ConfigError: the family has no such size, they do not fit together, or the family's form in ``transformers``
+                cannot say them. The key is ``model.args.`` and the name.
+        """
+        known = [f.name for f in fields(flavor)]
+        for name, value in sizes.items():
+            if name not in known:
+                raise ConfigError(
+                    f"{self.name} has no such size; it has {', '.join(known)}", key=f"model.args.{name}", value=value
+                )
+        args = replace(flavor, **sizes)
+        if isinstance(args, DecoderArgs) and (broken := args.broken_rule()) is not None:
+            name = next(name for name in (*broken[0], *sizes) if name in sizes)
+            raise ConfigError(f"{broken[1]}; change either", key=f"model.args.{name}", value=sizes[name])
+        if sizes and self.hugging_face is not None:
+            self.hugging_face.to_config(replace(args, vocab_size=args.vocab_size or 1))
+        return args
 
     def configure(self, flavor: Any, vocab_size: int, seq_len: int, tokenizer_path: str = "") -> Any:
         """Return ``flavor`` completed for a tokenizer, whose path is for messages, and a sequence length.

@@ -58,6 +58,17 @@ class DecoderArgs:
         """The features of one head that are rotated."""
         return int(self.head_size * (self.partial_rotary_factor or 1.0))
 
+    def broken_rule(self) -> tuple[tuple[str, ...], str] | None:
+        """Return the names of sizes that do not fit together, and the rule; None if all do."""
+        if self.head_dim is None and self.dim % self.n_heads:
+            return ("dim", "n_heads", "head_dim"), f"dim must be a multiple of n_heads = {self.n_heads}"
+        if self.n_heads % self.n_kv_heads:
+            return ("n_kv_heads", "n_heads"), f"n_kv_heads = {self.n_kv_heads} must divide n_heads = {self.n_heads}"
+        if self.rotary_size % 2 or not self.rotary_size:
+            names = ("partial_rotary_factor", "head_dim", "dim", "n_heads")
+            return names, f"{self.rotary_size} features of a head would be rotated: must be even, and above 0"
+        return None
+
     def configured(self, vocab_size: int, seq_len: int) -> DecoderArgs:
         """Return these arguments for a tokenizer and a sequence length.
 

@@ -20,6 +20,7 @@ from titanlite.config.run_config import (
     mark_as_made_here,
     read_run_config,
     run_config_of,
+    section_in,
     was_made_here,
     write_run_config,
 )
@@ -31,6 +32,7 @@ logger = logging.getLogger(__name__)
 METRICS = "metrics.jsonl"
 VALIDATION = "validation.jsonl"
 TOKENIZER = "tokenizer"
+HF_CONFIG = "hf_config"
 
 # The options that name folders in the run folder.
 _FOLDERS = (
@@ -120,12 +122,22 @@ class RunFolder:
                 f"{run} --checkpoint.folder={name}, or choose another folder with --job.dump_folder",
             )
 
-    def begin(self, config: JobConfig) -> None:
-        """Set an earlier run aside, and make this the folder of a new run."""
+    def begin(self, config: JobConfig, shape: dict[str, Any] | None = None) -> None:
+        """Set an earlier run aside, and make this the folder of a new run.
+
+        Args:
+            shape: the config.json that says the shape of the model, of which the folder gets a copy; None: a flavor
+                says it.
+        """
         trees = run_config_of(config, self.path), self.earlier
         folders = dict.fromkeys(inner_folder(tree, *option) for tree in trees for option in _FOLDERS)
-        self.set_earlier_aside([CONFIG, METRICS, VALIDATION, TOKENIZER, *filter(None, folders)])
+        self.set_earlier_aside([CONFIG, METRICS, VALIDATION, TOKENIZER, HF_CONFIG, *filter(None, folders)])
         mark_as_made_here(self.path)
+        if shape is not None:
+            folder = self.path / HF_CONFIG
+            folder.mkdir()
+            (folder / "config.json").write_text(json.dumps(shape, indent=2) + "\n", encoding="utf-8")
+            config.model.hf_config = str(folder)
         write_run_config(config, self.path)
 
     def go_on(self, config: JobConfig, step: int, processes: tuple[int, int]) -> None:
@@ -232,7 +244,7 @@ def _changes(earlier: dict[str, Any], config: JobConfig, folder: Path) -> list[s
     for section, options in options_of(type(config)).items():  # type: ignore[arg-type]
         for option in options.values() if section not in _OUTSIDE else ():
             old, new = (
-                tree.get(section, {}).get(option.key, unset)
+                section_in(tree, section).get(option.key, unset)
                 for tree, unset in ((earlier, option.default), (current, None))
             )
             if old != new:
