@@ -140,7 +140,7 @@ class Decoder(nn.Module):
 
     The initialization is torchtitan's: truncated normal distributions of standard deviation 0.02 for linear layers,
     0.02 / sqrt(2 * depth) for those that write to the residual stream (and w3), and dim**-0.5 for the output
-    projection; a normal one of 1 for embeddings. A tied embedding is initialized as the output projection.
+    projection; a normal one of 1 for embeddings. A tied embedding has 0.02, as the tied models of Llama 3.2 and Qwen.
 
     Attributes:
         positions: a slot for the positions of this process's tokens, int64 [seq_len], if it has a part of each sequence
@@ -196,7 +196,9 @@ class Decoder(nn.Module):
         if self.norm is not None:
             init.ones(self.norm.weight)
         if self.output is not None:
-            init.trunc_normal(self.output.weight, std=args.dim**-0.5)
+            # Where a token's own embedding still stands out of the last hidden states, a tied head predicts that token
+            # again. At a width of 256 the first loss is 13.2 with dim**-0.5, and 8.4 with 0.02 (ln(vocabulary): 8.3).
+            init.trunc_normal(self.output.weight, std=0.02 if args.tie_embeddings else args.dim**-0.5)
 
     def size(self) -> ModelSize:
         """Return the sizes that determine FLOPs and memory. To be called on the whole model."""

@@ -27,6 +27,8 @@ from titanlite.float8 import (
 from titanlite.inference.generate import KVCache, Sampling, TokenSampler, forward, generate
 from titanlite.models.layers import DecoderArgs, causal_attention
 
+WINDOW = replace(GQA, sliding_window=3, qk_norm=True, partial_rotary_factor=0.5)
+ONE = replace(GQA, sliding_window=1)
 GREEDY = Sampling(temperature=0)
 PROMPT = [3, 14, 15, 92, 65]
 
@@ -44,7 +46,7 @@ def tokens(batch: int, n: int) -> Tensor:
 
 @pytest.mark.parametrize("multiple", [1, 4])
 @pytest.mark.parametrize("chunks", [[12], [1] * 12, [5, 1, 4, 2], [1, 11]], ids=str)
-@pytest.mark.parametrize("args", [SMALL, GQA], ids=["mha", "gqa"])
+@pytest.mark.parametrize("args", [SMALL, GQA, WINDOW, ONE], ids=["mha", "gqa", "window", "window of one"])
 def test_cached_logits_are_those_of_one_forward(args: DecoderArgs, chunks: list[int], multiple: int) -> None:
     model, x = build(args), tokens(3, 12)
     with torch.no_grad():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -142,6 +143,14 @@ def test_debugmodel_takes_the_tokenizers_vocabulary() -> None:
     assert FLAVORS["8B"].configured(2049, 16).vocab_size == 128256
     with pytest.raises(ConfigError, match="128257 tokens, more than the 128256"):
         get_model_spec("llama3").configure(FLAVORS["8B"], 128257, 16)
+
+
+def test_a_tied_model_begins_near_the_loss_of_a_guess() -> None:
+    args = replace(SMALL, dim=256, n_heads=4, n_kv_heads=4, ffn_dim=768, vocab_size=4096, tie_embeddings=True)
+    tokens = torch.randint(4096, (1, 65), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        loss = nn.functional.cross_entropy(build(args)(tokens[:, :-1])[0], tokens[0, 1:])
+    assert loss < 1.03 * math.log(4096)
 
 
 def test_initial_weights_have_the_published_spread() -> None:
