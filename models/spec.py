@@ -153,7 +153,8 @@ def model_spec_of(config: Mapping[str, Any]) -> tuple[ModelSpec, Any]:
     """
     _import(_packages())
     kind, types, refusal = config.get("model_type"), set(), None
-    for spec in map(_registry.get, _registry.names()):
+    # First the family of this name; one of somebody else is for those who ask for it.
+    for spec in map(_registry.get, sorted(_registry.names(), key=lambda name: name != kind)):
         family = spec.hugging_face
         types |= {family.model_type} if family is not None else set()
         if family is not None and family.model_type == kind:

@@ -213,5 +213,4 @@ class Decoder(nn.Module):
             head_dim=args.head_size,
             dim=args.dim,
             vocab_size=args.vocab_size,
-            window=args.sliding_window,
         )

@@ -7,8 +7,7 @@ from typing import NamedTuple
 
 class ModelSize(NamedTuple):
     """The sizes that determine a model's FLOPs, and the tensors between pipeline stages. ``embedding_params`` counts
-    the parameters that are looked up, not multiplied; ``dim`` is the width of the hidden states; ``window`` is the
-    number of positions that each position attends to (None: all)."""
+    the parameters that are looked up, not multiplied; ``dim`` is the width of the hidden states."""
 
     params: int
     embedding_params: int
@@ -17,4 +16,3 @@ class ModelSize(NamedTuple):
     head_dim: int
     dim: int
     vocab_size: int
-    window: int | None = None

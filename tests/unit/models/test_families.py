@@ -21,7 +21,6 @@ from titanlite.data import load_tokenizer
 from titanlite.distributed.init import WeightInit
 from titanlite.errors import ConfigError
 from titanlite.inference.generate import Sampling, TokenSampler, generate
-from titanlite.metrics.flops import flops_per_token
 from titanlite.models.layers import Decoder, RopeScaling
 from titanlite.models.spec import ModelSpec, get_model_spec, model_spec_of
 from titanlite.optim import cross_entropy_loss
@@ -167,14 +166,6 @@ def test_flavors_have_the_published_sizes_and_a_config_json(family: str) -> None
         assert spec.hugging_face.from_config(theirs.to_dict()) == configured, name
     laptop = {name: get_model_spec("llama3").flavor(name).configured(2048, 64) for name in ("20M", "100M")}
     assert all(args.head_size == 64 for args in laptop.values())
-
-
-def test_flops_count_the_window_alone() -> None:
-    with torch.device("meta"):
-        size = Decoder(get_model_spec("mistral").flavor("7B-v0.1")).size()
-    assert size.window == 4096
-    assert flops_per_token(size, 8192) == flops_per_token(size, 4096)
-    assert flops_per_token(size, 4096) - flops_per_token(size, 2048) == 12 * 32 * 4096 * 2048
 
 
 # ---- what config.json says and a family does not compute
