@@ -248,7 +248,7 @@ class Trainer:
         metrics, checkpoint = self.config.metrics, self.start.checkpoint
         if self.start.continues and checkpoint is not None:
             processes = checkpoint.info.world_size, self.runtime.world_size
-            self.run_folder.go_on(self.config, self.step, processes)
+            self.run_folder.go_on(self.config, self.step, processes, self.shape.config_json)
         else:
             self.run_folder.begin(self.config, self.shape.config_json)
         self.run_folder.keep_tokenizer(self.tokenizer)

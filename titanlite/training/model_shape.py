@@ -15,6 +15,7 @@ from titanlite.config.refuse import refuse
 from titanlite.config.schema import Model
 from titanlite.errors import ConfigError, shown
 from titanlite.models.spec import ModelSpec, get_model_spec, model_spec_of
+from titanlite.training.run_folder import HF_CONFIG
 
 HF = "hf"  # the flavor that means a config.json
 # Values of [model.args] that switch an option off.
@@ -86,14 +87,15 @@ def _is_asked(config: JobConfig, key: str) -> bool:
 def _config_json(config: JobConfig) -> Path | None:
     """Return the config.json that says the shape; None: the flavor says it."""
     model, weights = config.model, config.checkpoint.initial_load_path
-    folder = Path(weights).expanduser() if weights else None
-    if folder is not None and not is_hugging_face(folder):
+    given = Path(weights).expanduser() if weights else None
+    folder = None if given is None else _or_copy(config, given)
+    if folder is not None and folder == given and not is_hugging_face(folder):
         folder = None
     if model.hf_config:
         if _is_asked(config, "flavor") and model.flavor != HF:
             refuse(config, "model.hf_config", f"says the shape, and so does model.flavor = {shown(model.flavor)} "
                 f"({config.origin('model.flavor')}); leave one of them out")  # fmt: skip
-        path = Path(model.hf_config).expanduser()
+        path = _or_copy(config, Path(model.hf_config).expanduser())
         file = path if path.name == CONFIG and not path.is_dir() else path / CONFIG
         if not file.is_file():
             refuse(config, "model.hf_config", f"there is no {CONFIG}; name it, or its folder")
@@ -102,3 +104,9 @@ def _config_json(config: JobConfig) -> Path | None:
         why = "is the shape of a config.json; name its folder with model.hf_config, or with "
         refuse(config, "model.flavor", f"{why}checkpoint.initial_load_path, a folder of Hugging Face weights")
     return folder / CONFIG if folder is not None and (model.flavor == HF or not _is_asked(config, "flavor")) else None
+
+
+def _or_copy(config: JobConfig, path: Path) -> Path:
+    """Return ``path``; where it is gone, the folder of the copy that the run folder has, if it has one."""
+    copy = Path(config.job.dump_folder).expanduser() / HF_CONFIG
+    return copy if not path.exists() and (copy / CONFIG).is_file() else path

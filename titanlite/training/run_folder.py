@@ -126,26 +126,34 @@ class RunFolder:
         """Set an earlier run aside, and make this the folder of a new run.
 
         Args:
-            shape: the config.json that says the shape of the model, of which the folder gets a copy; None: a flavor
-                says it.
+            shape: see :meth:`_keep_shape`.
         """
         trees = run_config_of(config, self.path), self.earlier
         folders = dict.fromkeys(inner_folder(tree, *option) for tree in trees for option in _FOLDERS)
         self.set_earlier_aside([CONFIG, METRICS, VALIDATION, TOKENIZER, HF_CONFIG, *filter(None, folders)])
         mark_as_made_here(self.path)
-        if shape is not None:
-            folder = self.path / HF_CONFIG
-            folder.mkdir()
-            (folder / "config.json").write_text(json.dumps(shape, indent=2) + "\n", encoding="utf-8")
-            config.model.hf_config = str(folder)
+        self._keep_shape(config, shape)
         write_run_config(config, self.path)
 
-    def go_on(self, config: JobConfig, step: int, processes: tuple[int, int]) -> None:
+    def _keep_shape(self, config: JobConfig, shape: dict[str, Any] | None) -> None:
+        """Write a copy of ``shape``, the config.json that says the shape of the model, and let ``config`` name the
+        copy; None: a flavor says it."""
+        if shape is not None:
+            folder = self.path / HF_CONFIG
+            folder.mkdir(exist_ok=True)
+            (folder / "config.json").write_text(json.dumps(shape, indent=2) + "\n", encoding="utf-8")
+            config.model.hf_config = str(folder)
+
+    def go_on(
+        self, config: JobConfig, step: int, processes: tuple[int, int], shape: dict[str, Any] | None = None
+    ) -> None:
         """Make this the folder of the same run after ``step``, and log which options are not those of before.
 
         Args:
             processes: their number before, and now.
+            shape: see :meth:`_keep_shape`.
         """
+        self._keep_shape(config, shape)
         folder = config.checkpoint.folder
         later = [f"{folder}/step-{saved}" for saved in saved_steps(self.path / folder) if saved > step]
         self.set_earlier_aside(later)

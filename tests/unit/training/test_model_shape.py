@@ -178,6 +178,8 @@ def test_published_weights_say_the_shape_of_a_run_that_goes_on_without_them(tmp_
     assert wrong.status == 2
     assert "config.json: " in wrong.output
     shutil.rmtree(theirs)
-    again = run_trainer(tmp_path, name="two", job__config_file=str(two.folder / "config.toml"), training__steps=4)
-    assert again.status == 0, again.output
-    assert "resuming from step 3" in again.output
+    for steps, options in ((4, {"job__config_file": str(two.folder / "config.toml")}), (5, start)):
+        again = run_trainer(tmp_path, name="two", training__steps=steps, **options)
+        assert again.status == 0, again.output
+        assert f"resuming from step {steps - 1}" in again.output
+        assert "model.hf_config:" not in again.output
