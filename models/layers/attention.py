@@ -38,7 +38,9 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, window: int | None = None)
     if window is None or window >= q.shape[2]:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
     mask = visible(q.shape[2], k.shape[2], window, q.device)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
+    # A copy for each head of queries: of the kernels that take a mask, none takes fewer heads of keys.
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
 
 class AttentionSlot(nn.Module):

@@ -41,7 +41,7 @@ ONE_KV_HEAD, WIDE, TIED = {"num_key_value_heads": 1}, {"head_dim": 20}, {"tie_wo
 
 # The class of transformers' configuration, and its arguments in place of those above.
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
-    "llama": ("LlamaConfig", {}),
+    "llama": ("LlamaConfig", {"num_key_value_heads": 4}),
     "llama, one kv head, wide heads": ("LlamaConfig", {**ONE_KV_HEAD, **WIDE}),
     "llama, tied, llama3 scaling": ("LlamaConfig", {**TIED, "rope_parameters": _LLAMA3}),
     "llama, yarn": ("LlamaConfig", {"rope_parameters": _YARN}),

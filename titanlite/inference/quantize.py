@@ -14,13 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from titanlite.checkpoint.hugging_face import QUANTIZATION, HuggingFaceFolder
+from titanlite.checkpoint.hugging_face import QUANTIZATION, HuggingFaceFolder, stored_shapes
 from titanlite.checkpoint.hugging_face_export import QuantizedWeights
 from titanlite.converters.quantizers import Quantized, Quantizer, quantizers
 from titanlite.data import Tokenizer, build_source
 from titanlite.data.sources import START
 from titanlite.errors import ConfigError
-from titanlite.models.weight_map import WeightMap
+from titanlite.models.weight_map import Rows, WeightMap, tensors_of
 
 SEQUENCES, TOKENS = 8, 512  # of calibration, at most
 METHOD = "compressed-tensors"
@@ -106,13 +106,13 @@ def quantized_weights(
     by_tensor: dict[str, str] = {}
     entries: dict[str, dict[str, tuple[tuple[int, ...], torch.dtype]]] = {}
     for layer, linear in layers.items():
-        tensor, shape = weights[f"{layer}.weight"], (linear.out_features, linear.in_features)
-        reason = quantizer.why_not(linear.in_features, linear.out_features)
-        if not isinstance(tensor, str):
-            reason = "it is no tensor of its own in this family's files"
+        name = f"{layer}.weight"
+        # Layers that are rows of one tensor are quantized as one.
+        (tensor, shape), *others = stored_shapes({name: tuple(linear.weight.shape)}, weights).items()
+        reason = "it is several tensors in this family's files" if others else quantizer.why_not(shape[1], shape[0])
         if record is not None and layer not in record:
             reason = "calibration did not reach it"
-        if reason or not isinstance(tensor, str):
+        if reason:
             raise ConfigError(f"--quantize: {layer} ({shape[1]} -> {shape[0]}): {reason}; use the weights as they are")
         with torch.device("meta"):
             weight, scale = quantizer.quantize_weight(torch.empty(shape))
@@ -163,10 +163,14 @@ def restore(model: nn.Module, layers: Mapping[str, nn.Linear], folder: HuggingFa
     assert quantizer is not None
     with folder.opened() as get:
         for name, layer in layers.items():
-            tensor = str(weights[f"{name}.weight"])
-            stem, device = tensor.removesuffix(".weight"), layer.weight.device
-            if f"{stem}.weight_scale" not in folder.tensors:
+            place = weights[f"{name}.weight"]
+            (tensor,), device = tensors_of(place), layer.weight.device
+            weight_scale, input_scale = (
+                f"{tensor.removesuffix('.weight')}.{kind}_scale" for kind in ("weight", "input")
+            )
+            if weight_scale not in folder.tensors:
                 continue
-            input_scale = f"{stem}.input_scale"
-            scales = (get(s).to(device) if s in folder.tensors else None for s in (f"{stem}.weight_scale", input_scale))
-            quantizer.restore(layer, Quantized(get(tensor).to(device), *scales))  # type: ignore[arg-type]
+            of_rows = folder.tensors[weight_scale].shape[0] == folder.tensors[tensor].shape[0]
+            scale = Rows(weight_scale, *place[1:]) if isinstance(place, Rows) and of_rows else weight_scale
+            scales = (get(s).to(device) if s is scale or s in folder.tensors else None for s in (scale, input_scale))
+            quantizer.restore(layer, Quantized(get(place).to(device), *scales))  # type: ignore[arg-type]

@@ -116,9 +116,16 @@ def stored_tensors(folder: Path) -> dict[str, tuple[tuple[int, ...], torch.dtype
 # ---- there and back
 
 
-@pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("size", ["100KB", "5GB"])
+@pytest.mark.parametrize(
+    ("name", "dtype", "size"),
+    [
+        ("gqa", torch.float32, "100KB"),
+        ("rope_scaling", torch.bfloat16, "100KB"),
+        ("tied", torch.float32, "5GB"),
+        ("tied", torch.bfloat16, "100KB"),
+        ("head_dim", torch.bfloat16, "5GB"),
+    ],
+)
 def test_their_model_here_and_back(tmp_path: Path, name: str, dtype: torch.dtype, size: str) -> None:
     transformers = pytest.importorskip("transformers")
     their_model(CASES[name]).to(dtype).save_pretrained(tmp_path / "theirs", max_shard_size=size)
@@ -158,7 +165,7 @@ def test_the_index_says_what_theirs_says(tmp_path: Path) -> None:
     assert files == [f"model-{i:05}-of-{len(files):05}.safetensors" for i in range(1, len(files) + 1)]
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", ["tied"])
 def test_one_step_of_training_is_theirs(tmp_path: Path, name: str) -> None:
     theirs = their_model(CASES[name])
     theirs.save_pretrained(tmp_path / "before")

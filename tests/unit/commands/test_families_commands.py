@@ -57,4 +57,11 @@ def test_train_convert_and_generate(family: str, tmp_path: Path, capfd: pytest.C
     there, back = (load_file(folder / "model.safetensors") for folder in (out, tmp_path / "again"))
     assert there.keys() == back.keys()
     assert all(torch.equal(there[name], back[name]) for name in there)
+    for method in ("float8_dynamic", "float8_static"):
+        quantized = tmp_path / method
+        assert convert.main([str(out), str(quantized), "--dtype=float32", f"--quantize={method}"]) == 0
+        assert any(name.endswith(".weight_scale") for name in HuggingFaceFolder(quantized).tensors)
+        if method == "float8_dynamic" or family != "phi3":  # one scale for projections that are one tensor there
+            assert text(quantized, capfd) == text(out, capfd, f"--quantize={method}")
+        assert text(quantized, capfd).startswith("import os, sys")
     assert HuggingFaceFolder(out).config == HuggingFaceFolder(tmp_path / "again").config

@@ -168,6 +168,119 @@ def test_flavors_have_the_published_sizes_and_a_config_json(family: str) -> None
     assert all(args.head_size == 64 for args in laptop.values())
 
 
+# As their publishers state them, without what says nothing about the network.
+def stated(**values: Any) -> dict[str, Any]:
+    return {"hidden_act": "silu", "attention_dropout": 0.0, **values}
+
+
+FILES: dict[tuple[str, str], dict[str, Any]] = {
+    ("llama", "3.1-8B"): stated(
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        vocab_size=128256,
+        rms_norm_eps=1e-05,
+        rope_theta=500000.0,
+        mlp_bias=False,
+        max_position_embeddings=131072,
+        pretraining_tp=1,
+        eos_token_id=[128001, 128008],
+        attention_bias=False,
+        rope_scaling={
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192,
+            "rope_type": "llama3",
+        },
+    ),
+    ("mistral", "7B-v0.1"): stated(
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        vocab_size=32000,
+        rms_norm_eps=1e-05,
+        rope_theta=10000.0,
+        sliding_window=4096,
+        max_position_embeddings=32768,
+    ),
+    ("mistral", "Nemo-2407"): stated(
+        hidden_size=5120,
+        intermediate_size=14336,
+        num_hidden_layers=40,
+        num_attention_heads=32,
+        head_dim=128,
+        num_key_value_heads=8,
+        vocab_size=131072,
+        rms_norm_eps=1e-05,
+        rope_theta=1000000.0,
+        sliding_window=None,
+        max_position_embeddings=131072,
+    ),
+    ("qwen2", "7B"): stated(
+        hidden_size=3584,
+        intermediate_size=18944,
+        num_hidden_layers=28,
+        num_attention_heads=28,
+        num_key_value_heads=4,
+        vocab_size=152064,
+        rms_norm_eps=1e-06,
+        rope_theta=1000000.0,
+        use_mrope=False,
+        use_sliding_window=False,
+        sliding_window=131072,
+        max_window_layers=28,
+        max_position_embeddings=131072,
+    ),
+    ("qwen3", "0.6B"): stated(
+        hidden_size=1024,
+        intermediate_size=3072,
+        num_hidden_layers=28,
+        num_attention_heads=16,
+        head_dim=128,
+        num_key_value_heads=8,
+        vocab_size=151936,
+        rms_norm_eps=1e-06,
+        rope_theta=1000000,
+        rope_scaling=None,
+        use_sliding_window=False,
+        sliding_window=None,
+        max_window_layers=28,
+        attention_bias=False,
+        max_position_embeddings=32768,
+        tie_word_embeddings=True,
+    ),
+    ("phi3", "phi-4"): stated(
+        hidden_size=5120,
+        intermediate_size=17920,
+        num_hidden_layers=40,
+        num_attention_heads=40,
+        num_key_value_heads=10,
+        vocab_size=100352,
+        rms_norm_eps=1e-05,
+        rope_theta=250000,
+        rope_scaling=None,
+        sliding_window=None,
+        max_position_embeddings=16384,
+        original_max_position_embeddings=16384,
+        attention_bias=False,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        pad_token_id=100349,
+    ),
+}
+
+
+@pytest.mark.parametrize(("family", "flavor"), FILES)
+def test_flavors_are_what_the_published_files_describe(family: str, flavor: str) -> None:
+    spec, args = model_spec_of({"model_type": family, **FILES[family, flavor]})
+    assert (spec.name, args) == (family, spec.flavor(flavor))
+
+
 # ---- what config.json says and a family does not compute
 
 SIZES = {
@@ -240,9 +353,9 @@ def test_missing_keys_mean_what_transformers_takes_them_for() -> None:
     import transformers
 
     for family in PUBLISHED:
-        stated = {key: value for key, value in SIZES.items() if key != "num_key_value_heads"}
-        stated |= {"model_type": family, "num_attention_heads": 64, "hidden_size": 512}
+        config = {key: value for key, value in SIZES.items() if key != "num_key_value_heads"}
+        config |= {"model_type": family, "num_attention_heads": 64, "hidden_size": 512}
         format = get_model_spec(family).hugging_face
         assert format is not None
-        theirs = transformers.AutoConfig.for_model(**stated, pad_token_id=None)
-        assert format.from_config(stated) == format.from_config(theirs.to_dict()), family
+        theirs = transformers.AutoConfig.for_model(**config, pad_token_id=None)
+        assert format.from_config(config) == format.from_config(theirs.to_dict()), family
