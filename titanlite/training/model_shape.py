@@ -11,8 +11,8 @@ from titanlite.checkpoint import is_hugging_face
 from titanlite.checkpoint.hugging_face import CONFIG
 from titanlite.checkpoint.untrusted import contained, read_json
 from titanlite.config import JobConfig
+from titanlite.config.model_sections import Model
 from titanlite.config.refuse import refuse
-from titanlite.config.schema import Model
 from titanlite.errors import ConfigError, shown
 from titanlite.models.spec import ModelSpec, get_model_spec, model_spec_of
 from titanlite.training.run_folder import HF_CONFIG

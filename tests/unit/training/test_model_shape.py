@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.support.runs import checkpoints, run_trainer
+from titanlite.checkpoint.manager import _changes
 from titanlite.config import load_config
 from titanlite.errors import ConfigError
 from titanlite.inference.convert import convert
@@ -163,6 +165,7 @@ def test_a_shape_needs_a_folder(tmp_path: Path) -> None:
     assert "there is no config.json" in str(refused(f"--model.hf_config={tmp_path}"))
 
 
+@pytest.mark.slow
 def test_published_weights_say_the_shape_of_a_run_that_goes_on_without_them(tmp_path: Path) -> None:
     """Trained, converted, trained from the folder without a flavor; then continued where the folder is gone."""
     one = run_trainer(tmp_path, name="one", **checkpoints(3), model__name="qwen3", model__args__n_layers=1)
@@ -183,3 +186,28 @@ def test_published_weights_say_the_shape_of_a_run_that_goes_on_without_them(tmp_
         assert again.status == 0, again.output
         assert f"resuming from step {steps - 1}" in again.output
         assert "model.hf_config:" not in again.output
+
+
+# ---- what counts as the same model
+
+
+@pytest.mark.slow
+def test_families_that_build_one_network_continue_each_others_runs(tmp_path: Path) -> None:
+    small = {"model__args__n_layers": 1, "model__args__dim": 64, **checkpoints(2)}
+    statuses = []
+    for steps, name in ((2, "llama3"), (3, "llama"), (4, "qwen3")):
+        run = run_trainer(tmp_path, model__name=name, training__steps=steps, **small)
+        statuses.append(run.status)
+    assert statuses == [0, 0, 2], run.output
+    assert "qk_norm was False, is True" in run.output
+
+
+def test_options_that_an_earlier_version_did_not_save_are_off() -> None:
+    current = {"name": "llama3", "flavor": "8B", "args": asdict(get_model_spec("llama3").flavor("8B"))}
+    new = ("qkv_bias", "qk_norm", "sliding_window", "partial_rotary_factor")
+    saved = {**current, "args": {name: value for name, value in current["args"].items() if name not in new}}
+    assert _changes(saved, current) == []
+    assert _changes({**saved, "name": "llama"}, current) == []
+    windowed = {**current, "args": {**current["args"], "sliding_window": 8}}
+    assert _changes(saved, windowed) == [("sliding_window", None, 8)]
+    assert [key for key, *_ in _changes({**saved, "name": "not registered"}, current)] == ["name"]
