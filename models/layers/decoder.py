@@ -67,6 +67,8 @@ class DecoderArgs:
         if self.rotary_size % 2 or not self.rotary_size:
             names = ("partial_rotary_factor", "head_dim", "dim", "n_heads")
             return names, f"{self.rotary_size} features of a head would be rotated: must be even, and above 0"
+        if self.sliding_window is not None and self.sliding_window < 1:
+            return ("sliding_window",), f"a window has at least 1 position, and this one {self.sliding_window}"
         return None
 
     def configured(self, vocab_size: int, seq_len: int) -> DecoderArgs:

@@ -27,6 +27,7 @@ from titanlite.distributed.mesh import Mesh
 from titanlite.distributed.parallelize import apply_tensor_parallel, check
 from titanlite.errors import ConfigError
 from titanlite.inference.quantize import SCALES, calibrated, linear_layers, quantizer_of, restore
+from titanlite.models.layers import DecoderArgs
 from titanlite.models.spec import ModelSpec, get_model_spec, model_spec_of
 
 
@@ -85,6 +86,8 @@ def outline(description: ModelDescription, folder: Path) -> nn.Module:
     if args.n_layers > len(saved if source is None else source.tensors):
         raise ConfigError(f"{folder}: its model has {args.n_layers} layers, more than there are tensors in its files")
     try:
+        if isinstance(args, DecoderArgs) and (broken := args.broken_rule()) is not None:
+            raise ValueError(broken[1])
         with torch.device("meta"):
             model = description.spec.build(args)
     except (RuntimeError, ValueError, TypeError, ArithmeticError, AssertionError) as e:
