@@ -3,31 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from titanlite.errors import ConfigError
-from titanlite.models.layers import DecoderArgs, RopeScaling
+from titanlite.models.config_json import ConfigJson, shown
+from titanlite.models.hugging_face_rope import rope_from_config, rope_to_config
+from titanlite.models.layers import DecoderArgs
 from titanlite.models.spec import HuggingFaceFormat
-from titanlite.models.weight_map import Place, WeightMap
+from titanlite.models.weight_map import Place, Rows, WeightMap
 
 _REQUIRED = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")
+_OPTIONAL = ("num_key_value_heads", "head_dim", "max_position_embeddings")
 
-# The largest sizes that are believed. A file that states more would fill the memory before a tensor is compared.
-_MOST = {
-    "num_hidden_layers": 10_000,
-    "num_attention_heads": 1 << 16,
-    "num_key_value_heads": 1 << 16,
-    "head_dim": 1 << 16,
-    **dict.fromkeys(("hidden_size", "intermediate_size", "vocab_size", "max_position_embeddings"), 1 << 24),
+# The name of each parameter of a block -> its name in a layer of the files, without ".weight".
+LAYER = {
+    "attention.wq": "self_attn.q_proj",
+    "attention.wk": "self_attn.k_proj",
+    "attention.wv": "self_attn.v_proj",
+    "attention.wo": "self_attn.o_proj",
+    "feed_forward.w1": "mlp.gate_proj",
+    "feed_forward.w2": "mlp.down_proj",
+    "feed_forward.w3": "mlp.up_proj",
+    "attention_norm": "input_layernorm",
+    "ffn_norm": "post_attention_layernorm",
 }
-
-_ROPE_LLAMA3 = {
-    "factor": "factor",
-    "low_freq_factor": "low_freq_factor",
-    "high_freq_factor": "high_freq_factor",
-    "original_max_seq_len": "original_max_position_embeddings",
-}
+HEAD_NORMS = {"attention.q_norm": "self_attn.q_norm", "attention.k_norm": "self_attn.k_norm"}
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,14 @@ class DecoderFiles:
         family: titanlite's name of the family, for messages.
         model_type, architecture: as in ``config.json``.
         fixed: the only values in ``config.json`` that the network computes; a missing or null key means the same.
+        defaults: the values that ``transformers`` takes for missing keys, where those are others than
+            :meth:`from_config` states.
+        args: the arguments of every model of the family that differ from those of :class:`DecoderArgs`.
+        window: ``config.json`` has the key ``sliding_window``.
+        rope_kinds: the values of ``rope_type`` that are computed.
+        partial_rotary: ``config.json`` has the key ``partial_rotary_factor``.
         layer: the name of each parameter of a block, without ".weight" -> its name in a layer of the files.
+        fused: tensors in a layer of the files -> the parameters of a block that they concatenate, in order.
         ignored: see :class:`~titanlite.models.spec.HuggingFaceFormat`.
     """
 
@@ -46,7 +54,13 @@ class DecoderFiles:
     model_type: str
     architecture: str
     fixed: Mapping[str, Any]
-    layer: Mapping[str, str]
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    args: Mapping[str, Any] = field(default_factory=dict)
+    window: bool = False
+    rope_kinds: tuple[str, ...] = ("default", "llama3", "yarn")
+    partial_rotary: bool = False
+    layer: Mapping[str, str] = field(default_factory=lambda: LAYER)
+    fused: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     ignored: str | None = None
 
     def format(self) -> HuggingFaceFormat:
@@ -56,13 +70,21 @@ class DecoderFiles:
 
     def weights(self, args: DecoderArgs) -> WeightMap:
         """Return the place of each parameter. The weights need no permutation: titanlite and ``transformers`` both pair
-        the elements i and i + head_dim/2 in rotary embeddings."""
+        the elements i and i + rotary_dim/2 in rotary embeddings."""
+        heads, groups = args.n_heads * args.head_size, args.n_kv_heads * args.head_size
+        rows = {"wq": heads, "wk": groups, "wv": groups, "w1": args.ffn_dim, "w3": args.ffn_dim}
         places: dict[str, Place] = {"tok_embeddings.weight": "model.embed_tokens.weight"}
         for i in range(args.n_layers):
-            places |= {
-                f"layers.{i}.{name}.weight": f"model.layers.{i}.{hf_name}.weight"
-                for name, hf_name in self.layer.items()
-            }
+            here, there = f"layers.{i}", f"model.layers.{i}"
+            places |= {f"{here}.{name}.weight": f"{there}.{tensor}.weight" for name, tensor in self.layer.items()}
+            for tensor, names in self.fused.items():
+                start = 0
+                for name in names:
+                    stop = start + rows[name.rpartition(".")[2]]
+                    places[f"{here}.{name}.weight"] = Rows(f"{there}.{tensor}.weight", start, stop)
+                    start = stop
+            for name in ("attention.wq", "attention.wk", "attention.wv") if args.qkv_bias else ():
+                places[f"{here}.{name}.bias"] = f"{there}.{self.layer[name]}.bias"
         places["norm.weight"] = "model.norm.weight"
         places["output.weight"] = "model.embed_tokens.weight" if args.tie_embeddings else "lm_head.weight"
         return places
@@ -72,14 +94,28 @@ class DecoderFiles:
         return {"lm_head.weight": "model.embed_tokens.weight"} if args.tie_embeddings else {}
 
     def to_config(self, args: DecoderArgs) -> dict[str, Any]:
-        """Return the model's part of ``config.json``. Scaled rotary frequencies have the keys that ``transformers``
-        reads since 4.43, as do other programs."""
-        scaling = None
-        if args.rope_scaling is not None:
-            scaling = {key: getattr(args.rope_scaling, name) for name, key in _ROPE_LLAMA3.items()}
-            # transformers warns if a factor is not a float.
-            scaling = {key: value if key.startswith("original") else float(value) for key, value in scaling.items()}
-            scaling["rope_type"] = "llama3"
+        """Return the model's part of ``config.json``.
+
+        Raises:
+            ConfigError: the family's files have no place for one of ``args``; the message names it.
+        """
+        config = self._written(args)
+        # A sequence may be longer than a config.json is believed.
+        read = self.from_config({**config, "max_position_embeddings": 1})
+        lost = {name: here for name, (_, here) in _differences(read, args).items()}
+        if lost:
+            stated = ", ".join(f"{name} = {shown(value)}" for name, value in lost.items())
+            raise ConfigError(
+                f"{stated}: a config.json of {self.family} (model_type {shown(self.model_type)}) cannot say it; leave "
+                "it out, or choose the family that has it",
+                key=f"model.args.{next(iter(lost))}",
+                value=next(iter(lost.values())),
+            )
+        return config
+
+    def _written(self, args: DecoderArgs) -> dict[str, Any]:
+        window = {"sliding_window": args.sliding_window} if self.window else {}
+        partial = {"partial_rotary_factor": args.partial_rotary_factor or 1.0} if self.partial_rotary else {}
         return {
             "architectures": [self.architecture],
             "model_type": self.model_type,
@@ -93,9 +129,12 @@ class DecoderFiles:
             "max_position_embeddings": args.max_seq_len,
             "rms_norm_eps": args.norm_eps,
             "rope_theta": args.rope_theta,
-            "rope_scaling": scaling,
+            "rope_scaling": rope_to_config(args.rope_scaling),
             "tie_word_embeddings": args.tie_embeddings,
+            **window,
+            **partial,
             **self.fixed,
+            "pad_token_id": None,  # Phi-3 has a default, which another vocabulary may not have
             "initializer_range": 0.02,
             "use_cache": True,
         }
@@ -106,46 +145,56 @@ class DecoderFiles:
         Raises:
             ConfigError: a size is missing, or a key has a value that this network does not compute.
         """
-        if config.get("model_type") != self.model_type:
-            raise self._unsupported("model_type", config.get("model_type"), f'must be "{self.model_type}"')
-        if config.get("quantization_config"):
+        stated = ConfigJson(
+            {"max_position_embeddings": 2048, "rms_norm_eps": 1e-6, **self.defaults, **config}, self.family
+        )
+        self._check_fixed(stated)
+        dim, layers, heads, ffn_dim, vocab_size = (stated.size(key, required=True) for key in _REQUIRED)
+        kv_heads, head_dim, max_seq_len = (stated.size(key) for key in _OPTIONAL)
+        if stated.get("tie_word_embeddings") not in (None, True, False):
+            raise stated.unsupported("tie_word_embeddings", "must be true or false")
+        if head_dim is None and dim % heads:
+            raise stated.unsupported("hidden_size", f"must be a multiple of num_attention_heads = {heads}")
+        kv_heads, head_dim = kv_heads or heads, head_dim or dim // heads  # null means this, as in transformers
+        if head_dim % 2:
+            raise stated.unsupported("head_dim", "must be even, for rotary embeddings", head_dim)
+        if heads % kv_heads:
+            raise stated.unsupported("num_key_value_heads", f"must divide num_attention_heads = {heads}", kv_heads)
+        theta, scaling, partial = rope_from_config(stated, self.rope_kinds, self.partial_rotary)
+        args = DecoderArgs(
+            dim=dim,
+            n_layers=layers,
+            n_heads=heads,
+            n_kv_heads=kv_heads,
+            head_dim=None if head_dim * heads == dim else head_dim,
+            ffn_dim=ffn_dim,
+            vocab_size=vocab_size,
+            rope_theta=theta,
+            rope_scaling=scaling,
+            partial_rotary_factor=partial,
+            norm_eps=stated.number("rms_norm_eps"),
+            tie_embeddings=bool(stated.get("tie_word_embeddings")),
+            max_seq_len=max_seq_len or 2048,
+            sliding_window=stated.size("sliding_window") if self.window else None,
+            **self.args,
+        )
+        if args.rotary_size % 2 or not args.rotary_size:
+            raise stated.unsupported("partial_rotary_factor", f"must make an even part of {head_dim} features", partial)
+        return args
+
+    def _check_fixed(self, stated: ConfigJson) -> None:
+        if stated.get("model_type") != self.model_type:
+            raise stated.unsupported("model_type", f"must be {shown(self.model_type)}")
+        if stated.get("quantization_config"):
             raise ConfigError(
                 "config.json: has a quantization_config: quantized weights are for inference; take the weights in high "
                 "precision"
             )
-        for key, only in {"architectures": [self.architecture], "partial_rotary_factor": 1.0, **self.fixed}.items():
-            if config.get(key) not in (None, only):
-                raise self._unsupported(key, config[key], f"must be {_shown(only)}")
-        for key, most in _MOST.items():
-            value = config.get(key)
-            if (value is not None or key in _REQUIRED) and (type(value) is not int or not 1 <= value <= most):
-                raise self._unsupported(key, value, f"must be a whole number from 1 to {most}")
-        if config.get("tie_word_embeddings") not in (None, True, False):
-            raise self._unsupported("tie_word_embeddings", config["tie_word_embeddings"], "must be true or false")
-        heads, dim = config["num_attention_heads"], config["hidden_size"]
-        # Missing and null keys have these defaults, as in transformers.
-        kv_heads, head_dim = config.get("num_key_value_heads") or heads, config.get("head_dim") or dim // heads
-        if not config.get("head_dim") and dim % heads:
-            raise self._unsupported("hidden_size", dim, f"must be a multiple of num_attention_heads = {heads}")
-        if head_dim % 2:
-            raise self._unsupported("head_dim", head_dim, "must be even, for rotary embeddings")
-        if heads % kv_heads:
-            raise self._unsupported("num_key_value_heads", kv_heads, f"must divide num_attention_heads = {heads}")
-        theta, scaling = self._rope(config)
-        return DecoderArgs(
-            dim=dim,
-            n_layers=config["num_hidden_layers"],
-            n_heads=heads,
-            n_kv_heads=kv_heads,
-            head_dim=None if head_dim * heads == dim else head_dim,
-            ffn_dim=config["intermediate_size"],
-            vocab_size=config["vocab_size"],
-            rope_theta=theta,
-            rope_scaling=scaling,
-            norm_eps=self._number(config, "rms_norm_eps", 1e-6),
-            tie_embeddings=bool(config.get("tie_word_embeddings")),
-            max_seq_len=config.get("max_position_embeddings") or 2048,
-        )
+        for key, value in {"architectures": [self.architecture], **self.fixed}.items():
+            stated.only(key, value)
+        kinds = stated.get("layer_types")
+        if kinds is not None and (self.window or kinds != ["full_attention"] * stated.size("num_hidden_layers", True)):
+            raise stated.unsupported("layer_types", "all layers have the same attention")
 
     def check(self, args: DecoderArgs, config: Mapping[str, Any]) -> None:
         """Check that ``config.json`` describes the model ``args``; the sequence length may differ.
@@ -153,45 +202,20 @@ class DecoderFiles:
         Raises:
             ConfigError: it describes another model; the message names every difference.
         """
-        described = replace(self.from_config(config), max_seq_len=args.max_seq_len)
-        there, here = self.to_config(described), self.to_config(args)
-        differing = [f"{key} is {_shown(there[key])} there and {_shown(here[key])} here" for key in there
-            if there[key] != here[key]]  # fmt: skip
+        described = self.from_config(config)
+        there, here = self._written(replace(described, max_seq_len=args.max_seq_len)), self._written(args)
+        pairs = {key: (there[key], here[key]) for key in there if there[key] != here[key]}
+        differing = [f"{key} is {shown(one)} there and {shown(other)} here"
+            for key, (one, other) in (pairs or _differences(described, args)).items()]  # fmt: skip
         if differing:
             raise ConfigError(
                 f"config.json: describes another model than model.flavor: {'; '.join(differing)}; choose the flavor "
                 "that these weights belong to"
             )
 
-    def _rope(self, config: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
-        """Return the base of the rotary frequencies and their scaling, from the keys of transformers 4 (``rope_theta``
-        and ``rope_scaling``) or 5 (both in ``rope_parameters``)."""
-        key = "rope_scaling" if config.get("rope_scaling") else "rope_parameters"
-        rope = config.get(key) or {}
-        if not isinstance(rope, Mapping):
-            raise self._unsupported(key, rope, "must be an object")
-        theta = self._number(rope, "rope_theta", self._number(config, "rope_theta", 10000.0))
-        if rope.get("partial_rotary_factor") not in (None, 1.0):
-            raise self._unsupported(f"{key}.partial_rotary_factor", rope["partial_rotary_factor"], "must be 1.0")
-        kind = rope.get("rope_type", rope.get("type", "default"))
-        if kind == "default":
-            return theta, None
-        if kind != "llama3":
-            raise self._unsupported(f"{key}.rope_type", kind, 'must be "llama3" or "default"')
-        return theta, RopeScaling(**{name: self._number(rope, key) for name, key in _ROPE_LLAMA3.items()})
 
-    def _number(self, holder: Mapping[str, Any], key: str, default: Any = None) -> Any:
-        value = holder.get(key, default)
-        if type(value) not in (int, float) or not 0 < value < 1e15:
-            raise self._unsupported(key, value, "must be a number above 0")
-        return value
-
-    def _unsupported(self, key: str, value: Any, rule: str) -> ConfigError:
-        return ConfigError(
-            f"config.json: {key} = {_shown(value)}: {rule}; the folder holds a model that {self.family} does not "
-            "compute, or the file is damaged"
-        )
-
-
-def _shown(value: Any) -> str:
-    return f'"{value}"' if isinstance(value, str) else str(value)
+def _differences(there: DecoderArgs, here: DecoderArgs) -> dict[str, tuple[Any, Any]]:
+    """Return the arguments that differ, but for the sequence length, by name; a head's default size is one."""
+    one, other = (replace(args, head_dim=args.head_size, max_seq_len=1) for args in (there, here))
+    pairs = {f.name: (getattr(one, f.name), getattr(other, f.name)) for f in fields(one)}
+    return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}

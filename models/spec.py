@@ -10,13 +10,13 @@ import importlib
 import importlib.util
 import pkgutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from torch import nn
 
-from titanlite.errors import ConfigError
-from titanlite.models.layers import LAYOUT, Decoder, Layout
+from titanlite.errors import ConfigError, shown
+from titanlite.models.layers import LAYOUT, Decoder, DecoderArgs, Layout
 from titanlite.models.weight_map import WeightMap
 from titanlite.registry import Registry, nearest
 
@@ -91,6 +91,27 @@ class ModelSpec:
             )
         return self.flavors[name]
 
+    def resized(self, flavor: Any, sizes: Mapping[str, Any]) -> Any:
+        """Return ``flavor`` with other ``sizes``.
+
+        Raises:
+            ConfigError: the family has no such size, they do not fit together, or the family's form in ``transformers``
+                cannot say them. The key is ``model.args.`` and the name.
+        """
+        known = [f.name for f in fields(flavor)]
+        for name, value in sizes.items():
+            if name not in known:
+                raise ConfigError(
+                    f"{self.name} has no such size; it has {', '.join(known)}", key=f"model.args.{name}", value=value
+                )
+        args = replace(flavor, **sizes)
+        if isinstance(args, DecoderArgs) and (broken := args.broken_rule()) is not None:
+            name = next(name for name in (*broken[0], *sizes) if name in sizes)
+            raise ConfigError(f"{broken[1]}; change either", key=f"model.args.{name}", value=sizes[name])
+        if sizes and self.hugging_face is not None:
+            self.hugging_face.to_config(replace(args, vocab_size=args.vocab_size or 1))
+        return args
+
     def configure(self, flavor: Any, vocab_size: int, seq_len: int, tokenizer_path: str = "") -> Any:
         """Return ``flavor`` completed for a tokenizer, whose path is for messages, and a sequence length.
 
@@ -128,18 +149,32 @@ def model_spec_of(config: Mapping[str, Any]) -> tuple[ModelSpec, Any]:
     """Return the family and the configured flavor that a Hugging Face folder's ``config.json`` describes.
 
     Raises:
-        ConfigError: no family computes such a model; the message is that of a family of its ``model_type``, if any.
+        ConfigError: no family has its ``model_type``, or those that have it do not compute such a model.
     """
     _import(_packages())
-    refusals: list[tuple[bool, ConfigError]] = []
-    for name in _registry.names():
-        spec = _registry.get(name)
-        if spec.hugging_face is not None:
+    kind, types, refusal = config.get("model_type"), set(), None
+    # First the family of this name; one of somebody else is for those who ask for it.
+    for spec in map(_registry.get, sorted(_registry.names(), key=lambda name: name != kind)):
+        family = spec.hugging_face
+        types |= {family.model_type} if family is not None else set()
+        if family is not None and family.model_type == kind:
             try:
-                return spec, spec.hugging_face.from_config(config)
+                return spec, family.from_config(config)
             except ConfigError as e:
-                refusals.append((spec.hugging_face.model_type == config.get("model_type"), e))
-    raise max(refusals, key=lambda refusal: refusal[0])[1]
+                refusal = refusal or e
+    raise refusal or ConfigError(
+        f"config.json: model_type = {shown(kind)}: no family of models here is of this type; it must be one of "
+        f"{', '.join(sorted(types))}"
+    )
+
+
+def same_network(name: str, other: str) -> bool:
+    """Return whether two families build the same network from the same arguments."""
+    try:
+        one, two = get_model_spec(name), get_model_spec(other)
+    except ConfigError:  # one of them is not registered here
+        return name == other
+    return (one.build, one.layout) == (two.build, two.layout)
 
 
 def _packages() -> list[str]:

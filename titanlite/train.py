@@ -64,11 +64,11 @@ from titanlite.metrics.sinks import (
     is_terminal,
     show_late_warnings,
 )
-from titanlite.models.spec import get_model_spec
 from titanlite.optim import build_optimizer, build_schedule
 from titanlite.plan.least import check_memory
 from titanlite.training.build import build_loss, build_model, build_pipeline
 from titanlite.training.loss_watch import LossWatch, rank_of_claim
+from titanlite.training.model_shape import choose_shape
 from titanlite.training.origin import find_start
 from titanlite.training.out_of_memory import give_up
 from titanlite.training.run_folder import RunFolder, loss_of_first_step
@@ -117,8 +117,8 @@ class Trainer:
             logger.info(notice)
         check_config(config, int(os.environ.get("WORLD_SIZE", 1)))
         import_custom(config)
-        self.spec = get_model_spec(config.model.name)
-        self.flavor = self.spec.flavor(config.model.flavor)
+        self.shape = choose_shape(config)
+        self.spec, self.flavor = self.shape.spec, self.shape.flavor
         self.runtime = runtime.start_runtime(config.comm)
         self.gc = runtime.GarbageCollection(config.training.gc_freq, config.training.gc_debug)
         self.degrees = resolve_degrees(config.parallelism, self.runtime.world_size)
@@ -201,7 +201,7 @@ class Trainer:
             part.init_weights(WeightInit(part, self.seed))  # type: ignore[operator]
             part.train()
         self.flops_per_token = flops_per_token(self.size, config.training.seq_len)
-        self.about["model"] = f"{config.model.name} {config.model.flavor}, {self.size.params:,} parameters"
+        self.about["model"] = f"{self.shape.about}, {self.size.params:,} parameters"
         self.about["flops per token"] = f"{self.flops_per_token:,}"
         self.about["memory"] = f"{before / GIB:.2f} GiB before building, {peak_memory(device).active / GIB:.2f} after"
 
@@ -257,9 +257,9 @@ class Trainer:
         metrics, checkpoint = self.config.metrics, self.start.checkpoint
         if self.start.continues and checkpoint is not None:
             processes = checkpoint.info.world_size, self.runtime.world_size
-            self.run_folder.go_on(self.config, self.step, processes)
+            self.run_folder.go_on(self.config, self.step, processes, self.shape.config_json)
         else:
-            self.run_folder.begin(self.config)
+            self.run_folder.begin(self.config, self.shape.config_json)
         self.run_folder.keep_tokenizer(self.tokenizer)
         validation = self.run_path / VALIDATION if self.validator else None
         self.sinks.append(JsonlSink(self.run_path / METRICS, validation))

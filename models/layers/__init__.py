@@ -1,11 +1,11 @@
 """The layers that all families share. They import torch and each other."""
 
-from titanlite.models.layers.attention import Attention, AttentionSlot, causal_attention
+from titanlite.models.layers.attention import Attention, AttentionSlot, Core, causal_attention, visible
 from titanlite.models.layers.decoder import LAYOUT, Block, Decoder, DecoderArgs
 from titanlite.models.layers.feed_forward import FeedForward, swiglu
 from titanlite.models.layers.init import Init
 from titanlite.models.layers.layout import Layout, Projections
-from titanlite.models.layers.rotary import RopeScaling, apply_rope, rope_frequencies, rope_table
+from titanlite.models.layers.rotary import RopeScaling, YarnScaling, apply_rope, rope_frequencies, rope_table
 from titanlite.models.layers.size import ModelSize
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "Attention",
     "AttentionSlot",
     "Block",
+    "Core",
     "Decoder",
     "DecoderArgs",
     "FeedForward",
@@ -21,9 +22,11 @@ __all__ = [
     "ModelSize",
     "Projections",
     "RopeScaling",
+    "YarnScaling",
     "apply_rope",
     "causal_attention",
     "rope_frequencies",
     "rope_table",
     "swiglu",
+    "visible",
 ]

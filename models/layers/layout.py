@@ -14,11 +14,14 @@ class Projections:
         columns: the layers that take the part's first argument; their output features can be sharded.
         rows: the layers that take results of the columns; their input features can be sharded.
         arguments: the number of positional arguments of the part's forward; the first is the hidden states.
+        head_norms: the norms of heads, [batch, seq_len, heads, head_dim], where a model has them. Heads can be sharded;
+            the weights are whole on every device, and their gradients are summed.
     """
 
     columns: tuple[str, ...]
     rows: tuple[str, ...]
     arguments: int = 1
+    head_norms: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Rotary position embeddings (Su et al., "RoFormer", 2021).
 
-Element i is paired with i + head_dim/2, as in Hugging Face's checkpoints, so that weights move to and from them without
-a permutation. (Meta's own files pair 2i with 2i+1; the two differ by a permutation of the rows of wq and wk.)
+Element i is paired with i + rotary_dim/2, as in Hugging Face's checkpoints, so that weights move to and from them
+without a permutation. (Meta's own files pair 2i with 2i+1; the two differ by a permutation of the rows of wq and wk.)
 """
 
 from __future__ import annotations
@@ -22,31 +22,78 @@ class RopeScaling:
     high_freq_factor: float = 4.0
     original_max_seq_len: int = 8192
 
+    def scaled(self, freqs: Tensor, theta: float) -> Tensor:
+        """Return the scaled frequencies."""
+        wavelength = 2 * math.pi / freqs
+        # Between the two wavelengths, interpolate linearly between the scaled and the unscaled frequency.
+        smooth = self.original_max_seq_len / wavelength - self.low_freq_factor
+        smooth = (smooth / (self.high_freq_factor - self.low_freq_factor)).clamp(0, 1)
+        return (1 - smooth) * freqs / self.factor + smooth * freqs
 
-def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -> Tensor:
-    """Return the rotation per position of each pair, in radians; float32 [head_dim / 2]."""
-    exponent = torch.arange(0, head_dim, 2, dtype=torch.float32, device="cpu") / head_dim
+    def amplitude(self) -> float:
+        """Return the factor of cosines and sines."""
+        return 1.0
+
+
+@dataclass(frozen=True)
+class YarnScaling:
+    """YaRN's stretch of the rotary frequencies (Peng et al., "YaRN: Efficient Context Window Extension of Large
+    Language Models", 2023).
+
+    Attributes:
+        beta_fast, beta_slow: pairs that make more rotations than ``beta_fast`` within ``original_max_seq_len`` keep
+            their frequency, those that make fewer than ``beta_slow`` have it divided by ``factor``.
+        attention_factor: the factor of cosines and sines; None: 0.1 ln(factor) + 1, as in the paper.
+    """
+
+    factor: float = 4.0
+    original_max_seq_len: int = 32768
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    attention_factor: float | None = None
+
+    def scaled(self, freqs: Tensor, theta: float) -> Tensor:
+        """Return the scaled frequencies."""
+        pairs = len(freqs)
+        first, last = self._pair(self.beta_fast, pairs, theta), self._pair(self.beta_slow, pairs, theta)
+        low, high = max(math.floor(first), 0), min(math.ceil(last), 2 * pairs - 1)
+        width = high - low or 0.001  # no division by 0
+        ramp = ((torch.arange(pairs, dtype=torch.float32, device="cpu") - low) / width).clamp(0, 1)
+        return freqs / self.factor * ramp + freqs * (1 - ramp)
+
+    def _pair(self, rotations: float, pairs: int, theta: float) -> float:
+        """Return the number of the pair that makes so many rotations within the original sequence length."""
+        return pairs * math.log(self.original_max_seq_len / (rotations * 2 * math.pi)) / math.log(theta)
+
+    def amplitude(self) -> float:
+        """Return the factor of cosines and sines."""
+        if self.attention_factor is not None:
+            return self.attention_factor
+        return 0.1 * math.log(self.factor) + 1.0 if self.factor > 1 else 1.0
+
+
+def rope_frequencies(rotary_dim: int, theta: float, scaling: RopeScaling | YarnScaling | None) -> Tensor:
+    """Return the rotation per position of each pair, in radians; float32 [rotary_dim / 2]."""
+    exponent = torch.arange(0, rotary_dim, 2, dtype=torch.float32, device="cpu") / rotary_dim
     freqs = 1.0 / theta**exponent
-    if scaling is None:
-        return freqs
-    s, wavelength = scaling, 2 * math.pi / freqs
-    # Between the two wavelengths, interpolate linearly between the scaled and the unscaled frequency.
-    smooth = (s.original_max_seq_len / wavelength - s.low_freq_factor) / (s.high_freq_factor - s.low_freq_factor)
-    smooth = smooth.clamp(0, 1)
-    return (1 - smooth) * freqs / s.factor + smooth * freqs
+    return freqs if scaling is None else scaling.scaled(freqs, theta)
 
 
-def rope_table(seq_len: int, head_dim: int, theta: float, scaling: RopeScaling | None = None) -> Tensor:
-    """Return the cosines and sines of every position; float32 [2, seq_len, head_dim]."""
-    freqs = rope_frequencies(head_dim, theta, scaling)
+def rope_table(seq_len: int, rotary_dim: int, theta: float, scaling: RopeScaling | YarnScaling | None = None) -> Tensor:
+    """Return the cosines and sines of every position; float32 [2, seq_len, rotary_dim]."""
+    freqs = rope_frequencies(rotary_dim, theta, scaling)
     angles = torch.outer(torch.arange(seq_len, dtype=torch.float32, device="cpu"), freqs)
     angles = torch.cat((angles, angles), dim=-1)
-    return torch.stack((angles.cos(), angles.sin()))
+    table = torch.stack((angles.cos(), angles.sin()))
+    return table if scaling is None else table * scaling.amplitude()
 
 
 def apply_rope(x: Tensor, rope: Tensor) -> Tensor:
-    """Rotate ``x`` [batch, seq_len, heads, head_dim] by ``rope`` [2, seq_len, head_dim], computed in float32."""
+    """Rotate ``x`` [batch, seq_len, heads, head_dim] by ``rope`` [2, seq_len, rotary_dim], computed in float32. The
+    features of a head from ``rotary_dim`` on stay as they are."""
     cos, sin = rope[:, None, :, None].unbind()
-    xf = x.float()
+    rotary_dim = rope.shape[-1]
+    xf = x[..., :rotary_dim].float()
     x1, x2 = xf.chunk(2, dim=-1)
-    return (xf * cos + torch.cat((-x2, x1), dim=-1) * sin).to(x.dtype)
+    rotated = (xf * cos + torch.cat((-x2, x1), dim=-1) * sin).to(x.dtype)
+    return rotated if rotary_dim == x.shape[-1] else torch.cat((rotated, x[..., rotary_dim:]), dim=-1)

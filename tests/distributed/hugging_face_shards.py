@@ -1,6 +1,6 @@
 """A worker: reads a folder of weights into models that are sharded in different ways; reports what is wrong.
 
-The folder's folders plain, tied, float8 and fused hold weights of seed 3.
+The folder's folders plain, tied, float8, fused and those of families hold weights of seed 3.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from titanlite.distributed.pipeline import part_of
 from titanlite.float8 import Float8LinearConfig, convert_to_float8_training
 from titanlite.models.layers import LAYOUT, Decoder, DecoderArgs
 from titanlite.models.llama3.spec import HUGGING_FACE
+from titanlite.models.spec import get_model_spec
 from titanlite.models.weight_map import Place, Rows, Stack, WeightMap
 from titanlite.quant.fsdp import ShardedWeight
 
@@ -34,7 +35,11 @@ FOLDERS = {
     "tied": replace(ARGS, tie_embeddings=True),
     "float8": replace(ARGS, dim=64, ffn_dim=112),  # which wants multiples of 16
     "fused": ARGS,
+    "qwen2": replace(ARGS, qkv_bias=True),
+    "qwen3": replace(ARGS, qk_norm=True),
+    "phi3": ARGS,
 }
+FORMATS: Any = {name: get_model_spec(name).hugging_face for name in ("qwen2", "qwen3", "phi3")}
 SEED = 3
 
 # What is read, and how it is sharded; float8 is gathered in float8.
@@ -49,13 +54,17 @@ CASES: dict[str, tuple[str, dict[str, int]]] = {
     "fsdp_float8": ("float8", {"shard": 4}),
     "fsdp_fused": ("fused", {"shard": 4}),
     "fsdp_tp_fused": ("fused", {"shard": 2, "tp": 2}),
+    "fsdp_phi3": ("phi3", {"shard": 4}),
+    "fsdp_tp_phi3": ("phi3", {"shard": 2, "tp": 2}),
+    "fsdp_tp_qwen2": ("qwen2", {"shard": 2, "tp": 2}),
+    "fsdp_tp_qwen3": ("qwen3", {"shard": 2, "tp": 2}),
 }
 
 
 def weights_of(kind: str) -> WeightMap:
     """Where the parameters are in a folder of this kind; in "fused" some share a tensor, and some are several."""
     args = FOLDERS[kind]
-    places: dict[str, Place] = dict(HUGGING_FACE.weights(args))
+    places: dict[str, Place] = dict(FORMATS.get(kind, HUGGING_FACE).weights(args))
     for i in range(args.n_layers) if kind == "fused" else ():
         for start, name in ((0, "w1"), (args.ffn_dim, "w3")):
             places[f"layers.{i}.feed_forward.{name}.weight"] = Rows(f"gate_up.{i}", start, start + args.ffn_dim)

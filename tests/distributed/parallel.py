@@ -6,6 +6,7 @@ import faulthandler
 import functools
 import json
 from collections import defaultdict
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +26,23 @@ from titanlite.config.schema import Comm
 from titanlite.data import Batch, DataLoader
 from titanlite.distributed import runtime
 from titanlite.distributed.mesh import Mesh
-from titanlite.models.layers import DecoderArgs
+from titanlite.models.layers import DecoderArgs, YarnScaling
 from titanlite.models.llama3.spec import FLAVORS
+from titanlite.models.spec import get_model_spec
 from titanlite.optim import IGNORED
 from titanlite.train import Trainer
 
 # As small as all dimensions allow, with grouped queries.
 TINY_MODEL = DecoderArgs(dim=64, n_layers=4, n_heads=4, n_kv_heads=2, ffn_dim=128, vocab_size=0)
+
+# The same with what each family has, and windows shorter than the tests' sequences of 32.
+TINY_FAMILIES = {
+    "llama": replace(TINY_MODEL, rope_scaling=YarnScaling(4.0, 16), n_kv_heads=4, head_dim=32),
+    "mistral": replace(TINY_MODEL, sliding_window=8, head_dim=32),
+    "qwen2": replace(TINY_MODEL, qkv_bias=True),
+    "qwen3": replace(TINY_MODEL, qk_norm=True),
+    "phi3": replace(TINY_MODEL, sliding_window=12, partial_rotary_factor=0.5),
+}
 
 _KINDS = {
     "all_gather": ("_allgather_base_", "all_gather_into_tensor", "allgather_into_tensor_coalesced_"),
@@ -175,6 +186,8 @@ def run(name: str, options: dict[str, Any], folder: Path) -> dict[str, Any]:
 def report(cases: dict[str, dict[str, Any]], folder: Path) -> dict[str, Any]:
     """What each case did, on this rank."""
     FLAVORS["tiny"] = TINY_MODEL
+    for family, args in TINY_FAMILIES.items():
+        get_model_spec(family).flavors["tiny"] = args  # type: ignore[index]
     share_meshes()
     reports = {}
     for name, options in cases.items():

@@ -428,9 +428,15 @@ def losses_of(model: Decoder, mesh: Mesh | None, loss_fn: Callable[[Tensor, Tens
     return losses
 
 
-@check
-def tied_embeddings_stay_one_parameter() -> None:
-    args, mesh = replace(SMALL, tie_embeddings=True), mesh_of(shard=2, tp=2)
+@cases(
+    tied={},
+    biases={"qkv_bias": True},
+    norms_of_heads={"qk_norm": True},
+    everything={"qkv_bias": True, "qk_norm": True, "sliding_window": 3, "partial_rotary_factor": 0.5},
+)
+def a_sharded_model_trains_as_a_whole_one(options: dict[str, Any]) -> None:
+    """And its tied embeddings stay one parameter."""
+    args, mesh = replace(SMALL, tie_embeddings=True, **options), mesh_of(shard=2, tp=2)
     one = Decoder(args)
     one.init_weights(WeightInit(one, 0))
     model = sharded(mesh, args)

@@ -28,7 +28,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, list[str]]
         params = {key: param.detach() for key, param in model.named_parameters()}
         write_hugging_face(
             out / name,
-            HUGGING_FACE.to_config(args),
+            hugging_face_shards.FORMATS.get(name, HUGGING_FACE).to_config(args),
             {key: param.shape for key, param in params.items()},
             hugging_face_shards.weights_of(name),
             lambda keys, params=params: {key: params[key] for key in keys},

@@ -51,6 +51,7 @@ from titanlite.checkpoint.storage import (
 )
 from titanlite.config.schema import Checkpoint
 from titanlite.errors import ConfigError, TrainingError
+from titanlite.models.spec import same_network
 
 logger = logging.getLogger()
 
@@ -411,12 +412,14 @@ def _restarted() -> bool:
 
 def _changes(saved: dict[str, Any], current: dict[str, Any]) -> list[tuple[str, Any, Any]]:
     """Return (key, saved, current) for each model setting that differs, except max_seq_len: no weight depends on it.
-    Return nothing if only the flavor's name differs."""
+    Return nothing if only names differ: that of the flavor, and that of the family if both build the same network."""
     old, new = ({"name": m["name"], "flavor": m["flavor"], **m["args"]} for m in (saved, current))
     for settings in (old, new):
         settings.pop("max_seq_len", None)
-    changed = [(key, old.get(key), new.get(key)) for key in {**old, **new} if old.get(key) != new.get(key)]
-    return changed if any(key != "flavor" for key, _, _ in changed) else []
+    # An earlier version did not save the options that it did not have, which are None or False where they are not used.
+    keys = [key for key in {**old, **new} if (old.get(key) or None) != (new.get(key) or None)]
+    names = {"flavor", "name"} if same_network(old["name"], new["name"]) else {"flavor"}
+    return [(key, old.get(key), new.get(key)) for key in keys] if {*keys} - names else []
 
 
 def _size(count: int) -> str:

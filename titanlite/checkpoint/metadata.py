@@ -1,6 +1,6 @@
 """Read ``.metadata`` of a folder of ``torch.distributed.checkpoint`` (DCP): which tensor is where.
 
-The file is a pickle. It is read as data (:mod:`titanlite.checkpoint.untrusted`), and every value is checked: DCP's own
+The file is a pickle. It is read as data (:mod:`titanlite.untrusted.pickles`), and every value is checked: DCP's own
 reader would run whatever the file names.
 """
 

@@ -13,7 +13,6 @@ import difflib
 import os
 import re
 import textwrap
-import typing
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -23,7 +22,7 @@ import tomli
 
 from titanlite.config import packaged
 from titanlite.config.aliases import Options, Values, present_names, with_aliases
-from titanlite.config.options import Option, options_of
+from titanlite.config.options import Option, options_of, sections_of
 from titanlite.config.run_config import CONFIG, RUN_FOLDER, folder_named_in, located, older_run_folder
 from titanlite.config.schema import JobConfig
 from titanlite.config.third_party import import_module, merge
@@ -61,11 +60,13 @@ def load_config(argv: Sequence[str], default_file: str | None = None) -> JobConf
         )
     if place.endswith(_MOVED):
         notices.append(f"the run goes on in {folder}, the folder of its {CONFIG} ({place})")
-    sections = {}
-    for section, keys in options_of(config_class).items():  # type: ignore[arg-type]
+    built: dict[str, Any] = {}
+    for section, cls in reversed(sections_of(config_class).items()):  # those in a section come before it
+        keys = options_of(config_class)[section]  # type: ignore[arg-type]
         assigned = {key: values[opt.name][0] for key, opt in keys.items() if opt.name in values}
-        sections[section] = typing.get_type_hints(config_class)[section](**assigned)
-    config = config_class(**sections)
+        inner = {name.rpartition(".")[2]: built.pop(name) for name in [*built] if name.rpartition(".")[0] == section}
+        built[section] = cls(**assigned, **inner)
+    config = config_class(**built)
     if file:
         config.job.config_file = file
     config.origins = {name: origin for name, (_, origin) in values.items()}
@@ -154,10 +155,15 @@ def _tables(options: Options, tree: dict[str, Any], outer: str = "") -> Iterator
     """Yield the name and the content of each section; [a.b] is one of the name "a.b" if there is such a section."""
     for name, table in tree.items():
         section = f"{outer}{name}"
-        if isinstance(table, dict) and section not in options and any(s.startswith(f"{section}.") for s in options):
-            yield from _tables(options, table, f"{section}.")
-        else:
-            yield section, table
+        inner = {}
+        if isinstance(table, dict) and any(s.startswith(f"{section}.") for s in options):
+            known = options.get(section)
+            inner = {key: value for key, value in table.items() if known is None or f"{section}.{key}" in options}
+            yield from _tables(options, inner, f"{section}.")
+            if known is None:
+                continue
+            table = {key: value for key, value in table.items() if key not in inner}
+        yield section, table
 
 
 def _read_file(options: Options, file: str, origin: str, notices: list[str]) -> tuple[Values, Path | None]:

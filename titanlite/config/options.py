@@ -159,11 +159,22 @@ def section_options(section: str, cls: type) -> dict[str, Option]:
         texts.update(
             {key: text for (owner, key), text in _help_texts(parent.__module__).items() if owner == parent.__name__}
         )
-    return {f.name: _option(section, f, hints[f.name], texts.get(f.name, "")) for f in dataclasses.fields(cls)}
+    fields = [f for f in dataclasses.fields(cls) if not dataclasses.is_dataclass(hints[f.name])]
+    return {f.name: _option(section, f, hints[f.name], texts.get(f.name, "")) for f in fields}
 
 
 @cache
 def options_of(config_class: type) -> dict[str, dict[str, Option]]:
     """Return ``{section: {key: option}}`` of a JobConfig class."""
+    return {section: section_options(section, cls) for section, cls in sections_of(config_class).items()}
+
+
+def sections_of(config_class: type, outer: str = "") -> dict[str, type]:
+    """Return the dataclass of each section by its name; a section in another is "outer.inner", and comes after it."""
+    sections: dict[str, type] = {}
     hints = typing.get_type_hints(config_class)
-    return {f.name: section_options(f.name, hints[f.name]) for f in dataclasses.fields(config_class)}
+    for field in dataclasses.fields(config_class):
+        if dataclasses.is_dataclass(hints[field.name]):
+            sections[f"{outer}{field.name}"] = hints[field.name]
+            sections |= sections_of(hints[field.name], f"{outer}{field.name}.")
+    return sections

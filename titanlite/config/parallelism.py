@@ -245,8 +245,7 @@ def whole_backward(config: JobConfig, torch_version: str = version("torch")) -> 
         ("model.converters", old and formats, *_ONE_BACKWARD),
     ):
         if on:
-            section, key = name.split(".")
-            value = shown(getattr(getattr(config, section), key))
+            value = shown(config.value(name))
             return (
                 "runs the gradients of inputs and of weights at different times, which does not go with "
                 f"{name} = {value} ({config.origin(name)}): {why}; {way_out}"

@@ -11,5 +11,4 @@ from titanlite.errors import ConfigError
 def refuse(config: JobConfig, key: str, why: str) -> NoReturn:
     """Raise a :class:`ConfigError` for the option ``key`` ("section.key"), with its value and origin. ``why`` is the
     reason and the fix."""
-    section, name = key.split(".")
-    raise ConfigError(why, key=key, value=getattr(getattr(config, section), name), origin=config.origin(key))
+    raise ConfigError(why, key=key, value=config.value(key), origin=config.origin(key))

@@ -23,13 +23,14 @@ CONFIG = "config.toml"
 METRICS = "metrics.jsonl"
 VALIDATION = "validation.jsonl"
 TOKENIZER = "tokenizer"
+HF_CONFIG = "hf_config"
 EARLIER = "earlier"
 LOCK = ".lock"
 RUN_FOLDER = "run_folder"  # the key in config.toml
 _MOST_BYTES = 1 << 20  # of a configuration
 _MADE_HERE = ".made-here"
 # The files and folders of a run folder whose names no option chooses.
-FIXED_NAMES = (CONFIG, METRICS, VALIDATION, TOKENIZER, EARLIER, LOCK, _MADE_HERE)
+FIXED_NAMES = (CONFIG, METRICS, VALIDATION, TOKENIZER, HF_CONFIG, EARLIER, LOCK, _MADE_HERE)
 # The options that choose the names of others.
 FOLDERS = (
     ("checkpoint", "folder"),
@@ -69,20 +70,23 @@ def run_config_of(config: JobConfig, folder: Path) -> dict[str, Any]:
     sections = _sections(config)
     del sections["job"]["dump_folder"]
     for section, options in options_of(type(config)).items():  # type: ignore[arg-type]
-        for key in options.keys() & sections[section].keys():
+        for key in options.keys() & sections.get(section, {}).keys():
             if options[key].is_path:
                 sections[section][key] = _movable(sections[section][key], folder)
     return {RUN_FOLDER: ".", **sections}
 
 
 def _sections(config: JobConfig) -> dict[str, dict[str, Any]]:
-    sections = {
-        section: {key: value for key, value in keys.items() if value is not None}
-        for section, keys in dataclasses.asdict(config).items()
-    }
+    sections = {section: _set_keys(keys) for section, keys in dataclasses.asdict(config).items()}
     # The file is complete, so it must not refer to the file that it was loaded from.
     sections["job"].pop("config_file", None)
     return sections
+
+
+def _set_keys(section: dict[str, Any]) -> dict[str, Any]:
+    """Return the keys of a section that are not unset, without sections in it that have none."""
+    inner = {key: _set_keys(value) if isinstance(value, dict) else value for key, value in section.items()}
+    return {key: value for key, value in inner.items() if value is not None and value != {}}
 
 
 def _movable(value: str, folder: Path) -> str:
@@ -110,6 +114,14 @@ def read_run_config(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError):
         return {}
     return {section: keys for section, keys in tree.items() if isinstance(keys, dict)}
+
+
+def section_in(tree: Mapping[str, Any], section: str) -> Mapping[str, Any]:
+    """Return a section of :func:`read_run_config`, or one in another ("outer.inner"); empty if there is none."""
+    table: Any = tree
+    for name in section.split("."):
+        table = table.get(name) if isinstance(table, Mapping) else None
+    return table if isinstance(table, Mapping) else {}
 
 
 def inner_folder(tree: Mapping[str, Any], section: str, key: str) -> str:

@@ -8,10 +8,12 @@ its Llama 3 files of that time load unchanged; differences are noted. Keys that 
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
+from titanlite.config.model_sections import Model
 from titanlite.config.value_rules import (
     AnyPath,
     Beta,
@@ -75,21 +77,6 @@ class Metrics:
     save_for_all_ranks: bool = False
     """Write TensorBoard events from every rank (tb/rank_N), not only from rank 0."""
     enable_wandb: bool = False
-
-
-@dataclass
-class Model:
-    name: str = "llama3"
-    """The model family: a package under models/, or one registered by experimental.custom_import."""
-    flavor: str = "debugmodel"
-    """The size of the model, one of the family's flavors."""
-    tokenizer_path: AnyPath = ""
-    """A Hugging Face tokenizer.json (or its folder), or a Llama 3 tokenizer.model. Empty: that of the weights that
-    the run begins with, else the small BPE that titanlite ships."""
-    converters: list[str] = field(default_factory=list)
-    """Converters to apply to the model, in this order, after it is built and before it is sharded."""
-    print_after_conversion: bool = False
-    """Log the model's modules after the converters have run."""
 
 
 @dataclass
@@ -448,6 +435,15 @@ class JobConfig:
     def compile_options(self, component: Literal["model", "loss"]) -> Compile | None:
         """Return the options with which ``component`` is compiled; None if it is not."""
         return self.compile if self.training.compile and component in self.compile.components else None
+
+    def section(self, name: str) -> Any:
+        """Return the dataclass of a section; a section in another is "outer.inner"."""
+        return functools.reduce(getattr, name.split("."), self)
+
+    def value(self, name: str) -> Any:
+        """Return the value of ``section.key``."""
+        section, _, key = name.rpartition(".")
+        return getattr(self.section(section), key)
 
     def origin(self, name: str) -> str:
         """Return the origin of ``section.key``, for messages: a file and line, an argument, or "the default"."""

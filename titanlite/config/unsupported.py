@@ -54,8 +54,8 @@ def check_unsupported(config: JobConfig) -> None:
     defaults = JobConfig()
     for name, instead in UNSUPPORTED.items():
         section, key = name.split(".")
-        value = getattr(getattr(config, section), key)
-        inert = value == getattr(getattr(defaults, section), key)
+        value = config.value(name)
+        inert = value == defaults.value(name)
         if section == "validation":
             inert = inert or not config.validation.enable or value == getattr(config.training, key)
         if not inert:

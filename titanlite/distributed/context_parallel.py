@@ -45,8 +45,17 @@ class ContextParallel:
         self.rank, self.size, self.method = mesh.get_local_rank(), mesh.size(), method
         self.grouped = mesh.device_type != "cpu" if grouped is None else grouped
 
-    def attention(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Compute the causal attention of this rank's queries to the whole sequence; see :func:`ring_attention`."""
+    def attention(self, q: Tensor, k: Tensor, v: Tensor, window: int | None = None) -> Tensor:
+        """Compute the causal attention of this rank's queries to the whole sequence; see :func:`ring_attention`.
+
+        Raises:
+            ValueError: a ``window`` is shorter than the sequence.
+        """
+        if window is not None and window < q.shape[2] * self.size:
+            raise ValueError(
+                f"context parallelism: a window of {window} positions in a sequence of {q.shape[2] * self.size} is "
+                "not computed; must be None or at least the sequence's length"
+            )
         return ring_attention(
             *(q, k, v),
             group_name=self.group_name,

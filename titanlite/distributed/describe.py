@@ -27,8 +27,13 @@ def describe(args: Any, mesh: Mesh, config: JobConfig) -> dict[str, str]:
         about["context parallelism"] = (
             f"{counted(mesh.cp.size(), 'process')}, {parallelism.context_parallel_rotate_method}"
         )
-    elif attends_in_float32(args.head_size, mesh, training.mixed_precision_param):
-        about["attention"] = f"float32, the faster one on the CPU for heads of {args.head_size}"
+    attention = []
+    if window := getattr(args, "sliding_window", None):
+        attention.append(f"a sliding window of {window} positions")
+    if mesh.cp.size() == 1 and attends_in_float32(args.head_size, mesh, training.mixed_precision_param):
+        attention.append(f"float32, the faster one on the CPU for heads of {args.head_size}")
+    if attention:
+        about["attention"] = "; ".join(attention)
     about["activation checkpointing"] = _checkpointing(args.n_layers, config)
     if options := config.compile_options("model"):
         about["compile"] = f"{counted(args.n_layers, 'block')}, {options.backend}"

@@ -66,6 +66,9 @@ class WeightInit:
     def ones(self, param: Tensor) -> None:
         param.fill_(1.0)
 
+    def zeros(self, param: Tensor) -> None:
+        param.fill_(0.0)
+
     def _fill(self, param: Tensor, std: float, low: float, width: float) -> None:
         local, offset = _local_shard(param)
         key = stream_key(self._seed, self._names[id(param)])

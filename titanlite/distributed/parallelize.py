@@ -97,9 +97,9 @@ def attends_in_float32(head_size: int, mesh: Mesh, param_dtype: str) -> bool:
     return mesh.target.is_cpu and head_size < 64 and param_dtype == "bfloat16"
 
 
-def float32_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def float32_attention(q: Tensor, k: Tensor, v: Tensor, window: int | None = None) -> Tensor:
     """Compute :func:`causal_attention` in float32."""
-    return causal_attention(q.float(), k.float(), v.float()).to(q.dtype)
+    return causal_attention(q.float(), k.float(), v.float(), window).to(q.dtype)
 
 
 def _checkpoint_and_compile(
@@ -159,6 +159,15 @@ def check(args: Any, layout: Layout, mesh: Mesh, config: JobConfig) -> None:
                 key="parallelism.tensor_parallel_degree",
                 value=tp,
             )
+    window = getattr(args, "sliding_window", None)
+    if mesh.cp.size() > 1 and window is not None and window < args.max_seq_len:
+        raise ConfigError(
+            f"this flavor's attention has a sliding window of {window} positions, and the exchange of keys and values "
+            f"over a sequence of {args.max_seq_len} computes causal attention without one; shard with "
+            "data_parallel_shard_degree, or choose another flavor",
+            key="parallelism.context_parallel_degree",
+            value=mesh.cp.size(),
+        )
     if args.tie_embeddings and pp > 1:
         raise ConfigError(
             "this flavor's embedding is also its output projection (tied), and its two uses would be on different "
@@ -206,6 +215,9 @@ def _plan_of_block(block: nn.Module, layout: Layout) -> dict[str, ParallelStyle]
         columns = {f"{part}.{name}": block.get_submodule(f"{part}.{name}") for name in projections.columns}
         plan[part] = gathered_input(list(columns.values()), arguments=projections.arguments)
         plan |= {name: column_parallel(layer) for name, layer in columns.items()}
+        # The dimension that is sharded is not the sequence here, but the heads.
+        heads = {f"{part}.{n}" for n in projections.head_norms if getattr(block.get_submodule(part), n) is not None}
+        plan |= {name: SequenceParallel(sequence_dim=2, use_local_output=True) for name in heads}
         for name in (f"{part}.{row}" for row in projections.rows):
             plan[name] = row_parallel(block.get_submodule(name), output_layouts=Shard(1))
     return plan

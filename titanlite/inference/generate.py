@@ -3,14 +3,14 @@
 A model family works without changes if its ``forward(tokens, positions)`` takes the positions of the tokens, and its
 attention modules are :class:`~titanlite.models.layers.AttentionSlot`. What their slot is given: q [batch, heads,
 seq_len, head_dim], k and v [batch, kv_heads, seq_len, head_dim]; positions are already applied to q and k, and
-attention is causal over the whole sequence.
+attention is causal over the whole sequence, or over a sliding window of it.
 """
 
 from __future__ import annotations
 
 import inspect
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -24,7 +24,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 
 from titanlite.errors import ConfigError, TrainingError
-from titanlite.models.layers import AttentionSlot
+from titanlite.models.layers import AttentionSlot, Core, visible
 
 DEFAULT_MAX_NEW_TOKENS = 256
 
@@ -102,18 +102,19 @@ class KVCache:
         return logits
 
     def _attend(
-        self, module: nn.Module, causal: Callable[[Tensor, Tensor, Tensor], Tensor], q: Tensor, k: Tensor, v: Tensor
+        self, module: nn.Module, causal: Core, q: Tensor, k: Tensor, v: Tensor, window: int | None = None
     ) -> Tensor:
         start, new = self.length, self._new
         padding = q.shape[2] - new
         q, k, v = q[:, :, :new], k[:, :, :new], v[:, :, :new]
         keys, values = self._append(module, k, v)
         if start == 0:
-            out = causal(q, k, v)  # as in training; kernels without a mask need less memory
+            out = causal(q, k, v, window)  # as in training; kernels without a mask need less memory
         else:
-            mask = None  # a single token sees all tokens before it
-            if new > 1:
-                mask = torch.ones(new, start + new, dtype=torch.bool, device=q.device).tril(start)
+            if window is not None:  # the first of the new tokens sees as many positions
+                keys, values = (kept[:, :, -(window + new - 1) :] for kept in (keys, values))
+            # A single token sees all that is left.
+            mask = visible(new, keys.shape[2], window, q.device) if new > 1 else None
             out = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask, enable_gqa=True)
         return torch.cat((out, out[:, :, -1:].expand(-1, -1, padding, -1)), 2) if padding else out
 

@@ -28,6 +28,7 @@ from titanlite.distributed.mesh import Mesh
 from titanlite.distributed.parallelize import apply_tensor_parallel, check
 from titanlite.errors import ConfigError
 from titanlite.inference.quantize import SCALES, calibrated, linear_layers, quantizer_of, restore
+from titanlite.models.layers import DecoderArgs
 from titanlite.models.spec import ModelSpec, get_model_spec, model_spec_of
 from titanlite.untrusted.files import is_of
 
@@ -103,6 +104,8 @@ def outline(description: ModelDescription) -> Outline:
             f"{_MOST_LAYERS:,}"
         )
     try:
+        if isinstance(args, DecoderArgs) and (broken := args.broken_rule()) is not None:
+            raise ValueError(broken[1])
         with torch.device("meta"):
             model = description.spec.build(args)
     except (RuntimeError, ValueError, TypeError, ArithmeticError, AssertionError) as e:
@@ -243,6 +246,7 @@ class _BuffersAlone:
     def trunc_normal(self, param: Tensor, std: float, bound: float = 3.0) -> None: ...
     def normal(self, param: Tensor, std: float) -> None: ...
     def ones(self, param: Tensor) -> None: ...
+    def zeros(self, param: Tensor) -> None: ...
 
 
 def describe(folder: Path) -> ModelDescription:
@@ -290,12 +294,14 @@ def _flavor_of(spec: ModelSpec, args: Any) -> str:
 def _rebuilt(kind: Any, value: Any) -> Any:
     """Invert ``dataclasses.asdict``: return the instance of the type ``kind`` that ``value`` was made from."""
     if isinstance(value, dict):
-        for cls in (kind, *typing.get_args(kind)):
-            if dataclasses.is_dataclass(cls):
-                kinds = typing.get_type_hints(cls)
-                values = {key: _rebuilt(kinds.get(key), v) for key, v in value.items()}
-                strange = [f"{key} = {v!r:.60}" for key, v in values.items() if not is_of(v, kinds.get(key, Any))]
-                if strange:
-                    raise TypeError(", ".join(strange))
-                return cls(**values)  # type: ignore[operator]
+        candidates = [cls for cls in (kind, *typing.get_args(kind)) if dataclasses.is_dataclass(cls)]
+        # Of several, the one with these fields; with one alone, the message names a field that it does not have.
+        fitting = [cls for cls in candidates if {f.name for f in dataclasses.fields(cls)} == value.keys()]
+        for cls in (fitting or candidates)[:1]:
+            kinds = typing.get_type_hints(cls)
+            values = {key: _rebuilt(kinds.get(key), v) for key, v in value.items()}
+            strange = [f"{key} = {v!r:.60}" for key, v in values.items() if not is_of(v, kinds.get(key, Any))]
+            if strange:
+                raise TypeError(", ".join(strange))
+            return cls(**values)  # type: ignore[operator]
     return value

@@ -16,13 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from titanlite.checkpoint.hugging_face import DTYPES, QUANTIZATION, HuggingFaceFolder
+from titanlite.checkpoint.hugging_face import DTYPES, QUANTIZATION, HuggingFaceFolder, stored_shapes
 from titanlite.checkpoint.hugging_face_export import Entry, QuantizedWeights
 from titanlite.converters.quantizers import Quantized, Quantizer, quantizers
 from titanlite.data import Tokenizer, build_source
 from titanlite.data.sources import START
 from titanlite.errors import ConfigError
-from titanlite.models.weight_map import WeightMap
+from titanlite.models.weight_map import Place, Rows, WeightMap
 from titanlite.untrusted.files import open_file
 
 SEQUENCES, TOKENS = 8, 512  # of calibration, at most
@@ -112,13 +112,13 @@ def quantized_weights(
     by_tensor: dict[str, str] = {}
     entries: dict[str, dict[str, Entry]] = {}
     for layer, linear in layers.items():
-        tensor, shape = weights[f"{layer}.weight"], (linear.out_features, linear.in_features)
-        reason = quantizer.why_not(linear.in_features, linear.out_features)
-        if not isinstance(tensor, str):
-            reason = "it is no tensor of its own in this family's files"
+        name = f"{layer}.weight"
+        # Layers that are rows of one tensor are quantized as one.
+        (tensor, shape), *others = stored_shapes({name: tuple(linear.weight.shape)}, weights).items()
+        reason = "it is several tensors in this family's files" if others else quantizer.why_not(shape[1], shape[0])
         if record is not None and layer not in record:
             reason = "calibration did not reach it"
-        if reason or not isinstance(tensor, str):
+        if reason:
             raise ConfigError(f"--quantize: {layer} ({shape[1]} -> {shape[0]}): {reason}; use the weights as they are")
         entries[tensor] = _entries(quantizer, tensor, shape)
         by_tensor[tensor] = layer
@@ -131,7 +131,7 @@ def quantized_weights(
     return QuantizedWeights(entries, encode)
 
 
-def _entries(quantizer: Quantizer, tensor: str, shape: tuple[int, int]) -> dict[str, Entry]:
+def _entries(quantizer: Quantizer, tensor: str, shape: tuple[int, ...]) -> dict[str, Entry]:
     """Return what a weight, ``tensor`` in the files, becomes there, in the order of :class:`Quantized`."""
     with torch.device("meta"):
         weight, scale = quantizer.quantize_weight(torch.empty(shape))
@@ -178,11 +178,14 @@ def restore(model: nn.Module, layers: Mapping[str, nn.Linear], folder: HuggingFa
     quantizer = quantizer_of(folder.config)
     assert quantizer is not None
     stored = folder.tensors
-    unused = {name for name in stored if stored[name].dtype not in DTYPES.values() or re.fullmatch(SCALES, name)}
+    quantized = {name for name in stored if stored[name].dtype not in DTYPES.values() or re.fullmatch(SCALES, name)}
+    unused = set(quantized)
     with folder.opened() as get:
         for name, layer in layers.items():
-            entries = _entries(quantizer, str(weights[f"{name}.weight"]), (layer.out_features, layer.in_features))
-            if unused.isdisjoint(entries):  # this one is in high precision
+            place, shape = weights[f"{name}.weight"], tuple(layer.weight.shape)
+            ((weight, shape),) = stored_shapes({f"{name}.weight": shape}, weights).items()
+            entries = _entries(quantizer, weight, shape)
+            if quantized.isdisjoint(entries):  # this one is in high precision
                 continue
             unused -= entries.keys()
             tensors = []
@@ -190,7 +193,9 @@ def restore(model: nn.Module, layers: Mapping[str, nn.Linear], folder: HuggingFa
                 allowed = [dtype] if dtype.itemsize == 1 else DTYPES.values()  # others write scales in bfloat16
                 if tensor not in stored or stored[tensor].shape != shape or stored[tensor].dtype not in allowed:
                     raise _not_as_quantized(folder, tensor, f"must be {dtype} {list(shape)}")
-                tensors.append(get(tensor).to(layer.weight.device))
+                of_rows = isinstance(place, Rows) and shape[0] == stored[weight].shape[0]
+                part: Place = Rows(tensor, *place[1:]) if of_rows else tensor  # type: ignore[arg-type]
+                tensors.append(get(part).to(layer.weight.device))
             if not all(scale.isfinite().all() and (scale > 0).all() for scale in tensors[1:]):
                 raise _not_as_quantized(folder, next(iter(entries)), "has scales that are not above 0 and finite")
             quantizer.restore(layer, Quantized(tensors[0], tensors[1], tensors[2] if len(tensors) > 2 else None))

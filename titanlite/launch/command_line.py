@@ -3,6 +3,7 @@ messages. Nothing in this module imports torch."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from collections.abc import Sequence
@@ -38,8 +39,8 @@ def report(error: ConfigError | TrainingError, config: JobConfig | None = None) 
     if isinstance(error, ConfigError) and error.key and not error.origin and config is not None:
         error.origin = config.origin(error.key)
         if error.value is None:
-            section, _, name = error.key.partition(".")
-            error.value = getattr(getattr(config, section, None), name, None)
+            with contextlib.suppress(AttributeError):
+                error.value = config.value(error.key)
     status = EXIT_CONFIG if isinstance(error, ConfigError) else 1
     message = f"titanlite: error: {error}"
     folder = os.environ.get(LAUNCH_DIR)

@@ -10,7 +10,7 @@ def flops_per_token(size: ModelSize, seq_len: int) -> int:
 
     Each weight multiplies and adds once in forward and twice in backward; attention's two matmuls do the same over all
     ``seq_len`` positions. Causal attention needs half of these; as in the paper and in torchtitan, no discount is made,
-    and recomputation is not counted.
+    and recomputation is not counted. Nor is there one for a sliding window, whose mask spans all positions.
     """
     dense = 6 * (size.params - size.embedding_params)
     return dense + 12 * size.layers * size.heads * size.head_dim * seq_len

@@ -55,7 +55,6 @@ from titanlite.metrics.device import GIB
 from titanlite.metrics.flops import flops_per_token
 from titanlite.metrics.report import table
 from titanlite.models.layers import ModelSize
-from titanlite.models.spec import get_model_spec
 from titanlite.optim import build_optimizer
 from titanlite.plan.compiled_memory import MEMORY_BACKEND
 from titanlite.plan.lone_rank import LoneStage, fused_norm, lone_process_group
@@ -71,6 +70,7 @@ from titanlite.plan.memory import (
     Traffic,
 )
 from titanlite.training.build import BuiltModel, build_loss, build_model, build_pipeline
+from titanlite.training.model_shape import choose_shape
 from titanlite.training.step import LossFunction, StepRunner
 
 # The vocabulary size of the tokenizer that titanlite ships, for flavors without one; no tokenizer is opened.
@@ -190,7 +190,7 @@ def estimate(
     tokens = global_batch_size(config, degrees.data_parallel) * config.training.seq_len
     flops = flops_per_token(size, config.training.seq_len) * tokens // world_size
     about = {
-        "model": f"{config.model.name} {config.model.flavor}, {size.params:,} parameters",
+        "model": model_about.pop("model"),
         "degrees": " x ".join(f"{name} {n}" for name, n in degrees._asdict().items() if n > 1) or "1",
         **model_about,
         "tokens per step": f"{tokens:,}",
@@ -239,8 +239,8 @@ def _for_memory(config: JobConfig) -> JobConfig:
 
 def _build(config: JobConfig, mesh: Mesh, vocab_size: int | None) -> tuple[BuiltModel, list[str]]:
     """Build the model as the trainer does; return it with notes on the estimate."""
-    spec = get_model_spec(config.model.name)
-    flavor, notes = spec.flavor(config.model.flavor), []
+    shape = choose_shape(config)
+    spec, flavor, notes = shape.spec, shape.flavor, []
     args = spec.configure(flavor, vocab_size or 0, config.training.seq_len)
     if getattr(args, "vocab_size", None) == 0:
         args = spec.configure(flavor, ASSUMED_VOCAB_SIZE, config.training.seq_len)
@@ -249,6 +249,7 @@ def _build(config: JobConfig, mesh: Mesh, vocab_size: int | None) -> tuple[Built
             f"{ASSUMED_VOCAB_SIZE} tokens are assumed, as many as the one that titanlite ships has."
         )
     built = build_model(spec, args, config, mesh)
+    built.about["model"] = f"{shape.about}, {built.size.params:,} parameters"
     if uneven := _uneven(built.parameters()):
         notes.append(
             f"{uneven} of {len(built.parameters())} parameters do not divide into shards of one size: the last ranks "

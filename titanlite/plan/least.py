@@ -64,7 +64,7 @@ def least_memory(config: JobConfig, size: ModelSize, args: Any, degrees: Degrees
     activations = tokens * kept * dtype_bytes // tp
     logits = tokens * size.vocab_size // (1 if config.parallelism.disable_loss_parallel else tp)
     logits *= _bytes_per_logit(config, dtype_bytes, sharded=tp > 1)
-    rotary = 2 * 4 * training.seq_len * size.head_dim
+    rotary = 2 * 4 * training.seq_len * (args.rotary_size if isinstance(args, DecoderArgs) else size.head_dim)
     step = {f"activations of {counted(size.layers, 'block')}": activations, "logits": logits, "rotary table": rotary}
     if pp > 1:  # the last stage has the logits, and other stages may have all the blocks
         step = dict([max(step.items(), key=lambda part: part[1])])

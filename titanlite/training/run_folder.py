@@ -19,6 +19,7 @@ from titanlite.config.run_config import (
     CONFIG,
     EARLIER,
     FOLDERS,
+    HF_CONFIG,
     LOCK,
     METRICS,
     TOKENIZER,
@@ -27,6 +28,7 @@ from titanlite.config.run_config import (
     mark_as_made_here,
     read_run_config,
     run_config_of,
+    section_in,
     was_made_here,
     write_run_config,
 )
@@ -139,20 +141,38 @@ class RunFolder:
                 f"{run} --checkpoint.folder={name}, or choose another folder with --job.dump_folder",
             )
 
-    def begin(self, config: JobConfig) -> None:
-        """Set an earlier run aside, and make this the folder of a new run."""
+    def begin(self, config: JobConfig, shape: dict[str, Any] | None = None) -> None:
+        """Set an earlier run aside, and make this the folder of a new run.
+
+        Args:
+            shape: see :meth:`_keep_shape`.
+        """
         trees = run_config_of(config, self.path), self.earlier
         folders = dict.fromkeys(inner_folder(tree, *option) for tree in trees for option in FOLDERS)
-        self.set_earlier_aside([CONFIG, METRICS, VALIDATION, TOKENIZER, *filter(None, folders)])
+        self.set_earlier_aside([CONFIG, METRICS, VALIDATION, TOKENIZER, HF_CONFIG, *filter(None, folders)])
         mark_as_made_here(self.path)
+        self._keep_shape(config, shape)
         write_run_config(config, self.path)
 
-    def go_on(self, config: JobConfig, step: int, processes: tuple[int, int]) -> None:
+    def _keep_shape(self, config: JobConfig, shape: dict[str, Any] | None) -> None:
+        """Write a copy of ``shape``, the config.json that says the shape of the model, and let ``config`` name the
+        copy; None: a flavor says it."""
+        if shape is not None:
+            folder = self.path / HF_CONFIG
+            folder.mkdir(exist_ok=True)
+            (folder / "config.json").write_text(json.dumps(shape, indent=2) + "\n", encoding="utf-8")
+            config.model.hf_config = str(folder)
+
+    def go_on(
+        self, config: JobConfig, step: int, processes: tuple[int, int], shape: dict[str, Any] | None = None
+    ) -> None:
         """Make this the folder of the same run after ``step``, and log which options are not those of before.
 
         Args:
             processes: their number before, and now.
+            shape: see :meth:`_keep_shape`.
         """
+        self._keep_shape(config, shape)
         folder = config.checkpoint.folder
         later = [f"{folder}/step-{saved}" for saved in saved_steps(self.path / folder) if saved > step]
         self.set_earlier_aside(later)
@@ -255,7 +275,7 @@ def _changes(earlier: dict[str, Any], config: JobConfig, folder: Path) -> list[s
     for section, options in options_of(type(config)).items():  # type: ignore[arg-type]
         for option in options.values() if section not in _OUTSIDE else ():
             old, new = (
-                tree.get(section, {}).get(option.key, unset)
+                section_in(tree, section).get(option.key, unset)
                 for tree, unset in ((earlier, option.default), (current, None))
             )
             if old != new:

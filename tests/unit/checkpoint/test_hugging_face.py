@@ -116,9 +116,16 @@ def stored_tensors(folder: Path) -> dict[str, tuple[tuple[int, ...], torch.dtype
 # ---- there and back
 
 
-@pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("size", ["100KB", "5GB"])
+@pytest.mark.parametrize(
+    ("name", "dtype", "size"),
+    [
+        ("gqa", torch.float32, "100KB"),
+        ("rope_scaling", torch.bfloat16, "100KB"),
+        ("tied", torch.float32, "5GB"),
+        ("tied", torch.bfloat16, "100KB"),
+        ("head_dim", torch.bfloat16, "5GB"),
+    ],
+)
 def test_their_model_here_and_back(tmp_path: Path, name: str, dtype: torch.dtype, size: str) -> None:
     transformers = pytest.importorskip("transformers")
     their_model(CASES[name]).to(dtype).save_pretrained(tmp_path / "theirs", max_shard_size=size)
@@ -158,7 +165,7 @@ def test_the_index_says_what_theirs_says(tmp_path: Path) -> None:
     assert files == [f"model-{i:05}-of-{len(files):05}.safetensors" for i in range(1, len(files) + 1)]
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", ["tied"])
 def test_one_step_of_training_is_theirs(tmp_path: Path, name: str) -> None:
     theirs = their_model(CASES[name])
     theirs.save_pretrained(tmp_path / "before")
@@ -251,10 +258,14 @@ def test_both_spellings_of_scaled_frequencies(rope: dict[str, Any]) -> None:
         ("num_key_value_heads", 3, "num_key_value_heads = 3: must divide num_attention_heads = 8"),
         ("vocab_size", None, "vocab_size = None: must be a whole number from 1 to 16777216"),
         ("rms_norm_eps", "x", 'rms_norm_eps = "x": must be a number'),
-        ("rope_scaling", {"type": "yarn"}, r'rope_scaling.rope_type = "yarn": must be "llama3" or "default"'),
+        (
+            "rope_scaling",
+            {"type": "dynamic"},
+            r'rope_scaling.rope_type = "dynamic": must be "llama3" or "yarn" or "default"',
+        ),
         ("rope_parameters", {"rope_type": "linear"}, r'rope_parameters.rope_type = "linear": must be'),
         ("rope_parameters", {"partial_rotary_factor": 0.5}, r"rope_parameters.partial_rotary_factor = 0.5"),
-        ("rope_scaling", {"rope_type": "llama3"}, "factor = None: must be a number"),
+        ("rope_scaling", {"rope_type": "llama3"}, "rope_scaling.factor = None: must be a number"),
     ],
 )
 def test_what_is_not_computed_is_refused(key: str, value: Any, message: str) -> None:

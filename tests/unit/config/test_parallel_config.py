@@ -23,6 +23,7 @@ from tests.support.runs import ROOT
 from titanlite.config import JobConfig, check_config, load_config, pipeline_microbatches, resolve_degrees
 from titanlite.config.parallelism import Degrees, whole_backward
 from titanlite.config.schema import Parallelism
+from titanlite.distributed.context_parallel import ContextParallel
 from titanlite.distributed.mesh import Mesh, build_mesh
 from titanlite.distributed.parallelize import check, parallelize
 from titanlite.errors import ConfigError
@@ -440,6 +441,18 @@ def test_tied_embeddings_do_not_go_through_a_pipeline() -> None:
         check(FLAVORS["1B"], LAYOUT, mesh, JobConfig())
     for part in ("pipeline_parallel_degree = 2", "(tied)", "shard with data_parallel_shard_degree", "another flavor"):
         assert part in str(error.value)
+
+
+def test_a_sliding_window_is_not_computed_in_shares_of_the_sequence() -> None:
+    args = replace(FLAVORS["8B"], sliding_window=64, max_seq_len=128)
+    with mesh_of(Degrees(1, 1, 2, 1, 1)) as mesh:
+        with pytest.raises(ConfigError, match="sliding window of 64 positions") as error:
+            check(args, LAYOUT, mesh, JobConfig())
+        assert (error.value.key, error.value.value) == ("parallelism.context_parallel_degree", 2)
+        check(replace(args, max_seq_len=64), LAYOUT, mesh, JobConfig())  # it sees the whole sequence
+        q = torch.zeros(1, 2, 32, 8)
+        with pytest.raises(ValueError, match="a window of 63 positions in a sequence of 64"):
+            ContextParallel(mesh.cp).attention(q, q, q, window=63)
 
 
 @pytest.mark.parametrize(

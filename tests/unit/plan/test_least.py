@@ -15,6 +15,7 @@ from titanlite.metrics import device as device_module
 from titanlite.models.spec import get_model_spec
 from titanlite.plan.estimate import estimate
 from titanlite.plan.least import Least, check_memory, least_memory
+from titanlite.training.model_shape import choose_shape
 
 SMALL = ["--training.seq_len=128", "--training.local_batch_size=8"]
 
@@ -24,11 +25,15 @@ def configured(*options: str) -> JobConfig:
 
 
 def least_of(config: JobConfig, devices: int) -> Least:
-    spec = get_model_spec(config.model.name)
-    args = spec.configure(spec.flavor(config.model.flavor), 2048, config.training.seq_len)
+    spec, flavor, *_ = choose_shape(config)
+    args = spec.configure(flavor, 2048, config.training.seq_len)
     with torch.device("meta"):
         size: Any = spec.build(args).size()  # type: ignore[operator]
     return least_memory(config, size, args, resolve_degrees(config.parallelism, devices))
+
+
+def slow(*case: Any) -> Any:
+    return pytest.param(*case, marks=pytest.mark.slow)
 
 
 FULL, NONE = "--activation_checkpoint.mode=full", "--activation_checkpoint.mode=none"
@@ -54,6 +59,11 @@ FLOAT8 = "--model.converters=float8"
         (2, [FULL, "--parallelism.context_parallel_degree=2"], 0.4),
         (2, [NONE, "--parallelism.pipeline_parallel_degree=2"], 0.2),
         (1, [NONE, "--training.global_batch_size=32"], 0.4),
+        slow(1, [NONE, "--model.name=mistral", "--model.args.sliding_window=16"], 0.3),
+        slow(1, [NONE, "--model.name=phi3", "--model.args.partial_rotary_factor=0.5"], 0.3),
+        slow(2, [NONE, "--model.name=qwen2", "--parallelism.tensor_parallel_degree=2"], 0.2),
+        slow(2, [NONE, "--model.name=qwen3", "--parallelism.pipeline_parallel_degree=2"], 0.2),
+        slow(2, [NONE, "--model.name=llama", "--model.args.tie_embeddings=true"], 0.3),
     ],
 )
 def test_it_is_below_what_a_step_holds_and_not_far(devices: int, options: list[str], share: float) -> None:

@@ -334,7 +334,7 @@ def test_a_models_folder_of_the_users_own_hides_nothing(train: Any, tmp_path: Pa
     (tmp_path / "models" / "something.py").touch()
     run = train(training__steps=1)
     assert run.status == 0, run.output
-    assert "known: llama3" in train(model__name="something").output
+    assert "llama3, mistral" in train(model__name="something").output
 
 
 @pytest.mark.parametrize("ngpu", [1, 2])

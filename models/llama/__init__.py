@@ -1,0 +1,1 @@
+"""Meta's Llama family, and what others publish in its form."""

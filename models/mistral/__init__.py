@@ -1,0 +1,1 @@
+"""Mistral AI's dense models."""

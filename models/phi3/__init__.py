@@ -1,0 +1,1 @@
+"""Microsoft's Phi-3 and Phi-4."""

@@ -1,0 +1,1 @@
+"""Alibaba's Qwen2 and Qwen2.5."""

@@ -1,0 +1,1 @@
+"""Alibaba's dense Qwen3."""

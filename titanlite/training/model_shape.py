@@ -1,0 +1,112 @@
+"""The shape of a run's model: a flavor of a family, or what the config.json of a Hugging Face folder says, with the
+sizes of [model.args]."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from titanlite.checkpoint import is_hugging_face
+from titanlite.checkpoint.hugging_face import CONFIG
+from titanlite.config import JobConfig
+from titanlite.config.model_sections import Model
+from titanlite.config.refuse import refuse
+from titanlite.config.run_config import HF_CONFIG
+from titanlite.errors import ConfigError, shown
+from titanlite.models.spec import ModelSpec, get_model_spec, model_spec_of
+from titanlite.untrusted.files import contained, read_json
+
+HF = "hf"  # the flavor that means a config.json
+# Values of [model.args] that switch an option off.
+_OFF = {"sliding_window": 0, "partial_rotary_factor": 1.0}
+
+
+class ModelShape(NamedTuple):
+    """The shape of a model.
+
+    Attributes:
+        flavor: the arguments of the model, not yet completed for a tokenizer.
+        about: the family and the flavor, for the log.
+        config_json: the content of the config.json that the shape is from; None: it is from a flavor.
+    """
+
+    spec: ModelSpec
+    flavor: Any
+    about: str
+    config_json: dict[str, Any] | None = None
+
+
+def choose_shape(config: JobConfig) -> ModelShape:
+    """Return the shape that ``config`` asks for. If it is that of a folder, ``config.model`` names family, flavor and
+    folder afterwards, so that the configuration of the run is complete.
+
+    Raises:
+        ConfigError: there is no such family, flavor or folder, what they say contradicts each other, or no family
+            computes such a model.
+    """
+    model, sizes = config.model, sizes_of(config)
+    file = _config_json(config)
+    if file is None:
+        spec = get_model_spec(model.name)
+        flavor, content, about = spec.flavor(model.flavor), None, f"{model.name} {model.flavor}"
+    else:
+        key = "model.hf_config" if model.hf_config else "checkpoint.initial_load_path"
+        try:
+            content = read_json(contained(file.parent, file.name))
+            spec, flavor = _described(config, content)
+        except ConfigError as e:
+            raise e if e.key else ConfigError(e.why, key=key, value=str(file.parent)) from None
+        model.name, model.flavor, model.hf_config = spec.name, HF, str(file.parent)
+        about = f"{model.name} as in {file}"
+    changed = "".join(f", {name} = {shown(value)}" for name, value in sizes.items())
+    return ModelShape(spec, spec.resized(flavor, sizes), about + changed, content)
+
+
+def sizes_of(config: JobConfig) -> dict[str, Any]:
+    """Return the sizes that [model.args] sets, as arguments of a model."""
+    given = {name: value for name, value in asdict(config.model.args).items() if value is not None}
+    return {name: None if _OFF.get(name) == value else value for name, value in given.items()}
+
+
+def _described(config: JobConfig, content: dict[str, Any]) -> tuple[ModelSpec, Any]:
+    """Return the family and flavor of a config.json; the family is that of the configuration, if it asks for one."""
+    if not _is_asked(config, "name"):
+        return model_spec_of(content)
+    spec = get_model_spec(config.model.name)
+    if spec.hugging_face is None:
+        refuse(config, "model.name", "has no form in transformers, so no config.json says its shape; name a flavor")
+    return spec, spec.hugging_face.from_config(content)
+
+
+def _is_asked(config: JobConfig, key: str) -> bool:
+    """Return whether the user has set this option of [model]."""
+    return f"model.{key}" in config.origins or getattr(config.model, key) != getattr(Model(), key)
+
+
+def _config_json(config: JobConfig) -> Path | None:
+    """Return the config.json that says the shape; None: the flavor says it."""
+    model, weights = config.model, config.checkpoint.initial_load_path
+    given = Path(weights).expanduser() if weights else None
+    folder = None if given is None else _or_copy(config, given)
+    if folder is not None and folder == given and not is_hugging_face(folder):
+        folder = None
+    if model.hf_config:
+        if _is_asked(config, "flavor") and model.flavor != HF:
+            refuse(config, "model.hf_config", f"says the shape, and so does model.flavor = {shown(model.flavor)} "
+                f"({config.origin('model.flavor')}); leave one of them out")  # fmt: skip
+        path = _or_copy(config, Path(model.hf_config).expanduser())
+        file = path if path.name == CONFIG and not path.is_dir() else path / CONFIG
+        if not file.is_file():
+            refuse(config, "model.hf_config", f"there is no {CONFIG}; name it, or its folder")
+        return file
+    if model.flavor == HF and folder is None:
+        why = "is the shape of a config.json; name its folder with model.hf_config, or with "
+        refuse(config, "model.flavor", f"{why}checkpoint.initial_load_path, a folder of Hugging Face weights")
+    return folder / CONFIG if folder is not None and (model.flavor == HF or not _is_asked(config, "flavor")) else None
+
+
+def _or_copy(config: JobConfig, path: Path) -> Path:
+    """Return ``path``; where it is gone, the folder of the copy that the run folder has, if it has one."""
+    copy = Path(config.job.dump_folder).expanduser() / HF_CONFIG
+    return copy if not path.exists() and (copy / CONFIG).is_file() else path
