@@ -91,9 +91,11 @@ def rope_table(seq_len: int, rotary_dim: int, theta: float, scaling: RopeScaling
 def apply_rope(x: Tensor, rope: Tensor) -> Tensor:
     """Rotate ``x`` [batch, seq_len, heads, head_dim] by ``rope`` [2, seq_len, rotary_dim], computed in float32. The
     features of a head from ``rotary_dim`` on stay as they are."""
-    cos, sin = rope[:, None, :, None].unbind()
     rotary_dim = rope.shape[-1]
-    xf = x[..., :rotary_dim].float()
-    x1, x2 = xf.chunk(2, dim=-1)
-    rotated = (xf * cos + torch.cat((-x2, x1), dim=-1) * sin).to(x.dtype)
+    half = rotary_dim // 2
+    cos, sin = rope[:, None, :, None, :half].unbind()  # the two features of a pair have the same angle
+    x1, x2 = (part.float() for part in x[..., :rotary_dim].unflatten(-1, (2, half)).unbind(-2))
+    # No rotate_half(x): with it, a compiled kernel reads x twice.
+    pairs = ((x1 * cos - x2 * sin).to(x.dtype), (x2 * cos + x1 * sin).to(x.dtype))
+    rotated = torch.stack(pairs, dim=-2).flatten(-2)
     return rotated if rotary_dim == x.shape[-1] else torch.cat((rotated, x[..., rotary_dim:]), dim=-1)

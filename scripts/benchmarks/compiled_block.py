@@ -13,8 +13,9 @@ Forward and backward of a block are compiled as for a GPU (:mod:`absent_gpu`), a
 - ``kept_mib``: what forward keeps for backward, without the parameters.
 
 Where the compiler would time several tiles of a kernel on the device, the tile that moves least is counted. Nothing is
-timed: these are counts. torchao's layers are in the same block, compiled in the same way. AMD's GPUs are left out: a
-build of PyTorch without HIP generates no code for them. It needs a C++ compiler, and no GPU.
+timed: these are counts. torchao's layers are in the same block, torchtitan's bf16 block is its own; both are compiled
+with PyTorch's defaults. AMD's GPUs are left out: a build of PyTorch without HIP generates no code for them. It needs a
+C++ compiler, and no GPU.
 """
 
 from __future__ import annotations
@@ -39,9 +40,14 @@ def cases(args: Any) -> list[dict[str, Any]]:
     for architecture, tokens, ac, config in itertools.product(args.architectures, args.tokens, args.ac, args.configs):
         case = {"architecture": architecture, "tokens": tokens, "ac": ac, "config": config}
         kernels = args.kernels if config != "bf16" else ["inductor"]
-        made += [{**case, "system": "titanlite", "kernels": choice} for choice in kernels]
-        if config != "bf16" and results.version("torchao"):
-            made.append({**case, "system": "torchao"})
+        if "titanlite" in args.systems:
+            made += [
+                {**case, "system": "titanlite", "kernels": choice, "fusion": fusion}
+                for choice, fusion in itertools.product(kernels, args.fusion)
+            ]
+        peer = "torchao" if config != "bf16" else "torchtitan"  # whose bf16 layer torchao's users have
+        if peer in args.systems and results.version(peer) and (peer == "torchao" or ac == "none"):
+            made.append({**case, "system": peer, "kernels": "inductor", "fusion": "compiler"})
     return made
 
 
@@ -57,8 +63,10 @@ def count(case: dict[str, Any], env: dict[str, str]) -> dict[str, Any]:
 def main() -> None:
     parser = harness.parser(__doc__)
     parser.add_argument("--configs", type=harness.words, default=list(harness.CONFIGS))
+    parser.add_argument("--systems", type=harness.words, default=["titanlite", "torchao", "torchtitan"])
     parser.add_argument("--ac", type=harness.words, default=["none", "op"])
     parser.add_argument("--kernels", type=harness.words, default=["inductor", "triton"])
+    parser.add_argument("--fusion", type=harness.words, default=["block"], help="block: titanlite's rules; compiler")
     parser.add_argument("--tokens", type=harness.numbers, default=[8192])
     parser.add_argument("--architectures", type=harness.words, default=["sm_90"], help=", ".join(device.ARCHITECTURES))
     parser.add_argument("--list", action="store_true", help="print the kernels of each case, with MB read and written")
@@ -69,6 +77,8 @@ def main() -> None:
         configs=harness.CONFIGS,
         ac=("none", "op", "full"),
         kernels=("inductor", "triton"),
+        fusion=("block", "compiler"),
+        systems=("titanlite", "torchao", "torchtitan"),
         architectures=device.ARCHITECTURES,
     )
     rows = []
@@ -80,9 +90,13 @@ def main() -> None:
                 print(*(f"{number:8.1f}" for number in numbers), name)
             row.pop("list", None)
             rows.append(row)
-            print(harness.show([row], ("system", "config", "ac", "kernels", *COLUMNS)), flush=True)
-    harness.report(rows, ("architecture", "tokens", "ac", "system", "config", "kernels"), COLUMNS, harness.Budget(None))
-    results.save("compiled_block", rows, args, "cpu", torchao=results.version("torchao"))
+            print(harness.show([row], ("system", "config", "ac", "kernels", "fusion", *COLUMNS)), flush=True)
+    harness.report(
+        rows, ("architecture", "tokens", "ac", "system", "config", "kernels", "fusion"), COLUMNS, harness.Budget(None)
+    )
+    results.save(
+        "compiled_block", rows, args, "cpu", **{peer: results.version(peer) for peer in ("torchao", "torchtitan")}
+    )
 
 
 if __name__ == "__main__":

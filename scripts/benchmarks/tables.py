@@ -67,16 +67,17 @@ def cpu_step(results: list[dict[str, Any]]) -> list[list[str]]:
 
 
 def compiled_block(results: list[dict[str, Any]]) -> list[list[str]]:
-    rows = [
-        ["recomputed", "config", "casts by", "launches", "MB", "in sectors", "MB once", "MiB kept", "of torchao's MB"]
-    ]
-    theirs = {(row["ac"], row["config"]): row["mb"] for row in results if row["system"] == "torchao"}
+    heads = ("tokens", "recomputed", "config", "system", "casts by", "fused by")
+    counts = ("launches", "mb", "sectors_mb", "kept_mib")
+    rows = [[*heads, "launches", "MB", "in sectors", "MiB kept", "of its peer's MB"]]
+    peers = {(row["tokens"], row["ac"], row["config"]): row["mb"] for row in results if row["system"] != "titanlite"}
     for row in results:
-        by = "torchao" if row["system"] == "torchao" else {"triton": "own kernels"}.get(row["kernels"], "the compiler")
-        figures = [f"{row[key]:,.0f}" for key in ("launches", "mb", "sectors_mb", "once_mb", "kept_mib")]
-        peer = theirs.get((row["ac"], row["config"]))
-        ratio = "" if peer is None or row["system"] == "torchao" else f"{row['mb'] / peer:.2f}"
-        rows.append([row["ac"], row["config"], by if row["config"] != "bf16" else "", *figures, ratio])
+        casts = {"triton": "own kernels", "inductor": "the compiler"}.get(row["kernels"], "")
+        fusion = "block rules" if row["fusion"] == "block" else "the compiler"
+        figures = [f"{row[key]:,.0f}" for key in counts]
+        peer = peers.get((row["tokens"], row["ac"], row["config"])) if row["system"] == "titanlite" else None
+        ratio = "" if peer is None else f"{row['mb'] / peer:.2f}"
+        rows.append([f"{row['tokens']:,}", row["ac"], row["config"], row["system"], casts, fusion, *figures, ratio])
     return rows
 
 

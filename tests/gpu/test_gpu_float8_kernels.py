@@ -10,7 +10,6 @@ from torch import Tensor
 
 from titanlite.quant.float8 import devices, kernels
 from titanlite.quant.float8.kernels import reference
-from titanlite.quant.float8.kernels.choose import measure
 
 NATIVE = torch.cuda.is_available() and devices.has_native_float8(torch.device("cuda"))
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not NATIVE, reason="needs a GPU with float8 units")]
@@ -84,9 +83,3 @@ def test_swiglu(scales: Any, power_of_2: bool, shape: tuple[int, int]) -> None:
         assert different(a, b) < 1e-3
     *_, again, _ = kernels.swiglu_backward(grad, gate, up, amaxes, how[0], "high_precision", power_of_2)
     assert different(again, product) < 1e-3
-
-
-def test_what_is_faster_can_be_measured() -> None:
-    times = measure(4096, 4096, torch.float8_e4m3fn, "vector", "vector", True)
-    assert 0 < times.triton < 1e4
-    assert 0 < times.inductor < 1e4

@@ -274,7 +274,8 @@ class Float8:
     emulate: bool = False
     """Multiply the quantized values in float32. Without float8 units this is always done."""
     kernels: Literal["auto", "triton", "inductor"] = "auto"
-    """The kernels of float8 casts: titanlite's (triton), the compiler's (inductor), or the faster of both (auto)."""
+    """The kernels of float8 casts: titanlite's (triton), the compiler's (inductor), or auto: the compiler's in compiled
+    blocks, where they move fewer bytes, and titanlite's elsewhere."""
     scaling_type_input: ScalingTypeName = "dynamic"
     """Scale of the inputs: from the tensor itself (dynamic), from earlier steps (delayed), or constant (static)."""
     scaling_type_weight: ScalingTypeName = "dynamic"
@@ -354,6 +355,9 @@ class Compile:
     """torch.compile's backend."""
     components: list[Literal["model", "loss"]] = field(default_factory=lambda: ["model", "loss"])  # type: ignore[assignment]
     """The parts that training.compile compiles."""
+    block_fusion: bool = True
+    """On GPUs: fuse by rules for transformer blocks, which move fewer bytes in fewer launches (docs/performance.md);
+    false: by the compiler's own rules alone."""
 
 
 @dataclass

@@ -7,7 +7,6 @@ import dataclasses
 import logging
 import re
 from collections import Counter
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -30,7 +29,6 @@ from titanlite.quant.convertible import name_matches
 from titanlite.quant.float8 import kernels
 from titanlite.quant.float8.devices import architecture, has_native_float8, native_dtypes, why_not
 from titanlite.quant.float8.format import Kernels
-from titanlite.quant.float8.kernels.choose import measure
 from titanlite.quant.linear import reasons_in
 from titanlite.registry import nearest
 
@@ -78,8 +76,9 @@ class Float8Converter:
         self.config = dataclasses.replace(
             library_config(config, emulate=options.emulate or not native), target=mesh.target.architecture
         )
-        self.compiled = config.compile_options("model") is not None
-        self.tokens = config.training.local_batch_size * config.training.seq_len
+        compiling = config.compile_options("model")
+        self.compiled = compiling is not None
+        self.block_fusion = compiling is not None and compiling.block_fusion
         reason = why_not(
             self.architecture,
             set(self.config.format.dtypes),
@@ -125,7 +124,7 @@ class Float8Converter:
         chosen = {name: linear for name, linear in linears.items() if name not in kept}
         self._check_shards(chosen)
         if not self.config.emulate and self.config.kernels == "auto":
-            self.config = dataclasses.replace(self.config, kernels=self._choose_kernels(chosen.values()))
+            self.config = dataclasses.replace(self.config, kernels=self._choose_kernels())
         try:
             convert_to_float8_training(model, module_filter_fn=lambda _, name: name not in kept, config=self.config)
         except ValueError as e:
@@ -145,34 +144,24 @@ class Float8Converter:
             return AUTO_FILTER
         return None
 
-    def _choose_kernels(self, layers: Iterable[nn.Linear]) -> Kernels:
+    def _choose_kernels(self) -> Kernels:
         """Return the kernels that ``kernels = "auto"`` selects, and log the reason."""
-        x = self.config.cast_config_input
+        casts = self.config.casts.values()
         chosen: Kernels
         if not kernels.AVAILABLE:
             chosen, why = "inductor", "triton is not installed"
         elif not self.compiled:
             chosen, why = "triton", "without the compiler, plain operations are not fused"
-        elif x.scaling_type is not ScalingType.DYNAMIC:
+        elif not all(cast.is_dynamic for cast in casts if cast.is_cast):
             chosen, why = "inductor", "the scales are not dynamic"
-        elif self.mesh.target.architecture or not torch.cuda.is_available():
-            chosen, why = "triton", "there is no GPU to time them on"  # an estimate
+        elif self.block_fusion:
+            chosen, why = "inductor", "compile.block_fusion fuses casts with what is computed before them"
+        elif any(cast.is_axiswise for cast in casts):
+            chosen, why = "triton", "without compile.block_fusion, the compiler writes scaled columns byte by byte"
         else:
-            chosen, why = self._faster_kernels(max(layer.in_features for layer in layers))
+            chosen, why = "inductor", "the compiler fuses casts with what is computed before them"
         logger.info('float8.kernels = "auto": %s; %s', chosen, why)
         return chosen
-
-    def _faster_kernels(self, features: int) -> tuple[Kernels, str]:
-        """Time the cast of an input by both kinds; return the faster one, the same on all ranks, and the times."""
-        x, other = self.config.cast_config_input, self.config.cast_config_input_for_grad_weight
-        times = measure(self.tokens, features, x.dtype, x.layout, other.layout, self.config.round_scales_to_power_of_2)
-        why = (
-            f"the cast of a {self.tokens} x {features} input takes {times.triton:.0f} us in Triton's kernels, "
-            f"{times.inductor:.0f} us in the compiler's"
-        )
-        choice: list[Any] = ["triton" if times.triton <= times.inductor else "inductor", why]
-        torch.distributed.broadcast_object_list(choice, device=torch.device("cpu"))
-        return choice[0], choice[1]
 
     def _check_shards(self, chosen: dict[str, nn.Linear]) -> None:
         """Check that all shards have the same number of rows, since scales of rows are gathered with the rows."""

@@ -86,7 +86,14 @@ def compiled(function: Callable[..., Any], options: Compile) -> Callable[..., An
 
 
 def compile_blocks(blocks: nn.ModuleDict, options: Compile) -> None:
-    """Fill the slot ``run`` of each block with its compiled computation; FSDP2's hooks stay outside the graph."""
+    """Fill the slot ``run`` of each block with its compiled computation; FSDP2's hooks stay outside the graph.
+
+    On GPUs the rules of :mod:`titanlite.distributed.fusion` hold for all that is compiled from then on.
+    """
+    if options.block_fusion and options.backend == "inductor" and torch.cuda.is_available():
+        from titanlite.distributed.fusion import use_block_fusion  # loads the compiler
+
+        use_block_fusion()
     block: Any
     for block in blocks.values():
         block.run = compiled(block.run or block.compute, options)

@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.nn.parameter import is_lazy
@@ -42,7 +43,7 @@ def why_not_changeable(module: nn.Linear, known: type[nn.Linear] = nn.Linear) ->
         return "its weight is not initialized yet; run a batch through the model first"
     if weight is None or hasattr(kind, "weight") or parametrize.is_parametrized(module):
         return "its weight is computed from other tensors (a parametrization, weight norm, pruning)"
-    if type(weight) is not nn.Parameter and not isinstance(weight, (DTensor, ShardedWeight)):
+    if type(weight) is not nn.Parameter and not isinstance(weight, (DTensor, FakeTensor, ShardedWeight)):
         return f"its weight is a {type(weight).__name__}, not a plain tensor"
     if weight.dtype not in HIGH_PRECISION:
         return f"its weight is {weight.dtype}, not a high-precision dtype"

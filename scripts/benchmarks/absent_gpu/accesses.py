@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -136,28 +136,59 @@ def _converted(source: TensorHandle, dtype: Any, *_: Any) -> TensorHandle:
     return TensorHandle(np.zeros(source.data.shape, interpreter._get_np_dtype(dtype.scalar)), dtype.scalar)
 
 
+@dataclass(frozen=True)
+class Part:
+    """Programs of a grid that do the same work. A combined kernel has several parts.
+
+    Attributes:
+        programs: their number.
+        index: program 0 to ``programs`` - 1 -> its place in the grid.
+    """
+
+    programs: int
+    index: Callable[[int], tuple[int, int, int]]
+
+
+def whole(grid: tuple[int, ...]) -> Part:
+    """Return the part that has all programs of ``grid``."""
+    x, y, z = (*grid, *(1,) * (3 - len(grid)))
+    return Part(x * y * z, lambda program: (program % x, program // x % y, program // (x * y)))
+
+
 def count(
-    kernel: InterpretedFunction, grid: tuple[int, ...], arguments: Mapping[str, Any], sampled: int = SAMPLED
+    kernel: InterpretedFunction, grid: tuple[int, ...], arguments: Mapping[str, Any], parts: Sequence[Part] = ()
 ) -> Traffic:
     """Count the bytes of ``kernel[grid](**arguments)``, where tensors are given as :class:`Pointer`.
 
-    What all programs touch together is the sum over programs, but at most the size of the tensors: what several
-    programs read is in the second-level cache.
+    What all programs of a part touch together is the sum over programs, but at most the size of the tensors: what
+    several programs read is in the second-level cache. Parts of a combined kernel share no cache: they run one after
+    the other.
     """
-    grid = (*grid, *(1,) * (3 - len(grid)))
-    programs = grid[0] * grid[1] * grid[2]
-    chosen = (
-        range(programs) if programs <= sampled else [programs * (2 * i + 1) // (2 * sampled) for i in range(sampled)]
-    )
-    totals: dict[tuple[int, bool], list[tuple[float, float, float]]] = defaultdict(list)
-    for program in chosen:
-        index = (program % grid[0], program // grid[0] % grid[1], program // (grid[0] * grid[1]))
-        for key, accesses in _run(kernel, grid, index, arguments).items():
-            totals[key].append(accesses.bytes())
     sizes: dict[int, int] = defaultdict(int)
     for pointer in {argument for argument in arguments.values() if isinstance(argument, Pointer)}:
         sizes[pointer.buffer + 1] += pointer.size
-    traffic, per = Traffic(), programs / len(chosen)
+    traffic = Traffic()
+    for part in parts or (whole(grid),):
+        _count_part(kernel, grid, arguments, part, sizes, traffic)
+    return traffic
+
+
+def _count_part(
+    kernel: InterpretedFunction,
+    grid: tuple[int, ...],
+    arguments: Mapping[str, Any],
+    part: Part,
+    sizes: Mapping[int, int],
+    traffic: Traffic,
+) -> None:
+    """Add the bytes of one part to ``traffic``. ``sizes``: the bytes of each buffer."""
+    sampled = min(part.programs, SAMPLED)
+    totals: dict[tuple[int, bool], list[tuple[float, float, float]]] = defaultdict(list)
+    for sample in range(sampled):
+        program = part.programs * (2 * sample + 1) // (2 * sampled)
+        for key, accesses in _run(kernel, grid, part.index(program), arguments).items():
+            totals[key].append(accesses.bytes())
+    per = part.programs / sampled
     for (buffer, is_store), counts in totals.items():
         distinct = per * sum(size for size, _, _ in counts)
         share = min(1.0, sizes[buffer] / distinct)
@@ -167,7 +198,6 @@ def count(
         traffic.written += size if is_store else 0
         traffic.sectors += size * inflation
         traffic.once += share * distinct
-    return traffic
 
 
 def _first_of(reduction: Any, inputs: Any) -> list[Any]:
@@ -208,7 +238,7 @@ def _run(
         interpreter._patch_lang, interpreter.ReduceOps.generic_reduce = patch_with_range, _first_of
         for name, method in replaced.items():
             setattr(interpreter_builder, name, method)
-        interpreter_builder.set_grid_dim(*grid)
+        interpreter_builder.set_grid_dim(*grid, *(1,) * (3 - len(grid)))
         interpreter_builder.set_grid_idx(*index)
         function(**bound)
     finally:

@@ -8,7 +8,9 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import os
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,6 +20,7 @@ from absent_gpu import device, recorder
 from absent_gpu.recorder import Launch
 from titanlite.config.schema import ActivationCheckpoint
 from titanlite.distributed.activation_checkpoint import apply_activation_checkpoint
+from titanlite.distributed.fusion import use_block_fusion
 from titanlite.models.layers import Block, DecoderArgs
 
 # Operators whose bytes are counted apart: they are the same whatever the casts do.
@@ -31,27 +34,63 @@ def flash_attention(q: Tensor, k: Tensor, v: Tensor, window: int | None = None) 
     return out
 
 
-def build(options: argparse.Namespace) -> Block:
-    args = DecoderArgs(
-        dim=options.dim, n_layers=1, n_heads=options.dim // 128, n_kv_heads=options.kv_heads, ffn_dim=options.ffn_dim
-    )
+class FlashAttention(nn.Module):
+    """The attention of torchtitan's block."""
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, **_: Any) -> Tensor:
+        return flash_attention(q, k, v)
+
+
+def build(options: argparse.Namespace) -> tuple[nn.Module, Callable[[Tensor], Tensor]]:
+    """Return the block, and its computation, to be compiled."""
     with torch.device("meta"):
         torch.set_default_dtype(torch.bfloat16)
-        block = Block(args)
+        block = _torchtitan(options) if options.system == "torchtitan" else _titanlite(options)
         torch.set_default_dtype(torch.float32)
+    if options.config != "bf16":
+        _convert(block, options)
     with recorder.MODE:
         block.to_empty(device="cuda")
-        block.attention.core = flash_attention
-        if options.config != "bf16":
-            _convert(block, options)
+        if options.system == "torchtitan":
+            table = torch.empty(options.tokens, 128 // 2, device="cuda", dtype=torch.complex64)
+            return block, lambda x: block(x, table, None)
         if options.ac != "none":
             mode = "full" if options.ac == "full" else "selective"
             ac = ActivationCheckpoint(mode=mode, selective_ac_option="op")  # type: ignore[arg-type]
             apply_activation_checkpoint(nn.ModuleDict({"0": block}), ac)
+        rope = torch.randn(2, options.tokens, 128, device="cuda")
+        compute: Any = block.run or block.compute
+    return block, lambda x: compute(x, rope)
+
+
+def _titanlite(options: argparse.Namespace) -> nn.Module:
+    args = DecoderArgs(
+        dim=options.dim, n_layers=1, n_heads=options.dim // 128, n_kv_heads=options.kv_heads, ffn_dim=options.ffn_dim
+    )
+    block = Block(args)
+    block.attention.core = flash_attention
     return block
 
 
-def _convert(block: Block, options: argparse.Namespace) -> None:
+def _torchtitan(options: argparse.Namespace) -> nn.Module:
+    from torchtitan.models.llama3.model.args import TransformerModelArgs
+    from torchtitan.models.llama3.model.model import TransformerBlock
+
+    args = TransformerModelArgs(
+        dim=options.dim,
+        n_layers=1,
+        n_heads=options.dim // 128,
+        n_kv_heads=options.kv_heads,
+        multiple_of=1,
+        ffn_dim_multiplier=options.ffn_dim / int(8 * options.dim / 3),
+    )
+    block: Any = TransformerBlock(0, args)
+    assert block.feed_forward.w1.out_features == options.ffn_dim
+    block.attention.inner_attention = FlashAttention()
+    return block  # type: ignore[no-any-return]
+
+
+def _convert(block: Any, options: argparse.Namespace) -> None:
     if options.system == "torchao":
         import torchao.float8 as float8
 
@@ -75,12 +114,12 @@ def kept_bytes(out: Tensor, block: nn.Module) -> int:
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
-    began, block = time.perf_counter(), build(options)
+    began = time.perf_counter()
+    block, compute = build(options)
     with recorder.recording() as record:
         x = torch.randn(1, options.tokens, options.dim, device="cuda", dtype=torch.bfloat16, requires_grad=True)
-        rope = torch.randn(2, options.tokens, 128, device="cuda")
         record.launches.clear()
-        out = torch.compile(block.run or block.compute, fullgraph=True)(x, rope)  # one graph, or an error
+        out = torch.compile(compute, fullgraph=True)(x)  # one graph, or an error
         kept, forward = kept_bytes(out, block), len(record.launches)
         ones = torch.ones_like(out)
         out.backward(ones)
@@ -89,6 +128,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     return {
         **{key: getattr(options, key) for key in ("system", "config", "ac", "tokens", "architecture")},
         "kernels": options.kernels if options.system == "titanlite" and options.config != "bf16" else None,
+        "fusion": options.fusion if options.system == "titanlite" else "compiler",
         "launches": len(record.launches),
         "once_mb": sum(launch.traffic.once for launch in casts) / 1e6,
         "mb": sum(launch.traffic.total for launch in casts) / 1e6,
@@ -112,9 +152,10 @@ def _row(launch: Launch) -> list[Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--system", choices=("titanlite", "torchao"), default="titanlite")
+    parser.add_argument("--system", choices=("titanlite", "torchao", "torchtitan"), default="titanlite")
     parser.add_argument("--config", default="bf16")
     parser.add_argument("--kernels", choices=("inductor", "triton"), default="inductor")
+    parser.add_argument("--fusion", choices=("block", "compiler"), default="block")
     parser.add_argument("--ac", choices=("none", "op", "full"), default="none")
     parser.add_argument("--architecture", choices=device.ARCHITECTURES, default="sm_90")
     for name, default in {"tokens": 8192, "dim": 4096, "kv-heads": 8, "ffn-dim": 14336}.items():
@@ -122,7 +163,10 @@ def main() -> None:
     options = parser.parse_args()
     device.install(options.architecture)
     recorder.install()
-    print(json.dumps(measure(options)))
+    if options.system == "titanlite" and options.fusion == "block":
+        use_block_fusion()
+    print(json.dumps(measure(options)), flush=True)
+    os._exit(0)  # the compiler's threads can abort an orderly end
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import os
 import re
 import tempfile
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,10 +24,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from triton.runtime.interpreter import InterpretedFunction
 
-from absent_gpu.accesses import SAMPLED, Pointer, Traffic, count
+from absent_gpu.accesses import Part, Pointer, Traffic, count
 
 MODE = FakeTensorMode(allow_non_fake_inputs=True)
-_SAMPLED_OF_COMBINED = 48  # programs of a kernel whose programs do different work
 
 
 @dataclass
@@ -71,12 +70,12 @@ class Recorder(TorchDispatchMode):
         self.launches.append(Launch(name, origin, self.traffic(kernel, grid, arguments)))
 
     def traffic(
-        self, kernel: InterpretedFunction, grid: tuple[int, ...], arguments: dict[str, Any], sampled: int = SAMPLED
+        self, kernel: InterpretedFunction, grid: tuple[int, ...], arguments: dict[str, Any], parts: Sequence[Part] = ()
     ) -> Traffic:
         pointers = _pointers(arguments)
         key = (kernel, grid, tuple(pointers.items()))
         if key not in self._counted:
-            self._counted[key] = count(kernel, grid, pointers, sampled)
+            self._counted[key] = count(kernel, grid, pointers, parts)
         return self._counted[key]
 
 
@@ -103,7 +102,7 @@ def _pointers(arguments: dict[str, Any]) -> dict[str, Any]:
 # ---- generated code
 
 
-class _Tuned:
+class Tuned:
     """A kernel of inductor, with the configurations that it would time to choose one."""
 
     def __init__(self, fn: Any, configs: list[Any], inductor_meta: dict[str, Any]) -> None:
@@ -112,13 +111,15 @@ class _Tuned:
 
     def _shapes(self) -> list[Any]:
         """Return one configuration for each shape of a program's tile; the length of its loops does not matter."""
-        shapes = {(config.kwargs.get("XBLOCK"), config.kwargs.get("YBLOCK")): config for config in self.configs}
+        shapes = {}
+        for config in self.configs:
+            tile = ((name, size) for name, size in config.kwargs.items() if name.startswith(("XBLOCK", "YBLOCK")))
+            shapes[tuple(sorted(tile))] = config
         return list(shapes.values())
 
     def run(self, *args: Any, stream: Any = None, **kwargs: Any) -> None:
         recorder = _active
         assert recorder is not None
-        combined = "Combo" in self.inductor_meta["grid_type"]
         choices = []
         for config in self._shapes():
             options = triton_heuristics.config_to_dict(config)
@@ -126,15 +127,29 @@ class _Tuned:
             arguments = dict(zip(names, args))
             known = {name: value for name, value in options.items() if name in self.fn.arg_names}
             grid = triton_heuristics.GridExpr.from_meta(self.inductor_meta, config).eval_slow({**arguments, **options})
-            sampled = _SAMPLED_OF_COMBINED if combined else SAMPLED
-            choices.append(recorder.traffic(self.fn, grid, {**arguments, **known}, sampled))
+            choices.append(recorder.traffic(self.fn, grid, {**arguments, **known}, _parts(self.inductor_meta, options)))
         # The compiler times them on the device; the one that moves least stands for the fastest.
         traffic = min(choices, key=lambda traffic: (traffic.sectors, traffic.total))
         recorder.launches.append(Launch(self.name, "inductor", traffic))
 
 
-def _autotune(size_hints: Any, configs: list[Any], triton_meta: Any, *_: Any, **kwargs: Any) -> Callable[[Any], _Tuned]:
-    return lambda fn: _Tuned(fn, configs, kwargs["inductor_meta"])
+def _parts(meta: dict[str, Any], blocks: dict[str, int]) -> list[Part]:
+    """Return the parts of a kernel that inductor has combined from several; nothing for others."""
+    parts: list[Part] = []
+    if meta["grid_type"] != "SequentialFlattenComboKernelGrid":
+        assert "Combo" not in meta["grid_type"]
+        return parts
+    numbers, start = meta["combo_grid_meta"], 0
+    for kernel in range(numbers["num_kernels"]):
+        across = -(-numbers[f"xnumel_{kernel}"] // (1 if numbers[f"no_x_dim_{kernel}"] else blocks[f"XBLOCK_{kernel}"]))
+        down = -(-numbers.get(f"ynumel_{kernel}", 1) // blocks.get(f"YBLOCK_{kernel}", 1))
+        parts.append(Part(across * down, lambda program, first=start: (first + program, 0, 0)))  # type: ignore[misc]
+        start += across * down
+    return parts
+
+
+def _autotune(size_hints: Any, configs: list[Any], triton_meta: Any, *_: Any, **kwargs: Any) -> Callable[[Any], Tuned]:
+    return lambda fn: Tuned(fn, configs, kwargs["inductor_meta"])
 
 
 class _AnyFunction:
@@ -153,12 +168,16 @@ class _Helpers:
         return getattr(triton_helpers, name)
 
 
-def _kernel(_: AsyncCompile, name: str, source: str, device_str: str) -> _Tuned:
+LIBRARIES: Any = _AnyFunction()
+HELPERS: Any = _Helpers()
+
+
+def _kernel(_: AsyncCompile, name: str, source: str, device_str: str) -> Tuned:
     """Take the place of ``AsyncCompile.triton``: the kernel for the interpreter."""
     module = _module(name, source)
-    module.libdevice = module.tl_math = _AnyFunction()  # type: ignore[attr-defined]
-    module.triton_helpers = _Helpers()  # type: ignore[attr-defined]
-    kernel: _Tuned = next(value for value in vars(module).values() if isinstance(value, _Tuned))
+    module.libdevice = module.tl_math = LIBRARIES  # type: ignore[attr-defined]
+    module.triton_helpers = HELPERS  # type: ignore[attr-defined]
+    kernel: Tuned = next(value for value in vars(module).values() if isinstance(value, Tuned))
     kernel.name = name
     return kernel
 
@@ -183,16 +202,21 @@ def _empty(size: Any, stride: Any, dtype: torch.dtype) -> Tensor:
     return torch.empty_strided(size, stride, dtype=dtype, device="cuda")
 
 
-def _load(graph: GraphLowering) -> types.ModuleType:
-    """Take the place of ``GraphLowering.compile_to_module``: the generated module for tensors without data."""
+def module_of(graph: GraphLowering, allocations: dict[str, str], source_of_allocations: str) -> types.ModuleType:
+    """Return the generated module, whose functions ``allocations`` are replaced by others of a module of ours."""
     code, _ = graph.codegen()
     source = code.value if hasattr(code, "value") else str(code)
-    for name, replacement in {"empty_strided_cuda": "_empty", "reinterpret_tensor": "_reinterpret"}.items():
-        source, replaced = re.subn(
-            rf"^{name} = .*$", f"from absent_gpu.recorder import {replacement} as {name}", source, flags=re.M
-        )
+    for name, replacement in allocations.items():
+        line = f"from {source_of_allocations} import {replacement} as {name}"
+        source, replaced = re.subn(rf"^{name} = .*$", line, source, flags=re.M)
         assert replaced == 1, name
-    module = _module("compiled", source)
+    return _module("compiled", source)
+
+
+def _load(graph: GraphLowering) -> types.ModuleType:
+    """Take the place of ``GraphLowering.compile_to_module``: the generated module for tensors without data."""
+    allocations = {"empty_strided_cuda": "_empty", "reinterpret_tensor": "_reinterpret"}
+    module = module_of(graph, allocations, "absent_gpu.recorder")
     call = module.call
 
     def recorded(*args: Any) -> Any:
@@ -202,6 +226,9 @@ def _load(graph: GraphLowering) -> types.ModuleType:
 
     module.call = recorded  # type: ignore[attr-defined]
     return module
+
+
+interpret = InterpretedFunction.run
 
 
 def install() -> None:

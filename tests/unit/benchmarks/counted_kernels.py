@@ -7,7 +7,7 @@ import json
 import torch
 import triton
 import triton.language as tl
-from absent_gpu.accesses import Pointer, count
+from absent_gpu.accesses import Part, Pointer, count
 
 ROWS, COLUMNS = 4096, 1000  # no multiple of the tile
 
@@ -48,6 +48,19 @@ def scaled_by_a_vector(x, vector, out, N, BLOCK: tl.constexpr):
     tl.store(out + row * N + columns, values, mask=inside)
 
 
+@triton.jit
+def sums_of_rows_and_columns(x, by_rows, by_columns, N, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """Two kernels in one launch, which read the same at different times."""
+    program, columns = tl.program_id(0), tl.arange(0, BLOCK)
+    if program < ROWS:
+        values = tl.load(x + program * N + columns, mask=columns < N, other=0)
+        tl.store(by_rows + program, tl.sum(values, 0))
+    else:
+        rows = tl.arange(0, ROWS)
+        values = tl.load(x + rows * N + program - ROWS)
+        tl.store(by_columns + program - ROWS, tl.sum(values, 0))
+
+
 def pointer(buffer: int, dtype: torch.dtype, rows: int = ROWS) -> Pointer:
     return Pointer(buffer, 0, rows * COLUMNS * dtype.itemsize, dtype)
 
@@ -65,6 +78,10 @@ def main() -> None:
         ),
     }
     counted = {name: count(kernel, (ROWS,), arguments) for name, (kernel, arguments) in cases.items()}
+    sums = {"by_rows": pointer(1, torch.bfloat16, 5), "by_columns": pointer(2, torch.bfloat16, 1)}
+    parts = [Part(ROWS, lambda program: (program, 0, 0)), Part(COLUMNS, lambda program: (ROWS + program, 0, 0))]
+    arguments = {"x": x, **sums, "N": COLUMNS, "ROWS": ROWS, "BLOCK": 1024}
+    counted["combined"] = count(sums_of_rows_and_columns, (ROWS + COLUMNS,), arguments, parts)
     print(json.dumps({name: [t.read, t.written, t.sectors, t.once] for name, t in counted.items()}))
 
 

@@ -57,7 +57,7 @@ def test_triton_is_for_float8_units(mesh: Mesh) -> None:
 
 
 def test_kernels_are_chosen_aloud(mesh: Mesh, caplog: pytest.LogCaptureFixture) -> None:
-    """On a device with float8 units, which the CPU is taken for; what is measured is in tests/gpu."""
+    """On a device with float8 units, which the CPU is taken for."""
     pytest.importorskip("triton")
     mesh = replace(mesh, target=H100)
     caplog.set_level("INFO")
@@ -66,6 +66,15 @@ def test_kernels_are_chosen_aloud(mesh: Mesh, caplog: pytest.LogCaptureFixture) 
         (
             ["--training.compile", "--float8.scaling_type_input=delayed"],
             'float8.kernels = "auto": inductor; the scales are not dynamic',
+        ),
+        (
+            ["--training.compile"],
+            'float8.kernels = "auto": inductor; compile.block_fusion fuses casts with what is computed before them',
+        ),
+        (
+            ["--training.compile", "--compile.block_fusion=false", "--float8.recipe_name=rowwise"],
+            'float8.kernels = "auto": triton; without compile.block_fusion, the compiler writes scaled columns byte by '
+            "byte",
         ),
         (["--float8.kernels=inductor"], ""),
     ]:

@@ -290,7 +290,7 @@ def test_8b_takes_less_than_a_minute_and_no_memory_to_speak_of() -> None:
 @pytest.mark.parametrize("recipe", ["tensorwise", "rowwise", "rowwise_with_gw_hp"])
 def test_float8_of_gpus_is_estimated_without_one(recipe: str, compile: str) -> None:
     """No kernels can be timed, and the casts are the operators that GPUs have kernels for."""
-    options = {"training__compile": compile, "training__seq_len": "512"}
+    options = {"training__compile": compile, "training__seq_len": "512", "float8__kernels": "triton"}
     bf16 = estimated(1, **options)
     float8 = estimated(1, model__converters="float8", float8__recipe_name=recipe, **options)
     assert float8.about["converter float8"] == f"{recipe}, 43 of 43 linear layers"
