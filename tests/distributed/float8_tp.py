@@ -175,6 +175,10 @@ def gathered_each() -> Plan:
     }
 
 
+def by_tokens() -> Plan:
+    return {"norm": SequenceParallel(), "output": SequenceParallel()}
+
+
 STOCK = {
     "torch's": Case(
         lambda: {"ff.w1": ColwiseParallel(), "ff.w3": ColwiseParallel(), "ff.w2": RowwiseParallel()},
@@ -191,9 +195,9 @@ STOCK = {
         model=Head,
         output=Replicate(),
     ),
-    "torch's, tokens": Case(
-        lambda: {"norm": SequenceParallel(), "output": SequenceParallel()}, model=Head, dtensors=True, partial=True
-    ),
+    "torch's, tokens": Case(by_tokens, model=Head, dtensors=True, partial=True),
+    "torch's, DTensors, 5 tokens": Case(gathered, dtensors=True, shape=(BATCH, 5, DIM)),
+    "torch's, tokens, 5 tokens": Case(by_tokens, model=Head, dtensors=True, partial=True, shape=(BATCH, 5, DIM)),
 }
 """Cases with the styles of torch.distributed.tensor.parallel."""
 
@@ -263,8 +267,8 @@ def whole(x: Tensor, layout: Placement, mesh: DeviceMesh) -> Tensor:
     """What the ranks hold together; of what they should all hold, what this one does."""
     if not isinstance(layout, Shard):
         return x
-    parts = [torch.empty_like(x) for _ in range(mesh.size())]
-    dist.all_gather(parts, x.contiguous(), group=mesh.get_group())
+    parts: list[Any] = [None] * mesh.size()
+    dist.all_gather_object(parts, x, group=mesh.get_group())  # the parts may be uneven
     return torch.cat(parts, layout.dim)
 
 
@@ -274,11 +278,12 @@ def forward_backward(
     """The output, the gradient of the input, and the gradients of the parameters, all of the whole."""
     x, grad = data(case, dtype)
     if mesh is not None:
+        shapes = [{"shape": t.shape, "stride": t.stride()} for t in (x, grad)]
         x, grad = share(x, case.input, mesh), share(grad, case.output, mesh)
         if case.dtensors:
             x, grad = (
-                DTensor.from_local(t.clone(), mesh, (layout,), run_check=False)
-                for t, layout in ((x, case.input), (grad, case.output))
+                DTensor.from_local(t.clone(), mesh, (layout,), run_check=False, **shape)
+                for t, layout, shape in zip((x, grad), (case.input, case.output), shapes, strict=True)
             )
     x = x.detach().clone().requires_grad_()
     with mode or Recorder() as mode:

@@ -34,7 +34,13 @@ from tests.distributed.float8_tp import (
 )
 from tests.support.forks import on_ranks
 from tests.support.runs import environment
-from titanlite.float8 import Float8Linear, convert_to_float8_training
+from titanlite.float8 import (
+    CastConfig,
+    Float8Linear,
+    Float8LinearConfig,
+    ScalingGranularity,
+    convert_to_float8_training,
+)
 from titanlite.float8.float8_tensor_parallel import (
     Float8ColwiseParallel,
     Float8RowwiseParallel,
@@ -271,7 +277,7 @@ def test_compiled_with_fsdp(four: Any) -> None:
         assert compiled["bytes_per_element"] == eager["bytes_per_element"]
 
 
-# ---- bad input, on the first of 2 ranks that do not exist
+# ---- the first of 2 ranks that do not exist
 
 
 @pytest.fixture
@@ -292,6 +298,50 @@ def prepare(module: nn.Module, mesh: DeviceMesh, **options: Any) -> nn.Module:
 
 def data(tokens: int = TOKENS, features: int = DIM) -> Tensor:
     return torch.randn(BATCH, tokens, features)
+
+
+WHOLE, ROWS = CastConfig(), CastConfig(scaling_granularity=ScalingGranularity.AXISWISE)
+
+
+@pytest.mark.parametrize("power_of_2", [False, True])
+@pytest.mark.parametrize(
+    "casts",
+    [(WHOLE, ROWS), (ROWS, WHOLE), (WHOLE, WHOLE), (ROWS, ROWS)],
+    ids=lambda casts: "-".join(cast.short_str() for cast in casts),
+)
+@pytest.mark.parametrize("style", [Float8ColwiseParallel(), Float8RowwiseParallel()], ids=["column", "row"])
+def test_each_cast_of_a_weight_has_scales_of_its_own(
+    mesh: DeviceMesh, style: ParallelStyle, casts: tuple[CastConfig, CastConfig], power_of_2: bool
+) -> None:
+    """The other rank adds nothing to an amax here, so a rank computes what a layer with its part of the weight does."""
+    config = Float8LinearConfig(
+        cast_config_input=casts[0],
+        cast_config_input_for_grad_weight=casts[0],
+        cast_config_weight=casts[0],
+        cast_config_weight_for_grad_input=casts[1],
+        cast_config_grad_output=casts[1],
+        cast_config_grad_output_for_grad_weight=casts[0],
+        round_scales_to_power_of_2=power_of_2,
+    )
+    torch.manual_seed(0)
+    whole = nn.Linear(DIM, DIM, bias=False)
+    with torch.no_grad():
+        whole.weight *= torch.logspace(-2, 2, DIM)  # columns of different magnitudes
+    part = whole.weight.detach().chunk(2, 0 if isinstance(style, Float8ColwiseParallel) else 1)[0]
+    alone = nn.Linear(part.shape[1], part.shape[0], bias=False)
+    alone.weight = nn.Parameter(part.clone())
+    x = data(features=part.shape[1])
+    gradients = []
+    for layer in (
+        parallelize_module(Float8Linear.from_float(whole, config), mesh, style),
+        Float8Linear.from_float(alone, config),
+    ):
+        input = x.clone().requires_grad_()
+        out = layer(input)
+        out.backward(torch.linspace(-1, 1, out.numel()).view_as(out))
+        assert input.grad is not None
+        gradients.append(input.grad)
+    assert torch.equal(*gradients)
 
 
 @pytest.mark.parametrize("style", [Float8ColwiseParallel(), Float8RowwiseParallel()], ids=["column", "row"])

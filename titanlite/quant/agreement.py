@@ -56,5 +56,5 @@ class Agreement:
         return self.amaxes.get(use)
 
 
-ALONE = Agreement(None, None, ())  # type: ignore[arg-type]
+NO_AGREEMENT = Agreement(None, None, ())  # type: ignore[arg-type]
 """For casts that no other rank takes part in."""

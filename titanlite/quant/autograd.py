@@ -7,7 +7,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from titanlite.quant.agreement import ALONE, Agreement, Shards
+from titanlite.quant.agreement import NO_AGREEMENT, Agreement, Shards
 from titanlite.quant.format import WEIGHT_FOR_GRAD_INPUT, Format, Operand
 from titanlite.quant.operands import (
     CastsOperands,
@@ -59,8 +59,8 @@ class QuantMatmul(torch.autograd.Function):
     ) -> Tensor:
         if saved_data is None:
             saved_data, saved_scale = x_data, x_scale
-        # The amax of the whole weight, that ranks agreed on, serves the other cast of the weight too.
-        amax = None if weight_amax is None or weight_amax.ndim else weight_amax
+        # The amax that ranks agreed on serves the other cast of the weight too.
+        amax = weight_amax if format.shares_amax("weight") else None
         if weight.requires_grad:
             ctx.save_for_backward(weight, amax, saved_data, saved_scale)
         else:
@@ -162,7 +162,7 @@ def _agree(ctx: Any, grad_output: Tensor | Operand, weight: Tensor, amax: Tensor
     """Begin to agree with the other ranks on the amaxes of the operands of backward. ``amax`` is that of the weight, if
     forward has it."""
     if ctx.shards is None:
-        return ALONE
+        return NO_AGREEMENT
     casts = []
     if isinstance(grad_output, Tensor):
         casts.append((grad_output, uses_of("grad_output", ctx.needs_input_grad[1])))

@@ -139,6 +139,10 @@ class Format(ABC):
         dimension ``sharded``. Otherwise the scales of the parts give the same numbers."""
         return False
 
+    def shares_amax(self, operand: OperandName) -> bool:
+        """Return whether both casts of the operand take the same amax, (). Ranks then agree on it once."""
+        return False
+
     def amaxes(self, x: Tensor, uses: Iterable[Use]) -> dict[Use, Tensor]:
         """Return the amaxes of casts of ``x``, 2-D: float32, (), or with size 1 along the contracted dimension."""
         raise NotImplementedError

@@ -19,7 +19,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor, Shard
 from torch.utils._pytree import tree_map_only
 
-from titanlite.quant.format import Format, Operand
+from titanlite.quant.format import WEIGHT, Format, Operand
 from titanlite.quant.reuse import optimizer_steps
 from titanlite.quant.tensor import QuantTensor
 
@@ -131,14 +131,13 @@ class ShardedWeight(Tensor):
 
     @property
     def scale_amax(self) -> Tensor:
-        """The amax of the whole weight, all-reduced over the shards, or the amaxes of the rows."""
+        """The amax of the whole weight, float32, (), all-reduced over the shards."""
         if self._amax is None or self._amax[0] != self._state:
-            amax = self.format.amax(self.shard, "weight")
-            if not amax.ndim:  # one amax for the whole weight
-                assert self.sharded_over is not None
-                for mesh in (self.sharded_over, self.tensor_parallel):
-                    if mesh is not None:
-                        dist.all_reduce(amax, op=dist.ReduceOp.MAX, group=mesh.get_group())
+            amax = self.format.on(self.shard.device).amaxes(self.shard, (WEIGHT,))[WEIGHT]
+            assert self.sharded_over is not None
+            for mesh in (self.sharded_over, self.tensor_parallel):
+                if mesh is not None:
+                    dist.all_reduce(amax, op=dist.ReduceOp.MAX, group=mesh.get_group())
             self._amax = self._state, amax
         return self._amax[1]
 
@@ -147,8 +146,9 @@ class ShardedWeight(Tensor):
         state = (*self._state, dtype)
         if self._quantized is None or self._quantized[0] != state:
             # Rounding is monotonic, so the rounded amax is the amax of the rounded shard.
-            amax = self.scale_amax.to(dtype)
-            self._quantized = state, self.format.quantize(self.shard.to(dtype), amax, "weight")
+            amax = None if self.format.has_scales_of_rows("weight") else self.scale_amax.to(dtype).float()
+            cast = self.format.on(self.shard.device).cast(self.shard.to(dtype), WEIGHT, amax=amax)
+            self._quantized = state, cast
         return self._quantized[1]
 
     def fsdp_pre_all_gather(
@@ -251,12 +251,11 @@ def precompute_scales(module: nn.Module) -> None:
     by_groups: defaultdict[Any, list[ShardedWeight]] = defaultdict(list)
     for param in module.parameters():
         weight = _local(param)
-        if isinstance(weight, ShardedWeight) and weight.sharded_over is not None:
-            if weight.format.has_scales_of_rows("weight"):
-                weight._amax = weight._state, weight.format.amax(weight.shard, "weight")
-            else:
-                meshes = (weight.sharded_over, weight.tensor_parallel)
-                by_groups[tuple(mesh.get_group() for mesh in meshes if mesh is not None)].append(weight)
+        if not isinstance(weight, ShardedWeight) or weight.sharded_over is None:
+            continue
+        if not weight.format.has_scales_of_rows("weight"):
+            meshes = (weight.sharded_over, weight.tensor_parallel)
+            by_groups[tuple(mesh.get_group() for mesh in meshes if mesh is not None)].append(weight)
     for groups, weights in by_groups.items():
         # With fewer rows than shards, some shards are empty and have no norm.
         shards = [w.shard if w.shard.numel() else w.shard.new_zeros(1) for w in weights]

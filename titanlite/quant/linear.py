@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-from titanlite.quant.agreement import ALONE, Agreement, Shards
+from titanlite.quant.agreement import NO_AGREEMENT, Agreement, Shards
 from titanlite.quant.autograd import QuantMatmul, Ranks
 from titanlite.quant.convertible import (
     call_all_layers,
@@ -145,7 +145,7 @@ class QuantLinear(CastsOperands):
             product = F.linear(input, weight)
             return product if ranks is None else ranks.sum(product)
         format, learns = self.format.on(input.device), self.learns(weight)
-        agreement = ALONE if shards is None else self._agree(input, weight, format, shards)
+        agreement = NO_AGREEMENT if shards is None else self._agree(input, weight, format, shards)
         x, saved = cast_input(self, input, format, learns, agreement)
         w = weight_for_output(self, weight, format, agreement)
         if saved is x:

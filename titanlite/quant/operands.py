@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from titanlite.quant.agreement import ALONE, Agreement
+from titanlite.quant.agreement import NO_AGREEMENT, Agreement
 from titanlite.quant.format import WEIGHT, WEIGHT_FOR_GRAD_INPUT, Format, Operand, OperandName, Use
 from titanlite.quant.reuse import WeightCopies, remember, remembered
 from titanlite.quant.tensor import QuantTensor
@@ -44,7 +44,7 @@ def autocast(input: Tensor) -> Tensor:
 
 
 def cast_input(
-    layer: CastsOperands, x: Tensor, format: Format, for_weight: bool, agreement: Agreement = ALONE
+    layer: CastsOperands, x: Tensor, format: Format, for_weight: bool, agreement: Agreement = NO_AGREEMENT
 ) -> tuple[Operand, Operand]:
     """Cast the input for the output and, if ``for_weight``, for grad_weight. The two are the same object where one cast
     serves both. Layers that take an input of :func:`titanlite.quant.reuse.share_casts` share its casts.
@@ -67,7 +67,7 @@ def cast_input(
 
 
 def cast_grad_output(
-    layer: CastsOperands, grad: Tensor | Operand, format: Format, for_weight: bool, agreement: Agreement = ALONE
+    layer: CastsOperands, grad: Tensor | Operand, format: Format, for_weight: bool, agreement: Agreement = NO_AGREEMENT
 ) -> tuple[Operand, Operand]:
     """Cast the gradient of the output, [..., out_features], for grad_input and, if ``for_weight``, grad_weight."""
     return _cast_activation(layer, grad, "grad_output", format, for_weight, agreement)
@@ -101,7 +101,9 @@ def weight_is_cast(
     return source is not None and layer.copies.has(source, _key(weight, format, for_output), in_forward=for_output)
 
 
-def weight_for_output(layer: CastsOperands, weight: Tensor, format: Format, agreement: Agreement = ALONE) -> Operand:
+def weight_for_output(
+    layer: CastsOperands, weight: Tensor, format: Format, agreement: Agreement = NO_AGREEMENT
+) -> Operand:
     """Cast the local weight for the output."""
     if isinstance(weight, QuantTensor):
         return weight.operand()

@@ -174,16 +174,21 @@ class ColumnSharding:
 
 @dataclass(frozen=True)
 class RowSharding:
-    """The forward of a layer whose input features are sharded."""
+    """The forward of a layer whose input features are sharded. Without ``ranks``, the output is a DTensor of partial
+    sums."""
 
-    ranks: Summation
+    ranks: Summation | None
     use_local_output: bool
 
     def __call__(self, layer: Any, input: Tensor) -> Tensor:
         assert isinstance(layer.weight, DTensor)
-        mesh, layout = layer.weight.device_mesh, self.ranks.layout
+        mesh = layer.weight.device_mesh
         x = input.redistribute(mesh, (Shard(-1),)).to_local() if isinstance(input, DTensor) else input
-        out = layer.multiply(x, self.ranks, Shards(self.ranks.group, ROW))
+        out = layer.multiply(x, self.ranks, Shards(mesh.get_group().group_name, ROW))
+        if self.ranks is None:
+            partial = DTensor.from_local(out, mesh, (Partial(),), run_check=False)
+            return partial if layer.bias is None else partial + layer.bias.to(out.dtype)
+        layout = self.ranks.layout
         if layer.bias is not None:
             assert isinstance(layer.bias, DTensor)
             if isinstance(layout, Shard):
@@ -194,18 +199,6 @@ class RowSharding:
                 bias = layer.bias.to_local()
             out = out + bias.to(out.dtype)
         return out if self.use_local_output else DTensor.from_local(out, mesh, (layout,), run_check=False)
-
-
-@dataclass(frozen=True)
-class PartialRowSharding:
-    """The forward of a layer whose input features are sharded; the output is a DTensor of partial sums."""
-
-    def __call__(self, layer: Any, input: DTensor) -> Tensor:
-        mesh = layer.weight.device_mesh
-        x = input.redistribute(mesh, (Shard(-1),)).to_local()
-        out = layer.multiply(x, shards=Shards(mesh.get_group().group_name, ROW))
-        whole = DTensor.from_local(out, mesh, (Partial(),), run_check=False)
-        return whole if layer.bias is None else whole + layer.bias.to(out.dtype)
 
 
 @dataclass(frozen=True)
@@ -241,7 +234,7 @@ def local_part(weight: Tensor, shards: Shards | None) -> Tensor:
 
 _OF_PLACEMENTS: dict[Placement, Any] = {
     Shard(0): ColumnSharding(Replicate(), Shard(-1), use_local_output=False),
-    Shard(1): PartialRowSharding(),
+    Shard(1): RowSharding(None, use_local_output=False),
     Replicate(): TokenSharding(),
 }
 

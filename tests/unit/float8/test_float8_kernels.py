@@ -3,6 +3,7 @@ the bytes they move; and compiled ahead of time for the GPUs they are meant for.
 
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -164,6 +165,22 @@ def test_bytes_moved_per_element(by_rows: str, by_columns: str, read: int, writt
     # Beside it, amaxes and scales: 4 bytes for a row or column of a tile.
     assert read <= traffic.read / x.numel() <= read * 1.05
     assert written <= traffic.written / x.numel() <= written * 1.05
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="counted in the interpreter")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("bad", [1.0, math.nan, math.inf])
+def test_a_cast_with_an_agreed_amax_reads_once(dtype: torch.dtype, bad: float) -> None:
+    x = matrix(131, 272, dtype)
+    agreed = (x.float().abs().max() * 3 * bad).reshape(1).view(torch.int32)
+    args = (x, agreed, torch.float8_e4m3fn, TENSOR, NONE, False)
+    with Traffic() as traffic:
+        data, scale, *_ = launch.cast_with(*args)
+    plain, plain_scale, *_ = reference.cast_with(*args)
+    assert torch.equal(data.float().nan_to_num(-1), plain.float().nan_to_num(-1))
+    assert torch.equal(scale.nan_to_num(-1), plain_scale.nan_to_num(-1))
+    assert dtype.itemsize <= traffic.read / x.numel() <= dtype.itemsize * 1.05
+    assert 1 <= traffic.written / x.numel() <= 1.05
 
 
 # ---- compiled for GPUs that are not here

@@ -144,6 +144,9 @@ class Float8Format(Format):
         shared = not config.is_axiswise or use.contracted == sharded
         return config.is_dynamic and shared and not self.power_of_2
 
+    def shares_amax(self, operand: OperandName) -> bool:
+        return all(config.is_dynamic and not config.is_axiswise for config in self._casts(operand))
+
     def amaxes(self, x: Tensor, uses: Iterable[Use]) -> dict[Use, Tensor]:
         whole = None
         amaxes: dict[Use, Tensor] = {}
