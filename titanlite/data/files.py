@@ -132,7 +132,7 @@ def open_file(file: Path) -> IO[bytes]:
         if file.suffix.lower() == ".gz":
             return cast(IO[bytes], gzip.open(file, "rb"))
         if file.suffix.lower() == ".zst":
-            import pyarrow  # it comes with `datasets`
+            import pyarrow
 
             with file.open("rb") as stream:
                 if not stream.read(1):  # no frame at all is an error to zstd

@@ -92,7 +92,7 @@ class ParquetReader:
 @contextmanager
 def _parquet(file: Path) -> Iterator[ParquetFile | None]:
     """Open a parquet file; None for a file without a byte."""
-    import pyarrow  # it comes with `datasets`
+    import pyarrow
     from pyarrow.parquet import ParquetFile
 
     if not file.stat().st_size:
