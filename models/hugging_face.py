@@ -193,8 +193,9 @@ class DecoderFiles:
         for key, value in {"architectures": [self.architecture], **self.fixed}.items():
             stated.only(key, value)
         kinds = stated.get("layer_types")
-        if kinds is not None and (self.window or kinds != ["full_attention"] * stated.size("num_hidden_layers", True)):
-            raise stated.unsupported("layer_types", "all layers have the same attention")
+        kind = "sliding_attention" if self.window and stated.get("sliding_window") else "full_attention"
+        if kinds is not None and kinds != [kind] * stated.size("num_hidden_layers", True):
+            raise stated.unsupported("layer_types", f"must be {kind} for all layers")
 
     def check(self, args: DecoderArgs, config: Mapping[str, Any]) -> None:
         """Check that ``config.json`` describes the model ``args``; the sequence length may differ.

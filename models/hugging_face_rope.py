@@ -15,7 +15,7 @@ Scaling = RopeScaling | YarnScaling
 _ORIGINAL = {"original_max_seq_len": "original_max_position_embeddings"}
 _LLAMA3 = {name: name for name in ("factor", "low_freq_factor", "high_freq_factor")} | _ORIGINAL
 _YARN = {name: name for name in ("factor", "beta_fast", "beta_slow", "attention_factor")} | _ORIGINAL
-_COMMON = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
+_COMMON = {"rope_type", "type", "rope_theta", "partial_rotary_factor", "truncate"}
 
 
 def rope_to_config(scaling: Scaling | None) -> dict[str, Any] | None:
@@ -62,6 +62,8 @@ def rope_from_config(
     if kind == "default":
         return theta, None, share
     keys = _YARN if kind == "yarn" else _LLAMA3
+    if kind == "yarn":
+        rope.only("truncate", True)
     for name in stated:
         if name not in _COMMON and name not in keys.values() and stated[name] is not None:
             raise rope.unsupported(name, f"is not computed; of a {kind} scaling are {', '.join(keys.values())}")

@@ -69,6 +69,13 @@ class DecoderArgs:
             return names, f"{self.rotary_size} features of a head would be rotated: must be even, and above 0"
         if self.sliding_window is not None and self.sliding_window < 1:
             return ("sliding_window",), f"a window has at least 1 position, and this one {self.sliding_window}"
+        lowest = 1 if isinstance(self.rope_scaling, YarnScaling) else 0
+        if self.rope_theta <= lowest:
+            return ("rope_theta",), f"rope_theta = {self.rope_theta} must be above {lowest}"
+        if self.rope_scaling is not None and any(
+            number <= 0 for number in vars(self.rope_scaling).values() if number is not None
+        ):
+            return ("rope_scaling",), f"the numbers of {self.rope_scaling} must be above 0"
         return None
 
     def configured(self, vocab_size: int, seq_len: int) -> DecoderArgs:

@@ -359,6 +359,11 @@ class Compile:
     """On GPUs: fuse by rules for transformer blocks, which move fewer bytes in fewer launches (docs/performance.md);
     false: by the compiler's own rules alone."""
 
+    @property
+    def fuses_blocks(self) -> bool:
+        """True if the code for GPUs is fused by rules for transformer blocks."""
+        return self.block_fusion and self.backend == "inductor"
+
 
 @dataclass
 class Data:

@@ -77,8 +77,8 @@ class Float8Converter:
             library_config(config, emulate=options.emulate or not native), target=mesh.target.architecture
         )
         compiling = config.compile_options("model")
-        self.compiled = compiling is not None
-        self.block_fusion = compiling is not None and compiling.block_fusion
+        self.compiled = compiling is not None and compiling.backend == "inductor"
+        self.block_fusion = compiling is not None and compiling.fuses_blocks
         reason = why_not(
             self.architecture,
             set(self.config.format.dtypes),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -90,10 +91,11 @@ def compile_blocks(blocks: nn.ModuleDict, options: Compile) -> None:
 
     On GPUs the rules of :mod:`titanlite.distributed.fusion` hold for all that is compiled from then on.
     """
-    if options.block_fusion and options.backend == "inductor" and torch.cuda.is_available():
+    fuses = options.fuses_blocks and torch.cuda.is_available()
+    if fuses or "titanlite.distributed.fusion" in sys.modules:
         from titanlite.distributed.fusion import use_block_fusion  # loads the compiler
 
-        use_block_fusion()
+        use_block_fusion(fuses)
     block: Any
     for block in blocks.values():
         block.run = compiled(block.run or block.compute, options)

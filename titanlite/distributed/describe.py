@@ -28,7 +28,8 @@ def describe(args: Any, mesh: Mesh, config: JobConfig) -> dict[str, str]:
             f"{counted(mesh.cp.size(), 'process')}, {parallelism.context_parallel_rotate_method}"
         )
     attention = []
-    if window := getattr(args, "sliding_window", None):
+    window = getattr(args, "sliding_window", None)
+    if window is not None and window < args.max_seq_len:
         attention.append(f"a sliding window of {window} positions")
     if mesh.cp.size() == 1 and attends_in_float32(args.head_size, mesh, training.mixed_precision_param):
         attention.append(f"float32, the faster one on the CPU for heads of {args.head_size}")

@@ -1,12 +1,14 @@
-"""What the compiler puts into one GPU kernel, where its own rules move bytes twice in a transformer block.
+"""What the compiler puts into one GPU kernel where its own rules move bytes twice in a transformer block.
 
 Import it only when something is compiled: it loads the compiler.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections import defaultdict
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import sympy  # type: ignore[import-untyped]
@@ -20,20 +22,22 @@ from torch._inductor.utils import sympy_product
 from torch._inductor.virtualized import V
 
 ROW_VALUES = 32768
-"""The values of one row, of all inputs together, that a kernel may keep in registers: 64 for each of 512 threads."""
+"""The values of one row, of all inputs together, that a kernel may keep in registers: 128 for each of 256 threads, with
+255 registers at most. The kernels of a Llama 3 8B block, compiled ahead for sm_90, spill none."""
 
 _OPTIONS = {
     "combo_kernels": True,
     "combo_kernel_per_subkernel_blocks": True,
-    "combo_kernel_max_num_nodes": 32,  # torch 2.11 has always 8
-    # A concatenation computed element by element reads all its inputs for each element.
+    "combo_kernel_max_num_nodes": 32,  # always 8 in torch 2.11
+    # A concatenation computed element by element computes all its inputs for each element.
     "max_pointwise_cat_inputs": 0,
-    "max_complex_pointwise_cat_inputs": 0,  # torch 2.11 has only the other limit
+    "max_complex_pointwise_cat_inputs": 0,  # always 8 in torch 2.11, where rotary embeddings are computed so
 }
 
 
 class BlockFusion(InductorChoices):
-    """Rules for kernels of normalized, quantized rows. The results are the same, but for the order of additions.
+    """Rules for kernels of normalized, quantized rows on GPUs. They change results by the order of additions, and by
+    where intermediate values are rounded to bf16.
 
     - A row that fits into registers is read once. The compiler's own limit is 1,024 columns; beyond, it reads a row
       once for its sum or amax, and again for what depends on that.
@@ -45,40 +49,58 @@ class BlockFusion(InductorChoices):
 
     @staticmethod
     def should_use_persistent_reduction(features: SIMDKernelFeatures, cooperative_reduction: bool) -> bool:
-        return _fits_into_registers(features) or InductorChoices.should_use_persistent_reduction(
-            features, cooperative_reduction
-        )
+        if inductor.triton.persistent_reductions and _fits_into_registers(features):
+            return True
+        return InductorChoices.should_use_persistent_reduction(features, cooperative_reduction)
 
     @staticmethod
     def can_fuse(
         scheduler: Scheduler, node1: BaseSchedulerNode, node2: BaseSchedulerNode, shared_data_score: int
     ) -> bool:
+        if not InductorChoices.can_fuse(scheduler, node1, node2, shared_data_score):
+            return False
+        if not all(node.is_gpu() and not node.is_foreach() for node in (node1, node2)):
+            return True
         for transposing, other in ((node1, node2), (node2, node1)):
             if _writes_transposed(transposing) and not _may_fuse(scheduler, transposing, other):
                 return False
-        if node1.is_reduction() and node2.is_reduction() and not _share_inputs(node1, node2):
-            return False
-        return bool(InductorChoices.can_fuse(scheduler, node1, node2, shared_data_score))
+        return not (node1.is_reduction() and node2.is_reduction()) or _share_inputs(node1, node2)
 
     def uuid(self) -> str:
-        """Return a key for the compiler's cache: another one whenever the rules change."""
-        return "titanlite.distributed.fusion 1"
+        """Return a key for the compiler's cache: another one whenever this file changes. (torch 2.11 asks for none.)"""
+        return hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
 
 
-def use_block_fusion() -> None:
-    """Let the compiler follow these rules in this process, and combine independent kernels of one kind into one launch.
-    They concern the code for GPUs only."""
-    for name, value in _OPTIONS.items():
-        if hasattr(inductor, name):
+_before: dict[str, Any] = {}  # the compiler's options that the rules have replaced
+
+
+def use_block_fusion(enabled: bool = True) -> None:
+    """Let the compiler follow these rules in this process, and combine independent kernels of one kind into one launch;
+    ``enabled`` = False: no longer.
+
+    The options of the compiler that are set for it concern the code for GPUs only. (On the CPU concatenations are
+    computed so anyway.)
+    """
+    if enabled and not _before:
+        for name, value in {**_OPTIONS, "inductor_choices_class": BlockFusion}.items():
+            if hasattr(inductor, name):
+                _before[name] = getattr(inductor, name)
+                setattr(inductor, name, value)
+        ForeachKernelSchedulerNode.set_group_algorithm_for_combo_kernels(_groups_of_a_kind)
+        V.set_choices_handler(BlockFusion())  # threads that have not compiled yet create theirs from the class
+    elif not enabled and _before:
+        for name, value in _before.items():
             setattr(inductor, name, value)
-    ForeachKernelSchedulerNode.set_group_algorithm_for_combo_kernels(_groups_of_a_kind)
-    inductor.inductor_choices_class = BlockFusion
-    V.set_choices_handler(BlockFusion())  # other threads create theirs from the class
+        _before.clear()
+        default = ForeachKernelSchedulerNode._default_group_nodes_for_combo_kernels
+        ForeachKernelSchedulerNode.set_group_algorithm_for_combo_kernels(default)
+        V.set_choices_handler(InductorChoices())
 
 
 def _groups_of_a_kind(scheduler: Scheduler) -> list[list[BaseSchedulerNode]]:
-    """Return the kernels to combine: of the groups that the compiler makes, those whose tiles have the same shape. It
-    would give all of a group the tiles of one, which for another can mean a value per sector, or spilled registers."""
+    """Return the kernels to combine: of the groups that the compiler makes, those of a kind. Those of a group have the
+    same number of warps, and torch 2.11 chooses their tiles by one hint for all. For a kernel of another kind that can
+    mean spilled registers, or one value per sector of memory."""
     groups: list[list[BaseSchedulerNode]] = []
     for nodes in ForeachKernelSchedulerNode._default_group_nodes_for_combo_kernels(scheduler):
         kinds: dict[Any, list[BaseSchedulerNode]] = defaultdict(list)
@@ -89,12 +111,12 @@ def _groups_of_a_kind(scheduler: Scheduler) -> list[list[BaseSchedulerNode]]:
 
 
 def _kind(node: BaseSchedulerNode) -> object:
-    """Return a key that is equal for kernels whose tiles have the same shape."""
+    """Return a key that is equal for kernels that want the same tiles and warps."""
     if not node.is_reduction():
         return "elementwise"
     rows, columns = node.group[1]
     if _rows_fit(_parts(node), rows, columns):
-        return "rows"
+        return "rows", columns
     hints = {part.node.data.reduction_hint for part in _parts(node) if part.is_reduction()}  # type: ignore[union-attr]
     return hints.pop() if len(hints) == 1 and ReductionHint.DEFAULT not in hints else node
 
@@ -132,7 +154,7 @@ def _inputs(node: BaseSchedulerNode) -> set[str | None]:
 
 def _share_inputs(node1: BaseSchedulerNode, node2: BaseSchedulerNode) -> bool:
     """Return whether the inputs of one are among those of the other."""
-    inputs1, inputs2 = _inputs(node1), _inputs(node2)
+    inputs1, inputs2 = _inputs(node1) - set(node2.get_buffer_names()), _inputs(node2) - set(node1.get_buffer_names())
     return inputs1 <= inputs2 or inputs2 <= inputs1
 
 

@@ -87,11 +87,11 @@ def to_hugging_face(
         raise ConfigError(f'the model family "{spec.name}" has no form in transformers: nothing to convert to')
     tokenizer = tokenizer_of(description, tokenizer_path).tokenizer
     quantizer = None if quantize is None else quantizer_for(quantize, description)
-    weights = family.weights(description.args)
-    config = family.to_config(description.args)
     if verify_sums and description.files is None:
         verify(folder)
-    model, saved = outline(description)
+    model, saved = outline(description)  # checks the sizes
+    weights = family.weights(description.args)
+    config = family.to_config(description.args)
     shapes = {name: tuple(param.shape) for name, param in model.named_parameters(remove_duplicate=False)}
     with _weights_of(description, saved, weights) as get:
         quantized = None
@@ -148,8 +148,8 @@ def to_checkpoint(folder: Path, target: Path, tokenizer_path: str | None) -> str
     family, files = description.spec.hugging_face, description.files
     assert family is not None
     assert files is not None
+    outline(description)  # checks the sizes
     weights = family.weights(description.args)
-    outline(description)
     with files.opened() as get:
         state = {f"model.{name}": get(place) for name, place in weights.items()}  # as views of the files
         shape: dict[str, Any] = json.loads(json.dumps(asdict(description.args)))

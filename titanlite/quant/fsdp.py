@@ -133,8 +133,8 @@ class ShardedWeight(Tensor):
     def scale_amax(self) -> Tensor:
         """The amax of the whole weight, float32, (), all-reduced over the shards."""
         if self._amax is None or self._amax[0] != self._state:
-            amax = self.format.on(self.shard.device).amaxes(self.shard, (WEIGHT,))[WEIGHT]
             assert self.sharded_over is not None
+            amax = self.format.on(self.shard.device).amaxes(self.shard, (WEIGHT,))[WEIGHT]
             for mesh in (self.sharded_over, self.tensor_parallel):
                 if mesh is not None:
                     dist.all_reduce(amax, op=dist.ReduceOp.MAX, group=mesh.get_group())

@@ -160,7 +160,9 @@ class RunFolder:
         if shape is not None:
             folder = self.path / HF_CONFIG
             folder.mkdir(exist_ok=True)
-            (folder / "config.json").write_text(json.dumps(shape, indent=2) + "\n", encoding="utf-8")
+            partial = folder / ".config.json.partial"  # so that the file is there as a whole or not at all
+            partial.write_text(json.dumps(shape, indent=2) + "\n", encoding="utf-8")
+            partial.rename(folder / "config.json")
             config.model.hf_config = str(folder)
 
     def go_on(

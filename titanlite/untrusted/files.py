@@ -113,7 +113,7 @@ def is_of(value: Any, kind: Any) -> bool:
     if kind is int:
         return type(value) is int and 0 <= value < 1 << 64
     if kind is float:
-        return type(value) in (int, float) and math.isfinite(value)
+        return is_of(value, int) or (type(value) is float and math.isfinite(value))
     if get_origin(kind) is list:
         return isinstance(value, list) and all(is_of(item, get_args(kind)[0]) for item in value)
     return kind is Any or isinstance(value, get_origin(kind) or kind)

@@ -298,9 +298,9 @@ LONG = {"type": "longrope", "short_factor": [1.0], "long_factor": [2.0]}
     ("kind", "key", "value", "named"),
     [
         ("mistral", "sliding_window", 0, "sliding_window = 0: must be a whole number from 1"),
-        ("mistral", "layer_types", ["full_attention", "sliding_attention"], "all layers have the same attention"),
+        ("mistral", "layer_types", ["full_attention", "sliding_attention"], "attention for all layers"),
         ("qwen2", "use_sliding_window", True, "use_sliding_window = True: must be False"),
-        ("qwen2", "layer_types", ["full_attention", "sliding_attention"], "all layers have the same attention"),
+        ("qwen2", "layer_types", ["full_attention", "sliding_attention"], "attention for all layers"),
         ("qwen2", "layer_types", 3, "layer_types = 3"),
         ("qwen3", "attention_bias", True, "attention_bias = True: must be False"),
         ("phi3", "rope_scaling", LONG, 'rope_scaling.rope_type = "longrope": must be "default"'),
@@ -327,6 +327,22 @@ def test_what_no_family_computes_is_refused_by_its_key(kind: Any, key: str, valu
         model_spec_of({"model_type": kind, **SIZES, key: value})
     assert named in str(refusal.value)
     assert "config.json" in str(refusal.value)
+
+
+def test_the_original_length_is_that_of_the_scaling() -> None:
+    import transformers
+
+    yarn = {"rope_type": "yarn", "factor": 4.0, "truncate": True, "original_max_position_embeddings": 64}
+    config = {**SIZES, "max_position_embeddings": 256, "original_max_position_embeddings": 32, "rope_scaling": yarn}
+    _, args = model_spec_of({"model_type": "llama", **config})
+    assert args.rope_scaling.original_max_seq_len == 64
+    theirs = transformers.LlamaConfig(**config).rope_parameters
+    assert theirs["original_max_position_embeddings"] == 64
+
+
+def test_layers_that_all_have_the_window_may_say_so() -> None:
+    kinds = {"layer_types": ["sliding_attention"] * 2, "sliding_window": 8}
+    assert model_spec_of({"model_type": "mistral", **SIZES, **kinds})[1].sliding_window == 8
 
 
 @pytest.mark.parametrize(
