@@ -290,9 +290,10 @@ def test_8b_takes_less_than_a_minute_and_no_memory_to_speak_of() -> None:
 @pytest.mark.parametrize("recipe", ["tensorwise", "rowwise", "rowwise_with_gw_hp"])
 def test_float8_of_gpus_is_estimated_without_one(recipe: str, compile: str) -> None:
     """No kernels can be timed, and the casts are the operators that GPUs have kernels for."""
-    options = {"training__compile": compile, "training__seq_len": "512", "float8__kernels": "triton"}
+    options = {"training__compile": compile, "training__seq_len": "512"}
     bf16 = estimated(1, **options)
-    float8 = estimated(1, model__converters="float8", float8__recipe_name=recipe, **options)
+    converted = {"model__converters": "float8", "float8__recipe_name": recipe, "float8__kernels": "triton"}
+    float8 = estimated(1, **converted, **options)
     assert float8.about["converter float8"] == f"{recipe}, 43 of 43 linear layers"
     kept = float8.ranks[0].activations / bf16.ranks[0].activations
     assert kept < 0.95  # also with gw_hp, whose inputs stay as they are: SwiGLU's product is not among them
