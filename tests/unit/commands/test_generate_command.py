@@ -29,6 +29,7 @@ from titanlite.data.tokenizer import SHIPPED
 from titanlite.distributed import runtime
 from titanlite.distributed.mesh import Mesh, build_mesh
 from titanlite.errors import ConfigError
+from titanlite.inference.convert import convert
 from titanlite.inference.load import describe, load_model, outline
 from titanlite.models.layers import Decoder, DecoderArgs
 from titanlite.models.llama3.spec import FLAVORS
@@ -109,13 +110,19 @@ def test_descriptions_that_cannot_be_used(tmp_path: Path, about: dict[str, Any],
 
 @pytest.mark.parametrize(
     "sizes",
-    [{"partial_rotary_factor": 0.4}, {"sliding_window": 0}, {"n_heads": 0}, {"n_kv_heads": 3}, {"head_dim": 1}],
+    [
+        *({"partial_rotary_factor": 0.4}, {"sliding_window": 0}, {"n_heads": 0}, {"n_kv_heads": 3}, {"head_dim": 1}),
+        *({"rope_theta": 0.0}, {"rope_scaling": {"factor": -1.0}}, {"n_layers": 1 << 60}),
+    ],
     ids=str,
 )
 def test_sizes_that_do_not_fit_together(tmp_path: Path, sizes: dict[str, Any]) -> None:
     write(tmp_path / "step-1", ARGS["gqa"], args={**asdict(ARGS["gqa"]), **sizes})
-    with pytest.raises(ConfigError, match="no model can be built of its sizes"):
-        outline(describe(tmp_path / "step-1"), tmp_path / "step-1")
+    message = "layers, more than" if "n_layers" in sizes else "no model can be built of its sizes"
+    with pytest.raises(ConfigError, match=message):
+        outline(describe(tmp_path / "step-1"))
+    with pytest.raises(ConfigError, match=message):
+        convert(tmp_path / "step-1", tmp_path / "converted", verify_sums=False, tokenizer_path=str(SHIPPED))
 
 
 def test_a_damaged_description_is_not_believed(tmp_path: Path) -> None:
