@@ -116,7 +116,7 @@ def _kind(node: BaseSchedulerNode) -> object:
         return "elementwise"
     rows, columns = node.group[1]
     if _rows_fit(_parts(node), rows, columns):
-        return "rows", columns
+        return "rows", int(columns) > 1024  # above, they take all the warps there are
     hints = {part.node.data.reduction_hint for part in _parts(node) if part.is_reduction()}  # type: ignore[union-attr]
     return hints.pop() if len(hints) == 1 and ReductionHint.DEFAULT not in hints else node
 
