@@ -47,5 +47,9 @@ def cut(text: str) -> Iterator[str]:
     if len(text) <= PIECE_BYTES // 4:  # a character has at most 4 bytes
         yield text
         return
-    for piece in pieces(io.BytesIO(text.encode("utf-8", "surrogatepass"))):
-        yield piece.decode("utf-8", "surrogatepass")
+    begin = 0
+    while begin < len(text):  # no copy of the whole text: a piece depends on at most this many characters
+        window = text[begin : begin + PIECE_BYTES + _LONGEST_REST].encode("utf-8", "surrogatepass")
+        piece = next(pieces(io.BytesIO(window))).decode("utf-8", "surrogatepass")
+        begin += len(piece)
+        yield piece

@@ -8,7 +8,8 @@ import io
 import logging
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from fnmatch import fnmatchcase
 from functools import cache
 from pathlib import Path
 from typing import IO, cast
@@ -79,17 +80,32 @@ def find_files(path: str, suffixes: tuple[str, ...]) -> list[Path]:
     return files
 
 
-def _walk(folder: str) -> Iterator[Path]:
-    """Yield the files below ``folder`` that are not hidden. A link to a folder is followed, unless it leads back up."""
-    for parent, folders, names in os.walk(folder, followlinks=True):
-        here = os.path.realpath(parent)
-        folders[:] = [name for name in folders if not name.startswith(".") and not _leads_up(Path(parent, name), here)]
-        yield from (Path(parent, name) for name in names if not name.startswith("."))
+def _walk(folder: str, *, hidden: bool = False, way: tuple[str, ...] = ()) -> Iterator[Path]:
+    """Yield the files below ``folder``.
 
+    A link to a folder is followed, unless it leads to one on the way to it, or above: that would never end.
 
-def _leads_up(folder: Path, here: str) -> bool:
-    """Return True if ``folder`` is a link to ``here``, the real path of its parent, or to a folder above that."""
-    return folder.is_symlink() and os.path.commonpath([target := os.path.realpath(folder), here]) == target
+    Args:
+        hidden: with those whose name, or a folder's, begins with a dot.
+        way: the real paths of the folders that led here.
+
+    Raises:
+        ConfigError: a folder cannot be read.
+    """
+    here = os.path.realpath(folder)
+    if any(os.path.commonpath([here, above]) == here for above in way):
+        return
+    try:
+        names = sorted(os.listdir(folder))
+    except OSError as error:
+        raise unreadable(Path(folder), error) from error
+    for name in names:
+        if hidden or not name.startswith("."):
+            path = os.path.join(folder, name)
+            if os.path.isdir(path):
+                yield from _walk(path, hidden=hidden, way=(*way, here))
+            else:
+                yield Path(path)
 
 
 def _is_special(file: Path) -> bool:
@@ -99,12 +115,34 @@ def _is_special(file: Path) -> bool:
         return False
 
 
-def _matches(pattern: str) -> list[str]:
-    """Return the names that match a glob. Leading folders that exist under their very names are no patterns."""
+def _matches(pattern: str) -> Iterator[str | Path]:
+    """Yield the names that match a glob. Leading folders that exist under their very names are no patterns."""
     parts = Path(pattern).parts
     count = next(n for n in range(len(parts), -1, -1) if os.path.isdir(os.path.join("", *parts[:n])) or n == 0)
-    escaped = (glob.escape(part) for part in parts[:count])
-    return glob.glob(os.path.join("", *escaped, *parts[count:]), recursive=True)
+    escaped = [glob.escape(part) for part in parts[:count]]
+    depth = parts.index("**", count) if "**" in parts[count:] else len(parts)
+    begin, rest = os.path.join("", *escaped, *parts[count:depth]), parts[depth:]
+    if not rest:
+        yield from glob.iglob(begin)
+        return
+    # Not with glob, which follows links in circles.
+    for folder in glob.iglob(begin or "."):
+        if os.path.isdir(folder):
+            files = _walk(folder, hidden=any(part.startswith(".") for part in rest))
+            yield from (file for file in files if _fits(file.relative_to(folder).parts, rest))
+
+
+def _fits(names: Sequence[str], patterns: Sequence[str]) -> bool:
+    """Return True if the parts of a path match those of a glob: ``**`` any number of them, ``*`` none that is hidden,
+    as in the module glob."""
+    if not patterns:
+        return not names
+    if patterns[0] == "**":
+        visible = next((i for i, name in enumerate(names) if name.startswith(".")), len(names))
+        rests = (names[i:] for i in range(visible + 1))
+        return (len(patterns) == 1 and visible == len(names)) or any(_fits(rest, patterns[1:]) for rest in rests)
+    is_hidden = bool(names) and names[0].startswith(".") and not patterns[0].startswith(".")
+    return bool(names) and not is_hidden and fnmatchcase(names[0], patterns[0]) and _fits(names[1:], patterns[1:])
 
 
 @cache  # once, although each process, and validation too, finds its own files
@@ -137,7 +175,7 @@ def open_file(file: Path) -> IO[bytes]:
             with file.open("rb") as stream:
                 if not stream.read(1):  # no frame at all is an error to zstd
                     return io.BytesIO()
-            return io.BufferedReader(pyarrow.CompressedInputStream(pyarrow.OSFile(str(file)), "zstd"))
+            return io.BufferedReader(pyarrow.CompressedInputStream(pyarrow.OSFile(os.fsencode(file)), "zstd"))
         return file.open("rb")
     except OSError as error:
         raise unreadable(file, error) from error

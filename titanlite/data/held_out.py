@@ -7,6 +7,8 @@ from collections.abc import Iterator
 
 from titanlite.data.sources import MIN_DOCUMENTS, Position, RandomAccessSource, Source, largest_divisor
 
+_BLOCK = 1 << 20  # characters to encode at a time
+
 
 def is_held_out(text: str, percent: float) -> bool:
     """Return True if a document belongs to the ``percent`` of all documents that are held out.
@@ -14,8 +16,10 @@ def is_held_out(text: str, percent: float) -> bool:
     The decision depends only on a hash of the text. It is therefore the same in every source, for every seed, order and
     number of processes, and for all copies of the document.
     """
-    digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
-    return int.from_bytes(digest, "big") < percent / 100 * 2**64
+    digest = hashlib.blake2b(digest_size=8)
+    for begin in range(0, len(text), _BLOCK):
+        digest.update(text[begin : begin + _BLOCK].encode("utf-8", "surrogatepass"))
+    return int.from_bytes(digest.digest(), "big") < percent / 100 * 2**64
 
 
 class PartOfSource(Source):

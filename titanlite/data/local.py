@@ -40,7 +40,8 @@ class _FilesSource(RandomAccessSource):
         try:
             return self.decode(data)
         except Corrupt as fault:
-            self.corrupt(f"{file}, line {line_at(file, begin + fault.offset)}", fault)
+            offset = begin + fault.offset
+            self.corrupt(lambda: f"{file}, line {line_at(file, offset)}", fault)
             return None
 
     def first_documents(self) -> Iterator[tuple[str, Corrupt | None]]:

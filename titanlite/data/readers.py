@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import islice, repeat
@@ -19,13 +20,13 @@ from titanlite.data.records import (
     text_of_line,
     text_of_record,
 )
-from titanlite.data.spans import array_spans, read_span
+from titanlite.data.spans import array_spans, compressed_array, element_spans, read_span
 
 if TYPE_CHECKING:
     from pyarrow.parquet import ParquetFile
 
 _BUFFER = 1 << 20
-_ROWS = 64  # of a parquet file at a time: a few, because a row can be long
+_BATCH_BYTES = 1 << 24  # of a parquet file at a time, as far as its metadata tell
 
 
 class Reader(Protocol):
@@ -69,24 +70,36 @@ class ParquetReader:
             names = table.schema_arrow.names
             if names.count(self._field) != 1:
                 twice = f'two columns "{self._field}"'
-                fault = Corrupt(twice if self._field in names else no_field(self._field, names), "no field")
-                yield from repeat(fault, table.metadata.num_rows - first)
+                problem = twice if self._field in names else no_field(self._field, names)
+                yield from repeat(problem, table.metadata.num_rows - first)
                 return
             group = 0
             while group < table.num_row_groups and (rows := table.metadata.row_group(group).num_rows) <= first:
                 group, first = group + 1, first - rows
             groups = range(group, table.num_row_groups)
-            for batch in table.iter_batches(_ROWS, groups, columns=[self._field], use_threads=False):
+            for batch in table.iter_batches(
+                _rows(table, self._field), groups, columns=[self._field], use_threads=False
+            ):
                 yield from batch.column(self._field)[first:]
                 first = max(0, first - len(batch))
 
     def text(self, record: Any) -> str:
-        if isinstance(record, Corrupt):
-            raise record
+        if isinstance(record, str):  # the problem of the whole file
+            raise Corrupt(record, "no field")
         try:
             return text_of_record({self._field: record.as_py()}, self._field)
         except UnicodeDecodeError as error:
             raise Corrupt(f"invalid UTF-8 ({error.reason})", "utf-8") from None
+
+
+def _rows(table: ParquetFile, field: str) -> int:
+    """Return how many rows to read at a time: at most 64, and fewer where the column ``field`` has long ones."""
+    data = table.metadata
+    leaves = (data.schema.column(i).path for i in range(data.num_columns))
+    columns = [i for i, path in enumerate(leaves) if path == field or path.startswith(f"{field}.")]
+    groups = [group for i in range(table.num_row_groups) if (group := data.row_group(i)).num_rows]
+    sizes = (sum(group.column(i).total_uncompressed_size for i in columns) // group.num_rows for group in groups)
+    return max(1, min(64, _BATCH_BYTES // max(1, *sizes, 1)))
 
 
 @contextmanager
@@ -98,12 +111,12 @@ def _parquet(file: Path) -> Iterator[ParquetFile | None]:
     if not file.stat().st_size:
         yield None
         return
-    with pyarrow.OSFile(str(file)) as stream, ParquetFile(stream, buffer_size=_BUFFER) as table:
+    with pyarrow.OSFile(os.fsencode(file)) as stream, ParquetFile(stream, buffer_size=_BUFFER) as table:
         yield table
 
 
 class LinesReader:
-    """JSON lines, possibly compressed; and JSON arrays that are not."""
+    """JSON lines, or a JSON array; possibly compressed."""
 
     noun = "document"
 
@@ -114,9 +127,11 @@ class LinesReader:
         return sum(1 for _ in islice(self.records(file, 0), at_most))
 
     def records(self, file: Path, first: int) -> Iterator[bytes]:
-        elements = None if is_compressed(file) else array_spans(file)
+        content = compressed_array(file) if is_compressed(file) else None
+        elements = array_spans(file) if content is None and not is_compressed(file) else element_spans(content)
         if elements is not None:
-            yield from (read_span(file, int(begin), int(end)) for begin, end in elements[first:])
+            spans = ((int(begin), int(end)) for begin, end in elements[first:])
+            yield from (read_span(file, *span) if content is None else content[slice(*span)] for span in spans)
             return
         with open_file(file) as stream:
             yield from islice((line for line in _lines(stream) if not is_blank(line)), first, None)

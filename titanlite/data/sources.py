@@ -101,22 +101,25 @@ class Source(ABC):
         """Yield the location of each document in the order of the files, and what is wrong with it; for messages."""
         return iter(())
 
-    def corrupt(self, location: str, fault: Corrupt) -> None:
+    def corrupt(self, locate: Callable[[], str], fault: Corrupt) -> None:
         """Report a corrupt document: raise ConfigError, or count it and log a warning for the first one.
 
         The order of the documents is random, so the error names the first document in the files that has the fault.
+
+        Args:
+            locate: returns the place of the document. It may read the file up to there, so only a message calls it.
         """
         if self.options.on_corrupt == "stop":
             first = list(itertools.islice(self.first_documents(), _SURVEY))
             same = [(place, other) for place, other in first if other is not None and other.kind == fault.kind]
-            location, fault = same[0] if same else (location, fault)
+            location, fault = same[0] if same else (locate(), fault)
             extent = f" (so are {len(same)} of the first {len(first)} documents)" if len(same) > 1 else ""
             raise ConfigError(
                 f"{location}: {fault}{extent}; correct the file, or leave out such documents with "
                 'data.on_corrupt = "skip"'
             )
         if self._skipped == 0:
-            logger.warning(f'{location}: {fault}; left out, and so is every other one (data.on_corrupt = "skip")')
+            logger.warning(f'{locate()}: {fault}; left out, and so is every other one (data.on_corrupt = "skip")')
         self._skipped += 1
 
     def differs_from_older(self, location: str, difference: str) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from titanlite.data.cut import PIECE_BYTES, rest_of_piece
-from titanlite.data.files import unreadable
+from titanlite.data.files import open_file, unreadable
 from titanlite.data.records import LONGEST_RECORD, is_blank
 from titanlite.errors import ConfigError
 
@@ -53,24 +53,51 @@ def array_spans(file: Path) -> NDArray[np.int64] | None:
     try:
         size = file.stat().st_size
         with file.open("rb") as stream:
-            head = stream.read(_ENDS).removeprefix(b"\xef\xbb\xbf").lstrip()
+            head = stream.read(_ENDS)
             stream.seek(max(0, size - _ENDS))
-            if not (head.startswith(b"[") and stream.read(_ENDS).rstrip().endswith(b"]")):
+            if not (_begins_array(head) and stream.read(_ENDS).rstrip().endswith(b"]")):
                 return None
             if size > LONGEST_RECORD:
-                raise ConfigError(
-                    f"{file} is a JSON array of more than {LONGEST_RECORD >> 20} MiB; write one object per line, for "
-                    "example with: jq -c '.[]'"
-                )
+                raise _too_large(file)
             stream.seek(0)
-            # One character per byte, so that places are bytes; the structure of JSON is ASCII.
-            text = stream.read().decode("latin-1")
+            content = stream.read()
     except OSError as error:
         raise unreadable(file, error) from error
-    return _elements(text)
+    return element_spans(content)
 
 
-def _elements(text: str) -> NDArray[np.int64] | None:
+def compressed_array(file: Path) -> bytes | None:
+    """Return the bytes of a compressed file that is one JSON array; None for another file.
+
+    Raises:
+        ConfigError: what begins as an array is too large to find its elements.
+    """
+    with open_file(file) as stream:
+        head = stream.read(_ENDS)
+        if not _begins_array(head):
+            return None
+        content = head + stream.read(LONGEST_RECORD + 1 - len(head))
+    if len(content) > LONGEST_RECORD:
+        raise _too_large(file)
+    return content if content.rstrip().endswith(b"]") else None
+
+
+def _begins_array(head: bytes) -> bool:
+    return head.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"[")
+
+
+def _too_large(file: Path) -> ConfigError:
+    return ConfigError(
+        f"{file} is a JSON array of more than {LONGEST_RECORD >> 20} MiB; write one object per line, for "
+        "example with: jq -c '.[]'"
+    )
+
+
+def element_spans(content: bytes | None) -> NDArray[np.int64] | None:
+    """Return int64 [elements, 2] for the bytes of a JSON array; None for other lines that end in a bracket."""
+    if content is None:
+        return None
+    text = content.decode("latin-1")  # one character per byte, so that places are bytes; JSON's structure is ASCII
     decoder, at = json.JSONDecoder(), text.index("[") + 1
     spans: list[tuple[int, int]] = []
     while True:

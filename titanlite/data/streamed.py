@@ -7,6 +7,7 @@ import logging
 from abc import abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -74,7 +75,7 @@ class StreamedSource(Source):
                     try:
                         text = self.text_of(record)
                     except Corrupt as fault:
-                        self.corrupt(self.location(file, row), fault)
+                        self.corrupt(partial(self.location, file, row), fault)
                     else:
                         yield Position(part, row), text
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import gzip
 import json
 import logging
@@ -154,6 +155,115 @@ def test_a_folder_that_links_to_itself(tmp_path: Path) -> None:
     (tmp_path / "deep" / "up").symlink_to(tmp_path)
     (tmp_path / "deep" / "self").symlink_to(".")
     assert read("text", tmp_path) == ["A"]
+
+
+@pytest.mark.parametrize("pattern", ["", "**/*.txt", "**/**/?.txt", "**"])
+def test_folders_that_link_to_each_other(tmp_path: Path, pattern: str) -> None:
+    for one, other in (("a", "b"), ("b", "a")):
+        (tmp_path / one).mkdir()
+        (tmp_path / one / f"{one}.txt").write_text(one)
+        (tmp_path / one / f"to_{other}").symlink_to(f"../{other}")
+    assert sorted(read("text", tmp_path / pattern)) == ["a", "a", "b", "b"]  # each by its name, and by the link
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    ["**/*.txt", "**", "**/.h/*.txt", "**/.*", "a/**/?.txt", "*/**/b/*", "?/**/a/**/*.txt", "**/[ab]/*", ".h/**/*.txt"],
+)
+def test_a_pattern_for_any_depth_is_that_of_the_module_glob(tmp_path: Path, pattern: str) -> None:
+    for folder in ("", "a", "a/b", "a/b/a", "b", "b/.h", ".h", ".h/a", "a/.h/b"):
+        (tmp_path / folder).mkdir(parents=True, exist_ok=True)
+        for name in ("x.txt", ".y.txt", "z.rst"):
+            (tmp_path / folder / name).write_text(f"{folder}/{name}")
+    matches = {Path(match) for match in glob.glob(f"{tmp_path}/{pattern}", recursive=True)}
+    files = sorted(str(file.relative_to(tmp_path).parent) + "/" + file.name for file in matches if file.is_file())
+    assert sorted(text if text[0] != "/" else f".{text}" for text in read("text", tmp_path / pattern)) == files
+
+
+@pytest.mark.parametrize("pattern", ["", "**/*.txt"])
+def test_a_folder_that_cannot_be_read_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pattern: str) -> None:
+    (tmp_path / "a.txt").write_text("A")
+    (tmp_path / "closed").mkdir()
+    listed = os.listdir
+
+    def refusing(folder: str) -> list[str]:  # root may read every folder
+        if Path(folder).name == "closed":
+            raise PermissionError(13, "Permission denied", folder)
+        return listed(folder)
+
+    monkeypatch.setattr(os, "listdir", refusing)
+    with pytest.raises(ConfigError, match="closed cannot be read"):
+        read("text", tmp_path / pattern)
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "a.txt.zst", "a.jsonl.gz", "a.txt"])
+def test_a_path_that_is_no_utf8(tmp_path: Path, name: str) -> None:
+    folder = Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff"))
+    folder.mkdir()
+    write_parquet(tmp_path / "a.parquet", ["A"])  # pyarrow alone cannot write into the folder
+    write_zstd(tmp_path / "a.txt.zst", b"A")
+    for file in ("a.parquet", "a.txt.zst"):
+        (tmp_path / file).rename(folder / file)
+    (folder / "a.jsonl.gz").write_bytes(gzip.compress(lines(["A"])))
+    (folder / "a.txt").write_text("A")
+    source = {"parquet": "parquet", "jsonl": "json", "txt": "text"}[name.split(".")[1]]
+    assert read(source, folder / name) == ["A"]
+
+
+def test_a_compressed_json_array(tmp_path: Path) -> None:
+    documents = ["A", "ü]", "C" * 10_000, ""]
+    array = json.dumps([{"text": text} for text in documents], indent=1, ensure_ascii=False).encode()
+    for name, data in (("a", array), ("mark", b"\xef\xbb\xbf" + array), ("empty", b"[]")):
+        (tmp_path / f"{name}.json").write_bytes(data)
+        (tmp_path / f"{name}.json.gz").write_bytes(gzip.compress(data))
+        write_zstd(tmp_path / f"{name}.json.zst", data)
+    for name in ("a", "mark"):
+        for suffix in ("json", "json.gz", "json.zst"):
+            assert sorted(read("json", tmp_path / f"{name}.{suffix}")) == sorted(documents)
+    source = build_source("json", path=str(tmp_path / "a.json.gz"), seed=0)
+    everything = list(source.documents(0, 1, 0, START))
+    assert list(source.documents(0, 1, 0, everything[2][0])) == everything[2:]
+    with pytest.raises(ConfigError, match="no document"):
+        read("json", tmp_path / "empty.json.gz")
+
+
+def test_a_compressed_json_array_of_absurd_size_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from titanlite.data import spans
+
+    monkeypatch.setattr(spans, "LONGEST_RECORD", 10_000)
+    (tmp_path / "a.json.gz").write_bytes(gzip.compress(b"[" + b" " * 20_000))
+    with pytest.raises(ConfigError, match="is a JSON array of more than"):
+        read("json", tmp_path / "a.json.gz")
+
+
+def test_places_are_computed_for_messages_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To find the line of each document that is left out would take the square of their number."""
+    from titanlite.data import local
+
+    places: list[int] = []
+    line_at = local.line_at
+
+    def noting(file: Path, offset: int) -> int:
+        places.append(offset)
+        return line_at(file, offset)
+
+    monkeypatch.setattr(local, "line_at", noting)
+    (tmp_path / "a.jsonl").write_bytes(b'{"other": 1}\n{"text": "A"}\n' * 50)
+    assert read("json", tmp_path / "a.jsonl", on_corrupt="skip") == ["A"] * 50
+    assert len(places) == 1
+
+
+def test_few_rows_at_a_time_where_parquet_rows_are_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from titanlite.data import readers
+
+    monkeypatch.setattr(readers, "_BATCH_BYTES", 16_000)
+    file = tmp_path / "a.parquet"
+    table = pyarrow.table({"text": [f"{i} " * 1500 for i in range(10)], "wide": [[f"{i} " * 9000] for i in range(10)]})
+    pyarrow.parquet.write_table(table, file, use_dictionary=False, write_statistics=False)
+    with pyarrow.parquet.ParquetFile(file) as opened:
+        assert readers._rows(opened, "text") == 5  # 3,000 bytes and a little
+        assert readers._rows(opened, "wide") == 1
+    assert [text[0] for text in read("parquet", file)] == list("0123456789")
 
 
 @pytest.mark.parametrize("name", ["text", "json", "parquet"])
