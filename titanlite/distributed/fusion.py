@@ -114,7 +114,8 @@ def _kind(node: BaseSchedulerNode) -> object:
     """Return a key that is equal for kernels that want the same tiles and warps."""
     if not node.is_reduction():
         return "elementwise"
-    rows, columns = node.group[1]
+    sizes: Any = node.group[1]
+    rows, columns = sizes
     if _rows_fit(_parts(node), rows, columns):
         return "rows", int(columns) > 1024  # above, they take all the warps there are
     hints = {part.node.data.reduction_hint for part in _parts(node) if part.is_reduction()}  # type: ignore[union-attr]
