@@ -76,16 +76,14 @@ def test_against_torchao(tmp_path: Path) -> None:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize(
-    ("config", "decibels"), [("bf16", 34), ("tensorwise", 20), ("rowwise", 20), ("rowwise_with_gw_hp", 20)]
-)
-def test_values_of_compiled_code(tmp_path: Path, config: str, decibels: float) -> None:
-    """The code for an absent GPU, with rules for its fusion, computes in Triton's interpreter what the CPU computes."""
+def test_values_of_compiled_code(tmp_path: Path) -> None:
+    """The code for an absent GPU, fused by our rules, computes in Triton's interpreter what the CPU computes, up to
+    the rounding of bf16."""
     sys.path.insert(0, str(ROOT / "scripts/benchmarks"))
     from absent_gpu import device
 
-    command = [sys.executable, str(Path(__file__).with_name("compiled_values.py")), f"--config={config}"]
+    command = [sys.executable, str(Path(__file__).with_name("compiled_values.py"))]
     env = {**ENVIRONMENT, **device.environment(tmp_path)}
     output = subprocess.run(command, env=env, capture_output=True, text=True, check=True, timeout=1000).stdout
     values = json.loads(output.splitlines()[-1])
-    assert min(values.values()) >= decibels, values
+    assert min(values.values()) >= 34, values
