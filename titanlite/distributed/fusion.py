@@ -1,4 +1,5 @@
-"""What the compiler puts into one GPU kernel where its own rules move bytes twice in a transformer block.
+"""Rules by which the compiler fuses the operations of a transformer block into GPU kernels, so that few bytes
+move twice.
 
 Import it only when something is compiled: it loads the compiler.
 """
@@ -22,8 +23,8 @@ from torch._inductor.utils import sympy_product
 from torch._inductor.virtualized import V
 
 ROW_VALUES = 32768
-"""The values of one row, of all inputs together, that a kernel may keep in registers: 128 for each of 256 threads, with
-255 registers at most. The kernels of a Llama 3 8B block, compiled ahead for sm_90, spill none."""
+"""The values of one row, of all inputs together, that a kernel may keep in registers: 128 for each of 256 threads,
+which have 255 registers each."""
 
 _OPTIONS = {
     "combo_kernels": True,

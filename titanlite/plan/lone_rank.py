@@ -1,4 +1,4 @@
-"""What lets one process build and run the part of one rank, when the other ranks and the GPU do not exist."""
+"""Stand-ins for other ranks and for the GPU, with which one process builds and runs the part of one rank."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ class NamesCode(ConfigError):
 
 
 class Record:
-    """What a pickle says of an object: the ``kind`` (module and name), the arguments and the state. It is data."""
+    """An object as a pickle describes it, as data: the ``kind`` (module and name), the arguments and the state."""
 
     kind = ""
     args: tuple[Any, ...] = ()
