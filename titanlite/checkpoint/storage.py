@@ -332,11 +332,28 @@ def load(
 
 def copy_into(state: Mapping[str, Tensor], saved: Mapping[str, SavedTensor], folder: Path) -> None:
     """Copy the parts that this process holds of the tensors of ``state``, which are in ``saved`` by the same names. The
-    files are read one after the other, each from its beginning to its end.
+    files are read one after the other, each from its beginning to its end. Of names that share one tensor, as tied
+    weights do, all are read and compared.
 
     Raises:
-        DamagedCheckpoint: a file is missing, or cannot be read.
+        DamagedCheckpoint: a file is missing, or cannot be read, or weights that the model ties differ.
     """
+    names: dict[int, str] = {}
+    first_name = {name: names.setdefault(local_part(t)[0].data_ptr() or id(t), name) for name, t in state.items()}
+    for target, part, _ in _parts({name: state[name] for name in names.values()}, saved, folder):
+        target.copy_(part)
+    tied = {name: tensor for name, tensor in state.items() if first_name[name] != name}
+    for target, part, name in _parts(tied, saved, folder):
+        if not torch.equal(target, part.to(target)):
+            raise DamagedCheckpoint(
+                folder, [f"{name} and {first_name[name]} are one weight in the model, and differ in the checkpoint"]
+            )
+
+
+def _parts(
+    state: Mapping[str, Tensor], saved: Mapping[str, SavedTensor], folder: Path
+) -> Iterator[tuple[Tensor, Tensor, str]]:
+    """Yield views of the local tensors of ``state``, what the files hold for each of them, and its name."""
     requests = [
         (chunk, name, box)
         for name, tensor in state.items()
@@ -351,7 +368,8 @@ def copy_into(state: Mapping[str, Tensor], saved: Mapping[str, SavedTensor], fol
                     target, begin = local_part(state[name])
                     place = tuple(slice(o - b, o - b + n) for o, b, n in zip(offset, begin, sizes))
                     inner = [o - c for o, c in zip(offset, chunk.offset)]
-                    target[place].copy_(read_tensor(stream, chunk.start, chunk.length, chunk.shape, inner, sizes))
+                    part = read_tensor(stream, chunk.start, chunk.length, chunk.shape, inner, sizes)
+                    yield target[place], part, name
     except (Untrusted, OSError) as e:
         raise DamagedCheckpoint(folder, [str(e)]) from None
 

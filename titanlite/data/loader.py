@@ -41,6 +41,21 @@ class Batch:
 # documents of JSON and parquet, and kept byte order marks.
 _READING = 2
 
+# Entries of the identity: the options that set them, and words for those that are no option.
+_OPTIONS = {
+    "dataset": "training.dataset",
+    "seed": "training.seed",
+    "seq_len": "training.seq_len",
+    "global_batch_size": "training.global_batch_size",
+    "text_field": "data.text_field",
+    "held_out_percent": "validation.held_out_percent",
+}
+_WORDS = {
+    "content": "the content of the files (a digest of their sizes and ends)",
+    "documents": "the number of documents",
+    "files": "the number of files",
+}
+
 
 class DataLoader:
     """An endless iterator of :class:`Batch`. A thread prepares the batches ahead of time.
@@ -226,20 +241,23 @@ def _check_sizes(seq_len: int, global_batch_size: int, local_batch_size: int, dp
 def _check_identity(saved: dict[str, Any], current: dict[str, Any], local_batch_size: int, sequences: int) -> None:
     """Check that a saved place fits. ``sequences`` are those of a step that one data-parallel rank reads."""
     both: dict[str, tuple[Any, Any]] = {key: (saved.get(key), current.get(key)) for key in {**saved, **current}}
-    changed = {key: (old, new) for key, (old, new) in both.items() if old != new}
+    # A state without these is of a titanlite that did not save them.
+    unsaved = {"content", "text_field"} - saved.keys()
+    changed = {key: (old, new) for key, (old, new) in both.items() if old != new and key not in unsaved}
     if not changed:
         return
-    key, value, fix = "", None, "restore that"
+    name, fix = next(iter(changed)), "restore that"
     if "global_batch_size" in changed:
-        key, (before, value) = "training.global_batch_size", changed["global_batch_size"]
+        name = "global_batch_size"
         changed.pop("num_shards", None)  # follows from it
-        fix = _restoring(int(before), local_batch_size, current["global_batch_size"] // sequences)
-    differences = ", ".join(f"{name} was {old}, is {new}" for name, (old, new) in changed.items())
+        fix = _restoring(int(changed[name][0]), local_batch_size, current[name] // sequences)
+    differences = ", ".join(f"{_WORDS.get(key, key)} was {old}, is {new}" for key, (old, new) in changed.items())
+    key = _OPTIONS.get(name, "")
     raise ConfigError(
         f"the checkpoint's place in the data does not fit this run: {differences}; {fix}, or start the data afresh "
         'with the checkpoint\'s weights: checkpoint.exclude_from_loading = ["dataloader"]',
         key=key,
-        value=value,
+        value=changed[name][1] if key else None,
     )
 
 

@@ -60,8 +60,7 @@ class TextSource(_FilesSource):
 
     def __init__(self, options: SourceOptions, files: list[Path]) -> None:
         self._spans = [(file, begin, end) for file in files for begin, end in piece_spans(file)]
-        super().__init__(options, len(self._spans))
-        self.files = files
+        super().__init__(options, len(self._spans), files)
 
     def span(self, index: int) -> tuple[Path, int, int]:
         return self._spans[index]
@@ -77,8 +76,8 @@ class JsonSource(_FilesSource):
         indexes = [json_spans(file) for file in files]
         self._spans = np.concatenate(indexes)
         self._file_of = np.repeat(np.arange(len(files)), [len(spans) for spans in indexes])
-        super().__init__(options, len(self._spans))
-        self.files = files
+        super().__init__(options, len(self._spans), files)
+        self.identity["text_field"] = options.text_field
 
     def span(self, index: int) -> tuple[Path, int, int]:
         begin, end = (int(offset) for offset in self._spans[index])

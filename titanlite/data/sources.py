@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -17,6 +17,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from titanlite.data.files import fingerprint
 from titanlite.data.records import Corrupt
 from titanlite.errors import ConfigError
 from titanlite.registry import Registry
@@ -69,14 +70,16 @@ class Source(ABC):
 
     Attributes:
         identity: plain values. A saved position is valid in another run only if these are equal.
-        files: the local files that the source reads.
+        files: the local files that the source reads, in its order.
         continues_older: the position to continue from is of a titanlite that read some documents otherwise.
     """
 
-    def __init__(self, options: SourceOptions) -> None:
+    def __init__(self, options: SourceOptions, files: Sequence[Path] = ()) -> None:
         self.options = options
         self.identity: dict[str, str | int] = {"dataset": options.name, "seed": options.seed}
-        self.files: list[Path] = []
+        self.files = list(files)
+        if files:
+            self.identity["content"] = fingerprint(files)
         self.continues_older = False
         self._skipped = 0
 
@@ -136,8 +139,8 @@ class RandomAccessSource(Source):
     """A source with indexed documents. They are shuffled once with the seed, dealt to shards, and in every epoch each
     shard is shuffled again."""
 
-    def __init__(self, options: SourceOptions, num_documents: int) -> None:
-        super().__init__(options)
+    def __init__(self, options: SourceOptions, num_documents: int, files: Sequence[Path] = ()) -> None:
+        super().__init__(options, files)
         require_documents(num_documents, options)
         self.num_documents = num_documents
         self.identity["documents"] = num_documents

@@ -5,14 +5,14 @@ from __future__ import annotations
 
 import logging
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from titanlite.data.files import JSON_SUFFIXES, find_files, open_file, require_path, with_compressed
-from titanlite.data.readers import LinesReader, ParquetReader, Reader
+from titanlite.data.files import JSON_SUFFIXES, find_files, require_path, unreadable, with_compressed
+from titanlite.data.readers import LinesReader, ParquetReader, Reader, TextReader
 from titanlite.data.records import Corrupt, text_of_record
 from titanlite.data.sources import (
     MIN_DOCUMENTS,
@@ -43,8 +43,8 @@ class StreamedSource(Source):
     the files before it.
     """
 
-    def __init__(self, options: SourceOptions, num_files: int) -> None:
-        super().__init__(options)
+    def __init__(self, options: SourceOptions, num_files: int, files: Sequence[Path] = ()) -> None:
+        super().__init__(options, files)
         self._num_parts = num_files
         self.identity["files"] = num_files
         self._order = permutation(num_files, options.seed).tolist()
@@ -85,12 +85,11 @@ class FileStream(StreamedSource):
 
     def __init__(self, options: SourceOptions, files: list[Path], reader: Reader) -> None:
         self._reader = reader
-        for file in files:
-            open_file(file).close()
         self._full = [file for file in files if self._count(file, 1)]
         require_documents(len(self._full), options)
-        super().__init__(options, len(self._full))
-        self.files = files
+        super().__init__(options, len(self._full), files)
+        if not isinstance(reader, TextReader):  # which has no fields
+            self.identity["text_field"] = options.text_field
 
     def num_shards(self, at_most: int) -> int:
         """Return the largest divisor of ``at_most`` with at least 16 documents in every shard, or else 1."""
@@ -138,6 +137,8 @@ def _reading(file: Path) -> Iterator[None]:
     except ConfigError:
         raise
     except Exception as error:  # any exception of the reader of the format
+        if isinstance(error, OSError) and error.errno is not None:
+            raise unreadable(file, error) from error
         raise ConfigError(
             f"{file}: reading failed ({_named(error)}); replace the file or leave it out of training.dataset_path"
         ) from error
@@ -148,6 +149,7 @@ class HubStream(StreamedSource):
 
     def __init__(self, options: SourceOptions, stream: IterableDataset) -> None:
         super().__init__(options, int(stream.num_shards))
+        self.identity["text_field"] = options.text_field
         self._stream = stream
 
     def num_shards(self, at_most: int) -> int:

@@ -296,6 +296,7 @@ def test_descriptions_of_other_types(folder: Path, values: dict[str, Any]) -> No
         ({"n_layers": 10_001}, "layers, more than there are tensors"),
         ({"max_seq_len": 1 << 45}, "tables of .* GiB for"),
         ({"max_seq_len": 1 << 24}, "tables of 1.0 GiB for 16,777,216 positions"),
+        ({"tie_embeddings": True}, "are one weight in the model, and differ in the checkpoint"),
     ],
 )
 def test_sizes_that_are_not_those_of_the_weights(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import subprocess
 import sys
@@ -336,8 +337,37 @@ def test_state_of_another_run_is_refused(corpus: Path) -> None:
     with pytest.raises(ConfigError, match="seed was 7, is 8"):
         make_loader(build_source("json", path=str(corpus), seed=8)).load_state_dict(state)
     corpus.write_text(corpus.read_text() + '{"text": "new"}\n')
-    with pytest.raises(ConfigError, match="documents was 140, is 141"):
+    with pytest.raises(ConfigError, match="number of documents was 140, is 141"):
         world(corpus, 1, 8)[0].load_state_dict(state)
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz"])
+def test_state_of_other_content_is_refused(tmp_path: Path, suffix: str) -> None:
+    """Files of the same number and with as many documents; a state of before these checks is taken as it is."""
+
+    def loader(folder: Path, field: str = "text") -> DataLoader:
+        return make_loader(build_source("json", path=str(folder), text_field=field, seed=0))
+
+    def write(folder: Path, words: str) -> Path:
+        opened = gzip.open if suffix.endswith(".gz") else open
+        folder.mkdir()
+        for name in ("a", "b"):
+            with opened(folder / (name + suffix), "wt") as file:
+                for i in range(40):
+                    file.write(json.dumps({"text": f"{words} {i} " * 20, "other": "no " * 50}) + "\n")
+        return folder
+
+    one, same, other = write(tmp_path / "one", "some"), write(tmp_path / "same", "some"), write(tmp_path / "x", "more")
+    state = loader(one).state_dict()
+    if suffix == ".jsonl":  # a gzip file holds its name and time
+        loader(same).load_state_dict(state)
+    with pytest.raises(ConfigError, match=r"the content of the files .* was .*, is .*exclude_from_loading"):
+        loader(other).load_state_dict(state)
+    with pytest.raises(ConfigError, match="text_field was text, is other") as caught:
+        loader(one, "other").load_state_dict(state)
+    assert (caught.value.key, caught.value.value) == ("data.text_field", "other")
+    before = {key: entry for key, entry in state["identity"].items() if key not in ("content", "text_field")}
+    loader(one).load_state_dict({**state, "identity": before})
 
 
 def test_state_of_one_rank_alone_is_refused(corpus: Path) -> None:
