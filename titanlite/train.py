@@ -36,9 +36,10 @@ from titanlite.config import (
     import_custom,
     resolve_degrees,
 )
+from titanlite.config.packing import packing_of
 from titanlite.config.run_config import CONFIG as CONFIG_TOML
 from titanlite.config.run_config import METRICS, VALIDATION
-from titanlite.data import DataLoader, build_source, merge_states
+from titanlite.data import build_source, merge_states
 from titanlite.distributed import runtime
 from titanlite.distributed.compile import CompileWatch
 from titanlite.distributed.context_parallel import ContextParallel
@@ -67,6 +68,7 @@ from titanlite.metrics.sinks import (
 from titanlite.optim import build_optimizer, build_schedule
 from titanlite.plan.least import check_memory
 from titanlite.training.build import build_loss, build_model, build_pipeline
+from titanlite.training.data import build_loader, describe_packing
 from titanlite.training.loss_watch import LossWatch, rank_of_claim
 from titanlite.training.model_shape import choose_shape
 from titanlite.training.origin import find_start
@@ -163,20 +165,12 @@ class Trainer:
             on_corrupt=data.on_corrupt,
             seed=self.seed,
         )
-        self.loader = DataLoader(
-            training_part(self.source, self.config),
-            self.tokenizer,
-            seq_len=training.seq_len,
-            global_batch_size=self.global_batch_size,
-            local_batch_size=training.local_batch_size,
-            dp_rank=self.mesh.data_parallel_rank,
-            dp_degree=self.degrees.data_parallel,
-            pin_memory=self.runtime.device.type == "cuda",
-        )
+        part = training_part(self.source, self.config)
+        self.loader = build_loader(part, self.tokenizer, self.config, self.mesh, self.runtime)
         identity = {**self.loader.identity, "tokenizer": self.tokenizer.identity["sha256"]}
         self.runtime.check_same("the data or tokenizers", identity)
         self.about["data"] = f"{training.dataset}{f' ({training.dataset_path})' if training.dataset_path else ''}"
-        self.about["packing"] = "documents that share a sequence attend to each other"
+        self.about["packing"] = describe_packing(self.config)
         self.about["tokens per step"] = (
             f"{self.global_batch_size * training.seq_len:,} = "
             f"{counted(self.global_batch_size, 'sequence')} x {training.seq_len}"
@@ -245,10 +239,13 @@ class Trainer:
             self.checkpoints.last_saved = self.step
         self.first_step = self.step + 1
 
-    def _skipped_documents(self) -> int:
-        if self.config.data.on_corrupt != "skip":  # the first one ends the run: no collective is needed
-            return 0
-        return self.runtime.sum(self.loader.skipped, self.degrees.data_parallel)
+    def _not_as_they_are(self) -> tuple[int, int]:
+        """Return how many documents are left out, and truncated, over all ranks."""
+        if self.config.data.on_corrupt != "skip" and packing_of(self.config) == "stream":
+            return 0, 0  # the first one ends the run: no collective is needed
+        counts = (self.loader.skipped, self.loader.truncated)
+        skipped, truncated = (self.runtime.sum(count, self.degrees.data_parallel) for count in counts)
+        return skipped, truncated
 
     def _lock_run_folder(self) -> None:
         self.run_folder = RunFolder(self.run_path)
@@ -347,6 +344,7 @@ class Trainer:
         largest = loss.clone() if self.runner.has_loss else torch.full_like(loss, -torch.inf)
         if self.runtime.world_size > 1:
             dist.all_reduce(largest, dist.ReduceOp.MAX)
+        skipped, truncated = self._not_as_they_are()
         latest = self.loss_watch.latest
         assert latest is not None  # _should_stop has drained
         self.recorder.log(
@@ -357,7 +355,8 @@ class Trainer:
             grad_norm=latest.grad_norm,
             lr=lr,
             skipped_steps=latest.skipped,
-            skipped_documents=self._skipped_documents(),
+            skipped_documents=skipped,
+            truncated_examples=truncated,
         )
 
     def _asked_to_stop(self) -> bool:

@@ -1,6 +1,6 @@
 """The layers that all families share. They import torch and each other."""
 
-from titanlite.models.layers.attention import Attention, AttentionSlot, Core, causal_attention, visible
+from titanlite.models.layers.attention import Attention, AttentionSlot, Core, causal_attention, document_mask, visible
 from titanlite.models.layers.decoder import LAYOUT, Block, Decoder, DecoderArgs
 from titanlite.models.layers.feed_forward import FeedForward, swiglu
 from titanlite.models.layers.init import Init
@@ -25,6 +25,7 @@ __all__ = [
     "YarnScaling",
     "apply_rope",
     "causal_attention",
+    "document_mask",
     "rope_frequencies",
     "rope_table",
     "swiglu",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +15,7 @@ from titanlite.models.layers.rotary import apply_rope
 class Core(Protocol):
     """The type of :func:`causal_attention`, and of what takes its place in a slot."""
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, window: int | None = None) -> Tensor: ...
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, window: int | None = None, documents: Any = None) -> Tensor: ...
 
 
 def visible(queries: int, keys: int, window: int | None, device: torch.device) -> Tensor:
@@ -30,14 +30,32 @@ def visible(queries: int, keys: int, window: int | None, device: torch.device) -
     return seen if window is None else seen & (column > row - window)
 
 
-def causal_attention(q: Tensor, k: Tensor, v: Tensor, window: int | None = None) -> Tensor:
+def document_mask(starts: Tensor, window: int | None = None) -> Tensor:
+    """Return which positions each position sees, bool [batch, 1, seq_len, seq_len]: those of its document.
+
+    Args:
+        starts: the position at which the document of each token begins, int64 [batch, seq_len].
+        window: as of :func:`visible`.
+    """
+    seq_len = starts.shape[1]
+    keys = torch.arange(seq_len, device=starts.device)
+    return (visible(seq_len, seq_len, window, starts.device) & (keys >= starts[:, :, None])).unsqueeze(1)
+
+
+def causal_attention(
+    q: Tensor, k: Tensor, v: Tensor, window: int | None = None, documents: Tensor | None = None
+) -> Tensor:
     """Return the causal attention of q [batch, heads, seq_len, head_dim] to k and v [batch, kv_heads, seq_len,
     head_dim]: no position sees a later one, nor one that is ``window`` or more positions before it (None: no limit).
-    Scores are scaled by ``head_dim ** -0.5``."""
+    Scores are scaled by ``head_dim ** -0.5``.
+
+    Args:
+        documents: a :func:`document_mask` with the same window; None: each sequence is one document.
+    """
     # enable_gqa also where the numbers of heads are equal: the compiler may treat them as symbols.
-    if window is None or window >= q.shape[2]:
+    if documents is None and (window is None or window >= q.shape[2]):
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-    mask = visible(q.shape[2], k.shape[2], window, q.device)
+    mask = visible(q.shape[2], k.shape[2], window, q.device) if documents is None else documents
     # A copy for each head of queries: of the kernels that take a mask, none takes fewer heads of keys.
     k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
@@ -47,9 +65,10 @@ class AttentionSlot(nn.Module):
     """A module that computes attention.
 
     Attributes:
-        core: a slot for a function ``(q, k, v, window) -> out``, by default :func:`causal_attention`. Context
-            parallelism, a cache of keys and values and the like replace it. A core that cannot compute a window raises
-            an error.
+        core: a slot for a function ``(q, k, v, window, documents) -> out``, by default :func:`causal_attention`.
+            Context parallelism, a cache of keys and values and the like replace it. A core that cannot compute a window
+            raises an error. ``documents`` is passed only if a sequence holds several: it is what the slot
+            ``mask_of`` of the decoder returned for them.
     """
 
     core: Core
@@ -93,15 +112,21 @@ class Attention(AttentionSlot):
             None if norm_eps is None else nn.RMSNorm(head_dim, eps=norm_eps) for _ in ("queries", "keys")
         )
 
-    def forward(self, x: Tensor, rope: Tensor) -> Tensor:
-        """Map ``x`` [batch, seq_len, dim] to [batch, seq_len, dim]. ``rope``: [2, seq_len, rotary_dim]."""
+    def forward(self, x: Tensor, rope: Tensor, documents: Any = None) -> Tensor:
+        """Map ``x`` [batch, seq_len, dim] to [batch, seq_len, dim].
+
+        Args:
+            rope: [2, seq_len, rotary_dim], or [2, batch, seq_len, rotary_dim] if positions differ between sequences.
+            documents: for the core; None: each sequence is one document.
+        """
         batch, seq_len, _ = x.shape
         # -1 instead of the number of heads: under tensor parallelism each device has a share of them.
         q, k, v = (linear(x).view(batch, seq_len, -1, self.head_dim) for linear in (self.wq, self.wk, self.wv))
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = apply_rope(q, rope), apply_rope(k, rope)
-        out = self.core(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), window=self.window)
+        parts = {} if documents is None else {"documents": documents}
+        out = self.core(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), window=self.window, **parts)
         return self.wo(out.transpose(1, 2).reshape(batch, seq_len, -1))  # type: ignore[no-any-return]
 
     def init_weights(self, init: Init, out_std: float) -> None:

@@ -6,11 +6,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from titanlite.models.layers.attention import Attention
+from titanlite.models.layers.attention import Attention, document_mask
 from titanlite.models.layers.feed_forward import FeedForward
 from titanlite.models.layers.init import Init
 from titanlite.models.layers.layout import Layout, Projections
@@ -119,11 +120,11 @@ class Block(nn.Module):
         self.attention_norm = nn.RMSNorm(args.dim, eps=args.norm_eps)
         self.ffn_norm = nn.RMSNorm(args.dim, eps=args.norm_eps)
 
-    def forward(self, x: Tensor, rope: Tensor) -> Tensor:
-        return self.compute(x, rope) if self.run is None else self.run(x, rope)
+    def forward(self, x: Tensor, rope: Tensor, documents: Any = None) -> Tensor:
+        return (self.run or self.compute)(x, rope, documents)
 
-    def compute(self, x: Tensor, rope: Tensor) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), rope)
+    def compute(self, x: Tensor, rope: Tensor, documents: Any = None) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), rope, documents)
         return x + self.feed_forward(self.ffn_norm(x))  # type: ignore[no-any-return]
 
     def init_weights(self, init: Init, depth: int) -> None:
@@ -137,7 +138,7 @@ class Block(nn.Module):
 
 LAYOUT = Layout(
     parts={
-        "attention": Projections(("wq", "wk", "wv"), ("wo",), arguments=2, head_norms=("q_norm", "k_norm")),
+        "attention": Projections(("wq", "wk", "wv"), ("wo",), arguments=3, head_norms=("q_norm", "k_norm")),
         "feed_forward": Projections(("w1", "w3"), ("w2",)),
     },
     norms=("attention_norm", "ffn_norm"),
@@ -154,6 +155,8 @@ class Decoder(nn.Module):
     Attributes:
         positions: a slot for the positions of this process's tokens, int64 [seq_len], if it has a part of each sequence
             or of the model. None: 0, 1, 2, ...
+        mask_of: a slot for a function ``(starts, window) -> documents`` that prepares, once for all blocks, what
+            attention needs to know of the documents in a sequence.
     """
 
     # A pipeline stage may lack the ends (None) and layers. Its input is then the hidden states of the stage before.
@@ -162,10 +165,11 @@ class Decoder(nn.Module):
     output: nn.Linear | None
     rope: Tensor
     positions: Tensor | None
+    mask_of: Callable[[Tensor, int | None], Any]
 
     def __init__(self, args: DecoderArgs) -> None:
         super().__init__()
-        self.args, self.positions = args, None
+        self.args, self.positions, self.mask_of = args, None, document_mask
         self.tok_embeddings = nn.Embedding(args.vocab_size, args.dim)
         self.layers = nn.ModuleDict({str(i): Block(args) for i in range(args.n_layers)})
         self.norm = nn.RMSNorm(args.dim, eps=args.norm_eps)
@@ -174,22 +178,28 @@ class Decoder(nn.Module):
             self.output.weight = self.tok_embeddings.weight
         self.register_buffer("rope", torch.empty(2, args.max_seq_len, args.rotary_size), persistent=False)
 
-    def forward(self, x: Tensor, positions: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, positions: Tensor | None = None, starts: Tensor | None = None) -> Tensor:
         """Map token ids to logits.
 
         Args:
             x: int64 [batch, seq_len].
             positions: the positions of the tokens in their sequence, int64 [seq_len]; None: ``self.positions``.
+            starts: for each token, the index in the sequence at which its document begins, int64 [batch, seq_len]. A
+                token then has its position in its document, and attends to that alone. None: each sequence is one
+                document.
 
         Returns:
             [batch, seq_len, vocab_size], in the dtype of the parameters.
         """
-        positions = self.positions if positions is None else positions
+        positions, documents = self.positions if positions is None else positions, None
+        if starts is not None:
+            positions = torch.arange(starts.shape[1], device=starts.device) - starts
+            documents = self.mask_of(starts, self.args.sliding_window)
         rope = self.rope[:, : x.shape[1]] if positions is None else self.rope[:, positions]
         if self.tok_embeddings is not None:
             x = self.tok_embeddings(x)
         for layer in self.layers.values():
-            x = layer(x, rope)
+            x = layer(x, rope, documents)
         return x if self.norm is None or self.output is None else self.output(self.norm(x))
 
     @torch.no_grad()

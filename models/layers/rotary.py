@@ -89,11 +89,11 @@ def rope_table(seq_len: int, rotary_dim: int, theta: float, scaling: RopeScaling
 
 
 def apply_rope(x: Tensor, rope: Tensor) -> Tensor:
-    """Rotate ``x`` [batch, seq_len, heads, head_dim] by ``rope`` [2, seq_len, rotary_dim], computed in float32. The
-    features of a head from ``rotary_dim`` on stay as they are."""
+    """Rotate ``x`` [batch, seq_len, heads, head_dim] by ``rope`` [2, seq_len, rotary_dim] or [2, batch, seq_len,
+    rotary_dim], computed in float32. The features of a head from ``rotary_dim`` on stay as they are."""
     rotary_dim = rope.shape[-1]
     half = rotary_dim // 2
-    cos, sin = rope[:, None, :, None, :half].unbind()  # the two features of a pair have the same angle
+    cos, sin = rope[..., None, :half].unbind()  # the two features of a pair have the same angle
     x1, x2 = (part.float() for part in x[..., :rotary_dim].unflatten(-1, (2, half)).unbind(-2))
     # No rotate_half(x): with it, a compiled kernel reads x twice.
     pairs = ((x1 * cos - x2 * sin).to(x.dtype), (x2 * cos + x1 * sin).to(x.dtype))

@@ -89,6 +89,8 @@ def _checkpointing(mode: str, option: str = "2") -> dict[str, Any]:
 # The graphs, guards and cuts are the compiler's own; only the last step, code for the machine, is left out.
 _COMPILE = {"training.compile": "true", "compile.backend": "aot_eager_decomp_partition"}
 
+_MASKS = {"data.document_mask": "true"}
+
 # What each way is tried with, beside float32: options on top of the way's own.
 VARIANTS: dict[str, dict[str, Any]] = {
     "bfloat16": {"training.mixed_precision_param": "bfloat16"},
@@ -107,7 +109,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "AC full": _checkpointing("full"),
     "AC selective 2": _checkpointing("selective", "2"),
     "AC selective op": _checkpointing("selective", "op"),
+    "document masks": _MASKS,
     "compile": _COMPILE,
+    "compile, document masks": {**_COMPILE, **_MASKS},
     "compile, AC full": {**_COMPILE, **_checkpointing("full")},
     "compile, tensorwise, AC selective 2": {**_COMPILE, **_recipe("tensorwise"), **_checkpointing("selective", "2")},
     "compile, rowwise, AC selective op": {**_COMPILE, **_recipe("rowwise"), **_checkpointing("selective", "op")},
@@ -125,6 +129,8 @@ TOUCHED: dict[str, list[str]] = {
     "AC full": ["TP 2", "CP 2 alltoall", "PP 2 ZBVZeroBubble"],  # collectives are repeated; so is recomputation
     "AC selective 2": ["PP 2 1F1B", "PP 2 InterleavedZeroBubble"],  # counts blocks of the whole model
     "AC selective op": ["FSDP 2", "TP 2", "CP 2 alltoall"],  # keeps results of collectives, and of attention
+    "document masks": ["FSDP 2", "TP 2", "PP 2 1F1B", "PP 2 ZBVZeroBubble"],  # the documents of each microbatch
+    "compile, document masks": ["FSDP 2 x TP 2"],
     "compile": ["FSDP 2", "TP 2", "CP 2 alltoall", "PP 2 1F1B", "PP 2 InterleavedZeroBubble"],
     "compile, AC full": ["TP 2"],  # compiled before it is checkpointed
     "compile, tensorwise, AC selective 2": ["FSDP 2"],
@@ -139,6 +145,8 @@ def composes(way: str, variant: str) -> bool:
     options = {**VARIANTS[variant], **WAYS[way].all_options()}
     per_op = options.get("activation_checkpoint.selective_ac_option") == "op"
     compiled, formats = "training.compile" in options, "model.converters" in options
+    if WAYS[way].cp > 1 and "data.document_mask" in options:
+        return False
     if way not in SPLIT_BACKWARD:
         return True
     return not (per_op and not compiled) and (torch.__version__ >= "2.13" or not (compiled or formats))

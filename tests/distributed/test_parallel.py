@@ -272,6 +272,8 @@ BOUNDS = {
     "rowwise_with_gw_hp": _SCALES_OF_ROWS,
     "float8 delayed": _ONE_SCALE,
     "float8 all-gather": _ONE_SCALE,
+    "document masks": (1e-5, 1e-5, 1e-3),
+    "compile, document masks": (1e-5, 1e-5, 1e-3),
     "compile": (1e-6, 1e-5, 1e-5),
     "compile, AC full": (1e-6, 1e-5, 1e-5),
     "compile, tensorwise, AC selective 2": _ONE_SCALE,

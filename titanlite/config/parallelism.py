@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from titanlite.config.number_formats import formats_of, gathers_quantized
+from titanlite.config.packing import masks_documents
 from titanlite.config.refuse import refuse
 from titanlite.config.schema import JobConfig, Parallelism
 from titanlite.errors import ConfigError, counted, shown
@@ -110,6 +111,14 @@ def check_parallelism(config: JobConfig, degrees: Degrees) -> None:
     p = config.parallelism
     if degrees.context_parallel == 1 and p.context_parallel_rotate_method != "allgather":
         _no_effect(config, "context_parallel_rotate_method", "context_parallel_degree")
+    if degrees.context_parallel > 1 and masks_documents(config):
+        refuse(
+            config,
+            "data.document_mask" if config.data.document_mask else "data.packing",
+            f"and parallelism.context_parallel_degree = {degrees.context_parallel}: attention over a sequence that "
+            "several processes share does not know the documents in it; shard with data_parallel_shard_degree, or "
+            "leave one of them out",
+        )
     if config.training.enable_cpu_offload and gathers_quantized(config):
         refuse(
             config,

@@ -1,9 +1,9 @@
 """Training data: sources of documents, tokenizers, and the loader that packs tokenized documents into batches."""
 
 from titanlite.data import local, streamed  # noqa: F401  (registers the sources)
+from titanlite.data.document_stream import TooLittleText
 from titanlite.data.held_out import PartOfSource, is_held_out
-from titanlite.data.loader import Batch, DataLoader, merge_states
-from titanlite.data.packing import TooLittleText
+from titanlite.data.loader import Batch, DataLoader, Packing, merge_states
 from titanlite.data.sources import SOURCES, START, Position, Source, SourceOptions, build_source
 from titanlite.data.tokenizer import Tokenizer, load_tokenizer
 
@@ -12,6 +12,7 @@ __all__ = [
     "START",
     "Batch",
     "DataLoader",
+    "Packing",
     "PartOfSource",
     "Position",
     "Source",

@@ -52,6 +52,9 @@ class PartOfSource(Source):
             return largest_divisor(at_most, int(expected) // MIN_DOCUMENTS)
         return largest_divisor(at_most, int(self._source.identity.get("files", at_most)))
 
+    def location(self, shard: int, num_shards: int, epoch: int, position: Position) -> str:
+        return self._source.location(shard, num_shards, epoch, position)
+
     def documents(self, shard: int, num_shards: int, epoch: int, start: Position) -> Iterator[tuple[Position, str]]:
         self._source.continues_older = self.continues_older
         for position, text in self._source.documents(shard, num_shards, epoch, start):

@@ -1,8 +1,9 @@
 """The data loader: packs documents into sequences. Global batches do not depend on the number of processes.
 
-The k-th global batch of B sequences depends only on the source, its seed, B and seq_len. The documents are dealt to V
-virtual shards (V divides B). Each shard is an endless stream of BOS + document + EOS. Slot b of every global batch is
-the next sequence of shard b mod V. A rank owns a contiguous range of slots, and reads the shards of these slots.
+The k-th global batch of B sequences depends only on the source, its seed, B, seq_len and the packing. The documents are
+dealt to V virtual shards (V divides B). Each shard is an endless stream of encoded documents, which a packer makes into
+sequences. Slot b of every global batch is the next sequence of shard b mod V. A rank owns a contiguous range of slots,
+and reads the shards of these slots.
 """
 
 from __future__ import annotations
@@ -15,9 +16,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from titanlite.data.packing import BEGINNING, Place, ShardStream, fill
+from titanlite.data.best_fit import ExamplePacker
+from titanlite.data.document_stream import BEGINNING, DocumentStream, Place
+from titanlite.data.examples import Encoder, TextEncoder
+from titanlite.data.packing import Packer, Rows, StreamPacker, fill
 from titanlite.data.prefetch import Prefetcher
-from titanlite.data.sources import Position, Source
+from titanlite.data.sources import Source
 from titanlite.data.tokenizer import Tokenizer
 from titanlite.errors import ConfigError
 
@@ -30,11 +34,15 @@ class Batch:
 
     Attributes:
         inputs: int64 [n_microbatches, local_batch_size, seq_len].
-        labels: int64, the same shape; ``labels[..., i]`` is the token after ``inputs[..., i]``.
+        labels: int64, the same shape; ``labels[..., i]`` is the token after ``inputs[..., i]``, or -100 if it is not
+            scored.
+        starts: int64, the same shape: the index in its sequence at which the document of each token begins. None:
+            attention does not regard the borders of documents.
     """
 
     inputs: torch.Tensor
     labels: torch.Tensor
+    starts: torch.Tensor | None = None
 
 
 # The way in which documents are read, in the state. A state without it is of a titanlite that did not cut long
@@ -57,6 +65,33 @@ _WORDS = {
 }
 
 
+@dataclass(frozen=True)
+class Packing:
+    """The way from documents to sequences.
+
+    Attributes:
+        kind: "stream": one document after the other, cut where a sequence ends; "examples": whole examples, by best
+            fit; "none": one example per sequence.
+        document_mask: tell the documents of a sequence apart (always, unless ``kind`` is "stream").
+        too_long: the action for an example that is longer than a sequence: "truncate", "drop" or "error".
+    """
+
+    kind: str = "stream"
+    document_mask: bool = False
+    too_long: str = "truncate"
+
+    @property
+    def identity(self) -> dict[str, str | int]:
+        """What a place in the data depends on."""
+        return {} if self.kind == "stream" else {"packing": self.kind, "too_long": self.too_long}
+
+    def packer(self, documents: DocumentStream, seq_len: int, padding: int) -> Packer:
+        if self.kind == "stream":
+            return StreamPacker(documents, seq_len, mask=self.document_mask)
+        single = self.kind == "none"
+        return ExamplePacker(documents, seq_len, padding=padding, single=single, too_long=self.too_long)
+
+
 class DataLoader:
     """An endless iterator of :class:`Batch`. A thread prepares the batches ahead of time.
 
@@ -65,6 +100,7 @@ class DataLoader:
         global_batch_size: sequences per optimizer step, over all ranks.
         local_batch_size: sequences per forward pass of this rank.
         dp_rank, dp_degree: the data-parallel rank of this process, and the number of data-parallel ranks.
+        encoder: makes tokens of the source's documents; None: for text.
         pin_memory: put batches in page-locked memory, for asynchronous copies to a GPU.
         prefetch: the number of batches to keep ready.
 
@@ -85,12 +121,15 @@ class DataLoader:
         local_batch_size: int,
         dp_rank: int,
         dp_degree: int,
+        encoder: Encoder | None = None,
+        packing: Packing = Packing(),
         pin_memory: bool = False,
         prefetch: int = 2,
     ) -> None:
         _check_sizes(seq_len, global_batch_size, local_batch_size, dp_degree)
         self._source = source
-        self._tokenizer = tokenizer
+        self._encoder = encoder or TextEncoder(tokenizer)
+        self._packing, self._padding = packing, tokenizer.eos_id
         self._seq_len = seq_len
         self._shape = (-1, local_batch_size, seq_len)
         self._pin_memory = pin_memory
@@ -103,6 +142,8 @@ class DataLoader:
         self._slots = [(slot % self._num_shards, slot // self._num_shards) for slot in slots]
         self.identity: dict[str, str | int] = {
             **source.identity,
+            **self._encoder.identity,
+            **packing.identity,
             "num_shards": self._num_shards,
             "global_batch_size": global_batch_size,
             "seq_len": seq_len,
@@ -129,10 +170,10 @@ class DataLoader:
         """Return the position after the last batch that ``next()`` returned, for the shards that this rank reads.
 
         The values are plain strings and integers: ``step``, ``identity``, ``reading``, and ``shards``: shard number (a
-        string) -> [epoch, part, document, token, piece, skipped]. Ranks that read the same shard return the same entry;
-        see :func:`merge_states`.
+        string) -> :meth:`Place.numbers`. Ranks that read the same shard return the same entry; see
+        :func:`merge_states`.
         """
-        shards = {str(shard): [p.epoch, *p.position, *p[2:]] for shard, p in self._progress.shards.items()}
+        shards = {str(shard): place.numbers() for shard, place in self._progress.shards.items()}
         reading = {} if self._source.continues_older else {"reading": _READING}
         return {"step": self._progress.step, "identity": dict(self.identity), "shards": shards, **reading}
 
@@ -143,7 +184,15 @@ class DataLoader:
         It counts the shards of which this data-parallel rank has the first slot: the sum over these ranks is that of
         all shards.
         """
-        return sum(place.skipped for shard, place in self._progress.shards.items() if shard in self._first_slots)
+        return sum(place.skipped for place in self._first_places())
+
+    @property
+    def truncated(self) -> int:
+        """The number of examples that were cut to the length of a sequence; counted as :attr:`skipped`."""
+        return sum(place.truncated for place in self._first_places())
+
+    def _first_places(self) -> list[Place]:
+        return [place for shard, place in self._progress.shards.items() if shard in self._first_slots]
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from ``state``, the merged state of all ranks; their number may have been another.
@@ -164,7 +213,7 @@ class DataLoader:
             self._prefetcher.close()
             self._prefetcher = None
         saved = {shard: [int(number) for number in state["shards"][str(shard)]] for shard in self._progress.shards}
-        places = {shard: Place(n[0], Position(n[1], n[2]), *n[3:]) for shard, n in saved.items()}
+        places = {shard: Place.of(numbers) for shard, numbers in saved.items()}
         self._source.continues_older = "reading" not in state
         self._progress = _Progress(int(state["step"]), places)
 
@@ -176,26 +225,36 @@ class DataLoader:
 
     def _batches(self, begin: _Progress) -> Iterator[tuple[Batch, _Progress]]:
         """Yield the batch of each step after ``begin``, with the progress after that step."""
-        streams = {
-            shard: ShardStream(self._source, shard, self._num_shards, self._seq_len, place)
+        packers = {
+            shard: self._packing.packer(
+                DocumentStream(self._source, shard, self._num_shards, self._seq_len, place),
+                self._seq_len,
+                self._padding,
+            )
             for shard, place in begin.shards.items()
         }
         step = begin.step
         while True:
-            fill(streams.values(), self._tokenizer, self._sequences_per_shard)
-            rows = {shard: stream.take(self._sequences_per_shard) for shard, stream in streams.items()}
+            fill(packers.values(), self._encoder, self._sequences_per_shard)
+            rows = {shard: packer.take(self._sequences_per_shard) for shard, packer in packers.items()}
             step += 1
-            progress = _Progress(step, {shard: stream.place for shard, stream in streams.items()})
-            yield self._assemble([rows[shard][sequence] for shard, sequence in self._slots]), progress
+            progress = _Progress(step, {shard: packer.place for shard, packer in packers.items()})
+            yield self._assemble(rows), progress
 
-    def _assemble(self, rows: list[NDArray[np.int32]]) -> Batch:
-        """Convert rows of seq_len + 1 tokens, in slot order, to the inputs and labels of the microbatches."""
-        tokens = torch.from_numpy(np.stack(rows).astype(np.int64))
-        inputs = tokens[:, :-1].reshape(self._shape).contiguous()
-        labels = tokens[:, 1:].reshape(self._shape).contiguous()
-        if self._pin_memory:
-            inputs, labels = inputs.pin_memory(), labels.pin_memory()
-        return Batch(inputs, labels)
+    def _assemble(self, rows: dict[int, Rows]) -> Batch:
+        """Put the sequences of all shards, in the order of the slots, into the tensors of the microbatches."""
+
+        def tensor(arrays: dict[int, NDArray[np.int32]]) -> torch.Tensor:
+            array = np.stack([arrays[shard][sequence] for shard, sequence in self._slots]).astype(np.int64)
+            result = torch.from_numpy(array).reshape(self._shape)
+            return result.pin_memory() if self._pin_memory else result
+
+        starts = {shard: r.starts for shard, r in rows.items() if r.starts is not None}
+        return Batch(
+            tensor({shard: r.inputs for shard, r in rows.items()}),
+            tensor({shard: r.labels for shard, r in rows.items()}),
+            tensor(starts) if starts else None,
+        )
 
 
 def merge_states(states: Sequence[dict[str, Any]]) -> dict[str, Any]:

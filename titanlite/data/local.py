@@ -32,6 +32,10 @@ class _FilesSource(RandomAccessSource):
     def decode(self, data: bytes) -> str:
         """Return the text of a document; raise :class:`Corrupt` if there is none."""
 
+    def place_of(self, index: int) -> str:
+        file, begin, _ = self.span(index)
+        return f"{file}, line {line_at(file, begin)}"
+
     def read(self, index: int) -> str | None:
         file, begin, end = self.span(index)
         data = read_span(file, begin, end)

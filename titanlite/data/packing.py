@@ -1,173 +1,166 @@
 """Packing: cut the endless token stream of each virtual shard into sequences.
 
-A sequence can hold several documents, or a part of one. Nothing marks the borders but BOS and EOS: attention crosses
-them.
+A sequence can hold several documents, or a part of one. Without document masks nothing marks the borders but BOS and
+EOS: attention crosses them.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Collection, Iterator
-from itertools import islice
-from typing import NamedTuple
+from collections.abc import Collection
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from titanlite.data.cut import cut
-from titanlite.data.sources import START, Position, Source
-from titanlite.data.tokenizer import Tokenizer
+from titanlite.data.document_stream import DocumentStream, Place
+from titanlite.data.examples import Encoder, Example
+from titanlite.data.records import Corrupt
+from titanlite.data.sources import START
 from titanlite.errors import ConfigError
+
+NOT_SCORED = -100  # as a label
 
 # Characters to fetch per missing token; most text has more characters per token. Then a second, cheap fetch follows,
 # while fetching too much would delay the first step.
 _CHARACTERS_PER_TOKEN = 3
+_CHARACTERS_PER_RECORD = 1000
 
 
-class TooLittleText(ConfigError):
-    """The documents of a data shard have fewer tokens in a whole epoch than one sequence needs."""
+class Rows(NamedTuple):
+    """Sequences, int32 [n, seq_len] each; see :class:`titanlite.data.loader.Batch`."""
+
+    inputs: NDArray[np.int32]
+    labels: NDArray[np.int32]
+    starts: NDArray[np.int32] | None
 
 
-class Place(NamedTuple):
-    """The position of the next token in a shard's stream: epoch, document, piece of it, and index in BOS + piece + EOS.
+class Packer(Protocol):
+    """Makes the sequences of one shard.
 
-    ``skipped`` is the number of corrupt documents that were left out before it, in all epochs.
+    Attributes:
+        place: where to continue after the last sequence that :meth:`take` returned.
     """
 
-    epoch: int
-    position: Position
-    token: int
-    piece: int = 0
-    skipped: int = 0
+    place: Place
+
+    def missing(self, sequences: int) -> int:
+        """Return about how many tokens the next ``sequences`` sequences still need; 0 if none."""
+        ...
+
+    def fetch(self, missing: int) -> list[tuple[Place, Any]]:
+        """Return the next documents, about ``missing`` tokens."""
+        ...
+
+    def add(self, place: Place, example: Example | Corrupt) -> None:
+        """Append the example of a fetched document, or why it has none."""
+        ...
+
+    def take(self, sequences: int) -> Rows:
+        """Return the next sequences. ``missing(sequences)`` must be 0."""
+        ...
 
 
-BEGINNING = Place(0, START, 0)
-
-
-class ShardStream:
-    """The endless stream of one shard: BOS + document + EOS, document after document, epoch after epoch. A long
-    document is cut into pieces (:mod:`titanlite.data.cut`), and each is a document here.
+class StreamPacker:
+    """The stream of one shard: example after example, epoch after epoch.
 
     Sequence n is the tokens n * seq_len to (n + 1) * seq_len of the stream, both included. So each token is an input
     once and a label once.
+
+    Args:
+        mask: tell the documents of a sequence apart. Then the first token of a document is no label.
     """
 
-    def __init__(self, source: Source, shard: int, num_shards: int, seq_len: int, place: Place) -> None:
-        self._source = source
-        self._shard = shard
-        self._num_shards = num_shards
-        self._seq_len = seq_len
-        self.place = place
-        # Tokenized documents with unused tokens, each stored from its first token.
-        self._ready: deque[tuple[Place, NDArray[np.int32]]] = deque()
+    def __init__(self, documents: DocumentStream, seq_len: int, *, mask: bool) -> None:
+        self._documents, self._seq_len, self._mask = documents, seq_len, mask
+        self.place = place = documents.begin
+        # Examples with unused tokens, each stored from its first token.
+        self._ready: deque[tuple[Place, Example]] = deque()
         self._num_ready = -place.token
         self._epoch = place.epoch
         # Tokens of this epoch so far; None if the stream resumed in the middle of the epoch.
         self._epoch_tokens: int | None = 0 if place.position == START else None
-        self._texts = self._read(place)
+        self._left_out = 0
 
     def missing(self, sequences: int) -> int:
-        """Return the number of tokens that the next ``sequences`` sequences still need."""
         return max(0, sequences * self._seq_len + 1 - self._num_ready)
 
-    def fetch(self, characters: int) -> list[tuple[Place, str]]:
-        """Return the next documents: at least ``characters`` characters in total, counting BOS and EOS as one each."""
-        documents: list[tuple[Place, str]] = []
-        if self._num_ready < 0:  # it continues within a document: read that one before believing the place in it
-            characters = 1
+    def fetch(self, missing: int) -> list[tuple[Place, Any]]:
+        documents: list[tuple[Place, Any]] = []
+        # If it continues within a document: read that one before believing the place in it.
+        characters = missing * _CHARACTERS_PER_TOKEN if self._num_ready >= 0 else 1
         while characters > 0:
-            place, text = next(self._texts)
-            documents.append((place, text))
-            characters -= len(text) + 2  # BOS and EOS; an empty document has these two tokens
+            place, document = next(self._documents)
+            documents.append((place, document))
+            # BOS and EOS count as one each; an empty document has these two tokens.
+            characters -= len(document) + 2 if isinstance(document, str) else _CHARACTERS_PER_RECORD
         return documents
 
-    def add(self, place: Place, tokens: NDArray[np.int32]) -> None:
-        """Append a tokenized document, including its BOS and EOS.
+    def add(self, place: Place, example: Example | Corrupt) -> None:
+        """Append an example.
 
         Raises:
-            TooLittleText: the document begins a new epoch, and the previous epoch was shorter than one sequence.
+            TooLittleText: it begins a new epoch, and the previous epoch was shorter than one sequence.
             ConfigError: the stream begins within a document, which is shorter.
         """
-        if not self._ready and self.place.token >= len(tokens):
+        if place.epoch > self._epoch:
+            if self._epoch_tokens is not None:
+                self._documents.require_a_sequence(self._epoch_tokens)
+            self._epoch, self._epoch_tokens = place.epoch, 0
+        if isinstance(example, Corrupt):
+            self._documents.leave_out(place, example)
+            self._left_out += 1
+            return
+        count = len(example.tokens)
+        if not self._ready and self.place.token >= count:
             raise ConfigError(
-                f"the checkpoint continues at token {self.place.token} of a document, which has {len(tokens)}: it is "
+                f"the checkpoint continues at token {self.place.token} of a document, which has {count}: it is "
                 "another document, or the checkpoint is damaged; restore it, or start the data afresh with "
                 "--checkpoint.exclude_from_loading=dataloader"
             )
-        if place.epoch > self._epoch:
-            if self._epoch_tokens is not None:
-                self._require_a_sequence(self._epoch_tokens)
-            self._epoch, self._epoch_tokens = place.epoch, 0
         if self._epoch_tokens is not None:
-            self._epoch_tokens += len(tokens)
-        self._ready.append((place, tokens))
-        self._num_ready += len(tokens)
+            self._epoch_tokens += count
+        self._ready.append((place._replace(skipped=place.skipped + self._left_out), example))
+        self._num_ready += count
 
-    def take(self, sequences: int) -> NDArray[np.int32]:
-        """Return the next sequences, int32 [sequences, seq_len + 1]; advance by ``sequences * seq_len`` tokens.
-
-        ``missing(sequences)`` must be 0.
-        """
-        length = sequences * self._seq_len
-        tokens = np.concatenate([document for _, document in self._ready])[self.place.token :]
+    def take(self, sequences: int) -> Rows:
+        """Return the next sequences; advance by ``sequences * seq_len`` tokens."""
+        length, begin, seq_len = sequences * self._seq_len, self.place.token, self._seq_len
+        examples = [example for _, example in self._ready]
+        tokens = np.concatenate([example.tokens for example in examples])[begin : begin + length + 1]
+        inputs, labels, starts = tokens[:-1], tokens[1:], None
+        if any(example.scored is not None for example in examples):
+            scored = np.concatenate([np.full(len(e.tokens), True) if e.scored is None else e.scored for e in examples])
+            labels = np.where(scored[begin : begin + length + 1][1:], labels, NOT_SCORED)
+        if self._mask:
+            begins = np.cumsum([0, *(len(example.tokens) for example in examples)]) - begin
+            is_first = np.zeros(length + 1, dtype=bool)
+            is_first[begins[(begins >= 0) & (begins <= length)]] = True
+            labels = np.where(is_first[1:], NOT_SCORED, labels)
+            is_first[:length:seq_len] = True
+            index = np.arange(length, dtype=np.int32)
+            starts = (np.maximum.accumulate(np.where(is_first[:-1], index, 0)) - index // seq_len * seq_len).reshape(
+                sequences, seq_len
+            )
         self._advance(length)
-        rows = np.lib.stride_tricks.sliding_window_view(tokens[: length + 1], self._seq_len + 1)
-        return rows[:: self._seq_len]
+        return Rows(inputs.reshape(sequences, seq_len), labels.astype(np.int32).reshape(sequences, seq_len), starts)
 
     def _advance(self, length: int) -> None:
         self._num_ready -= length
         token = self.place.token + length
         # The label of the last input is in the queue too, so this loop never empties the queue.
-        while token >= len(self._ready[0][1]):
-            token -= len(self._ready.popleft()[1])
+        while token >= len(self._ready[0][1].tokens):
+            token -= len(self._ready.popleft()[1].tokens)
         self.place = self._ready[0][0]._replace(token=token)
 
-    def _read(self, place: Place) -> Iterator[tuple[Place, str]]:
-        """Yield the pieces from ``place`` on, each with the place of its first token."""
-        source = self._source
-        epoch, (start, first_piece), skipped = place.epoch, (place.position, place.piece), place.skipped
-        while True:
-            empty = True
-            # All shards of this process count in source.skipped; between two lines here, this one alone reads.
-            before = source.skipped
-            for position, text in source.documents(self._shard, self._num_shards, epoch, start):
-                empty = False
-                skipped += source.skipped - before
-                if source.continues_older and len(list(islice(cut(text), 2))) > 1:
-                    source.differs_from_older("a document", f"of data shard {self._shard} is long and is cut")
-                for piece, content in enumerate(cut(text)):
-                    if piece >= first_piece or position != start:
-                        yield Place(epoch, position, 0, piece, skipped), content
-                before = source.skipped
-            skipped += source.skipped - before
-            if empty and start == START:
-                self._require_a_sequence(0)
-            epoch, start, first_piece = epoch + 1, START, 0
 
-    def _require_a_sequence(self, tokens: int) -> None:
-        if tokens <= self._seq_len:
-            skipped = self._source.skipped
-            left_out = f" ({skipped} documents are left out, because they cannot be read)" if skipped else ""
-            raise TooLittleText(
-                f"training.seq_len = {self._seq_len}: a sequence and its last label need {self._seq_len + 1} tokens, "
-                f"and data shard {self._shard} of {self._num_shards} has only {tokens} in a whole epoch{left_out}; use "
-                "a smaller training.seq_len, a smaller training.global_batch_size (fewer shards), or more text"
-            )
+def fill(packers: Collection[Packer], encoder: Encoder, sequences: int) -> None:
+    """Encode documents until every packer has ``sequences`` sequences ready.
 
-
-def fill(streams: Collection[ShardStream], tokenizer: Tokenizer, sequences: int) -> None:
-    """Tokenize documents until every stream has ``sequences`` sequences ready.
-
-    The documents of all streams are tokenized as one batch, because the tokenizer uses all cores for a batch.
+    The documents of all packers are encoded as one batch, because the tokenizer uses all cores for a batch of texts.
     """
-    while short := [stream for stream in streams if stream.missing(sequences)]:
-        fetched = [
-            (stream, place, text)
-            for stream in short
-            for place, text in stream.fetch(stream.missing(sequences) * _CHARACTERS_PER_TOKEN)
-        ]
-        encoded = tokenizer.encode_batch([text for _, _, text in fetched])
-        for (stream, place, _), ids in zip(fetched, encoded):
-            document = np.empty(len(ids) + 2, dtype=np.int32)
-            document[0], document[1:-1], document[-1] = tokenizer.bos_id, ids, tokenizer.eos_id
-            stream.add(place, document)
+    while short := [(packer, missing) for packer in packers if (missing := packer.missing(sequences))]:
+        fetched = [(packer, place, record) for packer, n in short for place, record in packer.fetch(n)]
+        examples = encoder.encode_batch([record for _, _, record in fetched])
+        for (packer, place, _), example in zip(fetched, examples, strict=True):
+            packer.add(place, example)

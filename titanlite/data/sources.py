@@ -100,6 +100,10 @@ class Source(ABC):
             ConfigError: a document is corrupt and ``on_corrupt`` is "stop".
         """
 
+    def location(self, shard: int, num_shards: int, epoch: int, position: Position) -> str:
+        """Return the place of a document that :meth:`documents` returned, for messages."""
+        return f"document {position.document} of part {position.part} of data shard {shard}"
+
     def first_documents(self) -> Iterator[tuple[str, Corrupt | None]]:
         """Yield the location of each document in the order of the files, and what is wrong with it; for messages."""
         return iter(())
@@ -150,13 +154,23 @@ class RandomAccessSource(Source):
     def read(self, index: int) -> str | None:
         """Return document ``index``; if it is corrupt, report it with :meth:`corrupt` and return None."""
 
+    def place_of(self, index: int) -> str:
+        """Return the place of document ``index``, for messages."""
+        return f"document {index}"
+
+    def location(self, shard: int, num_shards: int, epoch: int, position: Position) -> str:
+        return self.place_of(int(self._order(shard, num_shards, epoch)[position.document]))
+
+    def _order(self, shard: int, num_shards: int, epoch: int) -> NDArray[np.int64]:
+        members = self._shuffled[shard::num_shards]
+        return members[permutation(len(members), self.options.seed, epoch, shard)]
+
     def num_shards(self, at_most: int) -> int:
         """Return the largest divisor of ``at_most`` with at least 16 documents in every shard, or else 1."""
         return largest_divisor(at_most, self.num_documents // MIN_DOCUMENTS)
 
     def documents(self, shard: int, num_shards: int, epoch: int, start: Position) -> Iterator[tuple[Position, str]]:
-        members = self._shuffled[shard::num_shards]
-        order = members[permutation(len(members), self.options.seed, epoch, shard)]
+        order = self._order(shard, num_shards, epoch)
         for index in range(start.document, len(order)):
             text = self.read(int(order[index]))
             if text is not None:

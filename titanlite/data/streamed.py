@@ -58,8 +58,11 @@ class StreamedSource(Source):
         """Return the text of a record; raise :class:`Corrupt` if there is none."""
 
     @abstractmethod
-    def location(self, file: int, row: int) -> str:
+    def record_location(self, file: int, row: int) -> str:
         """Return the place of a record, for messages."""
+
+    def location(self, shard: int, num_shards: int, epoch: int, position: Position) -> str:
+        return self.record_location(self._order[position.part], position.document)
 
     def documents(self, shard: int, num_shards: int, epoch: int, start: Position) -> Iterator[tuple[Position, str]]:
         groups = min(num_shards, self._num_parts)
@@ -75,7 +78,7 @@ class StreamedSource(Source):
                     try:
                         text = self.text_of(record)
                     except Corrupt as fault:
-                        self.corrupt(partial(self.location, file, row), fault)
+                        self.corrupt(partial(self.record_location, file, row), fault)
                     else:
                         yield Position(part, row), text
 
@@ -105,7 +108,7 @@ class FileStream(StreamedSource):
     def text_of(self, record: Any) -> str:
         return self._reader.text(record)
 
-    def location(self, file: int, row: int) -> str:
+    def record_location(self, file: int, row: int) -> str:
         return f"{self._full[file]}, {self._reader.noun} {row + 1}"
 
     def first_documents(self) -> Iterator[tuple[str, Corrupt | None]]:
@@ -116,7 +119,7 @@ class FileStream(StreamedSource):
                     self.text_of(record)
                 except Corrupt as fault:
                     problem = fault
-                yield self.location(file, row), problem
+                yield self.record_location(file, row), problem
 
     def _count(self, file: Path, at_most: int) -> int:
         with _reading(file):
@@ -168,7 +171,7 @@ class HubStream(StreamedSource):
     def text_of(self, record: Any) -> str:
         return text_of_record(record, self.options.text_field)
 
-    def location(self, file: int, row: int) -> str:
+    def record_location(self, file: int, row: int) -> str:
         return f"{self.options.name}, file {file} of {self._num_parts}, row {row + 1}"
 
 

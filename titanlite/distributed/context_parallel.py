@@ -45,7 +45,7 @@ class ContextParallel:
         self.rank, self.size, self.method = mesh.get_local_rank(), mesh.size(), method
         self.grouped = mesh.device_type != "cpu" if grouped is None else grouped
 
-    def attention(self, q: Tensor, k: Tensor, v: Tensor, window: int | None = None) -> Tensor:
+    def attention(self, q: Tensor, k: Tensor, v: Tensor, window: int | None = None, documents: None = None) -> Tensor:
         """Compute the causal attention of this rank's queries to the whole sequence; see :func:`ring_attention`.
 
         Raises:

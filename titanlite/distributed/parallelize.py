@@ -4,6 +4,7 @@ block, FSDP2, in this order. Each function takes the whole model or, under pipel
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,12 +14,14 @@ from torch.distributed.tensor.parallel import SequenceParallel, parallelize_modu
 from torch.distributed.tensor.parallel.style import ParallelStyle
 
 from titanlite.config import JobConfig
+from titanlite.config.packing import masks_documents
 from titanlite.config.refuse import refuse
 from titanlite.config.schema import ActivationCheckpoint, Compile, Parallelism
 from titanlite.distributed.activation_checkpoint import apply_activation_checkpoint
 from titanlite.distributed.compile import compile_blocks
 from titanlite.distributed.context_parallel import ContextParallel
 from titanlite.distributed.data_parallel import apply_fsdp
+from titanlite.distributed.document_attention import document_attention
 from titanlite.distributed.mesh import Mesh
 from titanlite.distributed.tensor_parallel import (
     VocabParallelEmbedding,
@@ -28,7 +31,7 @@ from titanlite.distributed.tensor_parallel import (
     row_parallel,
 )
 from titanlite.errors import ConfigError
-from titanlite.models.layers import AttentionSlot, FeedForward, Layout, causal_attention
+from titanlite.models.layers import AttentionSlot, Core, FeedForward, Layout, causal_attention
 from titanlite.quant.linear import quant_layers
 from titanlite.quant.reuse import share_first_input
 from titanlite.quant.swiglu import swiglu_linear
@@ -43,8 +46,7 @@ def parallelize(model: nn.Module, layout: Layout, mesh: Mesh, config: JobConfig)
         for block in blocks.values():
             for part in layout.parts:
                 share_first_input(block.get_submodule(part))
-    rotate_method = config.parallelism.context_parallel_rotate_method
-    _fill_slots(model, blocks, mesh, rotate_method, config.training.mixed_precision_param)
+    _fill_slots(model, blocks, mesh, config)
     _checkpoint_and_compile(blocks, mesh, config.activation_checkpoint, config.compile_options("model"))
     apply_fsdp(
         model,
@@ -55,17 +57,21 @@ def parallelize(model: nn.Module, layout: Layout, mesh: Mesh, config: JobConfig)
     )
 
 
-def _fill_slots(model: nn.Module, blocks: nn.ModuleDict, mesh: Mesh, rotate_method: str, param_dtype: str) -> None:
-    """Fill the slots of attention, feed-forward and positions."""
+def _fill_slots(model: nn.Module, blocks: nn.ModuleDict, mesh: Mesh, config: JobConfig) -> None:
+    """Fill the slots of attention, feed-forward, masks and positions."""
     args: Any = model.args
-    core = positions = None
+    core: Core | None = None
+    positions = None
+    if masks_documents(config):
+        model.mask_of, core = document_attention(mesh.device_type, config.compile_options("model") is not None)  # type: ignore[assignment]
     if mesh.cp.size() > 1:
         _refuse_blocks_without_slot(blocks, mesh.cp.size())
         # The same object for all blocks: only then can torch.compile share code between them.
+        rotate_method = config.parallelism.context_parallel_rotate_method
         context = ContextParallel(mesh.cp, rotate_method, grouped=not mesh.target.is_cpu)
         core, positions = context.attention, context.positions(args.max_seq_len)
-    elif attends_in_float32(args.head_size, mesh, param_dtype):
-        core = float32_attention
+    elif attends_in_float32(args.head_size, mesh, config.training.mixed_precision_param):
+        core = partial(float32_attention, core or causal_attention)
     if positions is None and mesh.pp.size() > 1:  # a later stage cannot derive them from its input
         positions = torch.arange(args.max_seq_len, device=mesh.device_type)
     model.positions = positions  # type: ignore[assignment]
@@ -97,9 +103,11 @@ def attends_in_float32(head_size: int, mesh: Mesh, param_dtype: str) -> bool:
     return mesh.target.is_cpu and head_size < 64 and param_dtype == "bfloat16"
 
 
-def float32_attention(q: Tensor, k: Tensor, v: Tensor, window: int | None = None) -> Tensor:
-    """Compute :func:`causal_attention` in float32."""
-    return causal_attention(q.float(), k.float(), v.float(), window).to(q.dtype)
+def float32_attention(
+    core: Core, q: Tensor, k: Tensor, v: Tensor, window: int | None = None, documents: Any = None
+) -> Tensor:
+    """Compute ``core`` in float32."""
+    return core(q.float(), k.float(), v.float(), window, documents).to(q.dtype)
 
 
 def _checkpoint_and_compile(

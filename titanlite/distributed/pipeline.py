@@ -157,24 +157,27 @@ class Pipeline:
                 f"{file}{e}; choose another schedule", key="parallelism.pipeline_parallel_schedule", value=schedule
             ) from e
 
-    def step(self, inputs: Tensor, labels: Tensor) -> Tensor:
+    def step(self, inputs: Tensor, labels: Tensor, starts: Tensor | None = None) -> Tensor:
         """Run forward and backward of all microbatches. Return the sum of their losses divided by the number of labels,
         a scalar; 0 without the last stage.
 
         Args:
             inputs, labels: int64 [sequences, seq_len], in the order of the microbatches.
+            starts: the argument of the stages' forward, int64 [sequences, seq_len]. Every process passes its own copy,
+                so that it need not travel.
         """
         losses: list[Tensor] = []
+        documents: dict[str, Any] = {} if starts is None else {"starts": starts.to(self._device, non_blocking=True)}
         local_inputs = (inputs.to(self._device, non_blocking=True),) if self.is_first else ()
         if self.is_last:
             labels = labels.to(self._device, non_blocking=True)
-            self._schedule.step(*local_inputs, target=labels, losses=losses, return_outputs=False)
+            self._schedule.step(*local_inputs, target=labels, losses=losses, return_outputs=False, **documents)
             return torch.stack([loss.detach() for loss in losses]).sum()
-        self._schedule.step(*local_inputs, return_outputs=False)
+        self._schedule.step(*local_inputs, return_outputs=False, **documents)
         return torch.zeros((), device=self._device)
 
     @torch.no_grad()
-    def evaluate(self, inputs: Tensor, labels: Tensor) -> Tensor:
+    def evaluate(self, inputs: Tensor, labels: Tensor, starts: Tensor | None = None) -> Tensor:
         """Run forward of any number of microbatches. Return the sum of the labels' losses, a scalar; 0 without the last
         stage. Arguments as of :meth:`step`.
 
@@ -185,14 +188,16 @@ class Pipeline:
         size, last = self._boundary.tokens[0], len(self._ranks) - 1
         losses: list[Tensor] = []
         sent: list[tuple[Tensor, dist.Work | None]] = []
-        for tokens, targets in zip(inputs.split(size), labels.split(size), strict=True):
+        for i, (tokens, targets) in enumerate(zip(inputs.split(size), labels.split(size), strict=True)):
+            rows = slice(i * size, (i + 1) * size)
+            documents = {} if starts is None else {"starts": starts[rows].to(self._device, non_blocking=True)}
             for stage, part in self._parts.items():
                 if stage == 0:
                     x = tokens.to(self._device, non_blocking=True)
                 elif stage - 1 not in self._parts:
                     x = torch.empty(self._boundary.hidden, dtype=self._boundary.dtype, device=self._device)
                     dist.recv(x, group=self._group, group_src=self._ranks[stage - 1])
-                x = part(x)
+                x = part(x, **documents)
                 if stage == last:
                     losses.append(self._loss_fn(x, targets.to(self._device, non_blocking=True)))
                 elif stage + 1 not in self._parts:

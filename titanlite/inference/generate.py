@@ -102,7 +102,14 @@ class KVCache:
         return logits
 
     def _attend(
-        self, module: nn.Module, causal: Core, q: Tensor, k: Tensor, v: Tensor, window: int | None = None
+        self,
+        module: nn.Module,
+        causal: Core,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        window: int | None = None,
+        documents: None = None,
     ) -> Tensor:
         start, new = self.length, self._new
         padding = q.shape[2] - new

@@ -78,12 +78,14 @@ class Recorder:
         lr: float,
         skipped_steps: int,
         skipped_documents: int,
+        truncated_examples: int = 0,
     ) -> None:
         """Close the window at ``step`` and write its row. Reading ``loss`` has waited for the device.
 
         Args:
             skipped_steps: the number so far. The row of a skipped step can have values that are not finite.
-            skipped_documents: the number of corrupt documents that the data have left out so far.
+            skipped_documents: the number of documents that the data have left out so far.
+            truncated_examples: the number of examples that were too long for a sequence so far, and lost their end.
         """
         elapsed = time.perf_counter() - self._start
         tps = self._tokens / elapsed
@@ -111,9 +113,11 @@ class Recorder:
             "num_ooms": memory.ooms,
             "skipped_steps": skipped_steps,
             "skipped_documents": skipped_documents,
+            "truncated_examples": truncated_examples,
         }
-        if skipped_documents > (0 if self.last is None else self.last["skipped_documents"]):
-            logger.info("%d documents are left out so far, because they cannot be read", skipped_documents)
+        for key, kind in (("skipped_documents", "left out"), ("truncated_examples", "truncated")):
+            if row[key] > (0 if self.last is None else self.last.get(key, 0)):
+                logger.info("%d documents are %s so far", row[key], kind)
         for sink in self.sinks:
             sink.write(row)
         self.remember(row)

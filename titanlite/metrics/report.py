@@ -86,6 +86,7 @@ def summary(
             **above,
             **({"skipped steps": f"{last['skipped_steps']}"} if last["skipped_steps"] else {}),
             **({"skipped documents": f"{last['skipped_documents']:,}"} if last["skipped_documents"] else {}),
+            **({"truncated examples": f"{last['truncated_examples']:,}"} if last.get("truncated_examples") else {}),
             **validation,
             "median tps per device": "n/a (a single window)" if tps is None else f"{round(tps):,}",
             "median mfu": "n/a" if mfu is None else f"{mfu:.2f}%",

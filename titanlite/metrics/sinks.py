@@ -234,6 +234,7 @@ _TENSORBOARD_TAGS = {
     "num_ooms": "memory/num_ooms",
     "skipped_steps": "skipped_steps",
     "skipped_documents": "skipped_documents",
+    "truncated_examples": "truncated_examples",
 }
 
 

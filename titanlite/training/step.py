@@ -68,13 +68,13 @@ class StepRunner:
         needs no extra pass over the gradients and no extra all-reduce for that."""
         inputs, labels = self._share(batch)
         if self.pipeline is not None:
-            total = self.pipeline.step(inputs.flatten(0, 1), labels.flatten(0, 1)) * labels.numel()
+            total = self.pipeline.step(*_sequences(inputs, labels, batch.starts)) * labels.numel()
             return self._step_loss(total, labels)
         (model,), count = self.parts, inputs.shape[0]
         losses = []
         for i in range(count):
             reduce_gradients_after(model, last=i == count - 1)
-            logits = model(inputs[i].to(self._device, non_blocking=True))
+            logits = model(inputs[i].to(self._device, non_blocking=True), **self._documents(batch, i))
             loss = self._loss_fn(logits, labels[i].to(self._device, non_blocking=True))
             del logits  # before backward: it is the largest activation
             (loss / labels.numel()).backward()
@@ -86,10 +86,10 @@ class StepRunner:
         """Compute the loss without gradients. The mode of the model is not changed."""
         inputs, labels = self._share(batch)
         if self.pipeline is not None:
-            return self._step_loss(self.pipeline.evaluate(inputs.flatten(0, 1), labels.flatten(0, 1)), labels)
+            return self._step_loss(self.pipeline.evaluate(*_sequences(inputs, labels, batch.starts)), labels)
         (model,), losses = self.parts, []
-        for tokens, targets in zip(inputs, labels, strict=True):
-            logits = model(tokens.to(self._device, non_blocking=True))
+        for i, (tokens, targets) in enumerate(zip(inputs, labels, strict=True)):
+            logits = model(tokens.to(self._device, non_blocking=True), **self._documents(batch, i))
             losses.append(self._loss_fn(logits, targets.to(self._device, non_blocking=True)))
             del logits  # before the next logits are allocated
         return self._step_loss(torch.stack(losses).sum(), labels)
@@ -100,6 +100,17 @@ class StepRunner:
             return batch.inputs, batch.labels
         return self._context.shard(batch.inputs, -1), self._context.shard(batch.labels, -1)
 
+    def _documents(self, batch: Batch, microbatch: int) -> dict[str, Tensor]:
+        """Return the model's argument that tells the documents of a microbatch apart, if the batch does."""
+        if batch.starts is None:
+            return {}
+        return {"starts": batch.starts[microbatch].to(self._device, non_blocking=True)}
+
     def _step_loss(self, total: Tensor, labels: Tensor) -> StepLoss:
         scored = labels.ne(IGNORED).sum() if self.has_loss else torch.zeros((), dtype=torch.int64)
         return StepLoss(total, scored.to(self._device, non_blocking=True), labels.numel())
+
+
+def _sequences(inputs: Tensor, labels: Tensor, starts: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return the sequences of all microbatches in one dimension."""
+    return inputs.flatten(0, 1), labels.flatten(0, 1), None if starts is None else starts.flatten(0, 1)

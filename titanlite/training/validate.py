@@ -23,6 +23,7 @@ from titanlite.errors import ConfigError, TrainingError, counted
 from titanlite.metrics.recorder import Recorder
 from titanlite.optim.loss import IGNORED
 from titanlite.quant.linear import high_precision
+from titanlite.training.data import build_loader
 from titanlite.training.step import StepRunner
 
 logger = logging.getLogger()
@@ -67,16 +68,7 @@ def read_validation_data(
     with _validation_names():
         source = _source(training_source, config)
         sequences = global_batch_size(config, mesh.degrees.data_parallel)
-        loader = DataLoader(
-            source,
-            tokenizer,
-            seq_len=config.training.seq_len,
-            global_batch_size=sequences,
-            local_batch_size=config.training.local_batch_size,
-            dp_rank=mesh.data_parallel_rank,
-            dp_degree=mesh.degrees.data_parallel,
-            pin_memory=runtime.device.type == "cuda",
-        )
+        loader = build_loader(source, tokenizer, config, mesh, runtime)
         runtime.check_same("the validation data", loader.identity)
         batches = _read_once(loader, config.validation.steps)
     count = -runtime.agree_max(-len(batches))[0]

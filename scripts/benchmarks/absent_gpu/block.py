@@ -27,7 +27,7 @@ from titanlite.models.layers import Block, DecoderArgs
 _HEAVY = ("mm", "_scaled_mm", "addmm", "bmm", "attention")
 
 
-def flash_attention(q: Tensor, k: Tensor, v: Tensor, window: int | None = None) -> Tensor:
+def flash_attention(q: Tensor, k: Tensor, v: Tensor, window: int | None = None, documents: None = None) -> Tensor:
     assert window is None
     # The dispatcher would look for a real GPU to choose between its implementations.
     out: Tensor = torch.ops.aten._scaled_dot_product_flash_attention.default(q, k, v, 0.0, True)[0]

@@ -49,6 +49,7 @@ def row(**values: object) -> Row:
         "num_ooms": 2,
         "skipped_steps": 0,
         "skipped_documents": 0,
+        "truncated_examples": 0,
         **values,
     }
 
@@ -264,6 +265,7 @@ TAGS = {
     "memory/num_ooms": "num_ooms",
     "skipped_steps": "skipped_steps",
     "skipped_documents": "skipped_documents",
+    "truncated_examples": "truncated_examples",
 }
 
 

@@ -1,0 +1,36 @@
+"""The loader of a run's documents, for training and validation."""
+
+from __future__ import annotations
+
+from titanlite.config import JobConfig, global_batch_size
+from titanlite.config.packing import masks_documents, packing_of
+from titanlite.data import DataLoader, Packing, Source, Tokenizer
+from titanlite.distributed.mesh import Mesh
+from titanlite.distributed.runtime import Runtime
+
+
+def build_loader(source: Source, tokenizer: Tokenizer, config: JobConfig, mesh: Mesh, runtime: Runtime) -> DataLoader:
+    """Return the loader of this rank's sequences of each step."""
+    degree = mesh.degrees.data_parallel
+    return DataLoader(
+        source,
+        tokenizer,
+        seq_len=config.training.seq_len,
+        global_batch_size=global_batch_size(config, degree),
+        local_batch_size=config.training.local_batch_size,
+        dp_rank=mesh.data_parallel_rank,
+        dp_degree=degree,
+        packing=Packing(packing_of(config), masks_documents(config), config.data.too_long),
+        pin_memory=runtime.device.type == "cuda",
+    )
+
+
+def describe_packing(config: JobConfig) -> str:
+    """Return how documents share a sequence, for the log."""
+    kind = packing_of(config)
+    if kind == "stream":
+        masked = masks_documents(config)
+        return f"documents that share a sequence {'do not attend' if masked else 'attend'} to each other"
+    long = {"truncate": "truncated", "drop": "left out", "error": "an error"}[config.data.too_long]
+    whole = "one example per sequence" if kind == "none" else "whole examples, which do not attend to each other"
+    return f"{whole}; longer ones are {long}"
