@@ -19,7 +19,9 @@ import json
 import logging
 import math
 import os
+import shlex
 import time
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 
@@ -63,7 +65,6 @@ from titanlite.metrics.sinks import (
     TensorBoardSink,
     init_logging,
     is_terminal,
-    show_late_warnings,
 )
 from titanlite.optim import build_optimizer, build_schedule
 from titanlite.plan.least import check_memory
@@ -74,7 +75,7 @@ from titanlite.training.model_shape import choose_shape
 from titanlite.training.origin import find_start
 from titanlite.training.out_of_memory import give_up
 from titanlite.training.run_folder import RunFolder, loss_of_first_step
-from titanlite.training.sample import log_sample
+from titanlite.training.sample import check_prompt, log_sample
 from titanlite.training.step import StepRunner
 from titanlite.training.step_guard import StepGuard
 from titanlite.training.validate import Validator, read_validation_data, training_part
@@ -90,15 +91,19 @@ class Trainer:
         self.stop_request = stop_request or StopRequest()
         self.about: dict[str, str] = {}  # the rows of the header
         self.sinks: list[Sink] = []
-        self._start_process()
-        self.run_path = Path(config.job.dump_folder).expanduser()
-        self.runtime.on_rank_zero(self._lock_run_folder)
-        try:
-            self._set_up()
-        except Exception:
-            if self.runtime.rank == 0:
-                self.run_folder.discard()
-            raise
+        with ExitStack() as opened:  # a refused run gives back what it has taken, signal handlers for example
+            opened.callback(self.stop_request.close)
+            self._opened = opened
+            self._start_process()
+            self.run_path = Path(config.job.dump_folder).expanduser()
+            self.runtime.on_rank_zero(self._lock_run_folder)
+            try:
+                self._set_up()
+            except Exception:
+                if self.runtime.rank == 0:
+                    self.run_folder.discard()
+                raise
+            self._opened = opened.pop_all()
 
     def _set_up(self) -> None:
         self.profiler = Profiler(self.config.profiling, self.run_path, self.runtime.rank, self.runtime.device)
@@ -123,6 +128,7 @@ class Trainer:
         self.spec, self.flavor = self.shape.spec, self.shape.flavor
         self.runtime = runtime.start_runtime(config.comm)
         self.gc = runtime.GarbageCollection(config.training.gc_freq, config.training.gc_debug)
+        self._opened.callback(self.gc.close)
         self.degrees = resolve_degrees(config.parallelism, self.runtime.world_size)
         self.mesh = build_mesh(self.degrees, self.runtime.device.type)
         self.about["device"] = f"{device_name(self.runtime.device)} ({self.runtime.why_device})"
@@ -135,6 +141,7 @@ class Trainer:
         self.checkpoints = CheckpointManager(
             config.checkpoint, root, self.runtime.device, config.comm.init_timeout_seconds
         )
+        self._opened.callback(self.checkpoints.close)
         self.start = find_start(config, self.spec, self.checkpoints)
         if not self.start.from_this_run:
             self.runtime.on_rank_zero(lambda: self.run_folder.refuse_to_retire(config))
@@ -148,6 +155,7 @@ class Trainer:
         """Load the tokenizer, which belongs to the weights; every checkpoint gets a copy."""
         self.tokenizer, self.tokenizer_source, reason = self.start.choose_tokenizer(self.config)
         self.checkpoints.files = self.tokenizer.files()
+        check_prompt(self.config, self.tokenizer)
         self.about["tokenizer"] = f"{self.tokenizer.description()} ({reason})"
 
     def _build_data(self) -> None:
@@ -167,6 +175,7 @@ class Trainer:
         )
         part = training_part(self.source, self.config)
         self.loader = build_loader(part, self.tokenizer, self.config, self.mesh, self.runtime)
+        self._opened.callback(self.loader.close)
         identity = {**self.loader.identity, "tokenizer": self.tokenizer.identity["sha256"]}
         self.runtime.check_same("the data or tokenizers", identity)
         self.about["data"] = f"{training.dataset}{f' ({training.dataset_path})' if training.dataset_path else ''}"
@@ -186,6 +195,7 @@ class Trainer:
         self.model_parts, self.parameters = built.parts, built.parameters
         self.size, self.converters = built.size, built.converters
         self.compile_watch = CompileWatch()
+        self._opened.callback(self.compile_watch.close)
         loss_fn = build_loss(self.mesh, config.parallelism.disable_loss_parallel, config.compile_options("loss"))
         pipeline = build_pipeline(built, loss_fn, config, self.mesh, device)
         self.runner = StepRunner(built.parts, loss_fn, pipeline, self.context, device)
@@ -273,8 +283,15 @@ class Trainer:
             folder = self.run_path / config.metrics.save_tb_folder
             self.sinks.append(TensorBoardSink(folder / f"rank_{self.runtime.rank}", self.step))
         self.recorder = Recorder(
-            self.sinks, self.runtime.device, self.flops_per_token, config.metrics.log_freq, steps, self.tokens_before
+            self.sinks,
+            self.runtime.device,
+            self.flops_per_token,
+            config.metrics.log_freq,
+            steps,
+            steps_before=self.step,
+            tokens_seen=self.tokens_before,
         )
+        self._opened.callback(self.recorder.close)
         self.loss_watch = LossWatch(config.training, self.runtime.rank, self.step_guard.state_dict()["losses"])
 
     # ---- the loop
@@ -285,7 +302,7 @@ class Trainer:
             self._save(ends=True)
             return
         self.recorder.restart()
-        with self.profiler.steps(after=self.step) as step_done:
+        with self.profiler.steps(after=self.step, last=self.config.training.steps) as step_done:
             stop = self._should_stop(wait=False)
             while self.step < self.config.training.steps and not stop:
                 stop = self.advance()
@@ -304,11 +321,11 @@ class Trainer:
         due, save = self.recorder.is_due(self.step), self.checkpoints.is_due(self.step)
         stop = self._should_stop(wait=due or save)  # do not save a bad step
         last = self.step == self.config.training.steps
-        if due or stop:
+        if logged := due or stop:
             self._log_step(loss, lr)
-        if self.validator is not None and self.validator.is_due(self.step) and not stop:
+        if self.validator is not None and self.validator.is_due(self.step):
             self.validator.run(self.step, self.recorder, self.compile_watch, self._asked_to_stop)
-            stop = self._should_stop(wait=False)
+            stop = stop or self._should_stop(wait=False)
         if self.step == self.first_step:
             runtime.set_train_timeout(self.config.comm, except_for=self.checkpoints.group)
         if save or stop or last:
@@ -316,6 +333,8 @@ class Trainer:
         if save and not (stop or last) and self._should_stop(wait=False):  # the request came during the save
             self._save(ends=True)
             stop = True
+        if stop and not logged:  # the request came after the step
+            self._log_step(loss, lr)
         self.gc.run(self.step)
         return stop
 
@@ -417,18 +436,15 @@ class Trainer:
     def _log_summary(self) -> None:
         places = {"metrics": f"{self.run_path / METRICS}"}
         if self.config.metrics.enable_tensorboard:
-            tensorboard = f"{shown_path(sys.executable)} -m tensorboard.main --logdir"
-            places["look at it"] = f"{tensorboard} {self.run_path / self.config.metrics.save_tb_folder}"
+            folder = self.run_path / self.config.metrics.save_tb_folder
+            command = (shown_path(sys.executable), "-m", "tensorboard.main", "--logdir", str(folder))
+            places["look at it"] = shlex.join(command)
         places |= next_command(self.config, self.run_path / CONFIG_TOML, self.step, self.runtime.world_size)
         logger.info(summary(self.recorder, places, loss_of_first_step(self.run_path), [*self.loss_watch.losses]))
 
     def close(self) -> None:
-        self.checkpoints.close()
-        self.loader.close()
-        self.gc.close()
-        self.compile_watch.close()
-        self.stop_request.close()
-        self.recorder.close()
+        """Stop what runs in the background, close the files, and restore the signal handlers."""
+        self._opened.close()
 
 
 def main(config: JobConfig | None = None) -> int:
@@ -466,7 +482,6 @@ def main(config: JobConfig | None = None) -> int:
                 trainer.close()
         finally:
             runtime.stop_runtime()
-            show_late_warnings()
     return 0
 
 

@@ -147,7 +147,7 @@ def test_too_many_in_a_row_end_the_run_on_all_ranks(reports: Any, way: str) -> N
     ranks = reports[f"{way} in a row"]
     for rank in ranks:
         assert rank["error"].startswith(
-            "step 6: 3 steps in a row were skipped, and training.max_skipped_in_a_row = 3; this one for grad_norm inf"
+            "step 6: 3 skipped steps in a row, and training.max_skipped_in_a_row = 3; this one for grad_norm inf"
         )
         assert rank["error"] == ranks[0]["error"]
         assert rank["digests"][4] == rank["digests"][2]

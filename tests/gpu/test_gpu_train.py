@@ -113,7 +113,7 @@ def test_a_loss_that_is_not_finite_is_skipped_where_it_is_seen_later(train: Any)
     )
     assert run.status == 1, run.output
     assert run.output.count("WARNING - step") == 4
-    assert "4 steps in a row were skipped" in run.output
+    assert "4 skipped steps in a row" in run.output
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(train: Any) -> None:

@@ -50,7 +50,7 @@ from titanlite.checkpoint.storage import (
     verify,
 )
 from titanlite.config.schema import Checkpoint
-from titanlite.errors import ConfigError, TrainingError
+from titanlite.errors import ConfigError, TrainingError, counted
 from titanlite.models.spec import same_network
 
 logger = logging.getLogger()
@@ -247,9 +247,9 @@ class CheckpointManager:
                 f"{checkpoint.folder} is a checkpoint of another model:\n    " + "\n    ".join(lines) + "\n"
                 "restore [model] as it was, or choose another job.dump_folder"
             )
-        for changed, outcome in ((new, "begin anew"), (gone, "are left out")):
+        for changed, outcome in ((new, "not in the checkpoint"), (gone, "of the checkpoint left out")):
             if changed:
-                logger.warning("%d buffers %s, such as %s", len(changed), outcome, min(changed))
+                logger.warning("%s %s, such as %s", counted(len(changed), "buffer"), outcome, min(changed))
         return {name: tensor for name, tensor in state.items() if name not in new}
 
     def _check_optimizer(self, checkpoint: SavedCheckpoint, local: State, saved: dict[str, torch.Size]) -> None:
@@ -263,8 +263,8 @@ class CheckpointManager:
         world = dist.get_world_size()
         if checkpoint.info.world_size != world:
             logger.info(
-                "the random generators begin from the seed: they were those of %d processes, now there are %d",
-                checkpoint.info.world_size,
+                "the random generators begin from the seed: they were those of %s, and this run has %d",
+                counted(checkpoint.info.world_size, "process"),
                 world,
             )
             return {}

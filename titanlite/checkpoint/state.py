@@ -5,6 +5,7 @@ not copies: a write to them changes the model or the optimizer."""
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -118,6 +119,8 @@ def disagreements(saved: Mapping[str, Sequence[int]], model: Mapping[str, Sequen
 def listed(predicate: str, names: Sequence[str]) -> str:
     """Return how many ``names`` there are, the predicate, and the first of them."""
     more = f" and {len(names) - _MAX_LISTED} more" if len(names) > _MAX_LISTED else ""
+    if len(names) == 1:
+        predicate = re.sub(r"\bare\b", "is", re.sub(r"\bhave\b", "has", predicate))
     return f"{len(names)} {predicate}: {', '.join(names[:_MAX_LISTED])}{more}"
 
 

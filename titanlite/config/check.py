@@ -38,6 +38,8 @@ def check_config(config: JobConfig, world_size: int, *, train: bool = True) -> N
     for number_format in NUMBER_FORMATS:
         number_format.check(config)
     check_validation(config)
+    if config.training.compile and not config.compile.components:
+        refuse(config, "compile.components", "names nothing to compile for training.compile; leave out one of them")
     if config.sample.enable and degrees.pipeline_parallel * degrees.context_parallel > 1:
         refuse(
             config,

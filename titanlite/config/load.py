@@ -377,4 +377,13 @@ def _config_class(argv: Sequence[str], default_file: str | None) -> type[JobConf
             value=known.module,
             origin=module_origin,
         )
-    return merge(custom)
+    try:
+        config_class = merge(custom)
+        ours = options_of(JobConfig)
+        for section, keys in options_of(config_class).items():  # type: ignore[arg-type]
+            for key, option in keys.items():
+                if option != ours.get(section, {}).get(key) and not (option.optional and option.default is None):
+                    option.convert(option.default, f"the default in {known.module}")
+    except (TypeError, NameError) as e:
+        raise ConfigError(f"its options cannot be read: {e}", key=name, value=known.module, origin=module_origin) from e
+    return config_class

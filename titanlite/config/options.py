@@ -116,19 +116,26 @@ def _quoted(values: tuple[Any, ...]) -> str:
 
 
 def _option(section: str, field: dataclasses.Field[Any], hint: Any, text: str) -> Option:
-    optional = False
-    if typing.get_origin(hint) in (typing.Union, types.UnionType):
-        (hint,) = (arg for arg in typing.get_args(hint) if arg is not type(None))
-        optional = True
+    union = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else ()
+    optional = type(None) in union
+    if len(hints := [arg for arg in union if arg is not type(None)]) == 1:
+        (hint,) = hints
     rule = None
     if typing.get_origin(hint) is typing.Annotated:
         hint, rule = typing.get_args(hint)
-    base, choices = hint, ()
+    base = hint
+    choices: tuple[Any, ...] = ()
     if typing.get_origin(base) is list:
         base, (item,) = list, typing.get_args(base)
         choices = typing.get_args(item) if typing.get_origin(item) is Literal else ()
+        base = base if choices or item is str else hint
     elif typing.get_origin(base) is Literal:
         base, choices = str, typing.get_args(base)
+    if base not in (*_KINDS, list, object) or not all(isinstance(choice, str) for choice in choices):
+        kinds = "bool, int, float, str, Literal[strings], list[str] and list[Literal[strings]], each also with None"
+        raise TypeError(f"{section}.{field.name} is {hint}, and the types of options are {kinds}")
+    if field.default is field.default_factory is dataclasses.MISSING:
+        raise TypeError(f"{section}.{field.name} has no default")
     default = field.default if field.default is not dataclasses.MISSING else field.default_factory()  # type: ignore[misc, operator]
     return Option(section, field.name, base, optional, choices, rule, default, text)
 

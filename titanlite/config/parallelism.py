@@ -273,7 +273,7 @@ def _check_microbatches(config: JobConfig, degrees: Degrees) -> None:
         )
     count, schedule = pipeline_microbatches(config, degrees.data_parallel), p.pipeline_parallel_schedule
     shown = (
-        f"{count} microbatches per step (training.local_batch_size = {local}, microbatches of {size}, "
+        f"{counted(count, 'microbatch')} per step (training.local_batch_size = {local}, microbatches of {size}, "
         f"training.global_batch_size = {global_batch_size(config, degrees.data_parallel)} over {degrees.data_parallel})"
     )
     least = pp if schedule == "1F1B" else 1

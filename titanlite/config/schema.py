@@ -21,6 +21,7 @@ from titanlite.config.value_rules import (
     Fraction,
     InnerFolder,
     Int32,
+    Limit,
     LoadStep,
     NotNegative,
     NotNegativeFloat,
@@ -126,8 +127,8 @@ class Training:
     degree accumulates gradients. -1: exactly that product."""
     seq_len: Positive = 2048
     """Tokens per sequence. Documents that share a sequence attend to each other."""
-    max_norm: PositiveFloat = 1.0
-    """The largest gradient norm; larger gradients are scaled down to it."""
+    max_norm: Limit = 1.0
+    """The largest gradient norm; larger gradients are scaled down to it. inf: none are."""
     steps: Positive = 10000
     """Optimizer steps."""
     enable_cpu_offload: bool = False

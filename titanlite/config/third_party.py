@@ -17,21 +17,38 @@ from titanlite.errors import ConfigError
 
 
 def merge(custom: type) -> type[JobConfig]:
-    """Return JobConfig with the sections of ``custom``. A section that is in both has the keys of both."""
+    """Return JobConfig with the sections of ``custom``. A section that is in both has the keys of both; a key that is
+    in both has the type of ours and the default of theirs.
+
+    Raises:
+        TypeError: a section is no dataclass, or a key of both has another type.
+    """
     base, extension = typing.get_type_hints(JobConfig), typing.get_type_hints(custom)
-    merged: dict[str, type] = {}
-    for section in {**base, **extension}:
-        parts = [sections[section] for sections in (extension, base) if section in sections]
-        if len(parts) == 2 and not issubclass(parts[0], parts[1]):
-            merged[section] = dataclasses.dataclass(
-                type(parts[1].__name__, tuple(parts), {"__module__": parts[0].__module__})
-            )
-        else:
-            merged[section] = parts[0]
+    merged: dict[str, type] = {**base, **extension}
+    for section, theirs in extension.items():
+        if not (isinstance(theirs, type) and dataclasses.is_dataclass(theirs)):
+            raise TypeError(f"{section} must be a section, which is a dataclass, and is {theirs}")
+        ours = base.get(section, theirs)
+        if theirs is not ours:
+            content = {"__module__": theirs.__module__, **_keys_of_both(section, ours, theirs)}
+            bases = (theirs,) if issubclass(theirs, ours) else (theirs, ours)
+            merged[section] = dataclasses.dataclass(type(ours.__name__, bases, content))
     fields = [(section, cls, dataclasses.field(default_factory=cls)) for section, cls in merged.items()]
     config_class = dataclasses.make_dataclass("JobConfig", fields, bases=(JobConfig,))
     config_class.__annotations__ = dict(merged)
     return config_class
+
+
+def _keys_of_both(section: str, ours: type, theirs: type) -> dict[str, Any]:
+    """Return the annotations and fields of a class with the keys that are in both."""
+    hints, plain = typing.get_type_hints(ours, include_extras=True), typing.get_type_hints(ours)
+    fields: dict[str, Any] = {}
+    for field in dataclasses.fields(theirs):
+        if field.name in hints:
+            if (kind := typing.get_type_hints(theirs)[field.name]) != plain[field.name]:
+                raise TypeError(f"{section}.{field.name} is there already, as {plain[field.name]} and not {kind}")
+            fields[field.name] = dataclasses.field(default=field.default, default_factory=field.default_factory)  # type: ignore[call-overload]
+    return {"__annotations__": {name: hints[name] for name in fields}, **fields}
 
 
 def import_custom(config: JobConfig) -> None:

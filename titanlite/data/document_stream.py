@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from titanlite.data.cut import cut
 from titanlite.data.records import Corrupt
 from titanlite.data.sources import START, Position, Source
-from titanlite.errors import ConfigError
+from titanlite.errors import ConfigError, counted
 
 
 class TooLittleText(ConfigError):
@@ -101,7 +101,7 @@ class DocumentStream:
         """Raise TooLittleText if the ``tokens`` of an epoch are no more than a sequence."""
         if tokens <= self._seq_len:
             skipped = self._source.skipped
-            left_out = f" ({skipped} documents are left out, because they cannot be read)" if skipped else ""
+            left_out = f" ({counted(skipped, 'document')} left out as unreadable)" if skipped else ""
             raise TooLittleText(
                 f"training.seq_len = {self._seq_len}: a sequence and its last label need {self._seq_len + 1} tokens, "
                 f"and data shard {self._shard} of {self._num_shards} has only {tokens} in a whole epoch{left_out}; use "

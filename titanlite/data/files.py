@@ -15,7 +15,7 @@ from functools import cache
 from pathlib import Path
 from typing import IO, cast
 
-from titanlite.errors import ConfigError
+from titanlite.errors import ConfigError, counted
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +58,7 @@ def find_files(path: str, suffixes: tuple[str, ...]) -> list[Path]:
         files = [file for file in everything if file.name.lower().endswith(suffixes) and not _is_special(file)]
         left_out = sorted(set(everything) - set(files))
         examples = ", ".join(str(file.relative_to(name)) for file in left_out[:_EXAMPLES])
-        holds = f"{len(left_out)} files with other names{f', for example {examples}' if left_out else ''}"
+        holds = f"{counted(len(left_out), 'file')} with other names{f', for example {examples}' if left_out else ''}"
         problem = f"the folder has no files named {known}, and {holds}; for other names use a glob: {path}/**/*.rst"
         if files and left_out:
             _warn(f"{path} has {holds}, which are NOT READ; the names that are read end in {known}")

@@ -13,7 +13,7 @@ from torch import nn
 from torch._dynamo.callback import CallbackArgs, CallbackTrigger, callback_handler
 
 from titanlite.config.schema import Compile
-from titanlite.errors import ConfigError
+from titanlite.errors import ConfigError, counted
 from titanlite.registry import nearest
 
 logger = logging.getLogger()
@@ -53,12 +53,12 @@ class CompileWatch:
 
     def _say(self, when: str, action: str, expected: bool) -> None:
         if self.graphs and expected:
-            logger.info("%s %d graphs in %.1f s", action, self.graphs, self._seconds)
+            logger.info("%s %s in %.1f s", action, counted(self.graphs, "graph"), self._seconds)
         elif self.graphs:
             logger.warning(
-                "%s compiled %d graphs again, in %.1f s; TORCH_LOGS=recompiles says why",
+                "%s compiled %s again, in %.1f s; TORCH_LOGS=recompiles says why",
                 when,
-                self.graphs,
+                counted(self.graphs, "graph"),
                 self._seconds,
             )
         self.graphs, self._seconds = 0, 0.0

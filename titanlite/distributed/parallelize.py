@@ -30,7 +30,7 @@ from titanlite.distributed.tensor_parallel import (
     gathered_input,
     row_parallel,
 )
-from titanlite.errors import ConfigError
+from titanlite.errors import ConfigError, counted
 from titanlite.models.layers import AttentionSlot, Core, FeedForward, Layout, causal_attention
 from titanlite.quant.linear import quant_layers
 from titanlite.quant.reuse import share_first_input
@@ -156,7 +156,7 @@ def check(args: Any, layout: Layout, mesh: Mesh, config: JobConfig) -> None:
         refuse(
             config,
             "activation_checkpoint.selective_ac_option",
-            f"the model has {args.n_layers} layers, so none would be checkpointed; use a smaller number, "
+            f"the model has {counted(args.n_layers, 'layer')}, so none would be checkpointed; use a smaller number, "
             '"op", or activation_checkpoint.mode = "none"',
         )
     for name in layout.divisible:

@@ -23,7 +23,7 @@ from titanlite.config.parallelism import (
     whole_backward,
 )
 from titanlite.config.refuse import refuse
-from titanlite.errors import ConfigError
+from titanlite.errors import ConfigError, counted
 from titanlite.registry import nearest
 
 
@@ -170,7 +170,7 @@ def _owners_in_csv(config: JobConfig, ranks: int) -> list[int]:
     except (OSError, UnicodeDecodeError, csv.Error) as e:
         refuse_schedule(f"cannot be read ({e}); correct the file")
     if len(rows) != ranks:
-        refuse_schedule(f"has {len(rows)} rows, must be one for each of {ranks} processes; change either")
+        refuse_schedule(f"has {counted(len(rows), 'row')}, must be one for each of {ranks} processes; change either")
     owners: set[tuple[int, int]] = set()
     forwards: defaultdict[int, list[int]] = defaultdict(list)
     kinds: set[str] = set()

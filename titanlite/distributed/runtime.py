@@ -25,7 +25,7 @@ from torch.distributed.distributed_c10d import _set_pg_timeout
 from titanlite.config.schema import Comm
 from titanlite.distributed.rejoin import store_of_attempt
 from titanlite.environment import LAUNCHER_PID
-from titanlite.errors import ConfigError
+from titanlite.errors import ConfigError, counted
 
 logger = logging.getLogger(__name__)
 
@@ -140,7 +140,8 @@ def _pick_device(local_rank: int) -> tuple[torch.device, str]:
     count = torch.cuda.device_count()
     if local_rank >= count:
         raise ConfigError(
-            f"NGPU: process {local_rank} of this machine has no GPU of its own, there are {count}; use fewer processes"
+            f"NGPU: process {local_rank} of this machine has no GPU of its own, there "
+            f"{'is' if count == 1 else 'are'} {count}; use fewer processes"
         )
     device = torch.device("cuda", local_rank)
     torch.cuda.set_device(device)
@@ -178,7 +179,12 @@ class GarbageCollection:
         # Generation 1 has the garbage of training steps. The oldest one grows with the model and is slow to scan.
         objects = gc.collect(1)
         if self._debug:
-            logger.info("garbage collection at step %d: %d objects, %.3f s", step, objects, time.perf_counter() - start)
+            logger.info(
+                "garbage collection at step %d: %s, %.3f s",
+                step,
+                counted(objects, "object"),
+                time.perf_counter() - start,
+            )
 
     def close(self) -> None:
         gc.enable()

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 
-from titanlite.errors import ConfigError, TrainingError
+from titanlite.errors import ConfigError, TrainingError, counted
 from titanlite.models.layers import AttentionSlot, Core, visible
 
 DEFAULT_MAX_NEW_TOKENS = 256
@@ -93,8 +93,8 @@ class KVCache:
         new = tokens.shape[1]
         if self.length + new > self.capacity:
             raise ConfigError(
-                f"the cache of keys and values has room for {self.capacity} tokens, and {self.length} + {new} are to "
-                "go into it; make it larger"
+                f"the cache of keys and values has room for {counted(self.capacity, 'token')}, and {self.length} + "
+                f"{new} are to go into it; make it larger"
             )
         self._new = new
         logits = forward(self.model, tokens, self.length, self.multiple)
@@ -246,8 +246,8 @@ class Generated:
     decode_s: float
 
     def speed(self) -> str:
-        prefill = f"prefill {self.prompt_tokens} tokens, {self.prompt_tokens / self.prefill_s:,.1f} tokens/s"
-        decode = f"decode {self.decoded_tokens} tokens"
+        prefill = f"prefill {counted(self.prompt_tokens, 'token')}, {self.prompt_tokens / self.prefill_s:,.1f} tokens/s"
+        decode = f"decode {counted(self.decoded_tokens, 'token')}"
         if self.decoded_tokens:
             decode += f", {self.decoded_tokens / self.decode_s:,.1f} tokens/s"
         return f"{prefill}; {decode}"
@@ -320,16 +320,16 @@ def _checked_number(max_new_tokens: int | None, prompt: int, positions: int) -> 
     if max_new_tokens is None:
         if prompt >= positions:
             raise ConfigError(
-                f"the prompt has {prompt} tokens, and the model has {positions} positions, which leaves no room for "
-                "more; shorten it"
+                f"the prompt has {counted(prompt, 'token')}, and the model has {counted(positions, 'position')}, "
+                "which leaves no room for more; shorten it"
             )
         return min(DEFAULT_MAX_NEW_TOKENS, positions - prompt)
     if max_new_tokens < 1:
         raise ConfigError("must be at least 1", key="max_new_tokens", value=max_new_tokens)
     if prompt + max_new_tokens > positions:
         raise ConfigError(
-            f"with the {prompt} tokens of the prompt these are {prompt + max_new_tokens}, and the model has "
-            f"{positions} positions; ask for fewer, or shorten the prompt",
+            f"with the prompt's {prompt} these are {counted(prompt + max_new_tokens, 'token')}, and the model has "
+            f"{counted(positions, 'position')}; ask for fewer, or shorten the prompt",
             key="max_new_tokens",
             value=max_new_tokens,
         )

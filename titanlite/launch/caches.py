@@ -5,49 +5,41 @@ from __future__ import annotations
 import getpass
 import os
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 from titanlite.errors import ConfigError
 
 
-def unwritable_cache(error: BaseException) -> ConfigError | None:
+def unwritable_cache(error: BaseException | None) -> ConfigError | None:
     """Return the error to show if ``error`` comes from a cache folder that cannot be written; else None."""
-    places = list(_places(error))
-    for variable, folder in _folders() if places else ():
-        inside = any(folder == place or folder in place.parents or place in folder.parents for place in places)
-        if inside and (reason := _obstacle(folder)):
-            return ConfigError(
-                f"the cache folder {folder} cannot be written ({reason}); make it writable, or name another one with "
-                f"the environment variable {variable}"
-            )
+    chain: list[BaseException] = []
+    while error is not None and error not in chain:
+        chain.append(error)
+        if isinstance(error, OSError) and isinstance(error.filename, str):
+            place = Path(os.path.abspath(error.filename))
+            for variable, folder in _folders().items():
+                inside = folder in (place, *place.parents) or place in folder.parents
+                if inside and (reason := _obstacle(folder)):
+                    return ConfigError(
+                        f"the cache folder {folder} cannot be written ({reason}); make it writable, or name another "
+                        f"one with the environment variable {variable}"
+                    )
+        error = error.__cause__ or error.__context__
     return None
 
 
-def _places(error: BaseException | None) -> Iterator[Path]:
-    """Yield the files of the errors of the operating system that led to ``error``."""
-    seen: set[int] = set()
-    while error is not None and id(error) not in seen:
-        seen.add(id(error))
-        if isinstance(error, OSError) and isinstance(error.filename, str):
-            yield Path(os.path.abspath(error.filename))
-        error = error.__cause__ or error.__context__
-
-
-def _folders() -> Iterator[tuple[str, Path]]:
-    """Yield the environment variables that name cache folders, and these folders."""
+def _folders() -> dict[str, Path]:
+    """Return the cache folders, by the environment variables that name them."""
     cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    hub = os.environ.get("HF_HOME") or f"{cache}/huggingface"
     defaults = {
-        "HF_DATASETS_CACHE": None,
-        "HF_HUB_CACHE": None,
-        "HF_HOME": hub,
+        "HF_DATASETS_CACHE": "",
+        "HF_HUB_CACHE": "",
+        "HF_HOME": f"{cache}/huggingface",
         "TORCHINDUCTOR_CACHE_DIR": f"{tempfile.gettempdir()}/torchinductor_{getpass.getuser()}",
         "TRITON_CACHE_DIR": f"{os.environ.get('TRITON_HOME') or '~'}/.triton/cache",
     }
-    for variable, default in defaults.items():
-        if folder := os.environ.get(variable) or default:
-            yield variable, Path(os.path.abspath(os.path.expanduser(folder)))
+    named = {variable: os.environ.get(variable) or default for variable, default in defaults.items()}
+    return {variable: Path(os.path.abspath(os.path.expanduser(name))) for variable, name in named.items() if name}
 
 
 def _obstacle(folder: Path) -> str:

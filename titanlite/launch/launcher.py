@@ -41,7 +41,7 @@ from titanlite.environment import (
     RDZV_ENDPOINT,
     RDZV_ID,
 )
-from titanlite.errors import ConfigError
+from titanlite.errors import ConfigError, counted
 from titanlite.launch.command_line import read_config, report, reported
 from titanlite.launch.shortage import advise
 from titanlite.launch.stacks import stacks_file
@@ -134,7 +134,8 @@ def _process_count() -> int:
     requested, gpus = _count(NGPU, "processes"), _gpu_count()
     if requested and gpus and requested > gpus:
         raise ConfigError(
-            f"NGPU={requested}: this machine has {gpus} GPUs, and each process needs one; set NGPU={gpus} or less"
+            f"NGPU={requested}: this machine has {counted(gpus, 'GPU')}, and each process needs one; set NGPU={gpus} "
+            "or less"
         )
     most = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // _PROCESS_BYTES
     if requested and not gpus and requested > most:

@@ -59,8 +59,16 @@ class Profiler:
             torch.cuda.memory._record_memory_history(enabled="all", max_entries=_MAX_EVENTS)
 
     @contextmanager
-    def steps(self, after: int) -> Iterator[Callable[[], None]]:
-        """Yield a function to call at the end of every step; the first step is the one after ``after``."""
+    def steps(self, after: int, last: int) -> Iterator[Callable[[], None]]:
+        """Yield a function to call at the end of every step from ``after`` + 1 to ``last``."""
+        frequency = self.options.profile_freq
+        if (self.options.enable_profiling or self._snapshots) and last // frequency == after // frequency:
+            logger.warning(
+                "profiling.profile_freq = %d: none of the steps %d to %d is a multiple of it, so none is recorded",
+                frequency,
+                after + 1,
+                last,
+            )
         self._step, self._due, self._failing = after, False, False
         self._prof = self._start(after + 1) if self.options.enable_profiling else None
         try:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from titanlite.errors import TrainingError
+from titanlite.errors import TrainingError, counted
 from titanlite.metrics.device import GIB, device_name, peak_flops, peak_memory, reset_peak_memory
 from titanlite.metrics.sinks import Row, Sink, shown_memory
 
@@ -26,7 +26,8 @@ class Recorder:
         flops_per_token: model FLOPs of forward and backward.
         log_freq: the window, in steps; the first and the last step are logged too.
         last_step: the step after which the run ends.
-        tokens_seen: tokens of all devices before the first step.
+        steps_before: the steps that were made before this run continued, or 0.
+        tokens_seen: tokens of all devices in these steps.
     """
 
     sinks: Sequence[Sink]
@@ -34,6 +35,7 @@ class Recorder:
     flops_per_token: int
     log_freq: int
     last_step: int
+    steps_before: int = 0
     tokens_seen: int = 0
     first: Row | None = None
     last: Row | None = None
@@ -117,7 +119,7 @@ class Recorder:
         }
         for key, kind in (("skipped_documents", "left out"), ("truncated_examples", "truncated")):
             if row[key] > (0 if self.last is None else self.last.get(key, 0)):
-                logger.info("%d documents are %s so far", row[key], kind)
+                logger.info("%s so far: %s", kind, counted(row[key], "document"))
         for sink in self.sinks:
             sink.write(row)
         self.remember(row)

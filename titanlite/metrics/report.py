@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+import shlex
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+
+import torch
 
 from titanlite.config import JobConfig
 from titanlite.environment import COMMAND
@@ -68,7 +71,7 @@ def summary(
         validation["validation"] = f"loss {validated['loss']:.4f}{in_bits} at step {validated['step']}"
     title = "training finished" if last["step"] == recorder.last_step else "training stopped early"
     loss, above = f"{_loss(first)} -> {_loss(last)}", {}
-    if first["step"] > 1 and start is not None:
+    if recorder.steps_before and start is not None:
         loss = f"{start:.4f} at step 1, {loss}"
     if (end := end_above(start, losses, last["step"])) is not None:
         title = f"{title}, and THE LOSS IS ABOVE WHERE IT BEGAN"
@@ -80,7 +83,7 @@ def summary(
     return table(
         title,
         {
-            "steps": f"{first['step']} to {last['step']} of {recorder.last_step}",
+            "steps": f"{recorder.steps_before + 1} to {last['step']} of {recorder.last_step}",
             "tokens": f"{recorder.tokens_seen:,}",
             "loss": loss,
             **above,
@@ -97,14 +100,18 @@ def summary(
 
 
 def next_command(config: JobConfig, file: Path, step: int, world_size: int) -> dict[str, str]:
-    """Return the next command after a run that ended at ``step``, by purpose; ``file`` is the run's configuration."""
+    """Return the next command after a run that ended at ``step``, by purpose, if there is one; ``file`` is the run's
+    configuration."""
     machines = os.environ.get("GROUP_WORLD_SIZE", "1")
-    ngpu = f"NGPU={os.environ['LOCAL_WORLD_SIZE']} " if world_size > 1 else ""
+    processes = os.environ.get("LOCAL_WORLD_SIZE", "1")
+    ngpu = f"NGPU={processes} " if world_size > 1 or torch.cuda.device_count() > 1 else ""  # else it is the default
     if machines != "1":
         ngpu = f"NNODES={machines} RDZV_ENDPOINT=... {ngpu}"
-    command = f"{ngpu}CONFIG_FILE={file} {os.environ.get(COMMAND, 'titanlite')}"
+    command = f"{ngpu}CONFIG_FILE={shlex.quote(str(file))} {shlex.quote(os.environ.get(COMMAND, 'titanlite'))}"
     if not config.checkpoint.enable_checkpoint:
         return {"run it again": command}
     if step < config.training.steps:
         return {"continue it": command}
+    if config.checkpoint.last_save_model_weights_only:
+        return {}
     return {"train longer": f"{command} --training.steps={2 * step}"}

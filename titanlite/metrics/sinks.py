@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import logging
 import math
 import os
+import re
 import sys
 import warnings
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
-from titanlite.environment import LOG_RANK
+from titanlite.environment import LAUNCH_DIR, LOG_RANK
 from titanlite.errors import ConfigError
-from titanlite.metrics.repeated import Once
 
 logger = logging.getLogger()
 
@@ -39,7 +40,7 @@ class Sink(Protocol):
 
 def init_logging(rank: int) -> None:
     """Log to stdout in torchtitan's format, Python's warnings too. Ranks that are not in LOG_RANK (default 0) log only
-    warnings, and of these only those that no other rank has logged."""
+    warnings and errors. A warning that several ranks have is logged by the first of them alone."""
     chosen = os.environ.get(LOG_RANK, "0").split(",")
     if not all(part.strip().isdecimal() for part in chosen):
         raise ConfigError(f"LOG_RANK={os.environ[LOG_RANK]}: must be rank numbers separated by commas, for example 0,1")
@@ -52,7 +53,7 @@ def init_logging(rank: int) -> None:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # names of files can be any bytes
     handler = _ConsoleHandler(sys.stdout or open(os.devnull, "w"))  # noqa: SIM115  (there is no stdout after >&-)
-    handler.addFilter(Once(handler, speaks=speaks))
+    handler.addFilter(_Once())
     handler.setFormatter(
         logging.Formatter(f"[rank{rank}]:[titan] %(asctime)s - %(name)s - %(levelname)s - %(message)s")
     )
@@ -68,16 +69,39 @@ def _log_warning(
     logging.getLogger("py.warnings").warning("%s:%d: %s: %s", filename, lineno, category.__name__, message)
 
 
-def show_late_warnings() -> None:
-    """Show the warnings of this process that are held back, if they are its own; call this before it ends."""
-    for handler in logging.getLogger().handlers:
-        for each in handler.filters:
-            if isinstance(each, Once):
-                each.flush()
+class _Once(logging.Filter):
+    """Lets a warning pass in one of the processes that the launcher has started on this machine: the first that has
+    it, which leaves a mark in the launcher's folder."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._marked: set[str] = set()  # by this process, which may repeat itself
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        folder = os.environ.get(LAUNCH_DIR)
+        if folder and record.levelno == logging.WARNING:
+            text = f"{record.name}: {record.getMessage()}".encode("utf-8", "surrogateescape")
+            mark = f"warning-{hashlib.sha256(text).hexdigest()}"
+            try:
+                if mark not in self._marked:
+                    Path(folder, mark).touch(exist_ok=False)
+            except FileExistsError:
+                return False
+            except OSError:  # the launcher has ended
+                pass
+            self._marked.add(mark)
+        return True
+
+
+# A name in a file from somebody else could move the cursor of a terminal, or write to its clipboard. Colors may pass.
+_CONTROL = re.compile(r"(?!\033\[\d*m)[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 class _ConsoleHandler(logging.StreamHandler[TextIO]):
     """Logs to the console. If its reader ends (``| head``), logging stops, and the run continues."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return _CONTROL.sub(lambda character: repr(character[0])[1:-1], super().format(record))
 
     def handleError(self, record: logging.LogRecord) -> None:
         if isinstance(sys.exc_info()[1], BrokenPipeError):
@@ -239,14 +263,24 @@ _TENSORBOARD_TAGS = {
 
 
 class TensorBoardSink:
-    """Writes TensorBoard events. A run that continues after ``step`` hides its earlier events of later steps."""
+    """Writes TensorBoard events. A run that continues after ``step`` hides its earlier events of later steps.
+
+    Raises:
+        ConfigError: the folder cannot be made.
+    """
 
     def __init__(self, folder: Path, step: int = 0) -> None:
         # Imported only here, because it takes half a second.
         from torch.utils.tensorboard import SummaryWriter
 
         self._folder, self._lacks = folder, ""
-        self._writer = SummaryWriter(log_dir=str(folder), flush_secs=10, purge_step=step + 1 if step else None)
+        try:
+            self._writer = SummaryWriter(log_dir=str(folder), flush_secs=10, purge_step=step + 1)
+        except OSError as e:
+            raise ConfigError(
+                f"{folder} cannot be written: {e.strerror or e}; remove what is there, or choose another name",
+                key="metrics.save_tb_folder",
+            ) from None
 
     def write(self, row: Row) -> None:
         self._add(row["step"], {tag: row[key] for key, tag in _TENSORBOARD_TAGS.items()})

@@ -26,7 +26,7 @@ from titanlite.config import Degrees, JobConfig, global_batch_size, load_config,
 from titanlite.config.number_formats import formats_of, gathers_quantized
 from titanlite.config.run_config import TOKENIZER
 from titanlite.data import load_tokenizer
-from titanlite.errors import ConfigError
+from titanlite.errors import ConfigError, counted
 from titanlite.launch.shortage import Shortage
 from titanlite.metrics.device import GIB
 from titanlite.plan.estimate import START_METHOD, Estimate, estimate
@@ -58,7 +58,7 @@ class Knob:
 
     def shown(self, shortage: Shortage) -> str:
         """Return the change as command-line arguments."""
-        ngpu = f"on {self.world_size} devices:" if self.world_size != shortage.world_size else ""
+        ngpu = f"on {counted(self.world_size, 'device')}:" if self.world_size != shortage.world_size else ""
         options = (f"--{name}={_shown(value)}" for name, value in self.changes.items())
         return " ".join(filter(None, (ngpu, *options)))
 

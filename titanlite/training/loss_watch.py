@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from titanlite.config.schema import Training
+from titanlite.errors import counted
 from titanlite.training.step_guard import WINDOW, StepRecord
 
 logger = logging.getLogger()
@@ -119,25 +120,29 @@ class LossWatch:
         leave_out = "--training.on_bad_step=skip leaves out the updates of such steps"
         if self._training.on_bad_step == "skip":
             return (
-                f"step {step}: {record.in_a_row} steps in a row were skipped, and training.max_skipped_in_a_row = "
-                f"{self._training.max_skipped_in_a_row}; this one for {self._reason(record)}; {self._last_good()}. "
-                f"{advice}"
+                f"step {step}: {counted(record.in_a_row, 'skipped step')} in a row, and "
+                f"training.max_skipped_in_a_row = {self._training.max_skipped_in_a_row}; this one for "
+                f"{self._reason(record)}; {self._last_good()}. {advice}"
             )
         if _is_finite(record):
             return (
                 f"step {step}: {self._reason(record)}; {self._last_good()}. {advice}; {leave_out}, "
                 "--training.spike_sigmas=0 takes no finite loss for bad"
             )
+        # A rank without the last pipeline stage has no loss of its own.
+        rank, loss = "", record.loss
+        if not math.isfinite(record.local_loss):
+            rank, loss = f", rank {self._rank}", record.local_loss
         return (
-            f"step {step}, rank {self._rank}: loss {record.local_loss}, grad_norm {record.grad_norm} is not finite; "
-            f"{self._last_good()}. {advice}; {leave_out}"
+            f"step {step}{rank}: loss {loss}, grad_norm {record.grad_norm} is not finite; {self._last_good()}. "
+            f"{advice}; {leave_out}"
         )
 
     def _last_good(self) -> str:
         if self.last_good is None:
             return "no good step came before it since the start"
         at, good = self.last_good
-        return f"the last good values were loss {good.local_loss:.4f}, grad_norm {good.grad_norm:.4f} at step {at}"
+        return f"the last good values were loss {good.loss:.4f}, grad_norm {good.grad_norm:.4f} at step {at}"
 
     def _reason(self, record: StepRecord) -> str:
         if not math.isfinite(record.loss):

@@ -3,11 +3,12 @@ sizes of [model.args]."""
 
 from __future__ import annotations
 
+import logging
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from titanlite.checkpoint import is_hugging_face
+from titanlite.checkpoint import is_hugging_face, saved_steps
 from titanlite.checkpoint.hugging_face import CONFIG
 from titanlite.config import JobConfig
 from titanlite.config.model_sections import Model
@@ -16,6 +17,8 @@ from titanlite.config.run_config import HF_CONFIG
 from titanlite.errors import ConfigError, shown
 from titanlite.models.spec import ModelSpec, get_model_spec, model_spec_of
 from titanlite.untrusted.files import contained, read_json
+
+logger = logging.getLogger(__name__)
 
 HF = "hf"  # the flavor that means a config.json
 # Values of [model.args] that switch an option off.
@@ -95,7 +98,10 @@ def _config_json(config: JobConfig) -> Path | None:
         if _is_asked(config, "flavor") and model.flavor != HF:
             refuse(config, "model.hf_config", f"says the shape, and so does model.flavor = {shown(model.flavor)} "
                 f"({config.origin('model.flavor')}); leave one of them out")  # fmt: skip
-        path = _or_copy(config, Path(model.hf_config).expanduser())
+        asked = Path(model.hf_config).expanduser()
+        path = _or_copy(config, asked)
+        if path != asked:
+            logger.warning('model.hf_config = "%s": there is no such folder; the copy in %s is used', asked, path)
         file = path if path.name == CONFIG and not path.is_dir() else path / CONFIG
         if not file.is_file():
             refuse(config, "model.hf_config", f"there is no {CONFIG}; name it, or its folder")
@@ -107,6 +113,9 @@ def _config_json(config: JobConfig) -> Path | None:
 
 
 def _or_copy(config: JobConfig, path: Path) -> Path:
-    """Return ``path``; where it is gone, the folder of the copy that the run folder has, if it has one."""
-    copy = Path(config.job.dump_folder).expanduser() / HF_CONFIG
-    return copy if not path.exists() and (copy / CONFIG).is_file() else path
+    """Return ``path``; where it is gone, and the run of the run folder goes on, the folder of the copy that this run
+    has made."""
+    run_folder = Path(config.job.dump_folder).expanduser()
+    copy = run_folder / HF_CONFIG
+    goes_on = config.checkpoint.enable_checkpoint and saved_steps(run_folder / config.checkpoint.folder)
+    return copy if not path.exists() and goes_on and (copy / CONFIG).is_file() else path

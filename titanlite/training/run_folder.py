@@ -6,8 +6,11 @@ import contextlib
 import fcntl
 import json
 import logging
+import math
 import os
+import re
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -39,6 +42,7 @@ logger = logging.getLogger(__name__)
 
 # The sections that change neither what a run computes nor how fast.
 _OUTSIDE = {"job", "profiling", "metrics", "sample", "checkpoint", "comm", "memory_estimation"}
+_LONGEST_ROW = 1 << 20  # bytes; a longer line of metrics.jsonl is no row
 
 
 class RunFolder:
@@ -93,13 +97,20 @@ class RunFolder:
                 self._lock.write(f"{os.getpid()}\n")
                 self._lock.flush()
                 return
-        holder = (self.path / LOCK).read_text().strip()
         raise ConfigError(
-            f"another run (process {holder}) is writing to this folder; wait for it, "
+            f"another run{self._holder()} is writing to this folder; wait for it, "
             "or choose another folder with --job.dump_folder",
             key="job.dump_folder",
             value=self.path,
         )
+
+    def _holder(self) -> str:
+        """Return the process that holds the lock, for the message; empty while it has not written its number yet, or
+        has removed the file."""
+        with contextlib.suppress(OSError, ValueError):
+            if number := re.fullmatch(r"(\d+)\n", (self.path / LOCK).read_text()):
+                return f" (process {number[1]})"
+        return ""
 
     def _is_there(self) -> bool:
         """Return False if the run that held the lock has removed it; see :meth:`discard`."""
@@ -247,27 +258,34 @@ def drop_rows_after(file: Path, step: int) -> None:
     """Remove from a file of JSON lines the rows after ``step``, and a last line that is incomplete."""
     if not file.exists():
         return
-    kept = [line for line in file.read_bytes().splitlines() if _step_of(line) <= step]
     partial = file.with_name(f".{file.name}.partial")
-    partial.write_bytes(b"".join(line + b"\n" for line in kept))
+    with partial.open("wb") as kept:
+        kept.writelines(line.rstrip(b"\r\n") + b"\n" for line in _lines(file) if _number(line, "step") <= step)
     partial.rename(file)
 
 
-def _step_of(line: bytes) -> float:
+def _lines(file: Path) -> Iterator[bytes]:
+    with file.open("rb") as lines:
+        while line := lines.readline(_LONGEST_ROW):
+            yield line
+
+
+def _number(line: bytes, key: str) -> float:
+    """Return a number of a row; infinity if the row was cut short, or the line is none."""
     try:
-        return float(json.loads(line)["step"])
-    except (ValueError, TypeError, LookupError, RecursionError):  # a row that was cut short, or is none
-        return float("inf")
+        return float(json.loads(line)[key])
+    except (ValueError, TypeError, LookupError, RecursionError):
+        return math.inf
 
 
 def loss_of_first_step(folder: Path) -> float | None:
     """Return the loss of step 1 in the metrics of a run folder; None if it is not there, or was not finite."""
     try:
-        with (folder / METRICS).open("rb") as file:
-            row = json.loads(file.readline())
-            return float(row["loss"]) if row["step"] == 1 else None
-    except (OSError, ValueError, TypeError, KeyError):
+        first = next(_lines(folder / METRICS), b"")
+    except OSError:
         return None
+    loss = _number(first, "loss")
+    return loss if _number(first, "step") == 1 and math.isfinite(loss) else None
 
 
 def _changes(earlier: dict[str, Any], config: JobConfig, folder: Path) -> list[str]:

@@ -9,10 +9,11 @@ from pathlib import Path
 from torch import nn
 
 from titanlite.config import JobConfig
+from titanlite.config.refuse import refuse
 from titanlite.data import Tokenizer
 from titanlite.distributed.mesh import Mesh
 from titanlite.distributed.runtime import Runtime
-from titanlite.errors import ConfigError, TrainingError
+from titanlite.errors import ConfigError, TrainingError, counted
 from titanlite.inference.generate import Sampling, TokenSampler, generate
 
 logger = logging.getLogger()
@@ -22,6 +23,15 @@ SAMPLING = Sampling(temperature=0.8, seed=0)
 LARGE = 10**9  # parameters
 # No space at the end: tokenizers join a space with the word that follows.
 PROMPTS = {"pystdlib": "import"}
+
+
+def check_prompt(config: JobConfig, tokenizer: Tokenizer) -> None:
+    """Refuse a ``sample.prompt`` after which no token has room, before the run rather than at its end."""
+    options, positions = config.sample, config.training.seq_len
+    tokens = 0 if options.prompt is None or options.enable is False else len(tokenizer.encode(options.prompt))
+    if tokens and tokens + 1 >= positions:  # BOS comes before it
+        why = f"has {counted(tokens, 'token')}, and training.seq_len = {positions} leaves no room for more; shorten it"
+        refuse(config, "sample.prompt", why)
 
 
 def log_sample(parts: list[nn.Module], tokenizer: Tokenizer, config: JobConfig, mesh: Mesh, runtime: Runtime) -> None:
@@ -49,12 +59,10 @@ def log_sample(parts: list[nn.Module], tokenizer: Tokenizer, config: JobConfig, 
         group=runtime.control if runtime.world_size > 1 else None,
     )
     room = config.training.seq_len - len(ids)
+    if room < 1:
+        logger.info("no sample: training.seq_len = %d leaves no room for one", config.training.seq_len)
+        return
     try:
-        if room < 1:
-            raise ConfigError(
-                f"sample.prompt has {len(ids) - 1} tokens, and training.seq_len = {config.training.seq_len} leaves no "
-                "room for more; shorten it"
-            )
         generated = generate(decoder, ids, min(config.sample.max_new_tokens, room), SAMPLING, {tokenizer.eos_id})
     except (ConfigError, TrainingError) as e:
         logger.warning("no sample: %s", e)  # the run itself is done

@@ -77,9 +77,9 @@ def read_validation_data(
         raise ConfigError(_too_little(source, batch_size, config))
     if count < config.validation.steps and runtime.rank == 0:
         logger.warning(
-            "validation.steps = %d: the text makes %d batches of %s; every validation reads these once",
+            "validation.steps = %d: the text makes %s of %s; every validation reads all of it once",
             config.validation.steps,
-            count,
+            counted(count, "batch"),
             batch_size,
         )
     batches = batches[:count]
@@ -88,7 +88,7 @@ def read_validation_data(
     name = config.validation.dataset or config.training.dataset
     data = f"{config.validation.held_out_percent}% of the documents of {name}, held out" if holds_out(config) else name
     precision = ", in bfloat16" if config.validation.precision == "bfloat16" else ""
-    left_out = f", without {skipped} documents that cannot be read" if skipped else ""
+    left_out = f", without {counted(skipped, 'unreadable document')}" if skipped else ""
     every = f"every {counted(config.validation.interval, 'step')}, {count} x {batch_size}{precision}"
     return ValidationData(batches, tokens, nbytes, f"{every}: {data}{left_out}")
 
@@ -115,7 +115,7 @@ def _source(training_source: Source, config: JobConfig) -> Source:
     shared = trained_on.keys() & set(map(_identity, source.files))
     if shared:
         raise ConfigError(
-            f"{len(shared)} of its {len(source.files)} files are trained on too, for example "
+            f"training reads {len(shared)} of its {counted(len(source.files), 'file')} too, for example "
             f"{min(trained_on[file] for file in shared)}; name others, or leave out validation.dataset and "
             "validation.dataset_path, which holds out a part of the training data",
             key="validation.dataset",
@@ -166,7 +166,7 @@ def _too_little(source: Source, batch_size: str, config: JobConfig) -> str:
     if isinstance(source, PartOfSource):
         percent = config.validation.held_out_percent
         return (
-            f"{problem}: of {source.read} documents read here {source.kept} are held out "
+            f"{problem}: it holds out {source.kept} of {counted(source.read, 'document')} read here "
             f"(validation.held_out_percent = {percent}); raise that, use more text, or name other data with "
             "validation.dataset"
         )

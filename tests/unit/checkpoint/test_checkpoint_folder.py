@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+import tracemalloc
 from dataclasses import asdict
 from pathlib import Path
 
@@ -164,3 +165,18 @@ def test_rows_after_the_checkpoint_are_dropped(tmp_path: Path) -> None:
     drop_rows_after(file, 3)
     assert file.read_text() == "\n".join(rows[:3]) + "\n"
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_rows_are_dropped_one_by_one(tmp_path: Path) -> None:
+    """The rows of a long run need not fit into memory, nor does a line that is no row."""
+    file = tmp_path / "metrics.jsonl"
+    rows = [json.dumps({"step": step, "padding": "x" * 100_000}) + "\n" for step in range(100)]
+    with file.open("w") as lines:
+        lines.writelines(rows)
+        lines.write("0" * 20_000_000)
+    tracemalloc.start()
+    drop_rows_after(file, 97)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 6_000_000
+    assert file.read_text() == "".join(rows[:98])

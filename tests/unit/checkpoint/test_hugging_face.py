@@ -363,7 +363,7 @@ def test_an_unreadable_file(folder: Path) -> None:
 
 def test_index_and_files_disagree(folder: Path) -> None:
     norm = "model.norm.weight"
-    with pytest.raises(ConfigError, match=r"1 are not in the file that .*index\.json names: model\.norm\.weight; the"):
+    with pytest.raises(ConfigError, match=r"1 is not in the file that .*index\.json names: model\.norm\.weight; the"):
         reopen_with(
             folder, lambda c: c["weight_map"].update({norm: c["weight_map"]["model.embed_tokens.weight"]})
         ).check({}, HUGGING_FACE.weights(GQA))
@@ -403,7 +403,7 @@ def test_tensors_of_another_model_are_named(folder: Path) -> None:
     larger = replace(GQA, n_layers=4)
     with pytest.raises(ConfigError, match=r": 18 are not in its files: model.layers.2.* and 8 more; choose"):
         stored.check({}, HUGGING_FACE.weights(larger))
-    with pytest.raises(ConfigError, match=r"1 of the model have no name in Hugging Face files: fp8_scale"):
+    with pytest.raises(ConfigError, match=r"1 of the model has no name in Hugging Face files: fp8_scale"):
         stored.load_into({"fp8_scale": torch.ones(1)}, HUGGING_FACE.weights(GQA))
 
 
@@ -413,7 +413,7 @@ def test_buffers_of_old_files_are_left_alone(folder: Path) -> None:
     (folder / "model.safetensors.index.json").unlink()
     stored, names = HuggingFaceFolder(folder), HUGGING_FACE.weights(GQA)
     stored.check({}, names, HUGGING_FACE.ignored)
-    with pytest.raises(ConfigError, match=r"1 are in its files and not in the model: .*inv_freq"):
+    with pytest.raises(ConfigError, match=r"1 is in its files and not in the model: .*inv_freq"):
         stored.check({}, names)
 
 

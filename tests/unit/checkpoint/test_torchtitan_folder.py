@@ -103,8 +103,8 @@ def test_weights_of_another_model_are_named(weights: dict[str, Tensor], tmp_path
     assert run.status == 2
     assert "Traceback" not in run.output
     for part in (
-        "1 are not in its files: layers.5.attention.wq.weight",
-        "1 are in its files and not in the model: layers.9.attention.wq.weight",
+        "1 is not in its files: layers.5.attention.wq.weight",
+        "1 is in its files and not in the model: layers.9.attention.wq.weight",
         "output.weight [100, 256], in the model [2048, 256]",
     ):
         assert part in run.output

@@ -236,7 +236,7 @@ def test_absurd_numbers_are_refused_by_their_rule_or_can_be_held(tmp_path: Path,
             assert opt.name in refusal(*given) or "digits" in refusal(*given)
             continue
         assert opt.base is float, (opt.name, number)
-        assert math.isfinite(number), (opt.name, number)
+        assert math.isfinite(number) or "inf is no limit" in opt.rule.text, (opt.name, number)  # type: ignore[union-attr]
         assert float(value) == number, (opt.name, number)
 
 
@@ -316,6 +316,7 @@ def test_every_option_has_help() -> None:
         (["--parallelism.data_parallel_shard_degree", "-1"], "parallelism.data_parallel_shard_degree", -1),
         (["--optimizer.lr=1e-3"], "optimizer.lr", 1e-3),
         (["--optimizer.lr=1"], "optimizer.lr", 1.0),
+        (["--training.max_norm=inf"], "training.max_norm", math.inf),
         (["--training.seed=none"], "training.seed", None),
         (["--lr_scheduler.decay_ratio=0.5", "--lr_scheduler.decay_ratio=none"], "lr_scheduler.decay_ratio", None),
         (["--model.converters=float8"], "model.converters", ["float8"]),
@@ -345,6 +346,7 @@ def test_arguments(argv: list[str], name: str, value: Any) -> None:
         ("[optimizer]\nlr = 1", "optimizer.lr", 1.0),
         ("training.steps = 3", "training.steps", 3),
         ("training = {steps = 3}", "training.steps", 3),
+        ("[training]\nmax_norm = inf", "training.max_norm", math.inf),
     ],
 )
 def test_toml_spellings(tmp_path: Path, toml: str, name: str, value: Any) -> None:
@@ -502,6 +504,16 @@ class JobConfig:
 '''
 
 
+# What follows is a field of a section [training] that joins ours.
+TRAINING_OF_THEIRS = """amount: int = 3
+@dataclass
+class JobConfig:
+    training: Training = field(default_factory=lambda: Training())
+@dataclass
+class Training:
+    """
+
+
 @pytest.fixture
 def custom_args(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     name = f"custom_args_{tmp_path.name.replace('-', '_')}"
@@ -568,6 +580,45 @@ def test_custom_args_module_without_a_job_config_or_with_its_own_error(
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(ModuleNotFoundError, match="surely_not_installed"):
         load_config(["--experimental.custom_args_module=imports_what_is_not_there"])
+
+
+@pytest.mark.parametrize(
+    ("field", "words"),
+    [
+        ("amounts: list[int] = field(default_factory=list)", "novel.amounts is list"),
+        ("amount: int | str = 3", "novel.amount is int | str"),
+        ("amount: Literal[1, 2] = 1", "novel.amount is typing.Literal"),
+        ("amounts: dict[str, int] = field(default_factory=dict)", "novel.amounts is dict"),
+        ("amount: int", "novel.amount has no default"),
+        ("amount: Nothing = 1", "'Nothing' is not defined"),
+        ('amount: int = "three"', 'novel.amount = "three" (the default in'),
+        ("amount: int = 3\n@dataclass\nclass JobConfig:\n    steps: int = 1", "steps must be a section"),
+        (f"{TRAINING_OF_THEIRS}steps: str = 'many'", "training.steps is there already, as <class 'int'>"),
+        (f"{TRAINING_OF_THEIRS}steps: int = 0", "training.steps = 0 (the default in"),
+    ],
+)
+def test_options_of_third_parties_that_cannot_be_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, field: str, words: str
+) -> None:
+    name = f"custom_{tmp_path.name.replace('-', '_')}"
+    head = "from __future__ import annotations\nfrom typing import Literal\nfrom dataclasses import dataclass, field\n"
+    tail = "\n@dataclass\nclass JobConfig:\n    novel: Novel\n" if "JobConfig" not in field else ""
+    (tmp_path / f"{name}.py").write_text(f"{head}@dataclass\nclass Novel:\n    {field}{tail}")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert words in refusal([f"--experimental.custom_args_module={name}"])
+
+
+def test_a_key_of_both_has_our_rule_and_their_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torchtitan's example of a module sets another default for training.steps."""
+    name = f"custom_{tmp_path.name.replace('-', '_')}"
+    head = "from dataclasses import dataclass, field\n@dataclass\nclass Novel:\n    "
+    lines = f"from __future__ import annotations\n{head}{TRAINING_OF_THEIRS}steps: int = 500\n    mine: int = 1\n"
+    (tmp_path / f"{name}.py").write_text(lines)
+    monkeypatch.syspath_prepend(tmp_path)
+    named = f"--experimental.custom_args_module={name}"
+    config: Any = load_config([named, "--training.mine=2"])
+    assert (config.training.steps, config.training.mine, config.training.seq_len) == (500, 2, 2048)
+    assert "must be a whole number, at least 1" in refusal([named, "--training.steps=0"])
 
 
 # ---- --help

@@ -169,7 +169,7 @@ def test_missing_path(name: str) -> None:
 
 def test_path_without_matching_files(tmp_path: Path) -> None:
     (tmp_path / "a.rst").write_text("x")
-    with pytest.raises(ConfigError, match=r"no files named \.txt, .* 1 files with other names, .* a\.rst; .* a glob"):
+    with pytest.raises(ConfigError, match=r"no files named \.txt, .* 1 file with other names, .* a\.rst; .* a glob"):
         build_source("text", path=str(tmp_path), seed=0)
     with pytest.raises(ConfigError, match=r"the folder has no files named \.json, \.jsonl, "):
         build_source("json", path=str(tmp_path), seed=0)

@@ -259,7 +259,7 @@ def test_stages_are_where_the_file_has_them(meta: Decoder, tmp_path: Path, text:
 @pytest.mark.parametrize(
     ("text", "fragments"),
     [
-        ("0F0,0B0\n", ["has 1 rows", "one for each of 2 processes"]),
+        ("0F0,0B0\n", ["has 1 row,", "one for each of 2 processes"]),
         ("0F0\n1F0\n2F0\n", ["has 3 rows", "one for each of 2 processes"]),
         ("", ["has 0 rows"]),
         ("0F0,0B0\n1F0,1X0\n", ['row 2: "1X0" must be', "0F1"]),

@@ -169,7 +169,7 @@ def test_the_model_goes_on_in_the_mode_it_was_in() -> None:
         (
             PROMPT,
             60,
-            "max_new_tokens = 60: with the 5 tokens of the prompt these are 65, and the model has 64 positions",
+            "max_new_tokens = 60: with the prompt's 5 these are 65 tokens, and the model has 64 positions",
         ),
     ],
 )

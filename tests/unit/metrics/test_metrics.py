@@ -17,11 +17,12 @@ from typing import Any
 import pytest
 import torch
 
+from titanlite.config.schema import Checkpoint, JobConfig, Training
 from titanlite.errors import ConfigError, TrainingError
 from titanlite.metrics.device import peak_flops, peak_memory, total_memory
 from titanlite.metrics.flops import ModelSize, flops_per_token
 from titanlite.metrics.recorder import Recorder
-from titanlite.metrics.report import end_above, summary
+from titanlite.metrics.report import end_above, next_command, summary
 from titanlite.metrics.sinks import ConsoleSink, JsonlSink, Row, Sink, TensorBoardSink, init_logging
 
 CPU = torch.device("cpu")
@@ -285,6 +286,27 @@ def test_tensorboard_reads_back(tmp_path: Path, unknown: set[str]) -> None:
         assert read == [(values["step"], pytest.approx(values[TAGS[tag]], rel=1e-6)) for values in rows]
 
 
+@pytest.mark.parametrize("begins_after", [0, 1])
+def test_tensorboard_hides_what_is_made_again(tmp_path: Path, begins_after: int) -> None:
+    """Also where a run begins again after step 0, that of a seed checkpoint."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    for step, losses in ((0, [9.0, 8.0, 7.0]), (begins_after, [5.0])):
+        sink = TensorBoardSink(tmp_path, step)
+        for number, loss in enumerate(losses, step + 1):
+            sink.write(row(step=number, loss=loss))
+        sink.close()
+    read = [event.value for event in EventAccumulator(str(tmp_path)).Reload().Scalars("loss_metrics/global_avg_loss")]
+    assert read == [*[9.0, 8.0][:begins_after], 5.0]
+
+
+def test_a_tensorboard_folder_that_cannot_be_made_is_one_message(tmp_path: Path) -> None:
+    (tmp_path / "tb").touch()
+    with pytest.raises(ConfigError, match="cannot be written: Not a directory") as raised:
+        TensorBoardSink(tmp_path / "tb" / "rank_0")
+    assert raised.value.key == "metrics.save_tb_folder"
+
+
 def test_tensorboard_leaves_out_what_is_not_finite(tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -441,6 +463,46 @@ def test_summary() -> None:
     made.remember(row(step=25))
     assert summary(made, {}).startswith("training finished\n")
     assert "skipped" not in summary(made, {})
+
+
+def test_the_summary_of_a_run_that_continued_begins_with_its_first_step() -> None:
+    """Which is not the first that was logged."""
+    made = recorder(steps_before=15, tokens_seen=1500)
+    made.remember(row(step=20, loss=5.0))
+    lines = [re.split(r"\s{2,}", line.strip()) for line in summary(made, {}, start=9.0).splitlines()]
+    assert ["steps", "16 to 20 of 25"] in lines
+    assert ["loss", "9.0000 at step 1, 5.0000 -> 5.0000"] in lines
+
+
+@pytest.mark.parametrize(
+    ("options", "commands"),
+    [
+        ({}, {"run it again": "CONFIG_FILE='a b/config.toml' './my clone/run_train.sh'"}),
+        ({"enable_checkpoint": True}, {"train longer": "CONFIG_FILE='a b/config.toml' './my clone/run_train.sh' --tr"}),
+        ({"enable_checkpoint": True, "last_save_model_weights_only": True}, {}),  # it cannot be continued
+    ],
+)
+def test_the_next_command_can_be_pasted(
+    options: dict[str, bool], commands: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TITANLITE_COMMAND", "./my clone/run_train.sh")
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    config = JobConfig(training=Training(steps=8), checkpoint=Checkpoint(**options))
+    shown = next_command(config, Path("a b/config.toml"), 8, 1)
+    assert shown.keys() == commands.keys()
+    assert all(shown[purpose].startswith(command) for purpose, command in commands.items())
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 8)  # and one process, which is not the default there
+    assert all(command.startswith("NGPU=1 ") for command in next_command(config, Path("x"), 8, 1).values())
+
+
+def test_no_text_moves_the_cursor(
+    root_logger: logging.Logger, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("LOG_RANK", raising=False)
+    init_logging(0)
+    root_logger.info("a \033[31mred\033[0m\tname\n of \033]52;c;x\a two\r lines \x9b2J")
+    shown = "a \033[31mred\033[0m\tname\n of \\x1b]52;c;x\\x07 two\\r lines \\x9b2J\n"
+    assert capsys.readouterr().out.endswith(shown)
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from titanlite.metrics.profiling import Profiler
 def profile(folder: Path, step: Callable[[int], None], after: int, last: int, **options: Any) -> None:
     """Steps behind step ``after`` up to ``last``; ``step`` is called with the number of each."""
     profiler = Profiler(Profiling(**options), folder, 0, torch.device("cpu"))
-    with profiler.steps(after) as step_done:
+    with profiler.steps(after, last) as step_done:
         for number in range(after + 1, last + 1):
             step(number)
             step_done()
@@ -44,11 +44,13 @@ def matmuls(number: int) -> None:
     [(1, 0, 2, [1, 2]), (2, 0, 5, [2, 4]), (3, 1, 4, [3]), (10, 15, 20, [20]), (10, 19, 21, [20]), (10, 0, 9, [])],
 )
 def test_a_trace_is_of_its_own_step_alone(
-    tmp_path: Path, freq: int, after: int, last: int, expected: list[int]
+    tmp_path: Path, freq: int, after: int, last: int, expected: list[int], caplog: pytest.LogCaptureFixture
 ) -> None:
     """Step n has n matmuls. A run that went on behind step ``after`` counts as one that did not stop there."""
     profile(tmp_path, matmuls, after, last, enable_profiling=True, profile_freq=freq)
     assert traces(tmp_path) == {f"iteration_{step}": step for step in expected}
+    warned = f"profiling.profile_freq = {freq}: none of the steps {after + 1} to {last} is a multiple of it"
+    assert any(message.startswith(warned) for message in caplog.messages) == (not expected)
 
 
 def test_memory_snapshots_without_a_gpu_are_refused(train: Any) -> None:

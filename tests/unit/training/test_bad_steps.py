@@ -286,11 +286,21 @@ def test_the_first_bad_step_and_the_last_good_one_before_it(
     made.add(4, NAN)
     made.add(5, 1.0)
     made.watch.drain()
-    shown = f"step 3, rank 0: loss {values['loss']}, grad_norm {values['grad_norm']} is not finite; "
+    rank = ", rank 0" if where == "loss" else ""
+    shown = f"step 3{rank}: loss {values['loss']}, grad_norm {values['grad_norm']} is not finite; "
     said = made.watch.describe()
     assert said.startswith(f"{shown}the last good values were loss 2.5000, grad_norm 0.5000 at step 2. Lower optimizer")
     assert "--training.on_bad_step=skip" in said
     assert not caplog.messages
+
+
+def test_a_rank_without_the_last_stage_shows_the_loss_of_all() -> None:
+    """Under pipeline parallelism rank 0, which speaks for all where no loss is the cause, has no loss of its own."""
+    made = Watched()
+    made.add(1, 2.5, 0.5, own_loss=0.0)
+    made.add(2, 3.0, INF, own_loss=0.0)
+    said = "step 2: loss 3.0, grad_norm inf is not finite; the last good values were loss 2.5000, grad_norm 0.5000 at"
+    assert made.watch.describe().startswith(said)
 
 
 def test_a_bad_first_step_has_nothing_good_before_it() -> None:
@@ -341,7 +351,7 @@ def test_too_many_in_a_row_are_an_error(caplog: pytest.LogCaptureFixture) -> Non
     assert made.watch.claim() > 0
     made.add(7, NAN)
     assert made.watch.describe().startswith(
-        "step 6: 3 steps in a row were skipped, and training.max_skipped_in_a_row = 3; this one for loss inf is not "
+        "step 6: 3 skipped steps in a row, and training.max_skipped_in_a_row = 3; this one for loss inf is not "
         "finite; the last good values were loss 2.0000, grad_norm 1.0000 at step 3. Lower optimizer.lr"
     )
     assert len(caplog.messages) == 5
@@ -365,4 +375,6 @@ def test_the_rank_that_explains_the_failure_best_wins() -> None:
             assert claims == [0, 0]
         else:
             assert rank_of_claim(max(claims)) == winner
-            assert f"rank {winner}: loss {ranks[winner][1]}" in watches[winner].describe()
+            step, own_loss, _ = ranks[winner]
+            expected = f"step {step}, rank {winner}: loss nan" if math.isnan(own_loss) else f"step {step}: loss"
+            assert watches[winner].describe().startswith(expected)

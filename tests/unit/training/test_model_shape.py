@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from tests.support.runs import checkpoints, run_trainer
+from titanlite.checkpoint.folder import INFO
 from titanlite.checkpoint.manager import _changes
 from titanlite.config import load_config
 from titanlite.errors import ConfigError
@@ -163,6 +164,21 @@ def test_folders_that_contradict_or_are_not_computed(
 def test_a_shape_needs_a_folder(tmp_path: Path) -> None:
     assert refused("--model.flavor=hf").key == "model.flavor"
     assert "there is no config.json" in str(refused(f"--model.hf_config={tmp_path}"))
+
+
+def test_a_copy_takes_the_place_of_a_folder_only_in_a_run_that_goes_on(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """In another run a wrong name would silently be the shape of the run before."""
+    (tmp_path / "run" / "checkpoint" / "step-3").mkdir(parents=True)
+    copy = folder_of(tmp_path / "run" / "hf_config")
+    argv = [f"--job.dump_folder={tmp_path / 'run'}", f"--model.hf_config={tmp_path / 'gone'}"]
+    assert refused(*argv).key == refused(*argv, "--checkpoint.enable_checkpoint").key == "model.hf_config"
+    (tmp_path / "run" / "checkpoint" / "step-3" / INFO).touch()
+    assert chosen(*argv, "--checkpoint.enable_checkpoint").flavor.dim == 64
+    said = f'model.hf_config = "{tmp_path / "gone"}": there is no such folder; the copy in {copy} is used'
+    assert caplog.messages == [said]
+    assert refused(*argv).key == "model.hf_config"
 
 
 @pytest.mark.slow

@@ -44,6 +44,23 @@ def test_a_second_process_is_refused_until_the_first_has_ended(tmp_path: Path) -
     assert (tmp_path / "run" / ".lock").read_text() == f"{os.getpid()}\n"
 
 
+@pytest.mark.parametrize("content", ["", "12", "x\n", None])
+def test_a_holder_that_has_not_written_its_number_yet(
+    tmp_path: Path, content: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    holder = RunFolder(tmp_path)
+
+    def wait(seconds: float) -> None:
+        lock = holder.path / LOCK
+        lock.unlink() if content is None and lock.exists() else None
+
+    if content is not None:
+        (tmp_path / LOCK).write_text(content)
+    monkeypatch.setattr("time.sleep", wait)
+    with pytest.raises(ConfigError, match=r"another run is writing to this folder"):
+        RunFolder(tmp_path)
+
+
 @pytest.mark.parametrize("path", ["file", "file/below"])
 def test_a_folder_that_cannot_be_written(tmp_path: Path, path: str) -> None:
     (tmp_path / "file").touch()

@@ -12,7 +12,7 @@ import pytest
 from torch import nn
 
 from tests.unit.models.test_llama3 import SMALL, build
-from titanlite.config import check_config, load_config
+from titanlite.config import JobConfig, check_config, load_config
 from titanlite.config.parallelism import Degrees
 from titanlite.config.schema import Comm
 from titanlite.data import load_tokenizer
@@ -21,7 +21,7 @@ from titanlite.distributed.mesh import build_mesh
 from titanlite.errors import ConfigError
 from titanlite.models.layers import Decoder
 from titanlite.training import sample
-from titanlite.training.sample import log_sample, printable
+from titanlite.training.sample import check_prompt, log_sample, printable
 
 TOKENIZER = load_tokenizer()
 
@@ -32,12 +32,16 @@ def here() -> Iterator[runtime.Runtime]:
     runtime.stop_runtime()
 
 
+def config_of(options: dict[str, Any]) -> JobConfig:
+    return load_config([f"--{key}={value}" for key, value in {"training.seq_len": 64, **options}.items()])
+
+
 def logged(
     here: runtime.Runtime, caplog: pytest.LogCaptureFixture, model: nn.Module | None = None, **options: Any
 ) -> list[str]:
     """What is logged after a run with these options of [sample], and others in full."""
     named = {key.replace("__", ".") if "__" in key else f"sample.{key}": value for key, value in options.items()}
-    config = load_config([f"--{key}={value}" for key, value in {"training.seq_len": 64, **named}.items()])
+    config = config_of(named)
     degrees = Degrees(1, 1, config.parallelism.context_parallel_degree, 1, config.parallelism.pipeline_parallel_degree)
     mesh = replace(build_mesh(Degrees(1, 1, 1, 1, 1), "cpu"), degrees=degrees)
     with caplog.at_level(logging.INFO):
@@ -74,12 +78,14 @@ def test_it_fills_what_the_sequence_leaves(here: runtime.Runtime, caplog: pytest
     ids = TOKENIZER.encode(prompt)
     (message,) = logged(here, caplog, training__seq_len=len(ids) + 2, prompt=prompt)
     assert message.startswith("INFO a sample")
+    options = {"training.seq_len": len(ids) + 2, "sample.prompt": prompt}
+    check_prompt(config_of(options), TOKENIZER)
+    with pytest.raises(ConfigError, match=f"has {len(ids)} tokens, and training.seq_len = {len(ids) + 1} leaves no"):
+        check_prompt(config_of({**options, "training.seq_len": len(ids) + 1}), TOKENIZER)
+    check_prompt(config_of({**options, "training.seq_len": 2, "sample.enable": "false"}), TOKENIZER)
     caplog.clear()
-    (message,) = logged(here, caplog, training__seq_len=len(ids) + 1, prompt=prompt)
-    assert message == (
-        f"WARNING no sample: sample.prompt has {len(ids)} tokens, and training.seq_len = {len(ids) + 1} leaves no room "
-        "for more; shorten it"
-    )
+    (message,) = logged(here, caplog, training__seq_len=2)  # of the default prompt, which nobody asked for
+    assert message == "INFO no sample: training.seq_len = 2 leaves no room for one"
 
 
 def test_it_can_be_switched_off(here: runtime.Runtime, caplog: pytest.LogCaptureFixture) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -47,7 +49,10 @@ def batch(scored: list[float]) -> Batch:
 
 
 @pytest.mark.parametrize("scored", [[1.0], [1.0, 1.0, 1.0], [0.1, 0.9, 0.0]], ids=["one", "three", "uneven"])
-def test_gradients_and_losses_are_of_the_mean_over_scored_labels(mesh: Mesh, scored: list[float]) -> None:
+@pytest.mark.parametrize("max_norm", [1e9, math.inf])
+def test_gradients_and_losses_are_of_the_mean_over_scored_labels(
+    mesh: Mesh, scored: list[float], max_norm: float
+) -> None:
     torch.manual_seed(0)
     model, given = Model(), batch(scored)
     expected = F.cross_entropy(
@@ -58,7 +63,7 @@ def test_gradients_and_losses_are_of_the_mean_over_scored_labels(mesh: Mesh, sco
     runner = StepRunner([model], cross_entropy_loss, None, None, torch.device("cpu"))
     evaluated = runner.evaluate(given)
     step = runner.forward_backward(given)
-    norm, mean = clip_gradients(model.parameters(), 1e9, mesh, *step)
+    norm, mean = clip_gradients(model.parameters(), max_norm, mesh, *step)
     for loss in (step.mean(), evaluated.mean(), mean):
         assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
     assert step.scored == evaluated.scored == (given.labels != IGNORED).sum()

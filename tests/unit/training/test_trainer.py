@@ -113,7 +113,7 @@ def test_a_converter_is_pluggable(train: Any) -> None:
     assert fused.status == 0, fused.output
     assert "13 RMSNorm layers fused" in fused.output
     assert fused.losses() == pytest.approx(plain.losses(), rel=1e-5)
-    compiled = re.compile(r"compiled \d+ graphs")  # it is another kernel
+    compiled = re.compile(r"compiled \d+ graph")  # it is another kernel
     assert compiled.search(fused.output)
     assert not compiled.search(plain.output)
 
@@ -200,7 +200,8 @@ class Noisy:
         rank = os.environ.get("RANK", "0")
         warnings.warn("a warning of Python")
         logging.getLogger("a library").warning("a warning of a library")
-        logging.getLogger("a library").warning("a warning of rank %s", rank)
+        for _ in range(2):
+            logging.getLogger("a library").warning("a warning of rank %s", rank)
         torch.searchsorted(torch.arange(8.)[::2], torch.arange(4.))
         logging.getLogger("a library").error("an error")
         return "noisy"
@@ -208,18 +209,15 @@ class Noisy:
 """
 
 
-@pytest.mark.parametrize("speaks", [0, 1])
-def test_a_warning_of_all_ranks_is_shown_once(train: Any, tmp_path: Path, speaks: int) -> None:
+def test_a_warning_of_all_ranks_is_shown_once(train: Any, tmp_path: Path) -> None:
     (tmp_path / "noisy.py").write_text(NOISY)
     options = {"training__local_batch_size": 2, "model__converters": "noisy", "experimental__custom_import": "noisy"}
-    run = train(2, env={"LOG_RANK": str(speaks)}, training__steps=2, **options)
+    run = train(2, training__steps=2, **options)
     assert run.status == 0, run.output
     for text in ("a warning of Python", "a warning of a library", "boundary tensor is non-contiguous", "warmup_steps"):
-        (line,) = [line for line in run.output.splitlines() if text in line]
-        assert line.startswith(f"[rank{speaks}]"), line
+        assert len([line for line in run.output.splitlines() if text in line]) == 1, text
     for rank in (0, 1):
-        assert run.output.count(f"[rank{rank}]") - run.output.count("INFO") <= 6
-        assert run.output.count(f"a warning of rank {rank}") == 1
+        assert run.output.count(f"a warning of rank {rank}") == 2
     assert run.output.count("an error") == 2
 
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import functools
+import gc
 import hashlib
 import itertools
 import json
 import logging
 import math
 import re
+import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -28,6 +31,7 @@ from titanlite.data import START, Batch, is_held_out, load_tokenizer
 from titanlite.distributed import runtime
 from titanlite.distributed.compile import CompileWatch
 from titanlite.errors import ConfigError, TrainingError
+from titanlite.launch.stop_request import STOP_SIGNALS
 from titanlite.metrics.report import summary
 from titanlite.models.layers import Decoder
 from titanlite.optim.loss import IGNORED
@@ -260,7 +264,7 @@ def test_too_little_text(trainer: Any, tmp_path: Path) -> None:
     file = json_lines(tmp_path / "corpus.jsonl", documents(120))
     with pytest.raises(ConfigError) as error:
         trainer(**{"training.dataset": "json", "training.dataset_path": file, "validation.held_out_percent": 1e-6})
-    for part in ("less than one batch of 4 sequences of 32 tokens", "of 120 documents", "0 are held out", "= 1e-06)"):
+    for part in ("less than one batch of 4 sequences of 32 tokens", "holds out 0 of 120 documents", "= 1e-06)"):
         assert part in str(error.value), part
     short = json_lines(tmp_path / "short.jsonl", ["a word"])
     with pytest.raises(ConfigError, match="less than one batch of 4 sequences of 32 tokens; use more text, or smaller"):
@@ -274,10 +278,10 @@ def test_files_that_are_trained_on_are_refused(trainer: Any, tmp_path: Path) -> 
     training = {"training.dataset": "json", "training.dataset_path": tmp_path / "corpus"}
     with pytest.raises(ConfigError) as error:
         trainer(**training, **{"validation.dataset_path": f"{tmp_path}/corpus/../corpus/a.*"})
-    message = 'validation.dataset = "json": 1 of its 1 files are trained on too, for example '
+    message = 'validation.dataset = "json": training reads 1 of its 1 file too, for example '
     assert str(error.value).startswith(f"{message}{tmp_path}/corpus/a.jsonl; name others")
     (tmp_path / "link").hardlink_to(tmp_path / "corpus" / "a.jsonl")
-    with pytest.raises(ConfigError, match="1 of its 1 files are trained on too"):
+    with pytest.raises(ConfigError, match="training reads 1 of its 1 file too"):
         trainer(**training, **{"validation.dataset_path": tmp_path / "link"})
 
 
@@ -293,7 +297,7 @@ def test_the_files_that_are_compared_are_those_that_are_read(trainer: Any, tmp_p
     training = {"training.dataset": name, "training.dataset_path": tmp_path / f"x5.{suffix}"}
     run = trainer(**training, **{"validation.dataset_path": tmp_path / f"x[0-9].{suffix}"})
     assert [file.name for file in run.source.files] == [f"x5.{suffix}"]
-    with pytest.raises(ConfigError, match="1 of its 1 files are trained on too"):
+    with pytest.raises(ConfigError, match="training reads 1 of its 1 file too"):
         trainer(**training, **{"validation.dataset_path": tmp_path / f"x?.{suffix}"})
 
 
@@ -303,7 +307,7 @@ def test_documents_that_are_left_out_are_counted(trainer: Any, tmp_path: Path) -
     (tmp_path / "data.jsonl").write_text("\n".join(lines))
     options = {"training.dataset": "json", "training.dataset_path": tmp_path / "data.jsonl"}
     run = trainer(**options, **{"data.on_corrupt": "skip", "training.steps": 4, "metrics.log_freq": 1})
-    assert re.search(r"without \d+ documents", run.about["validation"])
+    assert re.search(r"without \d+ unreadable documents", run.about["validation"])
     advance(run, 4)
     counts = [row["skipped_documents"] for row in rows(run, "metrics.jsonl")]
     shards = run.loader.state_dict()["shards"]
@@ -398,6 +402,39 @@ def test_a_stop_that_was_asked_for_does_not_wait_for_it(trainer: Any, monkeypatc
     assert rows(run, "validation.jsonl") == []
 
 
+@pytest.mark.parametrize("when", ["at the step", "in its validation", "after its validation"])
+def test_a_request_leaves_out_no_row(trainer: Any, monkeypatch: pytest.MonkeyPatch, when: str) -> None:
+    """Step 2 lies within a window of three steps."""
+    run = trainer(**{"training.steps": 5, "metrics.log_freq": 3, "validation.interval": 2})
+    assert not run.advance()
+    late = {"at the step": 0, "in its validation": 1, "after its validation": 1 + len(run.validator.data.batches)}
+    asked = iter([False] * late[when])
+    monkeypatch.setattr(run.stop_request, "requested", lambda: next(asked, True))
+    assert run.advance()
+    assert [row["step"] for row in rows(run, "metrics.jsonl")] == [1, 2]
+    shown = summary(run.recorder, {})
+    assert re.search(rf"steps +1 to 2 of 5\n +tokens +{run.recorder.tokens_seen:,}\n", shown)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"lr_scheduler.decay_type": "nothing"},
+        {"sample.enable": "true", "sample.prompt": "a b " * 30},
+        {"training.compile": "true", "compile.components": ""},
+    ],
+)
+def test_a_refused_run_gives_back_what_it_has_taken(trainer: Any, options: dict[str, Any]) -> None:
+    def taken() -> list[Any]:
+        return [*map(signal.getsignal, STOP_SIGNALS), gc.isenabled(), threading.active_count()]
+
+    before = taken()
+    with pytest.raises(ConfigError) as raised:
+        trainer(**options)
+    assert raised.value.key == list(options)[-1]
+    assert taken() == before
+
+
 def test_the_compiler_s_graphs_for_validation_are_expected_once(caplog: pytest.LogCaptureFixture) -> None:
     watch = CompileWatch()
     compiled = torch.compile(lambda x: x + 1, backend="eager", dynamic=False)
@@ -406,12 +443,12 @@ def test_the_compiler_s_graphs_for_validation_are_expected_once(caplog: pytest.L
             compiled(torch.zeros(size + 2))
             done(1 if size < 2 else 2)
     watch.close()
-    said = [(r.levelname, r.getMessage().split(" in ")[0]) for r in caplog.records if "graphs" in r.getMessage()]
+    said = [(r.levelname, r.getMessage().split(" in ")[0]) for r in caplog.records if "graph" in r.getMessage()]
     assert said == [
-        ("INFO", "compiled 1 graphs"),
-        ("INFO", "for validation, compiled 1 graphs"),
-        ("WARNING", "step 2 compiled 1 graphs again,"),
-        ("WARNING", "the validation after step 2 compiled 1 graphs again,"),
+        ("INFO", "compiled 1 graph"),
+        ("INFO", "for validation, compiled 1 graph"),
+        ("WARNING", "step 2 compiled 1 graph again,"),
+        ("WARNING", "the validation after step 2 compiled 1 graph again,"),
     ]
 
 
