@@ -263,7 +263,7 @@ class CheckpointManager:
         world = dist.get_world_size()
         if checkpoint.info.world_size != world:
             logger.info(
-                "the random generators begin from the seed: they were those of %d processes, now there are %d",
+                "the random generators begin from the seed: the number of processes was %d, and is %d",
                 checkpoint.info.world_size,
                 world,
             )

@@ -264,7 +264,7 @@ def _check_microbatches(config: JobConfig, degrees: Degrees) -> None:
         )
     count, schedule = pipeline_microbatches(config, degrees.data_parallel), p.pipeline_parallel_schedule
     shown = (
-        f"{count} microbatches per step (training.local_batch_size = {local}, microbatches of {size}, "
+        f"{counted(count, 'microbatch')} per step (training.local_batch_size = {local}, microbatches of {size}, "
         f"training.global_batch_size = {global_batch_size(config, degrees.data_parallel)} over {degrees.data_parallel})"
     )
     least = pp if schedule == "1F1B" else 1
@@ -272,7 +272,7 @@ def _check_microbatches(config: JobConfig, degrees: Degrees) -> None:
         refuse(
             config,
             "parallelism.pipeline_parallel_schedule",
-            f"over {pp} processes needs at least {least} microbatches, and there are {shown}; raise "
+            f"over {pp} processes needs at least {counted(least, 'microbatch')}, not {shown}; raise "
             "training.local_batch_size or training.global_batch_size",
         )
     rounds = max(1, count // pp)
@@ -280,6 +280,6 @@ def _check_microbatches(config: JobConfig, degrees: Degrees) -> None:
         refuse(
             config,
             "parallelism.pipeline_parallel_schedule",
-            f"over {pp} processes takes the microbatches in {count} // {pp} = {rounds} rounds of the same size, and "
-            f"there are {shown}; a multiple of {pp} always fits",
+            f"over {pp} processes takes the microbatches in {count} // {pp} = {rounds} rounds of the same size, not "
+            f"{shown}; a multiple of {pp} always fits",
         )
