@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from titanlite.data.cut import cut
 from titanlite.data.sources import START, Position, Source
 from titanlite.data.tokenizer import Tokenizer
-from titanlite.errors import ConfigError
+from titanlite.errors import ConfigError, counted
 
 # Characters to fetch per missing token; most text has more characters per token. Then a second, cheap fetch follows,
 # while fetching too much would delay the first step.
@@ -147,7 +147,7 @@ class ShardStream:
     def _require_a_sequence(self, tokens: int) -> None:
         if tokens <= self._seq_len:
             skipped = self._source.skipped
-            left_out = f" ({skipped} documents are left out, because they cannot be read)" if skipped else ""
+            left_out = f" ({counted(skipped, 'document')} left out, which cannot be read)" if skipped else ""
             raise TooLittleText(
                 f"training.seq_len = {self._seq_len}: a sequence and its last label need {self._seq_len + 1} tokens, "
                 f"and data shard {self._shard} of {self._num_shards} has only {tokens} in a whole epoch{left_out}; use "

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from titanlite.errors import TrainingError
+from titanlite.errors import TrainingError, counted
 from titanlite.metrics.device import GIB, device_name, peak_flops, peak_memory, reset_peak_memory
 from titanlite.metrics.sinks import Row, Sink, shown_memory
 
@@ -113,7 +113,7 @@ class Recorder:
             "skipped_documents": skipped_documents,
         }
         if skipped_documents > (0 if self.last is None else self.last["skipped_documents"]):
-            logger.info("%d documents are left out so far, because they cannot be read", skipped_documents)
+            logger.info("left out so far: %s that cannot be read", counted(skipped_documents, "document"))
         for sink in self.sinks:
             sink.write(row)
         self.remember(row)
