@@ -60,10 +60,11 @@ class ModelSpec:
             token ids [batch, seq_len] to logits [batch, seq_len, vocab_size]; ``init_weights(init)`` fills every
             parameter through :class:`titanlite.distributed.init.WeightInit`, and every buffer; ``size()`` returns a
             :class:`~titanlite.models.layers.ModelSize`; ``args`` is the flavor; ``positions`` is a slot for the
-            positions of a process's tokens, int64 [seq_len]. Its blocks have a slot ``run`` and a method ``compute``,
-            and their attention is an :class:`~titanlite.models.layers.AttentionSlot`, which context parallelism and
-            generation fill. In a pipeline stage, the children of other stages are None. Its ``forward`` takes and
-            returns hidden states [batch, seq_len, dim] if it lacks the first or last children of the model.
+            positions of a process's tokens, int64 [seq_len]. Its blocks have a slot ``run`` and a method ``compute``
+            without in-place operations, and their attention is an :class:`~titanlite.models.layers.AttentionSlot`,
+            which context parallelism and generation fill. In a pipeline stage, the children of other stages are None.
+            Its ``forward`` takes and returns hidden states [batch, seq_len, dim] if it lacks the first or last children
+            of the model.
         layout: a declaration of the module's parts.
         hugging_face: the form of the files; None if ``transformers`` does not have the family.
         torchtitan: a configured flavor -> the parameters whose rows are the features of rotated heads, and the features

@@ -50,6 +50,11 @@ def blocks_of(page: Path) -> list[Block]:
     return blocks
 
 
+def run_example(code: str) -> None:
+    """Run a program in this process, as ``python FILE`` does."""
+    exec(compile(code, "<example>", "exec", dont_inherit=True), {"__name__": "__main__"})
+
+
 def anchors_of(page: Path) -> set[str]:
     """What a link can point to, as GitHub names headings."""
     headings = re.findall(r"^#+ (.*)$", prose_of(page), flags=re.MULTILINE)

@@ -158,7 +158,7 @@ class CheckpointManager:
         if leftovers:
             logger.info("cleared what was left of saves that did not end: %s", ", ".join(leftovers))
         for path in strays_in(self.root):
-            logger.warning("%s is no checkpoint, for all its name: a save of that step renames it", path)
+            logger.warning("%s has the name of a checkpoint, and not its files: a save of that step renames it", path)
         steps, step = saved_steps(self.root), self.options.load_step
         if step == -1 or _restarted():
             return steps[-1] if steps else None
@@ -263,8 +263,8 @@ class CheckpointManager:
         world = dist.get_world_size()
         if checkpoint.info.world_size != world:
             logger.info(
-                "the random generators begin from the seed: they were those of %s, and this run has %d",
-                counted(checkpoint.info.world_size, "process"),
+                "the random generators begin from the seed: the number of processes was %d, and is %d",
+                checkpoint.info.world_size,
                 world,
             )
             return {}

@@ -19,7 +19,7 @@ def parser() -> argparse.ArgumentParser:
         prog="titanlite generate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = cli.add_argument
-    add("--checkpoint", required=True, metavar="PATH", help="the folder of one step, or of a run")
+    add("--checkpoint", required=True, metavar="PATH", help="a run, one step of it, or a Hugging Face folder")
     add("--prompt", required=True, metavar="TEXT", help='what to continue; "" begins a document')
     add("--max_new_tokens", type=int, metavar="N", help="default: what the model has positions for, at most "
         "256")  # fmt: skip

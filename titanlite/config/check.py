@@ -110,7 +110,12 @@ def _check_checkpoint(config: JobConfig) -> None:
     # With an initial checkpoint, the exclusion applies to that checkpoint.
     whole = not options.initial_load_model_weights_only if options.initial_load_path else options.enable_checkpoint
     if set(excluded) - {"tokenizer"} and not whole:
-        no_effect("exclude_from_loading", "where nothing but weights is loaded; leave it out")
+        needed = (
+            "checkpoint.initial_load_model_weights_only = false"
+            if options.initial_load_path
+            else "checkpoint.enable_checkpoint"
+        )
+        no_effect("exclude_from_loading", f"where nothing but weights is loaded; set {needed} too, or leave it out")
     if "tokenizer" in excluded:
         _check_other_tokenizer(config, whole)
     if "lr_scheduler" in excluded and "train_state" not in excluded:

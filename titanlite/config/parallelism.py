@@ -281,7 +281,7 @@ def _check_microbatches(config: JobConfig, degrees: Degrees) -> None:
         refuse(
             config,
             "parallelism.pipeline_parallel_schedule",
-            f"over {pp} processes needs at least {least} microbatches, and there are {shown}; raise "
+            f"over {pp} processes needs at least {counted(least, 'microbatch')}, not {shown}; raise "
             "training.local_batch_size or training.global_batch_size",
         )
     rounds = max(1, count // pp)
@@ -289,6 +289,6 @@ def _check_microbatches(config: JobConfig, degrees: Degrees) -> None:
         refuse(
             config,
             "parallelism.pipeline_parallel_schedule",
-            f"over {pp} processes takes the microbatches in {count} // {pp} = {rounds} rounds of the same size, and "
-            f"there are {shown}; a multiple of {pp} always fits",
+            f"over {pp} processes takes the microbatches in {count} // {pp} = {rounds} rounds of the same size, not "
+            f"{shown}; a multiple of {pp} always fits",
         )

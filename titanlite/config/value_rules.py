@@ -67,4 +67,4 @@ def _is_ac_option(value: str) -> bool:
 
 CheckpointOption = Annotated[str, Rule('"op", or a whole number from 1 as a string', _is_ac_option)]
 LoadStep = Annotated[int, Rule("0 or more, or -1 for the latest", lambda v: v >= -1)]
-PositiveOrAll = Annotated[int, Rule("at least 1, or -1 for all", lambda v: v >= 1 or v == -1)]
+PositiveOrAll = Annotated[int, Rule("at least 1; -1 (all) only if nothing is validated", lambda v: v >= 1 or v == -1)]

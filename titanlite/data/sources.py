@@ -120,13 +120,13 @@ class Source(ABC):
             first = list(itertools.islice(self.first_documents(), _SURVEY))
             same = [(place, other) for place, other in first if other is not None and other.kind == fault.kind]
             location, fault = same[0] if same else (locate(), fault)
-            extent = f" (so are {len(same)} of the first {len(first)} documents)" if len(same) > 1 else ""
+            extent = f" (of the first {len(first)} documents, {len(same)} have this fault)" if len(same) > 1 else ""
             raise ConfigError(
                 f"{location}: {fault}{extent}; correct the file, or leave out such documents with "
                 'data.on_corrupt = "skip"'
             )
         if self._skipped == 0:
-            logger.warning(f'{locate()}: {fault}; left out, and so is every other one (data.on_corrupt = "skip")')
+            logger.warning(f'{locate()}: {fault}; left out, as are all that cannot be read (data.on_corrupt = "skip")')
         self._skipped += 1
 
     def differs_from_older(self, location: str, difference: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import defaultdict
 from collections.abc import Iterable
 from functools import partial
@@ -13,6 +14,9 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from titanlite.config.schema import ActivationCheckpoint
 from titanlite.quant.kept import SMALL_RESULTS
+
+# Compiled, "op" makes it warn of in-place operations, which blocks do not have (models/spec.py).
+logging.getLogger("torch._higher_order_ops.wrap").setLevel(logging.ERROR)
 
 # The "op" policy saves results that are expensive to compute, and every second matmul, which halves their memory for a
 # quarter more compute (torchtitan's policy of June 2025).

@@ -47,7 +47,7 @@ class Plan:
         """Return the modules of each rank, for the log."""
         names = [s[0] if len(s) == 1 else f"{s[0]} to {s[-1]}" for s in self.stages]
         ranks = sorted({*self.ranks})
-        return "; ".join(f"rank {rank}: " + " and ".join(names[s] for s in self.of(rank)) for rank in ranks)
+        return "; ".join(f"pipeline rank {rank}: " + " and ".join(names[s] for s in self.of(rank)) for rank in ranks)
 
 
 Chain = Sequence[tuple[str, ...]]

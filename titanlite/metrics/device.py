@@ -12,6 +12,8 @@ from typing import NamedTuple
 
 import torch
 
+from titanlite.errors import counted
+
 GIB = 1024**3
 
 # Dense bf16 FLOP/s from the vendors' data sheets (half of the figure "with sparsity"), by whole words of the device's
@@ -40,7 +42,7 @@ _LESSER = re.compile(r"\bMIG\b|\bLaptop\b|\bRTX 4090 D\b")
 def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"CPU, {torch.get_num_threads()} threads"
+    return f"CPU, {counted(torch.get_num_threads(), 'thread')}"
 
 
 def peak_flops(name: str) -> float | None:

@@ -14,8 +14,9 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
-from tests.support.docs import PAGES, Block, anchors_of, blocks_of, prose_of, text_of
-from tests.support.runs import ROOT
+from tests.support.docs import PAGES, Block, anchors_of, blocks_of, prose_of, run_example, text_of
+from tests.support.forks import on_ranks
+from tests.support.runs import ROOT, environment
 from titanlite.commands.__main__ import SUBCOMMANDS
 from titanlite.config import check_config, load_config
 from titanlite.config.aliases import ALIASES
@@ -195,3 +196,11 @@ def test_examples_run(
         exec(compile(source, block.page, "exec", dont_inherit=True), names)
     promised = re.findall(r"^print\(.*\)  # (.*)$", "".join(block.code for block in blocks), flags=re.MULTILINE)
     assert capsys.readouterr().out.splitlines() == promised
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("section", ["FSDP2 with float8 all-gather", "Tensor parallelism"])
+def test_examples_for_torchrun_run_on_two_processes(section: str, tmp_path: Path) -> None:
+    code = "".join(block.code for block in programs()[ROOT / "docs" / "library.md", section])
+    assert 'os.environ["WORLD_SIZE"]' in code
+    on_ranks(2, tmp_path / "ranks", environment(), run_example, code)

@@ -193,7 +193,7 @@ REFUSED: dict[str, tuple[Options, int, list[str]]] = {
                 'schedule = "1F1B"',
                 "over 4 processes",
                 "at least 4 microbatches",
-                "there are 3",
+                "not 3 microbatches",
                 "local_batch_size = 6",
             ),
             *("microbatches of 2", "global_batch_size = 6 over 1", "raise training.local_batch_size"),
@@ -203,7 +203,7 @@ REFUSED: dict[str, tuple[Options, int, list[str]]] = {
         f"uneven rounds of {schedule}": (
             {"pp": 2, "schedule": schedule, "ac": "none", "batch": 5},
             2,
-            [f'schedule = "{schedule}"', "over 2", "5 // 2 = 2 rounds", "there are 5 microbatches", "multiple of 2"],
+            [f'schedule = "{schedule}"', "over 2", "5 // 2 = 2 rounds", "not 5 microbatches", "multiple of 2"],
         )
         for schedule in ("Interleaved1F1B", "InterleavedZeroBubble")
     },

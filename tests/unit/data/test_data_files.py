@@ -375,7 +375,7 @@ def test_the_message_for_a_missing_field_helps(tmp_path: Path, name: str) -> Non
         message = str(error.value)
         assert f"{tmp_path}/" in message
         assert ", line 1: " in message if name == "json" else " 1: " in message
-        assert f"are {60 if name == 'parquet' else 100} of the first" in message
+        assert f", {60 if name == 'parquet' else 100} have this fault" in message
         assert 'no field "text"' in message
         assert "data.text_field" in message
         assert f"body, {'y' * 40}..." in message

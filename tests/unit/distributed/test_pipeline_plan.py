@@ -129,10 +129,13 @@ def test_stages_are_where_the_schedule_has_them(meta: Decoder, schedule: str, ra
 
 def test_a_plan_in_words(meta: Decoder) -> None:
     assert str(plan_of(meta, 2, split_points="layers.1")) == (
-        "rank 0: tok_embeddings to layers.0; rank 1: layers.1 to norm"
+        "pipeline rank 0: tok_embeddings to layers.0; pipeline rank 1: layers.1 to norm"
     )
     shown = str(plan_of(meta, 2, schedule="ZBVZeroBubble", split_points="layers.0,layers.3,layers.5"))
-    assert shown == "rank 0: tok_embeddings and layers.5 to norm; rank 1: layers.0 to layers.2 and layers.3 to layers.4"
+    assert shown == (
+        "pipeline rank 0: tok_embeddings and layers.5 to norm; "
+        "pipeline rank 1: layers.0 to layers.2 and layers.3 to layers.4"
+    )
     assert shown == str(
         Plan(
             [["tok_embeddings"], ["layers.0", "layers.2"], ["layers.3", "layers.4"], ["layers.5", "norm"]], [0, 1, 1, 0]
