@@ -66,7 +66,7 @@ class ChatTemplate:
         self._file, self._seconds = tokenizer.path, seconds
         self._lock = threading.Lock()
         self._process = subprocess.Popen(
-            [sys.executable, "-I", "-c", _START, json.dumps(sys.path), str(_PROGRAM)],
+            [sys.executable, "-I", "-c", _START, json.dumps([str(path) for path in sys.path]), str(_PROGRAM)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import gc
+import os
 import re
+import signal
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -257,3 +260,32 @@ def test_the_process_ends_with_its_encoder_and_serves_threads(tmp_path: Path) ->
     del encoder, read, threads, thread
     gc.collect()
     assert process.poll() is not None
+
+
+def test_the_process_ends_with_a_killed_trainer(tmp_path: Path) -> None:
+    """In the middle of a template that does not end, too: then its timer ends it."""
+    template = "{% if messages | length > 1 %}" + HOSTILE["loops"] + "{% endif %}"
+    read, write = os.pipe()
+    trainer = os.fork()
+    if not trainer:
+        encoder = encoder_of(tmp_path, template, seconds=0.3)
+        os.write(write, b"%d\n" % encoder._template._process.pid)
+        encoder.encode({"messages": SINGLE})
+        os._exit(0)
+    os.close(write)
+    with os.fdopen(read) as stream:
+        pid = int(stream.readline())
+    time.sleep(0.2)
+    os.kill(trainer, signal.SIGKILL)
+    os.waitpid(trainer, 0)
+    end = time.monotonic() + 20
+    while Path(f"/proc/{pid}").exists() and _state(pid) != "Z":
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+def _state(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return "Z"

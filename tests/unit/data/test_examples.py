@@ -92,6 +92,8 @@ FAULTS: dict[str, tuple[dict[str, Any], str]] = {
     "a list of others": ({"prompt": "a", "answer": ["a", 1], "label": 0}, r'"answer" is not a string \(int\)'),
     "no label": ({"prompt": "a", "answer": ["a", "b"]}, r'no field "label" .*data\.label_field'),
     "an empty label": ({"prompt": "a", "answer": ["a", "b"], "label": ""}, r'"label" is no whole number \(\'\'\)'),
+    "a long number": ({"prompt": "a", "answer": ["a", "b"], "label": "1" * 9000}, '"label" is no whole number'),
+    "below the range, as text": ({"prompt": "a", "answer": ["a"], "label": "-1"}, '"label" is -1, out of range'),
     "a fraction": ({"prompt": "a", "answer": ["a", "b"], "label": 0.0}, '"label" is no whole number'),
     "a truth": ({"prompt": "a", "answer": ["a", "b"], "label": True}, '"label" is no whole number'),
     "out of range": ({"prompt": "a", "answer": ["a", "b"], "label": 2}, '"label" is 2, out of range: .* 2 texts'),
