@@ -20,7 +20,7 @@ from titanlite.data import load_tokenizer
 from titanlite.data.chat_template import template_of
 from titanlite.data.encode_chat import ChatEncoder
 from titanlite.data.records import Corrupt
-from titanlite.errors import ConfigError
+from titanlite.errors import ConfigError, TrainingError
 
 SINGLE = [{"role": "user", "content": "What is 2 + 2?"}, {"role": "assistant", "content": "It is 4."}]
 CHATS = {
@@ -260,6 +260,14 @@ def test_the_process_ends_with_its_encoder_and_serves_threads(tmp_path: Path) ->
     del encoder, read, threads, thread
     gc.collect()
     assert process.poll() is not None
+
+
+def test_a_process_that_somebody_kills_is_a_failure_of_the_run(tmp_path: Path) -> None:
+    encoder = encoder_of(tmp_path, plain(QWEN25))
+    encoder._template._process.kill()
+    for _ in range(2):
+        with pytest.raises(TrainingError, match="renders the chat template ended"):
+            encoder.encode({"messages": SINGLE})
 
 
 def test_the_process_ends_with_a_killed_trainer(tmp_path: Path) -> None:
