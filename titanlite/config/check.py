@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path, PurePath
 
+from titanlite.config.data_rules import check_data
 from titanlite.config.number_formats import NUMBER_FORMATS
 from titanlite.config.parallelism import check_parallelism, global_batch_size, resolve_degrees
 from titanlite.config.refuse import refuse
@@ -37,6 +38,7 @@ def check_config(config: JobConfig, world_size: int, *, train: bool = True) -> N
     _check_checkpoint(config)
     for number_format in NUMBER_FORMATS:
         number_format.check(config)
+    check_data(config)
     check_validation(config)
     if config.training.compile and not config.compile.components:
         refuse(config, "compile.components", "names nothing to compile for training.compile; leave out one of them")

@@ -372,6 +372,16 @@ class Data:
 
     text_field: str = "text"
     """The field of a json or parquet document that holds its text."""
+    prompt_field: str = "prompt"
+    """The field of an example of training.dataset = "instruct" that holds what comes before the answer."""
+    answer_field: str = "answer"
+    """The field of such an example that holds the answer, which is learned: a string, or a list of strings of which one
+    is right."""
+    label_field: str = "label"
+    """The field of such an example that tells which answer of a list is right: its number, from 0."""
+    messages_field: str = "messages"
+    """The field of an example of training.dataset = "chat" that holds the messages: a list of objects with role and
+    content. The default reads conversations (from and value, of ShareGPT) too."""
     on_corrupt: Literal["stop", "skip"] = "stop"
     """If a document cannot be read: stop with an error (file and line), or skip it and count it in the log,
     metrics.jsonl and the summary."""

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import islice, repeat
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, Protocol
+from typing import IO, TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from titanlite.data.cut import pieces
 from titanlite.data.files import is_compressed, open_file
@@ -16,7 +16,7 @@ from titanlite.data.records import (
     Corrupt,
     decode_text,
     is_blank,
-    no_field,
+    record_of_line,
     text_of_line,
     text_of_record,
 )
@@ -50,14 +50,22 @@ class Reader(Protocol):
         """Return the text of a record; raise :class:`Corrupt` if there is none."""
         ...
 
+    def fields(self, record: Any) -> Mapping[str, Any]:
+        """Return the fields of a record as plain values; raise :class:`Corrupt` if there are none."""
+        ...
+
 
 class ParquetReader:
-    """Parquet files. Only the column of the text is read, so files may differ in others."""
+    """Parquet files. Only the columns of ``fields`` are read, those that are there, so files may differ in others.
+
+    Args:
+        fields: the columns; for :meth:`text` one, which must be there.
+    """
 
     noun = "row"
 
-    def __init__(self, text_field: str) -> None:
-        self._field = text_field
+    def __init__(self, *fields: str) -> None:
+        self._fields = fields
 
     def count(self, file: Path, at_most: int) -> int:
         with _parquet(file) as table:
@@ -68,35 +76,58 @@ class ParquetReader:
             if table is None:
                 return
             names = table.schema_arrow.names
-            if names.count(self._field) != 1:
-                twice = f'two columns "{self._field}"'
-                problem = twice if self._field in names else no_field(self._field, names)
-                yield from repeat(problem, table.metadata.num_rows - first)
+            read = [field for field in self._fields if field in names]
+            twice = [field for field in read if names.count(field) > 1]
+            head = _Head(dict.fromkeys(names), read, f'two columns "{twice[0]}"' if twice else "")
+            if twice or not read:
+                yield from repeat((head,), table.metadata.num_rows - first)
                 return
             group = 0
             while group < table.num_row_groups and (rows := table.metadata.row_group(group).num_rows) <= first:
                 group, first = group + 1, first - rows
             groups = range(group, table.num_row_groups)
-            for batch in table.iter_batches(
-                _rows(table, self._field), groups, columns=[self._field], use_threads=False
-            ):
-                yield from batch.column(self._field)[first:]
+            for batch in table.iter_batches(_rows(table, read), groups, columns=read, use_threads=False):
+                yield from zip(repeat(head), *(batch.column(field)[first:] for field in read))
                 first = max(0, first - len(batch))
 
     def text(self, record: Any) -> str:
-        if isinstance(record, str):  # the problem of the whole file
-            raise Corrupt(record, "no field")
-        try:
-            return text_of_record({self._field: record.as_py()}, self._field)
-        except UnicodeDecodeError as error:
-            raise Corrupt(f"invalid UTF-8 ({error.reason})", "utf-8") from None
+        field = self._fields[0]
+        return text_of_record({field: _plain(record[1])} if len(record) == 2 else self.fields(record), field)
+
+    def fields(self, record: Any) -> Mapping[str, Any]:
+        """Return all columns by name; None for those that are not read."""
+        head, *values = record
+        if head.problem:
+            raise Corrupt(head.problem, "no field")
+        return {**head.columns, **dict(zip(head.read, map(_plain, values)))}
 
 
-def _rows(table: ParquetFile, field: str) -> int:
-    """Return how many rows to read at a time: at most 64, and fewer where the column ``field`` has long ones."""
+class _Head(NamedTuple):
+    """What all rows of a table begin with.
+
+    Attributes:
+        columns: the names of all columns.
+        read: those of which the values follow, in this order.
+        problem: why no row can be read; "" if they can.
+    """
+
+    columns: dict[str, None]
+    read: list[str]
+    problem: str
+
+
+def _plain(value: Any) -> Any:
+    try:
+        return value.as_py()
+    except UnicodeDecodeError as error:
+        raise Corrupt(f"invalid UTF-8 ({error.reason})", "utf-8") from None
+
+
+def _rows(table: ParquetFile, fields: Sequence[str]) -> int:
+    """Return how many rows to read at a time: at most 64, and fewer where the columns ``fields`` have long ones."""
     data = table.metadata
     leaves = (data.schema.column(i).path for i in range(data.num_columns))
-    columns = [i for i, path in enumerate(leaves) if path == field or path.startswith(f"{field}.")]
+    columns = [i for i, path in enumerate(leaves) if any(f"{path}.".startswith(f"{field}.") for field in fields)]
     groups = [group for i in range(table.num_row_groups) if (group := data.row_group(i)).num_rows]
     sizes = (sum(group.column(i).total_uncompressed_size for i in columns) // group.num_rows for group in groups)
     return max(1, min(64, _BATCH_BYTES // max(1, *sizes, 1)))
@@ -116,11 +147,15 @@ def _parquet(file: Path) -> Iterator[ParquetFile | None]:
 
 
 class LinesReader:
-    """JSON lines, or a JSON array; possibly compressed."""
+    """JSON lines, or a JSON array; possibly compressed.
+
+    Args:
+        text_field: the field that holds the text, for :meth:`text`.
+    """
 
     noun = "document"
 
-    def __init__(self, text_field: str) -> None:
+    def __init__(self, text_field: str = "") -> None:
         self._field = text_field
 
     def count(self, file: Path, at_most: int) -> int:
@@ -138,6 +173,9 @@ class LinesReader:
 
     def text(self, record: bytes) -> str:
         return text_of_line(record, self._field)
+
+    def fields(self, record: bytes) -> Mapping[str, Any]:
+        return record_of_line(record)
 
 
 def _lines(stream: IO[bytes]) -> Iterator[bytes]:
@@ -163,3 +201,6 @@ class TextReader:
 
     def text(self, record: bytes) -> str:
         return decode_text(record)
+
+    def fields(self, record: bytes) -> Mapping[str, Any]:
+        return {"text": decode_text(record)}

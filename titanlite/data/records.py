@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Iterable, Mapping
 from mmap import mmap
+from typing import Any
 
 # A longer record is not read: a line end that is missing in a huge file must not fill the memory.
 LONGEST_RECORD = 256 << 20
@@ -55,6 +56,15 @@ def text_of_line(line: bytes, field: str) -> str:
     Raises:
         Corrupt: there is none.
     """
+    return text_of_record(record_of_line(line), field)
+
+
+def record_of_line(line: bytes) -> dict[str, Any]:
+    """Return the JSON object in ``line``.
+
+    Raises:
+        Corrupt: there is none.
+    """
     if len(line) > LONGEST_RECORD:
         raise Corrupt(f"a record of more than {LONGEST_RECORD >> 20} MiB; cut it into several", "size")
     try:
@@ -65,30 +75,40 @@ def text_of_line(line: bytes, field: str) -> str:
         raise Corrupt("not usable JSON (nested too deeply)", "json") from None
     if not isinstance(record, dict):
         raise Corrupt(f"a JSON {type(record).__name__}, not an object; every line must be one object", "object")
-    return text_of_record(record, field)
+    return record
 
 
-def text_of_record(record: Mapping[str, object], field: str) -> str:
+def text_of_record(record: Mapping[str, object], field: str, option: str | None = "data.text_field") -> str:
     """Return the string ``field`` of ``record``, which has no half of a surrogate pair.
+
+    Args:
+        option: the option that names the field, for messages; None: the format of the data set does.
 
     Raises:
         Corrupt: there is none.
     """
     if field not in record:
-        raise Corrupt(no_field(field, record), "no field")
+        raise Corrupt(no_field(field, record, option), "no field")
     text = record[field]
     if not isinstance(text, str):
         kind = "null" if text is None else type(text).__name__
-        raise Corrupt(f'the field "{field}" is not a string ({kind}); data.text_field names it', "not a string")
-    if _SURROGATE.search(text):  # the text can be long, so it is not encoded
+        named = f"; {option} names it" if option else ""
+        raise Corrupt(f'the field "{field}" is not a string ({kind}){named}', "not a string")
+    if has_surrogate(text):
         problem = f'the field "{field}" has half of a surrogate pair, which is no character'
         raise Corrupt(problem, "surrogate")
     return text
 
 
-def no_field(field: str, fields: Iterable[str]) -> str:
-    """Return the message for a record, or a table, without ``field``."""
+def has_surrogate(text: str) -> bool:
+    """Return True if ``text``, which can be long and is not encoded, has half of a surrogate pair."""
+    return _SURROGATE.search(text) is not None
+
+
+def no_field(field: str, fields: Iterable[str], option: str | None = "data.text_field") -> str:
+    """Return the message for a record, or a table, without ``field``; see :func:`text_of_record`."""
     names = [name if len(name) <= 40 else f"{name[:40]}..." for name in fields]
     more = f" and {len(names) - _SHOWN_FIELDS} more" if len(names) > _SHOWN_FIELDS else ""
     has = ", ".join(names[:_SHOWN_FIELDS]) or "none"
-    return f'no field "{field}" (it has: {has}{more}); name the one with the text with data.text_field'
+    fix = f"; name the right one with {option}" if option else ""
+    return f'no field "{field}" (it has: {has}{more}){fix}'

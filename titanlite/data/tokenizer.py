@@ -38,6 +38,7 @@ SHIPPED = Path(__file__).parent / "assets" / "tokenizer.json"
 HUGGING_FACE, LLAMA3 = "tokenizer.json", "tokenizer.model"
 _NAMES = (HUGGING_FACE, LLAMA3, f"original/{LLAMA3}")
 _TEMPLATE = "chat_template.jinja"
+_BEFORE = ("\n", "!", "\0")  # texts that tokens seldom join with what follows
 
 # Entries of tokenizer_config.json that a copy keeps for transformers; training uses none of them.
 _KEPT = ("chat_template", "unk_token", "pad_token", "additional_special_tokens", "extra_special_tokens",
@@ -78,6 +79,63 @@ class Tokenizer:
         with self._naming_file():
             ids: list[int] = self._backend.encode(text, add_special_tokens=False).ids
         return ids
+
+    def encode_continuation(self, text: str) -> list[int]:
+        """Return the token ids of ``text`` where it follows another text, which is encoded apart.
+
+        SentencePiece begins every text with a space of its own; here there is none.
+        """
+        for other in _BEFORE if self._marks_beginning else ():
+            before, ids = self.encode(other), self.encode(other + text)
+            if ids[: len(before)] == before:  # no token is of both
+                return ids[len(before) :]
+        return self.encode(text)
+
+    @cached_property
+    def _marks_beginning(self) -> bool:
+        """True if the beginning of a text has other tokens than the same characters further on."""
+        return self.encode("\na") != self.encode("\n") + self.encode("a")
+
+    def encode_with_special(self, text: str) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
+        """Return the token ids of ``text``, in which special tokens have their ids, and their places in it.
+
+        Returns:
+            int32 [n], and int64 [n, 2]: the begin and end of each token in characters. The parts of a character that
+            is several tokens have the place of the character.
+        """
+        with self._naming_file():
+            encoding = self._parsing.encode(text, add_special_tokens=False)
+        return np.array(encoding.ids, dtype=np.int32), np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2)
+
+    @cached_property
+    def _parsing(self) -> tokenizers.Tokenizer:
+        """A copy that finds special tokens in the text; the setting belongs to a tokenizer, not to a call."""
+        copy = tokenizers.Tokenizer.from_str(self._backend.to_str())
+        copy.encode_special_tokens = False
+        return copy
+
+    @property
+    def special_tokens(self) -> list[str]:
+        """The texts of the special tokens."""
+        return [token.content for token in self._backend.get_added_tokens_decoder().values() if token.special]
+
+    @property
+    def chat_template(self) -> object:
+        """The entry ``chat_template`` of the tokenizer's files, whatever it is; None if there is none."""
+        return self._kept.get("chat_template")
+
+    def named_tokens(self) -> dict[str, str]:
+        """Return the tokens that chat templates name, such as ``eos_token``, as transformers hands them on."""
+        named = {
+            "bos_token": self._backend.id_to_token(self.bos_id),
+            "eos_token": self._backend.id_to_token(self.eos_id),
+        }
+        others = {key: self._kept[key] for key in ("bos_token", "unk_token", "pad_token") if key in self._kept}
+        entries = {key: e.get("content") if isinstance(e, dict) else e for key, e in (named | others).items()}
+        return {key: entry for key, entry in entries.items() if isinstance(entry, str)}
+
+    def _text_of(self, token: int) -> str:
+        return str(self._backend.id_to_token(token))
 
     def encode_batch(self, texts: Sequence[str]) -> list[NDArray[np.int32]]:
         """Return one int32 array of ids per text. Runs on all cores and releases the interpreter lock."""
@@ -138,9 +196,9 @@ class Tokenizer:
                 single=[bos, "$A"], pair=[bos, "$A", bos, "$B:1"], special_tokens=[(bos, self.bos_id)]
             )
         config = {
+            "bos_token": bos,
             **self._kept,
             "tokenizer_class": "PreTrainedTokenizerFast",
-            "bos_token": bos,
             "eos_token": eos,
             "clean_up_tokenization_spaces": False,  # it would change decoded text
         }
@@ -184,7 +242,7 @@ def load_tokenizer(path: str = "") -> Tokenizer:
             with without_stderr():
                 backend = load_tiktoken(file, content) if is_llama3 else _load_hugging_face(file, content)
             bos, eos = find_document_tokens(backend, file, known=is_llama3)
-            tokenizer = Tokenizer(backend, bos, eos, str(file), _kept_entries(file.parent))
+            tokenizer = Tokenizer(backend, bos, eos, str(file), _kept_entries(file.parent, bos == eos))
     except Panic as e:
         raise damaged(file, f"the tokenizers library fails on it ({excerpt(e)}); download it again") from None
     if tokenizer.vocab_size > MAX_IDS:
@@ -194,9 +252,11 @@ def load_tokenizer(path: str = "") -> Tokenizer:
     return tokenizer
 
 
-def _kept_entries(folder: Path) -> dict[str, Any]:
+def _kept_entries(folder: Path, one_token: bool) -> dict[str, Any]:
     config = read_object(folder, CONFIG)
     kept = {key: config[key] for key in _KEPT if key in config}
+    if one_token and config.get("bos_token", "") is None:  # EOS serves as BOS, and a chat template has none
+        kept["bos_token"] = None
     if is_there(folder, _TEMPLATE):  # it counts, where both are there
         kept["chat_template"] = read_limited(folder / _TEMPLATE, MAX_CONFIG_BYTES).decode("utf-8", "replace")
     return kept

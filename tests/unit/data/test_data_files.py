@@ -261,8 +261,8 @@ def test_few_rows_at_a_time_where_parquet_rows_are_long(tmp_path: Path, monkeypa
     table = pyarrow.table({"text": [f"{i} " * 1500 for i in range(10)], "wide": [[f"{i} " * 9000] for i in range(10)]})
     pyarrow.parquet.write_table(table, file, use_dictionary=False, write_statistics=False)
     with pyarrow.parquet.ParquetFile(file) as opened:
-        assert readers._rows(opened, "text") == 5  # 3,000 bytes and a little
-        assert readers._rows(opened, "wide") == 1
+        assert readers._rows(opened, ["text"]) == 5  # 3,000 bytes and a little
+        assert readers._rows(opened, ["wide"]) == 1
     assert [text[0] for text in read("parquet", file)] == list("0123456789")
 
 
