@@ -100,6 +100,10 @@ class Source(ABC):
             ConfigError: a document is corrupt and ``on_corrupt`` is "stop".
         """
 
+    def in_order(self) -> Iterator[str]:
+        """Yield every document once, whole, in the order of the files where the source has one."""
+        return (text for _, text in self.documents(0, 1, 0, START))
+
     def first_documents(self) -> Iterator[tuple[str, Corrupt | None]]:
         """Yield the location of each document in the order of the files, and what is wrong with it; for messages."""
         return iter(())
@@ -149,6 +153,9 @@ class RandomAccessSource(Source):
     @abstractmethod
     def read(self, index: int) -> str | None:
         """Return document ``index``; if it is corrupt, report it with :meth:`corrupt` and return None."""
+
+    def in_order(self) -> Iterator[str]:
+        return (text for index in range(self.num_documents) if (text := self.read(index)) is not None)
 
     def num_shards(self, at_most: int) -> int:
         """Return the largest divisor of ``at_most`` with at least 16 documents in every shard, or else 1."""

@@ -19,7 +19,7 @@ from titanlite.data import Batch, DataLoader, PartOfSource, Source, Tokenizer, T
 from titanlite.distributed.compile import CompileWatch
 from titanlite.distributed.mesh import Mesh
 from titanlite.distributed.runtime import Runtime
-from titanlite.errors import ConfigError, TrainingError, counted
+from titanlite.errors import ConfigError, TrainingError, counted, renaming
 from titanlite.metrics.recorder import Recorder
 from titanlite.optim.loss import IGNORED
 from titanlite.quant.linear import high_precision
@@ -64,7 +64,7 @@ def read_validation_data(
     Raises:
         ConfigError: the text cannot be read, is less than one batch, or is in files that training reads.
     """
-    with _validation_names():
+    with renaming(_of_validation):
         source = _source(training_source, config)
         sequences = global_batch_size(config, mesh.degrees.data_parallel)
         loader = DataLoader(
@@ -138,19 +138,9 @@ def _identity(file: Path) -> tuple[int, int]:
     return status.st_dev, status.st_ino
 
 
-@contextmanager
-def _validation_names() -> Iterator[None]:
-    """Rename options in error messages: sources use the names of [training], but the user set those of [validation]."""
-
-    def renamed(text: str) -> str:
-        return text.replace("training.dataset", "validation.dataset")
-
-    try:
-        yield
-    except ConfigError as e:
-        raise ConfigError(renamed(e.why), key=renamed(e.key), value=e.value, origin=e.origin) from e
-    except TrainingError as e:
-        raise TrainingError(renamed(str(e))) from e
+def _of_validation(text: str) -> str:
+    """Rename options in a message: sources use the names of [training], but the user set those of [validation]."""
+    return text.replace("training.dataset", "validation.dataset")
 
 
 def _read_once(loader: DataLoader, steps: int) -> list[Batch]:
