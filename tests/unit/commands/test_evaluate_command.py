@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import math
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -108,7 +109,7 @@ def test_every_form_of_the_same_documents(folder: Path, tmp_path: Path) -> None:
     import pyarrow
     from pyarrow import parquet
 
-    texts = [*TEXTS, "long = 1\n" * 9000]
+    texts = [*TEXTS, (" " * 40 + "x\n") * 1600]
     (tmp_path / "texts" / "deep").mkdir(parents=True)
     for number, text in enumerate(texts):
         (tmp_path / "texts" / "deep" / f"{number}.txt").write_text(text)
@@ -357,6 +358,33 @@ def test_files_without_examples(tmp_path: Path, folder: Path, capfd: pytest.Capt
         status, _, err = run(capfd, "--checkpoint", folder, "--tasks", tmp_path / name)
         assert status == 2
         assert message in err
+
+
+def test_hellaswag_without_a_network(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    import huggingface_hub
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    status, _, err = run(capfd, "--checkpoint", folder, "--tasks=hellaswag")
+    assert status == 2
+    assert '--tasks = "hellaswag": Rowan/hellaswag cannot be read from the Hugging Face hub' in err
+    assert "a copy of its validation split with --task_data" in err
+
+
+def test_progress_is_for_terminals(
+    folder: Path, lines: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    options = ("--checkpoint", folder, "--data", lines, "--tasks", json_lines(tmp_path / "task.jsonl", made_examples()))
+    quiet = run(capfd, *options)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    status, out, err = run(capfd, *options)
+    assert (status, out) == quiet[:2]
+    first, *shown = err.split("\r\x1b[K")
+    assert first == ""
+    assert shown[0].startswith("4 documents, ")
+    assert shown[1] == "40 of 40 examples"
+    assert "".join(shown[2:]) == quiet[2]
 
 
 @pytest.mark.parametrize("asked", ["data", "tasks"])
