@@ -38,6 +38,7 @@ from titanlite.models.spec import ModelSpec, get_model_spec, model_spec_of
 from titanlite.untrusted.files import is_of
 
 _MOST_LAYERS = 10_000
+_ONE_DAY = 24 * 60 * 60  # seconds
 _BUFFERS = 1 << 28  # bytes that computed buffers may take in any case: 262,144 positions of heads of 128 features
 
 
@@ -157,7 +158,8 @@ def opened(
     Raises:
         ConfigError: the model cannot be loaded.
     """
-    process = start_runtime(Comm())
+    # Where each process has its own share, one can be long before the other.
+    process = start_runtime(Comm() if tensor_parallel else Comm(init_timeout_seconds=_ONE_DAY))
     try:
         together = process.world_size if tensor_parallel else 1
         degrees = Degrees(process.world_size // together, 1, 1, tensor_parallel=together, pipeline_parallel=1)

@@ -60,7 +60,7 @@ class Scorer:
         most = _POSITIONS_ON_CPU if self.process.device.type == "cpu" else _POSITIONS_ON_GPU
         positions = max(1, min(most, _LOGITS // self.vocab_size))
         windows = _windows(groups, positions)
-        done = 0
+        rank, ranks = self.process.rank, self.process.world_size
         while True:
             mine: dict[int, list[float]] = {}
             window: list[_Batch] | None = None
@@ -69,10 +69,10 @@ class Scorer:
                 window = next(windows, None)
             except (ConfigError, TrainingError) as e:
                 error = e
-            for number, batch in enumerate(window or [], start=done):
-                if number % self.process.world_size == self.process.rank:
-                    mine |= self._batch(batch)
-            done += len(window or [])
+            batches = window or []
+            # As many on every process, as sharded weights need: at the end, some compute the last one again.
+            for number in range(rank, -(-len(batches) // ranks) * ranks, ranks):
+                mine |= self._batch(batches[min(number, len(batches) - 1)])
             # Once for every window, so that no process waits long for another.
             outcomes: list[Any] = self.process.gather((mine, error))
             for _, error in outcomes:

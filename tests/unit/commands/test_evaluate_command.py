@@ -18,7 +18,8 @@ from tests.support.families import their_model
 from tests.unit.commands.test_generate_command import ARGS, write
 from titanlite.commands import evaluate as evaluate_command
 from titanlite.data import load_tokenizer
-from titanlite.inference.evaluate import evaluate
+from titanlite.inference.documents import TextLoss
+from titanlite.inference.evaluate import Evaluation, evaluate
 from titanlite.inference.tasks import read_task
 
 transformers = pytest.importorskip("transformers")
@@ -319,6 +320,22 @@ def test_documents_that_cannot_be_read(
     assert message in err
     assert "training." not in err
     assert "data.on_corrupt" not in err
+
+
+def test_files_that_are_no_documents(folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    json_lines(tmp_path / "a.jsonl", [{"text": "a"}])
+    (tmp_path / "b.txt").write_bytes(b"hello\xffworld")
+    messages = {tmp_path: "has files of JSON and text; narrow it", tmp_path / "*.txt": "b.txt, byte 6: invalid UTF-8"}
+    for data, message in messages.items():
+        status, out, err = run(capfd, "--checkpoint", folder, "--data", data)
+        assert (status, out) == (2, "")
+        assert message in err
+
+
+def test_a_perplexity_that_is_too_large_for_a_number() -> None:
+    evaluation = Evaluation(TextLoss(loss=1000.0, tokens=2, nbytes=1, documents=1, left_out=0), None, ())
+    assert json.loads(evaluation.json())["perplexity"] is None
+    assert "perplexity     too large" in evaluation.table()
 
 
 GOOD: dict[str, Any] = {"context": "a", "endings": ["b", "c"], "label": 1}
