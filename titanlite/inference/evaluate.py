@@ -37,8 +37,7 @@ class Evaluation:
             values |= {"loss": text.loss, "perplexity": text.perplexity, "bits_per_byte": text.bits_per_byte}
             values |= {"tokens": text.tokens, "bytes": text.nbytes, "documents": text.documents}
         if (choices := self.choices) is not None:
-            values |= {"accuracy": choices.accuracy, "accuracy_norm": choices.accuracy_norm}
-            values |= {"stderr": choices.stderr, "stderr_norm": choices.stderr_norm, "examples": choices.examples}
+            values |= choices.values()
         return values
 
     def json(self) -> str:

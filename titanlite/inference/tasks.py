@@ -11,7 +11,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -68,6 +68,12 @@ class Accuracy:
     stderr_norm: float | None
     examples: int
     truncated: int
+
+    def values(self) -> dict[str, float | None]:
+        """Return the numbers by name, as ``--json`` shows them."""
+        values = asdict(self)
+        del values["truncated"]
+        return values
 
 
 # ---- reading

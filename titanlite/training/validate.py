@@ -24,6 +24,7 @@ from titanlite.metrics.recorder import Recorder
 from titanlite.optim.loss import IGNORED
 from titanlite.quant.linear import high_precision
 from titanlite.training.step import StepRunner
+from titanlite.training.validate_task import ValidationTask
 
 logger = logging.getLogger()
 
@@ -190,6 +191,7 @@ class Validator:
 
     Args:
         runner: computes the loss of a batch.
+        task: choices between endings; None: there are none.
     """
 
     def __init__(
@@ -199,8 +201,9 @@ class Validator:
         runner: StepRunner,
         mesh: Mesh,
         device: torch.device,
+        task: ValidationTask | None = None,
     ) -> None:
-        self.data = data
+        self.data, self.task = data, task
         self.interval, self.last_step = config.validation.interval, config.training.steps
         self.in_high_precision = config.validation.precision == "bfloat16"
         self._runner, self._parts, self._mesh, self._device = runner, runner.parts, mesh, device
@@ -218,18 +221,23 @@ class Validator:
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)  # exclude earlier training steps from the time
         start = time.perf_counter()
-        loss = self.loss(asked_to_stop)
-        if loss is None:
-            logger.info("the validation after step %d is left out", step)
-            return
-        if not math.isfinite(loss):
+        loss, accuracy = self.loss(asked_to_stop), None
+        if loss is not None and not math.isfinite(loss):
             raise TrainingError(
                 f"the validation after step {step}: loss {loss} is not finite, so the weights are beyond repair; lower "
                 "optimizer.lr or training.max_norm, or lengthen lr_scheduler.warmup_steps"
             )
+        if loss is not None and self.task is not None:
+            with self._evaluating():
+                accuracy = self.task.accuracy(asked_to_stop)
+        if loss is None or (accuracy is None and self.task is not None):
+            logger.info("the validation after step %d is left out", step)
+            return
         seconds = time.perf_counter() - start
         bits = self.bits_per_byte(loss)
-        recorder.log_validation(step, loss=loss, bits_per_byte=bits, tokens=self.data.tokens, seconds=seconds)
+        task = {} if accuracy is None else accuracy.values()
+        tokens = self.data.tokens
+        recorder.log_validation(step, loss=loss, bits_per_byte=bits, tokens=tokens, seconds=seconds, task=task)
         watch.validation_done(step)
 
     def loss(self, asked_to_stop: Callable[[], bool] = lambda: False) -> float | None:
