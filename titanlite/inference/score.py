@@ -89,8 +89,10 @@ class Scorer:
         """Return the log-likelihoods of the sequences of each group, by its number."""
         sequences = [sequence for _, group in batch for sequence in group]
         tokens = np.zeros((len(sequences), max(len(sequence.tokens) for sequence in sequences)), np.int64)
-        for row, sequence in zip(tokens, sequences):
-            row[: len(sequence.tokens)] = sequence.tokens
+        for row, (ids, _) in zip(tokens, sequences):
+            row[: len(ids)] = ids
+            # Not a token of another text: what is not a number would spoil all others, even with a weight of 0.
+            row[len(ids) :] = ids[-2]
         labels = torch.from_numpy(tokens).to(self.process.device)
         with inference(self.model):
             logits: Tensor = self.model(labels[:, :-1])

@@ -244,6 +244,52 @@ def test_choices_are_those_of_transformers_example_by_example(
     assert [(e.accuracy, e.accuracy_norm, e.stderr) for e in one_by_one if e] == [(*r, None) for r in right[:12]]
 
 
+@pytest.mark.long
+def test_hellaswag_is_that_of_lm_evaluation_harness(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    lm_eval = pytest.importorskip("lm_eval")
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    save_their_model(tmp_path / "theirs")
+    marks = ["[title] ", "[header] ", "  "]
+    records = [
+        {
+            "activity_label": "Cleaning",
+            "ctx_a": marks[number % 3] + example["context"],
+            "ctx_b": "THEN he" if number % 2 else "",
+            "endings": [f"{'abcd'[i]}{example['endings'][i % len(example['endings'])]}" for i in range(4)],
+            "label": str(number % 4),
+        }
+        for number, example in enumerate(made_examples())
+    ]
+    data = json_lines(tmp_path / "task.jsonl", records)
+    theirs = Path(lm_eval.__file__).parent / "tasks" / "hellaswag"
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "tasks" / "utils.py").write_text((theirs / "utils.py").read_text())
+    task = (theirs / "hellaswag.yaml").read_text().replace("training_split: train\n", "")
+    task = task.replace("task: hellaswag", "task: local").replace("dataset_path: Rowan/hellaswag", "dataset_path: json")
+    files = f"dataset_kwargs: {{data_files: {{validation: {data}}}}}"
+    task = task.replace("dataset_name: null", files).replace("metric: acc_norm", "metric: acc_bytes")
+    (tmp_path / "tasks" / "local.yaml").write_text(task)
+    expected = lm_eval.simple_evaluate(
+        model=HFLM(pretrained=str(tmp_path / "theirs"), device="cpu", dtype="float32", batch_size=4),
+        tasks=["local"],
+        task_manager=TaskManager(include_path=str(tmp_path / "tasks"), include_defaults=False),
+    )["results"]["local"]
+    status, out, err = run(
+        capfd, "--checkpoint", tmp_path / "theirs", "--tasks=hellaswag", "--task_data", data, "--json"
+    )
+    assert status == 0, err
+    values = json.loads(out)
+    assert values["accuracy"] == expected["acc,none"]
+    assert values["stderr"] == pytest.approx(expected["acc_stderr,none"])
+    assert values["accuracy_norm"] == expected["acc_bytes,none"]
+    assert 0 < values["accuracy"] != values["accuracy_norm"]
+
+
 def test_text_and_task_together(folder: Path, lines: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     task = json_lines(tmp_path / "task.jsonl", HELLASWAG)
     status, out, err = run(capfd, "--checkpoint", folder, "--data", lines, "--tasks", task, "--max_examples", 1)
@@ -408,11 +454,12 @@ def test_progress_is_for_terminals(
 def test_a_loss_that_is_not_finite_is_no_number(
     tmp_path: Path, lines: Path, asked: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """Of one document alone: a token of it has an embedding of NaN."""
+    """Of one document alone: a token of it has an embedding of NaN. So has the first token, which no text has."""
     model = save_their_model(tmp_path / "theirs")
     (token,) = load_tokenizer().encode("x")
+    assert all(0 not in load_tokenizer().encode(text) for text in TEXTS)
     with torch.no_grad():
-        model.get_input_embeddings().weight[token] = math.nan
+        model.get_input_embeddings().weight[[0, token]] = math.nan
     model.save_pretrained(tmp_path / "theirs")
     task = json_lines(tmp_path / "task.jsonl", [GOOD, {**GOOD, "context": "x"}])
     given = {"data": lines, "tasks": task}
