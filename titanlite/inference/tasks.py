@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -23,7 +24,7 @@ from titanlite.data.files import JSON_SUFFIXES, find_files, with_compressed
 from titanlite.data.readers import LinesReader
 from titanlite.data.records import LONGEST_RECORD, Corrupt, decode_text
 from titanlite.data.streamed import reading
-from titanlite.errors import ConfigError, TrainingError, counted, shown
+from titanlite.errors import ConfigError, TrainingError, counted, renaming, shown
 from titanlite.inference.score import Group, Scored, Scorer
 
 HELLASWAG, _HUB, _SPLIT = "hellaswag", "Rowan/hellaswag", "validation"
@@ -109,16 +110,16 @@ def read_task(task: str, task_data: str | None = None, max_examples: int | None 
 
 
 def _of_file(option: str, path: str) -> Iterator[tuple[str, Any]]:
-    try:
-        files = find_files(path, (".parquet", *with_compressed(*JSON_SUFFIXES)))
-    except ConfigError as e:
-        why = e.why.replace("training.dataset_path", option)
-        if option == "--tasks" and not Path(path).suffix:
-            why += f"; the only task with a name is {HELLASWAG}"
-        raise ConfigError(why, key=option, value=path) from e
-    for file in files:
-        with reading(file):
-            yield from _rows(file) if file.suffix.lower() == ".parquet" else _lines(file)
+    with renaming(lambda text: text.replace("training.dataset_path", option)):
+        try:
+            files = find_files(path, (".parquet", *with_compressed(*JSON_SUFFIXES)))
+        except ConfigError as e:
+            if option == "--tasks" and not os.path.lexists(path):
+                e.why += f"; the only task with a name is {HELLASWAG}"
+            raise
+        for file in files:
+            with reading(file):
+                yield from _rows(file) if file.suffix.lower() == ".parquet" else _lines(file)
 
 
 def _rows(file: Path) -> Iterator[tuple[str, Any]]:
@@ -198,7 +199,7 @@ def _example(record: Any, place: str) -> Example:
 
 def _label(value: object) -> int | None:
     """Return a label, which HellaSwag writes as a text; None if it is no integer."""
-    if isinstance(value, str) and re.fullmatch("[0-9]+", value):
+    if isinstance(value, str) and re.fullmatch("[0-9]{1,9}", value):
         return int(value)
     return value if isinstance(value, int) and not isinstance(value, bool) else None
 

@@ -393,6 +393,7 @@ GOOD: dict[str, Any] = {"context": "a", "endings": ["b", "c"], "label": 1}
         ({**GOOD, "label": 2}, "label = 2 must be the index of an ending, 0 to 1"),
         ({**GOOD, "label": -1}, "label = -1 must be the index of an ending, 0 to 1"),
         ({**GOOD, "label": ""}, 'label = "" must be the index of an ending, 0 to 1; the test split of hellaswag has'),
+        ({**GOOD, "label": "9" * 5000}, 'label = "999'),
         ({**GOOD, "label": True}, "label = true must be the index of an ending"),
         ({**GOOD, "endings": "bc"}, 'its "endings" must be a list of two texts or more'),
         ({**GOOD, "endings": ["b"]}, 'its "endings" must be a list of two texts or more'),
@@ -417,10 +418,26 @@ def test_examples_that_are_none(
 def test_files_without_examples(tmp_path: Path, folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "empty.jsonl").touch()
     (tmp_path / "no.jsonl").write_text("context,endings\n")
-    for name, message in {"empty.jsonl": "there is no example in it", "no.jsonl": "record 1: no JSON"}.items():
+    (tmp_path / "no.parquet").write_bytes(b"PAR1" * 9)
+    messages = {
+        "empty.jsonl": "there is no example in it",
+        "no.jsonl": "record 1: no JSON",
+        "no.parquet": "replace the file or leave it out of --tasks",
+    }
+    for name, message in messages.items():
         status, _, err = run(capfd, "--checkpoint", folder, "--tasks", tmp_path / name)
         assert status == 2
         assert message in err
+
+
+def test_a_task_in_parquet(folder: Path, tmp_path: Path) -> None:
+    import pyarrow
+    from pyarrow import parquet
+
+    parquet.write_table(pyarrow.Table.from_pylist(HELLASWAG[:1]), tmp_path / "task.parquet")
+    lines = json_lines(tmp_path / "task.jsonl", HELLASWAG[:1])
+    results = [evaluate(str(folder), tasks=str(file)).choices for file in (tmp_path / "task.parquet", lines)]
+    assert results[0] == results[1] is not None
 
 
 def test_hellaswag_without_a_network(
