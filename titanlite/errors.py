@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import PurePath
 from typing import Any
 
@@ -67,6 +69,17 @@ class TrainingError(Exception):
 
     The command line shows the message alone and ends with exit status 1.
     """
+
+
+@contextmanager
+def renaming(rename: Callable[[str], str]) -> Iterator[None]:
+    """Apply ``rename`` to the messages of errors, for an option that has another name than where they come from."""
+    try:
+        yield
+    except ConfigError as e:
+        raise ConfigError(rename(e.why), key=rename(e.key), value=e.value, origin=e.origin) from e
+    except TrainingError as e:
+        raise TrainingError(rename(str(e))) from e
 
 
 class NothingToDo(Exception):

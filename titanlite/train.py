@@ -79,6 +79,7 @@ from titanlite.training.sample import check_prompt, log_sample
 from titanlite.training.step import StepRunner
 from titanlite.training.step_guard import StepGuard
 from titanlite.training.validate import Validator, read_validation_data, training_part
+from titanlite.training.validate_task import ValidationTask
 
 logger = logging.getLogger()
 
@@ -219,7 +220,10 @@ class Trainer:
         self.validator = None
         if self.config.validation.enable:
             data = read_validation_data(self.source, self.tokenizer, self.config, self.mesh, self.runtime)
-            self.validator = Validator(self.config, data, self.runner, self.mesh, self.runtime.device)
+            task = None
+            if self.config.validation.tasks:
+                task = ValidationTask(self.config, self.model_parts, self.tokenizer, self.runtime)
+            self.validator = Validator(self.config, data, self.runner, self.mesh, self.runtime.device, task)
             self.about["validation"] = data.about
 
     def _load_checkpoint(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ pytestmark = pytest.mark.slow
 
 PIPELINES = [f"PP 2 {name}" for name in ("1F1B", "Interleaved1F1B", "ZBVZeroBubble") if name in SCHEDULES]
 TESTED = ["FSDP 2", "TP 2", "CP 2 allgather", *PIPELINES]
+WITH_TASK = ["FSDP 2"]
 STEPS = {"training.steps": 3, "training.deterministic": "true"}
 VALIDATION = {"validation.enable": "true", "validation.interval": 2, "validation.steps": 3}
 
@@ -27,6 +29,11 @@ def reports(tmp_path_factory: pytest.TempPathFactory) -> Reports:
     text = folder / "text.txt"
     text.write_text("".join(f"Line {n} of what is validated on is not {n * n}.\n" for n in range(2000)))
     apart = {"validation.dataset": "text", "validation.dataset_path": str(text)}
+    task = folder / "task.jsonl"
+    examples = (
+        {"context": f"Line {n}", "endings": ["of it", "is not"][:: n % 2 * 2 - 1], "label": 0} for n in range(50)
+    )
+    task.write_text("".join(json.dumps(example) + "\n" for example in examples))
     cluster = Cluster(folder)
     by_processes: dict[int, dict[str, dict[str, Any]]] = {1: {}, 2: {}}
     for way in (ONE, *TESTED):
@@ -35,6 +42,8 @@ def reports(tmp_path_factory: pytest.TempPathFactory) -> Reports:
         by_processes[count][f"{way}, held out"] = {**common, **VALIDATION}
         by_processes[count][f"{way}, apart"] = {**common, **VALIDATION, **apart}
         by_processes[count][f"{way}, off"] = common
+        if way in (ONE, *WITH_TASK):
+            by_processes[count][f"{way}, task"] = {**common, **VALIDATION, "validation.tasks": str(task)}
     for count, cases in by_processes.items():
         cluster.run(count, cases)
     return cluster.reports
@@ -52,6 +61,14 @@ def test_the_same_numbers_as_on_one_process(reports: Reports, way: str, data: st
     assert values(reports, many) == pytest.approx(values(reports, one), rel=1e-5)
     assert values(reports, many, "bits_per_byte") == pytest.approx(values(reports, one, "bits_per_byte"), rel=1e-5)
     assert values(reports, many, "tokens") == [3 * 8 * 32] * 2
+
+
+@pytest.mark.parametrize("way", WITH_TASK)
+def test_a_task_is_the_same_as_on_one_process(reports: Reports, way: str) -> None:
+    """It is a single batch, of which each process gathers the weights."""
+    assert values(reports, f"{way}, task", "examples") == [50, 50]
+    assert values(reports, f"{way}, task", "accuracy") == values(reports, f"{ONE}, task", "accuracy")
+    assert values(reports, f"{way}, task") == values(reports, f"{way}, held out")
 
 
 def test_the_two_sets_are_not_the_same(reports: Reports) -> None:

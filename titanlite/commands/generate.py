@@ -28,17 +28,22 @@ def parser() -> argparse.ArgumentParser:
     add("--top_p", type=float, default=1.0, metavar="P", help="draw from the fewest tokens that have together the "
         "probability P; default: 1, off")  # fmt: skip
     add("--seed", type=int, default=0, help="the same seed, the same text; default: 0")
+    model_options(cli)
+    add("--no-cache", action="store_true", help="compute all tokens again for each one: slow, for comparison")
+    return cli
+
+
+def model_options(cli: argparse.ArgumentParser) -> None:
+    """Add the options that say how the model is loaded."""
+    add = cli.add_argument
     add("--dtype", choices=["bfloat16", "float32"], default="float32", help="of the weights; default: "
-        "float32. bfloat16 takes half the memory, and its coarser rounding can make another text of another number of "
-        "processes, and of --no-cache")  # fmt: skip
+        "float32. bfloat16 takes half the memory, and rounds more coarsely")  # fmt: skip
     add("--quantize", metavar="SCHEME", help="float8_dynamic, float8_weight_only or float8_static: the linear layers, "
         "but for the output projection; default: as in the checkpoint")  # fmt: skip
     add("--calibration", metavar="FILE", help="with float8_static, a text like those to come; default: Python's "
         "standard library")  # fmt: skip
     add("--tokenizer_path", metavar="PATH", help="default: that of the folder; another one is refused")
     add("--custom_import", metavar="MODULE", help="a Python module to import first, which may register the model")
-    add("--no-cache", action="store_true", help="compute all tokens again for each one: slow, for comparison")
-    return cli
 
 
 @contextmanager

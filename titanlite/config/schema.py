@@ -419,6 +419,13 @@ class Validation:
     """The share of the training data's documents that is held out; a hash of the text selects the documents."""
     precision: Literal["as_trained", "bfloat16"] = "as_trained"
     """bfloat16: validate layers that train in float8 in bfloat16 instead."""
+    tasks: str = ""
+    """A task whose accuracy each validation computes: hellaswag, or a file of context, endings and label, as for
+    titanlite evaluate. Not under tensor, context or pipeline parallelism."""
+    task_data: str | None = None
+    """A copy of hellaswag's validation split. Unset: that on the Hugging Face hub."""
+    max_examples: Positive | None = None
+    """The most examples of the task, the first ones; unset: all."""
 
 
 @dataclass

@@ -22,7 +22,8 @@ def check_validation(config: JobConfig) -> None:
     if not validation.enable:
         # torchtitan's files name the data of a validation that they turn off.
         turned_off = "validation.enable" in config.origins
-        for key in ("held_out_percent", "precision", *(() if turned_off else ("dataset", "dataset_path"))):
+        of_task = ("tasks", "task_data", "max_examples")
+        for key in ("held_out_percent", "precision", *of_task, *(() if turned_off else ("dataset", "dataset_path"))):
             if getattr(validation, key) != getattr(default, key):
                 refuse(
                     config,
@@ -39,6 +40,7 @@ def check_validation(config: JobConfig) -> None:
             "has no effect, as validation.dataset names data of their own and nothing is held out from training; leave "
             "one of them out",
         )
+    _check_task(config)
     if validation.precision == "bfloat16":
         if not formats_of(config):
             names = ", ".join(number_format.name for number_format in NUMBER_FORMATS)
@@ -60,4 +62,19 @@ def check_validation(config: JobConfig) -> None:
                 "validation.precision",
                 "the weights are gathered in their number format (for float8: float8.enable_fsdp_float8_all_gather = "
                 "true) and are not there in bfloat16; use one or the other",
+            )
+
+
+def _check_task(config: JobConfig) -> None:
+    validation = config.validation
+    for key in ("task_data", "max_examples"):
+        if getattr(validation, key) is not None and not validation.tasks:
+            refuse(config, f"validation.{key}", "has no effect without validation.tasks; leave it out")
+    for dimension in ("tensor", "context", "pipeline"):
+        if validation.tasks and getattr(config.parallelism, f"{dimension}_parallel_degree") > 1:
+            refuse(
+                config,
+                "validation.tasks",
+                f"a task is not computed under {dimension} parallelism; leave it out, and give the checkpoints to "
+                "titanlite evaluate",
             )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -11,6 +12,8 @@ from numpy.typing import NDArray
 
 from titanlite.data.records import Corrupt, no_field, text_of_record
 from titanlite.data.tokenizer import Tokenizer
+
+_WHOLE = re.compile(r"\s*-?[0-9]{1,18}\s*")
 
 
 class Example(NamedTuple):

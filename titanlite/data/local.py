@@ -5,17 +5,17 @@ from __future__ import annotations
 import os
 import sysconfig
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
 
-from titanlite.data.files import JSON_SUFFIXES, find_files, is_compressed, require_path, with_compressed
+from titanlite.data.files import JSON_SUFFIXES, find_files, is_compressed, open_file, require_path, with_compressed
 from titanlite.data.readers import LinesReader, Reader, TextReader
 from titanlite.data.records import BYTE_ORDER_MARK, Corrupt, decode_text, text_of_line
 from titanlite.data.sources import SOURCES, RandomAccessSource, Source, SourceOptions
 from titanlite.data.spans import json_spans, line_at, piece_spans, read_span
-from titanlite.data.streamed import FileStream
+from titanlite.data.streamed import FileStream, reading
 from titanlite.errors import ConfigError
 
 _NOT_LIBRARY = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"}
@@ -71,6 +71,25 @@ class TextSource(_FilesSource):
 
     def decode(self, data: bytes) -> str:
         return decode_text(data)
+
+    def in_order(self) -> Iterator[str]:
+        """Yield the text of each file, whole."""
+        return whole_texts(self.files)
+
+
+def whole_texts(files: Iterable[Path]) -> Iterator[str]:
+    """Yield the text of each file, uncut; possibly compressed.
+
+    Raises:
+        ConfigError: a file cannot be read, or is not UTF-8.
+    """
+    for file in files:
+        with reading(file), open_file(file) as stream:
+            data = stream.read()
+        try:
+            yield decode_text(data)
+        except Corrupt as fault:
+            raise ConfigError(f"{file}, byte {fault.offset + 1}: {fault}; correct the file, or leave it out") from None
 
 
 class JsonSource(_FilesSource):

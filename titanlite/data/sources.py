@@ -104,6 +104,10 @@ class Source(ABC):
         """Return the place of a document that :meth:`documents` returned, for messages."""
         return f"document {position.document} of part {position.part} of data shard {shard}"
 
+    def in_order(self) -> Iterator[str]:
+        """Yield every document once, whole, in the order of the files where the source has one."""
+        return (text for _, text in self.documents(0, 1, 0, START))
+
     def first_documents(self) -> Iterator[tuple[str, Corrupt | None]]:
         """Yield the location of each document in the order of the files, and what is wrong with it; for messages."""
         return iter(())
@@ -164,6 +168,9 @@ class RandomAccessSource(Source):
     def _order(self, shard: int, num_shards: int, epoch: int) -> NDArray[np.int64]:
         members = self._shuffled[shard::num_shards]
         return members[permutation(len(members), self.options.seed, epoch, shard)]
+
+    def in_order(self) -> Iterator[str]:
+        return (text for index in range(self.num_documents) if (text := self.read(index)) is not None)
 
     def num_shards(self, at_most: int) -> int:
         """Return the largest divisor of ``at_most`` with at least 16 documents in every shard, or else 1."""

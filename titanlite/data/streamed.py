@@ -64,6 +64,20 @@ class StreamedSource(Source):
     def location(self, shard: int, num_shards: int, epoch: int, position: Position) -> str:
         return self.record_location(self._order[position.part], position.document)
 
+    def in_order(self) -> Iterator[str]:
+        for file in range(self._num_parts):
+            for row, record in enumerate(self.records(file, 0)):
+                if (text := self._text(file, row, record)) is not None:
+                    yield text
+
+    def _text(self, file: int, row: int, record: Any) -> str | None:
+        """Return the text of a record; if it is corrupt, report it with :meth:`corrupt` and return None."""
+        try:
+            return self.text_of(record)
+        except Corrupt as fault:
+            self.corrupt(partial(self.record_location, file, row), fault)
+            return None
+
     def documents(self, shard: int, num_shards: int, epoch: int, start: Position) -> Iterator[tuple[Position, str]]:
         groups = min(num_shards, self._num_parts)
         group, member = shard % groups, shard // groups
@@ -74,13 +88,8 @@ class StreamedSource(Source):
             first = start.document if part == start.part else 0
             file = self._order[part]
             for row, record in enumerate(self.records(file, first), start=first):
-                if row % members == member:
-                    try:
-                        text = self.text_of(record)
-                    except Corrupt as fault:
-                        self.corrupt(partial(self.record_location, file, row), fault)
-                    else:
-                        yield Position(part, row), text
+                if row % members == member and (text := self._text(file, row, record)) is not None:
+                    yield Position(part, row), text
 
 
 class FileStream(StreamedSource):
@@ -102,7 +111,7 @@ class FileStream(StreamedSource):
         return next((n for n in divisors if min(_documents_per_shard(sizes, n)) >= MIN_DOCUMENTS), 1)
 
     def records(self, file: int, first: int) -> Iterator[Any]:
-        with _reading(self._full[file]):
+        with reading(self._full[file]):
             yield from self._reader.records(self._full[file], first)
 
     def text_of(self, record: Any) -> str:
@@ -122,7 +131,7 @@ class FileStream(StreamedSource):
                 yield self.record_location(file, row), problem
 
     def _count(self, file: Path, at_most: int) -> int:
-        with _reading(file):
+        with reading(file):
             return self._reader.count(file, at_most)
 
 
@@ -134,7 +143,8 @@ def _documents_per_shard(sizes: list[int], num_shards: int) -> list[int]:
 
 
 @contextmanager
-def _reading(file: Path) -> Iterator[None]:
+def reading(file: Path) -> Iterator[None]:
+    """Turn what a reader of ``file`` raises into ConfigError."""
     try:
         yield
     except ConfigError:

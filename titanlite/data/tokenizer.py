@@ -144,6 +144,14 @@ class Tokenizer:
         return [np.asarray(encoding.ids, dtype=np.int32) for encoding in encodings]
 
     @cached_property
+    def adds_bos(self) -> bool:
+        """True if ``transformers`` puts BOS before a text: the post-processor of the tokenizer's file does, or the one
+        that :meth:`files` adds for a tokenizer of titanlite or Llama 3."""
+        if self._backend.post_processor is None:
+            return Path(self.path) == SHIPPED or self.path.endswith(".model")
+        return self._backend.encode("", add_special_tokens=True).ids[:1] == [self.bos_id]
+
+    @cached_property
     def token_bytes(self) -> NDArray[np.int32] | None:
         """The number of bytes of UTF-8 text of each token, int32 [vocab_size]; 0 for special tokens and unused ids.
 

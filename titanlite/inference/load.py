@@ -1,13 +1,15 @@
 """Load a model for inference from a folder of weights: no optimizer, no FSDP, one copy in the requested dtype.
 
-On several processes, the model is tensor parallel over all of them.
+On several processes, the model is tensor parallel over all of them, or each has a copy.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import sys
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,17 +17,20 @@ import torch
 from torch import Tensor, nn
 
 from titanlite.checkpoint.diagnosis import why_no_weights
+from titanlite.checkpoint.folder import latest_checkpoint
 from titanlite.checkpoint.hugging_face import QUANTIZATION, HuggingFaceFolder, is_hugging_face
 from titanlite.checkpoint.metadata import SavedTensor, read_metadata
 from titanlite.checkpoint.state import model_state, refuse_another_model
 from titanlite.checkpoint.storage import INFO, SUMS, load, read_info, verify
 from titanlite.checkpoint.tokenizer import ChosenTokenizer, Weights, choose_tokenizer
-from titanlite.config import JobConfig
+from titanlite.config import Degrees, JobConfig
+from titanlite.config.schema import Comm
 from titanlite.converters import Quantizer, get_quantizer
 from titanlite.data import Tokenizer
 from titanlite.data.tokenizer_files import KEY
-from titanlite.distributed.mesh import Mesh
+from titanlite.distributed.mesh import Mesh, build_mesh
 from titanlite.distributed.parallelize import apply_tensor_parallel, check
+from titanlite.distributed.runtime import Runtime, start_runtime, stop_runtime
 from titanlite.errors import ConfigError
 from titanlite.inference.quantize import SCALES, calibrated, linear_layers, quantizer_of, restore
 from titanlite.models.layers import DecoderArgs
@@ -33,6 +38,7 @@ from titanlite.models.spec import ModelSpec, get_model_spec, model_spec_of
 from titanlite.untrusted.files import is_of
 
 _MOST_LAYERS = 10_000
+_ONE_DAY = 24 * 60 * 60  # seconds
 _BUFFERS = 1 << 28  # bytes that computed buffers may take in any case: 262,144 positions of heads of 128 features
 
 
@@ -128,6 +134,51 @@ def outline(description: ModelDescription) -> Outline:
             f"than its weights, and than {_BUFFERS >> 20} MiB; state the positions that it was trained with"
         )
     return Outline(model, saved)
+
+
+@contextmanager
+def opened(
+    checkpoint: str,
+    dtype: str,
+    tokenizer_path: str | None = None,
+    *,
+    quantize: str | None = None,
+    calibration: str | None = None,
+    tensor_parallel: bool = False,
+) -> Iterator[tuple[LoadedModel, Mesh, Runtime]]:
+    """Join the other processes, and load the model of a folder.
+
+    Args:
+        checkpoint: the folder of one step, or of Hugging Face weights; or that of a run, or of its checkpoints, of
+            which the latest is taken.
+        dtype: the torch dtype of the weights, by name.
+        tokenizer_path, quantize, calibration: see :func:`load_model`.
+        tensor_parallel: the processes share one model; else each has all of it.
+
+    Raises:
+        ConfigError: the model cannot be loaded.
+    """
+    # Where each process has its own share, one can be long before the other.
+    process = start_runtime(Comm() if tensor_parallel else Comm(init_timeout_seconds=_ONE_DAY))
+    try:
+        together = process.world_size if tensor_parallel else 1
+        degrees = Degrees(process.world_size // together, 1, 1, tensor_parallel=together, pipeline_parallel=1)
+        mesh = build_mesh(degrees, process.device.type)
+        folder = latest_checkpoint(checkpoint)
+        if process.rank == 0 and folder != Path(checkpoint).expanduser():
+            print(f"{checkpoint}: its latest checkpoint is {folder}", file=sys.stderr)
+        loaded = load_model(
+            folder,
+            getattr(torch, dtype),
+            mesh,
+            process.device,
+            tokenizer_path=tokenizer_path,
+            quantize=quantize,
+            calibration=calibration,
+        )
+        yield loaded, mesh, process
+    finally:
+        stop_runtime()
 
 
 def load_model(

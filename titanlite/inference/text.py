@@ -3,18 +3,10 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 
-import torch
-
-from titanlite.checkpoint.folder import latest_checkpoint
-from titanlite.config.parallelism import Degrees
-from titanlite.config.schema import Comm
-from titanlite.distributed import runtime
-from titanlite.distributed.mesh import build_mesh
 from titanlite.errors import counted
 from titanlite.inference.generate import Sampling, TokenSampler, generate
-from titanlite.inference.load import load_model
+from titanlite.inference.load import opened
 
 
 def continue_text(
@@ -44,23 +36,9 @@ def continue_text(
     Raises:
         ConfigError: the model cannot be loaded, or the prompt does not fit.
     """
-    process = runtime.start_runtime(Comm())
-    try:
-        mesh = build_mesh(
-            Degrees(1, 1, 1, tensor_parallel=process.world_size, pipeline_parallel=1), process.device.type
-        )
-        folder = latest_checkpoint(checkpoint)
-        if process.rank == 0 and folder != Path(checkpoint).expanduser():
-            print(f"{checkpoint}: its latest checkpoint is {folder}", file=sys.stderr)
-        loaded = load_model(
-            folder,
-            getattr(torch, dtype),
-            mesh,
-            process.device,
-            tokenizer_path=tokenizer_path,
-            quantize=quantize,
-            calibration=calibration,
-        )
+    with opened(
+        checkpoint, dtype, tokenizer_path, quantize=quantize, calibration=calibration, tensor_parallel=True
+    ) as (loaded, mesh, process):
         tokenizer = loaded.tokenizer
         decoder = TokenSampler(
             loaded.model,
@@ -79,5 +57,3 @@ def continue_text(
                 file=sys.stderr,
             )
         return tokenizer.decode([*ids, *out.ids])
-    finally:
-        runtime.stop_runtime()

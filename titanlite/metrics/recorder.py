@@ -6,7 +6,7 @@ import logging
 import statistics
 import time
 from array import array
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -126,15 +126,24 @@ class Recorder:
         self.restart()
 
     def log_validation(
-        self, step: int, *, loss: float, bits_per_byte: float | None, tokens: int, seconds: float
+        self,
+        step: int,
+        *,
+        loss: float,
+        bits_per_byte: float | None,
+        tokens: int,
+        seconds: float,
+        task: Mapping[str, float | None],
     ) -> None:
-        """Write the row of a validation of ``tokens`` tokens, and exclude its time from the window."""
+        """Write the row of a validation of ``tokens`` tokens, and the values of a ``task`` if there is one. Exclude its
+        time from the window."""
         row: Row = {
             "step": step,
             "loss": loss,
             "bits_per_byte": bits_per_byte,
             "tokens": tokens,
             "time_s": seconds,
+            **task,
         }
         for sink in self.sinks:
             sink.write_validation(row)

@@ -164,6 +164,7 @@ class ConsoleSink:
             self._paint("red", f"validate step: {row['step']:2}"),
             self._paint("green", f"loss: {row['loss']:7.4f}"),
             self._paint("orange", f"bits per byte: {bits}"),
+            *([self._paint("blue", f"accuracy: {row['accuracy']:.4f}")] if "accuracy" in row else []),
             f"({row['time_s']:.1f} s)",
         ]
         self._logger.info("  ".join(fields))
@@ -286,7 +287,8 @@ class TensorBoardSink:
         self._add(row["step"], {tag: row[key] for key, tag in _TENSORBOARD_TAGS.items()})
 
     def write_validation(self, row: Row) -> None:
-        self._add(row["step"], {f"validation_metrics/{key}": row[key] for key in ("loss", "bits_per_byte")})
+        keys = ("loss", "bits_per_byte", "accuracy", "accuracy_norm")
+        self._add(row["step"], {f"validation_metrics/{key}": row.get(key) for key in keys})
 
     def _add(self, step: int, scalars: dict[str, float | None]) -> None:
         """Write scalars, but nothing after an error: TensorBoard's writer does not recover from a full disk."""

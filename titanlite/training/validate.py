@@ -19,12 +19,13 @@ from titanlite.data import Batch, DataLoader, PartOfSource, Source, Tokenizer, T
 from titanlite.distributed.compile import CompileWatch
 from titanlite.distributed.mesh import Mesh
 from titanlite.distributed.runtime import Runtime
-from titanlite.errors import ConfigError, TrainingError, counted
+from titanlite.errors import ConfigError, TrainingError, counted, renaming
 from titanlite.metrics.recorder import Recorder
 from titanlite.optim.loss import IGNORED
 from titanlite.quant.linear import high_precision
 from titanlite.training.data import build_loader
 from titanlite.training.step import StepRunner
+from titanlite.training.validate_task import ValidationTask
 
 logger = logging.getLogger()
 
@@ -65,7 +66,7 @@ def read_validation_data(
     Raises:
         ConfigError: the text cannot be read, is less than one batch, or is in files that training reads.
     """
-    with _validation_names():
+    with renaming(_of_validation):
         source = _source(training_source, config)
         sequences = global_batch_size(config, mesh.degrees.data_parallel)
         loader = build_loader(source, tokenizer, config, mesh, runtime)
@@ -130,19 +131,9 @@ def _identity(file: Path) -> tuple[int, int]:
     return status.st_dev, status.st_ino
 
 
-@contextmanager
-def _validation_names() -> Iterator[None]:
-    """Rename options in error messages: sources use the names of [training], but the user set those of [validation]."""
-
-    def renamed(text: str) -> str:
-        return text.replace("training.dataset", "validation.dataset")
-
-    try:
-        yield
-    except ConfigError as e:
-        raise ConfigError(renamed(e.why), key=renamed(e.key), value=e.value, origin=e.origin) from e
-    except TrainingError as e:
-        raise TrainingError(renamed(str(e))) from e
+def _of_validation(text: str) -> str:
+    """Rename options in a message: sources use the names of [training], but the user set those of [validation]."""
+    return text.replace("training.dataset", "validation.dataset")
 
 
 def _read_once(loader: DataLoader, steps: int) -> list[Batch]:
@@ -192,6 +183,7 @@ class Validator:
 
     Args:
         runner: computes the loss of a batch.
+        task: choices between endings; None: there are none.
     """
 
     def __init__(
@@ -201,8 +193,9 @@ class Validator:
         runner: StepRunner,
         mesh: Mesh,
         device: torch.device,
+        task: ValidationTask | None = None,
     ) -> None:
-        self.data = data
+        self.data, self.task = data, task
         self.interval, self.last_step = config.validation.interval, config.training.steps
         self.in_high_precision = config.validation.precision == "bfloat16"
         self._runner, self._parts, self._mesh, self._device = runner, runner.parts, mesh, device
@@ -220,18 +213,23 @@ class Validator:
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)  # exclude earlier training steps from the time
         start = time.perf_counter()
-        loss = self.loss(asked_to_stop)
-        if loss is None:
-            logger.info("the validation after step %d is left out", step)
-            return
-        if not math.isfinite(loss):
+        loss, accuracy = self.loss(asked_to_stop), None
+        if loss is not None and not math.isfinite(loss):
             raise TrainingError(
                 f"the validation after step {step}: loss {loss} is not finite, so the weights are beyond repair; lower "
                 "optimizer.lr or training.max_norm, or lengthen lr_scheduler.warmup_steps"
             )
+        if loss is not None and self.task is not None:
+            with self._evaluating():
+                accuracy = self.task.accuracy(asked_to_stop)
+        if loss is None or (accuracy is None and self.task is not None):
+            logger.info("the validation after step %d is left out", step)
+            return
         seconds = time.perf_counter() - start
         bits = self.bits_per_byte(loss)
-        recorder.log_validation(step, loss=loss, bits_per_byte=bits, tokens=self.data.tokens, seconds=seconds)
+        task = {} if accuracy is None else accuracy.values()
+        tokens = self.data.tokens
+        recorder.log_validation(step, loss=loss, bits_per_byte=bits, tokens=tokens, seconds=seconds, task=task)
         watch.validation_done(step)
 
     def loss(self, asked_to_stop: Callable[[], bool] = lambda: False) -> float | None:

@@ -329,6 +329,9 @@ def test_the_validation_line(caplog: pytest.LogCaptureFixture) -> None:
         with caplog.at_level(logging.INFO):
             ConsoleSink(colored=False, steps=None).write_validation(values)
         assert caplog.messages == [f"validate step: 100  loss:  3.1234  bits per byte: {bits}  (2.1 s)"]
+    with caplog.at_level(logging.INFO):
+        ConsoleSink(colored=False, steps=None).write_validation({**VALIDATION, "accuracy": 0.25})
+    assert "  bits per byte: 1.2345  accuracy: 0.2500  (2.1 s)" in caplog.messages[-1]
 
 
 def test_validations_have_a_file_of_their_own(tmp_path: Path) -> None:

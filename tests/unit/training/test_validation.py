@@ -169,8 +169,9 @@ def digest(trainer: Trainer) -> str:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, DELAYED, {"activation_checkpoint.mode": "full"}], ids=["", "delayed", "full"])
-def test_training_is_the_same_to_the_bit(trainer: Any, text: Path, options: dict[str, Any]) -> None:
-    apart = {"validation.dataset": "text", "validation.dataset_path": text, "validation.interval": 1}
+def test_training_is_the_same_to_the_bit(trainer: Any, text: Path, task: Path, options: dict[str, Any]) -> None:
+    apart = {"validation.dataset": "text", "validation.dataset_path": text, "validation.tasks": task}
+    apart["validation.interval"] = 1
     common = {**options, "training.steps": 3}
     on, off = trainer(**common, **apart), trainer(**common, **{"validation.enable": "false"})
     for run in (on, off):
@@ -346,6 +347,12 @@ def test_messages_name_the_options_of_validation(trainer: Any, tmp_path: Path) -
             "has no effect, as validation.dataset names data of their own",
         ),
         (["--validation.enable", "--validation.precision=bfloat16"], "has no effect without a converter"),
+        (["--validation.tasks=x"], "has no effect unless validation.enable = true"),
+        (["--validation.enable", "--validation.max_examples=3"], "has no effect without validation.tasks"),
+        (
+            ["--validation.enable", "--validation.tasks=x", "--parallelism.tensor_parallel_degree=2"],
+            "a task is not computed under tensor parallelism",
+        ),
         (
             [
                 *("--validation.enable", "--validation.precision=bfloat16", "--model.converters=float8"),
@@ -364,7 +371,7 @@ def test_messages_name_the_options_of_validation(trainer: Any, tmp_path: Path) -
 )
 def test_options_without_effect_are_refused(options: list[str], words: str) -> None:
     with pytest.raises(ConfigError) as error:
-        check_config(load_config(options), 1)
+        check_config(load_config(options), 2 if "parallel" in str(options) else 1)
     assert words in str(error.value)
 
 
@@ -384,6 +391,73 @@ def test_options_that_are_meant(options: list[str]) -> None:
 def test_the_share_is_a_share(value: float) -> None:
     with pytest.raises(ConfigError, match="must be a number, more than 0 and below 100"):
         load_config([f"--validation.held_out_percent={value}"])
+
+
+# ---- a task
+
+
+@pytest.fixture
+def task(tmp_path: Path) -> Path:
+    file = tmp_path / "task.jsonl"
+    words = ["import os", "def f():", "return x", "class A:", "for i in y:", "print(z)"]
+    examples = [
+        {"context": words[n % 6], "endings": [words[(n + i) % 6] for i in range(1, 4)], "label": n % 3}
+        for n in range(24)
+    ]
+    file.write_text("".join(json.dumps(example) + "\n" for example in examples))
+    return file
+
+
+def test_the_accuracy_in_a_task(trainer: Any, task: Path) -> None:
+    run = trainer(**FLOAT32, **{"validation.interval": 2, "validation.tasks": task})
+    advance(run, 2)
+    tokenizer, model = load_tokenizer(), run.model_parts[0]
+    right, right_by_bytes = [], []
+    for line in task.read_text().splitlines():
+        example = json.loads(line)
+        scores = []
+        for ending in example["endings"]:
+            begin = [tokenizer.bos_id, *tokenizer.encode(example["context"])]
+            ids = torch.tensor([tokenizer.bos_id, *tokenizer.encode(f"{example['context']} {ending}")])
+            with torch.no_grad():
+                logits = model(ids[None, :-1])[0].log_softmax(-1)
+            scores.append(sum(float(logits[i - 1, ids[i]]) for i in range(len(begin), len(ids))))
+        right.append(scores.index(max(scores)) == example["label"])
+        scores = [score / len(ending) for score, ending in zip(scores, example["endings"])]
+        right_by_bytes.append(scores.index(max(scores)) == example["label"])
+    (row,) = rows(run, "validation.jsonl")
+    assert row["examples"] == 24
+    assert row["accuracy"] == sum(right) / 24
+    assert row["accuracy_norm"] == sum(right_by_bytes) / 24
+    assert row["stderr"] == pytest.approx(math.sqrt(row["accuracy"] * (1 - row["accuracy"]) / 23))
+
+
+def test_a_task_waits_for_nothing(trainer: Any, task: Path) -> None:
+    run = trainer(**{"validation.tasks": task})
+    asked = iter([False] * len(run.validator.data.batches) + [True])
+    run.validator.run(7, run.recorder, run.compile_watch, lambda: next(asked))
+    assert rows(run, "validation.jsonl") == []
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"validation.tasks": "gone"}, 'validation.tasks = "gone": there is no such file'),
+        (
+            {"training.seq_len": 8},
+            "its ending 1 has 9 tokens: must be 1 to 8, what the model reads at a time (training.s",
+        ),
+        (
+            {"validation.task_data": "copy"},
+            'validation.task_data = "copy": is the local copy of hellaswag, and validat',
+        ),
+    ],
+)
+def test_a_task_that_cannot_be_computed(trainer: Any, task: Path, options: dict[str, Any], words: str) -> None:
+    task.write_text('{"context": "a", "endings": ["b", "' + "x = 1 " * 2 + 'y"], "label": 0}\n')
+    with pytest.raises(ConfigError) as error:
+        trainer(**{"validation.tasks": task, **options})
+    assert words in str(error.value)
 
 
 def test_a_loss_that_is_not_finite(trainer: Any) -> None:
