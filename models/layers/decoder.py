@@ -174,12 +174,13 @@ class Decoder(nn.Module):
             self.output.weight = self.tok_embeddings.weight
         self.register_buffer("rope", torch.empty(2, args.max_seq_len, args.rotary_size), persistent=False)
 
-    def forward(self, x: Tensor, positions: Tensor | None = None) -> Tensor:
-        """Map token ids to logits.
+    def forward(self, x: Tensor, positions: Tensor | None = None, labels: Tensor | None = None) -> Tensor:
+        """Map token ids to logits; with labels, to what the output projection makes of them.
 
         Args:
             x: int64 [batch, seq_len].
             positions: the positions of the tokens in their sequence, int64 [seq_len]; None: ``self.positions``.
+            labels: int64 [batch, seq_len], for an output projection that takes them.
 
         Returns:
             [batch, seq_len, vocab_size], in the dtype of the parameters.
@@ -190,7 +191,9 @@ class Decoder(nn.Module):
             x = self.tok_embeddings(x)
         for layer in self.layers.values():
             x = layer(x, rope)
-        return x if self.norm is None or self.output is None else self.output(self.norm(x))
+        if self.norm is None or self.output is None:
+            return x
+        return self.output(self.norm(x)) if labels is None else self.output(self.norm(x), labels=labels)
 
     @torch.no_grad()
     def init_weights(self, init: Init) -> None:

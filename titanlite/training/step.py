@@ -41,14 +41,15 @@ class StepRunner:
 
     Args:
         parts: the model, or the modules of this process's pipeline stages.
-        loss_fn: the loss of a microbatch. A pipeline has its own loss, and this one is not called.
+        loss_fn: the loss of a microbatch. None: the model takes the labels, and returns it. A pipeline has its own
+            loss, and this one is not called.
         context: cuts sequences under context parallelism.
     """
 
     def __init__(
         self,
         parts: Sequence[nn.Module],
-        loss_fn: LossFunction,
+        loss_fn: LossFunction | None,
         pipeline: Pipeline | None,
         context: ContextParallel | None,
         device: torch.device,
@@ -74,9 +75,7 @@ class StepRunner:
         losses = []
         for i in range(count):
             reduce_gradients_after(model, last=i == count - 1)
-            logits = model(inputs[i].to(self._device, non_blocking=True))
-            loss = self._loss_fn(logits, labels[i].to(self._device, non_blocking=True))
-            del logits  # before backward: it is the largest activation
+            loss = self._loss(model, inputs[i], labels[i])
             (loss / labels.numel()).backward()
             losses.append(loss.detach())
         return self._step_loss(torch.stack(losses).sum(), labels)
@@ -87,12 +86,16 @@ class StepRunner:
         inputs, labels = self._share(batch)
         if self.pipeline is not None:
             return self._step_loss(self.pipeline.evaluate(inputs.flatten(0, 1), labels.flatten(0, 1)), labels)
-        (model,), losses = self.parts, []
-        for tokens, targets in zip(inputs, labels, strict=True):
-            logits = model(tokens.to(self._device, non_blocking=True))
-            losses.append(self._loss_fn(logits, targets.to(self._device, non_blocking=True)))
-            del logits  # before the next logits are allocated
+        (model,) = self.parts
+        losses = [self._loss(model, tokens, targets) for tokens, targets in zip(inputs, labels, strict=True)]
         return self._step_loss(torch.stack(losses).sum(), labels)
+
+    def _loss(self, model: nn.Module, tokens: Tensor, labels: Tensor) -> Tensor:
+        """Return the loss of a microbatch. Its logits, the largest activation, end here, before backward."""
+        tokens, labels = (t.to(self._device, non_blocking=True) for t in (tokens, labels))
+        if self._loss_fn is None:
+            return model(tokens, labels=labels)  # type: ignore[no-any-return]
+        return self._loss_fn(model(tokens), labels)
 
     def _share(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return this rank's part of the sequences."""
