@@ -57,14 +57,16 @@ class ModelSpec:
             ``layout.divisible`` names, and ``configured(vocab_size, seq_len)``, which returns the flavor completed for
             a tokenizer and a sequence length, or raises ``ValueError``.
         build: a configured flavor -> the module, called under the meta device. ``forward(tokens, positions=None)`` maps
-            token ids [batch, seq_len] to logits [batch, seq_len, vocab_size]; ``init_weights(init)`` fills every
-            parameter through :class:`titanlite.distributed.init.WeightInit`, and every buffer; ``size()`` returns a
-            :class:`~titanlite.models.layers.ModelSize`; ``args`` is the flavor; ``positions`` is a slot for the
-            positions of a process's tokens, int64 [seq_len]. Its blocks have a slot ``run`` and a method ``compute``
-            without in-place operations, and their attention is an :class:`~titanlite.models.layers.AttentionSlot`,
-            which context parallelism and generation fill. In a pipeline stage, the children of other stages are None.
-            Its ``forward`` takes and returns hidden states [batch, seq_len, dim] if it lacks the first or last children
-            of the model.
+            token ids [batch, seq_len] to logits [batch, seq_len, vocab_size]; for ``training.loss_chunks`` it takes
+            ``labels=None`` too, passes them to its output projection by name, and returns what that returns; for
+            documents that are told apart it takes ``starts=None`` (:class:`~titanlite.models.layers.Decoder`).
+            ``init_weights(init)`` fills every parameter through :class:`titanlite.distributed.init.WeightInit`, and
+            every buffer; ``size()`` returns a :class:`~titanlite.models.layers.ModelSize`; ``args`` is the flavor;
+            ``positions`` is a slot for the positions of a process's tokens, int64 [seq_len]. Its blocks have a slot
+            ``run`` and a method ``compute`` without in-place operations, and their attention is an
+            :class:`~titanlite.models.layers.AttentionSlot`, which context parallelism and generation fill. In a
+            pipeline stage, the children of other stages are None. Its ``forward`` takes and returns hidden states
+            [batch, seq_len, dim] if it lacks the first or last children of the model.
         layout: a declaration of the module's parts.
         hugging_face: the form of the files; None if ``transformers`` does not have the family.
         torchtitan: a configured flavor -> the parameters whose rows are the features of rotated heads, and the features

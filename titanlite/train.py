@@ -197,7 +197,7 @@ class Trainer:
         self.size, self.converters = built.size, built.converters
         self.compile_watch = CompileWatch()
         self._opened.callback(self.compile_watch.close)
-        loss_fn = build_loss(self.mesh, config.parallelism.disable_loss_parallel, config.compile_options("loss"))
+        loss_fn = build_loss(config, self.mesh)
         pipeline = build_pipeline(built, loss_fn, config, self.mesh, device)
         self.runner = StepRunner(built.parts, loss_fn, pipeline, self.context, device)
         self.about.update(built.about)

@@ -178,8 +178,14 @@ class Decoder(nn.Module):
             self.output.weight = self.tok_embeddings.weight
         self.register_buffer("rope", torch.empty(2, args.max_seq_len, args.rotary_size), persistent=False)
 
-    def forward(self, x: Tensor, positions: Tensor | None = None, starts: Tensor | None = None) -> Tensor:
-        """Map token ids to logits.
+    def forward(
+        self,
+        x: Tensor,
+        positions: Tensor | None = None,
+        starts: Tensor | None = None,
+        labels: Tensor | None = None,
+    ) -> Tensor:
+        """Map token ids to logits; with labels, to what the output projection makes of them.
 
         Args:
             x: int64 [batch, seq_len].
@@ -187,6 +193,7 @@ class Decoder(nn.Module):
             starts: for each token, the index in the sequence at which its document begins, int64 [batch, seq_len]. A
                 token then has its position in its document, and attends to that alone. None: each sequence is one
                 document.
+            labels: int64 [batch, seq_len], for an output projection that takes them.
 
         Returns:
             [batch, seq_len, vocab_size], in the dtype of the parameters.
@@ -200,7 +207,9 @@ class Decoder(nn.Module):
             x = self.tok_embeddings(x)
         for layer in self.layers.values():
             x = layer(x, rope, documents)
-        return x if self.norm is None or self.output is None else self.output(self.norm(x))
+        if self.norm is None or self.output is None:
+            return x
+        return self.output(self.norm(x)) if labels is None else self.output(self.norm(x), labels=labels)
 
     @torch.no_grad()
     def init_weights(self, init: Init) -> None:

@@ -4,6 +4,8 @@
 
 The figures are those that torchtitan logged, on H100 GPUs: *reserved* memory, which is what the allocator took from the
 device, fragmentation included. The estimates are of *active* memory, which is what tensors take of it.
+
+Then estimate what ``training.loss_chunks`` saves, in whole steps and of the output projection with its loss alone.
 """
 
 from __future__ import annotations
@@ -14,15 +16,23 @@ from typing import Any, NamedTuple
 
 import harness
 import results
+import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor.parallel import loss_parallel
 
-from titanlite.config import JobConfig, load_config
-from titanlite.distributed.mesh import Mesh
+from titanlite.config import Degrees, JobConfig, load_config
+from titanlite.config.schema import Compile
+from titanlite.distributed.chunked_loss import ChunkedCrossEntropy
+from titanlite.distributed.mesh import Mesh, build_mesh
 from titanlite.metrics.device import GIB
 from titanlite.optim import cross_entropy_loss
+from titanlite.plan.compiled_memory import MEMORY_BACKEND
 from titanlite.plan.estimate import estimate
+from titanlite.plan.lone_rank import lone_process_group
+from titanlite.plan.memory import MemoryTracker
+from titanlite.training.build import build_loss
 
 TUTORIAL = "docs.pytorch.org/ao, Pretraining with float8, the log of Llama 3 8B, step 10 (June 2025)"
 TORCHAO = "torchao, torchao/float8/README.md, training benchmarks (2025)"
@@ -30,7 +40,7 @@ REPORT = "torchtitan, benchmarks/llama3_h100_202412_torchtitan.md (December 2024
 
 
 class Case(NamedTuple):
-    """A published figure and the options of a run like it.
+    """The options of a run, and a figure published for one like it, or none.
 
     Attributes:
         loss: "compiled"; "eager", as before torchtitan compiled it; or "eager, DTensor", which under tensor parallelism
@@ -38,12 +48,13 @@ class Case(NamedTuple):
     """
 
     source: str
-    published_gib: float
+    published_gib: float | None
     file: str
     gpus: int
     batch: int
     options: tuple[str, ...]
     loss: str = "compiled"
+    chunks: int = 1
 
 
 SELECTIVE_OP = ("--activation_checkpoint.mode=selective", "--activation_checkpoint.selective_ac_option=op")
@@ -64,6 +75,18 @@ CASES = (
     ),
 )
 
+CHUNKS = tuple(
+    Case("", None, file, gpus, batch, options, loss, chunks)
+    for file, gpus, batch, options in (
+        ("llama3_8b", 8, 1, SELECTIVE_OP),
+        ("llama3_8b", 8, 2, SELECTIVE_OP),
+        ("llama3_70b", 256, 8, (*FULL, *TP8)),
+    )
+    for loss in ("compiled", "eager")
+    for chunks in (1, 4, 16)
+)
+TOKENS, VOCABULARY, DIM = 8192, 128256, 4096  # of Llama 3 8B
+
 
 def dtensor_loss(config: JobConfig, mesh: Mesh) -> Callable[[Tensor, Tensor], Tensor]:
     """The loss as torchtitan computed it under tensor parallelism: by ``loss_parallel``, in eager mode."""
@@ -80,7 +103,7 @@ def dtensor_loss(config: JobConfig, mesh: Mesh) -> Callable[[Tensor, Tensor], Te
 
 
 def run(case: Case) -> dict[str, Any]:
-    options = [*case.options, f"--training.local_batch_size={case.batch}"]
+    options = [*case.options, f"--training.local_batch_size={case.batch}", f"--training.loss_chunks={case.chunks}"]
     if case.loss == "eager" and "--training.compile=false" not in options:
         options.append("--compile.components=model")
     config = load_config(options, str(harness.ROOT / "train_configs" / f"{case.file}.toml"))
@@ -100,24 +123,48 @@ def run(case: Case) -> dict[str, Any]:
         "seq_len": config.training.seq_len,
         "compile": config.compile.components if config.training.compile else [],
         "loss": case.loss,
+        "loss_chunks": case.chunks,
         "activation_checkpoint": ac.mode + (f" {ac.selective_ac_option}" if ac.mode == "selective" else ""),
         "estimated_gib": round(peak, 2),
         "at_peak_gib": {kind: round(n / GIB, 2) for kind, n in max(found.ranks, key=lambda r: r.peak).at_peak.items()},
-        "published_gib": case.published_gib,
-        "difference_pct": round(100 * (peak / case.published_gib - 1), 1),
-        "source": case.source,
         "seconds": round(seconds),
     }
-    print(*(row[k] for k in ("model", "batch", "config", "loss", "activation_checkpoint")), end=": ")
-    print(
-        f"{peak:.2f} GiB, published {case.published_gib} ({row['difference_pct']:+.1f}%), {seconds:.0f} s", flush=True
+    keys = "model", "batch", "config", "loss", "loss_chunks", "activation_checkpoint"
+    print(*(row[k] for k in keys), f"{peak:.2f} GiB, {seconds:.0f} s", flush=True)
+    if case.published_gib is None:
+        return row
+    difference = round(100 * (peak / case.published_gib - 1), 1)
+    return {**row, "published_gib": case.published_gib, "difference_pct": difference, "source": case.source}
+
+
+def projection_and_loss(loss: str, chunks: int) -> dict[str, Any]:
+    """Count what the output projection and its loss hold beside the hidden states and the weight, in forward and
+    backward on one device, by tensors without data."""
+    mesh = build_mesh(Degrees(1, 1, 1, 1, 1), "cpu")
+    compiling = Compile(backend=MEMORY_BACKEND) if loss == "compiled" else None
+    config = load_config(
+        [f"--training.compile={str(loss == 'compiled').lower()}", f"--compile.backend={MEMORY_BACKEND}"]
     )
-    return row
+    one_pass = build_loss(config, mesh)
+    assert one_pass is not None
+    chunked = ChunkedCrossEntropy(chunks, mesh.tp, gather=False, compiling=compiling)
+    with FakeTensorMode(allow_non_fake_inputs=True), MemoryTracker() as tracker:
+        hidden = torch.empty(1, TOKENS, DIM, dtype=torch.bfloat16).requires_grad_()
+        weight = torch.empty(VOCABULARY, DIM, dtype=torch.bfloat16).requires_grad_()
+        labels, before = torch.empty(1, TOKENS, dtype=torch.int64), tracker.live
+        total = one_pass(hidden @ weight.t(), labels) if chunks == 1 else chunked(hidden, weight, labels)
+        total.backward()
+    held = round((tracker.peak - before) / GIB, 2)
+    print("output projection and loss,", loss, chunks, f"{held} GiB", flush=True)
+    return {"system": "titanlite", "part": "projection and loss", "loss": loss, "loss_chunks": chunks, "held_gib": held}
 
 
 def main() -> None:
     args = harness.parser(__doc__).parse_args()
-    results.save("memory_estimates", [run(case) for case in CASES], args)
+    rows = [run(case) for case in (*CASES, *CHUNKS)]
+    with lone_process_group(0, 1):
+        parts = [projection_and_loss(loss, chunks) for loss in ("compiled", "eager") for chunks in (1, 4, 16)]
+    results.save("memory_estimates", [*rows, *parts], args)
 
 
 if __name__ == "__main__":

@@ -37,12 +37,26 @@ def loss_parity(results: list[dict[str, Any]]) -> list[list[str]]:
 def memory_estimates(results: list[dict[str, Any]]) -> list[list[str]]:
     rows = [["model", "GPUs", "batch", "config", "checkpointing", "loss", "published, GiB", "estimate, GiB", ""]]
     for r in results:
+        if "published_gib" not in r:
+            continue
         config = r["config"] + ("" if "model" in r["compile"] else ", eager")
         numbers = [f"{r['published_gib']:.2f}", f"{r['estimated_gib']:.2f}", f"{r['difference_pct']:+.1f}%"]
         rows.append(
             [r["model"], str(r["gpus"]), str(r["batch"]), config, r["activation_checkpoint"], r["loss"], *numbers]
         )
     return rows
+
+
+def loss_chunks(results: list[dict[str, Any]]) -> list[list[str]]:
+    rows = [["", "loss", "1 chunk, GiB", "4 chunks", "16 chunks"]]
+    figures: dict[tuple[str, str], list[str]] = {}
+    for r in results:
+        if "held_gib" in r:
+            figures.setdefault(("output projection and loss alone", r["loss"]), []).append(f"{r['held_gib']:.2f}")
+        elif "published_gib" not in r:
+            run = f"step of {r['model']}, {r['gpus']} GPUs, batch {r['batch']}, {r['activation_checkpoint']}"
+            figures.setdefault((run, r["loss"]), []).append(f"{r['estimated_gib']:.2f}")
+    return rows + [[*names, *numbers] for names, numbers in figures.items()]
 
 
 def checkpoint_save(results: list[dict[str, Any]]) -> list[list[str]]:
@@ -135,6 +149,7 @@ def time_budget(results: list[dict[str, Any]]) -> list[list[str]]:
 TABLES: dict[str, Callable[[list[dict[str, Any]]], list[list[str]]]] = {
     "loss_parity": loss_parity,
     "memory_estimates": memory_estimates,
+    "memory_estimates/loss_chunks": loss_chunks,
     "checkpoint_save": checkpoint_save,
     "cpu_step": cpu_step,
     "compiled_block": compiled_block,

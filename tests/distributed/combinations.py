@@ -90,6 +90,7 @@ def _checkpointing(mode: str, option: str = "2") -> dict[str, Any]:
 _COMPILE = {"training.compile": "true", "compile.backend": "aot_eager_decomp_partition"}
 
 _MASKS = {"data.document_mask": "true"}
+_CHUNKS = {"training.loss_chunks": 3}  # of different sizes
 
 # What each way is tried with, beside float32: options on top of the way's own.
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -110,9 +111,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "AC selective 2": _checkpointing("selective", "2"),
     "AC selective op": _checkpointing("selective", "op"),
     "document masks": _MASKS,
+    "loss chunks": _CHUNKS,
     "compile": _COMPILE,
     "compile, document masks": {**_COMPILE, **_MASKS},
     "compile, AC full": {**_COMPILE, **_checkpointing("full")},
+    "compile, loss chunks": {**_COMPILE, **_CHUNKS},
     "compile, tensorwise, AC selective 2": {**_COMPILE, **_recipe("tensorwise"), **_checkpointing("selective", "2")},
     "compile, rowwise, AC selective op": {**_COMPILE, **_recipe("rowwise"), **_checkpointing("selective", "op")},
 }
@@ -131,8 +134,10 @@ TOUCHED: dict[str, list[str]] = {
     "AC selective op": ["FSDP 2", "TP 2", "CP 2 alltoall"],  # keeps results of collectives, and of attention
     "document masks": ["FSDP 2", "TP 2", "PP 2 1F1B", "PP 2 ZBVZeroBubble"],  # the documents of each microbatch
     "compile, document masks": ["FSDP 2 x TP 2"],
+    "loss chunks": ["FSDP 2", "TP 2", "CP 2 alltoall", "PP 2 1F1B", "PP 2 ZBVZeroBubble", "FSDP 2 x TP 2 x PP 2"],
     "compile": ["FSDP 2", "TP 2", "CP 2 alltoall", "PP 2 1F1B", "PP 2 InterleavedZeroBubble"],
     "compile, AC full": ["TP 2"],  # compiled before it is checkpointed
+    "compile, loss chunks": ["FSDP 2 x TP 2"],
     "compile, tensorwise, AC selective 2": ["FSDP 2"],
     "compile, rowwise, AC selective op": ["FSDP 2 x TP 2"],
 }
@@ -144,12 +149,13 @@ def composes(way: str, variant: str) -> bool:
     """Whether a variant is one that this way can be combined with; the others are refused."""
     options = {**VARIANTS[variant], **WAYS[way].all_options()}
     per_op = options.get("activation_checkpoint.selective_ac_option") == "op"
-    compiled, formats = "training.compile" in options, "model.converters" in options
     if WAYS[way].cp > 1 and "data.document_mask" in options:
         return False
+    later_torch = any(key in options for key in ("training.compile", "model.converters", "training.loss_chunks"))
+    compiled = "training.compile" in options
     if way not in SPLIT_BACKWARD:
         return True
-    return not (per_op and not compiled) and (torch.__version__ >= "2.13" or not (compiled or formats))
+    return not (per_op and not compiled) and (torch.__version__ >= "2.13" or not later_torch)
 
 
 def tried(way: str, variant: str) -> bool:

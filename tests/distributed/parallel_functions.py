@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from titanlite.config import JobConfig, load_config
 from titanlite.config.parallelism import Degrees
+from titanlite.distributed.chunked_loss import ChunkedCrossEntropy, compute_loss_in_chunks
 from titanlite.distributed.data_parallel import allocate, reduce_gradients_after
 from titanlite.distributed.gradients import clip_gradients
 from titanlite.distributed.init import WeightInit
@@ -183,6 +184,31 @@ def cross_entropy_of_a_part_that_is_not_finite() -> None:
             assert not VocabParallelCrossEntropy(tp)(logits, torch.tensor([[0, 20, 40, 63]])).isfinite()
 
 
+@cases(sharded=False, gathered=True)
+def cross_entropy_in_chunks(gather: bool) -> None:
+    """Has the loss and the gradients of float64: each rank those of its weight, and a part of those of the hidden
+    states."""
+    labels = torch.tensor([[0, 15, 16, 31, 32, 47, 48, 63], [1, 20, 40, 60, 5, 25, 45, IGNORED]])
+    for mesh in (mesh_of(tp=4), mesh_of(shard=2, tp=2)):
+        tp = mesh.tp
+        exact = [(3 * random(2, 8, 24)).double().requires_grad_(), random(64, 24, seed=1).double().requires_grad_()]
+        expected = F.cross_entropy((exact[0] @ exact[1].t()).flatten(0, 1), labels.flatten(), reduction="sum")
+        (3 * expected).backward()
+        hidden = exact[0].detach().float().requires_grad_()
+        weight = exact[1].detach().float().chunk(tp.size())[tp.get_local_rank()].clone().requires_grad_()
+        with Counted() as comm:
+            loss = ChunkedCrossEntropy(2, tp, gather, None)(hidden, weight, labels)
+            (3 * loss).backward()
+        assert (comm.of("allgather"), comm.of("allreduce")) == ((2, 0) if gather else (0, 2))
+        assert hidden.grad is not None
+        dist.all_reduce(hidden.grad, group=tp.get_group())
+        assert len({*everybody(loss.item())}) == 1
+        torch.testing.assert_close(loss.double(), expected, rtol=1e-6, atol=0)
+        torch.testing.assert_close(hidden.grad.double(), exact[0].grad, rtol=1e-5, atol=1e-5)
+        wanted = exact[1].grad.chunk(tp.size())[tp.get_local_rank()]  # type: ignore[union-attr]
+        torch.testing.assert_close(weight.grad.double(), wanted, rtol=1e-5, atol=1e-5)  # type: ignore[union-attr]
+
+
 # ---- the norm of the gradients
 
 
@@ -299,8 +325,9 @@ def clip_passes_over_parameters_without_a_gradient() -> None:
 # ---- FSDP2's communication
 
 
-def config_of(reshard: str) -> JobConfig:
+def config_of(reshard: str, chunks: int = 1) -> JobConfig:
     given = {
+        "training.loss_chunks": chunks,
         "training.mixed_precision_param": "float32",
         "training.seq_len": 8,
         "activation_checkpoint.mode": "none",
@@ -309,10 +336,12 @@ def config_of(reshard: str) -> JobConfig:
     return load_config([f"--{key}={value}" for key, value in given.items()])
 
 
-def sharded(mesh: Mesh, args: DecoderArgs = SMALL, reshard: str = "default") -> Decoder:
-    config = config_of(reshard)
+def sharded(mesh: Mesh, args: DecoderArgs = SMALL, reshard: str = "default", chunks: int = 1) -> Decoder:
+    config = config_of(reshard, chunks)
     with torch.device("meta"):
         model = Decoder(args)
+    if chunks > 1:
+        compute_loss_in_chunks(model, LAYOUT, mesh, config)
     parallelize(model, LAYOUT, mesh, config)
     allocate(model, torch.device("cpu"), False)
     model.init_weights(WeightInit(model, 0))
@@ -408,7 +437,8 @@ def embedding(compiled: bool) -> None:
     assert split.weight.grad.full_tensor().abs().max() > 1
 
 
-def losses_of(model: Decoder, mesh: Mesh | None, loss_fn: Callable[[Tensor, Tensor], Tensor]) -> list[float]:
+def losses_of(model: Decoder, mesh: Mesh | None, loss_fn: Callable[[Tensor, Tensor], Tensor] | None) -> list[float]:
+    """Without a ``loss_fn``, the model computes the loss."""
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
     losses = []
     for step in range(3):
@@ -416,7 +446,7 @@ def losses_of(model: Decoder, mesh: Mesh | None, loss_fn: Callable[[Tensor, Tens
         if mesh is not None:
             degree, rank = mesh.degrees.data_parallel, mesh.data_parallel_rank
             x, y = x.chunk(degree)[rank], y.chunk(degree)[rank]
-        loss = loss_fn(model(x), y) / y.numel()
+        loss = (model(x, labels=y) if loss_fn is None else loss_fn(model(x), y)) / y.numel()
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -432,21 +462,24 @@ def losses_of(model: Decoder, mesh: Mesh | None, loss_fn: Callable[[Tensor, Tens
     tied={},
     biases={"qkv_bias": True},
     norms_of_heads={"qk_norm": True},
+    in_chunks={"chunks": 3},
     everything={"qkv_bias": True, "qk_norm": True, "sliding_window": 3, "partial_rotary_factor": 0.5},
 )
 def a_sharded_model_trains_as_a_whole_one(options: dict[str, Any]) -> None:
     """And its tied embeddings stay one parameter."""
+    chunks = options.get("chunks", 1)
+    options = {name: value for name, value in options.items() if name != "chunks"}
     args, mesh = replace(SMALL, tie_embeddings=True, **options), mesh_of(shard=2, tp=2)
     one = Decoder(args)
     one.init_weights(WeightInit(one, 0))
-    model = sharded(mesh, args)
+    model = sharded(mesh, args, chunks=chunks)
     assert model.tok_embeddings is not None
     assert model.output is not None
     assert model.output.weight is model.tok_embeddings.weight
     assert [name for name, _ in model.named_parameters()] == [name for name, _ in one.named_parameters()]
     for ours, theirs in zip(model.parameters(), one.parameters()):
         assert torch.equal(ours.full_tensor(), theirs)  # type: ignore[attr-defined]
-    many = losses_of(model, mesh, VocabParallelCrossEntropy(mesh.tp))
+    many = losses_of(model, mesh, VocabParallelCrossEntropy(mesh.tp) if chunks == 1 else None)
     alone = losses_of(one, None, cross_entropy_loss)
     torch.testing.assert_close(many, alone, rtol=1e-5, atol=0)
     assert len({*alone}) == len(alone)

@@ -132,7 +132,7 @@ def test_losses_of_the_debug_model_are_those_of_one_process(debug: Reports, way:
 
 # Few are: microbatches, and shares of sequences, have from none to many.
 MASK = {"mask": 16}
-ACCUMULATED = {"training.local_batch_size": 2}
+ACCUMULATED, CHUNKS = {"training.local_batch_size": 2}, VARIANTS["loss chunks"]
 MASKED = {
     "accumulated": (1, ACCUMULATED),
     "FSDP 2, accumulated": (2, {**WAYS["FSDP 2"].all_options(), **ACCUMULATED}),
@@ -142,6 +142,12 @@ MASKED = {
     "PP 2 1F1B": (2, WAYS["PP 2 1F1B"].all_options()),
     "FSDP 2 x TP 2": (4, WAYS["FSDP 2 x TP 2"].all_options()),
     "PP 2 x CP 2": (4, WAYS["PP 2 x CP 2"].all_options()),
+    "FSDP 2, accumulated, chunks": (2, {**WAYS["FSDP 2"].all_options(), **ACCUMULATED, **CHUNKS}),
+    "TP 2, whole logits, chunks": (
+        2,
+        {**WAYS["TP 2"].all_options(), **CHUNKS, "parallelism.disable_loss_parallel": "true"},
+    ),
+    "PP 2 x TP 2, chunks": (4, {**WAYS["PP 2 x TP 2"].all_options(), **CHUNKS}),
 }
 
 
@@ -320,6 +326,17 @@ def test_variants_are_as_on_one_process(varied: Reports, way: str, variant: str)
     assert column(many, "grad_norm") == pytest.approx(column(one, "grad_norm"), rel=norm)
     if variant not in ("compile", "compile, AC full"):  # it is really another precision
         assert column(many, "loss") != pytest.approx(column(varied[ONE], "loss"), rel=1e-6)
+
+
+@each([variant for variant in VARIANTS if "loss chunks" in variant])
+def test_chunks_of_the_loss_change_neither_losses_nor_collectives(
+    varied: Reports, small: Reports, way: str, variant: str
+) -> None:
+    """The weight of the output projection is gathered once, and its gradient reduced once, for all chunks."""
+    chunked = varied[f"{way}, {variant}"]
+    check_parity(small[ONE], chunked)
+    if "compile" not in variant:  # whose collectives are not counted
+        assert [report["calls"] for report in chunked] == [report["calls"] for report in small[way]]
 
 
 @pytest.mark.slow

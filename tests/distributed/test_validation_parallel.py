@@ -109,8 +109,10 @@ def test_the_same_numbers_in_two_dimensions(tmp_path: Path) -> None:
     ways = ["HSDP 2 x 2", "PP 2 x TP 2", "FSDP 2 x CP 2"]
     cluster, common = Cluster(tmp_path), {**SMALL, **STEPS, **VALIDATION}
     cluster.run(1, {ONE: common})
-    cluster.run(4, {way: {**common, **WAYS[way].all_options()} for way in ways})
-    for way in ways:
+    cases = {way: {**common, **WAYS[way].all_options()} for way in ways}
+    cases["PP 2 x TP 2, chunks"] = {**cases["PP 2 x TP 2"], **VARIANTS["loss chunks"]}
+    cluster.run(4, cases)
+    for way in cases:
         for key in ("loss", "bits_per_byte", "tokens"):
             expected = pytest.approx(values(cluster.reports, ONE, key), rel=1e-5)
             assert values(cluster.reports, way, key) == expected, (way, key)

@@ -21,6 +21,7 @@ LOOPED_SCHEDULES = ("Interleaved1F1B", "LoopedBFS", "InterleavedZeroBubble")
 V_SCHEDULES = ("ZBVZeroBubble",)
 CSV_SCHEDULE = "PipelineScheduleMulti"
 SPLIT_BACKWARD_SCHEDULES = ("InterleavedZeroBubble", "ZBVZeroBubble")
+_NO_LABELS = "before torch 2.13, stages take no labels then", "choose another schedule or a later torch"
 _ONE_BACKWARD = "before torch 2.13, its layers have one backward", "choose another schedule or a later torch"
 
 
@@ -252,6 +253,7 @@ def whole_backward(config: JobConfig, torch_version: str = version("torch")) -> 
         ),
         ("training.compile", old and compiled, *_ONE_BACKWARD),
         ("model.converters", old and formats, *_ONE_BACKWARD),
+        ("training.loss_chunks", old and config.training.loss_chunks > 1, *_NO_LABELS),
     ):
         if on:
             value = shown(config.value(name))

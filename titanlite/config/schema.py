@@ -139,6 +139,9 @@ class Training:
     applies with one device too."""
     mixed_precision_reduce: Literal["float32"] = "float32"
     """The dtype in which gradients are reduced."""
+    loss_chunks: Positive = 1
+    """Parts of the vocabulary in which the output projection and the loss are computed, one after the other: logits
+    and their gradient take that much less memory. The loss is the same; the projection is computed twice. 1 is off."""
     compile: bool = False
     """torch.compile the model block by block, and the loss; see [compile]."""
     gc_freq: Positive = 50

@@ -56,6 +56,7 @@ class Boundary:
     hidden: tuple[int, ...]
     logits: tuple[int, ...]
     dtype: torch.dtype
+    ends_in_loss: bool = False
 
     def input(self, stage: int) -> Tensor:
         if stage == 0:
@@ -63,6 +64,8 @@ class Boundary:
         return torch.empty(self.hidden, dtype=self.dtype, device="meta", requires_grad=True)
 
     def output(self, stage: int, stages: int) -> Tensor:
+        if stage == stages - 1 and self.ends_in_loss:
+            return torch.empty((), device="meta", requires_grad=True)
         shape = self.logits if stage == stages - 1 else self.hidden
         return torch.empty(shape, dtype=self.dtype, device="meta", requires_grad=True)
 
@@ -78,6 +81,7 @@ def boundary_of(size: ModelSize, mesh: Mesh, training: Training, parallelism: Pa
         hidden=(sequences, seq_len // tp, size.dim),
         logits=(sequences, seq_len, vocab_size),
         dtype=DTYPES[training.mixed_precision_param],
+        ends_in_loss=training.loss_chunks > 1,
     )
 
 
@@ -87,7 +91,8 @@ class Pipeline:
     Args:
         parts: the modules of the stages ``plan.of(rank)``, in order.
         microbatches: their number in one step; all go through the pipeline in one run, with one gradient reduction.
-        loss_fn: (output, labels) of a microbatch -> the sum of the labels' losses.
+        loss_fn: (output, labels) of a microbatch -> the sum of the labels' losses. None: the last stage takes the
+            labels, and returns it.
         stage_type: the class of a stage; an estimate has stages without neighbours.
 
     Raises:
@@ -103,7 +108,7 @@ class Pipeline:
         device: torch.device,
         parallelism: Parallelism,
         microbatches: int,
-        loss_fn: Callable[[Tensor, Tensor], Tensor],
+        loss_fn: Callable[[Tensor, Tensor], Tensor] | None,
         stage_type: type[PipelineStage] = PipelineStage,
     ) -> None:
         count, local = len(plan.stages), plan.of(mesh.pp.get_local_rank())
@@ -128,7 +133,7 @@ class Pipeline:
         total = microbatches * math.prod(boundary.tokens)
         options: dict[str, Any] = {
             "n_microbatches": microbatches,
-            "loss_fn": lambda output, labels: loss_fn(output, labels) / total,
+            "loss_fn": lambda output, labels: (output if loss_fn is None else loss_fn(output, labels)) / total,
             "scale_grads": False,
         }
         schedule, csv = parallelism.pipeline_parallel_schedule, parallelism.pipeline_parallel_schedule_csv
@@ -171,7 +176,8 @@ class Pipeline:
         local_inputs = (inputs.to(self._device, non_blocking=True),) if self.is_first else ()
         if self.is_last:
             labels = labels.to(self._device, non_blocking=True)
-            self._schedule.step(*local_inputs, target=labels, losses=losses, return_outputs=False, **documents)
+            given = {**documents, "labels": labels} if self._loss_fn is None else documents
+            self._schedule.step(*local_inputs, target=labels, losses=losses, return_outputs=False, **given)
             return torch.stack([loss.detach() for loss in losses]).sum()
         self._schedule.step(*local_inputs, return_outputs=False, **documents)
         return torch.zeros((), device=self._device)
@@ -197,15 +203,21 @@ class Pipeline:
                 elif stage - 1 not in self._parts:
                     x = torch.empty(self._boundary.hidden, dtype=self._boundary.dtype, device=self._device)
                     dist.recv(x, group=self._group, group_src=self._ranks[stage - 1])
-                x = part(x, **documents)
                 if stage == last:
-                    losses.append(self._loss_fn(x, targets.to(self._device, non_blocking=True)))
-                elif stage + 1 not in self._parts:
+                    losses.append(self._loss(part, x, targets.to(self._device, non_blocking=True), documents))
+                    continue
+                x = part(x, **documents)
+                if stage + 1 not in self._parts:
                     x = x.contiguous()
                     sent.append((x, dist.isend(x, group=self._group, group_dst=self._ranks[stage + 1])))
             _wait(sent, keep=len(self._parts))
         _wait(sent, keep=0)
         return torch.stack(losses).sum() if losses else torch.zeros((), device=self._device)
+
+    def _loss(self, part: nn.Module, x: Tensor, labels: Tensor, documents: dict[str, Tensor]) -> Tensor:
+        if self._loss_fn is None:
+            return part(x, labels=labels, **documents)  # type: ignore[no-any-return]
+        return self._loss_fn(part(x, **documents), labels)
 
 
 def _wait(sent: list[tuple[Tensor, dist.Work | None]], keep: int) -> None:

@@ -15,6 +15,7 @@ from torch.distributed.tensor import Placement, Replicate, Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, PrepareModuleInput, RowwiseParallel
 from torch.distributed.tensor.parallel.style import ParallelStyle
 
+from titanlite.distributed.chunked_loss import ChunkedOutput, ChunkedOutputParallel
 from titanlite.errors import ConfigError
 from titanlite.optim.loss import IGNORED
 from titanlite.quant.linear import QuantLinear, quant_layers
@@ -27,6 +28,8 @@ _c10d = torch.ops._c10d_functional
 
 def column_parallel(layer: nn.Module, **layouts: Any) -> ParallelStyle:
     """Return the style that shards the output features of ``layer``; arguments as of ``ColwiseParallel``."""
+    if isinstance(layer, ChunkedOutput):
+        return ChunkedOutputParallel(**layouts)
     return (QuantColwiseParallel if isinstance(layer, QuantLinear) else ColwiseParallel)(**layouts)
 
 

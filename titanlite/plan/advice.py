@@ -32,6 +32,7 @@ from titanlite.metrics.device import GIB
 from titanlite.plan.estimate import START_METHOD, Estimate, estimate
 
 TIME_LIMIT = 180  # seconds for all estimates; the advice names those that are late
+_CHUNKS = 8  # of the loss; what is left of the logits is then a small part of a step
 _NOTICEABLE = 0.005  # fraction of the peak; options that save less are not shown
 
 
@@ -73,6 +74,8 @@ def knobs(config: JobConfig, shortage: Shortage) -> list[Knob]:
     changes = [*_recomputation(config), *_precision(config, shortage), *_batch(config, degrees)]
     if config.parallelism.fsdp_reshard_after_forward != "always":
         changes.append(("reshard", {"parallelism.fsdp_reshard_after_forward": "always"}))
+    if config.training.loss_chunks == 1:
+        changes.append(("loss chunks", {"training.loss_chunks": _CHUNKS}))
     if config.parallelism.disable_loss_parallel:
         changes.append(("loss parallel", {"parallelism.disable_loss_parallel": False}))
     if config.optimizer.implementation == "foreach":

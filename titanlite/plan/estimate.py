@@ -76,7 +76,7 @@ from titanlite.training.step import LossFunction, StepRunner
 # The vocabulary size of the tokenizer that titanlite ships, for flavors without one; no tokenizer is opened.
 ASSUMED_VOCAB_SIZE = 2048
 START_METHOD = "fork" if sys.platform == "linux" else "spawn"
-LossBuilder = Callable[[JobConfig, Mesh], LossFunction]
+LossBuilder = Callable[[JobConfig, Mesh], LossFunction | None]
 DEVICE = torch.device("cpu")  # in place of a GPU, which tensors without data do not need
 
 
@@ -214,11 +214,7 @@ def _estimate_rank(
         mesh = build_mesh(degrees, DEVICE.type, H100)
         built, notes = _build(config, mesh, vocab_size)
         about = {name: text.replace(MEMORY_BACKEND, "inductor") for name, text in built.about.items()}
-        if loss_builder is None:
-            compiling = config.compile_options("loss")
-            loss_fn = build_loss(mesh, config.parallelism.disable_loss_parallel, compiling)
-        else:
-            loss_fn = loss_builder(config, mesh)
+        loss_fn = (loss_builder or build_loss)(config, mesh)
         return _measure(built, loss_fn, config, mesh), built.size, about, notes
 
 
@@ -273,7 +269,7 @@ def _dimensions(mesh: Mesh) -> dict[str, str]:
     return {m.get_group().group_name: name for name, m in meshes.items() if m.ndim == 1 and m.size() > 1}
 
 
-def _measure(built: BuiltModel, loss_fn: LossFunction, config: JobConfig, mesh: Mesh) -> RankEstimate:
+def _measure(built: BuiltModel, loss_fn: LossFunction | None, config: JobConfig, mesh: Mesh) -> RankEstimate:
     """Allocate the state of this rank, then run a step as :class:`titanlite.train.Trainer` does."""
     pipeline = build_pipeline(built, loss_fn, config, mesh, DEVICE, LoneStage)
     parameters = built.parameters()

@@ -62,7 +62,8 @@ def least_memory(config: JobConfig, size: ModelSize, args: Any, degrees: Degrees
     tokens = microbatch * training.seq_len // degrees.context_parallel
     kept = _kept_elements(config, size, args) // pp
     activations = tokens * kept * dtype_bytes // tp
-    logits = tokens * size.vocab_size // (1 if config.parallelism.disable_loss_parallel else tp)
+    sharded = tp > 1 and not config.parallelism.disable_loss_parallel
+    logits = tokens * size.vocab_size // (tp if sharded or training.loss_chunks > 1 else 1) // training.loss_chunks
     logits *= _bytes_per_logit(config, dtype_bytes, sharded=tp > 1)
     rotary = 2 * 4 * training.seq_len * (args.rotary_size if isinstance(args, DecoderArgs) else size.head_dim)
     step = {f"activations of {counted(size.layers, 'block')}": activations, "logits": logits, "rotary table": rotary}
@@ -93,8 +94,9 @@ def _kept_elements(config: JobConfig, size: ModelSize, args: Any) -> int:
 
 def _bytes_per_logit(config: JobConfig, dtype_bytes: int, *, sharded: bool) -> int:
     """Return the bytes of each logit at the end of the forward. The plain loss holds the logits, a copy in float32 and
-    its softmax. A compiled or sharded one holds at least the logits; and its backward, their gradient beside them."""
-    if sharded or config.compile_options("loss") is not None:
+    its softmax. One that is compiled, sharded or in chunks holds at least the logits; and its backward, their gradient
+    beside them."""
+    if sharded or config.training.loss_chunks > 1 or config.compile_options("loss") is not None:
         return 2 * dtype_bytes
     return 2 * 4 + (dtype_bytes if dtype_bytes != 4 else 0)
 

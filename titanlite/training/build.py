@@ -4,18 +4,17 @@ before :func:`titanlite.distributed.data_parallel.allocate`."""
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.pipelining import PipelineStage
 
 from titanlite.config import JobConfig, pipeline_microbatches
 from titanlite.config.refuse import refuse
-from titanlite.config.schema import Compile
 from titanlite.converters import ModelConverter, build_converters
+from titanlite.distributed.chunked_loss import compute_loss_in_chunks
 from titanlite.distributed.compile import compiled
 from titanlite.distributed.describe import describe
 from titanlite.distributed.mesh import Mesh
@@ -26,6 +25,7 @@ from titanlite.distributed.tensor_parallel import VocabParallelCrossEntropy
 from titanlite.models.layers import ModelSize
 from titanlite.models.spec import ModelSpec
 from titanlite.optim import cross_entropy_loss
+from titanlite.training.step import LossFunction
 
 logger = logging.getLogger()
 
@@ -72,6 +72,8 @@ def build_model(spec: ModelSpec, args: Any, config: JobConfig, mesh: Mesh) -> Bu
         built.about[f"converter {name}"] = converter.convert(model)
     if config.model.print_after_conversion:
         logger.info("the model after conversion:\n%s", model)
+    if config.training.loss_chunks > 1:
+        built.about["loss"] = compute_loss_in_chunks(model, spec.layout, mesh, config)
     if mesh.pp.size() > 1:
         built.plan = plan_pipeline(model, chain(model, spec.layout), config, mesh.pp.size())
         local = built.plan.of(mesh.pp.get_local_rank())
@@ -83,22 +85,21 @@ def build_model(spec: ModelSpec, args: Any, config: JobConfig, mesh: Mesh) -> Bu
     return built
 
 
-def build_loss(mesh: Mesh, whole_logits: bool, compiling: Compile | None) -> Callable[[Tensor, Tensor], Tensor]:
-    """Return the loss function of this process's logits and labels: the sum over the labels.
-
-    Args:
-        whole_logits: the vocabulary of the logits is not sharded by tensor parallelism.
-        compiling: the options to compile it with; None: not at all.
-    """
-    loss_fn: Callable[[Tensor, Tensor], Tensor] = cross_entropy_loss
-    if mesh.tp.size() > 1 and not whole_logits:
+def build_loss(config: JobConfig, mesh: Mesh) -> LossFunction | None:
+    """Return the loss function of this process's logits and labels: the sum over the labels. None: the model computes
+    the loss (``training.loss_chunks``)."""
+    if config.training.loss_chunks > 1:
+        return None
+    loss_fn: LossFunction = cross_entropy_loss
+    if mesh.tp.size() > 1 and not config.parallelism.disable_loss_parallel:
         loss_fn = VocabParallelCrossEntropy(mesh.tp)
+    compiling = config.compile_options("loss")
     return loss_fn if compiling is None else compiled(loss_fn, compiling)
 
 
 def build_pipeline(
     built: BuiltModel,
-    loss_fn: Callable[[Tensor, Tensor], Tensor],
+    loss_fn: LossFunction | None,
     config: JobConfig,
     mesh: Mesh,
     device: torch.device,

@@ -41,14 +41,15 @@ class StepRunner:
 
     Args:
         parts: the model, or the modules of this process's pipeline stages.
-        loss_fn: the loss of a microbatch. A pipeline has its own loss, and this one is not called.
+        loss_fn: the loss of a microbatch. None: the model takes the labels, and returns it. A pipeline has its own
+            loss, and this one is not called.
         context: cuts sequences under context parallelism.
     """
 
     def __init__(
         self,
         parts: Sequence[nn.Module],
-        loss_fn: LossFunction,
+        loss_fn: LossFunction | None,
         pipeline: Pipeline | None,
         context: ContextParallel | None,
         device: torch.device,
@@ -74,9 +75,7 @@ class StepRunner:
         losses = []
         for i in range(count):
             reduce_gradients_after(model, last=i == count - 1)
-            logits = model(inputs[i].to(self._device, non_blocking=True), **self._documents(batch, i))
-            loss = self._loss_fn(logits, labels[i].to(self._device, non_blocking=True))
-            del logits  # before backward: it is the largest activation
+            loss = self._loss(model, inputs[i], labels[i], batch.starts, i)
             (loss / labels.numel()).backward()
             losses.append(loss.detach())
         return self._step_loss(torch.stack(losses).sum(), labels)
@@ -87,24 +86,26 @@ class StepRunner:
         inputs, labels = self._share(batch)
         if self.pipeline is not None:
             return self._step_loss(self.pipeline.evaluate(*_sequences(inputs, labels, batch.starts)), labels)
-        (model,), losses = self.parts, []
-        for i, (tokens, targets) in enumerate(zip(inputs, labels, strict=True)):
-            logits = model(tokens.to(self._device, non_blocking=True), **self._documents(batch, i))
-            losses.append(self._loss_fn(logits, targets.to(self._device, non_blocking=True)))
-            del logits  # before the next logits are allocated
+        (model,) = self.parts
+        losses = [
+            self._loss(model, tokens, targets, batch.starts, i)
+            for i, (tokens, targets) in enumerate(zip(inputs, labels, strict=True))
+        ]
         return self._step_loss(torch.stack(losses).sum(), labels)
+
+    def _loss(self, model: nn.Module, tokens: Tensor, labels: Tensor, starts: Tensor | None, microbatch: int) -> Tensor:
+        """Return the loss of a microbatch. Its logits, the largest activation, end here, before backward."""
+        tokens, labels = (t.to(self._device, non_blocking=True) for t in (tokens, labels))
+        given = {} if starts is None else {"starts": starts[microbatch].to(self._device, non_blocking=True)}
+        if self._loss_fn is None:
+            return model(tokens, labels=labels, **given)  # type: ignore[no-any-return]
+        return self._loss_fn(model(tokens, **given), labels)
 
     def _share(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return this rank's part of the sequences."""
         if self._context is None:
             return batch.inputs, batch.labels
         return self._context.shard(batch.inputs, -1), self._context.shard(batch.labels, -1)
-
-    def _documents(self, batch: Batch, microbatch: int) -> dict[str, Tensor]:
-        """Return the model's argument that tells the documents of a microbatch apart, if the batch does."""
-        if batch.starts is None:
-            return {}
-        return {"starts": batch.starts[microbatch].to(self._device, non_blocking=True)}
 
     def _step_loss(self, total: Tensor, labels: Tensor) -> StepLoss:
         scored = labels.ne(IGNORED).sum() if self.has_loss else torch.zeros((), dtype=torch.int64)

@@ -53,6 +53,7 @@ SHORT = {
     "ac": "activation_checkpoint.mode",
     "ac_option": "activation_checkpoint.selective_ac_option",
     "converters": "model.converters",
+    "chunks": "training.loss_chunks",
     "fp8_gather": "float8.enable_fsdp_float8_all_gather",
 }
 Options = dict[str, Any]
@@ -295,6 +296,7 @@ def test_what_goes_together_is_accepted(options: Options, world: int) -> None:
         ({"compile": True}, "training.compile = true", ""),
         ({"compile": True, "components": "loss"}, "", ""),
         ({"converters": "float8"}, 'model.converters = ["float8"]', ""),
+        ({"chunks": 2}, "training.loss_chunks = 2", ""),
     ],
     ids=str,
 )

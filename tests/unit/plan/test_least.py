@@ -56,6 +56,8 @@ FLOAT8 = "--model.converters=float8"
         (2, [NONE, "--parallelism.data_parallel_replicate_degree=2"], 0.4),
         (2, [NONE, "--parallelism.tensor_parallel_degree=2"], 0.3),
         (2, [FULL, "--parallelism.tensor_parallel_degree=2", "--parallelism.disable_loss_parallel"], 0.3),
+        (1, [FULL, "--training.loss_chunks=4"], 0.3),
+        (2, [FULL, "--parallelism.tensor_parallel_degree=2", "--training.loss_chunks=4"], 0.2),
         (2, [FULL, "--parallelism.context_parallel_degree=2"], 0.4),
         (2, [NONE, "--parallelism.pipeline_parallel_degree=2"], 0.2),
         (1, [NONE, "--training.global_batch_size=32"], 0.4),

@@ -44,12 +44,14 @@ def test_only_what_is_not_on_yet_is_offered() -> None:
         "--activation_checkpoint.mode=selective --activation_checkpoint.selective_ac_option=op",
         "--parallelism.fsdp_reshard_after_forward=always",
         "--training.compile=true",
+        "--training.loss_chunks=8",
         *BATCHES,
     }
     on = (
         "activation_checkpoint.mode=full",
         "parallelism.fsdp_reshard_after_forward=always",
         "training.compile",
+        "training.loss_chunks=2",
         "training.local_batch_size=1",
     )
     assert shown(SHORT, *on) == set()
@@ -61,6 +63,7 @@ def test_only_what_is_not_on_yet_is_offered() -> None:
 
 def test_gpus_have_more_to_offer() -> None:
     on = ("activation_checkpoint.mode=full", "parallelism.fsdp_reshard_after_forward=always", "training.compile")
+    on += ("training.loss_chunks=2",)
     more = shown(replace(GPU, world_size=2), *on, "training.local_batch_size=4")
     assert more == {
         "--model.converters=float8",
@@ -128,6 +131,7 @@ def test_what_is_not_known_is_not_said() -> None:
 def out_of_memory(at: int, rank: int = 0) -> dict[str, Any]:
     """Options for a run whose step ``at`` is its last; of what could be on, little is off: each estimate takes time."""
     on = {"activation_checkpoint__mode": "full", "parallelism__fsdp_reshard_after_forward": "always"}
+    on["training__loss_chunks"] = "8"
     large = {"training__seq_len": 1024, "training__local_batch_size": 2, "training__steps": at + 1}
     return {**faulty(OOM_AT=at, OOM_RANK=rank), "model__converters": "fault", **large, **on}
 
