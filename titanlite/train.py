@@ -38,10 +38,10 @@ from titanlite.config import (
     import_custom,
     resolve_degrees,
 )
-from titanlite.config.packing import packing_of
+from titanlite.config.data_rules import packing_of
 from titanlite.config.run_config import CONFIG as CONFIG_TOML
 from titanlite.config.run_config import METRICS, VALIDATION
-from titanlite.data import build_source, merge_states
+from titanlite.data import merge_states
 from titanlite.distributed import runtime
 from titanlite.distributed.compile import CompileWatch
 from titanlite.distributed.context_parallel import ContextParallel
@@ -69,7 +69,7 @@ from titanlite.metrics.sinks import (
 from titanlite.optim import build_optimizer, build_schedule
 from titanlite.plan.least import check_memory
 from titanlite.training.build import build_loss, build_model, build_pipeline
-from titanlite.training.data import build_loader, describe_packing
+from titanlite.training.data import build_encoder, build_loader, describe_packing, open_source
 from titanlite.training.loss_watch import LossWatch, rank_of_claim
 from titanlite.training.model_shape import choose_shape
 from titanlite.training.origin import find_start
@@ -160,22 +160,17 @@ class Trainer:
         self.about["tokenizer"] = f"{self.tokenizer.description()} ({reason})"
 
     def _build_data(self) -> None:
-        training, data = self.config.training, self.config.data
+        training = self.config.training
         self.context = None
         if self.degrees.context_parallel > 1:
             self.context = ContextParallel(self.mesh.cp, self.config.parallelism.context_parallel_rotate_method)
         vocab_size, device = self.tokenizer.vocab_size, self.runtime.device
         check_memory(self.config, self.spec, self.flavor, vocab_size, self.degrees, device)
         self.global_batch_size = global_batch_size(self.config, self.degrees.data_parallel)
-        self.source = build_source(
-            training.dataset,
-            path=training.dataset_path,
-            text_field=data.text_field,
-            on_corrupt=data.on_corrupt,
-            seed=self.seed,
-        )
+        self.encoder = build_encoder(training.dataset, self.tokenizer, self.config)
+        self.source = open_source(training.dataset, training.dataset_path, self.config, self.encoder, self.seed)
         part = training_part(self.source, self.config)
-        self.loader = build_loader(part, self.tokenizer, self.config, self.mesh, self.runtime)
+        self.loader = build_loader(part, self.tokenizer, self.encoder, self.config, self.mesh, self.runtime)
         self._opened.callback(self.loader.close)
         identity = {**self.loader.identity, "tokenizer": self.tokenizer.identity["sha256"]}
         self.runtime.check_same("the data or tokenizers", identity)
@@ -219,7 +214,7 @@ class Trainer:
     def _build_validator(self) -> None:
         self.validator = None
         if self.config.validation.enable:
-            data = read_validation_data(self.source, self.tokenizer, self.config, self.mesh, self.runtime)
+            data = read_validation_data(self.source, self.encoder, self.tokenizer, self.config, self.mesh, self.runtime)
             task = None
             if self.config.validation.tasks:
                 task = ValidationTask(self.config, self.model_parts, self.tokenizer, self.runtime)

@@ -12,6 +12,18 @@ EXAMPLES = (INSTRUCT, CHAT, HELLASWAG)  # the data sets of examples, of which a 
 _READ_BY = {"prompt_field": INSTRUCT, "answer_field": INSTRUCT, "label_field": INSTRUCT, "messages_field": CHAT}
 
 
+def packing_of(config: JobConfig) -> str:
+    """Return ``data.packing``; for "auto" what it stands for: whole examples where the data are examples."""
+    if config.data.packing != "auto":
+        return config.data.packing
+    return "examples" if config.training.dataset in EXAMPLES else "stream"
+
+
+def masks_documents(config: JobConfig) -> bool:
+    """Return True if documents that share a sequence do not attend to each other."""
+    return config.data.document_mask or packing_of(config) != "stream"
+
+
 def check_data(config: JobConfig) -> None:
     """Refuse fields of examples that no data set of the run reads, or that are one another."""
     datasets = {config.training.dataset}
@@ -30,6 +42,13 @@ def check_data(config: JobConfig) -> None:
         fields = sorted(field for field, reader in _READ_BY.items() if reader in datasets)
         instead = f"name its fields with {', '.join(f'data.{field}' for field in fields)}, or " if fields else ""
         refuse(config, "data.text_field", f'has no effect on the data set "{min(datasets)}"; {instead}leave this out')
+    if config.data.too_long != default.too_long and packing_of(config) == "stream":
+        refuse(
+            config,
+            "data.too_long",
+            "has no effect on a stream, which is cut where a sequence ends; set data.packing to examples or none, or "
+            "leave this out",
+        )
     if INSTRUCT in datasets:
         named = {field: getattr(config.data, field) for field, reader in _READ_BY.items() if reader == INSTRUCT}
         for field, name in named.items():

@@ -7,8 +7,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from titanlite.config.data_rules import masks_documents
 from titanlite.config.number_formats import formats_of, gathers_quantized
-from titanlite.config.packing import masks_documents
 from titanlite.config.refuse import refuse
 from titanlite.config.schema import JobConfig, Parallelism
 from titanlite.errors import ConfigError, counted, shown

@@ -388,9 +388,9 @@ class Data:
     on_corrupt: Literal["stop", "skip"] = "stop"
     """If a document cannot be read: stop with an error (file and line), or skip it and count it in the log,
     metrics.jsonl and the summary."""
-    packing: Literal["stream", "examples", "none"] | None = None
+    packing: Literal["auto", "stream", "examples", "none"] = "auto"
     """Fill sequences with one document after the other, cut where a sequence ends (stream), with whole examples by best
-    fit (examples), or with one example each (none). Default: examples if the data set has examples, else stream."""
+    fit (examples), or with one example each (none). auto: examples if the data set has examples, else stream."""
     too_long: Literal["truncate", "drop", "error"] = "truncate"
     """What to do with an example of more tokens than a sequence, if data.packing is not stream: cut its end off, leave
     it out, or stop. An example of which nothing is left to learn is left out. Both count in skipped_documents."""

@@ -1,6 +1,6 @@
 """Training data: sources of documents, tokenizers, and the loader that packs tokenized documents into batches."""
 
-from titanlite.data import local, streamed  # noqa: F401  (registers the sources)
+from titanlite.data import example_sources, local, streamed  # noqa: F401  (registers the sources)
 from titanlite.data.document_stream import TooLittleText
 from titanlite.data.held_out import PartOfSource, is_held_out
 from titanlite.data.loader import Batch, DataLoader, Packing, merge_states

@@ -34,8 +34,8 @@ class _Waiting(NamedTuple):
 
 class ExamplePacker:
     """Packs the examples of one shard by best fit. A sequence begins with the example that has waited longest; then the
-    largest that still fits follows, until none does. The rest is padding, which is not scored. An example of n tokens
-    takes n - 1 positions: its last token is a label only.
+    largest that still fits follows, until none does. The rest is padding, which is not scored. All examples of an epoch
+    are used before any of the next. An example of n tokens takes n - 1 positions: its last token is a label only.
 
     The place is that of the first example that waits, or else of the last one that was used. Its ``lookahead`` says how
     many examples have been admitted from there on, and which of them wait, so that a resumed run packs the same
@@ -67,12 +67,16 @@ class ExamplePacker:
         enough = 1 if self._single else LOOKAHEAD * self._seq_len
         while len(self._sequences) < sequences:
             waiting = sum(w.size for w in self._waiting)
-            while self._encoded and (waiting < enough or self._admitted < self._replayed):
+            while self._encoded and not self._epoch_ends() and (waiting < enough or self._admitted < self._replayed):
                 waiting += self._admit(*self._encoded.popleft())
-            if waiting < enough or self._admitted < self._replayed:
+            if not self._epoch_ends() and (waiting < enough or self._admitted < self._replayed):
                 return max(1, enough - waiting)
             self._sequences.append(self._packed())
         return 0
+
+    def _epoch_ends(self) -> bool:
+        """Return True if all examples that wait are of one epoch, and the next one is of another."""
+        return bool(self._waiting and self._encoded) and self._encoded[0][0].epoch > self._waiting[-1].place.epoch
 
     def fetch(self, missing: int) -> list[tuple[Place, Any]]:
         count = max(self._replayed - self._admitted, min(_MOST_FETCHED, int(missing / self._mean) + 1))

@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterator
+from typing import Any
 
 from titanlite.data.sources import MIN_DOCUMENTS, Position, RandomAccessSource, Source, largest_divisor
 
 _BLOCK = 1 << 20  # characters to encode at a time
+
+
+def content_of(document: Any, fields: tuple[str, ...] | None) -> str:
+    """Return the content of a document as a string: a text, or the ``fields`` of a record that are there."""
+    if fields is None:
+        return str(document)
+    there = {field: document[field] for field in fields if document.get(field) is not None}
+    return json.dumps(there, sort_keys=True, default=str)
 
 
 def is_held_out(text: str, percent: float) -> bool:
@@ -59,6 +69,6 @@ class PartOfSource(Source):
         self._source.continues_older = self.continues_older
         for position, text in self._source.documents(shard, num_shards, epoch, start):
             self.read += 1
-            if is_held_out(text, self._percent) == self._held_out:
+            if is_held_out(content_of(text, self.options.fields), self._percent) == self._held_out:
                 self.kept += 1
                 yield position, text

@@ -7,12 +7,13 @@ import sysconfig
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from titanlite.data.files import JSON_SUFFIXES, find_files, is_compressed, open_file, require_path, with_compressed
 from titanlite.data.readers import LinesReader, Reader, TextReader
-from titanlite.data.records import BYTE_ORDER_MARK, Corrupt, decode_text, text_of_line
+from titanlite.data.records import BYTE_ORDER_MARK, Corrupt, decode_text, record_of_line, text_of_line
 from titanlite.data.sources import SOURCES, RandomAccessSource, Source, SourceOptions
 from titanlite.data.spans import json_spans, line_at, piece_spans, read_span
 from titanlite.data.streamed import FileStream, reading
@@ -29,14 +30,14 @@ class _FilesSource(RandomAccessSource):
         """Return the file of document ``index``, and its begin and end in bytes."""
 
     @abstractmethod
-    def decode(self, data: bytes) -> str:
-        """Return the text of a document; raise :class:`Corrupt` if there is none."""
+    def decode(self, data: bytes) -> Any:
+        """Return the text, or the fields, of a document; raise :class:`Corrupt` if there is none."""
 
     def place_of(self, index: int) -> str:
         file, begin, _ = self.span(index)
         return f"{file}, line {line_at(file, begin)}"
 
-    def read(self, index: int) -> str | None:
+    def read(self, index: int) -> Any:
         file, begin, end = self.span(index)
         data = read_span(file, begin, end)
         if data.startswith(BYTE_ORDER_MARK):
@@ -100,14 +101,15 @@ class JsonSource(_FilesSource):
         self._spans = np.concatenate(indexes)
         self._file_of = np.repeat(np.arange(len(files)), [len(spans) for spans in indexes])
         super().__init__(options, len(self._spans), files)
-        self.identity["text_field"] = options.text_field
+        if options.fields is None:
+            self.identity["text_field"] = options.text_field
 
     def span(self, index: int) -> tuple[Path, int, int]:
         begin, end = (int(offset) for offset in self._spans[index])
         return self.files[self._file_of[index]], begin, end
 
-    def decode(self, data: bytes) -> str:
-        return text_of_line(data, self.options.text_field)
+    def decode(self, data: bytes) -> Any:
+        return text_of_line(data, self.options.text_field) if self.options.fields is None else record_of_line(data)
 
 
 @SOURCES.register("pystdlib")

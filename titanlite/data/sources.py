@@ -54,6 +54,7 @@ class SourceOptions:
         name: the source's name in the registry.
         path: ``training.dataset_path``; None or "" if unset.
         text_field: the field of a record that holds the text.
+        fields: the fields that an encoder reads; the source then returns records, as mappings. None: it returns texts.
         on_corrupt: the action for a document that cannot be read: "stop" or "skip".
         seed: determines the documents of each shard, and their order.
     """
@@ -63,6 +64,7 @@ class SourceOptions:
     text_field: str
     on_corrupt: str
     seed: int
+    fields: tuple[str, ...] | None = None
 
 
 class Source(ABC):
@@ -214,7 +216,13 @@ SOURCES: Registry[Builder] = Registry("data source", "training.dataset")
 
 
 def build_source(
-    name: str, *, path: str | None = None, text_field: str = "text", on_corrupt: str = "stop", seed: int
+    name: str,
+    *,
+    path: str | None = None,
+    text_field: str = "text",
+    on_corrupt: str = "stop",
+    seed: int,
+    fields: tuple[str, ...] | None = None,
 ) -> Source:
     """Build the source registered as ``name`` (see :class:`SourceOptions` for the arguments).
 
@@ -226,4 +234,4 @@ def build_source(
         raise ConfigError('must be "stop" or "skip"', key="data.on_corrupt", value=on_corrupt)
     if seed < 0:
         raise ConfigError("must be 0 or more", key="training.seed", value=seed)
-    return builder(SourceOptions(name, path or None, text_field, on_corrupt, seed))
+    return builder(SourceOptions(name, path or None, text_field, on_corrupt, seed, fields))

@@ -54,8 +54,8 @@ class StreamedSource(Source):
         """Yield the records of a file from number ``first`` on."""
 
     @abstractmethod
-    def text_of(self, record: Any) -> str:
-        """Return the text of a record; raise :class:`Corrupt` if there is none."""
+    def text_of(self, record: Any) -> Any:
+        """Return the text, or the fields, of a record; raise :class:`Corrupt` if there is none."""
 
     @abstractmethod
     def record_location(self, file: int, row: int) -> str:
@@ -100,7 +100,7 @@ class FileStream(StreamedSource):
         self._full = [file for file in files if self._count(file, 1)]
         require_documents(len(self._full), options)
         super().__init__(options, len(self._full), files)
-        if not isinstance(reader, TextReader):  # which has no fields
+        if options.fields is None and not isinstance(reader, TextReader):  # which has no fields
             self.identity["text_field"] = options.text_field
 
     def num_shards(self, at_most: int) -> int:
@@ -114,8 +114,8 @@ class FileStream(StreamedSource):
         with reading(self._full[file]):
             yield from self._reader.records(self._full[file], first)
 
-    def text_of(self, record: Any) -> str:
-        return self._reader.text(record)
+    def text_of(self, record: Any) -> Any:
+        return self._reader.text(record) if self.options.fields is None else self._reader.fields(record)
 
     def record_location(self, file: int, row: int) -> str:
         return f"{self._full[file]}, {self._reader.noun} {row + 1}"
@@ -162,7 +162,8 @@ class HubStream(StreamedSource):
 
     def __init__(self, options: SourceOptions, stream: IterableDataset) -> None:
         super().__init__(options, int(stream.num_shards))
-        self.identity["text_field"] = options.text_field
+        if options.fields is None:
+            self.identity["text_field"] = options.text_field
         self._stream = stream
 
     def num_shards(self, at_most: int) -> int:
@@ -178,8 +179,8 @@ class HubStream(StreamedSource):
                 "run again to continue from its last checkpoint, or use a local copy through training.dataset_path"
             ) from error
 
-    def text_of(self, record: Any) -> str:
-        return text_of_record(record, self.options.text_field)
+    def text_of(self, record: Any) -> Any:
+        return text_of_record(record, self.options.text_field) if self.options.fields is None else record
 
     def record_location(self, file: int, row: int) -> str:
         return f"{self.options.name}, file {file} of {self._num_parts}, row {row + 1}"
@@ -201,13 +202,13 @@ def _fineweb_edu(options: SourceOptions) -> Source:
     return _hub_or_copy(options, "HuggingFaceFW/fineweb-edu", "sample-10BT")
 
 
-def _hub_or_copy(options: SourceOptions, repo: str, subset: str) -> Source:
+def _hub_or_copy(options: SourceOptions, repo: str, subset: str | None) -> Source:
     if not options.path:
-        return HubStream(options, _open_hub(options.name, repo, subset))
+        return HubStream(options, open_hub(options.name, repo, subset))
     json = with_compressed(*JSON_SUFFIXES)
     files = find_files(options.path, (".parquet", *json))
-    field = options.text_field
-    readers: dict[str, Reader] = {"parquet": ParquetReader(field), "JSON": LinesReader(field)}
+    fields = (options.text_field,) if options.fields is None else options.fields
+    readers: dict[str, Reader] = {"parquet": ParquetReader(*fields), "JSON": LinesReader(options.text_field)}
     suffixes = {".parquet": "parquet", **dict.fromkeys(json, "JSON")}
     formats = {name for file in files for suffix, name in suffixes.items() if file.name.lower().endswith(suffix)}
     if len(formats) != 1:
@@ -220,11 +221,11 @@ def _hub_or_copy(options: SourceOptions, repo: str, subset: str) -> Source:
     return FileStream(options, files, readers[formats.pop()])
 
 
-def _open_hub(name: str, repo: str, subset: str) -> IterableDataset:
+def open_hub(name: str, repo: str, subset: str | None) -> IterableDataset:
     from datasets import load_dataset
     from huggingface_hub import HfApi
 
-    logger.info(f"{name}: streaming {repo} ({subset}) from the Hugging Face hub")
+    logger.info(f"{name}: streaming {repo} ({subset or 'default'}) from the Hugging Face hub")
     try:
         # A request with a timeout first: without a network, load_dataset alone retries for 20 seconds or more.
         HfApi().dataset_info(repo, timeout=_PROBE_TIMEOUT_S)

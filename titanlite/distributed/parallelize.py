@@ -14,7 +14,7 @@ from torch.distributed.tensor.parallel import SequenceParallel, parallelize_modu
 from torch.distributed.tensor.parallel.style import ParallelStyle
 
 from titanlite.config import JobConfig
-from titanlite.config.packing import masks_documents
+from titanlite.config.data_rules import masks_documents
 from titanlite.config.refuse import refuse
 from titanlite.config.schema import ActivationCheckpoint, Compile, Parallelism
 from titanlite.distributed.activation_checkpoint import apply_activation_checkpoint

@@ -15,7 +15,8 @@ import torch.distributed as dist
 from torch.distributed.fsdp import FSDPModule
 
 from titanlite.config import JobConfig, global_batch_size, holds_out
-from titanlite.data import Batch, DataLoader, PartOfSource, Source, Tokenizer, TooLittleText, build_source
+from titanlite.data import Batch, DataLoader, PartOfSource, Source, Tokenizer, TooLittleText
+from titanlite.data.examples import Encoder
 from titanlite.distributed.compile import CompileWatch
 from titanlite.distributed.mesh import Mesh
 from titanlite.distributed.runtime import Runtime
@@ -23,7 +24,7 @@ from titanlite.errors import ConfigError, TrainingError, counted, renaming
 from titanlite.metrics.recorder import Recorder
 from titanlite.optim.loss import IGNORED
 from titanlite.quant.linear import high_precision
-from titanlite.training.data import build_loader
+from titanlite.training.data import build_encoder, build_loader, open_source
 from titanlite.training.step import StepRunner
 from titanlite.training.validate_task import ValidationTask
 
@@ -58,7 +59,12 @@ class ValidationData:
 
 
 def read_validation_data(
-    training_source: Source, tokenizer: Tokenizer, config: JobConfig, mesh: Mesh, runtime: Runtime
+    training_source: Source,
+    training_encoder: Encoder | None,
+    tokenizer: Tokenizer,
+    config: JobConfig,
+    mesh: Mesh,
+    runtime: Runtime,
 ) -> ValidationData:
     """Read and tokenize the text of all validations. Each document is read once, and the sequences are the same for any
     number of processes and any seed.
@@ -67,9 +73,11 @@ def read_validation_data(
         ConfigError: the text cannot be read, is less than one batch, or is in files that training reads.
     """
     with renaming(_of_validation):
-        source = _source(training_source, config)
+        other = config.validation.dataset not in ("", config.training.dataset)
+        encoder = build_encoder(config.validation.dataset, tokenizer, config) if other else training_encoder
+        source = _source(training_source, config, encoder)
         sequences = global_batch_size(config, mesh.degrees.data_parallel)
-        loader = build_loader(source, tokenizer, config, mesh, runtime)
+        loader = build_loader(source, tokenizer, encoder, config, mesh, runtime)
         runtime.check_same("the validation data", loader.identity)
         batches = _read_once(loader, config.validation.steps)
     count = -runtime.agree_max(-len(batches))[0]
@@ -94,7 +102,7 @@ def read_validation_data(
     return ValidationData(batches, tokens, nbytes, f"{every}: {data}{left_out}")
 
 
-def _source(training_source: Source, config: JobConfig) -> Source:
+def _source(training_source: Source, config: JobConfig, encoder: Encoder | None) -> Source:
     training, validation = config.training, config.validation
     held_out = holds_out(config)
     name = validation.dataset or training.dataset
@@ -107,9 +115,7 @@ def _source(training_source: Source, config: JobConfig) -> Source:
             key="validation.dataset",
             value=name,
         )
-    source = build_source(
-        name, path=path, text_field=config.data.text_field, on_corrupt=config.data.on_corrupt, seed=_SEED
-    )
+    source = open_source(name, path, config, encoder, _SEED)
     if held_out:
         return PartOfSource(source, validation.held_out_percent, held_out=True)
     trained_on = {_identity(file): file for file in training_source.files}

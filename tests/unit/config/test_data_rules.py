@@ -18,6 +18,8 @@ INSTRUCT, CHAT = "--training.dataset=instruct", "--training.dataset=chat"
         ("data.label_field", ["--data.label_field=n", "--training.dataset=hellaswag"]),
         ("data.messages_field", ["--data.messages_field=m", INSTRUCT]),
         ("data.messages_field", ["--data.messages_field=m", "--validation.dataset=chat", "--validation.enable=false"]),
+        ("data.too_long", ["--data.too_long=drop"]),
+        ("data.too_long", [INSTRUCT, "--data.too_long=drop", "--data.packing=stream"]),
         ("data.text_field", ["--data.text_field=t", INSTRUCT]),
         ("data.text_field", ["--data.text_field=t", "--training.dataset=hellaswag"]),
         ("data.prompt_field", [INSTRUCT, "--data.prompt_field=answer"]),
@@ -35,7 +37,8 @@ def test_a_field_without_effect_is_refused(key: str, argv: list[str]) -> None:
     "argv",
     [
         [INSTRUCT, "--data.prompt_field=q", "--data.answer_field=a", "--data.label_field=n"],
-        [CHAT, "--data.messages_field=m"],
+        [CHAT, "--data.messages_field=m", "--data.too_long=error"],
+        ["--data.too_long=drop", "--data.packing=none"],
         ["--data.messages_field=m", "--validation.dataset=chat", "--validation.enable"],
         [INSTRUCT, "--data.text_field=t", "--validation.dataset=json", "--validation.enable"],
         ["--data.text_field=t"],

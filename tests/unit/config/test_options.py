@@ -29,6 +29,8 @@ VALUES = {
     "training.global_batch_size": "64",
     "validation.dataset": "json",
     "validation.dataset_path": "a.jsonl",
+    "validation.tasks": "hellaswag",
+    "validation.task_data": "a.jsonl",
     "parallelism.pipeline_parallel_split_points": "layers.3",
     "parallelism.pipeline_parallel_microbatch_size": "2",
     "parallelism.pipeline_parallel_schedule": "GPipe",
@@ -59,6 +61,13 @@ NEEDS = {
 }
 for key in ("create_seed_checkpoint", "async_mode", "load_step", "fallback", "enable_first_step_checkpoint"):
     NEEDS[f"checkpoint.{key}"] = [SAVE]
+for key in ("prompt_field", "answer_field", "label_field"):
+    NEEDS[f"data.{key}"] = ["--training.dataset=instruct"]
+NEEDS["data.messages_field"] = ["--training.dataset=chat"]
+NEEDS["data.too_long"] = ["--data.packing=examples"]
+NEEDS["validation.tasks"] = [VALIDATE]
+for key in ("task_data", "max_examples"):
+    NEEDS[f"validation.{key}"] = [VALIDATE, "--validation.tasks=hellaswag"]
 for key in ("split_points", "layers_per_stage", "schedule", "schedule_csv", "microbatch_size"):
     NEEDS[f"parallelism.{PIPELINE}{key}"] = [f"--parallelism.{PIPELINE}degree=2"]
 NEEDS[f"parallelism.{PIPELINE}schedule_csv"] += [f"--parallelism.{PIPELINE}schedule=PipelineScheduleMulti"]
