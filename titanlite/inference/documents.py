@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from titanlite.config.data_rules import EXAMPLES
 from titanlite.data import SOURCES, SourceOptions, Tokenizer, build_source
 from titanlite.data.cut import cut
 from titanlite.data.files import JSON_SUFFIXES, find_files, with_compressed
@@ -80,7 +81,7 @@ def _renaming(documents: Iterator[str]) -> Iterator[str]:
 
 
 def _documents(data: str, text_field: str) -> Iterator[str]:
-    sources = [name for name in SOURCES.names() if name not in _OF_FILES]
+    sources = [name for name in SOURCES.names() if name not in (*_OF_FILES, *EXAMPLES)]
     is_there = os.path.lexists(os.path.expanduser(data))
     if not is_there and (data in sources or data.startswith("hub:")):
         return build_source(data, text_field=text_field, seed=0).in_order()

@@ -315,7 +315,7 @@ def test_text_and_task_together(folder: Path, lines: Path, tmp_path: Path, capfd
         (["--data=pystdlb"], "or name a data source: c4, fineweb_edu, pystdlib"),
         (
             ["--data=LINES", "--text_field=body"],
-            'document 1: no field "body" (it has: text); name the one with the text with --text',
+            'document 1: no field "body" (it has: text); name the right one with --text',
         ),
         (["--data=LINES", "--seq_len=65"], "--seq_len = 65: must be 1 to 64, the positions of the model"),
         (["--data=LINES", "--seq_len=0"], "--seq_len = 0: must be 1 to 64"),

@@ -193,7 +193,7 @@ def test_the_command_of_the_readme_writes_the_same_on_two_processes(tmp_path: Pa
     _, *given = shlex.split(line)
     seq_len = load_config(["--job.config_file", str(ROOT / "train_configs" / "debug_model.toml")]).training.seq_len
     args = FLAVORS["debugmodel"].configured(load_tokenizer().vocab_size, seq_len)
-    write(tmp_path / given[given.index("--checkpoint") + 1], args)
+    write(tmp_path / given[given.index("--checkpoint") + 1] / "checkpoint" / "step-10", args)
     done = run(tmp_path, *given)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("import")
@@ -256,7 +256,7 @@ def test_another_tokenizer_than_the_run_had(
         (["--checkpoint", "nowhere"], "titanlite generate: nowhere is no checkpoint: there is no such folder"),
         (["--temperature", "-1"], "titanlite generate: temperature = -1.0: must be 0"),
         (["--top_p", "2"], "titanlite generate: top_p = 2.0: must be more than 0"),
-        (["--max_new_tokens", "1000"], "titanlite generate: max_new_tokens = 1000: with the 3 tokens of the prompt"),
+        (["--max_new_tokens", "1000"], "titanlite generate: max_new_tokens = 1000: with the prompt's 3 these"),
         (
             ["--tokenizer_path", "nowhere"],
             'titanlite generate: model.tokenizer_path = "nowhere": there is no such file',

@@ -175,9 +175,9 @@ def test_a_folder_of_another_model(folders: dict[str, Path], checkpoint: Path, t
     tensors = load_file(plain / "model.safetensors")
     name = "model.layers.0.self_attn.q_proj"
     changes: dict[str, dict[str, Tensor]] = {
-        "are in its files and not": {**tensors, f"{name}.bias": torch.zeros(64)},
-        "are not in its files": {key: tensor for key, tensor in tensors.items() if key != f"{name}.weight"},
-        "have another shape": {**tensors, f"{name}.weight": torch.zeros(32, 64)},
+        "is in its files and not": {**tensors, f"{name}.bias": torch.zeros(64)},
+        "is not in its files": {key: tensor for key, tensor in tensors.items() if key != f"{name}.weight"},
+        "has another shape": {**tensors, f"{name}.weight": torch.zeros(32, 64)},
     }
     for message, changed in changes.items():
         save_file(changed, plain / "model.safetensors")

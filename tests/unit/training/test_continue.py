@@ -197,7 +197,7 @@ def test_strays_neither_stop_a_run_nor_are_continued(again: Any, tmp_path: Path)
     (folder / "step-50").mkdir()
     run = again(**ON, training__steps=4)
     goes_on(run, after=3)
-    assert run.output.count("is no checkpoint") == 2
+    assert run.output.count("has the name of a checkpoint, and not its files") == 2
     assert (folder / "step-4" / "checkpoint.json").is_file()
     assert (folder / "stray-step-4").read_text() == "notes"
     assert (folder / "step-50").is_dir()
