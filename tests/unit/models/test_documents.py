@@ -5,11 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.utils import counters
 from torch.nn.attention.flex_attention import flex_attention
 
 from titanlite.distributed import document_attention
-from titanlite.distributed.document_attention import attend_apart, block_mask, lengths
-from titanlite.models.layers import Attention, Decoder, DecoderArgs, causal_attention, document_mask, rope_table
+from titanlite.distributed.document_attention import attend_apart, attend_in_blocks, block_mask, lengths
+from titanlite.models.layers import Attention, Block, Decoder, DecoderArgs, causal_attention, document_mask, rope_table
 from titanlite.optim import IGNORED, cross_entropy_loss
 
 ROWS = {
@@ -117,6 +118,24 @@ def test_blocks_for_gpus_are_those_of_the_mask(rows: list[list[int]], window: in
     with torch.no_grad():
         torch.testing.assert_close(flex_attention(q, k, v, block_mask=blocks, enable_gqa=True), expected)
     torch.testing.assert_close(attend_apart(q, k, v, window, lengths(starts)), expected)
+
+
+@pytest.mark.slow
+def test_a_compiled_block_takes_the_masks_of_all_steps_in_one_graph() -> None:
+    """As on a GPU, but without gradients, and without code for the machine."""
+    model, plain = model_of(5), model_of(5)
+    model.mask_of = block_mask
+    for block in model.layers.values():
+        assert isinstance(block, Block)
+        block.attention.core = attend_in_blocks
+        block.run = torch.compile(block.compute, backend="eager", fullgraph=True)
+    counters.clear()
+    tokens = torch.randint(64, (2, 64), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        for rows in ROWS.values():
+            starts = starts_of(rows)
+            torch.testing.assert_close(model(tokens, starts=starts), plain(tokens, starts=starts), rtol=1e-4, atol=1e-4)
+    assert counters["stats"]["unique_graphs"] == 1
 
 
 def test_unscored_labels_have_no_gradient() -> None:
