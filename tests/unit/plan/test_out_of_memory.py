@@ -131,7 +131,6 @@ def test_what_is_not_known_is_not_said() -> None:
 def out_of_memory(at: int, rank: int = 0) -> dict[str, Any]:
     """Options for a run whose step ``at`` is its last; of what could be on, little is off: each estimate takes time."""
     on = {"activation_checkpoint__mode": "full", "parallelism__fsdp_reshard_after_forward": "always"}
-    on["training__loss_chunks"] = "8"
     large = {"training__seq_len": 1024, "training__local_batch_size": 2, "training__steps": at + 1}
     return {**faulty(OOM_AT=at, OOM_RANK=rank), "model__converters": "fault", **large, **on}
 
@@ -144,7 +143,7 @@ def test_a_run_without_memory_ends_with_what_would_have_saved_it(train: Any) -> 
     assert "Traceback" not in run.output
     assert re.search(r"error: rank 0 ran out of memory in step 3, at \S+/\w+\.py:\d+, in \w+: \w", run.output)
     assert "DefaultCPUAllocator: can't allocate memory: you tried to allocate" in run.output
-    assert_advised(run.output, "--training.local_batch_size=1", "--training.compile=true")
+    assert_advised(run.output, "--training.local_batch_size=1", "--training.compile=true", "--training.loss_chunks=8")
     assert [row["step"] for row in run.rows()] == [1, 2]
 
 
