@@ -392,7 +392,7 @@ class Data:
     """Fill sequences with one document after the other, cut where a sequence ends (stream), with whole examples by best
     fit (examples), or with one example each (none). auto: examples if the data set has examples, else stream."""
     too_long: Literal["truncate", "drop", "error"] = "truncate"
-    """What to do with an example of more tokens than a sequence, if data.packing is not stream: cut its end off, leave
+    """The action for an example of more tokens than a sequence, if data.packing is not stream: cut its end off, leave
     it out, or stop. An example of which nothing is left to learn is left out. Both count in skipped_documents."""
     document_mask: bool = False
     """Documents that share a sequence do not attend to each other, and each has positions from 0. The end of a document

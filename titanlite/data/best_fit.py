@@ -79,8 +79,8 @@ class ExamplePacker:
         return bool(self._waiting and self._encoded) and self._encoded[0][0].epoch > self._waiting[-1].place.epoch
 
     def fetch(self, missing: int) -> list[tuple[Place, Any]]:
-        count = max(self._replayed - self._admitted, min(_MOST_FETCHED, int(missing / self._mean) + 1))
-        return [next(self._documents) for _ in range(count)]
+        count = max(self._replayed - self._admitted, int(missing / self._mean) + 1)
+        return [next(self._documents) for _ in range(min(_MOST_FETCHED, count))]
 
     def add(self, place: Place, example: Example | Corrupt) -> None:
         if place.epoch > self._epoch:

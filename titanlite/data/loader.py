@@ -82,7 +82,7 @@ class Packing:
 
     @property
     def identity(self) -> dict[str, str | int]:
-        """What a place in the data depends on."""
+        """The entries of the identity on which a place in the data depends."""
         return {} if self.kind == "stream" else {"packing": self.kind, "too_long": self.too_long}
 
     def packer(self, documents: DocumentStream, seq_len: int, padding: int) -> Packer:

@@ -103,7 +103,7 @@ class ParquetReader:
 
 
 class _Head(NamedTuple):
-    """What all rows of a table begin with.
+    """The columns of a table; each of its rows begins with it.
 
     Attributes:
         columns: the names of all columns.

@@ -39,7 +39,7 @@ _MULTIPLE = 8
 
 
 class _Statistics(NamedTuple):
-    """What the loss of each token needs of its logits in some chunks; float32 [tokens] each.
+    """The numbers that the loss of each token takes from its logits in some chunks; float32 [tokens] each.
 
     Attributes:
         largest: the largest logit.

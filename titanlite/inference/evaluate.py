@@ -18,7 +18,7 @@ from titanlite.inference.tasks import Accuracy, accuracy_of, read_task
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What :func:`evaluate` computed.
+    """The result of :func:`evaluate`.
 
     Attributes:
         text: the loss of the documents; None: none were asked for.

@@ -73,7 +73,7 @@ def run(capfd: pytest.CaptureFixture[str], *options: object) -> tuple[int, str, 
 
 
 def log_likelihoods(model: Any, ids: Sequence[int]) -> torch.Tensor:
-    """Of each token but the first, by transformers: float64 [n - 1]."""
+    """Log-likelihoods of each token but the first, by transformers: float64 [n - 1]."""
     with torch.no_grad():
         logits = model(torch.tensor([ids[:-1]])).logits[0]
     return F.log_softmax(logits.double(), -1).gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
@@ -183,7 +183,7 @@ def test_the_text_of_hellaswag(tmp_path: Path) -> None:
 
 
 def made_examples() -> list[dict[str, Any]]:
-    """Of other lengths, numbers of endings, labels, and borders."""
+    """Examples of other lengths, numbers of endings, labels, and borders."""
     words = ["import", "os", "return", "def", "class", "while", "not", "lambda", "yield", "from", "with", "except"]
     generator = torch.Generator().manual_seed(0)
 

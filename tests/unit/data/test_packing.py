@@ -83,12 +83,12 @@ def test_every_example_is_whole_and_used_once_per_epoch(corpus: Path) -> None:
     unscored = 0
     while len(seen) < len(expected):
         for inputs, labels, starts in sequences(next(data)):
-            *found, last = parts(inputs, labels, starts)
+            *complete, last = parts(inputs, labels, starts)
             padded = last[-1] == NOT_SCORED
             assert not padded or {*last[:-1]} == {TOKENIZER.eos_id}
             inside = (i for i in range(SEQ_LEN - 1) if starts[i + 1] != i + 1 and labels[i] != NOT_SCORED)
             assert all(labels[i] == inputs[i + 1] for i in inside)
-            seen += found if padded else [*found, last]
+            seen += found if padded else [*complete, last]
             unscored += labels.count(NOT_SCORED)
     data.close()
     assert {*seen} <= expected

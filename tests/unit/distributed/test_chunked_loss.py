@@ -57,7 +57,7 @@ def float64_pass(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
 
 
 def gradients(loss_fn: Any, hidden: Tensor, weight: Tensor, labels: Tensor, dtype: torch.dtype) -> Gradients:
-    """Of the mean over all labels, as in a step."""
+    """Gradients of the mean over all labels, as in a step."""
     hidden, weight = (t.clone().to(dtype).requires_grad_() for t in (hidden, weight))
     loss = loss_fn(hidden, weight, labels)
     (loss / labels.numel()).backward()
@@ -67,8 +67,8 @@ def gradients(loss_fn: Any, hidden: Tensor, weight: Tensor, labels: Tensor, dtyp
     return loss.detach(), hidden.grad, weight.grad
 
 
-def error(found: Gradients, exact: Gradients) -> list[float]:
-    return [((a.double() - b).norm() / b.norm()).item() for a, b in zip(found, exact)]
+def error(computed: Gradients, exact: Gradients) -> list[float]:
+    return [((a.double() - b).norm() / b.norm()).item() for a, b in zip(computed, exact)]
 
 
 def labels_scored(share: float) -> Tensor:
@@ -85,17 +85,17 @@ def test_losses_and_gradients_are_those_of_one_pass(mesh: Mesh, chunks: int, sha
     chunked = ChunkedCrossEntropy(chunks, mesh.tp, False, None)
     assert len([*chunked.parts(given[1])]) == chunks
     exact = gradients(float64_pass, *given, torch.float64)
-    found, whole = (gradients(loss_fn, *given, torch.float32) for loss_fn in (chunked, one_pass))
-    assert max(error(found, exact)) < 1e-6
-    for ours, theirs in zip(found, whole):
+    computed, whole = (gradients(loss_fn, *given, torch.float32) for loss_fn in (chunked, one_pass))
+    assert max(error(computed, exact)) < 1e-6
+    for ours, theirs in zip(computed, whole):
         torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
     # In bfloat16, each chunk adds a rounding to the gradient of the hidden states, and none to that of the weight.
     rounded = tuple(t.bfloat16() if t.is_floating_point() else t for t in given)
     exact = gradients(float64_pass, *rounded, torch.float64)
-    found, whole = (error(gradients(f, *rounded, torch.bfloat16), exact) for f in (chunked, one_pass))
-    assert found[0] < 1.02 * whole[0] + 1e-6
-    assert found[1] < 1.1 * whole[1]
-    assert found[2] < 1.02 * whole[2]
+    computed, whole = (error(gradients(f, *rounded, torch.bfloat16), exact) for f in (chunked, one_pass))
+    assert computed[0] < 1.02 * whole[0] + 1e-6
+    assert computed[1] < 1.1 * whole[1]
+    assert computed[2] < 1.02 * whole[2]
 
 
 def test_no_label_is_scored(mesh: Mesh) -> None:
@@ -120,8 +120,8 @@ def test_a_label_out_of_the_vocabulary_has_no_finite_loss(mesh: Mesh) -> None:
 def test_large_logits_do_not_overflow(mesh: Mesh) -> None:
     hidden, weight = random(1, 8, DIM).sign(), 1e3 * random(WORDS, DIM)
     labels = (hidden @ weight.t()).argmax(-1)
-    found = gradients(ChunkedCrossEntropy(3, mesh.tp, False, None), hidden, weight, labels, torch.float32)
-    assert all(t.isfinite().all() for t in found)
+    computed = gradients(ChunkedCrossEntropy(3, mesh.tp, False, None), hidden, weight, labels, torch.float32)
+    assert all(t.isfinite().all() for t in computed)
 
 
 def test_there_is_no_second_derivative(mesh: Mesh) -> None:
