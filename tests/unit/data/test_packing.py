@@ -88,7 +88,7 @@ def test_every_example_is_whole_and_used_once_per_epoch(corpus: Path) -> None:
             assert not padded or {*last[:-1]} == {TOKENIZER.eos_id}
             inside = (i for i in range(SEQ_LEN - 1) if starts[i + 1] != i + 1 and labels[i] != NOT_SCORED)
             assert all(labels[i] == inputs[i + 1] for i in inside)
-            seen += found if padded else [*complete, last]
+            seen += complete if padded else [*complete, last]
             unscored += labels.count(NOT_SCORED)
     data.close()
     assert {*seen} <= expected
