@@ -12,6 +12,7 @@ agent (several). Beyond torchrun it
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import ipaddress
 import os
@@ -24,7 +25,7 @@ import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -150,7 +151,8 @@ def _gpu_count() -> int:
     # Importing torch takes seconds, so first check for the device files of CUDA, WSL and ROCm.
     if not any(Path(device).exists() for device in ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd")):
         return 0
-    import torch
+    with _no_warnings_of_lost_peers():
+        import torch
 
     return torch.cuda.device_count()
 
@@ -238,7 +240,8 @@ def _run_workers(meeting: dict[str, Any], processes: int, argv: list[str]) -> in
     with tempfile.TemporaryDirectory(prefix="titanlite-") as folder:
         os.environ.update({LAUNCH_DIR: folder, LAUNCHER_PID: str(os.getpid())})
         _stop_in_order(Path(folder, "stop"))  # before the imports: a signal counts then too
-        from torch.distributed import DistError
+        with _no_warnings_of_lost_peers():
+            from torch.distributed import DistError
         from torch.distributed.elastic.multiprocessing import SignalException
         from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
         from torch.distributed.elastic.rendezvous import RendezvousError
@@ -263,6 +266,24 @@ def _run_workers(meeting: dict[str, Any], processes: int, argv: list[str]) -> in
             print(f"titanlite: the workers were ended with {e.sigval.name}", file=sys.stderr)
             return 128 + e.sigval
     return 0
+
+
+@contextlib.contextmanager
+def _no_warnings_of_lost_peers() -> Iterator[None]:
+    """Let torch, imported in this context, log no warnings from C++ in this process; the workers still log them.
+
+    The agent writes to the rendezvous after its workers have ended. If the launcher that keeps it ended a moment
+    earlier, torch handles the error but logs it as a warning with twenty lines of stack, at the end of a good run.
+    """
+    variable = "TORCH_CPP_LOG_LEVEL"  # read at the import
+    if variable in os.environ:
+        yield
+        return
+    os.environ[variable] = "ERROR"
+    try:
+        yield
+    finally:
+        del os.environ[variable]
 
 
 def _stop_in_order(stop_file: Path) -> None:
