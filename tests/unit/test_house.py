@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from graphlib import TopologicalSorter
@@ -162,16 +163,18 @@ def test_number_formats_stand_alone(room: str, others: tuple[str, ...]) -> None:
     assert [f"{name}: {i.module}" for name in inside for i in IMPORTS[name] if not within(i.module, *allowed)] == []
 
 
-def test_one_converter_and_the_library_know_float8() -> None:
+@pytest.mark.parametrize("number_format", ["float8", "int8"])
+def test_one_converter_and_the_library_know_a_number_format(number_format: str) -> None:
     """A number format is its files in quant/, its converter, and the rules of its section, whose options and their help
     the schema has."""
     allowed = titanlite(
-        *("converters", "converters.float8", "converters.float8_inference"),
-        *("config.float8_rules", "config.schema", "config.number_formats"),
+        *("converters", f"converters.{number_format}", f"converters.{number_format}_inference"),
+        *(f"config.{number_format}_rules", "config.schema", "config.number_formats"),
     )
     code = {name: code_of(path) for name, path in SOURCES.items() if not within(name, *titanlite("quant", "float8"))}
-    # The dtypes are torch's.
-    named = {name for name, text in code.items() if "float8" in text.replace("torch.float8_", "").lower()}
+    # The dtypes are those of torch and numpy.
+    dtypes = re.compile(r"(torch|np)\.(float8_|u?int8)")
+    named = {name for name, text in code.items() if number_format in dtypes.sub("", text).lower()}
     assert named - {*allowed} == set()
 
 

@@ -37,7 +37,7 @@ ALIASES = {
     "debug.deterministic": "training.deterministic",
 }
 # The converters of number formats and their sections had longer names too, from October 2025.
-CONVERTERS = {f"quantize.linear.{number_format.name}": number_format.name for number_format in NUMBER_FORMATS}
+CONVERTERS = {f"quantize.linear.{entry.name}": entry.name for entry in NUMBER_FORMATS if entry.from_torchtitan}
 
 
 def with_aliases(options: Options) -> Options:

@@ -2,26 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
 from typing import Any
 
-from titanlite.config.refuse import refuse
-from titanlite.config.schema import Float8, JobConfig
+from titanlite.config.refuse import check_converter, refuse
+from titanlite.config.schema import JobConfig
 
 
 def check(config: JobConfig) -> None:
     """Refuse options of [float8] that would have no effect, or do not go together."""
     float8 = config.float8
-    if "float8" not in config.model.converters:
-        defaults = Float8()
-        for field in fields(Float8):
-            # filter_fqns alone is allowed: published files have it together with converters = [].
-            if field.name != "filter_fqns" and getattr(float8, field.name) != getattr(defaults, field.name):
-                refuse(
-                    config,
-                    f"float8.{field.name}",
-                    "has no effect without the converter; add float8 to model.converters",
-                )
+    if not check_converter(config, float8, "float8"):
         return
     if float8.precompute_float8_dynamic_scale_for_fsdp and not float8.enable_fsdp_float8_all_gather:
         refuse(

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from titanlite.config import float8_rules
+from titanlite.config import float8_rules, int8_rules
 from titanlite.config.schema import JobConfig
 
 
@@ -19,16 +19,19 @@ class NumberFormat:
         check: refuses options of the section.
         gathers_quantized: whether FSDP2 gathers weights in the format, where the converter is used.
         memory_savings: options of the section that would save memory and are not set.
+        from_torchtitan: torchtitan has the section too, under two names, and with options for experts.
     """
 
     name: str
     check: Callable[[JobConfig], None]
     gathers_quantized: Callable[[JobConfig], bool]
     memory_savings: Callable[[JobConfig], dict[str, Any]]
+    from_torchtitan: bool
 
 
 NUMBER_FORMATS = (
-    NumberFormat("float8", float8_rules.check, float8_rules.gathers_quantized, float8_rules.memory_savings),
+    NumberFormat("float8", float8_rules.check, float8_rules.gathers_quantized, float8_rules.memory_savings, True),
+    NumberFormat("int8", int8_rules.check, int8_rules.gathers_quantized, int8_rules.memory_savings, False),
 )
 
 

@@ -296,6 +296,19 @@ class Float8:
 
 
 @dataclass
+class Int8:
+    """Options of the converter ``int8``; docs/quantized-training.md has the cost of each."""
+
+    recipe_name: Literal["rowwise", "rowwise_with_gw_hp", "forward_only"] | None = None
+    """The matmuls in int8: all three (rowwise; unset is this), all but the weight's gradient (rowwise_with_gw_hp), or
+    the output only (forward_only)."""
+    filter_fqns: list[str] = field(default_factory=list)
+    """Layers to leave in high precision, by whole parts of their names; auto_filter_small_kn: small layers."""
+    emulate: bool = False
+    """Multiply the quantized values in float32. Without int8 units this is always done."""
+
+
+@dataclass
 class MX:
     recipe_name: str = "mxfp8"
     filter_fqns: list[str] = field(default_factory=lambda: ["output"])
@@ -461,6 +474,7 @@ class JobConfig:
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     activation_checkpoint: ActivationCheckpoint = field(default_factory=ActivationCheckpoint)
     float8: Float8 = field(default_factory=Float8)
+    int8: Int8 = field(default_factory=Int8)
     mx: MX = field(default_factory=MX)
     comm: Comm = field(default_factory=Comm)
     memory_estimation: MemoryEstimation = field(default_factory=MemoryEstimation)

@@ -24,7 +24,11 @@ UNSUPPORTED: dict[str, str] = {
     "parallelism.pipeline_parallel_last_stage_less_layers": _STAGES,
     "checkpoint.last_save_in_hf": "turn the last checkpoint into a Hugging Face folder with titanlite convert",
     "activation_checkpoint.per_op_sac_force_recompute_mm_shapes_by_fqns": _EXPERTS,
-    **{f"{number_format.name}.moe_fqns_prototype": _EXPERTS for number_format in NUMBER_FORMATS},
+    **{
+        f"{number_format.name}.moe_fqns_prototype": _EXPERTS
+        for number_format in NUMBER_FORMATS
+        if number_format.from_torchtitan
+    },
     "mx.recipe_name": _MX,
     "mx.filter_fqns": _MX,
     "mx.use_fp8_dim1_cast_triton_kernel": _MX,

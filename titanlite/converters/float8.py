@@ -5,14 +5,13 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import re
-from collections import Counter
 from typing import Any
 
 import torch
 from torch import nn
 
 from titanlite.config import JobConfig
+from titanlite.converters.linears import choose_linears, log_table
 from titanlite.converters.registry import register_converter
 from titanlite.distributed.mesh import Mesh
 from titanlite.errors import ConfigError
@@ -25,16 +24,12 @@ from titanlite.float8 import (
     sync_float8_amax_and_scale_history,
 )
 from titanlite.float8.float8_linear_utils import too_small
-from titanlite.quant.convertible import name_matches
+from titanlite.quant.devices import architecture
 from titanlite.quant.float8 import kernels
-from titanlite.quant.float8.devices import architecture, has_native_float8, native_dtypes, why_not
+from titanlite.quant.float8.devices import has_native_float8, native_dtypes, why_not
 from titanlite.quant.float8.format import Kernels
-from titanlite.quant.linear import reasons_in
-from titanlite.registry import nearest
 
 logger = logging.getLogger()
-
-AUTO_FILTER = "auto_filter_small_kn"
 
 
 def library_config(config: JobConfig, emulate: bool) -> Float8LinearConfig:
@@ -93,56 +88,23 @@ class Float8Converter:
                 self.architecture,
             )
         self.mesh = mesh
-        self.filters = [entry for entry in options.filter_fqns if entry != AUTO_FILTER]
-        self.filter_small = AUTO_FILTER in options.filter_fqns
+        self.filter_fqns = options.filter_fqns
         self.precompute = options.precompute_float8_dynamic_scale_for_fsdp
         self.delayed = any(c.scaling_type is ScalingType.DELAYED for c in self.config.casts.values())
 
     def convert(self, model: nn.Module) -> str:
-        linears = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
-        for entry in self.filters:
-            if not any(name_matches(entry, name) for name in linears):
-                raise ConfigError(
-                    "matches no linear layer"
-                    f"{nearest(entry, {*linears, *(name.split('.')[-1] for name in linears)})}; an entry is a whole "
-                    "part of a dotted name, such as output or attention.wk",
-                    key="float8.filter_fqns",
-                    value=entry,
-                )
-        not_convertible = reasons_in(model, self.config.format)
-        kept = {
-            name: reason
-            for name, linear in linears.items()
-            if (reason := self._why_kept(name, linear, not_convertible.get(name)))
-        }
-        if len(kept) == len(linears):
-            raise ConfigError(
-                "there is nothing to convert\n" + "\n".join(f"    {name}: {reason}" for name, reason in kept.items()),
-                key="model.converters",
-                value="float8",
-            )
-        chosen = {name: linear for name, linear in linears.items() if name not in kept}
-        self._check_shards(chosen)
+        choice = choose_linears(model, self.config.format, self.filter_fqns, lambda k, n: too_small(self.recipe, k, n))
+        self._check_shards(choice.chosen)
         if not self.config.emulate and self.config.kernels == "auto":
             self.config = dataclasses.replace(self.config, kernels=self._choose_kernels())
         try:
-            convert_to_float8_training(model, module_filter_fn=lambda _, name: name not in kept, config=self.config)
+            convert_to_float8_training(
+                model, module_filter_fn=lambda _, name: name not in choice.kept, config=self.config
+            )
         except ValueError as e:
             raise ConfigError(str(e), key="model.converters", value="float8") from e
-        logger.info(conversion_table(linears, kept))
-        emulated = ", emulated" if self.config.emulate else ""
-        return f"{self.recipe}{emulated}, {len(linears) - len(kept)} of {len(linears)} linear layers"
-
-    def _why_kept(self, name: str, linear: nn.Linear, not_convertible: str | None) -> str | None:
-        """Return why a layer stays in high precision; None if it is converted."""
-        matching = next((entry for entry in self.filters if name_matches(entry, name)), None)
-        if matching is not None:
-            return f"filter_fqns: {matching}"
-        if not_convertible:
-            return not_convertible
-        if self.filter_small and too_small(self.recipe, linear.in_features, linear.out_features):
-            return AUTO_FILTER
-        return None
+        log_table(choice)
+        return f"{self.recipe}{', emulated' if self.config.emulate else ''}, {choice.share()}"
 
     def _choose_kernels(self) -> Kernels:
         """Return the kernels that ``kernels = "auto"`` selects, and log the reason."""
@@ -183,17 +145,3 @@ class Float8Converter:
             sync_float8_amax_and_scale_history(model, group=self.mesh.stage.get_group())
         if self.precompute:
             precompute_float8_dynamic_scale_for_fsdp(model)
-
-
-def conversion_table(linears: dict[str, nn.Linear], kept: dict[str, str]) -> str:
-    """Return a table of each kind of layer (with * for numbers in names): its features, count, and format."""
-    kinds = Counter(
-        (re.sub(r"\b\d+\b", "*", name), f"{m.in_features} -> {m.out_features}", kept.get(name, "float8"))
-        for name, m in linears.items()
-    )
-    rows = [("layer", "features", "count", "computed in")]
-    for (kind, shape, state), count in kinds.items():
-        rows.append((kind, shape, str(count), state if state == "float8" else f"high precision ({state})"))
-    widths = [max(len(row[i]) for row in rows) for i in range(3)]
-    lines = ("    " + "  ".join([*(f"{row[i]:<{widths[i]}}" for i in range(3)), row[3]]) for row in rows)
-    return "\n".join(["linear layers", *lines])

@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from titanlite.config.schema import ActivationCheckpoint
-from titanlite.quant.kept import SMALL_RESULTS
+from titanlite.quant.kept import MATMULS, SMALL_RESULTS
 
 # Compiled, "op" makes it warn of in-place operations, which blocks do not have (models/spec.py).
 logging.getLogger("torch._higher_order_ops.wrap").setLevel(logging.ERROR)
@@ -26,7 +26,6 @@ _ATTENTION = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
     torch.ops.aten._scaled_dot_product_cudnn_attention.default,
 }
-_MATMULS = {torch.ops.aten.mm.default, torch.ops.aten._scaled_mm.default}
 _COMMUNICATION = {torch.ops._c10d_functional.reduce_scatter_tensor.default}
 
 
@@ -60,7 +59,7 @@ def _op_contexts() -> Any:
     matmuls: dict[str, int] = defaultdict(int)
 
     def policy(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-        if op in _MATMULS:
+        if op in MATMULS:
             phase = "recompute" if context.is_recompute else "forward"
             matmuls[phase] += 1
             keep = matmuls[phase] % 2 == 1

@@ -25,6 +25,7 @@ _EXTERN = {
     _aten.bmm,
     _aten.baddbmm,
     _aten._scaled_mm,
+    _aten._int_mm,
     _aten._grouped_mm,
     _aten.convolution,
     _aten.convolution_backward,

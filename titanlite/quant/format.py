@@ -39,7 +39,8 @@ class Operand(NamedTuple):
 
     Attributes:
         data: 2-D; in the format, or in high precision where ``scale`` is None.
-        scale: float32; () for the whole tensor, or 2-D with one entry per row or column of ``data``.
+        scale: float32, with the meaning that the format gives it; () for the whole tensor, or 2-D with one entry per
+            row or column of ``data``.
     """
 
     data: Tensor
@@ -104,10 +105,6 @@ class Format(ABC):
         return by_features, self.cast(x, Use(operand, 0), scale, amaxes[1])
 
     @abstractmethod
-    def recast(self, arrived: Operand, operand: OperandName) -> Operand:
-        """Return the operand for the matmul that contracts its rows, computed from the cast for the other matmul."""
-
-    @abstractmethod
     def input_key(self) -> Hashable:
         """Return a key of the options that the casts of an input depend on. Layers with equal keys share the casts of
         an input. None: the casts depend on the layer's state, so they cannot be shared."""
@@ -121,18 +118,28 @@ class Format(ABC):
 
     # ---- communication
 
-    @abstractmethod
     def travels(self, operand: OperandName) -> bool:
-        """Return whether ranks can gather the operand in the format, as they can if both of its matmuls use it."""
+        """Return whether ranks can gather the operand in the format, as they can if both of its matmuls use it. The
+        four methods below are called only for an operand that travels."""
+        return False
 
-    @abstractmethod
     def has_scales_of_rows(self, operand: OperandName) -> bool:
         """Return whether each row has its own scales when the operand is gathered; ranks then need no common scale."""
+        raise NotImplementedError
 
-    @abstractmethod
     def amax(self, x: Tensor, operand: OperandName) -> Tensor:
         """Return the amaxes for the scales of ``x``, float32: (), which the ranks that share the tensor have to
         all-reduce, or (..., 1) for scales of rows, each of which is whole on its rank."""
+        raise NotImplementedError
+
+    def quantize(self, x: Tensor, amax: Tensor, operand: OperandName) -> Operand:
+        """Cast ``x``, of any shape, with the scales of ``amax``; the data is contiguous, one byte per element."""
+        raise NotImplementedError
+
+    def recast(self, arrived: Operand, operand: OperandName) -> Operand:
+        """Return the operand for the matmul that contracts its rows, computed from the cast for the other matmul, which
+        was gathered."""
+        raise NotImplementedError
 
     def agrees(self, use: Use, sharded: int) -> bool:
         """Return whether ranks have to agree on the amaxes of a cast if each has a part of the operand, split along
@@ -146,10 +153,6 @@ class Format(ABC):
     def amaxes(self, x: Tensor, uses: Iterable[Use]) -> dict[Use, Tensor]:
         """Return the amaxes of casts of ``x``, 2-D: float32, (), or with size 1 along the contracted dimension."""
         raise NotImplementedError
-
-    @abstractmethod
-    def quantize(self, x: Tensor, amax: Tensor, operand: OperandName) -> Operand:
-        """Cast ``x``, of any shape, with the scales of ``amax``; the data is contiguous, one byte per element."""
 
     # ---- state of a layer
 

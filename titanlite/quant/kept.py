@@ -1,4 +1,4 @@
-"""The results that activation checkpointing should keep for backward."""
+"""The operations that are not cheap to compute again, for activation checkpointing."""
 
 import torch
 
@@ -6,3 +6,6 @@ from titanlite.quant.float8 import kernels
 
 SMALL_RESULTS = {torch.ops.aten.amax.default, kernels.AMAXES}
 """Operations of the casts whose results are small, but need a pass over a whole tensor."""
+
+MATMULS = {torch.ops.aten.mm.default, torch.ops.aten._scaled_mm.default, torch.ops.aten._int_mm.default}
+"""The matmuls of linear layers, in high precision, in number formats, and emulated."""

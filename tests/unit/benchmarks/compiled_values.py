@@ -27,7 +27,7 @@ def main() -> None:
     from titanlite.float8 import Float8LinearConfig, convert_to_float8_training
     from titanlite.models.layers import Block, DecoderArgs
 
-    def core(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def core(q: Tensor, k: Tensor, v: Tensor, window: int | None = None) -> Tensor:
         """Stand for attention, whose kernels are no part of the compiled code."""
         return q * k.repeat_interleave(q.shape[1], 1) + v.repeat_interleave(q.shape[1], 1)
 

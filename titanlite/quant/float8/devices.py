@@ -7,6 +7,8 @@ from functools import cache
 
 import torch
 
+from titanlite.quant.devices import architecture, sm
+
 logger = logging.getLogger("titanlite.float8")
 
 OCP = (torch.float8_e4m3fn, torch.float8_e5m2)
@@ -18,23 +20,11 @@ _MI350 = ("gfx950",)
 def default_dtypes() -> tuple[torch.dtype, torch.dtype]:
     """Return the e4m3 and the e5m2 dtype of this machine: the fnuz ones on MI300, else the OCP ones."""
     # Query AMD devices only: a query initializes the device, and this runs on import.
-    return FNUZ if torch.version.hip and torch.cuda.is_available() and _architecture(0) in _MI300 else OCP
-
-
-@cache
-def _architecture(index: int) -> str:
-    """Return the architecture of GPU ``index``, such as "sm_90" or "gfx942"."""
-    if torch.version.hip:
-        return str(torch.cuda.get_device_properties(index).gcnArchName).split(":")[0]
-    major, minor = torch.cuda.get_device_capability(index)
-    return f"sm_{major}{minor}"
-
-
-def architecture(device: torch.device) -> str:
-    """Return the GPU's architecture as compilers spell it, such as "sm_90"; the device type for other devices."""
-    if device.type != "cuda":
-        return device.type
-    return _architecture(torch.cuda.current_device() if device.index is None else device.index)
+    return (
+        FNUZ
+        if torch.version.hip and torch.cuda.is_available() and architecture(torch.device("cuda", 0)) in _MI300
+        else OCP
+    )
 
 
 def native_dtypes(architecture: str) -> tuple[torch.dtype, ...]:
@@ -43,12 +33,7 @@ def native_dtypes(architecture: str) -> tuple[torch.dtype, ...]:
         return FNUZ
     if architecture in _MI350:
         return OCP
-    return OCP if _sm(architecture) >= 89 else ()
-
-
-def _sm(architecture: str) -> int:
-    number = architecture.removeprefix("sm_")
-    return int(number) if number.isdigit() else 0
+    return OCP if sm(architecture) >= 89 else ()
 
 
 def why_not(architecture: str, dtypes: set[torch.dtype], *, emulate: bool, compiled: bool) -> str | None:
@@ -60,7 +45,7 @@ def why_not(architecture: str, dtypes: set[torch.dtype], *, emulate: bool, compi
             f"{', '.join(missing)}: {architecture} multiplies {' and '.join(map(str, native))} only; use these, or set "
             "emulate=True"
         )
-    if 0 < _sm(architecture) < 89 and compiled:
+    if 0 < sm(architecture) < 89 and compiled:
         return (
             f"float8 on {architecture} can only be emulated, and the compiler has no float8 conversions below sm_89: "
             "leave torch.compile out"

@@ -1,0 +1,114 @@
+"""The linear layers that a converter turns into layers of a number format: those chosen, and why others are not."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import nn
+
+from titanlite.errors import ConfigError
+from titanlite.quant.convertible import name_matches
+from titanlite.quant.format import Format
+from titanlite.quant.linear import QuantLinear, reasons_in
+from titanlite.registry import nearest
+
+logger = logging.getLogger()
+
+AUTO_FILTER = "auto_filter_small_kn"
+
+
+@dataclass(frozen=True)
+class LinearChoice:
+    """The linear layers of a model, by fully qualified name.
+
+    Attributes:
+        linears: all of them.
+        kept: those that stay in high precision, with the reason.
+    """
+
+    linears: dict[str, nn.Linear]
+    kept: dict[str, str]
+
+    @property
+    def chosen(self) -> dict[str, nn.Linear]:
+        """The layers to convert."""
+        return {name: linear for name, linear in self.linears.items() if name not in self.kept}
+
+    def share(self) -> str:
+        """Return how many are converted, for the header of a run."""
+        return f"{len(self.chosen)} of {len(self.linears)} linear layers"
+
+
+def choose_linears(
+    model: nn.Module,
+    format: Format,
+    filter_fqns: list[str],
+    too_small: Callable[[int, int], bool],
+) -> LinearChoice:
+    """Choose the linear layers of ``model`` that the converter of ``format`` converts.
+
+    Args:
+        filter_fqns: the option of the converter's section: layers to leave out, by whole parts of their names, and
+            ``auto_filter_small_kn``.
+        too_small: ``(in_features, out_features)`` -> whether the layer is expected to be slower in the format.
+
+    Raises:
+        ConfigError: an entry of ``filter_fqns`` matches no linear layer, or nothing is left to convert.
+    """
+    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    filters = [entry for entry in filter_fqns if entry != AUTO_FILTER]
+    for entry in filters:
+        if not any(name_matches(entry, name) for name in linears):
+            raise ConfigError(
+                "matches no linear layer"
+                f"{nearest(entry, {*linears, *(name.split('.')[-1] for name in linears)})}; an entry is a whole "
+                "part of a dotted name, such as output or attention.wk",
+                key=f"{format.name}.filter_fqns",
+                value=entry,
+            )
+    not_convertible = reasons_in(model, format)
+
+    def why_kept(name: str, linear: nn.Linear) -> str | None:
+        matching = next((entry for entry in filters if name_matches(entry, name)), None)
+        if matching is not None:
+            return f"filter_fqns: {matching}"
+        if isinstance(linear, QuantLinear):
+            raise ConfigError(
+                f"{name} is converted already, by {linear.format.name}; name it in the filter_fqns of one of the two",
+                key="model.converters",
+                value=format.name,
+            )
+        if name in not_convertible:
+            return not_convertible[name]
+        if AUTO_FILTER in filter_fqns and too_small(linear.in_features, linear.out_features):
+            return AUTO_FILTER
+        return None
+
+    kept = {name: reason for name, linear in linears.items() if (reason := why_kept(name, linear))}
+    if len(kept) == len(linears):
+        raise ConfigError(
+            "there is nothing to convert\n" + "\n".join(f"    {name}: {reason}" for name, reason in kept.items()),
+            key="model.converters",
+            value=format.name,
+        )
+    return LinearChoice(linears, kept)
+
+
+def log_table(choice: LinearChoice) -> None:
+    """Log a table of each kind of layer (with * for numbers in names): its features, count, and format. Call it after
+    the conversion."""
+    kinds: Counter[tuple[str, str, str]] = Counter()
+    for name, linear in choice.linears.items():
+        computed = f"high precision ({choice.kept.get(name)})"
+        if isinstance(linear, QuantLinear):  # in this format, or in that of an earlier converter
+            computed = linear.format.name
+        kinds[re.sub(r"\b\d+\b", "*", name), f"{linear.in_features} -> {linear.out_features}", computed] += 1
+    rows = [("layer", "features", "count", "computed in")]
+    rows += [(kind, features, str(count), computed) for (kind, features, computed), count in kinds.items()]
+    widths = [max(len(row[i]) for row in rows) for i in range(3)]
+    lines = ("    " + "  ".join([*(f"{row[i]:<{widths[i]}}" for i in range(3)), row[3]]) for row in rows)
+    logger.info("%s", "\n".join(["linear layers", *lines]))

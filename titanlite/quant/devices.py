@@ -1,0 +1,29 @@
+"""The architecture of a device."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+
+
+def architecture(device: torch.device) -> str:
+    """Return the GPU's architecture as compilers spell it, such as "sm_90"; the device type for other devices."""
+    if device.type != "cuda":
+        return device.type
+    return _architecture(torch.cuda.current_device() if device.index is None else device.index)
+
+
+@cache
+def _architecture(index: int) -> str:
+    """Return the architecture of GPU ``index``, such as "sm_90" or "gfx942"."""
+    if torch.version.hip:
+        return str(torch.cuda.get_device_properties(index).gcnArchName).split(":")[0]
+    major, minor = torch.cuda.get_device_capability(index)
+    return f"sm_{major}{minor}"
+
+
+def sm(architecture: str) -> int:
+    """Return the number of an NVIDIA architecture, 90 for "sm_90"; 0 for any other."""
+    number = architecture.removeprefix("sm_")
+    return int(number) if number.isdigit() else 0

@@ -1,0 +1,113 @@
+"""Int8 as a number format: an operand has one scale for each row, or column, that a matmul sums over."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Hashable, Iterable
+from dataclasses import dataclass, replace
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from titanlite.quant.devices import architecture, sm
+from titanlite.quant.format import Format, Matmul, Operand, OperandName, Use
+from titanlite.quant.int8.matmul import multiply
+from titanlite.quant.int8.numerics import amax_of, amax_to_scale, quantize
+
+logger = logging.getLogger("titanlite.int8")
+
+_USES: dict[Matmul, tuple[Use, Use]] = {
+    "output": (Use("input", 1), Use("weight", 1)),
+    "grad_input": (Use("grad_output", 1), Use("weight", 0)),
+    "grad_weight": (Use("grad_output", 0), Use("input", 0)),
+}
+_AMD = ("gfx90a", "gfx940", "gfx941", "gfx942", "gfx950")
+
+
+@dataclass(frozen=True)
+class Int8Format(Format):
+    """Int8 with dynamic scales.
+
+    Args:
+        matmuls: those that are computed in int8; the others, and what is saved for them, are in high precision.
+        emulate: multiply the quantized values in float32.
+    """
+
+    matmuls: tuple[Matmul, ...] = ("output", "grad_input", "grad_weight")
+    emulate: bool = False
+
+    name = "int8"
+    multiple = 8
+
+    def __post_init__(self) -> None:
+        # Created here because the compiler traces on(), and cannot create dataclasses.
+        object.__setattr__(self, "emulated", self if self.emulate else replace(self, emulate=True))
+        object.__setattr__(self, "uses", {use for matmul in self.matmuls for use in _USES[matmul]})
+
+    def on(self, device: torch.device) -> Int8Format:
+        return self.emulated if self.emulate or _must_emulate(device) else self  # type: ignore[attr-defined, no-any-return]
+
+    def _is_cast(self, use: Use) -> bool:
+        return use in self.uses  # type: ignore[attr-defined]
+
+    # ---- casts
+
+    def cast(self, x: Tensor, use: Use, scale: Tensor | None = None, amax: Tensor | None = None) -> Operand:
+        if not self._is_cast(use):
+            return Operand(x.detach(), None)
+        if scale is None:
+            scale = amax_to_scale(amax_of(x, use.contracted) if amax is None else amax)
+        data = quantize(x, scale)
+        if use.contracted == 0 and not self.emulate:
+            data = data.t().contiguous().t()  # matmuls are fastest with the summed dimension contiguous
+        return Operand(data, scale)
+
+    def one_cast_serves_both(self, x: Tensor, operand: OperandName, scale: Tensor | None = None) -> bool:
+        return not any(self._is_cast(Use(operand, contracted)) for contracted in (0, 1))
+
+    def input_key(self) -> Hashable:
+        return self
+
+    # ---- matmuls
+
+    def multiply(self, a: Operand, b: Operand, matmul: Matmul, dtype: torch.dtype) -> Tensor:
+        return multiply(a, b, dtype, emulate=self.emulate)
+
+    # ---- communication
+
+    def agrees(self, use: Use, sharded: int) -> bool:
+        return self._is_cast(use) and use.contracted == sharded
+
+    def amaxes(self, x: Tensor, uses: Iterable[Use]) -> dict[Use, Tensor]:
+        return {use: amax_of(x, use.contracted) for use in uses}
+
+    def describe(self) -> dict[str, str]:
+        return {"int8": ",".join(self.matmuls)}
+
+
+def has_native_int8(device: torch.device) -> bool:
+    """Return whether ``device`` multiplies int8 faster than bf16 or float32."""
+    if device.type == "cpu":
+        return bool(torch.cpu._is_vnni_supported())
+    return is_native(architecture(device))
+
+
+def is_native(architecture: str) -> bool:
+    """Return whether GPUs of this architecture have int8 units that ``torch._int_mm`` uses."""
+    return sm(architecture) >= 75 or architecture in _AMD
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _must_emulate(device: torch.device) -> bool:
+    """Return whether ``device`` has no int8 units, which is logged once."""
+    return device.type != "meta" and _lacks_units(device.type, device.index)
+
+
+@cache
+def _lacks_units(kind: str, index: int | None) -> bool:
+    device = torch.device(kind) if index is None else torch.device(kind, index)
+    native = has_native_int8(device)
+    if not native:
+        logger.warning("int8 is emulated on %s: the same quantized values, multiplied in float32", kind)
+    return not native

@@ -1,0 +1,52 @@
+"""Int8 numerics: scales, rounding, and the exact product of integers.
+
+A scale is the value of one step: ``q = clamp(round(x / scale))``, ``x ~ q * scale``, with
+``scale = max(amax, EPS) / 127``. (In float8 it is the reciprocal of that.)
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+LARGEST = 127
+"""The range is symmetric: -128 is not used, so that a product of two values is at most 127 * 127."""
+
+EPS = 1e-12
+"""The smallest amax that a scale is computed from, so that an all-zero row gets a finite scale."""
+
+LONGEST = 131_072
+"""The longest sum of products that int32 holds: 131,072 * 127 * 127 < 2**31."""
+
+
+def amax_of(x: Tensor, dim: int) -> Tensor:
+    """Return the largest magnitude along ``dim``, which is kept with size 1, in float32. NaN where there is a NaN, 0
+    where nothing is."""
+    if x.numel() == 0:
+        return x.float().sum(dim, keepdim=True)
+    return x.detach().abs().amax(dim, keepdim=True).float()
+
+
+def amax_to_scale(amax: Tensor) -> Tensor:
+    """Return the float32 scale with which ``amax`` becomes 127. Where ``amax`` is NaN or infinite it is NaN, and so is
+    everything that is computed with it.
+
+    Computed in float64, because eager and compiled code divide float32 differently.
+    """
+    scale = (amax.double().clamp(min=EPS) / LARGEST).float()
+    return torch.where(amax.isfinite(), scale, torch.nan)
+
+
+def quantize(x: Tensor, scale: Tensor) -> Tensor:
+    """Round ``x / scale`` to int8, half to even. Where the scale is NaN, the values mean nothing.
+
+    Args:
+        scale: float32, broadcastable to ``x``.
+    """
+    inverse = scale.double().reciprocal().float()
+    return (x.detach().float() * inverse).round().clamp(-LARGEST, LARGEST).to(torch.int8)
+
+
+def dequantize(data: Tensor, scale: Tensor) -> Tensor:
+    """Return ``data * scale`` in float32."""
+    return data.float() * scale
