@@ -12,6 +12,7 @@ from torch import Tensor
 
 from titanlite.quant.devices import architecture, sm
 from titanlite.quant.format import Format, Matmul, Operand, OperandName, Use
+from titanlite.quant.int8 import cpu
 from titanlite.quant.int8.matmul import multiply
 from titanlite.quant.int8.numerics import amax_of, amax_to_scale, quantize
 
@@ -56,8 +57,9 @@ class Int8Format(Format):
     def cast(self, x: Tensor, use: Use, scale: Tensor | None = None, amax: Tensor | None = None) -> Operand:
         if not self._is_cast(use):
             return Operand(x.detach(), None)
-        if scale is None:
-            scale = amax_to_scale(amax_of(x, use.contracted) if amax is None else amax)
+        if amax is None and x.is_cpu and x.numel() and not self.emulate:
+            return Operand(*cpu.cast(x.detach(), use.contracted))
+        scale = amax_to_scale(amax_of(x, use.contracted) if amax is None else amax)
         data = quantize(x, scale)
         if use.contracted == 0 and not self.emulate:
             data = data.t().contiguous().t()  # matmuls are fastest with the summed dimension contiguous

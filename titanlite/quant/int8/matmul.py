@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from titanlite.quant.format import Operand
-from titanlite.quant.int8.numerics import LONGEST
+from titanlite.quant.int8.cpu import rescale_product
+from titanlite.quant.int8.numerics import LONGEST, rescale
 
 _UNIT = 8
 """On GPUs, torch._int_mm takes sizes that are multiples of this, and more than 16 rows."""
@@ -36,7 +37,8 @@ def multiply(a: Operand, b: Operand, dtype: torch.dtype, *, emulate: bool) -> Te
         part = _float_mm(left, right) if emulate else _int_mm(left, right)
         product = part if product is None else product.float() + part.float()
     assert product is not None
-    return (product.float() * a.scale * b.scale).to(dtype)
+    scaled = rescale_product if a.data.is_cpu and not emulate else rescale
+    return scaled(product, a.scale, b.scale, dtype)
 
 
 def _float_mm(a: Tensor, b: Tensor) -> Tensor:

@@ -50,3 +50,9 @@ def quantize(x: Tensor, scale: Tensor) -> Tensor:
 def dequantize(data: Tensor, scale: Tensor) -> Tensor:
     """Return ``data * scale`` in float32."""
     return data.float() * scale
+
+
+def rescale(product: Tensor, a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the product of quantized values in ``dtype``: times the scales of the rows, (m, 1), and of the columns,
+    (1, n), in float32."""
+    return (product.float() * a * b).to(dtype)
