@@ -115,8 +115,9 @@ class ModelSpec:
             self.hugging_face.to_config(replace(args, vocab_size=args.vocab_size or 1))
         return args
 
-    def configure(self, flavor: Any, vocab_size: int, seq_len: int, tokenizer_path: str = "") -> Any:
-        """Return ``flavor`` completed for a tokenizer, whose path is for messages, and a sequence length.
+    def configure(self, flavor: Any, vocab_size: int, seq_len: int, tokenizer_path: str = "", origin: str = "") -> Any:
+        """Return ``flavor`` completed for a tokenizer and a sequence length. The tokenizer's path, and where it is
+        from, are for messages.
 
         Raises:
             ConfigError: the tokenizer does not fit.
@@ -129,6 +130,7 @@ class ModelSpec:
                 "debugmodel",
                 key="model.tokenizer_path",
                 value=tokenizer_path,
+                origin=origin,
             ) from e
 
 

@@ -126,7 +126,7 @@ class Trainer:
         check_config(config, int(os.environ.get("WORLD_SIZE", 1)))
         import_custom(config)
         self.shape = choose_shape(config)
-        self.spec, self.flavor = self.shape.spec, self.shape.flavor
+        self.spec = self.shape.spec
         self.runtime = runtime.start_runtime(config.comm)
         self.gc = runtime.GarbageCollection(config.training.gc_freq, config.training.gc_debug)
         self._opened.callback(self.gc.close)
@@ -157,6 +157,9 @@ class Trainer:
         self.tokenizer, self.tokenizer_source, reason = self.start.choose_tokenizer(self.config)
         self.checkpoints.files = self.tokenizer.files()
         check_prompt(self.config, self.tokenizer)
+        named = self.tokenizer.path, "" if self.config.model.tokenizer_path else reason
+        vocab_size, seq_len = self.tokenizer.vocab_size, self.config.training.seq_len
+        self.model_args = self.spec.configure(self.shape.flavor, vocab_size, seq_len, *named)
         self.about["tokenizer"] = f"{self.tokenizer.description()} ({reason})"
 
     def _build_data(self) -> None:
@@ -164,8 +167,7 @@ class Trainer:
         self.context = None
         if self.degrees.context_parallel > 1:
             self.context = ContextParallel(self.mesh.cp, self.config.parallelism.context_parallel_rotate_method)
-        vocab_size, device = self.tokenizer.vocab_size, self.runtime.device
-        check_memory(self.config, self.spec, self.flavor, vocab_size, self.degrees, device)
+        check_memory(self.config, self.spec, self.model_args, self.degrees, self.runtime.device)
         self.global_batch_size = global_batch_size(self.config, self.degrees.data_parallel)
         self.encoder = build_encoder(training.dataset, self.tokenizer, self.config)
         self.source = open_source(training.dataset, training.dataset_path, self.config, self.encoder, self.seed)
@@ -184,9 +186,6 @@ class Trainer:
     def _build_model(self) -> None:
         config, device = self.config, self.runtime.device
         before = peak_memory(device).active
-        self.model_args = self.spec.configure(
-            self.flavor, self.tokenizer.vocab_size, config.training.seq_len, self.tokenizer.path
-        )
         built = build_model(self.spec, self.model_args, config, self.mesh)
         self.model_parts, self.parameters = built.parts, built.parameters
         self.size, self.converters = built.size, built.converters
@@ -202,6 +201,8 @@ class Trainer:
             part.train()
         self.flops_per_token = flops_per_token(self.size, config.training.seq_len)
         self.about["model"] = f"{self.shape.about}, {self.size.params:,} parameters"
+        if self.shape.config_json is not None:
+            self.about["its config.json"] = self.shape.stated()
         self.about["flops per token"] = f"{self.flops_per_token:,}"
         self.about["memory"] = f"{before / GIB:.2f} GiB before building, {peak_memory(device).active / GIB:.2f} after"
 

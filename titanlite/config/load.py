@@ -139,9 +139,9 @@ def _file_chain(file: str, origin: str, notices: list[str]) -> list[tuple[Path, 
 def _resolve(path: Path, name: str, named_by: str, notices: list[str]) -> Path:
     """Return ``path``; if there is no such file, the one that comes with titanlite as ``name``, or as the last part of
     ``name``, if there is one."""
-    if os.path.exists(path):
-        return path
     known = packaged.find(name)
+    if os.path.exists(path) and not (known and os.path.isdir(path)):  # a run folder may have the name of its file
+        return path
     if known is None and path.suffix == ".toml" and (known := packaged.find(path.stem)):
         notices.append(f"{named_by}: there is no such file; {known}, which comes with titanlite, takes its place")
     return Path(known) if known else path

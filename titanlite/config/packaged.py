@@ -10,14 +10,16 @@ FOLDER = next((d for d in (_PACKAGE / "train_configs", _PACKAGE.parent / "train_
 
 
 def names() -> list[str]:
-    """Return all names that :func:`find` accepts."""
-    return sorted(path.stem for path in FOLDER.glob("*.toml"))
+    """Return the names of all files: paths below their folder, without ``.toml``, such as ``llama3_8b`` and
+    ``finetune/phi_4_hellaswag``."""
+    return sorted(path.relative_to(FOLDER).with_suffix("").as_posix() for path in FOLDER.rglob("*.toml"))
 
 
 def find(name: str) -> str | None:
-    """Return the path of the file ``name``.toml, relative if it is below the current folder; None if there is no such
-    file."""
-    if name not in names():
+    """Return the path of the file of this name, relative if it is below the current folder; None if there is no such
+    file. The last part of a name, such as ``phi_4_hellaswag``, is enough."""
+    known = {full.rpartition("/")[2]: full for full in names()} | {full: full for full in names()}
+    if name not in known:
         return None
-    path = FOLDER / f"{name}.toml"
+    path = FOLDER / f"{known[name]}.toml"
     return os.path.relpath(path) if path.is_relative_to(Path.cwd()) else str(path)

@@ -101,15 +101,13 @@ def _bytes_per_logit(config: JobConfig, dtype_bytes: int, *, sharded: bool) -> i
     return 2 * 4 + (dtype_bytes if dtype_bytes != 4 else 0)
 
 
-def check_memory(
-    config: JobConfig, spec: ModelSpec, flavor: Any, vocab_size: int, degrees: Degrees, device: torch.device
-) -> None:
-    """Refuse a run that cannot fit, before its data are read and anything is allocated.
+def check_memory(config: JobConfig, spec: ModelSpec, args: Any, degrees: Degrees, device: torch.device) -> None:
+    """Refuse a run that cannot fit, before its data are read and anything is allocated. ``args`` are the model's
+    configured arguments.
 
     Raises:
         ConfigError: the device, or this machine, has less memory than :func:`least_memory`.
     """
-    args = spec.configure(flavor, vocab_size, config.training.seq_len)
     with torch.device("meta"):
         size: ModelSize = spec.build(args).size()  # type: ignore[operator]
     least = least_memory(config, size, args, degrees)

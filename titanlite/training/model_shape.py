@@ -4,11 +4,13 @@ sizes of [model.args]."""
 from __future__ import annotations
 
 import logging
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 from titanlite.checkpoint import is_hugging_face, saved_steps
+from titanlite.checkpoint.diagnosis import why_no_weights
+from titanlite.checkpoint.folder import INFO, latest_checkpoint
 from titanlite.checkpoint.hugging_face import CONFIG
 from titanlite.config import JobConfig
 from titanlite.config.model_sections import Model
@@ -38,6 +40,12 @@ class ModelShape(NamedTuple):
     flavor: Any
     about: str
     config_json: dict[str, Any] | None = None
+
+    def stated(self) -> str:
+        """Return what the config.json says, by the names of the model's arguments; options that are off are left
+        out."""
+        values = {f.name: getattr(self.flavor, f.name) for f in fields(self.flavor)}
+        return ", ".join(f"{name} = {shown(value)}" for name, value in values.items() if value not in (None, False))
 
 
 def choose_shape(config: JobConfig) -> ModelShape:
@@ -79,6 +87,12 @@ def _described(config: JobConfig, content: dict[str, Any]) -> tuple[ModelSpec, A
     spec = get_model_spec(config.model.name)
     if spec.hugging_face is None:
         refuse(config, "model.name", "has no form in transformers, so no config.json says its shape; name a flavor")
+    kind, asked = content.get("model_type"), spec.hugging_face.model_type
+    if kind != asked:
+        raise ConfigError(
+            f"config.json: model_type = {shown(kind)}: must be {shown(asked)}, as model.name = {shown(spec.name)} "
+            f"({config.origin('model.name')}) asks for; name a folder of such a model, or set model.name to its family"
+        )
     return spec, spec.hugging_face.from_config(content)
 
 
@@ -107,9 +121,25 @@ def _config_json(config: JobConfig) -> Path | None:
             refuse(config, "model.hf_config", f"there is no {CONFIG}; name it, or its folder")
         return file
     if model.flavor == HF and folder is None:
-        why = "is the shape of a config.json; name its folder with model.hf_config, or with "
-        refuse(config, "model.flavor", f"{why}checkpoint.initial_load_path, a folder of Hugging Face weights")
+        _refuse_no_folder(config, given)
     return folder / CONFIG if folder is not None and (model.flavor == HF or not _is_asked(config, "flavor")) else None
+
+
+def _refuse_no_folder(config: JobConfig, given: Path | None) -> NoReturn:
+    """Refuse the flavor "hf" where ``given``, the start of the run, is no folder of Hugging Face weights."""
+    if given is None:
+        refuse(
+            config,
+            "model.flavor",
+            "takes the shape from a folder; add --checkpoint.initial_load_path=FOLDER, one of Hugging Face weights "
+            "(config.json, *.safetensors, tokenizer.json), or --model.hf_config=FOLDER for new weights of its shape",
+        )
+    checkpoint = latest_checkpoint(given)
+    if (checkpoint / INFO).is_file():
+        why = f"it is a checkpoint, {checkpoint}; set model.name and model.flavor as in the config.toml of its run"
+    else:
+        why = why_no_weights(given)
+    refuse(config, "checkpoint.initial_load_path", f'model.flavor = "{HF}" needs Hugging Face weights: {why}')
 
 
 def _or_copy(config: JobConfig, path: Path) -> Path:

@@ -98,7 +98,8 @@ def gpu_of(gib: int, monkeypatch: pytest.MonkeyPatch, config: JobConfig) -> None
     monkeypatch.setattr("titanlite.plan.least.total_memory", lambda device: gib << 30)
     monkeypatch.setattr("titanlite.plan.least.host_memory", lambda: 1 << 40)
     spec = get_model_spec("llama3")
-    check_memory(config, spec, spec.flavor("8B"), 128256, resolve_degrees(config.parallelism, 8), torch.device("cuda"))
+    args = spec.configure(spec.flavor("8B"), 128256, config.training.seq_len)
+    check_memory(config, spec, args, resolve_degrees(config.parallelism, 8), torch.device("cuda"))
 
 
 def test_a_gpu_that_is_large_enough_is_not_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -111,7 +111,7 @@ def test_loss_and_bits_per_byte_written_out(trainer: Any, text: Path) -> None:
     tokens = torch.tensor([tokenizer.bos_id, *tokenizer.encode(document), tokenizer.eos_id])
     count = 2 * BATCH * SEQ_LEN
     inputs, labels = tokens[:count].view(-1, SEQ_LEN), tokens[1 : count + 1].view(-1, SEQ_LEN)
-    args = run.spec.configure(run.flavor, tokenizer.vocab_size, SEQ_LEN)
+    args = run.spec.configure(run.shape.flavor, tokenizer.vocab_size, SEQ_LEN)
     model = Decoder(args).double()
     model.load_state_dict(parameters(run))
     model.rope.copy_(run.model_parts[0].rope)
