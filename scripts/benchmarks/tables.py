@@ -59,6 +59,14 @@ def loss_chunks(results: list[dict[str, Any]]) -> list[list[str]]:
     return rows + [[*names, *numbers] for names, numbers in figures.items()]
 
 
+def finetune_memory(results: list[dict[str, Any]]) -> list[list[str]]:
+    rows = [["recipe", "microbatches", "checkpointing", "bfloat16, GiB", "float8, GiB"]]
+    for bf16, float8 in zip(results[::2], results[1::2], strict=True):
+        numbers = [f"{r['estimated_gib']:.1f}" for r in (bf16, float8)]
+        rows.append([f"`{bf16['recipe']}`", str(bf16["microbatches"]), bf16["activation_checkpoint"], *numbers])
+    return rows
+
+
 def checkpoint_save(results: list[dict[str, Any]]) -> list[list[str]]:
     rows = [["", "training is delayed by", "", "and held up for", ""]]
     for r in results:
@@ -150,6 +158,7 @@ TABLES: dict[str, Callable[[list[dict[str, Any]]], list[list[str]]]] = {
     "loss_parity": loss_parity,
     "memory_estimates": memory_estimates,
     "memory_estimates/loss_chunks": loss_chunks,
+    "finetune_memory": finetune_memory,
     "checkpoint_save": checkpoint_save,
     "cpu_step": cpu_step,
     "compiled_block": compiled_block,

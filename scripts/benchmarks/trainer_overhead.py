@@ -27,7 +27,7 @@ from titanlite.train import Trainer
 def bare_loop(trainer: Trainer) -> BareLoop:
     """On a second copy of the trainer's model, and its first batch."""
     config, device = trainer.config, trainer.runtime.device
-    args = trainer.spec.configure(trainer.flavor, trainer.tokenizer.vocab_size, config.training.seq_len)
+    args = trainer.model_args
     with torch.device("meta"):
         model = trainer.spec.build(args)
     parallelize(model, trainer.spec.layout, trainer.mesh, config)

@@ -16,6 +16,8 @@ from titanlite.commands import __main__ as command
         ("generat", "generate"),
         ("llama3_8b", "titanlite train llama3_8b"),
         ("llama3_8", "titanlite train llama3_8b"),
+        ("finetune/phi_4_hellaswag", "titanlite train finetune/phi_4_hellaswag"),
+        ("phi_4_hellaswag", "titanlite train phi_4_hellaswag"),
         ("mine.toml", "titanlite train mine.toml"),
         ("zzz", ""),
     ],

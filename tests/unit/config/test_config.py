@@ -19,7 +19,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.support.forks import ROOT
-from titanlite.config import check_config, dump_toml, global_batch_size, load_config, resolve_degrees
+from titanlite.config import check_config, dump_toml, global_batch_size, load_config, packaged, resolve_degrees
 from titanlite.config.options import Option, options_of
 from titanlite.config.run_config import FIXED_NAMES, FOLDERS
 from titanlite.config.schema import JobConfig, Parallelism
@@ -280,6 +280,28 @@ def test_the_nearest_file_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert 'did you mean "llama3_8b"?' in refusal([], "llama3_8")
     assert 'did you mean "my_run.toml"?' in refusal([], "my_rum.toml")
     assert "did you mean" not in refusal([], "something/else.toml")
+
+
+def test_packaged_files_go_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By their path below train_configs or its last part, with .toml or not, from a file too; a folder of that name,
+    such as the run's, is not meant."""
+    last_parts = [name.rpartition("/")[2] for name in packaged.names()]
+    assert len({*last_parts}) == len(last_parts)
+    monkeypatch.chdir(tmp_path)
+    name = "phi_4_hellaswag_float8"
+    Path(name).mkdir()
+    Path("mine.toml").write_text(f'base = "finetune/{name}"')
+    for named in (
+        name,
+        f"finetune/{name}",
+        f"finetune/{name}.toml",
+        f"./train_configs/finetune/{name}.toml",
+        "mine.toml",
+    ):
+        config = load_config([], named)
+        assert (config.model.name, config.model.converters, config.training.seq_len) == ("phi3", ["float8"], 4096)
+        assert bool(config.notices) == (named.endswith(f"{name}.toml"))
+    assert f'did you mean "finetune/{name}"?' in refusal([], "phi_4_hellaswag_flota8")
 
 
 def test_every_option_has_help() -> None:

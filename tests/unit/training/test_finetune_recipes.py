@@ -11,11 +11,14 @@ from typing import Any
 
 import pytest
 
+from tests.support.docs import prose_of, tables_in
 from tests.support.forks import ROOT
 from tests.support.published import CONFIGS, save_bytes_tokenizer, save_small, small_config
 from tests.support.runs import Run, arguments, environment, forked_run
 from titanlite.checkpoint.folder import INFO
 from titanlite.config import check_config, load_config, packaged
+from titanlite.config.options import options_of
+from titanlite.config.schema import JobConfig
 from titanlite.errors import ConfigError, shown
 from titanlite.models.spec import get_model_spec, model_spec_of
 from titanlite.training.model_shape import choose_shape
@@ -143,6 +146,28 @@ def test_a_number_of_processes_that_does_not_divide_the_batch(recipe: str, ngpu:
 
 
 # ---- values
+
+
+def documented(recipe: str) -> dict[str, str]:
+    """The values of a recipe in the tables of docs/finetune.md, by key."""
+    columns = [f"`{model_of(recipe)}`", *(["all five"] if recipe.endswith("_float8") else [])]
+    rows = [row for table in tables_in(prose_of(ROOT / "docs" / "finetune.md")) for row in table if "key" in row]
+    values = {row["key"].strip("`"): row[column] for row in rows for column in columns if column in row}
+    assert len(values) > 30
+    return values
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_the_documents_state_every_value(recipe: str) -> None:
+    config = load_config([], packaged.find(recipe))
+    check_config(config, 8)
+    options = {option.name: option for keys in options_of(JobConfig).values() for option in keys.values()}
+    stated = documented(recipe)
+    assert {key: config.value(key) for key in stated} == {key: options[key].parse(v, "") for key, v in stated.items()}
+    apart = {"job.dump_folder", "job.description", "model.name", "model.flavor"}
+    assert config.origins.keys() - apart <= stated.keys()
+    assert (config.model.name, config.model.flavor) == (FLAVORS[model_of(recipe)][0], "hf")
+    assert config.job.dump_folder == f"./outputs/{recipe}"  # else a run in float8 would continue one in bfloat16
 
 
 @pytest.mark.parametrize("name", CONFIGS)
