@@ -103,13 +103,9 @@ def _is_asked(config: JobConfig, key: str) -> bool:
 
 def _config_json(config: JobConfig) -> Path | None:
     """Return the config.json that says the shape; None: the flavor says it."""
-    model, weights = config.model, config.checkpoint.initial_load_path
-    given = Path(weights).expanduser() if weights else None
-    folder = None if given is None else _or_copy(config, given)
-    if folder is not None and folder == given and not is_hugging_face(folder):
-        folder = None
+    model, names_flavor = config.model, _is_asked(config, "flavor") and config.model.flavor != HF
     if model.hf_config:
-        if _is_asked(config, "flavor") and model.flavor != HF:
+        if names_flavor:
             refuse(config, "model.hf_config", f"says the shape, and so does model.flavor = {shown(model.flavor)} "
                 f"({config.origin('model.flavor')}); leave one of them out")  # fmt: skip
         asked = Path(model.hf_config).expanduser()
@@ -120,32 +116,51 @@ def _config_json(config: JobConfig) -> Path | None:
         if not file.is_file():
             refuse(config, "model.hf_config", f"there is no {CONFIG}; name it, or its folder")
         return file
-    if model.flavor == HF and folder is None:
-        _refuse_no_folder(config, given)
-    return folder / CONFIG if folder is not None and (model.flavor == HF or not _is_asked(config, "flavor")) else None
+    if names_flavor:
+        return None
+    weights = config.checkpoint.initial_load_path
+    folder = _of_weights(config, Path(weights).expanduser()) if weights else None
+    if folder is None and model.flavor == HF:
+        folder = (None if weights else _copy_to_go_on(config)) or _refuse_no_folder(config)
+    return None if folder is None else folder / CONFIG
 
 
-def _refuse_no_folder(config: JobConfig, given: Path | None) -> NoReturn:
-    """Refuse the flavor "hf" where ``given``, the start of the run, is no folder of Hugging Face weights."""
-    if given is None:
+def _of_weights(config: JobConfig, weights: Path) -> Path | None:
+    """Return the folder of the config.json that says the shape of the start of the run; None: none does."""
+    path = _or_copy(config, weights)
+    if path != weights or is_hugging_face(path):
+        return path
+    checkpoint = latest_checkpoint(weights)
+    of_its_run = checkpoint.parent.parent / HF_CONFIG
+    return of_its_run if (checkpoint / INFO).is_file() and (of_its_run / CONFIG).is_file() else None
+
+
+def _refuse_no_folder(config: JobConfig) -> NoReturn:
+    """Refuse the flavor "hf" of a run whose start says no shape."""
+    weights = config.checkpoint.initial_load_path
+    if not weights:
         refuse(
             config,
             "model.flavor",
             "takes the shape from a folder; add --checkpoint.initial_load_path=FOLDER, one of Hugging Face weights "
             "(config.json, *.safetensors, tokenizer.json), or --model.hf_config=FOLDER for new weights of its shape",
         )
-    checkpoint = latest_checkpoint(given)
+    checkpoint = latest_checkpoint(weights)
     if (checkpoint / INFO).is_file():
-        why = f"it is a checkpoint, {checkpoint}; set model.name and model.flavor as in the config.toml of its run"
+        why = f"{checkpoint} is a checkpoint of another flavor; name that with model.flavor"
     else:
-        why = why_no_weights(given)
-    refuse(config, "checkpoint.initial_load_path", f'model.flavor = "{HF}" needs Hugging Face weights: {why}')
+        why = why_no_weights(Path(weights).expanduser())
+    refuse(config, "checkpoint.initial_load_path", f'model.flavor = "{HF}" takes the shape from a folder: {why}')
 
 
 def _or_copy(config: JobConfig, path: Path) -> Path:
-    """Return ``path``; where it is gone, and the run of the run folder goes on, the folder of the copy that this run
-    has made."""
+    """Return ``path``; where it is gone, the folder of the copy that the run that goes on has made, if it does."""
+    return path if path.exists() else _copy_to_go_on(config) or path
+
+
+def _copy_to_go_on(config: JobConfig) -> Path | None:
+    """Return the folder of the config.json that the run of the run folder has kept, if that run goes on."""
     run_folder = Path(config.job.dump_folder).expanduser()
     copy = run_folder / HF_CONFIG
     goes_on = config.checkpoint.enable_checkpoint and saved_steps(run_folder / config.checkpoint.folder)
-    return copy if not path.exists() and goes_on and (copy / CONFIG).is_file() else path
+    return copy if goes_on and (copy / CONFIG).is_file() else None

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import random
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +84,21 @@ def test_each_runs_on_a_small_folder_of_its_architecture(recipe: str, tmp_path: 
     assert (run.folder / "checkpoint" / "step-3").is_dir()
 
 
+def test_a_run_goes_on_and_another_begins_with_it(tmp_path: Path) -> None:
+    """Without the folder of weights: the run folder has a copy of the shape, and the tokenizer."""
+    folder = save_small("phi_4", tmp_path / "theirs")
+    first = start("phi_4_hellaswag", tmp_path, checkpoint__initial_load_path=folder)
+    assert first.status == 0, first.output
+    shutil.rmtree(folder)
+    again = start("phi_4_hellaswag", tmp_path, training__steps=4)
+    assert "resuming from step 3" in again.output
+    for weights in (first.folder, first.folder / "checkpoint", first.folder / "checkpoint" / "step-4"):
+        other = start("phi_4_hellaswag", tmp_path, checkpoint__initial_load_path=weights, job__dump_folder="other")
+        assert other.status == 0, other.output
+        assert f"{first.folder}/checkpoint/step-4, its weights alone" in other.output
+        shutil.rmtree(tmp_path / "other")
+
+
 # ---- what a recipe cannot be used with
 
 
@@ -105,7 +121,7 @@ def test_no_folder(tmp_path: Path) -> None:
     [
         ("Qwen/Qwen2.5-7B", "hf download Qwen/Qwen2.5-7B"),
         ("bare", "it has config.json, and no *.safetensors"),
-        ("started", "it is a checkpoint"),
+        ("started", "is a checkpoint of another flavor"),
     ],
 )
 def test_a_folder_that_has_no_hugging_face_weights(path: str, words: str, tmp_path: Path) -> None:

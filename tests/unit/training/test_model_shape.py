@@ -181,6 +181,19 @@ def test_a_copy_takes_the_place_of_a_folder_only_in_a_run_that_goes_on(
     assert refused(*argv).key == "model.hf_config"
 
 
+def test_a_checkpoint_has_the_shape_that_its_run_has_kept(tmp_path: Path) -> None:
+    (tmp_path / "run" / "checkpoint" / "step-3").mkdir(parents=True)
+    (tmp_path / "run" / "checkpoint" / "step-3" / INFO).touch()
+    folder_of(tmp_path / "run" / "hf_config")
+    for part in ("run", "run/checkpoint", "run/checkpoint/step-3"):
+        start = f"--checkpoint.initial_load_path={tmp_path / part}"
+        assert chosen(start).flavor.dim == chosen(start, "--model.flavor=hf").flavor.dim == 64
+        assert chosen(start, "--model.flavor=debugmodel").flavor.dim == 256
+    (tmp_path / "run" / "hf_config" / "config.json").unlink()
+    assert chosen(start).flavor.dim == 256
+    assert refused(start, "--model.flavor=hf").key == "checkpoint.initial_load_path"
+
+
 @pytest.mark.slow
 def test_published_weights_say_the_shape_of_a_run_that_goes_on_without_them(tmp_path: Path) -> None:
     """Trained, converted, trained from the folder without a flavor; then continued where the folder is gone."""
