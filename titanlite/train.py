@@ -202,7 +202,7 @@ class Trainer:
         self.flops_per_token = flops_per_token(self.size, config.training.seq_len)
         self.about["model"] = f"{self.shape.about}, {self.size.params:,} parameters"
         if self.shape.config_json is not None:
-            self.about["its config.json"] = self.shape.stated()
+            self.about["shape"] = self.shape.sizes()
         self.about["flops per token"] = f"{self.flops_per_token:,}"
         self.about["memory"] = f"{before / GIB:.2f} GiB before building, {peak_memory(device).active / GIB:.2f} after"
 

@@ -142,16 +142,16 @@ def save_small(name: str, folder: Path) -> Path:
         for key, shape in stored_shapes(shapes, spec.hugging_face.weights(args)).items()
     }
     save_file({key: tensor.bfloat16() for key, tensor in tensors.items()}, folder / "model.safetensors")
-    save_bytes_tokenizer(folder)
+    save_bytes_tokenizer(folder, bos=None if name == "qwen2_5_7b" else "<s>")  # Qwen has none
     return folder
 
 
-def save_bytes_tokenizer(folder: Path, extra: int = 0) -> None:
-    """Write a tokenizer with a token for each byte, BOS and EOS, and ``extra`` more."""
+def save_bytes_tokenizer(folder: Path, extra: int = 0, bos: str | None = "<s>") -> None:
+    """Write a tokenizer with a token for each byte, two special tokens, and ``extra`` more."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     backend = tokenizers.Tokenizer(models.BPE({char: i for i, char in enumerate(alphabet)}, []))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     backend.add_special_tokens(["<s>", "</s>", *(f"<extra {i}>" for i in range(extra))])
     backend.save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<s>", "eos_token": "</s>"}))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"bos_token": bos, "eos_token": "</s>"}))

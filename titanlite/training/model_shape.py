@@ -41,9 +41,8 @@ class ModelShape(NamedTuple):
     about: str
     config_json: dict[str, Any] | None = None
 
-    def stated(self) -> str:
-        """Return what the config.json says, by the names of the model's arguments; options that are off are left
-        out."""
+    def sizes(self) -> str:
+        """Return the arguments of the model, for the log; those that are off are left out."""
         values = {f.name: getattr(self.flavor, f.name) for f in fields(self.flavor)}
         return ", ".join(f"{name} = {shown(value)}" for name, value in values.items() if value not in (None, False))
 

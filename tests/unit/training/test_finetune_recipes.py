@@ -73,7 +73,7 @@ def test_each_runs_on_a_small_folder_of_its_architecture(recipe: str, tmp_path: 
     assert len(run.losses()) == 3
     spec, args = model_spec_of(small_config(model_of(recipe)))
     assert f"{spec.name} as in {folder}/config.json" in run.output
-    stated = next(line for line in run.output.splitlines() if "its config.json" in line)
+    stated = next(line for line in run.output.splitlines() if line.startswith("    shape "))
     for name in ("dim", "n_kv_heads", "head_dim", "rope_theta", "rope_scaling", "qkv_bias", "sliding_window"):
         value = getattr(args, name)
         assert (f" {name} = {shown(value)}" in stated) == bool(value)
