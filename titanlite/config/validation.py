@@ -20,10 +20,9 @@ def check_validation(config: JobConfig) -> None:
     validation, default = config.validation, Validation()
 
     if not validation.enable:
-        # torchtitan's files name the data of a validation that they turn off.
-        turned_off = "validation.enable" in config.origins
-        of_task = ("tasks", "task_data", "max_examples")
-        for key in ("held_out_percent", "precision", *of_task, *(() if turned_off else ("dataset", "dataset_path"))):
+        if "validation.enable" in config.origins:  # turned off, with all of its section: by an argument, or in the file
+            return
+        for key in ("held_out_percent", "precision", "tasks", "task_data", "max_examples", "dataset", "dataset_path"):
             if getattr(validation, key) != getattr(default, key):
                 refuse(
                     config,

@@ -381,6 +381,7 @@ def test_options_without_effect_are_refused(options: list[str], words: str) -> N
         ["--validation.interval=5", "--validation.steps=3"],  # they ask for nothing by themselves
         ["--validation.enable", "--validation.dataset=pystdlib", "--validation.held_out_percent=2"],
         ["--validation.enable", "--validation.precision=bfloat16", "--model.converters=float8"],
+        ["--job.config_file=phi_4_hellaswag_float8", "--validation.enable=false"],  # a section is turned off as a whole
     ],
 )
 def test_options_that_are_meant(options: list[str]) -> None:
