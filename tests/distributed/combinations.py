@@ -107,6 +107,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "float8.enable_fsdp_float8_all_gather": "true",
         "float8.precompute_float8_dynamic_scale_for_fsdp": "true",
     },
+    "mxfp8": {"training.mixed_precision_param": "bfloat16", "model.converters": "mx"},
     "int8": {"training.mixed_precision_param": "bfloat16", "model.converters": "int8"},
     "AC full": _checkpointing("full"),
     "AC selective 2": _checkpointing("selective", "2"),
@@ -130,6 +131,7 @@ TOUCHED: dict[str, list[str]] = {
     "rowwise_with_gw_hp": ["TP 2"],  # gathers in high precision
     "float8 delayed": ["FSDP 2", "PP 2 1F1B"],  # amaxes agreed by the ranks that hold a layer
     "float8 all-gather": ["FSDP 2", "HSDP 2 x 2", "FSDP 2 x TP 2"],
+    "mxfp8": ["FSDP 2", "TP 2"],
     "int8": ["FSDP 2", "TP 2", "PP 2 1F1B", "FSDP 2 x TP 2"],
     "AC full": ["TP 2", "CP 2 alltoall", "PP 2 ZBVZeroBubble"],  # collectives are repeated; so is recomputation
     "AC selective 2": ["PP 2 1F1B", "PP 2 InterleavedZeroBubble"],  # counts blocks of the whole model

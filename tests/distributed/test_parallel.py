@@ -278,6 +278,7 @@ BOUNDS = {
     "rowwise_with_gw_hp": _SCALES_OF_ROWS,
     "float8 delayed": _ONE_SCALE,
     "float8 all-gather": _ONE_SCALE,
+    "mxfp8": _SCALES_OF_ROWS,
     "int8": (5e-4, 1e-3, 1e-3),  # the weights' gradients have scales of columns: of a microbatch, of a rank's tokens
     "document masks": (1e-5, 1e-5, 1e-3),
     "compile, document masks": (1e-5, 1e-5, 1e-3),

@@ -163,13 +163,13 @@ def test_number_formats_stand_alone(room: str, others: tuple[str, ...]) -> None:
     assert [f"{name}: {i.module}" for name in inside for i in IMPORTS[name] if not within(i.module, *allowed)] == []
 
 
-@pytest.mark.parametrize("number_format", ["float8", "int8"])
+@pytest.mark.parametrize("number_format", ["float8", "int8", "mx"])
 def test_one_converter_and_the_library_know_a_number_format(number_format: str) -> None:
     """A number format is its files in quant/, its converter, and the rules of its section, whose options and their help
     the schema has."""
     allowed = titanlite(
         *("converters", f"converters.{number_format}", f"converters.{number_format}_inference"),
-        *(f"config.{number_format}_rules", "config.schema", "config.number_formats"),
+        *(f"config.{number_format}_rules", "config.schema", "config.number_formats", "config.unsupported"),
     )
     code = {name: code_of(path) for name, path in SOURCES.items() if not within(name, *titanlite("quant", "float8"))}
     # The dtypes are those of torch and numpy.

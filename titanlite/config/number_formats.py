@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from titanlite.config import float8_rules, int8_rules
+from titanlite.config import float8_rules, int8_rules, mx_rules
 from titanlite.config.schema import JobConfig
 
 
@@ -32,6 +32,7 @@ class NumberFormat:
 NUMBER_FORMATS = (
     NumberFormat("float8", float8_rules.check, float8_rules.gathers_quantized, float8_rules.memory_savings, True),
     NumberFormat("int8", int8_rules.check, int8_rules.gathers_quantized, int8_rules.memory_savings, False),
+    NumberFormat("mx", mx_rules.check, mx_rules.gathers_quantized, mx_rules.memory_savings, True),
 )
 
 

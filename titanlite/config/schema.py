@@ -303,15 +303,24 @@ class Int8:
     """The matmuls in int8: all three (rowwise; unset is this), all but the weight's gradient (rowwise_with_gw_hp), or
     the output only (forward_only)."""
     filter_fqns: list[str] = field(default_factory=list)
-    """Layers to leave in high precision, by whole parts of their names; auto_filter_small_kn: small layers."""
+    """Layers to leave in high precision, by whole parts of their names."""
     emulate: bool = False
     """Multiply the quantized values in float32. Without int8 units this is always done."""
 
 
 @dataclass
 class MX:
-    recipe_name: str = "mxfp8"
+    """Options of the converter ``mx``; docs/quantized-training.md has the cost of each."""
+
+    recipe_name: Literal["mxfp8", "mxfp8_with_gw_hp", "mxfp8_cublas", "mxfp8_emulated", "mxfp8_rceil"] = "mxfp8"
+    """The matmuls in mxfp8: all three (mxfp8), or all but the weight's gradient (mxfp8_with_gw_hp). The others are
+    names of torchtitan's: mxfp8_cublas is mxfp8, mxfp8_emulated adds mx.emulate, mxfp8_rceil that scale mode."""
     filter_fqns: list[str] = field(default_factory=lambda: ["output"])
+    """Layers to leave in high precision, by whole parts of their names."""
+    scale_mode: Literal["rceil", "floor"] = "rceil"
+    """The scale of a block: the smallest power of two that cuts off no value (rceil), or the standard's (floor)."""
+    emulate: bool = False
+    """Multiply the quantized values in float32. Without units for mxfp8 this is always done."""
     use_fp8_dim1_cast_triton_kernel: bool = True
     mxfp8_dim1_cast_kernel_choice: str = "triton"
     moe_fqns_prototype: list[str] = field(default_factory=list)

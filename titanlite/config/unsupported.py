@@ -6,7 +6,7 @@ from titanlite.config.number_formats import NUMBER_FORMATS
 from titanlite.config.refuse import refuse
 from titanlite.config.schema import JobConfig
 
-_MX = "the converter mx is not there; leave it out"
+_MX_KERNELS = "the casts of mxfp8 are the compiler's; leave it out"
 _FAULT_TOLERANCE = "one run is one group of processes; leave it out"
 _STAGES = "stages have about equal work; use parallelism.pipeline_parallel_split_points for others"
 _EXPERTS = "no model here has experts; leave it out"
@@ -29,11 +29,8 @@ UNSUPPORTED: dict[str, str] = {
         for number_format in NUMBER_FORMATS
         if number_format.from_torchtitan
     },
-    "mx.recipe_name": _MX,
-    "mx.filter_fqns": _MX,
-    "mx.use_fp8_dim1_cast_triton_kernel": _MX,
-    "mx.mxfp8_dim1_cast_kernel_choice": _MX,
-    "mx.moe_fqns_prototype": _MX,
+    "mx.use_fp8_dim1_cast_triton_kernel": _MX_KERNELS,
+    "mx.mxfp8_dim1_cast_kernel_choice": _MX_KERNELS,
     "validation.local_batch_size": "batches of validation are as large as those of training; leave it out",
     "validation.seq_len": "sequences of validation are as long as those of training; leave it out",
     "comm.save_traces_folder": "the environment variable TORCH_NCCL_DEBUG_INFO_TEMP_FILE says where torch writes them",

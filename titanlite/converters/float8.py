@@ -7,11 +7,10 @@ import dataclasses
 import logging
 from typing import Any
 
-import torch
 from torch import nn
 
 from titanlite.config import JobConfig
-from titanlite.converters.linears import choose_linears, log_table
+from titanlite.converters.linears import choose_linears, log_table, target_or_device, warn_of_emulation
 from titanlite.converters.registry import register_converter
 from titanlite.distributed.mesh import Mesh
 from titanlite.errors import ConfigError
@@ -24,7 +23,6 @@ from titanlite.float8 import (
     sync_float8_amax_and_scale_history,
 )
 from titanlite.float8.float8_linear_utils import too_small
-from titanlite.quant.devices import architecture
 from titanlite.quant.float8 import kernels
 from titanlite.quant.float8.devices import has_native_float8, native_dtypes, why_not
 from titanlite.quant.float8.format import Kernels
@@ -57,8 +55,7 @@ class Float8Converter:
 
     def __init__(self, config: JobConfig, mesh: Mesh) -> None:
         options = config.float8
-        device = torch.device(mesh.device_type)
-        self.architecture = mesh.target.architecture or architecture(device)
+        self.architecture = target_or_device(mesh)
         native = bool(native_dtypes(self.architecture))
         self.recipe = options.recipe_name or "tensorwise"
         if options.kernels == "triton" and (options.emulate or not native):
@@ -83,17 +80,16 @@ class Float8Converter:
         if reason:
             raise ConfigError(reason, key="model.converters", value="float8")
         if not native and not options.emulate:
-            logger.warning(
-                "float8 is emulated: %s has no float8 units; the same quantized values are multiplied in float32",
-                self.architecture,
-            )
+            warn_of_emulation("float8", self.architecture)
         self.mesh = mesh
         self.filter_fqns = options.filter_fqns
         self.precompute = options.precompute_float8_dynamic_scale_for_fsdp
         self.delayed = any(c.scaling_type is ScalingType.DELAYED for c in self.config.casts.values())
 
     def convert(self, model: nn.Module) -> str:
-        choice = choose_linears(model, self.config.format, self.filter_fqns, lambda k, n: too_small(self.recipe, k, n))
+        choice = choose_linears(
+            model, "float8", self.config.format, self.filter_fqns, lambda k, n: too_small(self.recipe, k, n)
+        )
         self._check_shards(choice.chosen)
         if not self.config.emulate and self.config.kernels == "auto":
             self.config = dataclasses.replace(self.config, kernels=self._choose_kernels())

@@ -8,12 +8,15 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
+from titanlite.distributed.mesh import Mesh
 from titanlite.errors import ConfigError
 from titanlite.quant.convertible import name_matches
+from titanlite.quant.devices import architecture
 from titanlite.quant.format import Format
-from titanlite.quant.linear import QuantLinear, reasons_in
+from titanlite.quant.linear import QuantLinear, convert_linears, reasons_in
 from titanlite.registry import nearest
 
 logger = logging.getLogger()
@@ -45,21 +48,31 @@ class LinearChoice:
 
 def choose_linears(
     model: nn.Module,
+    converter: str,
     format: Format,
     filter_fqns: list[str],
-    too_small: Callable[[int, int], bool],
+    too_small: Callable[[int, int], bool] | None,
 ) -> LinearChoice:
-    """Choose the linear layers of ``model`` that the converter of ``format`` converts.
+    """Choose the linear layers of ``model`` that a converter to ``format`` converts.
 
     Args:
+        converter: its name, which is that of its section.
         filter_fqns: the option of the converter's section: layers to leave out, by whole parts of their names, and
             ``auto_filter_small_kn``.
-        too_small: ``(in_features, out_features)`` -> whether the layer is expected to be slower in the format.
+        too_small: ``(in_features, out_features)`` -> whether the layer is expected to be slower in the format; None:
+            not known.
 
     Raises:
-        ConfigError: an entry of ``filter_fqns`` matches no linear layer, or nothing is left to convert.
+        ConfigError: an entry of ``filter_fqns`` matches no linear layer, or nothing is left to convert, or
+            ``auto_filter_small_kn`` is asked for without ``too_small``.
     """
     linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    if AUTO_FILTER in filter_fqns and too_small is None:
+        raise ConfigError(
+            f"which sizes gain in {format.name} has not been measured; name the layers to leave out",
+            key=f"{converter}.filter_fqns",
+            value=AUTO_FILTER,
+        )
     filters = [entry for entry in filter_fqns if entry != AUTO_FILTER]
     for entry in filters:
         if not any(name_matches(entry, name) for name in linears):
@@ -67,7 +80,7 @@ def choose_linears(
                 "matches no linear layer"
                 f"{nearest(entry, {*linears, *(name.split('.')[-1] for name in linears)})}; an entry is a whole "
                 "part of a dotted name, such as output or attention.wk",
-                key=f"{format.name}.filter_fqns",
+                key=f"{converter}.filter_fqns",
                 value=entry,
             )
     not_convertible = reasons_in(model, format)
@@ -80,11 +93,11 @@ def choose_linears(
             raise ConfigError(
                 f"{name} is converted already, by {linear.format.name}; name it in the filter_fqns of one of the two",
                 key="model.converters",
-                value=format.name,
+                value=converter,
             )
         if name in not_convertible:
             return not_convertible[name]
-        if AUTO_FILTER in filter_fqns and too_small(linear.in_features, linear.out_features):
+        if too_small is not None and AUTO_FILTER in filter_fqns and too_small(linear.in_features, linear.out_features):
             return AUTO_FILTER
         return None
 
@@ -93,7 +106,7 @@ def choose_linears(
         raise ConfigError(
             "there is nothing to convert\n" + "\n".join(f"    {name}: {reason}" for name, reason in kept.items()),
             key="model.converters",
-            value=format.name,
+            value=converter,
         )
     return LinearChoice(linears, kept)
 
@@ -112,3 +125,46 @@ def log_table(choice: LinearChoice) -> None:
     widths = [max(len(row[i]) for row in rows) for i in range(3)]
     lines = ("    " + "  ".join([*(f"{row[i]:<{widths[i]}}" for i in range(3)), row[3]]) for row in rows)
     logger.info("%s", "\n".join(["linear layers", *lines]))
+
+
+class LinearConverter:
+    """A converter of linear layers whose scales are computed from the tensors alone.
+
+    Args:
+        name: of the converter, and of its section.
+        recipe: for the header.
+        emulated: the format is emulated because this device has no units for it.
+    """
+
+    def __init__(self, name: str, recipe: str, format: Format, filter_fqns: list[str], emulated: bool) -> None:
+        self.name, self.recipe, self.format = name, recipe, format
+        self.filter_fqns, self.emulated = filter_fqns, emulated
+
+    def convert(self, model: nn.Module) -> str:
+        choice = choose_linears(model, self.name, self.format, self.filter_fqns, too_small=None)
+        try:
+            convert_linears(
+                model,
+                self.format,
+                lambda layer: QuantLinear.from_linear(layer, self.format),
+                lambda _, name: choice.kept.get(name),
+            )
+        except ValueError as e:
+            raise ConfigError(str(e), key="model.converters", value=self.name) from e
+        log_table(choice)
+        return f"{self.recipe}{', emulated' if self.emulated else ''}, {choice.share()}"
+
+    def post_optimizer_hook(self, model: nn.Module) -> None:
+        """Do nothing: no scale has a state."""
+
+
+def target_or_device(mesh: Mesh) -> str:
+    """Return the architecture that a run computes for: that of an estimate, else that of this process's device."""
+    return mesh.target.architecture or architecture(torch.device(mesh.device_type))
+
+
+def warn_of_emulation(format: str, units: str) -> None:
+    """Say that ``units``, an architecture, has none for ``format``."""
+    logger.warning(
+        "%s is emulated: %s has no %s units; the same quantized values are multiplied in float32", format, units, format
+    )

@@ -1,10 +1,14 @@
-"""The architecture of a device."""
+"""The architecture of a device, and what it lacks."""
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Callable
 from functools import cache
 
 import torch
+
+logger = logging.getLogger("titanlite.quant")
 
 
 def architecture(device: torch.device) -> str:
@@ -27,3 +31,17 @@ def sm(architecture: str) -> int:
     """Return the number of an NVIDIA architecture, 90 for "sm_90"; 0 for any other."""
     number = architecture.removeprefix("sm_")
     return int(number) if number.isdigit() else 0
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def lacks_units(format: str, is_native: Callable[[str], bool], device: torch.device) -> bool:
+    """Return whether the architecture of ``device`` has no units for ``format``, which is logged once."""
+    return device.type != "meta" and _lacks_units(format, is_native, architecture(device))
+
+
+@cache
+def _lacks_units(format: str, is_native: Callable[[str], bool], architecture: str) -> bool:
+    native = is_native(architecture)
+    if not native:
+        logger.warning("%s is emulated on %s: the same quantized values, multiplied in float32", format, architecture)
+    return not native

@@ -39,8 +39,8 @@ class Operand(NamedTuple):
 
     Attributes:
         data: 2-D; in the format, or in high precision where ``scale`` is None.
-        scale: float32, with the meaning that the format gives it; () for the whole tensor, or 2-D with one entry per
-            row or column of ``data``.
+        scale: of the dtype and meaning that the format gives it; () for the whole tensor, or 2-D with one entry per
+            row, column, or block of ``data``.
     """
 
     data: Tensor

@@ -73,7 +73,7 @@ for key in ("split_points", "layers_per_stage", "schedule", "schedule_csv", "mic
 NEEDS[f"parallelism.{PIPELINE}schedule_csv"] += [f"--parallelism.{PIPELINE}schedule=PipelineScheduleMulti"]
 for name in OPTIONS:
     section, key = name.rsplit(".", 1)
-    if section in ("float8", "int8") and key != "filter_fqns":
+    if section in ("float8", "int8", "mx") and key != "filter_fqns":
         NEEDS[name] = [f"--model.converters={section}"]
 NEEDS["float8.precompute_float8_dynamic_scale_for_fsdp"] += ["--float8.enable_fsdp_float8_all_gather"]
 for operand in ("input", "weight", "grad_output"):

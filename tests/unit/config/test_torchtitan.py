@@ -182,11 +182,11 @@ def test_a_wrong_value_is_reported_under_the_name_that_was_written() -> None:
 
 
 def test_hints_name_no_alias_and_nothing_that_is_refused() -> None:
-    for argument in ("--training.batch_siz=1", "--fault_toleranse.enable", "--mx.recipe=a", "--quantize.linear.mx.a=1"):
+    for argument in ("--training.batch_siz=1", "--fault_toleranse.enable", "--quantize.linear.mx.a=1"):
         with pytest.raises(ConfigError) as error:
             load_config([argument])
         message = str(error.value).replace(argument, "")
-        for name in (" batch_size,", '"batch_size"', "quantize.linear.f", "fault_tolerance", "recipe_name"):
+        for name in (" batch_size,", '"batch_size"', "quantize.linear.f", "fault_tolerance"):
             assert name not in message
 
 

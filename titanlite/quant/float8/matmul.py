@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from titanlite.quant.emulation import multiply_in_float32
 from titanlite.quant.float8 import kernels
 from titanlite.quant.float8.casts import CastConfig
 from titanlite.quant.float8.devices import scales_rows_in_matmuls
@@ -86,9 +85,7 @@ def scaled_mm(
     if a.scale is None or b.scale is None:
         return a.data.to(out_dtype) @ b.data.to(out_dtype)
     if emulate:
-        # (There is no autocast on the meta device.)
-        with nullcontext() if a.data.is_meta else torch.autocast(a.data.device.type, enabled=False):
-            return (dequantize(a.data, a.scale) @ dequantize(b.data, b.scale)).to(out_dtype)
+        return multiply_in_float32(dequantize(a.data, a.scale), dequantize(b.data, b.scale)).to(out_dtype)
     a8, b8 = _padded(a.data), _padded(b.data.t()).t()
     if not a.scale.ndim and not b.scale.ndim:
         return torch._scaled_mm(

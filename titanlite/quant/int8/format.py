@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Hashable, Iterable
 from dataclasses import dataclass, replace
-from functools import cache
 
 import torch
 from torch import Tensor
 
-from titanlite.quant.devices import architecture, sm
+from titanlite.quant.devices import architecture, lacks_units, sm
 from titanlite.quant.format import Format, Matmul, Operand, OperandName, Use
 from titanlite.quant.int8 import cpu
 from titanlite.quant.int8.matmul import multiply
 from titanlite.quant.int8.numerics import amax_of, amax_to_scale, quantize
-
-logger = logging.getLogger("titanlite.int8")
 
 _USES: dict[Matmul, tuple[Use, Use]] = {
     "output": (Use("input", 1), Use("weight", 1)),
@@ -47,7 +43,7 @@ class Int8Format(Format):
         object.__setattr__(self, "uses", {use for matmul in self.matmuls for use in _USES[matmul]})
 
     def on(self, device: torch.device) -> Int8Format:
-        return self.emulated if self.emulate or _must_emulate(device) else self  # type: ignore[attr-defined, no-any-return]
+        return self.emulated if self.emulate or lacks_units("int8", is_native, device) else self  # type: ignore[attr-defined, no-any-return]
 
     def _is_cast(self, use: Use) -> bool:
         return use in self.uses  # type: ignore[attr-defined]
@@ -90,26 +86,11 @@ class Int8Format(Format):
 
 def has_native_int8(device: torch.device) -> bool:
     """Return whether ``device`` multiplies int8 faster than bf16 or float32."""
-    if device.type == "cpu":
-        return bool(torch.cpu._is_vnni_supported())
     return is_native(architecture(device))
 
 
 def is_native(architecture: str) -> bool:
-    """Return whether GPUs of this architecture have int8 units that ``torch._int_mm`` uses."""
+    """Return whether ``torch._int_mm`` has int8 units on this architecture; on "cpu", whether this machine's has."""
+    if architecture == "cpu":
+        return bool(torch.cpu._is_vnni_supported())
     return sm(architecture) >= 75 or architecture in _AMD
-
-
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _must_emulate(device: torch.device) -> bool:
-    """Return whether ``device`` has no int8 units, which is logged once."""
-    return device.type != "meta" and _lacks_units(device.type, device.index)
-
-
-@cache
-def _lacks_units(kind: str, index: int | None) -> bool:
-    device = torch.device(kind) if index is None else torch.device(kind, index)
-    native = has_native_int8(device)
-    if not native:
-        logger.warning("int8 is emulated on %s: the same quantized values, multiplied in float32", kind)
-    return not native

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from titanlite.quant.emulation import multiply_in_float32
 from titanlite.quant.format import Operand
 from titanlite.quant.int8.cpu import rescale_product
 from titanlite.quant.int8.numerics import LONGEST, rescale
@@ -34,17 +33,11 @@ def multiply(a: Operand, b: Operand, dtype: torch.dtype, *, emulate: bool) -> Te
     product: Tensor | None = None
     for start in range(0, rows, LONGEST):
         left, right = a.data[:, start : start + LONGEST], b.data[start : start + LONGEST]
-        part = _float_mm(left, right) if emulate else _int_mm(left, right)
+        part = multiply_in_float32(left, right) if emulate else _int_mm(left, right)
         product = part if product is None else product.float() + part.float()
     assert product is not None
     scaled = rescale_product if a.data.is_cpu and not emulate else rescale
     return scaled(product, a.scale, b.scale, dtype)
-
-
-def _float_mm(a: Tensor, b: Tensor) -> Tensor:
-    # (There is no autocast on the meta device.)
-    with nullcontext() if a.is_meta else torch.autocast(a.device.type, enabled=False):
-        return a.float() @ b.float()
 
 
 def _int_mm(a: Tensor, b: Tensor) -> Tensor:
