@@ -46,7 +46,7 @@ from titanlite.distributed import runtime
 from titanlite.distributed.compile import CompileWatch
 from titanlite.distributed.context_parallel import ContextParallel
 from titanlite.distributed.data_parallel import allocate
-from titanlite.distributed.gradients import clip_gradients
+from titanlite.distributed.gradients import gradient_scale
 from titanlite.distributed.init import WeightInit
 from titanlite.distributed.mesh import build_mesh
 from titanlite.environment import LAUNCH_DIR
@@ -346,11 +346,11 @@ class Trainer:
         waited = time.perf_counter() - waited
         step_loss = self.runner.forward_backward(batch)
         max_norm = self.config.training.max_norm
-        grad_norm, mean_loss = clip_gradients(self.parameters(), max_norm, self.mesh, *step_loss)
+        scale = gradient_scale(self.parameters(), max_norm, self.mesh, *step_loss)
         loss = step_loss.mean()
         lr = self.schedule.apply(self.optimizer, self.step)
         self.checkpoints.before_update()
-        record = self.step_guard.step(self.optimizer, loss, mean_loss, grad_norm)
+        record = self.step_guard.step(self.optimizer, loss, scale.loss, scale.norm, scale.divisor)
         self.optimizer.zero_grad()
         for converter in self.converters.values():
             for part in self.model_parts:

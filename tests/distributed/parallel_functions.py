@@ -24,7 +24,7 @@ from titanlite.config import JobConfig, load_config
 from titanlite.config.parallelism import Degrees
 from titanlite.distributed.chunked_loss import ChunkedCrossEntropy, compute_loss_in_chunks
 from titanlite.distributed.data_parallel import allocate, reduce_gradients_after
-from titanlite.distributed.gradients import clip_gradients
+from titanlite.distributed.gradients import gradient_scale
 from titanlite.distributed.init import WeightInit
 from titanlite.distributed.mesh import Mesh, build_mesh
 from titanlite.distributed.parallelize import parallelize
@@ -38,7 +38,7 @@ from titanlite.float8 import (
     sync_float8_amax_and_scale_history,
 )
 from titanlite.models.layers import LAYOUT, Decoder, DecoderArgs
-from titanlite.optim import IGNORED, cross_entropy_loss
+from titanlite.optim import IGNORED, cross_entropy_loss, update_parameters
 
 CHECKS: dict[str, Callable[[], None]] = {}
 SMALL = DecoderArgs(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, ffn_dim=64, vocab_size=64, max_seq_len=8)
@@ -274,19 +274,23 @@ def clip(given: dict[str, Any]) -> None:
         stages = {k: v for there in everybody(stages) for k, v in there.items()}
         assert len(stages) == len({*stages.values()}) == mesh.pp.size()
         expected = torch.tensor([*stages.values()], dtype=torch.float64).norm()
-        norm, mean_loss = clip_gradients(model.parameters(), max_norm, mesh, *loss_of(mesh))
+        norm, mean_loss, divisor = gradient_scale(model.parameters(), max_norm, mesh, *loss_of(mesh))
         assert norm.dtype == torch.float32
         assert norm.ndim == mean_loss.ndim == 0
         assert mean_loss == expected_loss(mesh)
         torch.testing.assert_close(norm.double(), expected, rtol=1e-6, atol=0)
         assert len({*everybody(norm.item())}) == 1
-        reference = [nn.Parameter(torch.zeros_like(g)) for g in whole]
+        reference = [nn.Parameter(p.full_tensor().detach().clone()) for p in model.parameters()]  # type: ignore[attr-defined]
         for param, grad in zip(reference, whole):
             param.grad = grad.clone()
         nn.utils.clip_grads_with_norm_(reference, max_norm, expected.float())
+        # This eps makes the update depend on the size of the gradients.
+        update_parameters(torch.optim.AdamW(model.parameters(), eps=1.0, fused=True), divisor)
+        torch.optim.AdamW(reference, eps=1.0).step()
         for param, wanted, before in zip(model.parameters(), reference, whole):
             clipped = param.grad.full_tensor()  # type: ignore[union-attr]
             torch.testing.assert_close(clipped, wanted.grad, rtol=1e-6, atol=0)
+            torch.testing.assert_close(param.full_tensor(), wanted, rtol=1e-6, atol=1e-8)  # type: ignore[attr-defined]
             if max_norm == 1e6:
                 assert torch.equal(clipped, before)
     if given == {"shard": 4}:
@@ -307,7 +311,8 @@ def clip_what_is_not_finite(given: dict[str, int]) -> None:
                 grad = model[1].weight.grad
                 assert isinstance(grad, DTensor)
                 grad.to_local()[-1, -1] = value
-            norm, mean_loss = (x.item() for x in clip_gradients(model.parameters(), 1.0, mesh, *loss_of(mesh)))
+            scale = gradient_scale(model.parameters(), 1.0, mesh, *loss_of(mesh))
+            norm, mean_loss = scale.norm.item(), scale.loss.item()
             assert mean_loss == expected_loss(mesh)
             assert norm == float("inf") if abs(value) == float("inf") else norm != norm
 
@@ -318,7 +323,7 @@ def clip_passes_over_parameters_without_a_gradient() -> None:
     model = gradients_of(mesh)
     model[1].weight.grad = None  # type: ignore[union-attr, assignment]
     whole = [p.grad.full_tensor() for p in model.parameters() if isinstance(p.grad, DTensor)]
-    norm, _ = clip_gradients(model.parameters(), 1e6, mesh, *loss_of(mesh))
+    norm = gradient_scale(model.parameters(), 1e6, mesh, *loss_of(mesh)).norm
     torch.testing.assert_close(norm, nn.utils.get_total_norm(whole), rtol=1e-6, atol=0)
 
 

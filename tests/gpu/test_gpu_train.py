@@ -93,7 +93,7 @@ def test_a_skipped_update_waits_for_nothing_and_changes_no_bit(name: str) -> Non
         loss, param.grad = torch.full((), value, device="cuda"), torch.full_like(param, value)
         torch.cuda.set_sync_debug_mode("error")
         try:
-            record = guard.step(optimizer, loss, loss.double(), loss)
+            record = guard.step(optimizer, loss, loss.double(), loss, torch.ones_like(loss))
         finally:
             torch.cuda.set_sync_debug_mode("default")
         assert StepRecord.of(record).is_bad == (value != value)

@@ -1,9 +1,10 @@
-"""The norm and the clipping of gradients under any sharding, and the mean loss."""
+"""The norm of gradients under any sharding, the number that clips it, and the mean loss."""
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -18,10 +19,26 @@ from titanlite.distributed.target import Target
 _CPU_PART = 8192
 
 
-def clip_gradients(
+class GradientScale(NamedTuple):
+    """What makes the gradients of a step those of the mean loss, clipped. All are scalars, the same on all ranks.
+
+    Attributes:
+        norm: the norm of the gradients of all processes before clipping, float32.
+        loss: the mean loss, float64.
+        divisor: what to divide the gradients by; float32.
+    """
+
+    norm: Tensor
+    loss: Tensor
+    divisor: Tensor
+
+
+@torch.no_grad()
+def gradient_scale(
     params: Iterable[nn.Parameter], max_norm: float, mesh: Mesh, total: Tensor, scored: Tensor, labels: int
-) -> tuple[Tensor, Tensor]:
-    """Scale the gradients to those of the mean loss over all scored labels, and clip their norm to ``max_norm``.
+) -> GradientScale:
+    """Compute what divides the gradients to those of the mean loss over all scored labels, with their norm clipped to
+    ``max_norm``. The gradients are not changed: :func:`titanlite.optim.update_parameters` divides them.
 
     Each rank sums the squares of its gradients, divided by the number of ranks that have the same ones. One all-reduce
     is then enough for any placements; the loss and the number of labels are part of it.
@@ -32,10 +49,6 @@ def clip_gradients(
         total: the sum of the losses of this rank's labels, a scalar; 0 without the last pipeline stage.
         scored: the number of this rank's scored labels, a scalar; 0 without the last pipeline stage.
         labels: the number of labels of each rank.
-
-    Returns:
-        The norm of the gradients of all processes before clipping, float32, and the mean loss, float64: scalars, the
-        same on all ranks.
     """
     params = [p for p in params if p.grad is not None]
     by_copies: defaultdict[int, list[Tensor]] = defaultdict(list)
@@ -50,13 +63,11 @@ def clip_gradients(
         dist.all_reduce(sums)
     square, loss, count = sums.unbind()
     count = count.clamp(min=1)
-    divisor = mesh.stage.size() * labels / count  # 1 where all labels are scored
-    norm = (square.sqrt() * divisor).float()
+    share = count / (mesh.stage.size() * labels)  # 1 where all labels are scored
+    norm = (square.sqrt() / share).float()
     # Like clip_grads_with_norm_, which does not support DTensors of different meshes.
-    scale = (max_norm / (norm + 1e-6)).clamp(max=1.0) * divisor
-    with torch.no_grad():
-        torch._foreach_mul_([_local(param.grad) for param in params if param.grad is not None], scale.float())
-    return norm, loss / count
+    divisor = share / (max_norm / (norm + 1e-6)).clamp(max=1.0)
+    return GradientScale(norm, loss / count, divisor.float())
 
 
 def _local(grad: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from titanlite.optim.loss import IGNORED, cross_entropy_loss
 from titanlite.optim.optimizers import build_optimizer, register_optimizer
 from titanlite.optim.schedules import Schedule, build_schedule, register_decay
+from titanlite.optim.update import update_parameters
 
 __all__ = [
     "IGNORED",
@@ -12,4 +13,5 @@ __all__ = [
     "cross_entropy_loss",
     "register_decay",
     "register_optimizer",
+    "update_parameters",
 ]

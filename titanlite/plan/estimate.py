@@ -47,7 +47,7 @@ from titanlite.config.number_formats import formats_of
 from titanlite.config.refuse import refuse
 from titanlite.data import Batch
 from titanlite.distributed.data_parallel import allocate
-from titanlite.distributed.gradients import clip_gradients
+from titanlite.distributed.gradients import gradient_scale
 from titanlite.distributed.mesh import Mesh, build_mesh
 from titanlite.distributed.target import H100
 from titanlite.errors import ConfigError, counted
@@ -55,7 +55,7 @@ from titanlite.metrics.device import GIB
 from titanlite.metrics.flops import flops_per_token
 from titanlite.metrics.report import table
 from titanlite.models.layers import ModelSize
-from titanlite.optim import build_optimizer
+from titanlite.optim import build_optimizer, update_parameters
 from titanlite.plan.compiled_memory import MEMORY_BACKEND
 from titanlite.plan.lone_rank import LoneStage, fused_norm, lone_process_group
 from titanlite.plan.memory import (
@@ -285,9 +285,9 @@ def _measure(built: BuiltModel, loss_fn: LossFunction | None, config: JobConfig,
         loss = StepRunner(built.parts, loss_fn, pipeline, None, DEVICE).forward_backward(_batch(config, mesh))
         sharded_gradients = _bytes(p.grad for p in parameters)
         with tracker.kind(TEMPORARY, "all ranks"):
-            clip_gradients(parameters, config.training.max_norm, mesh, *loss)
+            scale = gradient_scale(parameters, config.training.max_norm, mesh, *loss)
         with tracker.kind(TEMPORARY):
-            optimizer.step()
+            update_parameters(optimizer, scale.divisor)
             optimizer.zero_grad()
             for converter in built.converters.values():
                 for part in built.parts:

@@ -65,7 +65,7 @@ class StepRunner:
     def forward_backward(self, batch: Batch) -> StepLoss:
         """Compute the gradients of the step's loss: the sum over the labels of all ranks, divided by the number of all
         labels, scored or not. (Each rank divides by its own number, and FSDP2 takes the mean over the ranks.)
-        :func:`~titanlite.distributed.gradients.clip_gradients` corrects the divisor to the number of scored labels. It
+        :func:`~titanlite.distributed.gradients.gradient_scale` corrects the divisor to the number of scored labels. It
         needs no extra pass over the gradients and no extra all-reduce for that."""
         inputs, labels = self._share(batch)
         if self.pipeline is not None:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from titanlite.config.schema import Training
+from titanlite.optim import update_parameters
 
 WINDOW = 128
 
@@ -71,28 +72,24 @@ class StepGuard:
         self._window = torch.full((WINDOW,), math.nan, dtype=torch.float64, device=device)
         self._counts = torch.zeros(2, dtype=torch.float64, device=device)  # skipped, in a row
 
-    def step(self, optimizer: torch.optim.Optimizer, local_loss: Tensor, loss: Tensor, grad_norm: Tensor) -> Tensor:
-        """Call ``optimizer.step()``, unless the step is bad and must be skipped. A skipped step changes no bit of the
+    def step(
+        self, optimizer: torch.optim.Optimizer, local_loss: Tensor, loss: Tensor, grad_norm: Tensor, divisor: Tensor
+    ) -> Tensor:
+        """Update the parameters, unless the step is bad and must be skipped. A skipped step changes no bit of the
         parameters and of the optimizer state.
 
         Args:
             local_loss, loss, grad_norm: see :class:`StepRecord`; scalars of any floating dtype.
+            divisor: what the gradients are divided by; see :func:`titanlite.optim.update_parameters`.
 
         Returns:
             float64 [8] on the guard's device: the fields of :class:`StepRecord`.
         """
         if not self._skips:
-            optimizer.step()
+            update_parameters(optimizer, divisor)
             return self.judge(local_loss, loss, grad_norm)
         record = self.judge(local_loss, loss, grad_norm)
-        bad = record[StepRecord._fields.index("is_bad")]
-        if _takes_verdict(optimizer):
-            # The protocol of torch.amp.GradScaler: the kernels read the flag on the device, and do nothing if it is 1.
-            optimizer.grad_scale, optimizer.found_inf = None, bad.float()  # type: ignore[attr-defined]
-            optimizer.step()
-            del optimizer.grad_scale, optimizer.found_inf  # type: ignore[attr-defined]
-        elif not bad.item():
-            optimizer.step()
+        update_parameters(optimizer, divisor, skip=record[StepRecord._fields.index("is_bad")])
         return record
 
     @torch.no_grad()
@@ -121,9 +118,3 @@ class StepGuard:
         window = [math.nan] * (WINDOW - len(losses)) + [*losses]
         self._window.copy_(torch.tensor(window, dtype=torch.float64))
         self._counts.copy_(torch.tensor([state["skipped"], state["in_a_row"]], dtype=torch.float64))
-
-
-def _takes_verdict(optimizer: torch.optim.Optimizer) -> bool:
-    """Return True if ``found_inf`` makes an optimizer skip a step without any change. Fused Adam and AdamW do. Fused
-    SGD has uninitialized momentum if its first step is skipped. For the others, the host waits for the verdict."""
-    return isinstance(optimizer, torch.optim.Adam) and getattr(optimizer, "_step_supports_amp_scaling", False)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from titanlite.config.schema import Optimizer
 from titanlite.errors import ConfigError
-from titanlite.optim import build_optimizer
+from titanlite.optim import build_optimizer, update_parameters
 
 IMPLEMENTATIONS = ("fused", "foreach", "for-loop")
 
@@ -78,3 +82,65 @@ def test_frozen_parameters_are_left_out() -> None:
 def test_unknown_name_lists_the_known() -> None:
     with pytest.raises(ConfigError, match=r'optimizer.name = "adamv": .*known: Adam, AdamW'):
         build_optimizer([], Optimizer(name="adamv"))
+
+
+def updated(name: str, implementation: str, divisor: float, explicit: bool) -> list[Tensor]:
+    """The parameters, gradients and state after five updates; ``explicit``: gradients are divided before them."""
+    generator = torch.Generator().manual_seed(0)
+    param = nn.Parameter(torch.randn(1003, generator=generator))
+    # A large eps makes the update depend on the size of the gradients.
+    options = Optimizer(name=name, lr=1e-2, eps=0.1, implementation=implementation)  # type: ignore[arg-type]
+    optimizer = build_optimizer([param], options)
+    for _ in range(5):
+        param.grad = torch.randn(1003, generator=generator)
+        if explicit:
+            param.grad *= 1 / divisor
+            optimizer.step()
+        else:
+            update_parameters(optimizer, torch.tensor(divisor))
+    assert param.grad is not None
+    return [param.detach(), param.grad, *optimizer.state[param].values()]
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("name", ["AdamW", "Adam"])
+def test_an_update_divides_the_gradients(name: str, implementation: str) -> None:
+    for divisor in (0.3, 1.0, 17.0):
+        pairs = zip(*(updated(name, implementation, divisor, explicit) for explicit in (True, False)), strict=True)
+        for expected, actual in pairs:
+            # A quotient differs from a product with the rounded inverse by three roundings of 2 ** -24, a square of it
+            # by twice as much; averages of gradients of both signs cancel.
+            torch.testing.assert_close(actual, expected, rtol=1e-6, atol=1e-6)
+            assert divisor != 1.0 or torch.equal(actual, expected)
+    assert not torch.equal(updated(name, implementation, 17.0, False)[0], updated(name, implementation, 1.0, False)[0])
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_gradients_that_are_not_finite_stay_so(implementation: str) -> None:
+    for divisor in (math.inf, math.nan):
+        param = nn.Parameter(torch.zeros(2))
+        param.grad = torch.full((2,), math.inf)
+        update_parameters(build_optimizer([param], Optimizer(implementation=implementation)), torch.tensor(divisor))  # type: ignore[arg-type]
+        assert param.isnan().all()
+
+
+class Operators(TorchDispatchMode):
+    """The names of the operators that ran."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(func.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_a_fused_update_makes_no_other_pass_over_the_gradients(implementation: str) -> None:
+    param = nn.Parameter(torch.randn(4))
+    param.grad = torch.randn(4)
+    optimizer = build_optimizer([param], Optimizer(implementation=implementation))  # type: ignore[arg-type]
+    with Operators() as operators:
+        update_parameters(optimizer, torch.tensor(2.0))
+    assert ("_foreach_div_.Tensor" in operators.names) is (implementation != "fused")

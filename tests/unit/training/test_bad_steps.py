@@ -209,7 +209,7 @@ def test_a_skipped_update_changes_no_bit(name: str, implementation: str, skipped
         before = bits(params, optimizer)
         loss = torch.tensor(150.0 if bad and value == 1e3 else 3.0)
         norm = torch.tensor(value if bad else 1.0)
-        assert StepRecord.of(guard.step(optimizer, loss, loss, norm)).is_bad == bad
+        assert StepRecord.of(guard.step(optimizer, loss, loss, norm, torch.tensor(1.0))).is_bad == bad
         if bad:
             after = bits(params, optimizer)
             assert after[: len(before)] == before  # a first step that is skipped may add a state of zeros
@@ -219,6 +219,7 @@ def test_a_skipped_update_changes_no_bit(name: str, implementation: str, skipped
             assert bits(params, optimizer) == bits(others, reference)
             assert bits(params, optimizer) != before
     assert not hasattr(optimizer, "found_inf")
+    assert not hasattr(optimizer, "grad_scale")
 
 
 def waits(name: str, implementation: str, policy: Any) -> list[int]:
@@ -230,7 +231,7 @@ def waits(name: str, implementation: str, policy: Any) -> list[int]:
         for param in params:
             param.grad = torch.ones_like(param)
         with Waits() as counted:
-            guard.step(optimizer, *(torch.tensor(x) for x in (loss, loss, 1.0)))
+            guard.step(optimizer, *(torch.tensor(x) for x in (loss, loss, 1.0, 1.0)))
         counts.append(counted.count)
     return counts
 
@@ -249,7 +250,7 @@ def test_stop_lets_the_update_go_ahead() -> None:
     params, optimizer = made("AdamW", "fused")
     for param in params:
         param.grad = torch.full_like(param, NAN)
-    record = StepRecord.of(guard.step(optimizer, *(torch.tensor(x) for x in (1.0, 1.0, NAN))))
+    record = StepRecord.of(guard.step(optimizer, *(torch.tensor(x) for x in (1.0, 1.0, NAN, 1.0))))
     assert (record.is_bad, record.skipped, record.in_a_row) == (True, 0, 0)
     assert all(param.isnan().all() for param in params)
 

@@ -15,10 +15,10 @@ from titanlite.config.parallelism import Degrees
 from titanlite.config.schema import Comm
 from titanlite.data import Batch
 from titanlite.distributed import runtime
-from titanlite.distributed.gradients import clip_gradients
+from titanlite.distributed.gradients import GradientScale, gradient_scale
 from titanlite.distributed.mesh import Mesh, build_mesh
-from titanlite.optim import IGNORED, cross_entropy_loss
-from titanlite.training.step import StepRunner
+from titanlite.optim import IGNORED, cross_entropy_loss, update_parameters
+from titanlite.training.step import StepLoss, StepRunner
 
 VOCAB = 11
 
@@ -48,6 +48,12 @@ def batch(scored: list[float]) -> Batch:
     return Batch(tokens, labels.where(kept, IGNORED))
 
 
+def clip(model: Model, max_norm: float, mesh: Mesh, loss: StepLoss) -> GradientScale:
+    scale = gradient_scale(model.parameters(), max_norm, mesh, *loss)
+    update_parameters(torch.optim.Adam(model.parameters(), lr=0.0, fused=True), scale.divisor)
+    return scale
+
+
 @pytest.mark.parametrize("scored", [[1.0], [1.0, 1.0, 1.0], [0.1, 0.9, 0.0]], ids=["one", "three", "uneven"])
 @pytest.mark.parametrize("max_norm", [1e9, math.inf])
 def test_gradients_and_losses_are_of_the_mean_over_scored_labels(
@@ -63,7 +69,7 @@ def test_gradients_and_losses_are_of_the_mean_over_scored_labels(
     runner = StepRunner([model], cross_entropy_loss, None, None, torch.device("cpu"))
     evaluated = runner.evaluate(given)
     step = runner.forward_backward(given)
-    norm, mean = clip_gradients(model.parameters(), max_norm, mesh, *step)
+    norm, mean, _ = clip(model, max_norm, mesh, step)
     for loss in (step.mean(), evaluated.mean(), mean):
         assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
     assert step.scored == evaluated.scored == (given.labels != IGNORED).sum()
@@ -76,8 +82,7 @@ def test_clipping_is_of_the_corrected_gradients(mesh: Mesh) -> None:
     model, given = Model(), batch([0.2, 0.0])
     fully_shard(model, mesh=mesh.data_parallel)
     runner = StepRunner([model], cross_entropy_loss, None, None, torch.device("cpu"))
-    norm, _ = clip_gradients(model.parameters(), 0.01, mesh, *runner.forward_backward(given))
-    assert norm > 0.1
+    assert clip(model, 0.01, mesh, runner.forward_backward(given)).norm > 0.1
     clipped = torch.cat([p.grad.to_local().flatten() for p in model.parameters()])  # type: ignore[union-attr]
     assert clipped.norm().item() == pytest.approx(0.01, rel=1e-4)
 
@@ -87,6 +92,6 @@ def test_a_step_without_scored_labels_changes_nothing(mesh: Mesh) -> None:
     fully_shard(model, mesh=mesh.data_parallel)
     runner = StepRunner([model], cross_entropy_loss, None, None, torch.device("cpu"))
     step = runner.forward_backward(given)
-    norm, mean = clip_gradients(model.parameters(), 1.0, mesh, *step)
+    norm, mean, _ = clip(model, 1.0, mesh, step)
     assert (norm, mean, step.mean()) == (0, 0, 0)
     assert all((p.grad.to_local() == 0).all() for p in model.parameters())  # type: ignore[union-attr]
