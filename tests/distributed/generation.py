@@ -16,7 +16,8 @@ from titanlite.distributed import runtime
 from titanlite.distributed.data_parallel import allocate
 from titanlite.distributed.init import WeightInit
 from titanlite.distributed.mesh import Mesh, build_mesh
-from titanlite.inference.generate import Sampling, TokenSampler, generate
+from titanlite.inference.generate import generate
+from titanlite.inference.sampling import Sampling, TokenSampler
 from titanlite.models.layers import Decoder, DecoderArgs
 from titanlite.models.llama3.spec import FLAVORS
 from titanlite.models.spec import get_model_spec

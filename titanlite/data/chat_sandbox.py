@@ -8,8 +8,8 @@ interrupt them; signals reach the main thread only, and the loader is another on
 bounds it: a timer of processor time ends it, and a request for more memory than the limit fails. It has neither the
 trainer's memory nor its files open. The sandbox alone keeps a template from the network and from the disk.
 
-On stdin comes one JSON object a line: first the template, its variables and the limits, then conversations. Each has
-one line on stdout as its answer.
+On stdin comes one JSON object a line: first the template, its variables and the limits, then conversations, each with
+whether an answer to it is to begin. Each has one line on stdout as its answer.
 """
 
 from __future__ import annotations
@@ -128,10 +128,19 @@ class Template:
             return Rendered(text, spans, True)
         for i, message in enumerate(messages):
             if message["role"] == "assistant":
-                before, _ = self._render(messages[:i], prompt=True)
+                place = f" on what comes before message {i + 1}, the assistant's,"
+                before, _ = self._render(messages[:i], prompt=True, place=place)
                 until = self._render(messages[: i + 1])[0] if i + 1 < len(messages) else text
                 spans.append((len(before), self._end(message["content"], before, until, text, i + 1)))
         return Rendered(text, spans, False)
+
+    def prompt(self, messages: Sequence[Message]) -> str:
+        """Return the text of ``messages`` and of an answer's beginning.
+
+        Raises:
+            Fault: the template refuses or fails.
+        """
+        return self._render(messages, prompt=True)[0]
 
     def _end(self, content: str, before: str, until: str, text: str, number: int) -> int:
         """Return the end of a turn in ``text``, given the texts ``before`` it and ``until`` it.
@@ -159,11 +168,10 @@ class Template:
                     return self._outside_marks(begin, texts)
         return end
 
-    def _render(self, messages: Sequence[Message], prompt: bool = False) -> tuple[str, list[Span]]:
+    def _render(self, messages: Sequence[Message], *, prompt: bool = False, place: str = "") -> tuple[str, list[Span]]:
         tag = self._generation
         tag.written, tag.blocks = 0, []
         parts = []
-        place = f" on what comes before message {len(messages) + 1}, the assistant's," if prompt else ""
         with _faults(place):
             # The messages are shared between renderings: the sandbox lets a template change none of them.
             for part in self._template.generate(self._variables, messages=messages, add_generation_prompt=prompt):
@@ -253,6 +261,8 @@ def _serve() -> None:
             if template is None:
                 template = Template(first["template"], first["variables"], first["marks"], first["most"])
                 answer: dict[str, Any] = {}
+            elif line["prompt"]:
+                answer = {"text": template.prompt(line["messages"])}
             else:
                 answer = template.conversation(line["messages"])._asdict()
         except Fault as fault:

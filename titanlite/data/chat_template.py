@@ -95,8 +95,17 @@ class ChatTemplate:
             ConfigError: the template does what none may, takes too long or too much memory. This is no fault of a
                 record: whether one is left out must not depend on the speed of a machine.
         """
-        answer = self._ask({"messages": list(messages)})
+        answer = self._ask({"messages": list(messages), "prompt": False})
         return answer["text"], [(begin, end) for begin, end in answer["spans"]], answer["marked"]
+
+    def prompt(self, messages: Sequence[dict[str, Any]]) -> str:
+        """Return the text of a conversation and of the beginning of an answer to it (``add_generation_prompt``).
+
+        Raises:
+            Corrupt, ConfigError: see :meth:`render`.
+        """
+        text: str = self._ask({"messages": list(messages), "prompt": True})["text"]
+        return text
 
     def _ask(self, request: dict[str, Any]) -> dict[str, Any]:
         to, of = self._process.stdin, self._process.stdout

@@ -51,8 +51,7 @@ class ChatEncoder(Encoder):
     def encode(self, record: Mapping[str, Any]) -> Example:
         messages = self._messages(record)
         text, turns, marked = self._template.render(messages)
-        if has_surrogate(text):
-            raise Corrupt("a message has half of a surrogate pair, which is no character", "surrogate")
+        _refuse_surrogates(text)
         if not marked:
             said = [message["content"] for message in messages if message["role"] == "assistant"]
             turns = [_without_blanks(text, turn, content) for turn, content in zip(turns, said)]
@@ -65,6 +64,18 @@ class ChatEncoder(Encoder):
             roles = ", ".join(dict.fromkeys(str(message["role"])[:40] for message in messages))
             raise Corrupt(f"nothing to learn: the assistant says nothing (the roles are: {roles})", "nothing scored")
         return Example(tokens, scored)
+
+    def prompt(self, record: Mapping[str, Any]) -> list[int]:
+        """Return the ids of a conversation and of the beginning of an answer to it, as ``apply_chat_template`` of
+        transformers makes them with ``add_generation_prompt``.
+
+        Raises:
+            Corrupt, ConfigError: see :meth:`ChatTemplate.render`.
+        """
+        text = self._template.prompt(self._messages(record))
+        _refuse_surrogates(text)
+        ids: list[int] = self._tokenizer.encode_with_special(text)[0].tolist()
+        return ids
 
     def _messages(self, record: Mapping[str, Any]) -> list[dict[str, Any]]:
         field = next((field for field in self.fields if record.get(field) is not None), self._field)
@@ -115,6 +126,11 @@ class ChatEncoder(Encoder):
         if key in self._notices:
             self._notices.remove(key)
             logger.warning("%s: %s", _OPTION, text)
+
+
+def _refuse_surrogates(text: str) -> None:
+    if has_surrogate(text):
+        raise Corrupt("a message has half of a surrogate pair, which is no character", "surrogate")
 
 
 def _text(number: int, content: object) -> str:

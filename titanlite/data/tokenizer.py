@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from tokenizers import pre_tokenizers, processors
 
 from titanlite.data.document_tokens import CONFIG, find_document_tokens
+from titanlite.data.generation_config import GENERATION
 from titanlite.data.tiktoken import load_tiktoken
 from titanlite.data.tokenizer_files import (
     MAX_BYTES,
@@ -50,6 +51,7 @@ class Tokenizer:
 
     Args:
         kept: entries of ``tokenizer_config.json`` that a copy keeps.
+        generation: the content of ``generation_config.json`` beside it, which a copy keeps too; empty if there is none.
 
     Attributes:
         vocab_size: the size of the id space, including special tokens; every id is below it.
@@ -58,10 +60,17 @@ class Tokenizer:
     """
 
     def __init__(
-        self, backend: tokenizers.Tokenizer, bos_id: int, eos_id: int, path: str, kept: Mapping[str, Any] | None = None
+        self,
+        backend: tokenizers.Tokenizer,
+        bos_id: int,
+        eos_id: int,
+        path: str,
+        kept: Mapping[str, Any] | None = None,
+        generation: Mapping[str, Any] | None = None,
     ) -> None:
         self._backend = backend
         self._kept = kept or {}
+        self.generation = generation or {}
         self.vocab_size: int = max(backend.get_vocab(with_added_tokens=True).values()) + 1
         self.bos_id = bos_id
         self.eos_id = eos_id
@@ -113,6 +122,12 @@ class Tokenizer:
         copy = tokenizers.Tokenizer.from_str(self._backend.to_str())
         copy.encode_special_tokens = False
         return copy
+
+    @cached_property
+    def byte_tokens(self) -> frozenset[int]:
+        """The tokens that each stand for a byte of a character which has no token (SentencePiece)."""
+        ids = (self._backend.token_to_id(f"<0x{byte:02X}>") for byte in range(256))
+        return frozenset(i for i in ids if i is not None)
 
     @property
     def special_tokens(self) -> list[str]:
@@ -195,8 +210,9 @@ class Tokenizer:
 
     def files(self, pretty: bool = True) -> dict[str, str]:
         """Return the names and contents of ``tokenizer.json`` and ``tokenizer_config.json``, for
-        :func:`load_tokenizer` and for ``transformers``. A tokenizer without a post-processor gets one that puts BOS
-        before a text, as in training. ``pretty``: one entry of the vocabulary per line."""
+        :func:`load_tokenizer` and for ``transformers``, and of ``generation_config.json`` if it has one. A tokenizer
+        without a post-processor gets one that puts BOS before a text, as in training. ``pretty``: one entry of the
+        vocabulary per line."""
         backend = tokenizers.Tokenizer.from_str(self._backend.to_str())
         bos, eos = (backend.id_to_token(i) for i in (self.bos_id, self.eos_id))
         if backend.post_processor is None:
@@ -210,7 +226,10 @@ class Tokenizer:
             "eos_token": eos,
             "clean_up_tokenization_spaces": False,  # it would change decoded text
         }
-        return {HUGGING_FACE: backend.to_str(pretty), CONFIG: json.dumps(config, indent=2) + "\n"}
+        files = {HUGGING_FACE: backend.to_str(pretty), CONFIG: json.dumps(config, indent=2) + "\n"}
+        if self.generation:
+            files[GENERATION] = json.dumps(self.generation, indent=2) + "\n"
+        return files
 
     def save(self, folder: Path) -> None:
         """Write :meth:`files` and ``tokenizer_identity.json`` into ``folder``."""
@@ -250,7 +269,8 @@ def load_tokenizer(path: str = "") -> Tokenizer:
             with without_stderr():
                 backend = load_tiktoken(file, content) if is_llama3 else _load_hugging_face(file, content)
             bos, eos = find_document_tokens(backend, file, known=is_llama3)
-            tokenizer = Tokenizer(backend, bos, eos, str(file), _kept_entries(file.parent, bos == eos))
+            kept, generation = _kept_entries(file.parent, bos == eos), read_object(file.parent, GENERATION)
+            tokenizer = Tokenizer(backend, bos, eos, str(file), kept, generation)
     except Panic as e:
         raise damaged(file, f"the tokenizers library fails on it ({excerpt(e)}); download it again") from None
     if tokenizer.vocab_size > MAX_IDS:

@@ -27,7 +27,8 @@ from titanlite.config import Degrees, JobConfig
 from titanlite.config.schema import Comm
 from titanlite.converters import Quantizer, get_quantizer
 from titanlite.data import Tokenizer
-from titanlite.data.tokenizer_files import KEY
+from titanlite.data.generation_config import GENERATION
+from titanlite.data.tokenizer_files import KEY, read_object
 from titanlite.distributed.mesh import Mesh, build_mesh
 from titanlite.distributed.parallelize import apply_tensor_parallel, check
 from titanlite.distributed.runtime import Runtime, start_runtime, stop_runtime
@@ -231,6 +232,16 @@ def load_model(
         except ValueError as e:
             raise ConfigError(f"--quantize={quantize}: {e}") from e
     return LoadedModel(model, tokenizer, max_seq_len)
+
+
+def generation_of(folder: Path, tokenizer: Tokenizer) -> Mapping[str, Any]:
+    """Return the content of ``generation_config.json`` in ``folder``, else that beside the tokenizer; empty if there is
+    none.
+
+    Raises:
+        ConfigError: it is damaged.
+    """
+    return read_object(folder, GENERATION) or tokenizer.generation
 
 
 def quantizer_for(name: str, description: ModelDescription) -> Quantizer:

@@ -14,7 +14,8 @@ from titanlite.data import Tokenizer
 from titanlite.distributed.mesh import Mesh
 from titanlite.distributed.runtime import Runtime
 from titanlite.errors import ConfigError, TrainingError, counted
-from titanlite.inference.generate import Sampling, TokenSampler, generate
+from titanlite.inference.generate import generate
+from titanlite.inference.sampling import Sampling, TokenSampler
 
 logger = logging.getLogger()
 

@@ -24,7 +24,9 @@ from titanlite.float8 import (
     ScalingType,
     convert_to_float8_training,
 )
-from titanlite.inference.generate import KVCache, Sampling, TokenSampler, forward, generate
+from titanlite.inference.generate import Sequel, generate, generate_together
+from titanlite.inference.kv_cache import KVCache, forward
+from titanlite.inference.sampling import Sampling, TokenSampler
 from titanlite.models.layers import DecoderArgs, causal_attention
 
 WINDOW = replace(GQA, sliding_window=3, qk_norm=True, partial_rotary_factor=0.5)
@@ -56,6 +58,41 @@ def test_cached_logits_are_those_of_one_forward(args: DecoderArgs, chunks: list[
     assert cache.length == 12
     assert (found - expected).abs().max() < 1e-5
     assert expected.abs().max() > 0.1
+
+
+@pytest.mark.parametrize("multiple", [1, 4])
+@pytest.mark.parametrize("args", [SMALL, GQA, WINDOW, ONE], ids=["mha", "gqa", "window", "window of one"])
+def test_rows_of_different_lengths_and_what_was_taken_back(args: DecoderArgs, multiple: int) -> None:
+    """Chunks of other lengths for each row, also of none. What is truncated and computed again is the same."""
+    model, x = build(args), tokens(3, 12)
+    with torch.no_grad():
+        expected = model(x)
+    with KVCache(model, capacity=18, multiple=multiple) as cache:
+        rows: list[list[Tensor]] = [[], [], []]
+        for lengths in ([5, 1, 3], [0, 1, 1], [2, 4, 1], [5, 0, 7], [0, 6, 0]):
+            begins = cache.lengths or [0, 0, 0]
+            new = max(lengths)
+            chunk = torch.stack(
+                [torch.cat((row[b : b + n], row[:1].expand(new - n))) for row, b, n in zip(x, begins, lengths)]
+            )
+            for row, logits, n in zip(rows, cache(chunk, lengths), lengths):
+                row.append(logits[:n])
+        assert cache.lengths == [12, 12, 12]
+        assert (torch.stack([torch.cat(row) for row in rows]) - expected).abs().max() < 1e-5
+        for kept in (7, 2):
+            cache.truncate(kept)
+            cache(tokens(3, 3))
+            cache.truncate(kept)
+            assert (cache(x[:, kept:]) - expected[:, kept:]).abs().max() < 1e-5
+
+
+def test_memory_is_allocated_as_it_is_needed() -> None:
+    model = build(replace(GQA, max_seq_len=2000))
+    x = tokens(1, 1200)
+    with KVCache(model, capacity=100_000_000) as cache:
+        found = torch.cat([cache(chunk) for chunk in x.split([10, 250, 1, 600, 339], 1)], 1)
+    with torch.no_grad():
+        assert (found - model(x)).abs().max() < 1e-5
 
 
 def test_what_fills_up_a_sequence_is_the_last_token_again() -> None:
@@ -139,6 +176,21 @@ def test_it_stops_at_the_end_token() -> None:
     found = generate(decoder(model), PROMPT, 30, Sampling(), {whole[7], 1000})
     assert found.ids == whole[: whole.index(whole[7])]
     assert generate(decoder(model), PROMPT, 1, Sampling(), {whole[0]}).ids == []
+
+
+@pytest.mark.parametrize("cached", [True, False])
+@pytest.mark.parametrize("sampling", [GREEDY, Sampling(seed=3)], ids=["greedy", "drawn"])
+def test_a_prompt_in_a_batch_gets_the_text_that_it_gets_alone(sampling: Sampling, cached: bool) -> None:
+    model = build(WINDOW)
+    prompts, limits = [PROMPT, [7], list(range(20)), PROMPT[:2]], [12, 30, 5, 20]
+    ends = {generate(decoder(model), PROMPT, 12, sampling).ids[6]}
+    alone = [generate(decoder(model), p, n, sampling, ends).ids for p, n in zip(prompts, limits)]
+    assert len({*map(len, alone)}) > 1
+    together = [Sequel(n, ends) for n in limits]
+    done = generate_together(decoder(model), prompts, together, sampling, cached=cached)
+    assert [sequel.ids for sequel in together] == alone
+    assert done.prompt_tokens == 28
+    assert done.decoded_tokens == sum(len(sequel.ids) + (sequel.ended == "end") - 1 for sequel in together)
 
 
 def test_ids_that_the_tokenizer_has_not_are_never_drawn() -> None:

@@ -20,7 +20,8 @@ from titanlite.checkpoint.hugging_face_export import write_hugging_face
 from titanlite.data import load_tokenizer
 from titanlite.distributed.init import WeightInit
 from titanlite.errors import ConfigError
-from titanlite.inference.generate import Sampling, TokenSampler, generate
+from titanlite.inference.generate import generate
+from titanlite.inference.sampling import Sampling, TokenSampler
 from titanlite.models.layers import Decoder, RopeScaling
 from titanlite.models.spec import ModelSpec, get_model_spec, model_spec_of
 from titanlite.optim import cross_entropy_loss
