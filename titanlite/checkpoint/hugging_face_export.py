@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,12 +23,19 @@ from torch import Tensor
 
 from titanlite.checkpoint.folder import flush
 from titanlite.checkpoint.hugging_face import CONFIG, DTYPES, INDEX, QUANTIZED_DTYPES, SINGLE, stored_shapes
+from titanlite.checkpoint.state import listed
+from titanlite.data.generation_config import GENERATION
 from titanlite.data.tokenizer import Tokenizer
 from titanlite.errors import ConfigError
 from titanlite.models.weight_map import Place, Rows, Stack, WeightMap, tensors_of
 
 Shapes = Mapping[str, Sequence[int]]
 
+CARD = "README.md"
+# The names of all files of an export.
+_WRITTEN = re.compile(
+    rf"{CONFIG}|{GENERATION}|{CARD}|{INDEX}|tokenizer(_config|_identity)?\.json|model(-\d+-of-\d+)?\.safetensors"
+)
 _FORMAT_NAMES = {dtype: name for name, dtype in (DTYPES | QUANTIZED_DTYPES).items()}
 _BATCH = 1 << 28  # elements per call of get(), unless one tensor has more: 1 GiB in float32
 
@@ -42,6 +50,9 @@ def write_hugging_face(
     *,
     dtype: torch.dtype = torch.bfloat16,
     quantized: QuantizedWeights | None = None,
+    generation: Mapping[str, Any] | None = None,
+    card: str | None = None,
+    replace: bool = False,
     max_shard_bytes: int = 5_000_000_000,
 ) -> None:
     """Write the folder atomically: fill a temporary folder in the same parent, flush it to disk, then rename it.
@@ -54,23 +65,56 @@ def write_hugging_face(
             device. Every parameter is requested once. The tensors of earlier calls may be freed.
         dtype: float16, bfloat16 or float32.
         quantized: the weights that are written in 8 bits with their scales; None: none.
+        generation: the content of ``generation_config.json``; none or empty: that beside the
+            tokenizer, else the ids of BOS and EOS.
+        card: the content of ``README.md``; None: there is none.
+        replace: a folder that is there, and holds only what this function writes, is replaced.
         max_shard_bytes: the largest size of the tensors of one file, unless a single tensor is larger.
 
     Raises:
         ConfigError: the folder exists and is not empty, or it cannot be written.
     """
     folder = Path(os.path.abspath(folder))
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ConfigError(f"{folder}: is there and not empty; choose another folder, or delete it first")
+    check_target(folder, replace)
     special = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
     # transformers 5 writes "dtype", and also reads "torch_dtype"; earlier versions read only "torch_dtype".
     texts = {CONFIG: {**config, **special, "torch_dtype": str(dtype).removeprefix("torch.")}}
-    texts["generation_config.json"] = {"_from_model_config": True, **special}
+    texts[GENERATION] = {**(generation or tokenizer.generation or {"_from_model_config": True, **special})}
     with _temporary_folder(folder) as partial:
+        tokenizer.save(partial)
         for name, content in texts.items():
             (partial / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        tokenizer.save(partial)
+        if card is not None:
+            (partial / CARD).write_text(card, encoding="utf-8")
         _write_weights(partial, units(shapes, weights), get, quantized or QuantizedWeights(), dtype, max_shard_bytes)
+
+
+def check_target(folder: Path, replace: bool) -> None:
+    """Refuse a folder that is there, unless it is empty, or is to be replaced and holds only what
+    :func:`write_hugging_face` writes.
+
+    Raises:
+        ConfigError: it is refused.
+    """
+    if not os.path.lexists(folder) or (folder.is_dir() and not any(folder.iterdir())):
+        return
+    if not replace:
+        raise ConfigError(
+            f"{folder}: is there and not empty; choose another folder, delete it first, or replace an earlier export "
+            "with --force"
+        )
+    if folder.is_symlink() or not folder.is_dir():
+        raise ConfigError(f"{folder}: --force replaces a folder, and this is a link or a file; name the folder itself")
+    others = sorted(path.name for path in folder.iterdir() if not _WRITTEN.fullmatch(path.name) or _is_folder(path))
+    if others:
+        raise ConfigError(
+            f"{folder}: --force replaces the files of an export, and {listed('are none of them', others)}; choose "
+            "another folder, or move them away"
+        )
+
+
+def _is_folder(path: Path) -> bool:
+    return path.is_dir() and not path.is_symlink()
 
 
 Entry = tuple[tuple[int, ...], torch.dtype]  # of a tensor in the files
@@ -240,13 +284,29 @@ def _temporary_folder(folder: Path) -> Iterator[Path]:
         yield partial
         for path in (*partial.iterdir(), partial):
             flush(path)
-        partial.rename(folder)
-        flush(folder.parent)
+        _put_in_place(partial, folder)
     except BaseException as e:
         shutil.rmtree(partial, ignore_errors=True)
         if isinstance(e, OSError):
             raise _cannot_write(folder, e) from e
         raise
+
+
+def _put_in_place(partial: Path, folder: Path) -> None:
+    """Rename ``partial`` to ``folder``; what is there goes first to another name, and is deleted at the end."""
+    before = folder.with_name(f".{folder.name}.replaced")
+    is_there = folder.is_dir() and any(folder.iterdir())
+    if is_there:
+        folder.rename(before)
+    try:
+        partial.rename(folder)
+    except OSError:
+        if is_there:
+            before.rename(folder)
+        raise
+    flush(folder.parent)
+    if is_there:
+        shutil.rmtree(before)
 
 
 def _cannot_write(folder: Path, error: OSError) -> ConfigError:

@@ -29,6 +29,8 @@ def parser() -> argparse.ArgumentParser:
     cli.add_argument("--tokenizer_path", metavar="PATH", help="default: that of the folder; another one is refused")
     cli.add_argument("--custom_import", metavar="MODULE", help="a Python module to import first, which may register "
         "the model")  # fmt: skip
+    cli.add_argument("--force", action="store_true", help="replace a Hugging Face folder that convert has written, "
+        "with its README.md; default: refuse a folder that is not empty")  # fmt: skip
     cli.add_argument("--no-verify", action="store_true", help="do not compare the checkpoint's checksums first")
     return cli
 
@@ -50,6 +52,7 @@ def main(argv: list[str]) -> int:
             quantize=args.quantize,
             calibration=args.calibration,
             verify_sums=not args.no_verify,
+            replace=args.force,
         )
         print(done)
     except ConfigError as error:

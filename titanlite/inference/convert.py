@@ -4,6 +4,7 @@ calibration, for static scales, loads the whole model."""
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -16,7 +17,7 @@ from torch import Tensor
 from titanlite.checkpoint import Info
 from titanlite.checkpoint.folder import latest_checkpoint
 from titanlite.checkpoint.hugging_face import QUANTIZATION, is_hugging_face
-from titanlite.checkpoint.hugging_face_export import write_hugging_face
+from titanlite.checkpoint.hugging_face_export import check_target, write_hugging_face
 from titanlite.checkpoint.metadata import SavedTensor
 from titanlite.checkpoint.storage import SaveError, load, save, verify
 from titanlite.config.parallelism import Degrees
@@ -26,7 +27,16 @@ from titanlite.data import Tokenizer
 from titanlite.distributed import runtime
 from titanlite.distributed.mesh import build_mesh
 from titanlite.errors import ConfigError
-from titanlite.inference.load import ModelDescription, describe, load_model, outline, quantizer_for, tokenizer_of
+from titanlite.inference.load import (
+    ModelDescription,
+    describe,
+    generation_of,
+    load_model,
+    outline,
+    quantizer_for,
+    tokenizer_of,
+)
+from titanlite.inference.model_card import model_card
 from titanlite.inference.quantize import calibrated, linear_layers, quantization_config, quantized_weights
 from titanlite.models.weight_map import WeightMap
 
@@ -40,6 +50,7 @@ def convert(
     quantize: str | None = None,
     calibration: str | None = None,
     verify_sums: bool = True,
+    replace: bool = False,
 ) -> str:
     """Convert ``source``, a checkpoint or a Hugging Face folder, to the other format, in ``target``. Return a message
     with the result and its use. With ``quantize`` the target is a Hugging Face folder in any case. Of a run folder, or
@@ -51,6 +62,7 @@ def convert(
         tokenizer_path: the tokenizer, where the source has none; None: the one of the source.
         quantize, calibration: see :func:`titanlite.inference.load.load_model`.
         verify_sums: verify the checksums of a checkpoint first.
+        replace: replace a Hugging Face folder that an earlier conversion has written.
 
     Raises:
         ConfigError: the source cannot be converted or read, or the target cannot be written.
@@ -63,8 +75,17 @@ def convert(
         raise ConfigError(f"--calibration={calibration}: has no effect without --quantize; leave it out")
     if not from_hugging_face or quantize is not None:
         return to_hugging_face(
-            source, target, dtype or "bfloat16", tokenizer_path, verify_sums, quantize=quantize, calibration=calibration
+            source,
+            target,
+            dtype or "bfloat16",
+            tokenizer_path,
+            verify_sums,
+            quantize=quantize,
+            calibration=calibration,
+            replace=replace,
         )
+    if replace:
+        raise ConfigError(f"--force: {target} becomes a folder of checkpoints, which is not replaced; leave it out")
     if dtype is not None:
         raise ConfigError(f"--dtype={dtype}: a checkpoint keeps the dtypes of {source}; leave it out")
     return to_checkpoint(source, target, tokenizer_path)
@@ -79,8 +100,12 @@ def to_hugging_face(
     *,
     quantize: str | None = None,
     calibration: str | None = None,
+    replace: bool = False,
 ) -> str:
     """Write ``target``; see :func:`convert`."""
+    if target.exists() and target.samefile(folder):
+        raise ConfigError(f"{target}: is what is to be converted; choose another folder")
+    check_target(Path(os.path.abspath(target)), replace)  # before the work, too
     description = describe(folder)
     spec, family = description.spec, description.spec.hugging_face
     if family is None:
@@ -102,8 +127,21 @@ def to_hugging_face(
                 record = _calibrated(quantizer, folder, tokenizer, tokenizer_path, calibration)
             quantized = quantized_weights(quantizer, layers, weights, record)
             config[QUANTIZATION] = quantization_config(quantizer, ["lm_head"])
+        parameters = sum(param.numel() for param in model.parameters())
         write_hugging_face(
-            target, config, shapes, weights, get, tokenizer, dtype=getattr(torch, dtype), quantized=quantized
+            target,
+            config,
+            shapes,
+            weights,
+            get,
+            tokenizer,
+            dtype=getattr(torch, dtype),
+            quantized=quantized,
+            generation=generation_of(folder, tokenizer),
+            card=model_card(
+                Path(os.path.abspath(target)).name, description, parameters, getattr(torch, dtype), quantize
+            ),
+            replace=replace,
         )
     return f"{folder} -> {target}: transformers.AutoModelForCausalLM.from_pretrained({str(target)!r})"
 
