@@ -100,8 +100,8 @@ def check_target(folder: Path, replace: bool) -> None:
         return
     if not replace:
         raise ConfigError(
-            f"{folder}: is there and not empty; choose another folder, delete it first, or replace an earlier export "
-            "with --force"
+            f"{folder}: is there and not empty; choose another folder, or delete it first (--force replaces an "
+            "earlier export)"
         )
     if folder.is_symlink() or not folder.is_dir():
         raise ConfigError(f"{folder}: --force replaces a folder, and this is a link or a file; name the folder itself")

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -22,8 +23,9 @@ pytest.importorskip("transformers")
 import transformers
 
 from tests.support import chats
+from tests.support.docs import blocks_of, text_of
 from tests.support.families import their_model
-from tests.support.runs import environment
+from tests.support.runs import ROOT, environment
 from tests.unit.models.test_families import ours_of
 from titanlite.commands import generate
 from titanlite.config.schema import Data
@@ -49,6 +51,8 @@ FAMILIES = {
 ENDS = [2047, 2050]  # <|end_of_text|> and <|eot_id|>
 TURNS = ["What is 2 + 2?", "And 3 + 3?", "Thanks, 世界!"]
 NEW = 12
+DOCUMENT = ROOT / "docs" / "generate-and-convert.md"
+PAGE = blocks_of(DOCUMENT)
 
 
 def write(path: Path, case: str, template: str | None, positions: int = 512, **config: Any) -> Path:
@@ -59,7 +63,13 @@ def write(path: Path, case: str, template: str | None, positions: int = 512, **c
     return path
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+QUICK = ("mistral, window", "qwen3")
+
+
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(case, marks=() if case in QUICK else pytest.mark.slow) for case in FAMILIES],
+)
 def model_folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write(tmp_path_factory.mktemp("model"), request.param, chats.TEMPLATES[FAMILIES[request.param]])
 
@@ -175,6 +185,20 @@ def test_a_stop_string_ends_a_text_and_an_answer(small: Path, command: Command) 
     answers = command(small, "--chat", "--max_new_tokens=20", stdin="a\n")[1]
     stop = answers[3:6]
     assert command(small, "--chat", *given[:-1], stop, stdin="a\n")[1] == answers[: answers.index(stop)] + "\n"
+
+
+def test_the_prompts_of_the_documents(small: Path, command: Command, tmp_path: Path) -> None:
+    (block,) = (block for block in PAGE if block.section == "Prompts from a file" and block.language == "text")
+    (tmp_path / "questions.jsonl").write_text(block.code)
+    (line,) = (b.code for b in PAGE if b.section == "Prompts from a file" and b.language == "bash")
+    options = shlex.split(line)[4:]
+    options[options.index("questions.jsonl")] = str(tmp_path / "questions.jsonl")
+    status, out, err = command(small, *options)
+    assert status == 0, err
+    results = list(map(json.loads, out.splitlines()))
+    assert [result["line"] for result in results] == [1, 2]
+    named = re.findall(r"`(\w+)`", next(p for p in text_of(DOCUMENT).split("\n\n") if p.startswith("It is JSON lines")))
+    assert {*results[0], *results[1]} == {*named} - {"end", "stop", "length"}
 
 
 # ---- the conversation itself
