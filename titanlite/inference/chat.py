@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
+from dataclasses import replace
 
 from titanlite.data.encode_chat import ChatEncoder
 from titanlite.errors import ConfigError, counted
@@ -55,7 +56,7 @@ class Chat:
         self.messages: list[Message] = [] if system is None else [{"role": "system", "content": system}]
         self._fixed = len(self.messages)
         self.ids: list[int] = []
-        self.computed = 0
+        self.computed = self._asked = 0
         self.ending = ""
 
     def ask(self, text: str) -> Generator[str, None, None]:
@@ -69,13 +70,16 @@ class Chat:
         """
         messages, prompt = self._fitting([*self.messages, {"role": "user", "content": text}])
         self.messages = messages
+        # Other random numbers for each answer, so that they do not resemble each other.
+        sampling = replace(self._sampling, seed=(self._sampling.seed + self._asked) % (1 << 63))
+        self._asked += 1
         room = self._decoder.max_seq_len - len(prompt)
         answer = self._answer(min(self._most, room))
         if self._cache is not None:
             self._cache.truncate(min(_common(self.ids, prompt), len(prompt) - 1))
         self.computed = len(prompt) - (0 if self._cache is None else self._cache.length)
         try:
-            for _ in extend(self._decoder, [prompt], [answer], self._sampling, self._cache):
+            for _ in extend(self._decoder, [prompt], [answer], sampling, self._cache):
                 yield answer.certain()
         finally:
             answer.ended = answer.ended or "stopped"

@@ -16,7 +16,7 @@ pytest.importorskip("transformers")
 import transformers
 
 from tests.support.families import their_model
-from tests.support.runs import Run, checkpoints, run_trainer
+from tests.support.runs import ROOT, Run, checkpoints, run_trainer
 from titanlite import __version__
 from titanlite.commands import convert
 from titanlite.config.run_config import read_run_config
@@ -38,8 +38,14 @@ def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def run(published: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    notes = tmp_path_factory.mktemp("data") / "notes"
+    notes.mkdir()
+    for page in (ROOT / "docs").glob("*.md"):
+        shutil.copy(page, notes / f"{page.stem}.txt")
     run = run_trainer(
         tmp_path_factory.mktemp("run"),
+        training__dataset="text",
+        training__dataset_path=notes,
         **checkpoints(1),
         checkpoint__initial_load_path=published,
         model__name="llama",
@@ -48,7 +54,7 @@ def run(published: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
         validation__enable="true",
         validation__interval=1,
         validation__steps=1,
-        validation__held_out_percent=5,
+        validation__held_out_percent=30,
         model__converters="float8",
         float8__recipe_name="rowwise",
         float8__emulate="true",
@@ -91,7 +97,7 @@ def test_the_card_says_how_a_run_made_the_weights(run: Run, tmp_path: Path, step
         "tokens seen": f"{row['tokens_seen']:,}",
         "recipe": "`` a </b> `recipe` ``",
         "began with": "`some-owner/Tiny-1.0`",
-        "data": "`pystdlib`",
+        "data": "`text`, `notes`",
         "converters": "`float8, recipe rowwise`",
         "optimizer": "`AdamW`",
         "tokens of a sequence": "64",
