@@ -7,7 +7,7 @@ from titanlite.converters.linears import LinearConverter, target_or_device, warn
 from titanlite.converters.registry import register_converter
 from titanlite.distributed.mesh import Mesh
 from titanlite.quant.format import Matmul
-from titanlite.quant.int8.format import Int8Format, has_native_int8, is_native
+from titanlite.quant.int8.format import Int8Format, is_native
 
 RECIPES: dict[str, tuple[Matmul, ...]] = {
     "rowwise": ("output", "grad_input", "grad_weight"),
@@ -18,8 +18,6 @@ RECIPES: dict[str, tuple[Matmul, ...]] = {
 
 @register_converter("int8")
 class Int8Converter(LinearConverter):
-    is_native = staticmethod(has_native_int8)
-
     def __init__(self, config: JobConfig, mesh: Mesh) -> None:
         options, units = config.int8, target_or_device(mesh)
         native = is_native(units)

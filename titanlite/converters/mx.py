@@ -8,13 +8,11 @@ from titanlite.converters.registry import register_converter
 from titanlite.distributed.mesh import Mesh
 from titanlite.errors import ConfigError
 from titanlite.quant.devices import sm
-from titanlite.quant.mx.format import MXFormat, has_native_mx, is_native
+from titanlite.quant.mx.format import MXFormat, is_native
 
 
 @register_converter("mx")
 class MXConverter(LinearConverter):
-    is_native = staticmethod(has_native_mx)
-
     def __init__(self, config: JobConfig, mesh: Mesh) -> None:
         options, units = config.mx, target_or_device(mesh)
         native = is_native(units)

@@ -17,7 +17,8 @@ from titanlite.registry import Registry
 class ModelConverter(Protocol):
     """A transformation of a model, after it is built on the meta device and before it is sharded.
 
-    A converter to a number format also has a static method ``is_native(device) -> bool``.
+    One that the advice on memory may name, where the device has units for it, also has a static method
+    ``is_native(device) -> bool``.
     """
 
     def convert(self, model: nn.Module) -> str:
@@ -35,7 +36,7 @@ register_converter = _registry.register
 
 
 def native_formats(device: torch.device) -> list[str]:
-    """Return the names of the converters to number formats that the hardware of ``device`` supports."""
+    """Return the names of the converters to number formats that save memory and that ``device`` has units for."""
     return [name for name in _registry.names() if getattr(_registry.get(name), "is_native", lambda _: False)(device)]
 
 

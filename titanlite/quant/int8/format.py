@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from titanlite.quant.devices import architecture, lacks_units, sm
+from titanlite.quant.devices import lacks_units, sm
 from titanlite.quant.format import Format, Matmul, Operand, OperandName, Use
 from titanlite.quant.int8 import cpu
 from titanlite.quant.int8.matmul import multiply
@@ -53,13 +53,13 @@ class Int8Format(Format):
     def cast(self, x: Tensor, use: Use, scale: Tensor | None = None, amax: Tensor | None = None) -> Operand:
         if not self._is_cast(use):
             return Operand(x.detach(), None)
+        # GPUs want the summed dimension contiguous; oneDNN only that of the left operand, which is a transpose.
+        transpose = use.contracted == 0 and (not x.is_cpu or use.operand == "grad_output")
         if amax is None and x.is_cpu and x.numel() and not self.emulate:
-            return Operand(*cpu.cast(x.detach(), use.contracted))
+            return Operand(*cpu.cast(x.detach(), use.contracted, transpose))
         scale = amax_to_scale(amax_of(x, use.contracted) if amax is None else amax)
         data = quantize(x, scale)
-        if use.contracted == 0 and not self.emulate:
-            data = data.t().contiguous().t()  # matmuls are fastest with the summed dimension contiguous
-        return Operand(data, scale)
+        return Operand(data.t().contiguous().t() if transpose and not self.emulate else data, scale)
 
     def one_cast_serves_both(self, x: Tensor, operand: OperandName, scale: Tensor | None = None) -> bool:
         return not any(self._is_cast(Use(operand, contracted)) for contracted in (0, 1))
@@ -82,11 +82,6 @@ class Int8Format(Format):
 
     def describe(self) -> dict[str, str]:
         return {"int8": ",".join(self.matmuls)}
-
-
-def has_native_int8(device: torch.device) -> bool:
-    """Return whether ``device`` multiplies int8 faster than bf16 or float32."""
-    return is_native(architecture(device))
 
 
 def is_native(architecture: str) -> bool:

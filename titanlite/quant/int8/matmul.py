@@ -8,7 +8,7 @@ from torch import Tensor
 
 from titanlite.quant.emulation import multiply_in_float32
 from titanlite.quant.format import Operand
-from titanlite.quant.int8.cpu import rescale_product
+from titanlite.quant.int8 import cpu
 from titanlite.quant.int8.numerics import LONGEST, rescale
 
 _UNIT = 8
@@ -27,17 +27,20 @@ def multiply(a: Operand, b: Operand, dtype: torch.dtype, *, emulate: bool) -> Te
     """
     if a.scale is None or b.scale is None:
         return a.data.to(dtype) @ b.data.to(dtype)
-    rows = a.data.shape[1]
-    if rows == 0 or a.data.shape[0] == 0:  # oneDNN does not take empty operands
+    length = a.data.shape[1]
+    if not a.data.numel() or not b.data.numel():  # oneDNN does not take empty operands
         return a.data.new_zeros(a.data.shape[0], b.data.shape[1], dtype=dtype)
-    product: Tensor | None = None
-    for start in range(0, rows, LONGEST):
-        left, right = a.data[:, start : start + LONGEST], b.data[start : start + LONGEST]
-        part = multiply_in_float32(left, right) if emulate else _int_mm(left, right)
-        product = part if product is None else product.float() + part.float()
-    assert product is not None
-    scaled = rescale_product if a.data.is_cpu and not emulate else rescale
-    return scaled(product, a.scale, b.scale, dtype)
+    if length > LONGEST:
+        starts = range(0, length, LONGEST)
+        parts = ((a.data[:, i : i + LONGEST], b.data[i : i + LONGEST]) for i in starts)
+        operands = ((Operand(left, a.scale), Operand(right, b.scale)) for left, right in parts)
+        total = sum(multiply(*pair, torch.float32, emulate=emulate) for pair in operands)
+        return total.to(dtype)  # type: ignore[union-attr]
+    if emulate:
+        return rescale(multiply_in_float32(a.data, b.data), a.scale, b.scale, dtype)
+    if a.data.is_cpu:
+        return cpu.multiply(a.data, a.scale, b.data, b.scale, dtype)
+    return rescale(_int_mm(a.data, b.data), a.scale, b.scale, dtype)
 
 
 def _int_mm(a: Tensor, b: Tensor) -> Tensor:

@@ -55,4 +55,4 @@ def dequantize(data: Tensor, scale: Tensor) -> Tensor:
 def rescale(product: Tensor, a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     """Return the product of quantized values in ``dtype``: times the scales of the rows, (m, 1), and of the columns,
     (1, n), in float32."""
-    return (product.float() * a * b).to(dtype)
+    return (product.float() * b * a).to(dtype)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from titanlite.quant.devices import architecture, lacks_units, sm
+from titanlite.quant.devices import lacks_units, sm
 from titanlite.quant.emulation import multiply_in_float32
 from titanlite.quant.format import Format, Matmul, Operand, OperandName, Use
 from titanlite.quant.mx.numerics import BLOCK, ScaleMode, dequantize, quantize, swizzled
@@ -69,11 +69,6 @@ class MXFormat(Format):
 
     def describe(self) -> dict[str, str]:
         return {"mxfp8": self.scale_mode if self.grad_weight else f"{self.scale_mode}, grad_weight in high precision"}
-
-
-def has_native_mx(device: torch.device) -> bool:
-    """Return whether ``device`` has units for mxfp8."""
-    return is_native(architecture(device))
 
 
 def is_native(architecture: str) -> bool:

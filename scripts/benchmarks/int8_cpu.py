@@ -1,0 +1,167 @@
+"""Int8 on the CPU against bfloat16 and against torchao: linear layers, and steps of the trainer.
+
+    python scripts/benchmarks/int8_cpu.py --output docs/benchmarks/int8_cpu.json
+    python scripts/benchmarks/int8_cpu.py --part=layers --kn=768x2048 --pairs=5
+
+- **layers**: forward and backward of a bias-free layer, 2,048 tokens, in bfloat16. The systems take turns; the ratio is
+  the median over pairs with bfloat16 in the same mode, above 1 where int8 is faster.
+- **step**: the trainer's whole step with the converter against the step without, compiled, for a model of about 100M
+  parameters. The other options of the trainer may follow.
+
+Whether int8 gains depends on what the processor has for bfloat16: with AMX, its matmuls are nearly as fast as those in
+int8. Each part therefore also runs in a process whose oneDNN takes no AMX (``isa``), as on processors before Sapphire
+Rapids.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch looks
+
+import harness
+import results
+import torch
+from loops import quiet_trainer
+from torch import nn
+
+from titanlite.quant.int8.format import Int8Format
+from titanlite.quant.linear import QuantLinear
+
+TOKENS = 2048
+KN = ("768x768", "768x2048", "2048x2048")
+ISA = {"amx": {}, "without amx": {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_BF16"}}
+MODEL = [
+    "--model.flavor=100M",
+    "--training.seq_len=512",
+    "--training.local_batch_size=4",
+    "--training.compile",
+    "--metrics.log_freq=1000",
+    "--training.mixed_precision_param=bfloat16",
+]
+
+
+def torchao_layer(linear: nn.Linear) -> nn.Module:
+    from torchao.prototype.quantized_training import int8_mixed_precision as mixed
+
+    layer: nn.Module = mixed.Int8MixedPrecisionTrainingLinear(
+        linear.in_features, linear.out_features, bias=False, config=mixed.Int8MixedPrecisionTrainingConfig()
+    )
+    layer.load_state_dict(linear.state_dict())
+    return layer.bfloat16()
+
+
+def steps_of_layers(k: int, n: int) -> dict[tuple[str, str, bool], Callable[[], None]]:
+    """Forward and backward, by system, config and whether it is compiled."""
+    linear = nn.Linear(k, n, bias=False, dtype=torch.bfloat16)
+    layers: dict[tuple[str, str], nn.Module] = {
+        ("titanlite", "bf16"): linear,
+        ("titanlite", "int8"): QuantLinear.from_linear(copy.deepcopy(linear), Int8Format()),
+        ("torchao", "int8"): torchao_layer(linear),
+    }
+    x = torch.randn(TOKENS, k, dtype=torch.bfloat16, requires_grad=True)
+    grad = torch.randn(TOKENS, n, dtype=torch.bfloat16)
+
+    def step(layer: nn.Module) -> None:
+        torch.autograd.grad(layer(x), (x, *layer.parameters()), grad)
+
+    def make(layer: nn.Module, compiled: bool) -> Callable[[], None]:
+        if compiled:
+            layer = copy.deepcopy(layer)
+            layer.compile()
+        return lambda: step(layer)
+
+    return {(*key, compiled): make(layer, compiled) for key, layer in layers.items() for compiled in (False, True)}
+
+
+def time_in_turn(steps: dict[Any, Callable[[], None]], rounds: int) -> dict[Any, list[float]]:
+    """Seconds of each step in each of ``rounds`` rounds, in which they take turns."""
+    seconds: dict[Any, list[float]] = {key: [] for key in steps}
+    for step in steps.values():
+        harness.repeat(step, 3)
+    for _ in range(rounds):
+        for key, step in steps.items():
+            start = time.perf_counter()
+            step()
+            seconds[key].append(time.perf_counter() - start)
+    return seconds
+
+
+def measure_layers(args: argparse.Namespace) -> list[dict[str, Any]]:
+    rows = []
+    for shape in args.kn:
+        k, n = map(int, shape.split("x"))
+        seconds = time_in_turn(steps_of_layers(k, n), args.pairs)
+        for (system, config, compiled), times in seconds.items():
+            base = seconds["titanlite", "bf16", compiled]
+            ratio = median(bf16 / own for bf16, own in zip(base, times, strict=True))
+            rows.append(
+                {"part": "layers", "system": system, "config": config, "compile": compiled, "m": TOKENS, "k": k, "n": n}
+                | {"ms": median(times) * 1e3, "ratio_to_bf16": ratio}
+            )
+            print(f"{shape:10} {system:9} {config:5} {'compiled' if compiled else 'eager':8} {ratio:.2f}x", flush=True)
+    return rows
+
+
+def measure_steps(args: argparse.Namespace, options: list[str]) -> list[dict[str, Any]]:
+    with (
+        quiet_trainer([*MODEL, *options, "--model.converters=int8"]) as int8,
+        quiet_trainer([*MODEL, *options]) as bf16,
+    ):
+        pairs = harness.time_in_pairs(int8.advance, bf16.advance, args.pairs, 1)
+        tokens = int8.global_batch_size * int8.config.training.seq_len
+        parameters = int8.size.params
+    ratio = median(theirs / ours for ours, theirs in pairs)
+    print(f"a step of {parameters:,} parameters: {ratio:.2f}x", flush=True)
+    rows = []
+    for config, seconds in zip(("int8", "bf16"), zip(*pairs, strict=True), strict=True):
+        row = {"part": "step", "system": "titanlite", "config": config, "compile": True, "params": parameters}
+        rows.append(row | {"step_ms": median(seconds) * 1e3, "tps": tokens / median(seconds)})
+    rows[0]["ratio_to_bf16"] = ratio
+    return rows
+
+
+def in_children(args: argparse.Namespace, argv: list[str]) -> list[dict[str, Any]]:
+    """The rows of each instruction set, from a process of its own: oneDNN reads it when it starts."""
+    rows = []
+    for isa in args.isa:
+        with tempfile.TemporaryDirectory() as folder:
+            part = Path(folder, "part.json")
+            command = [sys.executable, __file__, *argv, "--child", f"--output={part}"]
+            print(f"{isa}:", flush=True)
+            subprocess.run(command, env={**os.environ, **ISA[isa]}, check=True)
+            rows += [{"isa": isa, **row} for row in json.loads(part.read_text())["results"]]
+    return rows
+
+
+def main() -> int:
+    parser = harness.parser(__doc__)
+    parser.add_argument("--part", choices=("layers", "step"), nargs="+", default=["layers", "step"])
+    parser.add_argument("--isa", choices=ISA, nargs="+", default=[*ISA])
+    parser.add_argument("--kn", type=harness.words, default=[*KN], help="features of the layers, as 768x2048,2048x768")
+    parser.add_argument("--pairs", type=int, default=15)
+    parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
+    args, options = parser.parse_known_args()
+    if not args.child:
+        results.save("int8_cpu", in_children(args, sys.argv[1:]), args)
+        return 0
+    rows: list[dict[str, Any]] = []
+    for part in args.part:
+        rows += measure_layers(args) if part == "layers" else measure_steps(args, options)
+    results.save("int8_cpu", rows, args)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
