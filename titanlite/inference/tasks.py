@@ -61,6 +61,7 @@ class Accuracy:
         stderr, stderr_norm: the standard errors of both; None for a single example.
         examples: their number.
         truncated: the number of examples that lost tokens at the beginning of the context.
+        right: for each example, whether the model was right by either measure: what pairs two models.
     """
 
     accuracy: float
@@ -69,11 +70,12 @@ class Accuracy:
     stderr_norm: float | None
     examples: int
     truncated: int
+    right: tuple[tuple[bool, bool], ...]
 
     def values(self) -> dict[str, float | None]:
         """Return the numbers by name, as ``--json`` shows them."""
         values = asdict(self)
-        del values["truncated"]
+        del values["truncated"], values["right"]
         return values
 
 
@@ -241,7 +243,7 @@ def accuracy_of(
             truncated += is_truncated
             yield group
 
-    right: list[list[bool]] = []
+    right: list[tuple[bool, bool]] = []
     for scores in scorer.scores(groups()):
         for example, log_likelihoods in zip(examples[len(right) :], scores):
             if not all(map(math.isfinite, log_likelihoods)):
@@ -250,12 +252,13 @@ def accuracy_of(
                     "are damaged, or its training diverged"
                 )
             by_bytes = [score / n if n else -math.inf for score, n in zip(log_likelihoods, example.nbytes)]
-            best = (int(np.argmax(scores)) for scores in (log_likelihoods, by_bytes))
-            right.append([index == example.label for index in best])
+            best, best_by_bytes = (int(np.argmax(scores)) for scores in (log_likelihoods, by_bytes))
+            right.append((best == example.label, best_by_bytes == example.label))
         progress(f"{len(right):,} of {counted(len(examples), 'example')}")
     n = len(right)
     accuracy, normalized = (sum(column) / n for column in zip(*right))
-    return Accuracy(accuracy, normalized, standard_error(accuracy, n), standard_error(normalized, n), n, truncated)
+    errors = (standard_error(accuracy, n), standard_error(normalized, n))
+    return Accuracy(accuracy, normalized, *errors, n, truncated, tuple(right))
 
 
 def standard_error(share: float, n: int) -> float | None:

@@ -242,6 +242,9 @@ def test_choices_are_those_of_transformers_example_by_example(
         for example in examples[:12]
     ]
     assert [(e.accuracy, e.accuracy_norm, e.stderr) for e in one_by_one if e] == [(*r, None) for r in right[:12]]
+    together = evaluate(str(tmp_path / "theirs"), tasks=str(file)).choices
+    assert together is not None
+    assert together.right == tuple(right)
 
 
 @pytest.mark.long
