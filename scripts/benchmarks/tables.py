@@ -34,6 +34,21 @@ def loss_parity(results: list[dict[str, Any]]) -> list[list[str]]:
     return rows
 
 
+def finetune(results: list[dict[str, Any]]) -> list[list[str]]:
+    heads = ["", "loss of held-out answers", "mean", "below the pre-trained", "95% interval"]
+    rows = [[*heads, "right", "normalized", "gain"]]
+    for r in results:
+        losses = ", ".join(f"{loss:.3f}" for loss in r["answer_loss"])
+        right = [f"{100 * r[key]:.1f} +- {100 * r[f'{key}_stderr']:.1f}%" for key in ("accuracy", "accuracy_norm")]
+        below = interval = gain = ""
+        if "reduction_pct" in r:
+            low, high = r["reduction_interval_95_pct"]
+            below, interval = f"{r['reduction_pct']:.1f}%", f"{low:.1f}% to {high:.1f}%"
+            gain = f"{100 * r['accuracy_gain']:+.1f} +- {100 * r['accuracy_gain_stderr']:.1f}"
+        rows.append([r["config"], losses, f"{r['mean_answer_loss']:.3f}", below, interval, *right, gain])
+    return rows
+
+
 def memory_estimates(results: list[dict[str, Any]]) -> list[list[str]]:
     rows = [["model", "GPUs", "batch", "config", "checkpointing", "loss", "published, GiB", "estimate, GiB", ""]]
     for r in results:
@@ -155,6 +170,7 @@ def time_budget(results: list[dict[str, Any]]) -> list[list[str]]:
 
 # By result file; after a slash, which of several tables of one.
 TABLES: dict[str, Callable[[list[dict[str, Any]]], list[list[str]]]] = {
+    "finetune": finetune,
     "loss_parity": loss_parity,
     "memory_estimates": memory_estimates,
     "memory_estimates/loss_chunks": loss_chunks,

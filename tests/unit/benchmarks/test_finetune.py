@@ -1,4 +1,5 @@
-"""scripts/benchmarks/finetune.py: its data have no leakage, and it runs from end to end."""
+"""scripts/benchmarks/finetune.py: its data have no leakage, it runs from end to end, and its file shows what the docs
+say."""
 
 from __future__ import annotations
 
@@ -11,6 +12,7 @@ from pathlib import Path
 import finetune
 import instruction_set
 import pytest
+import tables
 from instruction_set import InstructionSet
 
 
@@ -88,3 +90,10 @@ def test_it_runs_and_goes_on_after_an_interruption(
     finetune.main()
     assert json.loads(out.read_text())["results"] == rows
     assert files == {path: path.read_bytes() for path in work.glob("*.jsonl")}
+
+
+def test_the_docs_claim_what_was_measured() -> None:
+    content = json.loads((tables.RESULTS / "finetune.json").read_text(encoding="utf-8"))
+    held = finetune.claims(content["results"])
+    assert all(held.values()), held
+    assert all(len(row["answer_loss"]) == 3 for row in content["results"] if row["config"] != "pretrained")
