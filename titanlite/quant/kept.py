@@ -3,9 +3,15 @@
 import torch
 
 from titanlite.quant.float8 import kernels
+from titanlite.quant.int8 import cpu
 
 SMALL_RESULTS = {torch.ops.aten.amax.default, kernels.AMAXES}
 """Operations of the casts whose results are small, but need a pass over a whole tensor."""
 
-MATMULS = {torch.ops.aten.mm.default, torch.ops.aten._scaled_mm.default, torch.ops.aten._int_mm.default}
+MATMULS = {
+    torch.ops.aten.mm.default,
+    torch.ops.aten._scaled_mm.default,
+    torch.ops.aten._int_mm.default,
+    cpu.MULTIPLY,
+}
 """The matmuls of linear layers, in high precision, in number formats, and emulated."""

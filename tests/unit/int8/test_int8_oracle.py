@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import copy
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.unit.float8.test_float8_oracle import KINDS, SHAPES, sqnr, step, values
+from titanlite.config.schema import ActivationCheckpoint
 from titanlite.converters.int8 import RECIPES
+from titanlite.distributed.activation_checkpoint import apply_activation_checkpoint
 from titanlite.quant.format import Use
+from titanlite.quant.int8.cpu import MULTIPLY
 from titanlite.quant.int8.format import Int8Format
 from titanlite.quant.int8.numerics import LONGEST, dequantize
 from titanlite.quant.linear import QuantLinear
@@ -140,3 +145,21 @@ def test_what_is_saved_for_backward() -> None:
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
             ours(nn.Linear(IN, OUT, bias=False), recipe)(values("random", 48, IN).requires_grad_())
         assert [x.dtype for x in saved if x.shape == (48, IN)] == [dtype], recipe
+
+
+def test_checkpointing_keeps_every_second_matmul() -> None:
+    """The policy knows the matmuls: of four outputs, backward computes two again."""
+    layers = nn.Sequential(*(ours(nn.Linear(IN, IN), "rowwise")[0] for _ in range(4)))  # type: ignore[index]
+    block = SimpleNamespace(run=None, compute=layers)
+    apply_activation_checkpoint({"0": block}, ActivationCheckpoint(mode="selective", selective_ac_option="op"))  # type: ignore[arg-type]
+    counted: list[int] = []
+
+    class Count(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            counted.append(func is MULTIPLY)
+            return func(*args, **(kwargs or {}))
+
+    out = block.run(values("random", 48, IN).requires_grad_())  # type: ignore[misc]
+    with Count():
+        out.sum().backward()
+    assert sum(counted) == 8 + 2  # two gradients of each layer, and the outputs of the second and fourth

@@ -102,6 +102,9 @@ def _(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, dtype: torch.dtype
     return a.new_empty(a.shape[0], b.shape[1], dtype=dtype)
 
 
+MULTIPLY = torch.ops.titanlite_int8.multiply.default
+
+
 def _onednn_matmul(a: Tensor, b: Tensor, b_scale: Tensor) -> Tensor:
     """Return ``a @ b`` times ``b_scale``, in float32.
 
