@@ -1,4 +1,4 @@
-"""What fine-tuning does: a model of 20M parameters that is pre-trained and then fine-tuned here, in bf16 and in float8.
+"""Measure fine-tuning: a model of 20M parameters that is pre-trained and then fine-tuned here, in bf16 and in float8.
 
     OMP_NUM_THREADS=1 python scripts/benchmarks/finetune.py --output docs/benchmarks/finetune.json
 
@@ -164,7 +164,7 @@ def rows_of(measured: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def claims(rows: Sequence[dict[str, Any]]) -> dict[str, bool]:
-    """What is to hold, and whether it does."""
+    """Return each claim, and whether it holds."""
     by_config = {row["config"]: row for row in rows}
     held = {}
     for config in ("bf16", "rowwise"):

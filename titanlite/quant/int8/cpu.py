@@ -37,6 +37,11 @@ class _Compiled:
         self.function: Callable[..., Any] | None = None
 
     def __call__(self, *args: Any) -> Any:
+        # In one state of autograd and with plain tensors: each other one would be compiled again, eight times at most.
+        with torch.no_grad(), torch._C._AutoDispatchBelowADInplaceOrView():
+            return self._call(*(arg.detach() if isinstance(arg, Tensor) else arg for arg in args))
+
+    def _call(self, *args: Any) -> Any:
         if self.function is None:
             from torch._dynamo.exc import BackendCompilerFailed  # loads the compiler
             from torch._inductor.exc import InductorError
