@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from titanlite.config.refuse import check_converter, refuse
 from titanlite.config.schema import JobConfig
 
@@ -13,13 +11,3 @@ def check(config: JobConfig) -> None:
     options = config.mx
     if check_converter(config, options, "mx") and (options.recipe_name, options.scale_mode) == ("mxfp8_rceil", "floor"):
         refuse(config, "mx.scale_mode", 'mx.recipe_name = "mxfp8_rceil" names another; leave out one of them')
-
-
-def gathers_quantized(config: JobConfig) -> bool:
-    """Return False: FSDP2 gathers the weights in high precision."""
-    return False
-
-
-def memory_savings(config: JobConfig) -> dict[str, Any]:
-    """Return no options: none of [mx] saves memory."""
-    return {}

@@ -24,15 +24,15 @@ class NumberFormat:
 
     name: str
     check: Callable[[JobConfig], None]
-    gathers_quantized: Callable[[JobConfig], bool]
-    memory_savings: Callable[[JobConfig], dict[str, Any]]
     from_torchtitan: bool
+    gathers_quantized: Callable[[JobConfig], bool] = lambda config: False
+    memory_savings: Callable[[JobConfig], dict[str, Any]] = lambda config: {}
 
 
 NUMBER_FORMATS = (
-    NumberFormat("float8", float8_rules.check, float8_rules.gathers_quantized, float8_rules.memory_savings, True),
-    NumberFormat("int8", int8_rules.check, int8_rules.gathers_quantized, int8_rules.memory_savings, False),
-    NumberFormat("mx", mx_rules.check, mx_rules.gathers_quantized, mx_rules.memory_savings, True),
+    NumberFormat("float8", float8_rules.check, True, float8_rules.gathers_quantized, float8_rules.memory_savings),
+    NumberFormat("int8", int8_rules.check, from_torchtitan=False),
+    NumberFormat("mx", mx_rules.check, from_torchtitan=True),
 )
 
 

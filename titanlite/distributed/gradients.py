@@ -20,7 +20,8 @@ _CPU_PART = 8192
 
 
 class GradientScale(NamedTuple):
-    """The factors that make the gradients of a step those of the mean loss, clipped. All are scalars, the same on all ranks.
+    """The factors that make the gradients of a step those of the mean loss, clipped. All are scalars, the same on all
+    ranks.
 
     Attributes:
         norm: the norm of the gradients of all processes before clipping, float32.
