@@ -43,6 +43,7 @@ from titanlite.config.run_config import CONFIG as CONFIG_TOML
 from titanlite.config.run_config import METRICS, VALIDATION
 from titanlite.data import merge_states
 from titanlite.distributed import runtime
+from titanlite.distributed.attention_kernel import preferred_kernels
 from titanlite.distributed.compile import CompileWatch
 from titanlite.distributed.context_parallel import ContextParallel
 from titanlite.distributed.data_parallel import allocate
@@ -132,6 +133,7 @@ class Trainer:
         self._opened.callback(self.gc.close)
         self.degrees = resolve_degrees(config.parallelism, self.runtime.world_size)
         self.mesh = build_mesh(self.degrees, self.runtime.device.type)
+        self._opened.enter_context(preferred_kernels(self.runtime.device))
         self.about["device"] = f"{device_name(self.runtime.device)} ({self.runtime.why_device})"
         self.about["processes"] = f"{self.runtime.world_size}"
 

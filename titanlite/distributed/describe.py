@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 from titanlite.config import JobConfig
+from titanlite.config.data_rules import masks_documents
 from titanlite.distributed.activation_checkpoint import checkpointed_blocks
+from titanlite.distributed.attention_kernel import AttentionInputs, describe_kernel
 from titanlite.distributed.mesh import Mesh
 from titanlite.distributed.parallelize import attends_in_float32
 from titanlite.errors import counted
@@ -29,7 +33,10 @@ def describe(args: Any, mesh: Mesh, config: JobConfig) -> dict[str, str]:
         )
     attention = []
     window = getattr(args, "sliding_window", None)
-    if window is not None and window < args.max_seq_len:
+    masked = window is not None and window < args.max_seq_len
+    if mesh.device_type == "cuda":
+        attention.append(_kernel(args, mesh, config, masked))
+    if masked:
         attention.append(f"a sliding window of {window} positions")
     if mesh.cp.size() == 1 and attends_in_float32(args.head_size, mesh, training.mixed_precision_param):
         attention.append(f"float32, the faster one on the CPU for heads of {args.head_size}")
@@ -40,6 +47,15 @@ def describe(args: Any, mesh: Mesh, config: JobConfig) -> dict[str, str]:
         about["compile"] = f"{counted(args.n_layers, 'block')}, {options.backend}"
     about["FSDP2"] = _sharding(mesh, config)
     return about
+
+
+def _kernel(args: Any, mesh: Mesh, config: JobConfig, masked: bool) -> str:
+    if masks_documents(config):
+        return "FlexAttention"
+    heads = args.n_heads // mesh.tp.size(), getattr(args, "n_kv_heads", args.n_heads) // mesh.tp.size()
+    dtype = getattr(torch, config.training.mixed_precision_param)
+    inputs = AttentionInputs(*heads, args.head_size, dtype, masked)
+    return describe_kernel(inputs, torch.device("cuda"), ring=mesh.cp.size() > 1)
 
 
 def _checkpointing(blocks: int, config: JobConfig) -> str:
