@@ -40,7 +40,7 @@ from titanlite.config import (
 )
 from titanlite.config.data_rules import packing_of
 from titanlite.config.run_config import CONFIG as CONFIG_TOML
-from titanlite.config.run_config import METRICS, VALIDATION
+from titanlite.config.run_config import METRICS, VALIDATION, section_in
 from titanlite.data import merge_states
 from titanlite.distributed import runtime
 from titanlite.distributed.attention_kernel import preferred_kernels
@@ -68,6 +68,7 @@ from titanlite.metrics.sinks import (
     is_terminal,
 )
 from titanlite.optim import build_optimizer, build_schedule
+from titanlite.plan import auto_checkpoint
 from titanlite.plan.least import check_memory
 from titanlite.training.build import build_loss, build_model, build_pipeline
 from titanlite.training.data import build_encoder, build_loader, describe_packing, open_source
@@ -169,6 +170,10 @@ class Trainer:
         self.context = None
         if self.degrees.context_parallel > 1:
             self.context = ContextParallel(self.mesh.cp, self.config.parallelism.context_parallel_rotate_method)
+        goes_on = self.runtime.rank == 0 and self.start.continues
+        earlier = section_in(self.run_folder.earlier, "activation_checkpoint") if goes_on else {}
+        vocab_size = self.tokenizer.vocab_size
+        self.about |= auto_checkpoint.resolve(self.config, self.runtime, vocab_size, dict(earlier))
         check_memory(self.config, self.spec, self.model_args, self.degrees, self.runtime.device)
         self.global_batch_size = global_batch_size(self.config, self.degrees.data_parallel)
         self.encoder = build_encoder(training.dataset, self.tokenizer, self.config)

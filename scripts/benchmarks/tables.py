@@ -82,6 +82,15 @@ def finetune_memory(results: list[dict[str, Any]]) -> list[list[str]]:
     return rows
 
 
+def fast_files(results: list[dict[str, Any]]) -> list[list[str]]:
+    """Return the packaged files, each with the fast one after it."""
+    rows = [["file", "GPUs", "config", "checkpointing", "estimate, GiB"]]
+    for r in results:
+        mode = r["activation_checkpoint"] + (" (auto)" if r["auto"] else "")
+        rows.append([f"`{r['file']}`", str(r["gpus"]), r["config"], mode, f"{r['estimated_gib']:.2f}"])
+    return rows
+
+
 def checkpoint_save(results: list[dict[str, Any]]) -> list[list[str]]:
     rows = [["", "training is delayed by", "", "and held up for", ""]]
     for r in results:
@@ -175,6 +184,7 @@ TABLES: dict[str, Callable[[list[dict[str, Any]]], list[list[str]]]] = {
     "memory_estimates": memory_estimates,
     "memory_estimates/loss_chunks": loss_chunks,
     "finetune_memory": finetune_memory,
+    "fast_files": fast_files,
     "checkpoint_save": checkpoint_save,
     "cpu_step": cpu_step,
     "compiled_block": compiled_block,

@@ -251,10 +251,13 @@ class Checkpoint:
 
 @dataclass
 class ActivationCheckpoint:
-    mode: Literal["none", "full", "selective"] = "selective"
-    """none: keep all activations; full: recompute every block; selective: see selective_ac_option."""
+    mode: Literal["none", "full", "selective", "auto"] = "selective"
+    """none: keep all activations; full: recompute every block; selective: see selective_ac_option. auto: the first of
+    none, selective "op", selective "2" and full whose estimated memory fits the device."""
     selective_ac_option: CheckpointOption = "2"
     """"op": recompute all but the results of the expensive operations; "N": recompute every Nth block."""
+    chosen: str = ""
+    """Informative: what auto has chosen, with its estimate, as config.toml of the run folder says it."""
     per_op_sac_force_recompute_mm_shapes_by_fqns: list[str] = field(default_factory=lambda: ["moe.router.gate"])
 
 
@@ -341,6 +344,9 @@ class Comm:
 class MemoryEstimation:
     enabled: bool = False
     """Estimate the memory of a configuration instead of training."""
+    device_gib: PositiveFloat = 79.0
+    """The memory of a device, in GiB, for activation_checkpoint.mode = "auto" in an estimate: what torch finds on a GPU
+    of 80 GB."""
     disable_fake_mode: bool = False
 
 

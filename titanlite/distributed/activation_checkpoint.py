@@ -41,6 +41,8 @@ def checkpointed_blocks(names: Iterable[str], options: ActivationCheckpoint) -> 
     """Return those of the block ``names``, which are numbers, that ``options`` selects."""
     if options.mode == "none":
         return []
+    if options.mode == "auto":
+        raise ValueError('activation_checkpoint.mode = "auto" has not been resolved (titanlite.plan.auto_checkpoint)')
     every = 1 if options.mode == "full" or _is_per_op(options) else int(options.selective_ac_option)
     return [name for name in names if (int(name) + 1) % every == 0]
 

@@ -64,7 +64,7 @@ class Plan:
     """The processes that a command starts.
 
     Attributes:
-        module: the module that each process runs, ``titanlite.train`` or ``titanlite.plan.estimate``.
+        module: the module that each process runs, ``titanlite.train`` or ``titanlite.plan.command``.
         machines: the number of machines; each has one launcher.
         processes: the number of processes on this machine; 1 for an estimate.
         meeting: the rendezvous of the launchers, as arguments of torchrun's ``LaunchConfig``.
@@ -88,7 +88,7 @@ def plan(argv: list[str]) -> Plan:
     config = read_config(argv)
     if _is_estimate(config):
         devices = (_count(NNODES, "machines") or 1) * (_count(NGPU, "processes") or max(_gpu_count(), 1))
-        return Plan("titanlite.plan.estimate", env={"WORLD_SIZE": str(devices)})
+        return Plan("titanlite.plan.command", env={"WORLD_SIZE": str(devices)})
     machines, processes = _count(NNODES, "machines") or 1, _process_count()
     check_config(config, machines * processes)
     return Plan("titanlite.train", machines, processes, _meeting(machines, config.comm.init_timeout_seconds))
@@ -105,7 +105,7 @@ def main(argv: list[str]) -> int:
         return report(e)
     if planned.machines * planned.processes == 1:
         os.environ.update(planned.env)
-        if planned.module == "titanlite.plan.estimate":
+        if planned.module == "titanlite.plan.command":
             signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)  # an estimate has nothing to save
         os.execv(sys.executable, [sys.executable, "-m", planned.module, *argv])
     nodes = {"min_nodes": planned.machines, "max_nodes": planned.machines}

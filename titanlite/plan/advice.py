@@ -29,7 +29,8 @@ from titanlite.data import load_tokenizer
 from titanlite.errors import ConfigError, counted
 from titanlite.launch.shortage import Shortage
 from titanlite.metrics.device import GIB
-from titanlite.plan.estimate import START_METHOD, Estimate, estimate
+from titanlite.plan.estimate import Estimate, estimate
+from titanlite.plan.lone_rank import START_METHOD
 
 TIME_LIMIT = 180  # seconds for all estimates; the advice names those that are late
 _CHUNKS = 8  # of the loss; what is left of the logits is then a small part of a step

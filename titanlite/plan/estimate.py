@@ -1,30 +1,17 @@
-"""Estimate memory and traffic of each device, without devices: ``COMM_MODE=fake`` or ``memory_estimation.enabled``.
+"""Estimate memory and traffic of each device, without devices.
 
 The model is built and sharded as for training, one rank of each pipeline stage after the other, over a process group
 that does not communicate. Then one step (forward, backward and optimizer) runs on tensors with a shape and a dtype but
 no data, and every storage and every collective is counted (:mod:`titanlite.plan.memory`).
-
-``python -m titanlite.plan.estimate`` takes the number of processes from WORLD_SIZE.
 """
 
-# ruff: noqa: E402
 from __future__ import annotations
 
-import sys
-
-from titanlite.launch.command_line import read_config, report
-
-CONFIG = read_config(sys.argv[1:]) if __name__ == "__main__" else None
-
 import copy
-import multiprocessing
-import os
-import threading
-import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,14 +37,11 @@ from titanlite.distributed.data_parallel import allocate
 from titanlite.distributed.gradients import gradient_scale
 from titanlite.distributed.mesh import Mesh, build_mesh
 from titanlite.distributed.target import H100
-from titanlite.errors import ConfigError, counted
-from titanlite.metrics.device import GIB
 from titanlite.metrics.flops import flops_per_token
-from titanlite.metrics.report import table
 from titanlite.models.layers import ModelSize
 from titanlite.optim import build_optimizer, update_parameters
 from titanlite.plan.compiled_memory import MEMORY_BACKEND
-from titanlite.plan.lone_rank import LoneStage, fused_norm, lone_process_group
+from titanlite.plan.lone_rank import LoneStage, fused_norm, in_a_process, lone_process_group
 from titanlite.plan.memory import (
     ACTIVATIONS,
     GATHERED,
@@ -75,18 +59,9 @@ from titanlite.training.step import LossFunction, StepRunner
 
 # The vocabulary size of the tokenizer that titanlite ships, for flavors without one; no tokenizer is opened.
 ASSUMED_VOCAB_SIZE = 2048
-START_METHOD = "fork" if sys.platform == "linux" else "spawn"
 LossBuilder = Callable[[JobConfig, Mesh], LossFunction | None]
 DEVICE = torch.device("cpu")  # in place of a GPU, which tensors without data do not need
 
-
-COLUMNS = {  # the columns of the table, and the attributes of RankEstimate
-    "parameters": "parameters",
-    "gradients": "gradients",
-    "optimizer state": "optimizer",
-    "activations": "activations",
-    "gathered, unreduced": "gathered",
-}
 NOT_COUNTED = (
     "The peak is that of one moment, when gradients may not be there yet, and of what torch calls active memory. Not "
     "counted: the CUDA context, buffers of NCCL and cuBLAS, and what the allocator rounds up and cannot reuse "
@@ -147,18 +122,6 @@ class Estimate:
         return max(rank.peak for rank in self.ranks)
 
 
-def _end_with(parent: int) -> None:
-    """End this process when ``parent`` ends, also by a signal. Else it would wait for work forever and keep its
-    parent's pipes open, so that their readers would wait too."""
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(0.2)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
 def estimate(
     config: JobConfig, world_size: int, vocab_size: int | None = None, loss_builder: LossBuilder | None = None
 ) -> Estimate:
@@ -172,19 +135,16 @@ def estimate(
         ConfigError: training with this configuration on as many devices would raise it, or it is not modelled.
     """
     check_config(config, world_size, train=False)
-    _check_modelled(config)
+    check_modelled(config)
     degrees = resolve_degrees(config.parallelism, world_size)
     ranks, notes = [], [*config.notices, NOT_COUNTED]
     if config.parallelism.enable_async_tensor_parallel:
         notes.append(ASYNCHRONOUS)
     for stage in range(degrees.pipeline_parallel):
-        # Each stage has its own process, because DTensor caches process groups that no longer exist.
-        ending: dict[str, Any] = {"initializer": _end_with, "initargs": (os.getpid(),)}
-        with ProcessPoolExecutor(1, multiprocessing.get_context(START_METHOD), **ending) as process:
-            rank = stage * (world_size // degrees.pipeline_parallel)
-            rank_estimate, size, model_about, rank_notes = process.submit(
-                _estimate_rank, config, degrees, rank, world_size, vocab_size, loss_builder
-            ).result()
+        rank = stage * (world_size // degrees.pipeline_parallel)
+        rank_estimate, size, model_about, rank_notes = in_a_process(
+            _estimate_rank, config, degrees, rank, world_size, vocab_size, loss_builder
+        )
         ranks.append(rank_estimate)
         notes += [note for note in rank_notes if note not in notes]
     tokens = global_batch_size(config, degrees.data_parallel) * config.training.seq_len
@@ -207,23 +167,32 @@ def _estimate_rank(
     vocab_size: int | None,
     loss_builder: LossBuilder | None,
 ) -> tuple[RankEstimate, ModelSize, dict[str, str], list[str]]:
-    warnings.simplefilter("ignore")  # warnings about a step matter only in training
-    import_custom(config)
-    config = _for_memory(config)
-    with fused_norm(), lone_process_group(rank, world_size):
-        mesh = build_mesh(degrees, DEVICE.type, H100)
-        built, notes = _build(config, mesh, vocab_size)
+    with lone_mesh(config, degrees, rank, world_size) as mesh:
+        config = for_memory(config)
+        built, notes = build(config, mesh, vocab_size)
         about = {name: text.replace(MEMORY_BACKEND, "inductor") for name, text in built.about.items()}
         loss_fn = (loss_builder or build_loss)(config, mesh)
-        return _measure(built, loss_fn, config, mesh), built.size, about, notes
+        tracker = MemoryTracker(dimensions(mesh))
+        return measure(built, loss_fn, config, mesh, tracker), built.size, about, notes
 
 
-def _check_modelled(config: JobConfig) -> None:
+@contextmanager
+def lone_mesh(config: JobConfig, degrees: Degrees, rank: int, world_size: int) -> Iterator[Mesh]:
+    """Make the mesh of one rank on H100s, in a process that estimates and ends."""
+    warnings.simplefilter("ignore")  # warnings about a step matter only in training
+    import_custom(config)
+    with fused_norm(), lone_process_group(rank, world_size):
+        yield build_mesh(degrees, DEVICE.type, H100)
+
+
+def check_modelled(config: JobConfig) -> None:
+    if config.activation_checkpoint.mode == "auto":
+        refuse(config, "activation_checkpoint.mode", "has not been resolved (titanlite.plan.auto_checkpoint)")
     if config.training.enable_cpu_offload:
         refuse(config, "training.enable_cpu_offload", "is not modelled by estimates; leave it out for one")
 
 
-def _for_memory(config: JobConfig) -> JobConfig:
+def for_memory(config: JobConfig) -> JobConfig:
     """Return ``config`` with a compiler that counts memory in place of the default one, and without the asynchronous
     tensor parallelism that the default one would make."""
     config = copy.deepcopy(config)
@@ -233,7 +202,7 @@ def _for_memory(config: JobConfig) -> JobConfig:
     return config
 
 
-def _build(config: JobConfig, mesh: Mesh, vocab_size: int | None) -> tuple[BuiltModel, list[str]]:
+def build(config: JobConfig, mesh: Mesh, vocab_size: int | None) -> tuple[BuiltModel, list[str]]:
     """Build the model as the trainer does; return it with notes on the estimate."""
     shape = choose_shape(config)
     spec, flavor, notes = shape.spec, shape.flavor, []
@@ -255,7 +224,7 @@ def _build(config: JobConfig, mesh: Mesh, vocab_size: int | None) -> tuple[Built
     return built, notes
 
 
-def _dimensions(mesh: Mesh) -> dict[str, str]:
+def dimensions(mesh: Mesh) -> dict[str, str]:
     """Return the dimension of parallelism of each process group, by group name; the last one if a group has two."""
     meshes = {
         "all ranks": mesh.world,
@@ -269,11 +238,13 @@ def _dimensions(mesh: Mesh) -> dict[str, str]:
     return {m.get_group().group_name: name for name, m in meshes.items() if m.ndim == 1 and m.size() > 1}
 
 
-def _measure(built: BuiltModel, loss_fn: LossFunction | None, config: JobConfig, mesh: Mesh) -> RankEstimate:
+def measure(
+    built: BuiltModel, loss_fn: LossFunction | None, config: JobConfig, mesh: Mesh, tracker: MemoryTracker
+) -> RankEstimate:
     """Allocate the state of this rank, then run a step as :class:`titanlite.train.Trainer` does."""
     pipeline = build_pipeline(built, loss_fn, config, mesh, DEVICE, LoneStage)
     parameters = built.parameters()
-    with FakeTensorMode(allow_non_fake_inputs=True), MemoryTracker(_dimensions(mesh)) as tracker:
+    with FakeTensorMode(allow_non_fake_inputs=True), tracker:
         with tracker.kind(PARAMETERS):
             for part in built.parts:
                 allocate(part, DEVICE, config.training.enable_cpu_offload)
@@ -284,8 +255,10 @@ def _measure(built: BuiltModel, loss_fn: LossFunction | None, config: JobConfig,
         tracker.restart_peak()
         loss = StepRunner(built.parts, loss_fn, pipeline, None, DEVICE).forward_backward(_batch(config, mesh))
         sharded_gradients = _bytes(p.grad for p in parameters)
+        tracker.mark("clip")
         with tracker.kind(TEMPORARY, "all ranks"):
             scale = gradient_scale(parameters, config.training.max_norm, mesh, *loss)
+        tracker.mark("optimizer")
         with tracker.kind(TEMPORARY):
             update_parameters(optimizer, scale.divisor)
             optimizer.zero_grad()
@@ -343,48 +316,3 @@ def _uneven(parameters: Iterable[nn.Parameter]) -> int:
                     shards[dim] = max(shards[dim], 1) * size
         count += any(param.shape[dim] % n for dim, n in shards.items())
     return count
-
-
-def describe(result: Estimate) -> str:
-    """Format the estimate for printing."""
-    memory = [["rank", *COLUMNS, "peak"]]
-    for r in result.ranks:
-        memory.append([str(r.rank), *(_gib(getattr(r, name)) for name in (*COLUMNS.values(), "peak"))])
-    sent = [["rank", "dimension", "collective", "ranks", "calls", "GiB", "GiB sent by this rank"]]
-    for r in result.ranks:
-        for c, t in r.traffic.items():
-            sent.append([str(r.rank), *c[:2], str(c.ranks), str(t.calls), _gib(t.nbytes), _gib(t.sent)])
-    return "\n".join(
-        [
-            table(f"estimate for {counted(result.world_size, 'device')}, made without any", result.about),
-            "memory of each device, GiB",
-            *_aligned(memory),
-            "collectives of a step",
-            *_aligned(sent),
-            "notes",
-            *(f"    {note}" for note in result.notes),
-        ]
-    )
-
-
-def _gib(nbytes: int) -> str:
-    return f"{nbytes / GIB:.2f}" if nbytes >= GIB / 10 else f"{nbytes / GIB:.2g}"
-
-
-def _aligned(rows: list[list[str]]) -> list[str]:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return ["    " + "  ".join(f"{cell:<{w}}" for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
-
-
-def main() -> int:
-    config = CONFIG or read_config(sys.argv[1:])
-    try:
-        result = estimate(config, int(os.environ.get("WORLD_SIZE", 1)))
-    except ConfigError as e:
-        return report(e)
-    print(describe(result))
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

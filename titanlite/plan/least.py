@@ -12,13 +12,14 @@ from typing import Any
 
 import torch
 
-from titanlite.config import Degrees, JobConfig, global_batch_size
+from titanlite.config import Degrees, JobConfig, global_batch_size, resolve_degrees
 from titanlite.config.refuse import refuse
 from titanlite.distributed.activation_checkpoint import checkpointed_blocks
 from titanlite.errors import ConfigError, counted
 from titanlite.metrics.device import GIB, host_memory, total_memory
 from titanlite.models.layers import DecoderArgs, ModelSize
 from titanlite.models.spec import ModelSpec
+from titanlite.training.model_shape import choose_shape
 
 _INT64 = 8
 _PER_SEQUENCE = 64  # bytes of Python's objects for each sequence of a global batch
@@ -49,6 +50,10 @@ class Least:
     def peak(self) -> int:
         """The larger of two moments: before the optimizer's step, and at the end of the forward."""
         return max(self.state, self.weights + self.optimizer + sum(self.step.values()))
+
+    def offloaded(self) -> Least:
+        """Return what is left on a GPU with training.enable_cpu_offload."""
+        return replace(self, weights=0, gradients=0, optimizer=0)
 
 
 def least_memory(config: JobConfig, size: ModelSize, args: Any, degrees: Degrees) -> Least:
@@ -101,6 +106,20 @@ def _bytes_per_logit(config: JobConfig, dtype_bytes: int, *, sharded: bool) -> i
     return 2 * 4 + (dtype_bytes if dtype_bytes != 4 else 0)
 
 
+def _least_of(config: JobConfig, spec: ModelSpec, args: Any, degrees: Degrees) -> tuple[Least, ModelSize]:
+    with torch.device("meta"):
+        size: ModelSize = spec.build(args).size()  # type: ignore[operator]
+    return least_memory(config, size, args, degrees), size
+
+
+def least_peak(config: JobConfig, world_size: int, vocab_size: int) -> int:
+    """Return the least memory of a device of the run, in bytes: a lower bound of its estimate, known at once."""
+    shape, degrees = choose_shape(config), resolve_degrees(config.parallelism, world_size)
+    args = shape.spec.configure(shape.flavor, vocab_size, config.training.seq_len)
+    least, _ = _least_of(config, shape.spec, args, degrees)
+    return (least.offloaded() if config.training.enable_cpu_offload else least).peak
+
+
 def check_memory(config: JobConfig, spec: ModelSpec, args: Any, degrees: Degrees, device: torch.device) -> None:
     """Refuse a run that cannot fit, before its data are read and anything is allocated. ``args`` are the model's
     configured arguments.
@@ -108,15 +127,13 @@ def check_memory(config: JobConfig, spec: ModelSpec, args: Any, degrees: Degrees
     Raises:
         ConfigError: the device, or this machine, has less memory than :func:`least_memory`.
     """
-    with torch.device("meta"):
-        size: ModelSize = spec.build(args).size()  # type: ignore[operator]
-    least = least_memory(config, size, args, degrees)
+    least, size = _least_of(config, spec, args, degrees)
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if device.type != "cuda":
         _check(config, least, least.peak + least.batch, processes, host_memory(), "machine", size)
         return
     offload = config.training.enable_cpu_offload
-    of_gpu = replace(least, weights=0, gradients=0, optimizer=0) if offload else least
+    of_gpu = least.offloaded() if offload else least
     _check(config, of_gpu, of_gpu.peak, 1, total_memory(device), "GPU", size)
     on_host = least.state if offload else 0
     _check(config, least, least.batch + on_host, processes, host_memory(), "machine", size)

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import multiprocessing
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
@@ -10,6 +16,28 @@ import torch
 import torch.distributed as dist
 from torch.distributed.pipelining import PipelineStage
 from torch.testing._internal.distributed.fake_pg import FakeStore
+
+START_METHOD = "fork" if sys.platform == "linux" else "spawn"
+
+
+def in_a_process(function: Callable[..., Any], *args: Any, method: str = START_METHOD) -> Any:
+    """Return ``function(*args)`` of another process. Each stage needs one, because DTensor caches process groups that
+    no longer exist."""
+    context = multiprocessing.get_context(method)
+    with ProcessPoolExecutor(1, context, initializer=_end_with, initargs=(os.getpid(),)) as process:
+        return process.submit(function, *args).result()
+
+
+def _end_with(parent: int) -> None:
+    """End this process when ``parent`` ends, also by a signal. Else it would wait for work forever and keep its
+    parent's pipes open, so that their readers would wait too."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.2)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 @contextmanager

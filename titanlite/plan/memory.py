@@ -126,12 +126,14 @@ class MemoryTracker(TorchDispatchMode):
 
     Attributes:
         live, peak: the memory now and its maximum, in bytes.
+        segments: the maximum between two marks (:meth:`mark`), with the name of the first, in order.
     """
 
     def __init__(self, dimensions: Mapping[str, str] | None = None) -> None:
         super().__init__()
         self.dimensions = dimensions or {}
         self.live = self.peak = 0
+        self.segments: list[tuple[str, int]] = [("", 0)]
         self.traffic: defaultdict[Collective, Traffic] = defaultdict(Traffic)
         self.all: list[Allocation] = []
         self._by_storage: dict[int, Allocation] = {}
@@ -170,6 +172,12 @@ class MemoryTracker(TorchDispatchMode):
         """Restart the peak at the memory of now, and the count of collectives at zero."""
         self.peak, self._peak_at = self.live, self._now
         self.traffic.clear()
+        self.segments.clear()
+        self.mark("start")
+
+    def mark(self, name: str) -> None:
+        """Begin a segment."""
+        self.segments.append((name, self.live))
 
     def at_peak(self) -> Counter[str]:
         """Return the bytes that were alive at the peak, by kind."""
@@ -204,6 +212,9 @@ class MemoryTracker(TorchDispatchMode):
         self._by_storage[key] = allocation = Allocation(nbytes, kind, self._now)
         self.all.append(allocation)
         self.live += nbytes
+        name, peak = self.segments[-1]
+        if self.live > peak:
+            self.segments[-1] = name, self.live
         if self.live > self.peak:
             self.peak, self._peak_at = self.live, self._now
 

@@ -185,7 +185,7 @@ def test_effective_configuration_stands_alone(tmp_path: Path) -> None:
         ("parallelism.context_parallel_rotate_method", {"allgather", "alltoall"}),
         ("checkpoint.export_dtype", {"float32", "float16", "bfloat16"}),
         ("checkpoint.async_mode", {"disabled", "async", "async_with_pinned_mem"}),
-        ("activation_checkpoint.mode", {"selective", "full", "none"}),
+        ("activation_checkpoint.mode", {"selective", "full", "none", "auto"}),
         ("training.mixed_precision_param", {"bfloat16", "float32"}),
         ("float8.recipe_name", {"tensorwise", "rowwise", "rowwise_with_gw_hp"}),
     ],

@@ -47,7 +47,7 @@ import torch
 import torch.distributed as dist
 from titanlite.config import load_config, packaged
 from titanlite.data import load_tokenizer
-from titanlite.plan.estimate import _bytes, _dimensions
+from titanlite.plan.estimate import _bytes, dimensions
 from titanlite.plan.memory import MemoryTracker
 from titanlite.train import Trainer
 
@@ -55,7 +55,7 @@ trainer = Trainer(load_config(sys.argv[2:], "train_configs/debug_model.toml"))
 batch = next(trainer.loader)
 trainer.runner.forward_backward(batch)  # in the first step, pipeline stages also agree about what they will send
 trainer.optimizer.zero_grad()
-with MemoryTracker(_dimensions(trainer.mesh)) as tracker:
+with MemoryTracker(dimensions(trainer.mesh)) as tracker:
     trainer.runner.forward_backward(batch)
 parameters = [p for part in trainer.model_parts for p in part.parameters()]
 buffers = [b for part in trainer.model_parts for b in part.buffers()]
@@ -236,7 +236,8 @@ PACKAGED = {"debug_model": 1, "llama3_8b": 8, "llama3_70b": 256, "llama3_405b": 
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=pytest.mark.slow if "/" in n else []) for n in packaged.names()]
+    "name",
+    [pytest.param(n, marks=pytest.mark.slow if "/" in n else []) for n in packaged.names() if not n.endswith("_fast")],
 )
 def test_every_packaged_file_is_estimated_for_its_devices(name: str) -> None:
     """With a small model: the parallelism is what the file has, and asynchronous where the file is torchtitan's."""
