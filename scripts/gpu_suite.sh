@@ -119,7 +119,7 @@ loss_curves() {
     # What an earlier call left there is gone on from.
     local before=docs/benchmarks/loss_curves.json
     section loss_curves 100 "$python" scripts/benchmarks/loss_parity.py --output="$out/loss_curves.json" --seeds=3 \
-        --seconds=LIMIT --resume="$before" --experimental.custom_import=scripts.benchmarks.benchmark_models --model.name=llama3_benchmark "${shape[@]}" \
+        --configs=bf16,float32,tensorwise,rowwise,rowwise_with_gw_hp --seconds=LIMIT --resume="$before" --experimental.custom_import=scripts.benchmarks.benchmark_models --model.name=llama3_benchmark "${shape[@]}" \
         --training.compile --sample.enable=false
 }
 

@@ -194,7 +194,8 @@ class Trainer:
         config, device = self.config, self.runtime.device
         before = peak_memory(device).active
         built = build_model(self.spec, self.model_args, config, self.mesh)
-        self.model_parts, self.parameters = built.parts, built.parameters
+        self.model_parts = built.parts
+        self.parameters, self.named_parameters = built.parameters, built.named_parameters
         self.size, self.converters = built.size, built.converters
         self.compile_watch = CompileWatch()
         self._opened.callback(self.compile_watch.close)
@@ -215,7 +216,7 @@ class Trainer:
 
     def _build_optimizer(self) -> None:
         config = self.config
-        self.optimizer = build_optimizer(self.parameters(), config.optimizer)
+        self.optimizer = build_optimizer(self.named_parameters(), config.optimizer, self.seed)
         self.step_guard = StepGuard(config.training, self.parameters()[0].device)
         self.schedule = build_schedule(config.lr_scheduler, config.optimizer.lr, config.training.steps)
 

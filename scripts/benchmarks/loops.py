@@ -58,7 +58,7 @@ class BareLoop:
         foreach: bool | None = None,
     ) -> None:
         self.model, self.loss_fn, self.batches = model, loss_fn, cycle(batches)
-        self.optimizer = build_optimizer(model.parameters(), copy.deepcopy(trainer.config.optimizer))
+        self.optimizer = build_optimizer(model.named_parameters(), copy.deepcopy(trainer.config.optimizer))
         self.max_norm, self.foreach = trainer.config.training.max_norm, foreach
 
     def advance(self) -> Tensor:

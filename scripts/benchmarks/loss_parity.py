@@ -1,5 +1,5 @@
-"""A comparison of what a model learns in float8 and in bf16: the same training runs in bf16 and with each float8
-recipe.
+"""A comparison of what a model learns in low precision and in bf16: the same training runs in bf16, with each recipe of
+float8, int8 and mxfp8, and with moments of low precision.
 
     python scripts/benchmarks/loss_parity.py --output docs/benchmarks/loss_parity.json
 
@@ -29,6 +29,12 @@ CONFIGS = {
     "bf16": [],
     "float32": ["--training.mixed_precision_param=float32"],
     **{recipe: ["--model.converters=float8", f"--float8.recipe_name={recipe}"] for recipe in harness.RECIPES},
+    **{
+        f"int8 {recipe}": ["--model.converters=int8", f"--int8.recipe_name={recipe}"]
+        for recipe in ("rowwise", "rowwise_with_gw_hp", "forward_only")
+    },
+    **{recipe: ["--model.converters=mx", f"--mx.recipe_name={recipe}"] for recipe in ("mxfp8", "mxfp8_with_gw_hp")},
+    **{f"moments in {dtype}": [f"--optimizer.moments={dtype}"] for dtype in ("bfloat16", "float8")},
 }
 # The 97.5% quantile of Student's t by degrees of freedom: what a mean of n differences is multiplied with for 95%.
 T_975 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
@@ -102,6 +108,7 @@ def rows_of(curves: dict[str, list[list[float]]], last: int) -> list[dict[str, A
 def main() -> int:
     parser = harness.parser(__doc__)
     parser.add_argument("--seeds", type=int, default=3, help="seeds 1 to this number, from 2 to 10")
+    parser.add_argument("--configs", help="those to run, separated by commas; by default all")
     parser.add_argument("--last", type=int, default=20, help="steps that the final loss is the mean of")
     parser.add_argument("--lr", type=float, default=5e-4, help="the learning rate")
     parser.add_argument("--seconds", type=float, help="begin no run that would end after this time")
@@ -110,7 +117,10 @@ def main() -> int:
     options = [f"--optimizer.lr={args.lr}", *options]
     curves = known(args.resume, options, parser)
     budget = harness.Budget(args.seconds)
-    runs = itertools.product(range(1, args.seeds + 1), CONFIGS)
+    configs = args.configs.split(",") if args.configs else list(CONFIGS)
+    if unknown := [config for config in configs if config not in CONFIGS]:
+        parser.error(f"--configs: {', '.join(unknown)}: known are {', '.join(CONFIGS)}")
+    runs = itertools.product(range(1, args.seeds + 1), configs)
     missing = [(seed, config) for seed, config in runs if len(curves[config]) < seed]
     for seed, config in budget.within(missing, lambda run: f"seed {run[0]}, {run[1]}"):
         curves[config].append(train(config, seed, options))

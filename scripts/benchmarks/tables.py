@@ -10,7 +10,8 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +24,12 @@ RESULTS = ROOT / "docs" / "benchmarks"
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
 
 
-def loss_parity(results: list[dict[str, Any]]) -> list[list[str]]:
+def loss_parity(results: list[dict[str, Any]], prefixes: Sequence[str] = ("tensorwise", "rowwise")) -> list[list[str]]:
+    """Return bf16, float32, and the configurations whose names begin with one of ``prefixes``."""
     rows = [["config", "final losses", "mean", "difference from bf16", "95% interval"]]
     for r in results:
+        if r["config"] not in ("bf16", "float32") and not r["config"].startswith(tuple(prefixes)):
+            continue
         losses = ", ".join(f"{loss:.4f}" for loss in r["final_loss"])
         low, high = r.get("interval_95_pct", (None, None))
         interval = "" if low is None else f"{low:+.3f}% to {high:+.3f}%"
@@ -181,6 +185,8 @@ def time_budget(results: list[dict[str, Any]]) -> list[list[str]]:
 TABLES: dict[str, Callable[[list[dict[str, Any]]], list[list[str]]]] = {
     "finetune": finetune,
     "loss_parity": loss_parity,
+    "loss_parity/quantized": partial(loss_parity, prefixes=("int8", "mxfp8")),
+    "loss_parity/moments": partial(loss_parity, prefixes=("moments",)),
     "memory_estimates": memory_estimates,
     "memory_estimates/loss_chunks": loss_chunks,
     "finetune_memory": finetune_memory,

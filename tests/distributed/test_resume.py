@@ -24,6 +24,7 @@ RESULTS = ("step", "loss", "max_loss", "grad_norm", "lr", "tokens_seen")
 PRECISIONS: dict[str, dict[str, Any]] = {
     "float32": {"training__mixed_precision_param": "float32"},
     "bfloat16": {},
+    "float8-moments": {"optimizer__moments": "float8", "optimizer__implementation": "for-loop"},
     "tensorwise": {"model__converters": "float8"},
     "rowwise": {"model__converters": "float8", "float8__recipe_name": "rowwise"},
     "delayed": {
@@ -35,7 +36,7 @@ PRECISIONS: dict[str, dict[str, Any]] = {
 CASES = [
     ("float32", "eager", "disabled", 1),
     ("float32", "compile", "async", 2),
-    ("bfloat16", "eager", "disabled", 2),
+    ("float8-moments", "eager", "disabled", 2),
     ("bfloat16", "compile", "async_with_pinned_mem", 1),
     ("tensorwise", "eager", "async", 1),
     ("tensorwise", "compile", "disabled", 2),

@@ -19,9 +19,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from titanlite.checkpoint.diagnosis import why_no_weights
-from titanlite.checkpoint.state import listed, local_part, refuse_another_model
+from titanlite.checkpoint.state import listed, refuse_another_model
 from titanlite.errors import ConfigError
 from titanlite.models.weight_map import Place, Rows, Stack, WeightMap, tensors_of
+from titanlite.quant.fsdp import shard_with_offset
 from titanlite.untrusted.files import contained, open_file, read_json
 
 CONFIG = "config.json"
@@ -251,7 +252,7 @@ def _copy_local_shard(tensor: Tensor, place: Place, source: Callable[[str], Any]
     Args:
         source: tensor name in the files -> what reads a slice of it.
     """
-    data, offset = local_part(tensor)
+    data, offset = shard_with_offset(tensor)
     slices = tuple(slice(start, start + size) for start, size in zip(offset, data.shape))
     if not data.numel():
         return

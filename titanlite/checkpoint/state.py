@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from titanlite.errors import ConfigError
 from titanlite.quant.fsdp import plain
@@ -133,17 +132,6 @@ def refuse_another_model(
             f"{folder}: these are the weights of another model, flavor or vocabulary: {'; '.join(lines)}; choose the "
             "flavor that they belong to"
         )
-
-
-def local_part(tensor: Tensor) -> tuple[Tensor, tuple[int, ...]]:
-    """Return the part of ``tensor`` that this process holds, without gradients, and its offset in the whole tensor."""
-    data = tensor.detach()
-    if not isinstance(data, DTensor):
-        return data, (0,) * data.dim()
-    shape, offset = compute_local_shape_and_global_offset(data.shape, data.device_mesh, data.placements)
-    local = data.to_local()
-    assert local.shape == tuple(shape), (local.shape, shape)
-    return local, tuple(offset)
 
 
 def local_bytes(state: Mapping[str, Tensor]) -> int:

@@ -43,9 +43,10 @@ from titanlite.checkpoint.folder import (
     write_file,
 )
 from titanlite.checkpoint.metadata import METADATA, Chunk, SavedTensor, read_metadata
-from titanlite.checkpoint.state import State, local_part
+from titanlite.checkpoint.state import State
 from titanlite.checkpoint.tensors import read_tensor
 from titanlite.errors import ConfigError
+from titanlite.quant.fsdp import shard_with_offset
 from titanlite.untrusted.files import MOST_JSON, Untrusted, contained, is_of, json_object, open_file, read_bytes
 
 _FORMAT = 1
@@ -339,7 +340,9 @@ def copy_into(state: Mapping[str, Tensor], saved: Mapping[str, SavedTensor], fol
         DamagedCheckpoint: a file is missing, or cannot be read, or weights that the model ties differ.
     """
     names: dict[int, str] = {}
-    first_name = {name: names.setdefault(local_part(t)[0].data_ptr() or id(t), name) for name, t in state.items()}
+    first_name = {
+        name: names.setdefault(shard_with_offset(t)[0].data_ptr() or id(t), name) for name, t in state.items()
+    }
     for target, part, _ in _parts({name: state[name] for name in names.values()}, saved, folder):
         target.copy_(part)
     tied = {name: tensor for name, tensor in state.items() if first_name[name] != name}
@@ -365,7 +368,7 @@ def _parts(
         for file, parts in groupby(requests, key=lambda request: request[0].file):
             with open_file(contained(folder, file)) as stream:
                 for chunk, name, (offset, sizes) in parts:
-                    target, begin = local_part(state[name])
+                    target, begin = shard_with_offset(state[name])
                     place = tuple(slice(o - b, o - b + n) for o, b, n in zip(offset, begin, sizes))
                     inner = [o - c for o, c in zip(offset, chunk.offset)]
                     part = read_tensor(stream, chunk.start, chunk.length, chunk.shape, inner, sizes)
@@ -384,7 +387,7 @@ def _fitting(folder: Path, name: str, tensor: Tensor, saved: Mapping[str, SavedT
 
 def _overlap(chunk: Chunk, tensor: Tensor) -> tuple[list[int], list[int]] | None:
     """Return the offset and the sizes, in the whole tensor, of what a chunk and the local part of ``tensor`` share."""
-    local, begin = local_part(tensor)
+    local, begin = shard_with_offset(tensor)
     offset = [max(pair) for pair in zip(chunk.offset, begin)]
     ends = (min(c + n, b + m) for c, n, b, m in zip(chunk.offset, chunk.shape, begin, local.shape))
     sizes = [end - start for end, start in zip(ends, offset)]

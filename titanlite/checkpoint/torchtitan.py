@@ -14,9 +14,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from titanlite.checkpoint.metadata import METADATA, read_metadata
-from titanlite.checkpoint.state import local_part, refuse_another_model
+from titanlite.checkpoint.state import refuse_another_model
 from titanlite.checkpoint.storage import INFO, SUMS, copy_into, on_all, shapes_on_all
 from titanlite.errors import ConfigError
+from titanlite.quant.fsdp import shard_with_offset
 
 _PREFIX = "model."  # until May 2025; since then the names of the model have none
 _OTHER = ("optimizer.", "lr_scheduler.", "train_state.", "dataloader.", "freqs_cis")
@@ -72,5 +73,5 @@ class TorchtitanFolder:
         copy_into({name: whole}, self._saved, self.folder)
         pairs = whole.unflatten(0, (-1, head_size // 2, 2))
         whole = pairs.transpose(1, 2).flatten(0, 2)
-        local, offset = local_part(tensor)
+        local, offset = shard_with_offset(tensor)
         local.copy_(whole[tuple(slice(start, start + size) for start, size in zip(offset, local.shape))])

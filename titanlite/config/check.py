@@ -35,6 +35,7 @@ def check_config(config: JobConfig, world_size: int, *, train: bool = True) -> N
     _check_folders(config)
     degrees = resolve_degrees(config.parallelism, world_size)
     check_unsupported(config)
+    _check_optimizer(config)
     _check_checkpoint(config)
     for number_format in NUMBER_FORMATS:
         number_format.check(config)
@@ -71,6 +72,16 @@ def _check_folders(config: JobConfig) -> None:
         name = getattr(getattr(config, section), key)
         if PurePath(name).parts[0] in FIXED_NAMES:
             refuse(config, f"{section}.{key}", "the run folder has a file or folder of this name; choose another")
+
+
+def _check_optimizer(config: JobConfig) -> None:
+    options, key = config.optimizer, "optimizer.moments"
+    if options.moments == "float32":
+        return
+    if options.name not in ("Adam", "AdamW"):
+        refuse(config, key, f'Adam and AdamW have moments of low precision, not optimizer.name = "{options.name}"')
+    if options.implementation == "foreach":
+        refuse(config, key, 'is updated by parameter; set optimizer.implementation to "fused" or "for-loop"')
 
 
 def _check_checkpoint(config: JobConfig) -> None:

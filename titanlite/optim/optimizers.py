@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from titanlite.config.schema import Optimizer
+from titanlite.optim.low_precision import LowPrecisionAdam
 from titanlite.registry import Registry
 
 Builder = Callable[[Iterable[nn.Parameter], Optimizer], torch.optim.Optimizer]
@@ -16,9 +17,19 @@ _registry: Registry[Builder] = Registry("optimizer", "optimizer.name")
 register_optimizer = _registry.register
 
 
-def build_optimizer(params: Iterable[nn.Parameter], options: Optimizer) -> torch.optim.Optimizer:
-    """Build the optimizer that ``[optimizer]`` describes; the schedule sets its learning rate at each step."""
-    return _registry.get(options.name)([p for p in params if p.requires_grad], options)
+def build_optimizer(
+    named: Iterable[tuple[str, nn.Parameter]], options: Optimizer, seed: int = 0
+) -> torch.optim.Optimizer:
+    """Build the optimizer that ``[optimizer]`` describes; the schedule sets its learning rate at each step.
+
+    Args:
+        named: the parameters of this process with their names. Frozen ones are left out.
+        seed: of the run, for the rounding of moments of low precision.
+    """
+    named = [(name, param) for name, param in named if param.requires_grad]
+    if options.moments != "float32":
+        return LowPrecisionAdam(named, options, seed)
+    return _registry.get(options.name)([param for _, param in named], options)
 
 
 def _adam_options(options: Optimizer) -> dict[str, Any]:

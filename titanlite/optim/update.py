@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from titanlite.optim.low_precision import LowPrecisionAdam
+
 
 @torch.no_grad()
 def update_parameters(optimizer: torch.optim.Optimizer, divisor: Tensor, skip: Tensor | None = None) -> None:
@@ -39,9 +41,9 @@ def _divides_by_itself(optimizer: torch.optim.Optimizer) -> bool:
 
 
 def _skips_by_itself(optimizer: torch.optim.Optimizer) -> bool:
-    """Return True if ``found_inf`` makes an optimizer skip a step without any change. Fused Adam and AdamW do. Fused
-    SGD has uninitialized momentum if its first step is skipped."""
-    return isinstance(optimizer, torch.optim.Adam) and _divides_by_itself(optimizer)
+    """Return True if ``found_inf`` makes an optimizer skip a step without any change. Fused Adam and AdamW do, and
+    those with moments of low precision. Fused SGD has uninitialized momentum if its first step is skipped."""
+    return isinstance(optimizer, torch.optim.Adam | LowPrecisionAdam) and _divides_by_itself(optimizer)
 
 
 def _local_gradients(optimizer: torch.optim.Optimizer) -> list[Tensor]:

@@ -249,7 +249,7 @@ def measure(
             for part in built.parts:
                 allocate(part, DEVICE, config.training.enable_cpu_offload)
                 part.train()
-        optimizer = build_optimizer(parameters, config.optimizer)
+        optimizer = build_optimizer(built.named_parameters(), config.optimizer)
         with tracker.kind(OPTIMIZER):
             _make_state(optimizer)
         tracker.restart_peak()

@@ -19,6 +19,7 @@ from titanlite.errors import ConfigError, counted
 from titanlite.metrics.device import GIB, host_memory, total_memory
 from titanlite.models.layers import DecoderArgs, ModelSize
 from titanlite.models.spec import ModelSpec
+from titanlite.optim.moments import bytes_per_element
 from titanlite.training.model_shape import choose_shape
 
 _INT64 = 8
@@ -60,7 +61,7 @@ def least_memory(config: JobConfig, size: ModelSize, args: Any, degrees: Degrees
     """Return the least memory of a process of the run. ``args`` are the model's configured arguments."""
     training, shards = config.training, degrees.model_shards
     moments = 2 if config.optimizer.name in ("Adam", "AdamW") else 0
-    optimizer = moments * 4 * size.params // shards
+    optimizer = round(moments * bytes_per_element(config.optimizer.moments) * size.params) // shards
     tp, pp = degrees.tensor_parallel, degrees.pipeline_parallel
     dtype_bytes = 2 if training.mixed_precision_param == "bfloat16" else 4
     microbatch = training.local_batch_size if pp == 1 else config.parallelism.pipeline_parallel_microbatch_size

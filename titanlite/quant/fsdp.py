@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_map_only
 
 from titanlite.quant.format import WEIGHT, Format, Operand
@@ -218,6 +220,18 @@ def plain(tensor: Tensor) -> Tensor:
     version of the original, also for a DTensor (after its own ``detach`` they would not)."""
     local = _local(tensor)
     return _with_local(tensor, (local.shard if isinstance(local, ShardedWeight) else local).detach())
+
+
+def shard_with_offset(tensor: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+    """Return the part of ``tensor`` that this process holds, without gradients, and its offset in the whole tensor."""
+    data = tensor.detach()
+    if not isinstance(data, DTensor):
+        return data, (0,) * data.dim()
+    with _disable_current_modes():  # it computes with tensors, of which an estimate has no values
+        shape, offset = compute_local_shape_and_global_offset(data.shape, data.device_mesh, data.placements)
+    local = data.to_local()
+    assert local.shape == tuple(shape), (local.shape, shape)
+    return local, tuple(offset)
 
 
 def wrapped_for_gather(param: nn.Parameter, format: Format, *, tensor_parallel: bool = False) -> nn.Parameter:

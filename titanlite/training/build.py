@@ -47,8 +47,11 @@ class BuiltModel:
     plan: Plan | None = None
     about: dict[str, str] = field(default_factory=dict)
 
+    def named_parameters(self) -> list[tuple[str, nn.Parameter]]:
+        return [named for part in self.parts for named in part.named_parameters()]
+
     def parameters(self) -> list[nn.Parameter]:
-        return [param for part in self.parts for param in part.parameters()]
+        return [param for _, param in self.named_parameters()]
 
 
 def build_model(spec: ModelSpec, args: Any, config: JobConfig, mesh: Mesh) -> BuiltModel:

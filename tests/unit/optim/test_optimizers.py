@@ -24,7 +24,7 @@ def trained(name: str, implementation: str) -> list[Tensor]:
         for parameter in model.parameters():
             parameter.normal_(generator=generator)
     options = Optimizer(name=name, lr=1e-2, weight_decay=0.3, implementation=implementation)  # type: ignore[arg-type]
-    optimizer = build_optimizer(model.parameters(), options)
+    optimizer = build_optimizer(model.named_parameters(), options)
     inputs = torch.randn(5, 4, 6, generator=generator)
     for batch in inputs:
         model(batch).square().mean().backward()
@@ -50,7 +50,7 @@ def test_the_first_steps_by_hand(name: str, implementation: str) -> None:
     lr, beta1, beta2, eps, decay = 0.1, 0.8, 0.9, 1e-3, 0.5
     parameter = nn.Parameter(torch.tensor([2.0]))
     options = Optimizer(name, lr, beta1, beta2, eps, decay, implementation)  # type: ignore[arg-type]
-    optimizer = build_optimizer([parameter], options)
+    optimizer = build_optimizer([("p", parameter)], options)
     expected, m, v = 2.0, 0.0, 0.0
     for step, gradient in enumerate([3.0, -1.0, 0.5], 1):
         parameter.grad = torch.tensor([gradient])
@@ -67,7 +67,7 @@ def test_the_first_steps_by_hand(name: str, implementation: str) -> None:
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_the_implementation_asked_for_is_the_one_used(implementation: str) -> None:
-    optimizer = build_optimizer(nn.Linear(2, 2).parameters(), Optimizer(implementation=implementation))  # type: ignore[arg-type]
+    optimizer = build_optimizer(nn.Linear(2, 2).named_parameters(), Optimizer(implementation=implementation))  # type: ignore[arg-type]
     assert optimizer.defaults["fused"] is (implementation == "fused")
     assert optimizer.defaults["foreach"] is (implementation == "foreach")
 
@@ -75,7 +75,7 @@ def test_the_implementation_asked_for_is_the_one_used(implementation: str) -> No
 def test_frozen_parameters_are_left_out() -> None:
     model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
     model[0].requires_grad_(False)
-    optimizer = build_optimizer(model.parameters(), Optimizer())
+    optimizer = build_optimizer(model.named_parameters(), Optimizer())
     assert [id(p) for p in optimizer.param_groups[0]["params"]] == [id(p) for p in model[1].parameters()]
 
 
@@ -90,7 +90,7 @@ def updated(name: str, implementation: str, divisor: float, explicit: bool) -> l
     param = nn.Parameter(torch.randn(1003, generator=generator))
     # A large eps makes the update depend on the size of the gradients.
     options = Optimizer(name=name, lr=1e-2, eps=0.1, implementation=implementation)  # type: ignore[arg-type]
-    optimizer = build_optimizer([param], options)
+    optimizer = build_optimizer([("p", param)], options)
     for _ in range(5):
         param.grad = torch.randn(1003, generator=generator)
         if explicit:
@@ -120,7 +120,9 @@ def test_gradients_that_are_not_finite_stay_so(implementation: str) -> None:
     for divisor in (math.inf, math.nan):
         param = nn.Parameter(torch.zeros(2))
         param.grad = torch.full((2,), math.inf)
-        update_parameters(build_optimizer([param], Optimizer(implementation=implementation)), torch.tensor(divisor))  # type: ignore[arg-type]
+        update_parameters(
+            build_optimizer([("p", param)], Optimizer(implementation=implementation)), torch.tensor(divisor)
+        )  # type: ignore[arg-type]
         assert param.isnan().all()
 
 
@@ -140,7 +142,7 @@ class Operators(TorchDispatchMode):
 def test_a_fused_update_makes_no_other_pass_over_the_gradients(implementation: str) -> None:
     param = nn.Parameter(torch.randn(4))
     param.grad = torch.randn(4)
-    optimizer = build_optimizer([param], Optimizer(implementation=implementation))  # type: ignore[arg-type]
+    optimizer = build_optimizer([("p", param)], Optimizer(implementation=implementation))  # type: ignore[arg-type]
     with Operators() as operators:
         update_parameters(optimizer, torch.tensor(2.0))
     assert ("_foreach_div_.Tensor" in operators.names) is (implementation != "fused")

@@ -184,7 +184,7 @@ def made(name: str, implementation: str) -> tuple[list[nn.Parameter], torch.opti
     params = [nn.Parameter(torch.randn(shape)) for shape in ((7, 5), (3,))]
     if name == "SGD":  # of somebody else's, with the protocol of torch.amp.GradScaler
         return params, torch.optim.SGD(params, lr=0.1, momentum=0.9, fused=True)
-    return params, build_optimizer(params, Optimizer(name=name, implementation=implementation))  # type: ignore[arg-type]
+    return params, build_optimizer(zip("ab", params), Optimizer(name=name, implementation=implementation))  # type: ignore[arg-type]
 
 
 def bits(params: list[nn.Parameter], optimizer: torch.optim.Optimizer) -> list[bytes]:

@@ -7,16 +7,11 @@ casts of an operand share one loop, which the compiler does not vectorize.
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable
-from typing import Any
-
 import torch
 from torch import Tensor
 
+from titanlite.quant.compiled import CompiledFunction
 from titanlite.quant.int8.numerics import amax_of, amax_to_scale, quantize, rescale
-
-logger = logging.getLogger("titanlite.int8")
 
 
 def _by_features(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -29,39 +24,13 @@ def _by_rows_transposed(x: Tensor) -> tuple[Tensor, Tensor]:
     return quantize(x, scale).t().contiguous(), scale
 
 
-class _Compiled:
-    """A function that is compiled at its first call, for all shapes; as it is where there is no C++ compiler."""
-
-    def __init__(self, function: Callable[..., Any]) -> None:
-        self.plain = function
-        self.function: Callable[..., Any] | None = None
-
-    def __call__(self, *args: Any) -> Any:
-        # In one state of autograd and with plain tensors: each other one would be compiled again, eight times at most.
-        with torch.no_grad(), torch._C._AutoDispatchBelowADInplaceOrView():
-            return self._call(*(arg.detach() if isinstance(arg, Tensor) else arg for arg in args))
-
-    def _call(self, *args: Any) -> Any:
-        if self.function is None:
-            from torch._dynamo.exc import BackendCompilerFailed  # loads the compiler
-            from torch._inductor.exc import InductorError
-
-            self.function = torch.compile(self.plain, dynamic=True)
-            try:
-                return self.function(*args)
-            except (BackendCompilerFailed, InductorError) as e:
-                reason = str(e).strip().splitlines()[0]
-                logger.warning("int8 casts are not compiled, so they take several passes each (%s)", reason)
-                self.function = self.plain
-        return self.function(*args)
-
-
-_by_features_compiled = _Compiled(_by_features)
-_by_rows_transposed_compiled = _Compiled(_by_rows_transposed)
-_scale_of_columns = _Compiled(lambda x: amax_to_scale(amax_of(x, 0)))
-_quantize = _Compiled(quantize)
-_rescale = _Compiled(rescale)
-_scale_rows = _Compiled(lambda product, scale, dtype: (product * scale).to(dtype))
+_CASTS = "int8 casts"
+_by_features_compiled = CompiledFunction(_by_features, _CASTS)
+_by_rows_transposed_compiled = CompiledFunction(_by_rows_transposed, _CASTS)
+_scale_of_columns = CompiledFunction(lambda x: amax_to_scale(amax_of(x, 0)), _CASTS)
+_quantize = CompiledFunction(quantize, _CASTS)
+_rescale = CompiledFunction(rescale, _CASTS)
+_scale_rows = CompiledFunction(lambda product, scale, dtype: (product * scale).to(dtype), _CASTS)
 
 
 @torch.library.custom_op("titanlite_int8::cast", mutates_args=(), device_types="cpu")
