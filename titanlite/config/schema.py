@@ -120,7 +120,7 @@ class LRScheduler:
 class Training:
     dataset: str = "pystdlib"
     """The data source: pystdlib (the Python standard library's own source text), text, json, parquet, or a
-    hub set (c4, fineweb_edu). (torchtitan's default is c4_test.)"""
+    hub set (c4, fineweb_edu, hub:owner/name, hub:owner/name:subset). (torchtitan's default is c4_test.)"""
     dataset_path: AnyPath | None = None
     """The file, folder or glob that text, json and parquet read; for a hub set, a local copy of it. A name that
     exists is never a glob."""

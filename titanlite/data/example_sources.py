@@ -7,13 +7,12 @@ from pathlib import Path
 from titanlite.data.files import JSON_SUFFIXES, find_files, is_compressed, require_path, with_compressed
 from titanlite.data.local import JsonSource
 from titanlite.data.readers import LinesReader, ParquetReader
-from titanlite.data.sources import SOURCES, Source, SourceOptions
-from titanlite.data.streamed import FileStream, HubStream, open_hub
+from titanlite.data.sources import HUB, HUB_FORM, SOURCES, Source, SourceOptions
+from titanlite.data.streamed import FileStream, HubStream, hub_address, open_hub
 from titanlite.errors import ConfigError
 
-HUB = "hub:"
 _SUFFIXES = (".parquet", *with_compressed(*JSON_SUFFIXES))
-_HINT = "a folder of JSON lines or parquet files, a file, a glob, or hub:owner/name"
+_HINT = f"a folder of JSON lines or parquet files, a file, a glob, or {HUB_FORM}"
 
 
 def _examples(options: SourceOptions, path: str) -> Source:
@@ -25,8 +24,8 @@ def _examples(options: SourceOptions, path: str) -> Source:
             value=options.name,
         )
     if path.startswith(HUB):
-        repo, _, subset = path.removeprefix(HUB).partition(":")
-        return HubStream(options, open_hub(options.name, repo, subset or None))
+        repo, subset = hub_address(path, "training.dataset_path")
+        return HubStream(options, open_hub(options.name, repo, subset))
     files = find_files(path, _SUFFIXES)
     parquet = [_is_parquet(file) for file in files]
     if all(parquet):

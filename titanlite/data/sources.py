@@ -211,6 +211,8 @@ def permutation(size: int, *key: int) -> NDArray[np.int64]:
     return np.argsort(draws, kind="stable").astype(np.int64)
 
 
+HUB = "hub:"
+HUB_FORM = f"{HUB}owner/name"  # or hub:owner/name:subset
 Builder = Callable[[SourceOptions], Source]
 SOURCES: Registry[Builder] = Registry("data source", "training.dataset")
 
@@ -229,7 +231,7 @@ def build_source(
     Raises:
         ConfigError: there is no such source, its files are missing, unreadable or empty, or the hub is not reachable.
     """
-    builder = SOURCES.get(name)
+    builder = SOURCES.get(HUB_FORM if name.startswith(HUB) else name)
     if on_corrupt not in ("stop", "skip"):
         raise ConfigError('must be "stop" or "skip"', key="data.on_corrupt", value=on_corrupt)
     if seed < 0:

@@ -4,6 +4,7 @@ hub."""
 from __future__ import annotations
 
 import logging
+import re
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -15,6 +16,8 @@ from titanlite.data.files import JSON_SUFFIXES, find_files, require_path, unread
 from titanlite.data.readers import LinesReader, ParquetReader, Reader, TextReader
 from titanlite.data.records import Corrupt, text_of_record
 from titanlite.data.sources import (
+    HUB,
+    HUB_FORM,
     MIN_DOCUMENTS,
     SOURCES,
     Position,
@@ -200,6 +203,26 @@ def _c4(options: SourceOptions) -> Source:
 @SOURCES.register("fineweb_edu")
 def _fineweb_edu(options: SourceOptions) -> Source:
     return _hub_or_copy(options, "HuggingFaceFW/fineweb-edu", "sample-10BT")
+
+
+@SOURCES.register(HUB_FORM)
+def _hub(options: SourceOptions) -> Source:
+    return _hub_or_copy(options, *hub_address(options.name, "training.dataset"))
+
+
+def hub_address(address: str, key: str) -> tuple[str, str | None]:
+    """Return the repository and the subset, if it names one, of ``hub:owner/name:subset``.
+
+    Args:
+        key: the option that has the address, for the message.
+
+    Raises:
+        ConfigError: it has another form.
+    """
+    match = re.fullmatch(rf"{HUB}([\w.-]+/[\w.-]+)(?::([\w.-]+))?", address)
+    if match is None:
+        raise ConfigError(f"has not the form {HUB_FORM} or {HUB_FORM}:subset", key=key, value=address)
+    return match[1], match[2]
 
 
 def _hub_or_copy(options: SourceOptions, repo: str, subset: str | None) -> Source:

@@ -134,7 +134,10 @@ def test_local_copies_of_hub_sets(tmp_path: Path, folder: Path) -> None:
         build_source("c4", path=str(tmp_path), seed=0)
 
 
-@pytest.mark.parametrize(("name", "repo"), [("c4", "allenai/c4"), ("fineweb_edu", "HuggingFaceFW/fineweb-edu")])
+@pytest.mark.parametrize(
+    ("name", "repo"),
+    [("c4", "allenai/c4"), ("fineweb_edu", "HuggingFaceFW/fineweb-edu"), ("hub:some.one/a-set", "some.one/a-set")],
+)
 def test_hub_out_of_reach(name: str, repo: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The real failure: the hub's client is told that there is no network."""
     import datasets  # noqa: F401  (its import is not what is timed)
@@ -160,7 +163,18 @@ def test_hub_within_reach(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", lambda self, repo, timeout: asked.append(repo))
     monkeypatch.setattr(datasets, "load_dataset", load)
     assert shards(build_source("c4", seed=0), 1) == [["a", "b"]]
-    assert asked == ["allenai/c4", ("allenai/c4", "en", {"split": "train", "streaming": True})]
+    assert shards(build_source("hub:some.one/a-set:v2", seed=0), 1) == [["a", "b"]]
+    assert shards(build_source("hub:some.one/a-set", seed=0), 1) == [["a", "b"]]
+    streamed = {"split": "train", "streaming": True}
+    expected = [("allenai/c4", "en"), ("some.one/a-set", "v2"), ("some.one/a-set", None)]
+    assert asked == [request for repo, subset in expected for request in (repo, (repo, subset, streamed))]
+
+
+@pytest.mark.parametrize("name", ["hub:", "hub:name", "hub:a/b/c", "hub:a/b:c:d", "hub:../etc/passwd:x", "hub:/a"])
+def test_an_address_of_the_hub_has_an_owner_and_a_name(name: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        build_source(name, seed=0)
+    assert (error.value.key, error.value.value) == ("training.dataset", name)
 
 
 @pytest.mark.parametrize(
