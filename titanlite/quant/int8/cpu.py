@@ -11,24 +11,40 @@ import torch
 from torch import Tensor
 
 from titanlite.quant.compiled import CompiledFunction
-from titanlite.quant.int8.numerics import amax_of, amax_to_scale, quantize, rescale
+from titanlite.quant.int8.numerics import amax_of, amax_to_scale, inverse_of, rescale
+
+
+_BLOCK = 32  # rows of which the largest magnitudes are taken first: their cache lines stay for the next columns
+
+
+def _amax_of_columns(x: Tensor) -> Tensor:
+    rows, columns = x.shape
+    if rows % _BLOCK or not x.numel():
+        return amax_of(x, 0)
+    return x.view(-1, _BLOCK, columns).abs().amax(1).amax(0, keepdim=True).float()
+
+
+def _scale_and_inverse(amax: Tensor) -> tuple[Tensor, Tensor]:
+    scale = amax_to_scale(amax)
+    return scale, inverse_of(scale)
+
+
+def _round(x: Tensor, inverse: Tensor) -> Tensor:
+    """Return :func:`quantize`, for scales that come from ``x`` itself: nothing is beyond 127 then."""
+    return (x.float() * inverse).round().to(torch.int8)
 
 
 def _by_features(x: Tensor) -> tuple[Tensor, Tensor]:
-    scale = amax_to_scale(amax_of(x, 1))
-    return quantize(x, scale), scale
-
-
-def _by_rows_transposed(x: Tensor) -> tuple[Tensor, Tensor]:
-    scale = amax_to_scale(amax_of(x, 0))
-    return quantize(x, scale).t().contiguous(), scale
+    scale, inverse = _scale_and_inverse(amax_of(x, 1))
+    return _round(x, inverse), scale
 
 
 _CASTS = "int8 casts"
 _by_features_compiled = CompiledFunction(_by_features, _CASTS)
-_by_rows_transposed_compiled = CompiledFunction(_by_rows_transposed, _CASTS)
-_scale_of_columns = CompiledFunction(lambda x: amax_to_scale(amax_of(x, 0)), _CASTS)
-_quantize = CompiledFunction(quantize, _CASTS)
+# In one function with the casts, the compiler would walk along the columns, and divide anew for each element.
+_scales_of_columns = CompiledFunction(lambda x: _scale_and_inverse(_amax_of_columns(x)), _CASTS)
+_cast_columns = CompiledFunction(_round, _CASTS)
+_cast_columns_transposed = CompiledFunction(lambda x, inverse: _round(x, inverse).t().contiguous(), _CASTS)
 _rescale = CompiledFunction(rescale, _CASTS)
 _scale_rows = CompiledFunction(lambda product, scale, dtype: (product * scale).to(dtype), _CASTS)
 
@@ -43,12 +59,9 @@ def cast(x: Tensor, contracted: int, transpose: bool) -> tuple[Tensor, Tensor]:
     """
     if contracted == 1:
         data, scale = _by_features_compiled(x)
-    elif transpose:
-        data, scale = _by_rows_transposed_compiled(x)
-        data = data.t()
     else:
-        scale = _scale_of_columns(x)  # in one function with the rest, the compiler would walk along the columns
-        data = _quantize(x, scale)
+        scale, inverse = _scales_of_columns(x)
+        data = _cast_columns_transposed(x, inverse).t() if transpose else _cast_columns(x, inverse)
     return data, scale
 
 

@@ -37,14 +37,18 @@ def amax_to_scale(amax: Tensor) -> Tensor:
     return torch.where(amax.isfinite(), scale, torch.nan)
 
 
+def inverse_of(scale: Tensor) -> Tensor:
+    """Return ``1 / scale`` in float32, computed in float64 as the scale."""
+    return scale.double().reciprocal().float()
+
+
 def quantize(x: Tensor, scale: Tensor) -> Tensor:
     """Round ``x / scale`` to int8, half to even. Where the scale is NaN, the values mean nothing.
 
     Args:
         scale: float32, broadcastable to ``x``.
     """
-    inverse = scale.double().reciprocal().float()
-    return (x.detach().float() * inverse).round().clamp(-LARGEST, LARGEST).to(torch.int8)
+    return (x.detach().float() * inverse_of(scale)).round().clamp(-LARGEST, LARGEST).to(torch.int8)
 
 
 def dequantize(data: Tensor, scale: Tensor) -> Tensor:
