@@ -1,12 +1,13 @@
 """Int8 on the CPU against bfloat16 and against torchao: linear layers, and steps of the trainer.
 
     python scripts/benchmarks/int8_cpu.py --output docs/benchmarks/int8_cpu.json
-    python scripts/benchmarks/int8_cpu.py --part=layers --kn=768x2048 --pairs=5
+    python scripts/benchmarks/int8_cpu.py --part layers --kn=768x2048 --pairs=5
+    python scripts/benchmarks/int8_cpu.py --part step --isa amx --models=20M
 
 - **layers**: forward and backward of a bias-free layer, 2,048 tokens, in bfloat16. The systems take turns; the ratio is
   the median over pairs with bfloat16 in the same mode, above 1 where int8 is faster.
-- **step**: the trainer's whole step with the converter against the step without, compiled, for a model of about 100M
-  parameters. The other options of the trainer may follow.
+- **step**: the trainer's whole step, of models of about 100M and 20M parameters: in bfloat16, with the converter int8,
+  and with a converter that puts torchao's layers in the same places. They take turns too, compiled and eager.
 
 Whether int8 gains depends on what the processor has for bfloat16: with AMX, its matmuls are nearly as fast as those in
 int8. Each part therefore also runs in a process whose oneDNN takes no AMX (``isa``), as on processors before Sapphire
@@ -17,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import itertools
 import json
 import os
 import subprocess
@@ -24,6 +26,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -36,28 +39,60 @@ import torch
 from loops import quiet_trainer
 from torch import nn
 
+from titanlite.config import JobConfig
+from titanlite.converters.registry import register_converter
+from titanlite.distributed.mesh import Mesh
 from titanlite.quant.int8.format import Int8Format
 from titanlite.quant.linear import QuantLinear
 
 TOKENS = 2048
 KN = ("768x768", "768x2048", "2048x2048")
 ISA = {"amx": {}, "without amx": {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_BF16"}}
-MODEL = [
-    "--model.flavor=100M",
+SHAPES = {
+    "100M": ["--model.flavor=100M", "--model.args.n_layers=12", "--model.args.vocab_size=8192"],
+    "20M": ["--model.flavor=20M"],
+}
+STEP = [
     "--training.seq_len=512",
     "--training.local_batch_size=4",
-    "--training.compile",
+    "--activation_checkpoint.mode=none",  # the fastest
     "--metrics.log_freq=1000",
     "--training.mixed_precision_param=bfloat16",
 ]
+CONVERTERS = {"titanlite bf16": "", "titanlite int8": "int8", "torchao int8": "torchao_int8"}
+
+
+@register_converter("torchao_int8")
+class TorchAOConverter:
+    """torchao's int8 layers in the places of the converter int8."""
+
+    def __init__(self, config: JobConfig, mesh: Mesh) -> None:
+        pass
+
+    def convert(self, model: nn.Module) -> str:
+        count = 0
+        for name, layer in list(model.named_modules()):
+            if type(layer) is nn.Linear and name != "output":
+                with torch.device("meta"):
+                    model.set_submodule(name, empty_torchao_layer(layer))
+                count += 1
+        return f"{count} layers are torchao's"
+
+    def post_optimizer_hook(self, model: nn.Module) -> None:
+        pass
+
+
+def empty_torchao_layer(linear: nn.Linear) -> nn.Module:
+    from torchao.prototype.quantized_training import int8_mixed_precision as mixed
+
+    config = mixed.Int8MixedPrecisionTrainingConfig()
+    sizes = linear.in_features, linear.out_features
+    layer: nn.Module = mixed.Int8MixedPrecisionTrainingLinear(*sizes, bias=False, config=config)
+    return layer
 
 
 def torchao_layer(linear: nn.Linear) -> nn.Module:
-    from torchao.prototype.quantized_training import int8_mixed_precision as mixed
-
-    layer: nn.Module = mixed.Int8MixedPrecisionTrainingLinear(
-        linear.in_features, linear.out_features, bias=False, config=mixed.Int8MixedPrecisionTrainingConfig()
-    )
+    layer = empty_torchao_layer(linear)
     layer.load_state_dict(linear.state_dict())
     return layer.bfloat16()
 
@@ -114,21 +149,28 @@ def measure_layers(args: argparse.Namespace) -> list[dict[str, Any]]:
     return rows
 
 
-def measure_steps(args: argparse.Namespace, options: list[str]) -> list[dict[str, Any]]:
-    with (
-        quiet_trainer([*MODEL, *options, "--model.converters=int8"]) as int8,
-        quiet_trainer([*MODEL, *options]) as bf16,
-    ):
-        pairs = harness.time_in_pairs(int8.advance, bf16.advance, args.pairs, 1)
-        tokens = int8.global_batch_size * int8.config.training.seq_len
-        parameters = int8.size.params
-    ratio = median(theirs / ours for ours, theirs in pairs)
-    print(f"a step of {parameters:,} parameters: {ratio:.2f}x", flush=True)
+def measure_steps(args: argparse.Namespace) -> list[dict[str, Any]]:
     rows = []
-    for config, seconds in zip(("int8", "bf16"), zip(*pairs, strict=True), strict=True):
-        row = {"part": "step", "system": "titanlite", "config": config, "compile": True, "params": parameters}
-        rows.append(row | {"step_ms": median(seconds) * 1e3, "tps": tokens / median(seconds)})
-    rows[0]["ratio_to_bf16"] = ratio
+    for model, compiled in itertools.product(args.models, (True, False)):
+        with ExitStack() as stack:
+            trainers = {}
+            for system, converter in CONVERTERS.items():
+                options = [*SHAPES[model], *STEP, f"--training.compile={str(compiled).lower()}"]
+                options += [f"--model.converters={converter}"] if converter else []
+                if converter == "torchao_int8":  # the compiler cannot trace its layers whole
+                    options.append("--compile.fullgraph=false")
+                trainers[system] = stack.enter_context(quiet_trainer(options))
+            seconds = time_in_turn({system: trainer.advance for system, trainer in trainers.items()}, args.pairs)
+            first = trainers["titanlite bf16"]
+            tokens = first.global_batch_size * first.config.training.seq_len
+            shape = {"part": "step", "model": model, "params": first.size.params, "compile": compiled}
+        for system, times in seconds.items():
+            ratio = median(bf16 / own for bf16, own in zip(seconds["titanlite bf16"], times, strict=True))
+            name, config = system.split()
+            speed = {"step_ms": median(times) * 1e3, "tps": tokens / median(times), "ratio_to_bf16": ratio}
+            rows.append({"system": name, "config": config, **shape, **speed})
+            mode = "compiled" if compiled else "eager"
+            print(f"{model:5} {shape['params']:,} {system:15} {mode:8} {ratio:.2f}x", flush=True)
     return rows
 
 
@@ -150,15 +192,16 @@ def main() -> int:
     parser.add_argument("--part", choices=("layers", "step"), nargs="+", default=["layers", "step"])
     parser.add_argument("--isa", choices=ISA, nargs="+", default=[*ISA])
     parser.add_argument("--kn", type=harness.words, default=[*KN], help="features of the layers, as 768x2048,2048x768")
+    parser.add_argument("--models", type=harness.words, default=[*SHAPES], help="of the steps: 100M,20M")
     parser.add_argument("--pairs", type=int, default=15)
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
-    args, options = parser.parse_known_args()
+    args = parser.parse_args()
     if not args.child:
         results.save("int8_cpu", in_children(args, sys.argv[1:]), args)
         return 0
     rows: list[dict[str, Any]] = []
     for part in args.part:
-        rows += measure_layers(args) if part == "layers" else measure_steps(args, options)
+        rows += measure_layers(args) if part == "layers" else measure_steps(args)
     results.save("int8_cpu", rows, args)
     return 0
 
