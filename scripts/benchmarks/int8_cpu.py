@@ -25,7 +25,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from statistics import median
@@ -120,7 +120,7 @@ def steps_of_layers(k: int, n: int) -> dict[tuple[str, str, bool], Callable[[], 
     return {(*key, compiled): make(layer, compiled) for key, layer in layers.items() for compiled in (False, True)}
 
 
-def time_in_turn(steps: dict[Any, Callable[[], None]], rounds: int) -> dict[Any, list[float]]:
+def time_in_turn(steps: Mapping[Any, Callable[[], object]], rounds: int) -> dict[Any, list[float]]:
     """Seconds of each step in each of ``rounds`` rounds, in which they take turns."""
     seconds: dict[Any, list[float]] = {key: [] for key in steps}
     for step in steps.values():
@@ -160,7 +160,8 @@ def measure_steps(args: argparse.Namespace) -> list[dict[str, Any]]:
                 if converter == "torchao_int8":  # the compiler cannot trace its layers whole
                     options.append("--compile.fullgraph=false")
                 trainers[system] = stack.enter_context(quiet_trainer(options))
-            seconds = time_in_turn({system: trainer.advance for system, trainer in trainers.items()}, args.pairs)
+            steps: dict[Any, Callable[[], object]] = {system: trainer.advance for system, trainer in trainers.items()}
+            seconds = time_in_turn(steps, args.pairs)
             first = trainers["titanlite bf16"]
             tokens = first.global_batch_size * first.config.training.seq_len
             shape = {"part": "step", "model": model, "params": first.size.params, "compile": compiled}

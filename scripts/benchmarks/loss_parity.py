@@ -34,7 +34,7 @@ CONFIGS = {
         for recipe in ("rowwise", "rowwise_with_gw_hp", "forward_only")
     },
     **{recipe: ["--model.converters=mx", f"--mx.recipe_name={recipe}"] for recipe in ("mxfp8", "mxfp8_with_gw_hp")},
-    **{f"moments in {dtype}": [f"--optimizer.moments={dtype}"] for dtype in ("bfloat16", "float8")},
+    **{f"moments in {dtype}": [f"--optimizer.moments={dtype}"] for dtype in ("bfloat16", "float8_e4m3fn")},
 }
 # The 97.5% quantile of Student's t by degrees of freedom: what a mean of n differences is multiplied with for 95%.
 T_975 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}

@@ -24,7 +24,7 @@ RESULTS = ("step", "loss", "max_loss", "grad_norm", "lr", "tokens_seen")
 PRECISIONS: dict[str, dict[str, Any]] = {
     "float32": {"training__mixed_precision_param": "float32"},
     "bfloat16": {},
-    "float8-moments": {"optimizer__moments": "float8", "optimizer__implementation": "for-loop"},
+    "float8-moments": {"optimizer__moments": "float8_e4m3fn", "optimizer__implementation": "for-loop"},
     "tensorwise": {"model__converters": "float8"},
     "rowwise": {"model__converters": "float8", "float8__recipe_name": "rowwise"},
     "delayed": {

@@ -87,7 +87,7 @@ def test_deterministic_runs_are_byte_identical(train: Any) -> None:
 def test_a_skipped_update_waits_for_nothing_and_changes_no_bit(name: str) -> None:
     guard = StepGuard(Training(on_bad_step="skip"), torch.device("cuda"))
     param = torch.nn.Parameter(torch.randn(64, 64, device="cuda"))
-    optimizer = build_optimizer([param], Optimizer(name=name))
+    optimizer = build_optimizer([("weight", param)], Optimizer(name=name))
     seen = []
     for value in (1.0, 2.0, float("nan"), 1.0):
         loss, param.grad = torch.full((), value, device="cuda"), torch.full_like(param, value)

@@ -97,9 +97,9 @@ class Optimizer:
     implementation: Literal["fused", "foreach", "for-loop"] = "fused"
     """fused: one kernel for all parameters; foreach: one per operation; for-loop: one per operation and parameter.
     With moments of low precision, fused is one compiled kernel per parameter."""
-    moments: Literal["float32", "bfloat16", "float8"] = "float32"
-    """The dtype of the moments of Adam and AdamW, rounded stochastically. float8: with a scale for each 64 elements of
-    a row."""
+    moments: Literal["float32", "bfloat16", "float8_e4m3fn"] = "float32"
+    """The dtype of the moments of Adam and AdamW, rounded stochastically. float8_e4m3fn: with a scale for each
+    64 elements of a row."""
     early_step_in_backward: bool = False
 
 

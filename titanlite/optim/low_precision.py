@@ -48,7 +48,7 @@ class LowPrecisionAdam(torch.optim.Optimizer):
         super().__init__(list(named), {**defaults, "weight_decay": options.weight_decay})  # type: ignore[arg-type]
         self._decoupled = options.name == "AdamW"
         self._places: dict[Tensor, tuple[int, tuple[int, ...], torch.Size]] = {}
-        self._moments, self._seed = options.moments, seed
+        self._dtype, self._seed = getattr(torch, options.moments), seed
         self._update: Callable[..., None] = adam if options.implementation == "fused" else _adam
 
     @torch.no_grad()
@@ -81,8 +81,8 @@ class LowPrecisionAdam(torch.optim.Optimizer):
         weight = plain(param)
         state = {"step": torch.zeros((), device=param.device)}
         local = weight.to_local() if isinstance(weight, DTensor) else weight
-        blocks = self._moments == "float8" and has_blocks(weight.shape, local.shape)
-        dtype = {"bfloat16": torch.bfloat16, "float8": torch.float8_e4m3fn if blocks else torch.float32}[self._moments]
+        blocks = self._dtype.itemsize == 1 and has_blocks(weight.shape, local.shape)
+        dtype = torch.float32 if self._dtype.itemsize == 1 and not blocks else self._dtype
         for key in ("exp_avg", "exp_avg_sq"):
             state[key] = _zeros(weight, dtype)
             if blocks:

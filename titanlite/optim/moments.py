@@ -84,7 +84,8 @@ def from_blocks(data: Tensor, scale: Tensor) -> Tensor:
 
 def bytes_per_element(dtype: str) -> float:
     """Return the bytes that one moment takes for each element of a matrix."""
-    return {"float32": 4.0, "bfloat16": 2.0, "float8": 1 + 4 / BLOCK}[dtype]
+    size: int = getattr(torch, dtype).itemsize
+    return 1 + 4 / BLOCK if size == 1 else size
 
 
 def key_of(seed: int, name: str) -> int:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
-from titanlite.config import JobConfig
+from titanlite.config import JobConfig, check_config
 from titanlite.config.refuse import refuse
 from titanlite.distributed.runtime import Runtime
 from titanlite.errors import ConfigError
@@ -89,6 +89,7 @@ def choose(
     Raises:
         ConfigError: no mode fits, or training with this configuration would raise it.
     """
+    check_config(config, world_size, train=False)
     room = usable(memory)
     device = f"{room / GIB:.2f} GiB ({memory / GIB:.2f} less {(memory - room) / GIB:.2f} in reserve)"
     too_large: list[str] = []

@@ -177,7 +177,7 @@ def test_one_step_of_training_is_theirs(tmp_path: Path, name: str) -> None:
     expected = theirs(input_ids=tokens, labels=tokens).loss
     expected.backward()
     optimizer.step()
-    mine = build_optimizer(ours.parameters(), options)
+    mine = build_optimizer(ours.named_parameters(), options)
     loss = cross_entropy_loss(ours(tokens[:, :-1]), tokens[:, 1:]) / tokens[:, 1:].numel()
     loss.backward()
     mine.step()

@@ -16,7 +16,7 @@ from titanlite.errors import ConfigError
 from titanlite.optim import build_optimizer, update_parameters
 from titanlite.optim.moments import BLOCK, from_blocks, noise, round_to_bfloat16, round_to_e4m3, to_blocks
 
-MOMENTS = ("bfloat16", "float8")
+MOMENTS = ("bfloat16", "float8_e4m3fn")
 DRAWS = 1_000_000
 
 
@@ -95,7 +95,7 @@ def test_updates_are_those_of_float32_but_for_the_rounding(moments: str, name: s
     actual, optimizer = trained(moments, 8, name=name)
     start, _ = trained("float32", 0)
     error = (actual - expected).norm() / (expected - start).norm()
-    assert 0 < error < {"bfloat16": 0.01, "float8": 0.1}[moments]
+    assert 0 < error < {"bfloat16": 0.01, "float8_e4m3fn": 0.1}[moments]
     state, exact = optimizer.state_dict()["state"][0], reference.state_dict()["state"][0]
     dtype = torch.bfloat16 if moments == "bfloat16" else torch.float8_e4m3fn
     assert state["exp_avg"].dtype == state["exp_avg_sq"].dtype == dtype
@@ -123,7 +123,7 @@ def test_small_changes_add_up(moments: str) -> None:
             optimizer.step()
     state = optimizer.state[param]
     second = state["exp_avg_sq"].float()
-    if moments == "float8":
+    if moments == "float8_e4m3fn":
         second = from_blocks(state["exp_avg_sq"], state["exp_avg_sq_scale"]).square()
     exact = 4 - (4 - 0.001) * 0.999**200
     assert second.mean() == pytest.approx(exact, rel=0.02)
@@ -181,5 +181,5 @@ def test_shards_are_updated_as_the_whole(moments: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("option", ["--optimizer.implementation=foreach", "--optimizer.name=SGD"])
 def test_what_has_no_low_precision_is_refused(option: str) -> None:
     with pytest.raises(ConfigError) as error:
-        check_config(load_config(["--optimizer.moments=float8", option]), 1, train=False)
+        check_config(load_config(["--optimizer.moments=float8_e4m3fn", option]), 1, train=False)
     assert error.value.key == "optimizer.moments"

@@ -107,7 +107,7 @@ def test_two_depths_give_the_estimate_of_llama3_8b(file: str, mode: Mode) -> Non
 
 def test_errors_of_the_configuration_are_those_of_a_run() -> None:
     with pytest.raises(ConfigError) as error:
-        choose(read("--parallelism.tensor_parallel_degree=32"), 32, None, GIB)
+        choose(read("--parallelism.tensor_parallel_degree=32"), 32, None, 80 * GIB)
     assert error.value.key == "parallelism.tensor_parallel_degree"
 
 

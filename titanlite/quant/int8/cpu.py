@@ -13,7 +13,6 @@ from torch import Tensor
 from titanlite.quant.compiled import CompiledFunction
 from titanlite.quant.int8.numerics import amax_of, amax_to_scale, inverse_of, rescale
 
-
 _BLOCK = 32  # rows of which the largest magnitudes are taken first: their cache lines stay for the next columns
 
 
