@@ -26,6 +26,12 @@ def counted(number: int, noun: str) -> str:
     return f"{number} {noun}" + ("" if number == 1 else "es" if noun.endswith(("s", "ch")) else "s")
 
 
+def printable(text: str, kept: str = "") -> str:
+    """Escape characters that would move the cursor of a terminal, or write to its clipboard, except those in ``kept``.
+    A text in a file from somebody else could have them."""
+    return "".join(c if c.isprintable() or c in kept else c.encode("unicode_escape").decode() for c in text)
+
+
 class ConfigError(Exception):
     """A request that cannot be met: a bad option, file, or combination.
 
@@ -49,8 +55,7 @@ class ConfigError(Exception):
         text = f"{self.key} = {shown(self.value)}{origin}: {self.why}" if self.key else self.why
         if len(text) > _MOST_SHOWN:
             text = f"{text[: _MOST_SHOWN // 2]} ... {text[-_MOST_SHOWN // 2 :]}"
-        # A name in a file from somebody else could move the cursor of a terminal, or write to its clipboard.
-        return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
+        return printable(text, kept="\n")
 
     def __reduce__(self) -> Any:
         return _rebuilt, (type(self), self.args, self.__dict__)

@@ -317,7 +317,9 @@ class Trainer:
                 step_done()
         self._log_summary()
         if not stop:
-            log_sample(self.model_parts, self.tokenizer, self.config, self.mesh, self.runtime)
+            sample = log_sample(self.model_parts, self.tokenizer, self.config, self.mesh, self.runtime)
+            if sample is not None and self.runtime.rank == 0:
+                self.run_folder.keep_sample(*sample)
         self.recorder.check_complete()
 
     def advance(self) -> bool:

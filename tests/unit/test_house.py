@@ -25,7 +25,7 @@ PACKAGE = REPOSITORY / "titanlite"
 FLOORS = (
     ("commands",),
     ("train",),
-    ("plan",),
+    ("plan", "compare"),
     ("training",),
     ("launch", "inference"),
     ("converters",),

@@ -23,6 +23,7 @@ CONFIG = "config.toml"
 METRICS = "metrics.jsonl"
 VALIDATION = "validation.jsonl"
 TOKENIZER = "tokenizer"
+SAMPLE = "sample.json"
 HF_CONFIG = "hf_config"
 EARLIER = "earlier"
 LOCK = ".lock"
@@ -30,7 +31,7 @@ RUN_FOLDER = "run_folder"  # the key in config.toml
 _MOST_BYTES = 1 << 20  # of a configuration
 _MADE_HERE = ".made-here"
 # The files and folders of a run folder whose names no option chooses.
-FIXED_NAMES = (CONFIG, METRICS, VALIDATION, TOKENIZER, HF_CONFIG, EARLIER, LOCK, _MADE_HERE)
+FIXED_NAMES = (CONFIG, METRICS, VALIDATION, TOKENIZER, SAMPLE, HF_CONFIG, EARLIER, LOCK, _MADE_HERE)
 # The options that choose the names of others.
 FOLDERS = (
     ("checkpoint", "folder"),

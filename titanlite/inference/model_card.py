@@ -17,6 +17,7 @@ import torch
 
 from titanlite import __version__
 from titanlite.config.run_config import METRICS, VALIDATION, inner_folder, located, read_run_config, section_in
+from titanlite.errors import printable
 from titanlite.inference.load import ModelDescription
 from titanlite.untrusted.files import Untrusted, contained, is_of, open_file
 
@@ -67,7 +68,7 @@ def model_card(
 def code(text: str) -> str:
     """Return ``text`` as a code span of Markdown, which shows it as it is."""
     cut = text if len(text) <= _LONGEST_NAME else f"{text[:_LONGEST_NAME]}..."
-    shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in cut)
+    shown = printable(cut)
     fence = "`" * (1 + max(map(len, re.findall("`+", shown)), default=0))
     return f"{fence}{shown}{fence}" if len(fence) == 1 else f"{fence} {shown} {fence}"
 

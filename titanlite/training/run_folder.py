@@ -25,6 +25,7 @@ from titanlite.config.run_config import (
     HF_CONFIG,
     LOCK,
     METRICS,
+    SAMPLE,
     TOKENIZER,
     VALIDATION,
     inner_folder,
@@ -160,7 +161,7 @@ class RunFolder:
         """
         trees = run_config_of(config, self.path), self.earlier
         folders = dict.fromkeys(inner_folder(tree, *option) for tree in trees for option in FOLDERS)
-        self.set_earlier_aside([CONFIG, METRICS, VALIDATION, TOKENIZER, HF_CONFIG, *filter(None, folders)])
+        self.set_earlier_aside([CONFIG, METRICS, VALIDATION, TOKENIZER, SAMPLE, HF_CONFIG, *filter(None, folders)])
         mark_as_made_here(self.path)
         self._keep_shape(config, shape)
         write_run_config(config, self.path)
@@ -221,6 +222,14 @@ class RunFolder:
                 path.rename(kept)
         moved = ", ".join(str(path.relative_to(self.path)) for path in files)
         logger.info("%s held an earlier run: its %s are now in %s", self.path, moved, aside)
+
+    def keep_sample(self, prompt: str, text: str) -> None:
+        """Write the text that the model has continued ``prompt`` with, the prompt included."""
+        sample = json.dumps({"prompt": prompt, "text": text}, ensure_ascii=False, indent=2) + "\n"
+        try:
+            (self.path / SAMPLE).write_text(sample, encoding="utf-8", errors="backslashreplace")
+        except OSError as e:  # the run itself is done
+            logger.warning("%s cannot be written: %s", self.path / SAMPLE, e.strerror or e)
 
     def keep_tokenizer(self, tokenizer: Tokenizer) -> None:
         """Write a copy of the run's tokenizer into the folder."""

@@ -35,17 +35,22 @@ def check_prompt(config: JobConfig, tokenizer: Tokenizer) -> None:
         refuse(config, "sample.prompt", why)
 
 
-def log_sample(parts: list[nn.Module], tokenizer: Tokenizer, config: JobConfig, mesh: Mesh, runtime: Runtime) -> None:
+def log_sample(
+    parts: list[nn.Module], tokenizer: Tokenizer, config: JobConfig, mesh: Mesh, runtime: Runtime
+) -> tuple[str, str] | None:
     """Log how the model continues ``sample.prompt``, or why there is no sample. All processes must call this.
 
     Args:
         parts: the model as one module, or the modules of this process's pipeline stages.
+
+    Returns:
+        The prompt, and the text with the prompt; None without a sample.
     """
     if config.sample.enable is False:
-        return
+        return None
     if reason := _obstacle(parts, config, mesh):
         logger.info("no sample %s; from a checkpoint: %s", reason, _command(config))
-        return
+        return None
     prompt = config.sample.prompt
     if prompt is None:
         prompt = PROMPTS.get(config.training.dataset, "")
@@ -62,14 +67,16 @@ def log_sample(parts: list[nn.Module], tokenizer: Tokenizer, config: JobConfig, 
     room = config.training.seq_len - len(ids)
     if room < 1:
         logger.info("no sample: training.seq_len = %d leaves no room for one", config.training.seq_len)
-        return
+        return None
     try:
         generated = generate(decoder, ids, min(config.sample.max_new_tokens, room), SAMPLING, {tokenizer.eos_id})
     except (ConfigError, TrainingError) as e:
         logger.warning("no sample: %s", e)  # the run itself is done
-        return
-    text = printable(tokenizer.decode([*ids[1:], *generated.ids]))
-    logger.info("a sample of what it learned, from %s on:\n%s", repr(prompt) if prompt else "an empty page", text)
+        return None
+    text = tokenizer.decode([*ids[1:], *generated.ids])
+    start = repr(prompt) if prompt else "an empty page"
+    logger.info("a sample of what it learned, from %s on:\n%s", start, printable(text))
+    return prompt, text
 
 
 def _obstacle(parts: list[nn.Module], config: JobConfig, mesh: Mesh) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 from collections.abc import Iterator
@@ -155,6 +156,8 @@ def test_a_finished_run_ends_with_one_and_trains_alike_without(train: Any) -> No
     head, sample = shown.output.split("INFO - a sample of what it learned, from 'import' on:\n    import")
     assert "training finished" in head
     assert len(sample) > 20
+    kept = json.loads((shown.folder / "sample.json").read_text(encoding="utf-8"))
+    assert (kept["prompt"], printable(kept["text"])) == ("import", f"    import{sample.rstrip(chr(10))}")
     silent = train(name="silent", sample__enable="false", **common)
     assert "sample" not in silent.output
     assert shown.losses() == silent.losses()

@@ -1,0 +1,368 @@
+"""``titanlite compare``: the runs that it finds, what it says of them, and what it writes."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import time
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.support.runs import environment
+from tests.support.synthetic_runs import Array, loss_pairs, write_run
+from titanlite.commands import compare as command
+from titanlite.compare.comparison import Comparison, compare
+from titanlite.errors import ConfigError
+
+
+def losses(percent: float, steps: int = 600, rho: float = 0.5, seed: int = 0) -> tuple[Array, Array]:
+    first, second, _ = loss_pairs(np.random.default_rng(seed), 1, steps, rho, percent)
+    return first[0], second[0]
+
+
+def two_runs(tmp_path: Path, percent: float = -1.0, **other: Any) -> Comparison:
+    first, second = losses(percent)
+    paths = [write_run(tmp_path / "first", first), write_run(tmp_path / "second", second, **other)]
+    return compare(paths)
+
+
+@pytest.mark.parametrize(("percent", "verdict"), [(-1.0, "lower"), (1.0, "higher"), (0.0, "within the noise")])
+def test_the_verdict(percent: float, verdict: str, tmp_path: Path) -> None:
+    comparison = two_runs(tmp_path, percent)
+    (run,) = (run for run in comparison.runs if run is not comparison.baseline)
+    for at in ("steps", "tokens"):
+        d = comparison.difference(run, "loss", at)
+        assert d is not None
+        assert d.verdict == verdict
+        assert d.low_percent is not None
+        assert d.high_percent is not None
+        assert d.low_percent <= percent <= d.high_percent
+        assert d.difference == pytest.approx(percent / 100 * 2.97, abs=0.01)
+        assert d.difference == pytest.approx(d.difference_percent / 100 * 2.97, rel=0.05)
+    assert {"lower": "lower loss", "higher": "higher loss"}.get(verdict, verdict) in comparison.verdicts["second"]
+
+
+@pytest.mark.parametrize(
+    ("other", "words"),
+    [
+        ({"options": {"training": {"dataset": "c4"}}}, ["other data", "training.dataset", '"c4"']),
+        ({"options": {"training": {"dataset_path": "/notes"}}}, ["other data", "training.dataset_path"]),
+        ({"options": {"data": {"packing": "examples"}}}, ["other data", "data.packing"]),
+        ({"options": {"training": {"seq_len": 512}}}, ["training.seq_len"]),
+        ({"tokens_per_step": 2048}, ["other tokens per step", "2,048", "1,024"]),
+        ({"tokenizer": "b" * 64}, ["other tokenizer"]),
+    ],
+    ids=lambda value: None if isinstance(value, dict) else value[0],
+)
+def test_runs_that_do_not_compare_get_no_verdict(other: dict[str, Any], words: list[str], tmp_path: Path) -> None:
+    comparison = two_runs(tmp_path, **other)
+    sentence = comparison.verdicts["second"]
+    assert sentence.startswith("No verdict")
+    assert all(word in sentence for word in words)
+    assert {d.verdict for d in comparison.differences} == {"not comparable"}
+    assert all(d.low is not None for d in comparison.differences)  # but how far they are apart is shown
+
+
+@pytest.mark.parametrize("options", [{"optimizer": {"lr": 0.1}}, {"training": {"steps": 7}}, {"job": {"name": "x"}}])
+def test_other_options_do_compare(options: dict[str, Any], tmp_path: Path) -> None:
+    assert two_runs(tmp_path, options=options).reasons == {}
+
+
+def test_too_few_rows_get_no_verdict(tmp_path: Path) -> None:
+    comparison = compare([write_run(tmp_path / name, np.full(6, 3.0 + i)) for i, name in enumerate("ab")])
+    assert comparison.verdicts["b"].startswith("No verdict")
+    assert {(d.verdict, d.low, d.difference) for d in comparison.differences} == {("too few rows", None, 1.0)}
+
+
+def test_no_step_in_common(tmp_path: Path) -> None:
+    a = write_run(tmp_path / "a", np.arange(20.0), log_freq=2)
+    (tmp_path / "a" / "metrics.jsonl").write_text(
+        "".join(json.dumps({"step": 2 * i + 1, "loss": 3.0}) + "\n" for i in range(40))
+    )
+    comparison = compare([a, write_run(tmp_path / "b", np.arange(20.0), log_freq=2)])
+    assert "no step in common" in comparison.verdicts["b"]
+
+
+def test_equal_tokens_pair_other_steps(tmp_path: Path) -> None:
+    """A run with twice the tokens in a step, whose loss is the same function of tokens."""
+    curve = 2 + 8 * np.arange(1, 2001) ** -0.5
+    paths = [write_run(tmp_path / "a", curve), write_run(tmp_path / "b", curve[1::2], tokens_per_step=2048)]
+    comparison = compare(paths)
+    steps, tokens = (comparison.difference(comparison.runs[1], "loss", at) for at in ("steps", "tokens"))
+    assert steps is not None
+    assert tokens is not None
+    assert tokens.difference == pytest.approx(0, abs=1e-6)
+    assert steps.difference < -0.05
+    assert (tokens.first, tokens.last) == (2048 * 751, 2048 * 1000)
+
+
+def test_validation_is_compared(tmp_path: Path) -> None:
+    first, second = losses(0)
+    rising = np.linspace(4, 3, 40)
+    paths = [
+        write_run(tmp_path / "a", first, validation=rising),
+        write_run(tmp_path / "b", second, validation=rising + 0.1),
+    ]
+    comparison = compare(paths)
+    d = comparison.difference(comparison.runs[1], "validation_loss")
+    assert d is not None
+    assert (d.difference, d.verdict) == (pytest.approx(0.1), "higher")
+
+
+# ---- finding runs
+
+
+def names(*paths: Path) -> list[str]:
+    return [run.name for run in compare(paths).runs]
+
+
+def test_runs_are_found(tmp_path: Path) -> None:
+    few = losses(0)[0][:20]
+    for name in ("runs/b", "runs/a", "runs/a/earlier/1", "runs/a/earlier/2", "runs/deep/er/c"):
+        write_run(tmp_path / name, few)
+    runs = tmp_path / "runs"
+    assert names(runs) == ["a", "b", "c"]
+    assert names(runs / "a") == ["1", "2", "a"]  # alone: with what it holds
+    assert names(runs / "a", runs / "b") == ["a", "b"]
+    assert names(runs / "a" / "earlier", runs / "b") == ["1", "2", "b"]
+    assert names(runs / "b", runs / "b" / "metrics.jsonl", runs) == ["b", "a", "c"]
+
+
+@pytest.mark.parametrize("place", ["nothing", "empty", "no_rows"])
+def test_no_run_is_an_error_with_the_path(place: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "empty").mkdir()
+    write_run(tmp_path / "no_rows", np.array([]))
+    assert command.main([str(tmp_path / place)]) == 2
+    assert place in capsys.readouterr().err
+
+
+def test_the_baseline(tmp_path: Path) -> None:
+    few = losses(0)[0][:20]
+    paths = [write_run(tmp_path / name, few) for name in "abc"]
+    assert compare(paths).baseline.name == "a"
+    assert compare(paths, "b").baseline.name == "b"
+    assert compare(paths, str(paths[2])).baseline.name == "c"
+    assert names(*paths[:2]) == ["a", "b"]
+    assert [run.name for run in compare(paths[:2], str(paths[2])).runs] == ["c", "a", "b"]
+    with pytest.raises(ConfigError) as error:
+        compare(paths, "d")
+    assert (error.value.key, error.value.value) == ("--baseline", "d")
+
+
+def test_names_tell_runs_apart(tmp_path: Path) -> None:
+    few = losses(0)[0][:20]
+    job = {"job": {"name": "mine"}}
+    write_run(tmp_path / "a", few, job)
+    write_run(tmp_path / "b", few, job | {"optimizer": {"lr": 0.5}})
+    write_run(tmp_path / "c", few, job | {"optimizer": {"lr": 0.5}})
+    write_run(tmp_path / "d", few)
+    first, second, third, fourth = names(tmp_path)
+    assert (first, fourth) == ("mine lr=0.003", "d")
+    assert second == f"mine lr=0.5 ({tmp_path / 'b'})"
+    assert third == f"mine lr=0.5 ({tmp_path / 'c'})"
+
+
+def test_options_that_differ(tmp_path: Path) -> None:
+    comparison = two_runs(tmp_path, options={"model": {"converters": ["x"]}, "job": {"description": "y"}})
+    assert comparison.options == {"model.converters": ["[]", '["x"]']}
+
+
+# ---- reading rows
+
+
+def test_lines_that_are_no_rows_are_left_out(tmp_path: Path) -> None:
+    """A run that is being written, a row of another form, a step that stands there twice, values without a number."""
+    a = write_run(tmp_path / "a", np.arange(20.0) + 2)
+    with (a / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 20, "loss": 5.0}\nnothing\n[1]\n{"step": "x"}\n{"loss": 1}\n{"step": 21, "loss": NaN}\n')
+        file.write('{"step": 22, "loss": null, "skipped_steps": 3}\n{"step": 23, "lo')
+    (run,) = compare([a]).runs
+    assert run.steps == 22
+    assert run.metrics["loss"][-3] == 5.0
+    assert np.isnan(run.metrics["loss"][-2:]).all()
+    assert run.last("skipped_steps") == 3
+
+
+@pytest.mark.parametrize(
+    "line", ["[" * 200_000, '{"a":' * 100_000, '{"step": 1e999, "loss": 1}', '{"step": 1' + "0" * 400 + "}"]
+)
+def test_hostile_rows_are_left_out(line: str, tmp_path: Path) -> None:
+    a = write_run(tmp_path / "a", np.arange(20.0))
+    with (a / "metrics.jsonl").open("a") as file:
+        file.write(f"{line}\n")
+    assert compare([a]).runs[0].steps == 20
+
+
+def log_of(values: Array, torchtitan: bool) -> str:
+    """A console log: torchtitan's of June 2025, with colours, or titanlite's."""
+    when = "2025-06-04 08:{:02}:{:02},557 - root - INFO - "
+    begin = "[rank0]:[titan] " + when.format(0, 0)
+    if torchtitan:
+        lines = [
+            f"{begin}Starting job: Llama 3 8B training",
+            f"{begin}Preparing c4 dataset from allenai/c4",
+            f"{begin}Trainer is initialized with local batch size 1, global batch size 8, "
+            "gradient accumulation steps 1, sequence length 8192, total steps 1000 (warmup 200).",
+        ]
+    else:
+        lines = [f"{begin}my run", "    data             c4", "    tokens per step  65,536 = 8 sequences x 8192"]
+    red, off = ("\x1b[31m", "\x1b[39m") if torchtitan else ("", "")
+    for number, value in enumerate(values, 1):
+        fields = (
+            f"{red}step: {number:2}  \x1b[32mloss: {value:7.4f}  {off}grad_norm:  1.2345  memory: 30.99GiB(32.62%)  "
+            f"tps: 7,034  tflops: 407.35  mfu: {'41.19%' if torchtitan else 'n/a'}"
+        )
+        for rank in (0, 1):
+            lines.append(f"[rank{rank}]:[titan] {when.format(number // 60, number % 60)}{fields}")
+    lines.append(f"{begin}validate step: 10  loss:  3.5000  memory: 30.99GiB(32.62%)")
+    return "\n".join(lines) + "\n"
+
+
+@pytest.mark.parametrize("torchtitan", [True, False], ids=["torchtitan", "titanlite"])
+def test_console_logs(torchtitan: bool, tmp_path: Path) -> None:
+    first, second = losses(-1)
+    log = tmp_path / "torchtitan.log"
+    log.write_text(log_of(second, torchtitan))
+    ours = write_run(tmp_path / "ours", first, {"training": {"dataset": "c4", "seq_len": 8192}}, tokens_per_step=65536)
+    comparison = compare([ours, log])
+    run = comparison.runs[1]
+    assert run.name == ("Llama 3 8B training" if torchtitan else "torchtitan")
+    assert run.steps == 600
+    assert run.metrics["loss"] == pytest.approx(second, abs=6e-5)
+    assert run.last("tokens_seen") == 600 * 65536
+    assert run.last("hours") == pytest.approx(599 / 3600)
+    assert (run.median("tps"), run.peak_memory()) == (7034, 30.99)
+    assert run.median("mfu") == (41.19 if torchtitan else None)
+    assert run.last_validation("loss") == 3.5
+    sentence = comparison.verdicts[run.name]
+    assert "lower loss" in sentence
+    assert "tokenizer" in sentence  # which a log does not have
+    log.write_text(log_of(second, torchtitan).replace("c4", "pile"))
+    assert "other data" in next(iter(compare([ours, log]).verdicts.values()))
+
+
+# ---- what is written
+
+
+def run_command(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[str, str]:
+    assert command.main([str(argument) for argument in arguments]) == 0
+    out, err = capsys.readouterr()
+    return out, err
+
+
+@pytest.fixture
+def folders(tmp_path: Path) -> list[Path]:
+    first, second = losses(-1)
+    hostile = {"job": {"name": "</script><b>\x1b[31m$x_$"}, "optimizer": {"name": "<img src=http://x.org/>"}}
+    paths = [write_run(tmp_path / "a", first), write_run(tmp_path / "b", second, hostile, validation=np.ones(3))]
+    (paths[1] / "sample.json").write_text(json.dumps({"prompt": "", "text": "import <os>\n"}))
+    return paths
+
+
+def test_json_is_one_object(folders: list[Path], capsys: pytest.CaptureFixture[str]) -> None:
+    content = json.loads(run_command(capsys, *folders, "--json")[0])
+    first, second = content["runs"]
+    assert (first["run"], first["baseline"], second["baseline"]) == ("a", True, False)
+    assert first["loss"] == pytest.approx(2.98, abs=0.02)
+    assert {"steps", "tokens", "tps", "mfu", "memory_gib", "skipped_steps", "hours", "validation_loss"} <= {*first}
+    d = content["differences"][0]
+    assert {"run", "baseline", "metric", "difference", "low", "high", "verdict"} <= {*d}
+    assert (d["baseline"], d["metric"], d["at"], d["verdict"]) == ("a", "loss", "steps", "lower")
+
+
+@pytest.mark.parametrize("width", [80, 120])
+@pytest.mark.parametrize("colored", [True, False])
+def test_the_text_fits_the_terminal(
+    width: int, colored: bool, folders: list[Path], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", f"{width}")
+    monkeypatch.setenv("FORCE_COLOR" if colored else "NO_COLOR", "1")
+    out, _ = run_command(capsys, *folders)
+    lines = re.sub(r"\x1b\[[\d;]*m", "", out).splitlines()
+    assert max(map(len, lines)) <= width
+    assert "\x1b" not in re.sub(r"\x1b\[[\d;]*m", "", out)
+    assert ("\x1b[" in out) == colored
+    assert any("⠒" <= c <= "⣿" for c in out) == colored
+    assert "lower loss" in " ".join(lines)
+
+
+class Outside(HTMLParser):
+    """Collects elements, and everything that a browser would fetch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.elements: list[str] = []
+        self.fetched: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append(tag)
+        links = [value or "" for name, value in attrs if name in ("src", "href", "srcset", "data", "action")]
+        self.fetched += [link for link in links if not link.startswith("data:")]
+
+
+def test_the_page_needs_nothing_else(folders: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "page.html"
+    run_command(capsys, *folders, "--html", file)
+    text = file.read_text()
+    page = Outside()
+    page.feed(text)
+    assert page.fetched == []
+    assert "url(" not in text
+    assert "@import" not in text
+    assert "img" not in page.elements  # what a run is called is text
+    assert page.elements.count("script") == 2
+    assert "import &lt;os&gt;" in text
+    data = re.search(r'<script id="data" type="application/json">(.*?)</script>', text)
+    assert data is not None
+    content = json.loads(data[1])
+    assert [len(run["loss"]) for run in content["runs"]] == [600, 600]
+    assert content["runs"][1]["name"].startswith("</script>")
+
+
+@pytest.mark.parametrize(("name", "begin"), [("p.png", b"\x89PNG"), ("p.svg", b"<?xml")])
+def test_pictures(
+    name: str, begin: bytes, folders: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_command(capsys, *folders, "--picture", tmp_path / name)
+    assert (tmp_path / name).read_bytes().startswith(begin)
+
+
+@pytest.mark.parametrize("option", [["--picture", "x.gif"], ["--picture", "no/x.png"], ["--html", "no/x.html"]])
+def test_files_that_cannot_be_written(
+    option: list[str], folders: list[Path], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(folders[0])
+    assert command.main([*map(str, folders), *option]) == 2
+    assert option[0] in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.alone
+def test_twenty_runs_of_100000_rows_take_seconds(tmp_path: Path) -> None:
+    """10 s and 1 GB, with the page and the picture."""
+    first = write_run(tmp_path / "runs" / "run_0", losses(0, steps=100_000)[0])
+    for number in range(1, 20):
+        copy = tmp_path / "runs" / f"run_{number}"
+        copy.mkdir()
+        for name in ("metrics.jsonl", "config.toml"):
+            (copy / name).hardlink_to(first / name)
+    code = (
+        "import sys; from titanlite.commands.compare import main; status = main(sys.argv[1:])\n"
+        "print(*[line for line in open('/proc/self/status') if line.startswith('VmHWM')]); sys.exit(status)"
+    )
+    written = ["--html", tmp_path / "page.html", "--picture", tmp_path / "picture.png"]
+    started = time.perf_counter()
+    done = subprocess.run(
+        [sys.executable, "-c", code, tmp_path / "runs", *written], env=environment(), capture_output=True, text=True
+    )
+    seconds = time.perf_counter() - started
+    assert done.returncode == 0, done.stderr
+    (peak,) = re.findall(r"VmHWM:\s*(\d+) kB", done.stdout)
+    assert int(peak) < 1 << 20
+    assert seconds < 10

@@ -1,0 +1,228 @@
+"""Compare runs with a baseline: differences, their intervals, and a verdict in one sentence for each run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+
+from titanlite.compare.alike import differing_options, name_apart, not_known, why_not_comparable
+from titanlite.compare.interval import MIN_ROWS, Interval, last_part, mean_interval
+from titanlite.compare.rows import Array, Columns
+from titanlite.compare.runs import Run, read_runs
+from titanlite.errors import ConfigError
+from titanlite.registry import nearest
+
+Verdict = Literal["lower", "higher", "within the noise", "not comparable", "too few rows"]
+
+
+class Pairs(NamedTuple):
+    """The values of two runs at the same places (steps, or tokens), (pairs,) each."""
+
+    places: Array
+    ours: Array
+    theirs: Array
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How far a metric of ``run`` is from that of ``baseline``, at the end of what both have.
+
+    Attributes:
+        at: the pairs are at equal "steps", or at equal "tokens".
+        difference: the mean of run - baseline, in the metric's unit; ``low`` and ``high`` are its 95% interval. With
+            too few pairs they are None, and the difference is that of the last pair.
+        difference_percent: the same in percent of the baseline's mean, with its interval.
+        rows: the pairs that the mean is over; ``first`` and ``last`` are their places.
+        verdict: "lower" and "higher" if the interval excludes 0.
+    """
+
+    run: str
+    baseline: str
+    metric: str
+    at: Literal["steps", "tokens"]
+    difference: float
+    low: float | None
+    high: float | None
+    difference_percent: float
+    low_percent: float | None
+    high_percent: float | None
+    rows: int
+    first: float
+    last: float
+    verdict: Verdict
+
+
+@dataclass
+class Comparison:
+    """Runs, and how each differs from the baseline, which is one of them.
+
+    Attributes:
+        options: those that are not the same in all runs, each with the value in every one.
+        verdicts: a sentence for each run that is not the baseline, by its name.
+        reasons: why a run and the baseline do not compare, by the name of the run; empty if they do.
+    """
+
+    runs: list[Run]
+    baseline: Run
+    options: dict[str, list[str]]
+    differences: list[Difference]
+    reasons: dict[str, list[str]]
+    verdicts: dict[str, str]
+
+    def difference(self, run: Run, metric: str, at: str = "steps") -> Difference | None:
+        return next((d for d in self.differences if (d.run, d.metric, d.at) == (run.name, metric, at)), None)
+
+    def json(self) -> str:
+        """Return the comparison as one JSON object; unknown numbers are null."""
+        runs = [run_summary(run) | {"baseline": run is self.baseline} for run in self.runs]
+        for number, summary in enumerate(runs):
+            summary["options"] = {name: texts[number] for name, texts in self.options.items()}
+        differences = [asdict(difference) for difference in self.differences]
+        content = {"runs": runs, "differences": differences, "verdicts": self.verdicts, "not_comparable": self.reasons}
+        return json.dumps(content, indent=2, allow_nan=False)
+
+
+def run_summary(run: Run) -> dict[str, Any]:
+    """Return the numbers of one run, by name; None where one is not known."""
+    skipped = run.last("skipped_steps")
+    return {
+        "run": run.name,
+        "path": str(run.path),
+        "steps": run.steps,
+        "tokens": run.last("tokens_seen"),
+        "loss": run.final_loss(),
+        "validation_loss": run.last_validation("loss"),
+        "bits_per_byte": run.last_validation("bits_per_byte"),
+        "tps": run.median("tps"),
+        "mfu": run.median("mfu"),
+        "memory_gib": run.peak_memory(),
+        "skipped_steps": None if skipped is None else int(skipped),
+        "hours": run.last("hours"),
+    }
+
+
+def compare(paths: Sequence[Path], baseline: str | None = None) -> Comparison:
+    """Compare the runs at ``paths``; see :func:`titanlite.compare.runs.read_runs`.
+
+    Args:
+        baseline: the path or the name of the run that others are compared with; None: the first.
+
+    Raises:
+        ConfigError: there is no run at a path, or no such baseline.
+    """
+    runs = read_runs(paths)
+    chosen = runs[0]
+    if baseline is not None:
+        named = [run for run in runs if baseline in (run.name, str(run.path))]
+        if not named and Path(baseline).exists():
+            (*_, before) = read_runs([Path(baseline)])
+            named = [run for run in runs if run.path.samefile(before.path)] or [before]
+            runs = runs if named[0] in runs else [before, *runs]
+        if len(named) != 1:
+            names = [run.name for run in runs]
+            why = f"must be the name or the path of one of the runs{nearest(baseline, names)}: {', '.join(names)}"
+            raise ConfigError(why, key="--baseline", value=baseline)
+        chosen = named[0]
+    name_apart(runs)
+    others = [run for run in runs if run is not chosen]
+    reasons = {run.name: reason for run in others if (reason := why_not_comparable(run, chosen))}
+    differences = [d for run in others for d in _differences(run, chosen, run.name in reasons)]
+    verdicts = {run.name: _sentence(run, chosen, differences, reasons.get(run.name, [])) for run in others}
+    return Comparison(runs, chosen, differing_options(runs), differences, reasons, verdicts)
+
+
+def _differences(run: Run, baseline: Run, refused: bool) -> list[Difference]:
+    pairs = {
+        ("loss", "steps"): at_equal_steps(run.metrics, baseline.metrics, "loss"),
+        ("loss", "tokens"): at_equal_tokens(run.metrics, baseline.metrics),
+        ("validation_loss", "steps"): at_equal_steps(run.validation, baseline.validation, "loss"),
+        ("bits_per_byte", "steps"): at_equal_steps(run.validation, baseline.validation, "bits_per_byte"),
+    }
+    names = run.name, baseline.name
+    return [_difference(names, kind, found, refused) for kind, found in pairs.items() if len(found.places)]
+
+
+def at_equal_steps(ours: Columns, theirs: Columns, name: str) -> Pairs:
+    """Return the values of the steps that both runs have logged."""
+    steps, i, j = np.intersect1d(ours["step"], theirs["step"], assume_unique=True, return_indices=True)
+    return _finite(steps, ours[name][i], theirs[name][j])
+
+
+def at_equal_tokens(ours: Columns, theirs: Columns) -> Pairs:
+    """Return the losses at equal numbers of tokens seen. They are those of the run with fewer rows over the tokens that
+    both have seen; the other's losses are interpolated between its rows."""
+    a, b = (_finite(columns["tokens_seen"], columns["loss"], columns["loss"]) for columns in (ours, theirs))
+    if not len(a.places) or not len(b.places):
+        return a._replace(places=a.places[:0])
+    low, high = max(a.places[0], b.places[0]), min(a.places[-1], b.places[-1])
+    places = min((p[(low <= p) & (p <= high)] for p in (a.places, b.places)), key=len)
+    return Pairs(places, np.interp(places, a.places, a.ours), np.interp(places, b.places, b.ours))
+
+
+def _finite(places: Array, ours: Array, theirs: Array) -> Pairs:
+    known = np.isfinite(places) & np.isfinite(ours) & np.isfinite(theirs)
+    return Pairs(places[known], ours[known], theirs[known])
+
+
+def _difference(names: tuple[str, str], kind: tuple[str, Any], pairs: Pairs, refused: bool) -> Difference:
+    interval = mean_interval(pairs.ours - pairs.theirs)
+    last = slice(-last_part(len(pairs.places)), None)
+    low: float | None
+    high: float | None
+    verdict: Verdict
+    if interval is None:
+        (mean, low, high), verdict = (float(pairs.ours[-1] - pairs.theirs[-1]), None, None), "too few rows"
+        last = slice(-1, None)
+    else:
+        (mean, low, high), verdict = interval, _verdict(interval)
+    scale = 100 / abs(float(pairs.theirs[last].mean()) or 1.0)
+    places = pairs.places[last]
+    return Difference(
+        run=names[0],
+        baseline=names[1],
+        metric=kind[0],
+        at=kind[1],
+        difference=mean,
+        low=low,
+        high=high,
+        difference_percent=scale * mean,
+        low_percent=None if low is None else scale * low,
+        high_percent=None if high is None else scale * high,
+        rows=len(places),
+        first=float(places[0]),
+        last=float(places[-1]),
+        verdict="not comparable" if refused else verdict,
+    )
+
+
+def _verdict(interval: Interval) -> Verdict:
+    if interval.low <= 0 <= interval.high:
+        return "within the noise"
+    return "lower" if interval.high < 0 else "higher"
+
+
+def _sentence(run: Run, baseline: Run, differences: Sequence[Difference], reasons: Sequence[str]) -> str:
+    pair = f"{run.name} and {baseline.name}"
+    if reasons:
+        return f"No verdict: {pair} do not compare, because they have {'; '.join(reasons)}."
+    named = [d for d in differences if (d.run, d.metric, d.at) == (run.name, "loss", "steps")]
+    if not named:
+        return f"No verdict: {pair} have logged no step in common; set the same metrics.log_freq."
+    (d,) = named
+    unknown = not_known(run, baseline)
+    caution = f" A log does not say if {' and '.join(unknown)} are the same." if unknown else ""
+    if d.verdict == "too few rows":
+        why = f"No verdict: {pair} have fewer than {MIN_ROWS} logged steps in common; train longer, or log more often"
+        return f"{why} (metrics.log_freq).{caution}"
+    span = f"95% interval {d.low_percent:+.2f}% to {d.high_percent:+.2f}%, steps {d.first:,.0f} to {d.last:,.0f}"
+    if d.verdict == "within the noise":
+        text = f"The losses of {pair} differ by {d.difference_percent:+.2f}%, which is within the noise ({span})."
+    else:
+        size = f"{abs(d.difference_percent):.2f}%"
+        text = f"{run.name} has a {d.verdict} loss than {baseline.name}, by {size} ({span})."
+    return text + caution

@@ -1,0 +1,110 @@
+"""A comparison as one HTML page, which needs no other file and no network."""
+
+from __future__ import annotations
+
+import html
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from titanlite.compare.comparison import Comparison
+from titanlite.compare.rows import Array
+from titanlite.compare.runs import Run
+from titanlite.compare.text import difference_cells, metric_title, numbers_of_runs
+from titanlite.errors import ConfigError
+
+_TEMPLATE = Path(__file__).with_name("page.html")
+_POINTS = 2000  # of a run; a longer one is shown by the means of that many parts
+
+
+def write_page(comparison: Comparison, file: Path) -> None:
+    """Write the page.
+
+    Raises:
+        ConfigError: the file cannot be written.
+    """
+    try:
+        file.write_text(page(comparison), encoding="utf-8", errors="replace")
+    except OSError as e:
+        raise ConfigError(f"cannot be written: {e.strerror or e}", key="--html", value=file) from None
+
+
+def page(comparison: Comparison) -> str:
+    """Return the page. What comes from the runs, such as names and samples, is text in it, never code or a link."""
+    runs = [_curves(run) for run in comparison.runs]
+    data = {"runs": runs, "baseline": comparison.runs.index(comparison.baseline)}
+    # "<" could end the script element.
+    script = json.dumps(data, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
+    parts = {
+        "verdicts": "".join(f"<p>{_text(sentence)}</p>" for sentence in comparison.verdicts.values()),
+        "runs": _runs(comparison),
+        "differences": _differences(comparison),
+        "options": _options(comparison),
+        "samples": "".join(
+            f"<h3>{_text(run.name)}</h3><pre>{_text(run.sample)}</pre>" for run in comparison.runs if run.sample
+        )
+        or "<p>No run has one.</p>",
+        "data": script,
+    }
+    text = _TEMPLATE.read_text(encoding="utf-8")
+    before, *rest = text.split("{{")
+    pieces = (piece.split("}}", 1) for piece in rest)
+    return before + "".join(parts[name] + after for name, after in pieces)
+
+
+def _text(value: object) -> str:
+    return html.escape(str(value))
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """Return a table; the first cell of each row is its title."""
+    lines = [f"<tr>{''.join(f'<th>{_text(cell)}</th>' for cell in head)}</tr>"]
+    for first, *cells in rows:
+        lines.append(f"<tr><th>{_text(first)}</th>{''.join(f'<td>{_text(cell)}</td>' for cell in cells)}</tr>")
+    return f'<div class="wide"><table>{"".join(lines)}</table></div>'
+
+
+def _runs(comparison: Comparison) -> str:
+    titles, rows = numbers_of_runs(comparison)
+    named = [
+        [f"{number + 1} {run.name}" + (" (baseline)" if run is comparison.baseline else ""), *cells, run.path]
+        for number, (run, cells) in enumerate(zip(comparison.runs, rows, strict=True))
+    ]
+    return _table(["run", *titles, "path"], named)
+
+
+def _differences(comparison: Comparison) -> str:
+    head = ["run", "metric", "difference", "%", "95% interval in %", ""]
+    rows = [[d.run, metric_title(d), *difference_cells(d), d.verdict] for d in comparison.differences]
+    return _table(head, rows) if rows else "<p>There is one run.</p>"
+
+
+def _options(comparison: Comparison) -> str:
+    head = ["option", *(f"{number + 1} {run.name}" for number, run in enumerate(comparison.runs))]
+    rows = [[name, *texts] for name, texts in comparison.options.items()]
+    return _table(head, rows) if rows else "<p>None, as far as it is known.</p>"
+
+
+def _curves(run: Run) -> dict[str, Any]:
+    names = {"step": "step", "tokens": "tokens_seen", "hours": "hours", "loss": "loss", "tps": "tps"}
+    columns = {name: _listed(_shortened(run.metrics[column])) for name, column in names.items()}
+    validation = {name: _listed(_shortened(run.validation[name])) for name in ("step", "loss")}
+    return {"name": run.name, **columns, "validation": validation}
+
+
+def _shortened(values: Array) -> Array:
+    """Return the means of at most :data:`_POINTS` parts of (rows,) values."""
+    if len(values) <= _POINTS:
+        return values
+    starts = np.linspace(0, len(values), _POINTS, endpoint=False).astype(int)
+    known = np.isfinite(values)
+    counts = np.add.reduceat(known.astype(float), starts)
+    sums = np.add.reduceat(np.where(known, values, 0.0), starts)
+    return np.where(counts > 0, sums / np.maximum(counts, 1), np.nan)
+
+
+def _listed(values: Array) -> list[float | None]:
+    return [float(f"{value:.7g}") if np.isfinite(value) else None for value in values]

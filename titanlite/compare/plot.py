@@ -1,0 +1,92 @@
+"""Curves in a terminal: dots of Braille characters in colour, or the number of each run where there is no colour."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+from rich.text import Text
+
+from titanlite.compare.rows import Array
+
+# In the order of the runs; each can be read on a dark and on a light background.
+COLORS = ("cyan", "magenta", "yellow", "green", "red", "blue")
+_DOTS = ((0x01, 0x08), (0x02, 0x10), (0x04, 0x20), (0x40, 0x80))  # of a character, by row and column
+
+
+def binned(x: Array, y: Array, start: float, end: float, bins: int) -> tuple[Array, Array]:
+    """Return the mean of ``x`` and of ``y`` in each of ``bins`` equal parts of ``start`` to ``end`` that has points."""
+    known = np.isfinite(x) & np.isfinite(y) & (x >= start) & (x <= end)
+    x, y = x[known], y[known]
+    place = np.minimum(((x - start) / ((end - start) or 1.0) * bins).astype(int), bins - 1)
+    count = np.bincount(place, minlength=bins)
+    sums = (np.bincount(place, weights=values, minlength=bins) for values in (x, y))
+    mean_x, mean_y = (total[count > 0] / count[count > 0] for total in sums)
+    return mean_x, mean_y
+
+
+def plot(
+    title: str, curves: Sequence[tuple[Array, Array]], width: int, height: int, colored: bool, numbers: Sequence[int]
+) -> Text:
+    """Draw curves into ``width`` columns and ``height`` lines, with a scale at the left and below.
+
+    Args:
+        curves: (x, y) of each run, (rows,) each; runs without a finite value are left out.
+        numbers: of the runs, from 0, which choose the colour or the sign of each.
+    """
+    curves = [(x[np.isfinite(y)], y[np.isfinite(y)]) for x, y in curves]
+    filled = [x for x, _ in curves if len(x)]
+    if not filled:
+        return Text(f"{title}: no values")
+    start, end = min(x[0] for x in filled), max(x[-1] for x in filled)
+    columns = width - 11
+    per_column = 2 if colored else 1
+    means = [binned(x, y, start, end, columns * per_column) for x, y in curves]
+    low, high = _scale(means, start + 0.05 * (end - start))
+    rows = height * (4 if colored else 1)
+    signs = np.zeros((height, columns), dtype=int)
+    owners = np.full((height, columns), -1)
+    for number, (x, y) in zip(numbers, means, strict=True):
+        for column, row in _points(x, y, start, end, columns * per_column, low, high, rows):
+            cell = (row // 4, column // 2) if colored else (row, column)
+            signs[cell] |= _DOTS[row % 4][column % 2] if colored else 1
+            owners[cell] = number
+    decimals = max(0, min(6, 2 - math.floor(math.log10(high - low))))
+    text = Text(f"{title}\n", style="bold")
+    for line in range(height):
+        mark = high - (high - low) * line / max(height - 1, 1)
+        text.append(f"{mark:>9.{decimals}f} " if line % 3 == 0 or line == height - 1 else " " * 10, style="dim")
+        for sign, owner in zip(signs[line], owners[line], strict=True):
+            shown = chr(0x2800 + sign) if colored else f"{owner + 1}"[-1]
+            text.append(shown if owner >= 0 else " ", style=COLORS[owner % len(COLORS)] if owner >= 0 else "")
+        text.append("\n")
+    text.append(f"{' ' * 10}{f'{start:,.0f}':<{columns // 2}}{f'{end:,.0f}':>{columns - columns // 2}}", style="dim")
+    return text
+
+
+def _scale(means: Sequence[tuple[Array, Array]], begin: float) -> tuple[float, float]:
+    """Return the lowest and highest value to draw: all after ``begin``, because the first losses are far above."""
+    values = np.concatenate([y[x >= begin] if (x >= begin).any() else y for x, y in means])
+    low, high = float(values.min()), float(values.max())
+    return (low, high) if high > low else (low - 0.5, high + 0.5)
+
+
+def _points(
+    x: Array, y: Array, start: float, end: float, columns: int, low: float, high: float, rows: int
+) -> list[tuple[int, int]]:
+    """Return the (column, row) of the dots of one curve; a line joins neighbours."""
+    if not len(x):
+        return []
+    at = np.arange(columns)
+    places = (x - start) / ((end - start) or 1.0) * (columns - 1)
+    inside = (at >= np.floor(places[0])) & (at <= np.ceil(places[-1]))
+    values = np.interp(at[inside], places, y)
+    levels = np.round((high - values) / (high - low) * (rows - 1)).astype(int)
+    points = []
+    for column, level, before in zip(at[inside], levels, [levels[0], *levels[:-1]], strict=True):
+        middle = (level + before) // 2
+        for row in {*range(min(level, middle), max(level, middle) + 1)} | {level}:
+            if 0 <= row < rows:
+                points.append((int(column), int(row)))
+    return points

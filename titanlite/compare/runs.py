@@ -1,0 +1,225 @@
+"""Find runs and read them: run folders, their parents, what an earlier run left in a folder, and console logs."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from titanlite.compare.console_log import read_console_log
+from titanlite.compare.interval import last_part
+from titanlite.compare.rows import Array, Columns, read_columns
+from titanlite.config.options import options_of
+from titanlite.config.run_config import (
+    CONFIG,
+    EARLIER,
+    METRICS,
+    SAMPLE,
+    TOKENIZER,
+    VALIDATION,
+    located,
+    read_run_config,
+)
+from titanlite.config.schema import JobConfig
+from titanlite.errors import ConfigError, printable
+from titanlite.untrusted import files
+
+_COLUMNS = (
+    "loss",
+    "grad_norm",
+    "tps",
+    "mfu",
+    "memory_gib",
+    "reserved_gib",
+    "step_time_s",
+    "tokens_seen",
+    "skipped_steps",
+)
+_VALIDATION_COLUMNS = ("loss", "bits_per_byte", "accuracy")
+_DEEPEST = 4  # folders between a parent and its runs
+_MOST_RUNS = 100
+_MOST_SAMPLE = 1 << 20  # bytes
+
+
+@dataclass
+class Run:
+    """A run that was read.
+
+    Attributes:
+        path: its folder, or its console log.
+        name: what it is called; no two runs of a comparison have the same name.
+        metrics, validation: their rows, by ascending step.
+        options: its configuration by ``section.key``, without options that are unset; empty for a console log.
+        facts: what decides which text it was trained on, by name: data, tokens per step, tokenizer. Only what is known.
+        sample: what its model wrote at the end; empty if it is not there.
+    """
+
+    path: Path
+    name: str
+    metrics: Columns
+    validation: Columns
+    options: dict[str, Any] = field(default_factory=dict)
+    facts: dict[str, Any] = field(default_factory=dict)
+    sample: str = ""
+
+    @property
+    def steps(self) -> int:
+        return int(self.metrics["step"][-1])
+
+    def last(self, name: str) -> float | None:
+        """Return the last value of a column; None if it is not known."""
+        return _known(self.metrics[name][-1:])
+
+    def final_loss(self) -> float | None:
+        """Return the mean loss of the last part of the run; see :func:`titanlite.compare.interval.last_part`."""
+        losses = self.metrics["loss"]
+        losses = losses[np.isfinite(losses)]
+        return _known(losses[-last_part(len(losses)) :])
+
+    def last_validation(self, name: str) -> float | None:
+        return _known(self.validation[name][-1:])
+
+    def median(self, name: str) -> float | None:
+        """Return the median of a column, without the first row, which has compilation, if there are more."""
+        values = self.metrics[name][1:] if len(self.metrics[name]) > 1 else self.metrics[name]
+        values = values[np.isfinite(values)]
+        return float(np.median(values)) if len(values) else None
+
+    def peak_memory(self) -> float | None:
+        """Return the peak memory in GiB, as the log shows it: reserved on GPUs, the resident set on the CPU."""
+        reserved, active = (self.metrics[name] for name in ("reserved_gib", "memory_gib"))
+        values = reserved if np.isfinite(reserved).any() else active
+        values = values[np.isfinite(values)]
+        return float(values.max()) if len(values) else None
+
+
+def _known(values: Array) -> float | None:
+    return float(values.mean()) if len(values) and np.isfinite(values).all() else None
+
+
+def read_runs(paths: Sequence[Path]) -> list[Run]:
+    """Return the runs that ``paths`` name, each once: a run folder, a folder with runs in it, or a console log. If they
+    name one run folder alone, the earlier runs that it holds come before it.
+
+    Raises:
+        ConfigError: there is no run at a path, or it cannot be read.
+    """
+    places = {os.path.realpath(place): place for path in paths for place in _places(path)}
+    if len(places) == 1:
+        ((real, place),) = places.items()
+        earlier = place / EARLIER
+        places = {os.path.realpath(run): run for run in _below(earlier)} | {real: place}
+    if len(places) > _MOST_RUNS:
+        raise ConfigError(f"these are {len(places)} runs, and at most {_MOST_RUNS} are compared; name fewer")
+    return [_read(place) for place in places.values()]
+
+
+def _places(path: Path) -> list[Path]:
+    if path.name in (METRICS, CONFIG, VALIDATION) and (path.parent / METRICS).is_file():
+        path = path.parent
+    if not path.exists():
+        raise ConfigError(f"{path}: there is no such file or folder; name a run folder, its parent, or a console log")
+    runs = [path] if path.is_file() else [*_below(path)]
+    if not runs:
+        raise ConfigError(f"{path}: there is no run in it: no {METRICS}. A run writes it after its first step")
+    return runs
+
+
+def _below(folder: Path, depth: int = _DEEPEST) -> Iterator[Path]:
+    if (folder / METRICS).is_file():
+        yield folder
+    elif depth and folder.is_dir():
+        try:
+            inner = sorted(path for path in folder.iterdir() if path.is_dir() and not path.is_symlink())
+        except OSError:
+            return
+        for path in inner:
+            yield from _below(path, depth - 1)
+
+
+def _read(place: Path) -> Run:
+    try:
+        run = _read_folder(place) if place.is_dir() else _read_log(place)
+    except OSError as e:
+        raise ConfigError(f"{place}: cannot be read: {e.strerror or e}") from None
+    if not len(run.metrics["step"]):
+        raise ConfigError(f"{place}: there is no logged step in it; wait for the first one, or leave it out")
+    return run
+
+
+def _read_folder(folder: Path) -> Run:
+    metrics = read_columns(folder / METRICS, _COLUMNS)
+    step, seconds = metrics["step"], metrics["step_time_s"]
+    steps = np.diff(step, prepend=step[:1] - (np.median(np.diff(step)) if len(step) > 1 else 1))
+    metrics["hours"] = np.cumsum(np.nan_to_num(seconds) * steps) / 3600
+    validation_file = folder / VALIDATION
+    validation = read_columns(validation_file, _VALIDATION_COLUMNS) if validation_file.is_file() else no_rows()
+    options = flat(read_run_config(folder))
+    name = options.pop("job.name", None)
+    name = printable(name) if isinstance(name, str) and name else folder.resolve().name
+    return Run(folder, name, metrics, validation, options, _facts(folder, options, metrics), _sample(folder))
+
+
+def _read_log(file: Path) -> Run:
+    log = read_console_log(file)
+    metrics = _empty(len(log.metrics["step"]), _COLUMNS) | log.metrics
+    validation = _empty(len(log.validation["step"]), _VALIDATION_COLUMNS) | log.validation
+    return Run(file, printable(log.name) or file.stem, metrics, validation, facts=log.facts)
+
+
+def _empty(rows: int, names: Sequence[str]) -> Columns:
+    return {name: np.full(rows, np.nan) for name in names}
+
+
+def no_rows() -> Columns:
+    return _empty(0, ("step", *_VALIDATION_COLUMNS))
+
+
+def flat(tree: dict[str, Any], outer: str = "") -> dict[str, Any]:
+    """Return the values of a configuration by ``section.key``."""
+    values: dict[str, Any] = {}
+    for name, value in tree.items():
+        values |= flat(value, f"{outer}{name}.") if isinstance(value, dict) else {f"{outer}{name}": value}
+    return values
+
+
+def value_of(options: dict[str, Any], name: str) -> Any:
+    """Return an option of a run, its default where it is unset; None if the schema does not have it."""
+    section, _, key = name.rpartition(".")
+    option = options_of(JobConfig).get(section, {}).get(key)
+    return options.get(name, option.default if option else None)
+
+
+def _facts(folder: Path, options: dict[str, Any], metrics: Columns) -> dict[str, Any]:
+    facts: dict[str, Any] = {}
+    if options:
+        path = value_of(options, "training.dataset_path")
+        facts |= {name: value_of(options, name) for name in ("training.dataset", "training.seq_len")}
+        facts["training.dataset_path"] = os.path.realpath(located(path, folder)) if isinstance(path, str) else path
+        facts |= {f"data.{key}": value_of(options, f"data.{key}") for key in options_of(JobConfig)["data"]}
+    step, tokens = metrics["step"], metrics["tokens_seen"]
+    known = np.isfinite(tokens)
+    if known.any():
+        steps, seen = step[known], tokens[known]
+        per_step = np.median(np.diff(seen) / np.diff(steps)) if len(seen) > 1 else seen[0] / steps[0]
+        facts["tokens per step"] = round(float(per_step))
+    try:
+        identity = files.read_json(folder / TOKENIZER / "tokenizer_identity.json", most=1 << 20)
+    except ConfigError:
+        return facts
+    if isinstance(identity.get("sha256"), str):
+        facts["tokenizer"] = printable(identity["sha256"])[:12]
+    return facts
+
+
+def _sample(folder: Path) -> str:
+    try:
+        sample = json.loads(files.read_bytes(folder / SAMPLE, _MOST_SAMPLE))
+        return f"{sample['text']}"
+    except (OSError, ConfigError, ValueError, LookupError, TypeError, RecursionError):
+        return ""

@@ -1,0 +1,131 @@
+"""A comparison as text for a terminal: verdicts, tables, and curves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from rich.console import Console, Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from titanlite.compare.comparison import Comparison, Difference, at_equal_steps, run_summary
+from titanlite.compare.plot import COLORS, plot
+
+_WIDEST_PLOT = 120
+
+
+def print_comparison(comparison: Comparison, console: Console) -> None:
+    """Print the verdicts, the tables and the curves. Without colours, numbers tell the curves apart."""
+    for part in _parts(comparison, console):
+        console.print(part)
+        console.print()
+
+
+def duration(hours: float) -> str:
+    """Format hours as "1h02m", "3m04s" or "12s"."""
+    seconds = round(hours * 3600)
+    if seconds >= 3600:
+        return f"{seconds // 3600:,}h{seconds // 60 % 60:02}m"
+    return f"{seconds // 60}m{seconds % 60:02}s" if seconds >= 60 else f"{seconds}s"
+
+
+# The columns of the table of runs: title, key of run_summary, format.
+_COLUMNS: tuple[tuple[str, str, Callable[[float], str]], ...] = (
+    ("steps", "steps", "{:,.0f}".format),
+    ("loss", "loss", "{:.4f}".format),
+    ("val loss", "validation_loss", "{:.4f}".format),
+    ("tok/s", "tps", "{:,.0f}".format),
+    ("MFU %", "mfu", "{:.1f}".format),
+    ("GiB", "memory_gib", "{:.1f}".format),
+    ("skipped", "skipped_steps", "{:,.0f}".format),
+    ("time", "hours", duration),
+)
+
+
+def _parts(comparison: Comparison, console: Console) -> Iterator[RenderableType]:
+    for sentence in comparison.verdicts.values():
+        yield Text(sentence, style="bold")
+    yield _runs(comparison)
+    if comparison.differences:
+        yield _differences(comparison)
+    if comparison.options:
+        yield _options(comparison)
+    yield _curves(comparison, console)
+
+
+def _named(comparison: Comparison, number: int) -> Text:
+    run = comparison.runs[number]
+    mark = " (baseline)" if run is comparison.baseline and len(comparison.runs) > 1 else ""
+    return Text(f"{number + 1} {run.name}{mark}", style=COLORS[number % len(COLORS)])
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, padding=(0, 1))
+    for number, column in enumerate(columns):
+        table.add_column(column, justify="right" if number else "left", overflow="fold", no_wrap=number > 0)
+    return table
+
+
+def numbers_of_runs(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
+    """Return the titles of what is known of any run, and the cells of each run."""
+    summaries = [run_summary(run) for run in comparison.runs]
+    columns = [column for column in _COLUMNS if any(summary[column[1]] is not None for summary in summaries)]
+    rows = [["" if summary[key] is None else form(summary[key]) for _, key, form in columns] for summary in summaries]
+    return [title for title, _, _ in columns], rows
+
+
+def _runs(comparison: Comparison) -> Table:
+    titles, rows = numbers_of_runs(comparison)
+    table = _table("runs (loss: mean of the last part; tok/s and MFU: median)", "run", *titles)
+    for number, cells in enumerate(rows):
+        table.add_row(_named(comparison, number), *cells)
+    return table
+
+
+def _differences(comparison: Comparison) -> Table:
+    title = f"difference to {comparison.baseline.name}, with its 95% interval"
+    table = _table(title, "run", "metric", "difference", "%", "interval in %")
+    for number, run in enumerate(comparison.runs):
+        name = _named(comparison, number)
+        for d in (d for d in comparison.differences if d.run == run.name):
+            table.add_row(name, metric_title(d), *difference_cells(d))
+            name = Text()
+    return table
+
+
+def metric_title(d: Difference) -> str:
+    return f"{d.metric.replace('_', ' ')} at equal {d.at}"
+
+
+def difference_cells(d: Difference) -> tuple[str, str, str]:
+    """Return the difference, the same in percent, and its interval in percent, as text."""
+    interval = "none: too few rows" if d.low is None else f"{d.low_percent:+.2f} to {d.high_percent:+.2f}"
+    return f"{d.difference:+.4f}", f"{d.difference_percent:+.2f}", interval
+
+
+def _options(comparison: Comparison) -> Table:
+    numbers = [f"{number + 1}" for number in range(len(comparison.runs))]
+    table = Table(title="options that differ", title_justify="left", title_style="bold", box=None, pad_edge=False)
+    for number, column in enumerate(["option", *numbers]):
+        style = COLORS[(number - 1) % len(COLORS)] if number else ""
+        table.add_column(column, overflow="fold", header_style=style, min_width=4)
+    for name, texts in comparison.options.items():
+        table.add_row(Text(name), *map(Text, texts))
+    return table
+
+
+def _curves(comparison: Comparison, console: Console) -> Group:
+    width = min(console.width, _WIDEST_PLOT)
+    colored = console.color_system is not None and not console.no_color and "utf" in console.encoding.lower()
+    numbers = [*range(len(comparison.runs))]
+    losses = [(run.metrics["step"], run.metrics["loss"]) for run in comparison.runs]
+    plots = [plot("loss by step", losses, width, 13, colored, numbers)]
+    others = [number for number in numbers if comparison.runs[number] is not comparison.baseline]
+    if others:
+        pairs = [
+            at_equal_steps(comparison.runs[number].metrics, comparison.baseline.metrics, "loss") for number in others
+        ]
+        curves = [(pair.places, pair.ours - pair.theirs) for pair in pairs]
+        title = f"loss minus that of {comparison.baseline.name}, by step"
+        plots += [Text(), plot(title, curves, width, 9, colored, others)]
+    return Group(*plots)
