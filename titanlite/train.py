@@ -39,8 +39,9 @@ from titanlite.config import (
     resolve_degrees,
 )
 from titanlite.config.data_rules import packing_of
+from titanlite.config.job_name import distinguishing_options, job_name
 from titanlite.config.run_config import CONFIG as CONFIG_TOML
-from titanlite.config.run_config import METRICS, VALIDATION, section_in
+from titanlite.config.run_config import METRICS, VALIDATION, read_run_config, section_in
 from titanlite.data import merge_states
 from titanlite.distributed import runtime
 from titanlite.distributed.attention_kernel import preferred_kernels
@@ -63,10 +64,10 @@ from titanlite.metrics.sinks import (
     ConsoleSink,
     JsonlSink,
     Sink,
-    TensorBoardSink,
     init_logging,
     is_terminal,
 )
+from titanlite.metrics.tensorboard import TensorBoardSink
 from titanlite.optim import build_optimizer, build_schedule
 from titanlite.plan import auto_checkpoint
 from titanlite.plan.least import check_memory
@@ -76,7 +77,7 @@ from titanlite.training.loss_watch import LossWatch, rank_of_claim
 from titanlite.training.model_shape import choose_shape
 from titanlite.training.origin import find_start
 from titanlite.training.out_of_memory import give_up
-from titanlite.training.run_folder import RunFolder, loss_of_first_step
+from titanlite.training.run_folder import RunFolder, logged_rows, loss_of_first_step
 from titanlite.training.sample import check_prompt, log_sample
 from titanlite.training.step import StepRunner
 from titanlite.training.step_guard import StepGuard
@@ -151,6 +152,8 @@ class Trainer:
             self.runtime.on_rank_zero(lambda: self.run_folder.refuse_to_retire(config))
             if config.checkpoint.enable_checkpoint:
                 logger.info("no checkpoint found in %s, starting at step %d", root, self.start.step + 1)
+        before = read_run_config(self.run_path).get("job", {}).get("name") if self.start.continues else None
+        config.job.name = job_name(config, before)
         seed = self.start.seed if training.seed is None else training.seed
         self.seed = training.seed = runtime.set_seed(seed, training.deterministic, self.runtime)
         self.about["seed"] = f"{self.seed}" + (", deterministic" if training.deterministic else "")
@@ -279,7 +282,17 @@ class Trainer:
         validation = self.run_path / VALIDATION if self.validator else None
         self.sinks.append(JsonlSink(self.run_path / METRICS, validation))
         if metrics.enable_tensorboard and not metrics.save_for_all_ranks:
-            self.sinks.append(TensorBoardSink(self.run_path / metrics.save_tb_folder, self.step))
+            self._open_tensorboard()
+
+    def _open_tensorboard(self) -> None:
+        """Open this run's events. TensorBoard calls a run by the path of its folder."""
+        options, name = self.config.metrics, self.config.job.name or ""
+        folder = self.run_path / options.save_tb_folder / name
+        if options.save_for_all_ranks:
+            folder /= f"rank_{self.runtime.rank}"
+        sink = TensorBoardSink(folder, self.step, logged_rows(self.run_path) if self.step else ())
+        sink.describe(dump_toml(self.config), distinguishing_options(self.config))
+        self.sinks.append(sink)
 
     def _build_recorder(self) -> None:
         config = self.config
@@ -288,8 +301,7 @@ class Trainer:
         console = ConsoleSink(terminal and not config.metrics.disable_color_printing, steps if terminal else None)
         self.sinks.insert(0, console)
         if config.metrics.enable_tensorboard and config.metrics.save_for_all_ranks:
-            folder = self.run_path / config.metrics.save_tb_folder
-            self.sinks.append(TensorBoardSink(folder / f"rank_{self.runtime.rank}", self.step))
+            self._open_tensorboard()
         self.recorder = Recorder(
             self.sinks,
             self.runtime.device,
@@ -446,8 +458,7 @@ class Trainer:
     def _log_summary(self) -> None:
         places = {"metrics": f"{self.run_path / METRICS}"}
         if self.config.metrics.enable_tensorboard:
-            folder = self.run_path / self.config.metrics.save_tb_folder
-            command = (shown_path(sys.executable), "-m", "tensorboard.main", "--logdir", str(folder))
+            command = (shown_path(sys.executable), "-m", "tensorboard.main", "--logdir", str(self.run_path))
             places["look at it"] = shlex.join(command)
         places |= next_command(self.config, self.run_path / CONFIG_TOML, self.step, self.runtime.world_size)
         logger.info(summary(self.recorder, places, loss_of_first_step(self.run_path), [*self.loss_watch.losses]))

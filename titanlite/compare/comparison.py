@@ -11,10 +11,11 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from titanlite.compare.alike import differing_options, name_apart, not_known, why_not_comparable
-from titanlite.compare.interval import MIN_ROWS, Interval, last_part, mean_interval
+from titanlite.compare.interval import MIN_ROWS, Interval, mean_interval
 from titanlite.compare.rows import Array, Columns
 from titanlite.compare.runs import Run, read_runs
 from titanlite.errors import ConfigError
+from titanlite.metrics.last_part import last_part
 from titanlite.registry import nearest
 
 Verdict = Literal["lower", "higher", "within the noise", "not comparable", "too few rows"]

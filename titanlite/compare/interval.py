@@ -14,6 +14,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from titanlite.metrics.last_part import last_part
+
 Array = NDArray[np.float64]
 
 MIN_ROWS = 16
@@ -29,11 +31,6 @@ class Interval(NamedTuple):
     mean: float
     low: float
     high: float
-
-
-def last_part(rows: int) -> int:
-    """Return how many of the last rows say where a run ends: a quarter, at least 100, and at most half of them."""
-    return max(1, min(rows // 2, max(rows // 4, 100)))
 
 
 def mean_interval(differences: Array) -> Interval | None:

@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 
 from titanlite.compare.console_log import read_console_log
-from titanlite.compare.interval import last_part
 from titanlite.compare.rows import Array, Columns, read_columns
 from titanlite.config.options import options_of
 from titanlite.config.run_config import (
@@ -27,6 +26,7 @@ from titanlite.config.run_config import (
 )
 from titanlite.config.schema import JobConfig
 from titanlite.errors import ConfigError, printable
+from titanlite.metrics.last_part import last_part
 from titanlite.untrusted import files
 
 _COLUMNS = (
@@ -76,7 +76,7 @@ class Run:
         return _known(self.metrics[name][-1:])
 
     def final_loss(self) -> float | None:
-        """Return the mean loss of the last part of the run; see :func:`titanlite.compare.interval.last_part`."""
+        """Return the mean loss of the last part of the run; see :func:`titanlite.metrics.last_part.last_part`."""
         losses = self.metrics["loss"]
         losses = losses[np.isfinite(losses)]
         return _known(losses[-last_part(len(losses)) :])

@@ -23,6 +23,7 @@ from titanlite.config.value_rules import (
     Int32,
     Limit,
     LoadStep,
+    Name,
     NotNegative,
     NotNegativeFloat,
     Percentage,
@@ -41,6 +42,9 @@ class Job:
     """The TOML file to start from. A file may name another one to build on: base = "other.toml"."""
     dump_folder: AnyPath = "./outputs"
     """The run folder: config.toml, metrics.jsonl, tb/, profiles. One job, one folder."""
+    name: Name | None = None
+    """What this run is called in TensorBoard and by titanlite compare. Unset: the name of the TOML file, and the
+    options of the command line. (torchtitan does not have it.)"""
     description: str = "default job"
     """A description of the job, for people."""
     use_for_integration_test: bool = False

@@ -61,6 +61,14 @@ AnyPath = Annotated[str, PATH]
 InnerFolder = Annotated[str, Rule("the relative path of a folder inside the run folder", is_inner)]
 
 
+def _is_name(value: str) -> bool:
+    plain = value.isprintable() and value.strip() == value and "/" not in value and "\\" not in value
+    return plain and 0 < len(value.encode()) <= 200 and not value.startswith(".")
+
+
+Name = Annotated[str, Rule("a name of at most 200 bytes, without slashes, that does not begin with a dot", _is_name)]
+
+
 def _is_ac_option(value: str) -> bool:
     return value == "op" or (value.isdecimal() and int(value) >= 1)
 

@@ -1,4 +1,4 @@
-"""Outputs for logged steps: the console, metrics.jsonl, TensorBoard."""
+"""Outputs for logged steps: the console and metrics.jsonl."""
 
 from __future__ import annotations
 
@@ -238,75 +238,3 @@ class _LinesFile:
         with suppress(OSError):
             if not self._path.stat().st_size:
                 self._path.unlink()
-
-
-_TENSORBOARD_TAGS = {
-    "loss": "loss_metrics/global_avg_loss",
-    "max_loss": "loss_metrics/global_max_loss",
-    "grad_norm": "grad_norm",
-    "lr": "lr",
-    "tps": "throughput(tps)",
-    "tflops": "tflops",
-    "mfu": "mfu(%)",
-    "step_time_s": "time_metrics/end_to_end(s)",
-    "data_loading_s": "time_metrics/data_loading(s)",
-    "data_loading_pct": "time_metrics/data_loading(%)",
-    "memory_gib": "memory/max_active(GiB)",
-    "memory_pct": "memory/max_active(%)",
-    "reserved_gib": "memory/max_reserved(GiB)",
-    "reserved_pct": "memory/max_reserved(%)",
-    "num_alloc_retries": "memory/num_alloc_retries",
-    "num_ooms": "memory/num_ooms",
-    "skipped_steps": "skipped_steps",
-    "skipped_documents": "skipped_documents",
-    "truncated_examples": "truncated_examples",
-}
-
-
-class TensorBoardSink:
-    """Writes TensorBoard events. A run that continues after ``step`` hides its earlier events of later steps.
-
-    Raises:
-        ConfigError: the folder cannot be made.
-    """
-
-    def __init__(self, folder: Path, step: int = 0) -> None:
-        # Imported only here, because it takes half a second.
-        from torch.utils.tensorboard import SummaryWriter
-
-        self._folder, self._lacks = folder, ""
-        try:
-            self._writer = SummaryWriter(log_dir=str(folder), flush_secs=10, purge_step=step + 1)
-        except OSError as e:
-            raise ConfigError(
-                f"{folder} cannot be written: {e.strerror or e}; remove what is there, or choose another name",
-                key="metrics.save_tb_folder",
-            ) from None
-
-    def write(self, row: Row) -> None:
-        self._add(row["step"], {tag: row[key] for key, tag in _TENSORBOARD_TAGS.items()})
-
-    def write_validation(self, row: Row) -> None:
-        keys = ("loss", "bits_per_byte", "accuracy", "accuracy_norm")
-        self._add(row["step"], {f"validation_metrics/{key}": row.get(key) for key in keys})
-
-    def _add(self, step: int, scalars: dict[str, float | None]) -> None:
-        """Write scalars, but nothing after an error: TensorBoard's writer does not recover from a full disk."""
-        if self._lacks:
-            return
-        try:
-            for tag, value in scalars.items():
-                if value is not None and math.isfinite(value):
-                    self._writer.add_scalar(tag, value, step)
-        except OSError as e:
-            self._lacks = f"{self._folder} lacks the rows from about step {step} on ({e})"
-            logger.error("TENSORBOARD'S FILES CANNOT BE WRITTEN: %s; metrics.jsonl has the rows", self._lacks)
-
-    def lacks(self) -> str:
-        return self._lacks
-
-    def close(self) -> None:
-        try:
-            self._writer.close()
-        except OSError as e:
-            logger.error("%s lacks its last rows: %s", self._folder, e)

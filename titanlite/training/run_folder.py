@@ -16,6 +16,7 @@ from typing import IO, Any
 
 from titanlite.checkpoint import saved_steps
 from titanlite.config import JobConfig
+from titanlite.config.job_name import OUTSIDE
 from titanlite.config.options import options_of
 from titanlite.config.refuse import refuse
 from titanlite.config.run_config import (
@@ -41,8 +42,6 @@ from titanlite.errors import ConfigError, shown
 
 logger = logging.getLogger(__name__)
 
-# The sections that change neither what a run computes nor how fast.
-_OUTSIDE = {"job", "profiling", "metrics", "sample", "checkpoint", "comm", "memory_estimation"}
 _LONGEST_ROW = 1 << 20  # bytes; a longer line of metrics.jsonl is no row
 
 
@@ -287,6 +286,14 @@ def _number(line: bytes, key: str) -> float:
         return math.inf
 
 
+def logged_rows(folder: Path) -> Iterator[dict[str, Any]]:
+    """Yield the rows of the metrics of a run folder, without those that were cut short."""
+    with contextlib.suppress(OSError):
+        for line in _lines(folder / METRICS):
+            if math.isfinite(_number(line, "step")) and math.isfinite(_number(line, "tokens_seen")):
+                yield {"loss": None, **json.loads(line)}
+
+
 def loss_of_first_step(folder: Path) -> float | None:
     """Return the loss of step 1 in the metrics of a run folder; None if it is not there, or was not finite."""
     try:
@@ -302,7 +309,7 @@ def _changes(earlier: dict[str, Any], config: JobConfig, folder: Path) -> list[s
     current = run_config_of(config, folder)
     changes = []
     for section, options in options_of(type(config)).items():  # type: ignore[arg-type]
-        for option in options.values() if section not in _OUTSIDE else ():
+        for option in options.values() if section not in OUTSIDE else ():
             old, new = (
                 section_in(tree, section).get(option.key, unset)
                 for tree, unset in ((earlier, option.default), (current, None))

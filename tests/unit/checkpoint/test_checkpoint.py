@@ -229,7 +229,7 @@ def test_what_is_read_of_a_continued_run_is_one_run(tmp_path: Path) -> None:
     assert steps(run) == [*range(1, 9)]
     rows = (run.folder / "validation.jsonl").read_text().splitlines()
     assert [json.loads(row)["step"] for row in rows] == [2, 4, 6, 8]
-    events = EventAccumulator(str(run.folder / "tb")).Reload()
+    events = EventAccumulator(str(next((run.folder / "tb").iterdir()))).Reload()
     assert [event.step for event in events.Scalars("loss_metrics/global_avg_loss")] == [*range(1, 9)]
     assert [event.step for event in events.Scalars("validation_metrics/loss")] == [2, 4, 6, 8]
 

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from tests.support.synthetic_runs import loss_pairs
-from titanlite.compare.interval import MIN_ROWS, last_part, mean_interval
+from titanlite.compare.interval import MIN_ROWS, mean_interval
+from titanlite.metrics.last_part import last_part
 
 PAIRS = 400
 

@@ -23,7 +23,8 @@ from titanlite.metrics.device import peak_flops, peak_memory, total_memory
 from titanlite.metrics.flops import ModelSize, flops_per_token
 from titanlite.metrics.recorder import Recorder
 from titanlite.metrics.report import end_above, next_command, summary
-from titanlite.metrics.sinks import ConsoleSink, JsonlSink, Row, Sink, TensorBoardSink, init_logging
+from titanlite.metrics.sinks import ConsoleSink, JsonlSink, Row, Sink, init_logging
+from titanlite.metrics.tensorboard import BY_TOKENS, TensorBoardSink
 
 CPU = torch.device("cpu")
 
@@ -280,24 +281,30 @@ def test_tensorboard_reads_back(tmp_path: Path, unknown: set[str]) -> None:
         sink.write(values)
     sink.close()
     events = EventAccumulator(str(tmp_path)).Reload()
-    assert set(events.Tags()["scalars"]) == {tag for tag, key in TAGS.items() if key not in unknown}
-    for tag in events.Tags()["scalars"]:
+    tags = {tag for tag, key in TAGS.items() if key not in unknown}
+    assert set(events.Tags()["scalars"]) == {*tags, BY_TOKENS}
+    by_tokens = [(event.step, event.value) for event in events.Scalars(BY_TOKENS)]
+    assert by_tokens == [(values["tokens_seen"], values["loss"]) for values in rows]
+    for tag in tags:
         read = [(event.step, event.value) for event in events.Scalars(tag)]
         assert read == [(values["step"], pytest.approx(values[TAGS[tag]], rel=1e-6)) for values in rows]
 
 
-@pytest.mark.parametrize("begins_after", [0, 1])
+@pytest.mark.parametrize("begins_after", [0, 1, 2])
 def test_tensorboard_hides_what_is_made_again(tmp_path: Path, begins_after: int) -> None:
     """Also where a run begins again after step 0, that of a seed checkpoint."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     for step, losses in ((0, [9.0, 8.0, 7.0]), (begins_after, [5.0])):
-        sink = TensorBoardSink(tmp_path, step)
+        kept = enumerate([9.0, 8.0][:step], 1)
+        earlier = [row(step=number, loss=loss, tokens_seen=2 * number - 1) for number, loss in kept]
+        sink = TensorBoardSink(tmp_path, step, earlier)
         for number, loss in enumerate(losses, step + 1):
-            sink.write(row(step=number, loss=loss))
+            sink.write(row(step=number, loss=loss, tokens_seen=2 * number - 1))
         sink.close()
-    read = [event.value for event in EventAccumulator(str(tmp_path)).Reload().Scalars("loss_metrics/global_avg_loss")]
-    assert read == [*[9.0, 8.0][:begins_after], 5.0]
+    events = EventAccumulator(str(tmp_path)).Reload()
+    for tag in ("loss_metrics/global_avg_loss", BY_TOKENS):
+        assert [event.value for event in events.Scalars(tag)] == [*[9.0, 8.0][:begins_after], 5.0]
 
 
 def test_a_tensorboard_folder_that_cannot_be_made_is_one_message(tmp_path: Path) -> None:
@@ -352,6 +359,33 @@ def test_tensorboard_reads_validations_back(tmp_path: Path) -> None:
     events = EventAccumulator(str(tmp_path)).Reload()
     assert [event.step for event in events.Scalars("validation_metrics/loss")] == [1, 100]
     assert [event.value for event in events.Scalars("validation_metrics/bits_per_byte")] == [pytest.approx(1.23451)]
+
+
+def test_tensorboard_has_the_configuration_and_hparams_with_final_metrics(tmp_path: Path) -> None:
+    """Without a list of options for the experiment, of which TensorBoard would take that of one run for all."""
+    from tensorboard.backend.event_processing.event_multiplexer import EventMultiplexer
+    from tensorboard.plugins.hparams import plugin_data_pb2
+
+    for name, lr in (("first", 0.5), ("second", 0.25)):
+        sink = TensorBoardSink(tmp_path / "tb" / name)
+        sink.describe("[optimizer]\nlr = 0.5\n", {"optimizer.lr": lr, "model.converters": ["x"]})
+        for step in range(1, 5):
+            sink.write(row(step=step, loss=float(step)))
+        sink.write_validation(VALIDATION)
+        sink.close()
+    events = EventMultiplexer().AddRunsFromDirectory(str(tmp_path)).Reload()
+    assert {*events.Runs()} == {"tb/first", "tb/second"}
+    for name in events.Runs():
+        final = {tag: events.Scalars(name, tag)[-1].value for tag in events.Runs()[name]["scalars"] if "final" in tag}
+        assert final["final/loss"] == 3.5
+        assert final["final/validation_loss"] == pytest.approx(3.12341)
+        (text,) = events.Tensors(name, "config/text_summary")
+        assert b"    [optimizer]\n    lr = 0.5\n" in text.tensor_proto.string_val[0]
+    content = events.PluginRunToTagToContent("hparams")["tb/second"]
+    assert {*content} == {"_hparams_/session_start_info", "_hparams_/session_end_info"}
+    start = plugin_data_pb2.HParamsPluginData.FromString(content["_hparams_/session_start_info"])
+    hparams = start.session_start_info.hparams
+    assert (hparams["optimizer.lr"].number_value, hparams["model.converters"].string_value) == (0.25, '["x"]')
 
 
 # ---- the recorder
