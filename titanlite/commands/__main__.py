@@ -13,6 +13,7 @@ SUBCOMMANDS = {
     "train": "train a model; also the meaning of options without a subcommand",
     "generate": "let a trained model continue a text",
     "compare": "compare runs: their curves, their configurations, and which loss is lower",
+    "config": "print the JSON schema of the TOML files, or what differs between two",
     "evaluate": "compute the loss of text, and the accuracy in a task, of a trained model",
     "convert": "turn a checkpoint into a Hugging Face folder, or the other way round",
     "tokenizer": "train a tokenizer, or download one",

@@ -64,7 +64,9 @@ def test_a_wheel_trains_outside_the_clone(tmp_path: Path) -> None:
     (wheel,) = wheels.glob("titanlite-*.whl")
     names = set(zipfile.ZipFile(wheel).namelist())
     for name in (
+        "titanlite/compare/page.html",
         "titanlite/train_configs/debug_model.toml",
+        "titanlite/train_configs/titanlite.schema.json",
         "titanlite/train_configs/finetune/phi_4_hellaswag_float8.toml",
         "titanlite/data/assets/tokenizer.json",
         "titanlite/models/llama3/spec.py",

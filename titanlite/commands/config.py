@@ -1,0 +1,42 @@
+"""Print the JSON schema of the TOML files, or the options that differ between two of them.
+
+A and B are TOML files, packaged names such as llama3_8b, or run folders. The options in effect are compared: with those
+of the files that they build on, and the defaults.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+
+def parser() -> argparse.ArgumentParser:
+    cli = argparse.ArgumentParser(
+        prog="titanlite config", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    asked = cli.add_mutually_exclusive_group(required=True)
+    asked.add_argument("--schema", action="store_true", help="print the JSON schema, with which editors complete and "
+        "check keys")  # fmt: skip
+    asked.add_argument("--diff", nargs=2, metavar=("A", "B"), help="print the options that differ")
+    return cli
+
+
+def main(argv: list[str]) -> int:
+    args = parser().parse_args(argv)
+    from titanlite.config.difference import differing_options
+    from titanlite.config.json_schema import dump_schema, json_schema
+    from titanlite.config.run_config import CONFIG
+    from titanlite.errors import ConfigError, printable, shown
+
+    if args.schema:
+        print(dump_schema(json_schema()), end="")
+        return 0
+    try:
+        files = [str(Path(name, CONFIG)) if Path(name, CONFIG).is_file() else name for name in args.diff]
+        for name, (first, second) in differing_options(*files).items():
+            print(printable(f"{name}: {shown(first)} -> {shown(second)}"))
+    except ConfigError as error:
+        print(f"titanlite config: {error}", file=sys.stderr)
+        return 2
+    return 0
