@@ -41,7 +41,7 @@ from titanlite.config import (
 from titanlite.config.data_rules import packing_of
 from titanlite.config.job_name import distinguishing_options, job_name
 from titanlite.config.run_config import CONFIG as CONFIG_TOML
-from titanlite.config.run_config import METRICS, VALIDATION, read_run_config, section_in
+from titanlite.config.run_config import METRICS, MODEL, VALIDATION, read_run_config, section_in
 from titanlite.data import merge_states
 from titanlite.distributed import runtime
 from titanlite.distributed.attention_kernel import preferred_kernels
@@ -59,7 +59,7 @@ from titanlite.metrics.device import GIB, device_name, is_out_of_memory, peak_fl
 from titanlite.metrics.flops import flops_per_token
 from titanlite.metrics.profiling import Profiler
 from titanlite.metrics.recorder import Recorder
-from titanlite.metrics.report import next_command, shown_path, summary, table
+from titanlite.metrics.report import next_command, shown_path, summary, table, what_next
 from titanlite.metrics.sinks import (
     ConsoleSink,
     JsonlSink,
@@ -327,11 +327,16 @@ class Trainer:
             while self.step < self.config.training.steps and not stop:
                 stop = self.advance()
                 step_done()
+        keeps_model = self.config.checkpoint.keep_model and not self.config.checkpoint.enable_checkpoint and not stop
+        if keeps_model:
+            self.checkpoints.keep_model(self._info(), self.process, self.run_path / MODEL)
         self._log_summary()
         if not stop:
             sample = log_sample(self.model_parts, self.tokenizer, self.config, self.mesh, self.runtime)
             if sample is not None and self.runtime.rank == 0:
                 self.run_folder.keep_sample(*sample)
+        if keeps_model:
+            logger.info(what_next(self.config, self.run_path, self.runtime.world_size))
         self.recorder.check_complete()
 
     def advance(self) -> bool:
@@ -427,7 +432,11 @@ class Trainer:
         if not self.config.checkpoint.enable_checkpoint:
             return
         start = time.perf_counter()
-        info = Info(
+        self.checkpoints.save(self._info(), self.process, last=last, ends=ends)
+        self.recorder.exclude(time.perf_counter() - start)
+
+    def _info(self) -> Info:
+        return Info(
             step=self.step,
             model=self.process.model,
             tokenizer_path=self.tokenizer_source,
@@ -437,8 +446,6 @@ class Trainer:
             data=merge_states(self.runtime.gather(self.loader.state_dict())),
             step_guard=self.step_guard.state_dict(),
         )
-        self.checkpoints.save(info, self.process, last=last, ends=ends)
-        self.recorder.exclude(time.perf_counter() - start)
 
     # ---- what the user reads
 

@@ -25,7 +25,10 @@ def why_no_weights(path: Path) -> str:
         return f"there are some in it, so name one: {', '.join(map(str, inside))}"
     names = sorted(entry.name for entry in path.iterdir())
     if CONFIG in names:
-        return "it is the folder of a run without checkpoints; --checkpoint.enable_checkpoint makes a run save them"
+        return (
+            "it is the folder of a run without checkpoints; --checkpoint.enable_checkpoint makes a run save them, and "
+            "--checkpoint.keep_model its last weights"
+        )
     if ".metadata" in names:
         return (
             f"it has no {INFO}: another program saved these weights, and they do not say which model they belong to; "

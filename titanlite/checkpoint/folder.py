@@ -16,7 +16,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from titanlite.config.run_config import inner_folder, read_run_config
+from titanlite.config.run_config import MODEL, inner_folder, read_run_config
 from titanlite.config.value_rules import PATH
 from titanlite.errors import ConfigError
 from titanlite.untrusted.files import Untrusted, contained, open_file, read_bytes
@@ -68,7 +68,8 @@ def is_checkpoint(folder: Path) -> bool:
 
 
 def latest_checkpoint(path: str | Path) -> Path:
-    """Return the latest checkpoint in ``path``, if that is a run folder or a folder of checkpoints; else ``path``.
+    """Return the latest checkpoint in ``path``, if that is a run folder or a folder of checkpoints; else the model that
+    a run without checkpoints has kept, else ``path``.
 
     Raises:
         ConfigError: the system cannot look up ``path``, or the checkpoint is a link that leads out of its folder.
@@ -76,7 +77,8 @@ def latest_checkpoint(path: str | Path) -> Path:
     if not PATH.holds(str(path)):
         raise ConfigError(f"{path}: must be {PATH.text}")
     path = Path(path).expanduser()
-    for root in (path, path / (inner_folder(read_run_config(path), "checkpoint", "folder") or "checkpoint")):
+    checkpoints = inner_folder(read_run_config(path), "checkpoint", "folder") or "checkpoint"
+    for root in (path, path / checkpoints, path / MODEL):
         if steps := saved_steps(root):
             return contained(root, step_folder(root, steps[-1]).name)
     return path

@@ -296,8 +296,7 @@ class CheckpointManager:
             return
         state = model_state(process.parts)
         info.weights_only = last and self.options.last_save_model_weights_only
-        info.world_size, info.model = dist.get_world_size(), process.model
-        info.buffers = self._all_buffers(process)
+        self._complete(info, process)
         if info.weights_only:
             dtype = DTYPES[self.options.export_dtype]
             state = {name: t.to(dtype) if name not in info.buffers else t for name, t in state.items()}
@@ -312,6 +311,24 @@ class CheckpointManager:
             if ends or self.options.on_save_failure == "stop":
                 raise self._fatal(e, info.step) from None
             self._log_failed(e, info.step)
+
+    def keep_model(self, info: Info, process: Process, root: Path) -> None:
+        """Save the weights alone as ``root/step-N``, after the last step of a run without checkpoints.
+
+        Raises:
+            TrainingError: they cannot be written.
+        """
+        info.weights_only = True
+        self._complete(info, process)
+        try:
+            folder = save(root, model_state(process.parts), info, self.group, self.files)
+        except SaveError as e:
+            raise TrainingError(f"THE MODEL COULD NOT BE SAVED ({e}); make room in {root.parent}") from None
+        logger.info("the model is kept in %s", folder)
+
+    def _complete(self, info: Info, process: Process) -> None:
+        info.world_size, info.model = dist.get_world_size(), process.model
+        info.buffers = self._all_buffers(process)
 
     def _write_copies(self, copies: State, failure: Exception | None, info: Info) -> None:
         """Write the copies, in the background thread; log a failure at once, not at the next save."""

@@ -40,7 +40,8 @@ def job_name(config: JobConfig, continued: str | None = None) -> str:
         and config.origin(option.name).startswith("the argument")
         and (part := _part(option, config.value(option.name)))
     ]
-    return _plain("-".join([config.job.name or file, *given]))
+    added = _plain("".join(f"-{part}" for part in given))[:_LONGEST]
+    return (_plain(config.job.name or file)[: max(_LONGEST - len(added), 10)] + added)[:_LONGEST].strip("._-") or "run"
 
 
 def _part(option: Option, value: Any) -> str:
@@ -55,8 +56,8 @@ def _part(option: Option, value: Any) -> str:
 
 
 def _plain(name: str) -> str:
-    """Return ``name`` as the name of a folder."""
-    return re.sub(r"[^\w.+=-]+", "_", name).lstrip("._-")[:_LONGEST].rstrip("._-") or "run"
+    """Return ``name`` with the characters that a folder's name may have everywhere."""
+    return re.sub(r"[^\w.+=-]+", "_", name)
 
 
 # Options that are shown for each run, though a run may have their defaults.

@@ -65,7 +65,9 @@ def _values(option: Option) -> dict[str, Any]:
     if option.base is list:
         item = {"enum": [*option.choices]} if option.choices else {"type": "string"}
         # A string is a list too: its items are separated by commas.
-        return {"anyOf": [{"type": "array", "items": item}, {"type": "string"}]}
+        word = rf"\s*({'|'.join(option.choices)})?\s*"
+        pattern = {"pattern": f"^{word}(,{word})*$"} if option.choices else {}
+        return {"anyOf": [{"type": "array", "items": item}, {"type": "string", **pattern}]}
     if option.choices:
         return {"enum": [*option.choices]}
     return {**_TYPES[option.base], **(option.rule.keywords if option.rule else {})}

@@ -216,6 +216,9 @@ class Parallelism:
 class Checkpoint:
     enable_checkpoint: bool = False
     """Save checkpoints, and continue from the latest one in the run folder."""
+    keep_model: bool = False
+    """Without checkpoints, save the weights after the last step, in the folder model of the run folder. The next run in
+    that folder moves them to earlier/, with the other files. (torchtitan does not have it.)"""
     folder: InnerFolder = "checkpoint"
     """The folder of the checkpoints, in the run folder."""
     initial_load_path: AnyPath | None = None

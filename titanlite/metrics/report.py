@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import shlex
 import statistics
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 
-from titanlite.config import JobConfig
+from titanlite.config import JobConfig, packaged
+from titanlite.config.run_config import CONFIG
 from titanlite.environment import COMMAND
 from titanlite.metrics.recorder import Recorder
 from titanlite.metrics.sinks import Row, shown_memory
@@ -99,19 +101,54 @@ def summary(
     )
 
 
+def what_next(config: JobConfig, run: Path, world_size: int) -> str:
+    """Return numbered commands that go on from a first run, which has kept its model in the folder ``run``. They work
+    as printed."""
+    titanlite, train = _titanlite(), _train(run / CONFIG, world_size)
+    folder, own_folder = shlex.quote(str(run)), shlex.quote(f"{run}_own_text")
+    root = packaged.FOLDER.parent
+    text = root / "docs" / "*.md" if (root / "docs").is_dir() else root / "*" / "*.py"
+    own_text = f"--training.dataset=text --training.dataset_path={shlex.quote(shown_path(str(text)))}"
+    commands = {
+        "talk to it": f"{titanlite} generate --checkpoint {folder} --prompt import",
+        "train on your own text: a folder of .txt files, or files that a pattern names, such as these": (
+            f"{train} --job.dump_folder={own_folder} {own_text}"
+        ),
+        "train the same in low precision": f"{train} --model.converters=float8 --float8.recipe_name=rowwise",
+        "compare the runs in the folder": f"{titanlite} compare {folder}",
+    }
+    if config.model.converters:  # it is in low precision
+        del commands["train the same in low precision"]
+    lines = (f"    {number}. {purpose}:\n        {commands[purpose]}" for number, purpose in enumerate(commands, 1))
+    return "\n".join(["what to do next:", *lines])
+
+
 def next_command(config: JobConfig, file: Path, step: int, world_size: int) -> dict[str, str]:
     """Return the next command after a run that ended at ``step``, by purpose, if there is one; ``file`` is the run's
     configuration."""
-    machines = os.environ.get("GROUP_WORLD_SIZE", "1")
-    processes = os.environ.get("LOCAL_WORLD_SIZE", "1")
-    ngpu = f"NGPU={processes} " if world_size > 1 or torch.cuda.device_count() > 1 else ""  # else it is the default
-    if machines != "1":
-        ngpu = f"NNODES={machines} RDZV_ENDPOINT=... {ngpu}"
-    command = f"{ngpu}CONFIG_FILE={shlex.quote(str(file))} {shlex.quote(os.environ.get(COMMAND, 'titanlite'))}"
+    command = _train(file, world_size)
     if not config.checkpoint.enable_checkpoint:
-        return {"run it again": command}
+        return {} if config.checkpoint.keep_model and step == config.training.steps else {"run it again": command}
     if step < config.training.steps:
         return {"continue it": command}
     if config.checkpoint.last_save_model_weights_only:
         return {}
     return {"train longer": f"{command} --training.steps={2 * step}"}
+
+
+def _titanlite() -> str:
+    """Return how the console script is called from the current folder."""
+    script = Path(sys.executable).with_name("titanlite")
+    python = shlex.quote(sys.executable)
+    return shlex.quote(shown_path(str(script))) if script.exists() else f"{python} -m titanlite.commands"
+
+
+def _train(file: Path, world_size: int) -> str:
+    """Return the command that trains as ``file`` says, on the processes of this run."""
+    machines = os.environ.get("GROUP_WORLD_SIZE", "1")
+    processes = os.environ.get("LOCAL_WORLD_SIZE", "1")
+    ngpu = f"NGPU={processes} " if world_size > 1 or torch.cuda.device_count() > 1 else ""  # else it is the default
+    if machines != "1":
+        ngpu = f"NNODES={machines} RDZV_ENDPOINT=... {ngpu}"
+    program = shlex.quote(os.environ[COMMAND]) if COMMAND in os.environ else _titanlite()
+    return f"{ngpu}CONFIG_FILE={shlex.quote(str(file))} {program}"

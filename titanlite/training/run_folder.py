@@ -26,6 +26,7 @@ from titanlite.config.run_config import (
     HF_CONFIG,
     LOCK,
     METRICS,
+    MODEL,
     SAMPLE,
     TOKENIZER,
     VALIDATION,
@@ -160,7 +161,8 @@ class RunFolder:
         """
         trees = run_config_of(config, self.path), self.earlier
         folders = dict.fromkeys(inner_folder(tree, *option) for tree in trees for option in FOLDERS)
-        self.set_earlier_aside([CONFIG, METRICS, VALIDATION, TOKENIZER, SAMPLE, HF_CONFIG, *filter(None, folders)])
+        fixed = (CONFIG, METRICS, VALIDATION, TOKENIZER, SAMPLE, MODEL, HF_CONFIG)
+        self.set_earlier_aside([*fixed, *filter(None, folders)])
         mark_as_made_here(self.path)
         self._keep_shape(config, shape)
         write_run_config(config, self.path)

@@ -45,6 +45,8 @@ def test_a_run_that_goes_on_keeps_its_name_and_another_one_adds_to_it(tmp_path: 
     config = load_config(["--training.steps=50"], str(tmp_path / "config.toml"))
     assert job_name(config, "mine") == "mine"
     assert job_name(config) == "mine-steps=50"
+    (tmp_path / "config.toml").write_text(f'run_folder = "."\n\n[job]\nname = "{"x" * 100}"\n')
+    assert job_name(load_config(["--training.steps=50"], str(tmp_path / "config.toml"))) == "x" * 91 + "-steps=50"
 
 
 @pytest.mark.parametrize("name", ["", "a/b", "..", ".x", " x", "a\nb", "x" * 201, "a\\b"])
