@@ -50,6 +50,8 @@ def why_not_comparable(run: Run, baseline: Run) -> list[str]:
 def _kind(name: str) -> str:
     if name in ("tokens per step", "tokenizer"):
         return f"other {name}"
+    if name == "model.tokenizer_path":
+        return f"other tokenizer: {name}"
     return f"other sequences: {name}" if name == "training.seq_len" else f"other data: {name}"
 
 
@@ -61,4 +63,6 @@ def _fact(run: Run, name: str) -> str:
 def not_known(run: Run, baseline: Run) -> list[str]:
     """Return what decides whether two runs compare, and one of them does not say."""
     names = {"training.dataset": "data", "tokens per step": "tokens per step", "tokenizer": "tokenizer"}
-    return [word for name, word in names.items() if name not in run.facts or name not in baseline.facts]
+    same = all("model.tokenizer_path" in facts for facts in (run.facts, baseline.facts))
+    unknown = [word for name, word in names.items() if name not in run.facts or name not in baseline.facts]
+    return [word for word in unknown if not (word == "tokenizer" and same)]

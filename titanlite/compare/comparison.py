@@ -216,7 +216,7 @@ def _sentence(run: Run, baseline: Run, differences: Sequence[Difference], reason
         return f"No verdict: {pair} have logged no step in common; set the same metrics.log_freq."
     (d,) = named
     unknown = not_known(run, baseline)
-    caution = f" A log does not say if {' and '.join(unknown)} are the same." if unknown else ""
+    caution = f" It is not known if they have the same {', '.join(unknown)}." if unknown else ""
     if d.verdict == "too few rows":
         why = f"No verdict: {pair} have fewer than {MIN_ROWS} logged steps in common; train longer, or log more often"
         return f"{why} (metrics.log_freq).{caution}"

@@ -211,6 +211,8 @@ def _facts(folder: Path, options: dict[str, Any], metrics: Columns) -> dict[str,
     try:
         identity = files.read_json(folder / TOKENIZER / "tokenizer_identity.json", most=1 << 20)
     except ConfigError:
+        if options:
+            facts["model.tokenizer_path"] = value_of(options, "model.tokenizer_path")
         return facts
     if isinstance(identity.get("sha256"), str):
         facts["tokenizer"] = printable(identity["sha256"])[:12]

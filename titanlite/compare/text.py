@@ -83,7 +83,7 @@ def _runs(comparison: Comparison) -> Table:
 
 
 def _differences(comparison: Comparison) -> Table:
-    title = f"difference to {comparison.baseline.name}, with its 95% interval"
+    title = f"difference to {comparison.baseline.name} at equal steps and tokens, with its 95% interval"
     table = _table(title, "run", "metric", "difference", "%", "interval in %")
     for number, run in enumerate(comparison.runs):
         name = _named(comparison, number)
@@ -94,7 +94,9 @@ def _differences(comparison: Comparison) -> Table:
 
 
 def metric_title(d: Difference) -> str:
-    return f"{d.metric.replace('_', ' ')} at equal {d.at}"
+    """Return the metric, and at equal steps or tokens: "loss, steps"."""
+    names = {"validation_loss": "val loss", "bits_per_byte": "bits/byte"}
+    return f"{names.get(d.metric, d.metric)}, {d.at}"
 
 
 def difference_cells(d: Difference) -> tuple[str, str, str]:

@@ -69,6 +69,18 @@ def test_runs_that_do_not_compare_get_no_verdict(other: dict[str, Any], words: l
     assert all(d.low is not None for d in comparison.differences)  # but how far they are apart is shown
 
 
+def test_without_its_copy_the_path_of_the_tokenizer_counts(tmp_path: Path) -> None:
+    first, second = losses(-1)
+    options = [{"model": {"tokenizer_path": f"/{name}"}} for name in ("x", "x", "y")]
+    paths = [write_run(tmp_path / f"{i}", first if i else second, options[i]) for i in range(3)]
+    for path in paths:
+        (path / "tokenizer" / "tokenizer_identity.json").unlink()
+    verdicts = compare(paths).verdicts
+    assert "higher loss" in verdicts["1"]
+    assert "not known" not in verdicts["1"]
+    assert "other tokenizer" in verdicts["2"]
+
+
 @pytest.mark.parametrize("options", [{"optimizer": {"lr": 0.1}}, {"training": {"steps": 7}}, {"job": {"name": "x"}}])
 def test_other_options_do_compare(options: dict[str, Any], tmp_path: Path) -> None:
     assert two_runs(tmp_path, options=options).reasons == {}
