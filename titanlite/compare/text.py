@@ -53,16 +53,19 @@ def _parts(comparison: Comparison, console: Console) -> Iterator[RenderableType]
     yield _curves(comparison, console)
 
 
-def _named(comparison: Comparison, number: int) -> Text:
+def _named(comparison: Comparison, number: int) -> tuple[Text, Text]:
+    """Return the number and the name of a run."""
     run = comparison.runs[number]
     mark = " (baseline)" if run is comparison.baseline and len(comparison.runs) > 1 else ""
-    return Text(f"{number + 1} {run.name}{mark}", style=COLORS[number % len(COLORS)])
+    style = COLORS[number % len(COLORS)]
+    return Text(f"{number + 1}", style=style), Text(f"{run.name}{mark}", style=style)
 
 
 def _table(title: str, *columns: str) -> Table:
     table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, padding=(0, 1))
     for number, column in enumerate(columns):
-        table.add_column(column, justify="right" if number else "left", overflow="fold", no_wrap=number > 0)
+        is_name = column == "run"
+        table.add_column(column, justify="right" if number > 1 else "left", overflow="fold", no_wrap=not is_name)
     return table
 
 
@@ -76,20 +79,20 @@ def numbers_of_runs(comparison: Comparison) -> tuple[list[str], list[list[str]]]
 
 def _runs(comparison: Comparison) -> Table:
     titles, rows = numbers_of_runs(comparison)
-    table = _table("runs (loss: mean of the last part; tok/s and MFU: median)", "run", *titles)
+    table = _table("runs (loss: mean of the last part; tok/s and MFU: median)", "", "run", *titles)
     for number, cells in enumerate(rows):
-        table.add_row(_named(comparison, number), *cells)
+        table.add_row(*_named(comparison, number), *cells)
     return table
 
 
 def _differences(comparison: Comparison) -> Table:
     title = f"difference to {comparison.baseline.name} at equal steps and tokens, with its 95% interval"
-    table = _table(title, "run", "metric", "difference", "%", "interval in %")
+    table = _table(title, "", "run", "metric", "difference", "%", "interval in %")
     for number, run in enumerate(comparison.runs):
         name = _named(comparison, number)
         for d in (d for d in comparison.differences if d.run == run.name):
-            table.add_row(name, metric_title(d), *difference_cells(d))
-            name = Text()
+            table.add_row(*name, metric_title(d), *difference_cells(d))
+            name = Text(), Text()
     return table
 
 
