@@ -1,5 +1,5 @@
 """``casts.py --sweep``: which tiles and how many warps the kernels should have, as lines for
-titanlite/quant/float8/kernels/launch.py.
+titanlite/quant/kernels/launch.py.
 
 One constant after the other is given each of its candidates, the others what was best before, and the whole cast or
 rescaling is timed; the best is the one with the least geometric mean of times over all shapes and layouts, where the
@@ -81,7 +81,7 @@ def check(parser: argparse.ArgumentParser, device: str) -> None:
 
 
 def _launch() -> ModuleType:
-    return importlib.import_module("titanlite.quant.float8.kernels.launch")  # which needs triton
+    return importlib.import_module("titanlite.quant.kernels.launch")  # which needs triton
 
 
 @contextlib.contextmanager
@@ -173,7 +173,7 @@ def sweep(args: argparse.Namespace) -> int:
                 first = min(of_case, key=lambda row: row["relative"][case])
                 print(f"{constant.name}, {case}: {first['value']} ({first['relative'][case]:.3f})")
         budget.print_left_out()
-        print("The best, for titanlite/quant/float8/kernels/launch.py:")
+        print("The best, for titanlite/quant/kernels/launch.py:")
         for constant in CONSTANTS:
             value = getattr(launch, constant.name)
             print(f"{constant.name} = {f'Tile{tuple(value)}' if isinstance(value, tuple) else value}")

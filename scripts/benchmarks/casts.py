@@ -1,7 +1,7 @@
 """The quantization kernels: GB/s, and the share of the bandwidth of a copy, on activations of Llama 3 8B and 70B.
 
     python scripts/benchmarks/casts.py --out docs/benchmarks/casts.json
-    python scripts/benchmarks/casts.py --sweep       # which tiles are best, for quant/float8/kernels/launch.py
+    python scripts/benchmarks/casts.py --sweep       # which tiles are best, for quant/kernels/launch.py
 
 Of x (m, k) in bfloat16: the cast by rows, by columns and both, with tensor and with vector scales, to e4m3 and e5m2;
 the rescaling of a product; of SwiGLU, the cast by rows of a product with silu(gate), and in backward the gradients of
@@ -12,7 +12,7 @@ has no rescaling and no SwiGLU of its own). ``of_copy`` is the share of what a c
 second, where x is read once and written once, in the same turns.
 
 Calls run one right after the other, launched ahead, on several inputs in turn, so that no read comes from the cache by
-chance. What each system puts out is compared with quant.float8.kernels.reference in the same run, on random x;
+chance. What each system puts out is compared with quant.kernels.reference in the same run, on random x;
 ``mismatch`` is the share of numbers that differ, and more than rounding explains (for titanlite any, but in SwiGLU,
 whose exponential functions differ) is a failure.
 """
@@ -33,9 +33,9 @@ import results
 import torch
 from torch import Tensor
 
-from titanlite.quant.float8 import kernels
-from titanlite.quant.float8.kernels import reference
-from titanlite.quant.float8.kernels.outputs import in_one_pass
+from titanlite.quant import kernels
+from titanlite.quant.kernels import reference
+from titanlite.quant.kernels.outputs import in_one_pass
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 Outputs = tuple[Tensor, ...]
@@ -60,7 +60,7 @@ class Kernel(NamedTuple):
 
 
 def layouts(kernel: str, scales: str) -> tuple[str, str]:
-    """Return by_rows and by_columns of :func:`titanlite.quant.float8.kernels.cast`."""
+    """Return by_rows and by_columns of :func:`titanlite.quant.kernels.cast`."""
     return (
         scales if kernel in ("cast rows", "cast both") else "none",
         scales if kernel in ("cast columns", "cast both") else "none",

@@ -41,7 +41,7 @@ GPU_PARTS = {
 }
 CPU_PARTS = {
     "attention": r"scaled_dot_product",
-    "casts": r"titanlite_float8",
+    "casts": r"titanlite_quant",
     "communication": r"c10d|gloo",
     "matmuls": r"^aten::(mm|addmm|bmm|_scaled_mm|linear)$",
     "optimizer": r"adam|_foreach_norm|clip",

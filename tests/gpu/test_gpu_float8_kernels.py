@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from titanlite.quant.float8 import devices, kernels
-from titanlite.quant.float8.kernels import reference
+from titanlite.quant import kernels
+from titanlite.quant.float8 import devices
+from titanlite.quant.kernels import reference
 
 NATIVE = torch.cuda.is_available() and devices.has_native_float8(torch.device("cuda"))
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not NATIVE, reason="needs a GPU with float8 units")]

@@ -6,7 +6,7 @@ from titanlite.config.number_formats import NUMBER_FORMATS
 from titanlite.config.refuse import refuse
 from titanlite.config.schema import JobConfig
 
-_MX_KERNELS = "the casts of mxfp8 are the compiler's; leave it out"
+_MX_KERNELS = "one kernel casts along both dimensions; leave it out"
 _FAULT_TOLERANCE = "one run is one group of processes; leave it out"
 _STAGES = "stages have about equal work; use parallelism.pipeline_parallel_split_points for others"
 _EXPERTS = "no model here has experts; leave it out"

@@ -23,7 +23,7 @@ from titanlite.float8 import (
     sync_float8_amax_and_scale_history,
 )
 from titanlite.float8.float8_linear_utils import too_small
-from titanlite.quant.float8 import kernels
+from titanlite.quant import kernels
 from titanlite.quant.float8.devices import has_native_float8, native_dtypes, why_not
 from titanlite.quant.float8.format import Kernels
 

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import logging
+
 from titanlite.config import JobConfig
 from titanlite.converters.linears import LinearConverter, target_or_device, warn_of_emulation
 from titanlite.converters.registry import register_converter
 from titanlite.distributed.mesh import Mesh
 from titanlite.quant.format import Matmul
 from titanlite.quant.int8.format import Int8Format, is_native
+from titanlite.quant.int8.gpu import choice
+
+logger = logging.getLogger()
 
 RECIPES: dict[str, tuple[Matmul, ...]] = {
     "rowwise": ("output", "grad_input", "grad_weight"),
@@ -24,5 +29,7 @@ class Int8Converter(LinearConverter):
         if not native and not options.emulate:
             warn_of_emulation("int8", units)
         recipe, emulate = options.recipe_name or "rowwise", options.emulate or not native
-        format = Int8Format(RECIPES[recipe], emulate=emulate)
+        format = Int8Format(RECIPES[recipe], emulate=emulate, target=mesh.target.architecture)
+        if units != "cpu" and not emulate:
+            logger.info("int8 on %s: %s", units, choice(units))
         super().__init__("int8", recipe, format, options.filter_fqns, emulate)

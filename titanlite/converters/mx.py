@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 from titanlite.config import JobConfig
 from titanlite.converters.linears import LinearConverter, target_or_device, warn_of_emulation
 from titanlite.converters.registry import register_converter
@@ -9,6 +11,9 @@ from titanlite.distributed.mesh import Mesh
 from titanlite.errors import ConfigError
 from titanlite.quant.devices import sm
 from titanlite.quant.mx.format import MXFormat, is_native
+from titanlite.quant.mx.kernels import choice
+
+logger = logging.getLogger()
 
 
 @register_converter("mx")
@@ -29,6 +34,9 @@ class MXConverter(LinearConverter):
             "rceil" if options.recipe_name == "mxfp8_rceil" else options.scale_mode,
             grad_weight=options.recipe_name != "mxfp8_with_gw_hp",
             emulate=emulate or not native,
+            target=mesh.target.architecture,
         )
+        if not format.emulate:
+            logger.info("mxfp8 on %s: %s", units, choice())
         recipe = f"{options.recipe_name}, {format.scale_mode}"
         super().__init__("mx", recipe, format, options.filter_fqns, format.emulate)

@@ -8,7 +8,7 @@ from dataclasses import InitVar, dataclass, field, fields, replace
 from functools import cached_property
 from typing import Any, NoReturn, get_args
 
-from titanlite.quant.float8 import kernels
+from titanlite.quant import kernels
 from titanlite.quant.float8.casts import CastConfig, ScalingGranularity, ScalingType
 from titanlite.quant.float8.devices import default_dtypes
 from titanlite.quant.float8.format import Float8Format, Kernels

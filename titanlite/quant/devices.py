@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 
 import torch
+from torch import Tensor
 
 logger = logging.getLogger("titanlite.quant")
 
@@ -33,10 +35,19 @@ def sm(architecture: str) -> int:
     return int(number) if number.isdigit() else 0
 
 
+def on_device_of(x: Tensor) -> AbstractContextManager[object]:
+    """Make the device of ``x`` the current one: Triton launches there, not on the device of its arguments."""
+    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+
+
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def lacks_units(format: str, is_native: Callable[[str], bool], device: torch.device) -> bool:
-    """Return whether the architecture of ``device`` has no units for ``format``, which is logged once."""
-    return device.type != "meta" and _lacks_units(format, is_native, architecture(device))
+def lacks_units(format: str, is_native: Callable[[str], bool], device: torch.device, target: str | None = None) -> bool:
+    """Return whether there are no units for ``format``, which is logged once.
+
+    Args:
+        target: the architecture to compute for; None: that of ``device``.
+    """
+    return device.type != "meta" and _lacks_units(format, is_native, target or architecture(device))
 
 
 @cache

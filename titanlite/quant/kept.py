@@ -2,7 +2,7 @@
 
 import torch
 
-from titanlite.quant.float8 import kernels
+from titanlite.quant import kernels
 from titanlite.quant.int8 import cpu
 
 SMALL_RESULTS = {torch.ops.aten.amax.default, kernels.AMAXES}

@@ -49,7 +49,7 @@ class Recorder(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.namespace.startswith("titanlite"):
             # The registered CUDA implementation, which allocates and launches; fake tensors would call the fake one.
-            implementation = importlib.import_module("titanlite.quant.float8.kernels.launch")
+            implementation = importlib.import_module("titanlite.quant.kernels.launch")
             name = {"cast": "cast_with"}.get(func._opname, func._opname)
             with self:
                 return getattr(implementation, name)(*args, **(kwargs or {}))

@@ -18,7 +18,7 @@ pytest.importorskip("triton")
 import cast_sweep
 
 from tests.unit.float8.interpreted import exact_conversions
-from titanlite.quant.float8.kernels import launch, reference
+from titanlite.quant.kernels import launch, reference
 
 pytestmark = [
     pytest.mark.long,
@@ -29,7 +29,7 @@ pytestmark = [
 @pytest.fixture(autouse=True)
 def real_kernels() -> Iterator[None]:
     """The operators are the Triton kernels on the CPU, too."""
-    with torch.library._scoped_library("titanlite_float8", "IMPL") as library, exact_conversions():
+    with torch.library._scoped_library("titanlite_quant", "IMPL") as library, exact_conversions():
         library.impl("amaxes", launch.amaxes, "CPU", allow_override=True)
         library.impl("cast", launch.cast_with, "CPU", allow_override=True)
         library.impl("swiglu_backward", launch.swiglu_backward, "CPU", allow_override=True)

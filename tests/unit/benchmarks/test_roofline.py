@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from titanlite.float8 import Float8LinearConfig, convert_to_float8_training
 from titanlite.quant.float8 import format, matmul
-from titanlite.quant.float8.kernels import reference
+from titanlite.quant.kernels import reference
 
 pytestmark = pytest.mark.long
 
@@ -53,7 +53,7 @@ def moved(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
 
     # torch 2.11's on the CPU takes no scales of rows; what is counted is not in it.
     monkeypatch.setattr(torch, "_scaled_mm", scaled_mm)
-    with torch.library._scoped_library("titanlite_float8", "IMPL") as library:
+    with torch.library._scoped_library("titanlite_quant", "IMPL") as library:
         library.impl("cast", cast, "CPU", allow_override=True)
         library.impl("rescale", rescale, "CPU", allow_override=True)
         monkeypatch.setattr(format, "must_emulate", lambda device, target, dtypes, emulate, compiled: emulate)

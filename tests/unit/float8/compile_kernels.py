@@ -3,47 +3,24 @@
 from __future__ import annotations
 
 import itertools
-import os
 import sys
 
-os.environ["TRITON_INTERPRET"] = "0"
-
 import torch
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 
+from tests.support.ahead_of_time import compile
 from titanlite.quant.float8.devices import native_dtypes
-from titanlite.quant.float8.kernels import launch
-from titanlite.quant.float8.kernels import triton_kernels as kernels
+from titanlite.quant.kernels import launch, outputs
+from titanlite.quant.kernels import triton_kernels as kernels
 
 NAMES = {torch.float8_e4m3fn: "fp8e4nv", torch.float8_e5m2: "fp8e5", torch.float8_e4m3fnuz: "fp8e4b8"}
 NAMES |= {torch.float8_e5m2fnuz: "fp8e5b16"}
-
-
-def target_of(name: str) -> GPUTarget:
-    return GPUTarget("hip", name, 64) if name.startswith("gfx") else GPUTarget("cuda", int(name[3:]), 32)
-
-
-def compile(name: str, kernel: triton.JITFunction, signature: dict[str, str], constants: dict[str, object]) -> None:
-    options = {"num_warps": constants["num_warps"]}
-    full = {name: signature.get(name, "constexpr") for name in kernel.arg_names}
-    divisible = {(i,): [["tt.divisibility", 16]] for i, t in enumerate(full.values()) if t == "i32" or t[0] == "*"}
-    source = ASTSource(
-        kernel,
-        full,
-        {(i,): constants.get(k) for i, k in enumerate(kernel.arg_names) if full[k] == "constexpr"},
-        divisible,
-    )
-    compiled = triton.compile(source, target=target_of(name), options=options)
-    assert compiled.asm["hsaco" if name.startswith("gfx") else "cubin"]
 
 
 def main(name: str) -> None:
     count = 0
     sizes = {"M": "i32", "N": "i32", "stride": "i32"}
     for x, dtype in [*itertools.product(("bf16",), native_dtypes(name)), ("fp32", native_dtypes(name)[0])]:
-        numbers = {"FP8_MAX": torch.finfo(dtype).max, "DTYPE": launch.DTYPES[dtype]}
+        numbers = {"LARGEST": outputs.largest(dtype), "DTYPE": launch.DTYPES[dtype]}
         out = f"*{NAMES[dtype]}"
         for by_rows, by_columns in itertools.product(launch.LAYOUTS.values(), repeat=2):
             how = {"BY_ROWS": by_rows, "BY_COLUMNS": by_columns}

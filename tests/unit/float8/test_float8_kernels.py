@@ -4,8 +4,6 @@ the bytes they move; and compiled ahead of time for the GPUs they are meant for.
 from __future__ import annotations
 
 import math
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,9 +18,9 @@ from torch import Tensor
 pytest.importorskip("triton")
 from triton.runtime import interpreter
 
-from tests.support.runs import environment
+from tests.support.compiler import compiles
 from tests.unit.float8.interpreted import exact_conversions
-from titanlite.quant.float8.kernels import launch, outputs, reference
+from titanlite.quant.kernels import launch, outputs, reference
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 NONE, TENSOR, VECTOR = "none", "tensor", "vector"
@@ -38,12 +36,14 @@ def as_on_a_gpu() -> Iterator[None]:
 
 
 def check(x: Tensor, dtype: torch.dtype, by_rows: str, by_columns: str, power_of_2: bool) -> None:
-    found = launch.cast(x.to(DEVICE), dtype, by_rows, by_columns, power_of_2)
-    for on_device, b in zip(found, reference.cast(x, dtype, by_rows, by_columns, power_of_2), strict=True):
-        a = on_device.cpu()
+    found = [t.cpu() for t in launch.cast(x.to(DEVICE), dtype, by_rows, by_columns, power_of_2)]
+    meaningless = [found[1].isnan(), None, found[3].t().isnan(), None] if dtype is torch.int8 else 4 * [None]
+    expected = reference.cast(x, dtype, by_rows, by_columns, power_of_2)
+    for a, b, without in zip(found, expected, meaningless, strict=True):
         assert (a.shape, a.dtype, a.is_contiguous()) == (b.shape, b.dtype, True)
         bits = torch.uint8 if a.itemsize == 1 else torch.int32
         same = (a.view(bits) == b.view(bits)) | (a.float().isnan() & b.float().isnan())
+        same = same if without is None or not a.numel() else same | without
         assert same.all(), f"{(~same).sum()} of {same.numel()} differ"
 
 
@@ -185,12 +185,7 @@ def test_a_cast_with_an_agreed_amax_reads_once(dtype: torch.dtype, bad: float) -
 
 # ---- compiled for GPUs that are not here
 
-COMPILE = Path(__file__).with_name("compile_kernels.py")
-
 
 @pytest.mark.parametrize("target", ["sm_89", "sm_90", "sm_100", "gfx942"])
 def test_every_kernel_compiles(target: str) -> None:
-    given = [sys.executable, "-W", "ignore", COMPILE, target]
-    done = subprocess.run(given, env=environment(), capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "compiled" in done.stdout
+    compiles(Path(__file__).with_name("compile_kernels.py"), target)

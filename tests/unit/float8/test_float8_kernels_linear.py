@@ -17,7 +17,7 @@ pytest.importorskip("triton")
 from tests.unit.float8.interpreted import exact_conversions
 from titanlite.float8 import Float8LinearConfig, convert_to_float8_training
 from titanlite.quant.float8 import format, matmul
-from titanlite.quant.float8.kernels import launch, reference
+from titanlite.quant.kernels import launch, reference
 
 RECIPES = ["tensorwise", "rowwise", "rowwise_with_gw_hp"]
 each_recipe = pytest.mark.parametrize("recipe", RECIPES)
@@ -36,7 +36,7 @@ def native(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[Any, ...]]]:
         made.append((tuple(x.shape), *how[1:3]))
         return reference.cast_with(x, amaxes, *how)
 
-    with torch.library._scoped_library("titanlite_float8", "IMPL") as library:
+    with torch.library._scoped_library("titanlite_quant", "IMPL") as library:
         library.impl("cast", cast, "CPU", allow_override=True)
         monkeypatch.setattr(format, "must_emulate", lambda device, target, dtypes, emulate, compiled: emulate)
         yield made
@@ -73,7 +73,7 @@ def test_same_as_plain_operations(recipe: str, tokens: int, native: list[tuple[A
 def test_in_triton(recipe: str) -> None:
     config = Float8LinearConfig.from_recipe_name(recipe)
     expected = step(config, 16)
-    with torch.library._scoped_library("titanlite_float8", "IMPL") as library, exact_conversions():
+    with torch.library._scoped_library("titanlite_quant", "IMPL") as library, exact_conversions():
         library.impl("amaxes", launch.amaxes, "CPU", allow_override=True)
         library.impl("cast", launch.cast_with, "CPU", allow_override=True)
         library.impl("rescale", launch.rescale, "CPU", allow_override=True)

@@ -43,7 +43,8 @@ from titanlite.float8 import (
     why_not_convertible,
 )
 from titanlite.models.layers import Attention, Decoder, DecoderArgs, FeedForward, rope_table
-from titanlite.quant.float8 import devices, format, kernels
+from titanlite.quant import kernels
+from titanlite.quant.float8 import devices, format
 from titanlite.quant.float8.matmul import cast
 from titanlite.quant.fsdp import ShardedWeight
 from titanlite.quant.tensor import QuantTensor

@@ -30,7 +30,7 @@ from titanlite.float8 import (
 from titanlite.float8.inference import calibrate
 from titanlite.quant import autograd
 from titanlite.quant.float8 import format
-from titanlite.quant.float8.kernels import launch, reference
+from titanlite.quant.kernels import launch, reference
 
 E4M3 = torch.float8_e4m3fn
 RECIPES = ["tensorwise", "rowwise", "rowwise_with_gw_hp"]
@@ -120,7 +120,7 @@ def test_same_as_a_product_that_is_written(native: None, recipe: str, bias: bool
 def test_in_triton(native: None, recipe: str) -> None:
     config = Float8LinearConfig.from_recipe_name(recipe)
     expected = step(model(config))
-    with torch.library._scoped_library("titanlite_float8", "IMPL") as library:
+    with torch.library._scoped_library("titanlite_quant", "IMPL") as library:
         for name in ("amaxes", "swiglu_backward", "rescale"):
             library.impl(name, getattr(launch, name), "CPU", allow_override=True)
         library.impl("cast", launch.cast_with, "CPU", allow_override=True)
@@ -193,7 +193,7 @@ def test_compiled_and_checkpointed_per_operation_nothing_of_it_is_computed_again
         return call
 
     ways = {"amaxes": reference.amaxes, "cast": reference.cast_with, "swiglu_backward": reference.swiglu_backward}
-    with torch.library._scoped_library("titanlite_float8", "IMPL") as library:
+    with torch.library._scoped_library("titanlite_quant", "IMPL") as library:
         for name, way in ways.items():
             library.impl(name, counted(name, way), "CPU", allow_override=True)
         forward = partial(checkpoint, feed_forward, use_reentrant=False, context_fn=_op_contexts)

@@ -14,8 +14,8 @@ pytest.importorskip("triton")
 
 from tests.unit.float8.interpreted import exact_conversions
 from tests.unit.float8.test_float8_kernels import DEVICE, Traffic, each_layout
-from titanlite.quant.float8.kernels import launch, reference
 from titanlite.quant.float8.numerics import dequantize
+from titanlite.quant.kernels import launch, reference
 
 E4M3 = torch.float8_e4m3fn
 COPIES = ["none", "high_precision", "tensor", "vector"]
@@ -105,7 +105,7 @@ def test_factors_that_are_slices(by_columns: str) -> None:
 def test_operators_keep_their_promises(scales: str) -> None:
     """What they write to, and the shapes of what they return, are those that the compiler is told."""
     grad, gate, up = inputs(16, 32)
-    ops = torch.ops.titanlite_float8
+    ops = torch.ops.titanlite_quant
     for by_rows, by_columns in ((scales, "none"), ("none", scales)):
         amaxes = ops.amaxes(up, by_rows, by_columns, gate)
         torch.library.opcheck(ops.amaxes, (up, by_rows, by_columns, gate))

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
-from titanlite.quant.float8.kernels import Layout
 from titanlite.quant.float8.numerics import FP8_DTYPES
+from titanlite.quant.kernels import Layout
 
 
 class ScalingType(enum.Enum):

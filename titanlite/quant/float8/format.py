@@ -9,10 +9,11 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from titanlite.quant.float8 import delayed, kernels
+from titanlite.quant import kernels
+from titanlite.quant.float8 import delayed
 from titanlite.quant.float8.casts import CastConfig, ScalingType
 from titanlite.quant.float8.devices import must_emulate
-from titanlite.quant.float8.matmul import cast, cast_by_kernels, scaled_mm
+from titanlite.quant.float8.matmul import cast, scaled_mm
 from titanlite.quant.float8.numerics import amax_of, amax_to_scale, dequantize, quantize
 from titanlite.quant.format import OPERANDS, Amaxes, Format, Matmul, Operand, OperandName, Use
 
@@ -78,10 +79,11 @@ class Float8Format(Format):
 
     def cast(self, x: Tensor, use: Use, scale: Tensor | None = None, amax: Tensor | None = None) -> Operand:
         config = self._cast(use)
-        by_amaxes_of_x = amax is None or not amax.ndim  # the kernels take no other amaxes of rows
-        if config.is_cast and scale is None and by_amaxes_of_x and self._by_kernels(x):
-            by_features, by_rows = (config, None) if use.contracted == 1 else (None, config)
-            return cast_by_kernels(x, by_features, by_rows, power_of_2=self.power_of_2, amax=amax)[1 - use.contracted]
+        if config.is_cast and scale is None and self._by_kernels(x):
+            layouts: tuple[kernels.Layout, kernels.Layout] = (config.layout, "none")
+            layouts = layouts if use.contracted == 1 else ("none", config.layout)
+            casts = kernels.cast_operands(x, config.dtype, *layouts, self.power_of_2, amax)
+            return casts[1 - use.contracted]
         return cast(
             x,
             config,
@@ -105,7 +107,8 @@ class Float8Format(Format):
         amax = amaxes[0]
         one_amax = amaxes == (None, None) or (amax is not None and not amax.ndim and amax is amaxes[1])
         if by_features.is_cast and by_rows.is_cast and scale is None and one_amax and self._by_kernels(x):
-            return cast_by_kernels(x, by_features, by_rows, power_of_2=self.power_of_2, amax=amax)
+            layouts = by_features.layout, by_rows.layout
+            return kernels.cast_operands(x, by_features.dtype, *layouts, self.power_of_2, amax)
         return super().cast_both(x, operand, scale, amaxes)
 
     def recast(self, arrived: Operand, operand: OperandName) -> Operand:

@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from titanlite.quant import kernels
 from titanlite.quant.emulation import multiply_in_float32
-from titanlite.quant.float8 import kernels
 from titanlite.quant.float8.casts import CastConfig
 from titanlite.quant.float8.devices import scales_rows_in_matmuls
 from titanlite.quant.float8.numerics import amax_of, amax_to_scale, dequantize, quantize
@@ -44,30 +44,6 @@ def cast(
     if config.is_axiswise and contracted == 0 and not emulate:
         data = data.t().contiguous().t()  # the hardware needs the summed dimension contiguous
     return Operand(data, scale)
-
-
-def cast_by_kernels(
-    x: Tensor,
-    by_features: CastConfig | None,
-    by_rows: CastConfig | None,
-    *,
-    power_of_2: bool,
-    amax: Tensor | None = None,
-) -> tuple[Operand, Operand]:
-    """Cast ``x`` (rows, features) with dynamic scales for a matmul that sums over its features, for one that sums over
-    its rows, or for both, in the fewest reads. Gives the same bits as :func:`cast`, in the memory layouts that float8
-    units need. An operand whose configuration is None is empty. ``amax``, (), replaces that of ``x``."""
-    config = by_features or by_rows
-    assert config is not None
-    data, scale, transposed, transposed_scale = kernels.cast(
-        x.detach(),
-        config.dtype,
-        "none" if by_features is None else by_features.layout,
-        "none" if by_rows is None else by_rows.layout,
-        power_of_2,
-        amax,
-    )
-    return Operand(data, scale), Operand(transposed.t(), transposed_scale)
 
 
 def scaled_mm(

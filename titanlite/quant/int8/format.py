@@ -8,11 +8,13 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from titanlite.quant import kernels
 from titanlite.quant.devices import lacks_units, sm
-from titanlite.quant.format import Format, Matmul, Operand, OperandName, Use
+from titanlite.quant.format import Amaxes, Format, Matmul, Operand, OperandName, Use
 from titanlite.quant.int8 import cpu
 from titanlite.quant.int8.matmul import multiply
 from titanlite.quant.int8.numerics import amax_of, amax_to_scale, quantize
+from titanlite.quant.kernels import Layout
 
 _USES: dict[Matmul, tuple[Use, Use]] = {
     "output": (Use("input", 1), Use("weight", 1)),
@@ -29,10 +31,13 @@ class Int8Format(Format):
     Args:
         matmuls: those that are computed in int8; the others, and what is saved for them, are in high precision.
         emulate: multiply the quantized values in float32.
+        target: the architecture to compute for, such as "sm_90", in an estimate without that device; None: the
+            device's own.
     """
 
     matmuls: tuple[Matmul, ...] = ("output", "grad_input", "grad_weight")
     emulate: bool = False
+    target: str | None = None
 
     name = "int8"
     multiple = 8
@@ -43,16 +48,25 @@ class Int8Format(Format):
         object.__setattr__(self, "uses", {use for matmul in self.matmuls for use in _USES[matmul]})
 
     def on(self, device: torch.device) -> Int8Format:
-        return self.emulated if self.emulate or lacks_units("int8", is_native, device) else self  # type: ignore[attr-defined, no-any-return]
+        emulate = self.emulate or lacks_units("int8", is_native, device, self.target)
+        return self.emulated if emulate else self  # type: ignore[attr-defined, no-any-return]
 
     def _is_cast(self, use: Use) -> bool:
         return use in self.uses  # type: ignore[attr-defined]
 
     # ---- casts
 
+    def _by_kernels(self, x: Tensor) -> bool:
+        """Return whether the Triton kernels cast ``x``."""
+        on_gpu = x.is_cuda if self.target is None else self.target != "cpu"
+        return on_gpu and not self.emulate and kernels.AVAILABLE and x.dtype in kernels.DTYPES and x.numel() > 0
+
     def cast(self, x: Tensor, use: Use, scale: Tensor | None = None, amax: Tensor | None = None) -> Operand:
         if not self._is_cast(use):
             return Operand(x.detach(), None)
+        if self._by_kernels(x):
+            layouts: tuple[Layout, Layout] = ("vector", "none") if use.contracted == 1 else ("none", "vector")
+            return kernels.cast_operands(x, torch.int8, *layouts, False, amax)[1 - use.contracted]
         # GPUs want the summed dimension contiguous; oneDNN only that of the left operand, which is a transpose.
         transpose = use.contracted == 0 and (not x.is_cpu or use.operand == "grad_output")
         if amax is None and x.is_cpu and x.numel() and not self.emulate:
@@ -63,6 +77,14 @@ class Int8Format(Format):
 
     def one_cast_serves_both(self, x: Tensor, operand: OperandName, scale: Tensor | None = None) -> bool:
         return not any(self._is_cast(Use(operand, contracted)) for contracted in (0, 1))
+
+    def cast_both(
+        self, x: Tensor, operand: OperandName, scale: Tensor | None = None, amaxes: Amaxes = (None, None)
+    ) -> tuple[Operand, Operand]:
+        both = all(self._is_cast(Use(operand, contracted)) for contracted in (0, 1))
+        if both and amaxes == (None, None) and self._by_kernels(x):
+            return kernels.cast_operands(x, torch.int8, "vector", "vector", False)
+        return super().cast_both(x, operand, scale, amaxes)
 
     def input_key(self) -> Hashable:
         return self

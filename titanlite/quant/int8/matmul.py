@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from titanlite.quant.emulation import multiply_in_float32
 from titanlite.quant.format import Operand
 from titanlite.quant.int8 import cpu
 from titanlite.quant.int8.numerics import LONGEST, rescale
-
-_UNIT = 8
-"""On GPUs, torch._int_mm takes sizes that are multiples of this, and more than 16 rows."""
 
 
 def multiply(a: Operand, b: Operand, dtype: torch.dtype, *, emulate: bool) -> Tensor:
@@ -38,17 +34,4 @@ def multiply(a: Operand, b: Operand, dtype: torch.dtype, *, emulate: bool) -> Te
         return total.to(dtype)  # type: ignore[union-attr]
     if emulate:
         return rescale(multiply_in_float32(a.data, b.data), a.scale, b.scale, dtype)
-    if a.data.is_cpu:
-        return cpu.multiply(a.data, a.scale, b.data, b.scale, dtype)
-    return rescale(_int_mm(a.data, b.data), a.scale, b.scale, dtype)
-
-
-def _int_mm(a: Tensor, b: Tensor) -> Tensor:
-    """Return ``a @ b`` in int32, for any size."""
-    if not a.is_cuda:
-        return torch._int_mm(a, b)
-    m, k = a.shape
-    n = b.shape[1]
-    a = F.pad(a, (0, -k % _UNIT, 0, max(0, 17 - m)))
-    b = F.pad(b.t(), (0, -k % _UNIT, 0, -n % _UNIT)).t()  # padded as it lies in memory
-    return torch._int_mm(a, b)[:m, :n]
+    return cpu.multiply(a.data, a.scale, b.data, b.scale, dtype)

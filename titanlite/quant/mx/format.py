@@ -10,8 +10,9 @@ from torch import Tensor
 
 from titanlite.quant.devices import lacks_units, sm
 from titanlite.quant.emulation import multiply_in_float32
-from titanlite.quant.format import Format, Matmul, Operand, OperandName, Use
-from titanlite.quant.mx.numerics import BLOCK, ScaleMode, dequantize, quantize, swizzled
+from titanlite.quant.format import Amaxes, Format, Matmul, Operand, OperandName, Use
+from titanlite.quant.mx import kernels
+from titanlite.quant.mx.numerics import BLOCK, ScaleMode, dequantize, quantize
 
 
 @dataclass(frozen=True)
@@ -22,11 +23,17 @@ class MXFormat(Format):
         scale_mode: see :func:`titanlite.quant.mx.numerics.quantize`.
         grad_weight: compute the gradient of the weight in mxfp8 too; False: in high precision.
         emulate: multiply the quantized values in float32.
+        target: the architecture to compute for, such as "sm_100", in an estimate without that device; None: the
+            device's own.
+
+    The scales of an operand are exponents: as ``numerics.quantize`` returns them where the format is emulated, else
+    swizzled, in one dimension.
     """
 
     scale_mode: ScaleMode = "rceil"
     grad_weight: bool = True
     emulate: bool = False
+    target: str | None = None
 
     name = "mxfp8"
     multiple = BLOCK
@@ -36,7 +43,8 @@ class MXFormat(Format):
         object.__setattr__(self, "emulated", self if self.emulate else replace(self, emulate=True))
 
     def on(self, device: torch.device) -> MXFormat:
-        return self.emulated if self.emulate or lacks_units("mxfp8", is_native, device) else self  # type: ignore[attr-defined, no-any-return]
+        emulate = self.emulate or lacks_units("mxfp8", is_native, device, self.target)
+        return self.emulated if emulate else self  # type: ignore[attr-defined, no-any-return]
 
     def _is_cast(self, use: Use) -> bool:
         return self.grad_weight or use.operand == "weight" or use.contracted == 1
@@ -46,8 +54,22 @@ class MXFormat(Format):
     def cast(self, x: Tensor, use: Use, scale: Tensor | None = None, amax: Tensor | None = None) -> Operand:
         if not self._is_cast(use):
             return Operand(x.detach(), None)
+        if not self.emulate and x.numel():
+            return self._cast_for_units(x, use.contracted == 1, use.contracted == 0)[1 - use.contracted]
         by_columns = Operand(*quantize(x if use.contracted == 1 else x.t(), self.scale_mode))
         return by_columns if use.contracted == 1 else by_columns.t()
+
+    def cast_both(
+        self, x: Tensor, operand: OperandName, scale: Tensor | None = None, amaxes: Amaxes = (None, None)
+    ) -> tuple[Operand, Operand]:
+        if not self.emulate and x.numel() and self._is_cast(Use(operand, 0)):
+            return self._cast_for_units(x, True, True)
+        return super().cast_both(x, operand, scale, amaxes)
+
+    def _cast_for_units(self, x: Tensor, by_features: bool, by_rows: bool) -> tuple[Operand, Operand]:
+        """Cast ``x`` for a matmul that sums over its features, for one that sums over its rows, or for both."""
+        data, scale, transposed, its_scale = kernels.cast(x.detach(), self.scale_mode, by_features, by_rows)
+        return Operand(data, scale), Operand(transposed.t(), its_scale)
 
     def one_cast_serves_both(self, x: Tensor, operand: OperandName, scale: Tensor | None = None) -> bool:
         return False
@@ -60,12 +82,13 @@ class MXFormat(Format):
     def multiply(self, a: Operand, b: Operand, matmul: Matmul, dtype: torch.dtype) -> Tensor:
         if a.scale is None or b.scale is None:
             return a.data.to(dtype) @ b.data.to(dtype)
-        b = b.t()  # (n, k), whose blocks lie along the columns
-        assert b.scale is not None
-        if self.emulate or not a.data.numel():
-            return multiply_in_float32(dequantize(*a), dequantize(*b).t()).to(dtype)  # type: ignore[arg-type]
-        a_scale, b_scale = (swizzled(scale).view(torch.float8_e8m0fnu) for scale in (a.scale, b.scale))
-        return torch._scaled_mm(a.data, b.data.t(), scale_a=a_scale, scale_b=b_scale, out_dtype=dtype)
+        if not a.data.numel() or not b.data.numel():
+            return a.data.new_zeros(a.data.shape[0], b.data.shape[1], dtype=dtype)
+        if self.emulate:
+            left, right = dequantize(a.data, a.scale), dequantize(b.data.t(), b.scale.t())
+            return multiply_in_float32(left, right.t()).to(dtype)
+        a_scale, b_scale = (scale.view(torch.float8_e8m0fnu) for scale in (a.scale, b.scale))
+        return torch._scaled_mm(a.data, b.data, scale_a=a_scale, scale_b=b_scale, out_dtype=dtype)
 
     def describe(self) -> dict[str, str]:
         return {"mxfp8": self.scale_mode if self.grad_weight else f"{self.scale_mode}, grad_weight in high precision"}

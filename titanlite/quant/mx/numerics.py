@@ -18,13 +18,13 @@ LARGEST = 448.0
 
 ScaleMode = Literal["rceil", "floor"]
 
-_BIAS = 127
-_NAN = 255
-_MANTISSA_BITS = 23
-_MANTISSA = (1 << _MANTISSA_BITS) - 1
+BIAS = 127
+NAN = 255
+MANTISSA_BITS = 23
+MANTISSA = (1 << MANTISSA_BITS) - 1
 # 448 = 1.75 * 2**8
-_EXPONENT_OF_LARGEST = 8
-_MANTISSA_OF_LARGEST = 3 << (_MANTISSA_BITS - 2)
+EXPONENT_OF_LARGEST = 8
+MANTISSA_OF_LARGEST = 3 << (MANTISSA_BITS - 2)
 
 
 def _exponents(amax: Tensor, mode: ScaleMode) -> Tensor:
@@ -37,10 +37,10 @@ def _exponents(amax: Tensor, mode: ScaleMode) -> Tensor:
     Both are read from the bits of the float32, because log2 rounds.
     """
     bits = amax.view(torch.int32)
-    exponents = (bits >> _MANTISSA_BITS) - _EXPONENT_OF_LARGEST
+    exponents = (bits >> MANTISSA_BITS) - EXPONENT_OF_LARGEST
     if mode == "rceil":
-        exponents = exponents + ((bits & _MANTISSA) > _MANTISSA_OF_LARGEST).int()
-    return torch.where(amax.isfinite(), exponents.clamp(min=0), _NAN)
+        exponents = exponents + ((bits & MANTISSA) > MANTISSA_OF_LARGEST).int()
+    return torch.where(amax.isfinite(), exponents.clamp(min=0), NAN)
 
 
 def quantize(x: Tensor, mode: ScaleMode) -> tuple[Tensor, Tensor]:
@@ -56,16 +56,16 @@ def quantize(x: Tensor, mode: ScaleMode) -> tuple[Tensor, Tensor]:
     blocks = x.float().unflatten(1, (x.shape[1] // BLOCK, BLOCK))
     exponents = _exponents(blocks.abs().amax(-1), mode)
     # The reciprocal of the scale, by its bits. The exponents of finite blocks are at most 247, so that it is normal.
-    inverse = ((2 * _BIAS - exponents) << _MANTISSA_BITS).view(torch.float32)
-    inverse = torch.where(exponents == _NAN, torch.nan, inverse)
+    inverse = ((2 * BIAS - exponents) << MANTISSA_BITS).view(torch.float32)
+    inverse = torch.where(exponents == NAN, torch.nan, inverse)
     data = (blocks * inverse.unsqueeze(-1)).clamp(-LARGEST, LARGEST).to(torch.float8_e4m3fn)
     return data.flatten(1), exponents.to(torch.uint8)
 
 
 def dequantize(data: Tensor, exponents: Tensor) -> Tensor:
     """Return the values of :func:`quantize` in float32."""
-    scale = (exponents.int() << _MANTISSA_BITS).view(torch.float32)
-    scale = torch.where(exponents == 0, 2.0**-_BIAS, torch.where(exponents == _NAN, torch.nan, scale))
+    scale = (exponents.int() << MANTISSA_BITS).view(torch.float32)
+    scale = torch.where(exponents == 0, 2.0**-BIAS, torch.where(exponents == NAN, torch.nan, scale))
     blocks = data.float().unflatten(1, (scale.shape[1], BLOCK))
     return (blocks * scale.unsqueeze(-1)).flatten(1)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from typing import NamedTuple
 
 import torch
@@ -10,10 +9,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from titanlite.quant.float8.kernels import triton_kernels as kernels
-from titanlite.quant.float8.kernels.outputs import (
+from titanlite.quant.devices import on_device_of
+from titanlite.quant.kernels import triton_kernels as kernels
+from titanlite.quant.kernels.outputs import (
+    computes_amaxes,
     counts,
     in_one_pass,
+    largest,
     output_of_amaxes,
     output_of_rescale,
     outputs_of_cast,
@@ -26,6 +28,7 @@ DTYPES = {
     torch.float8_e5m2: tl.float8e5,
     torch.float8_e4m3fnuz: tl.float8e4b8,
     torch.float8_e5m2fnuz: tl.float8e5b16,
+    torch.int8: tl.int8,
 }
 
 
@@ -51,13 +54,13 @@ ROW_PER_WARP = 1024  # elements that one warp takes in row_cast_kernel
 
 
 def amaxes(x: Tensor, by_rows: str, by_columns: str, gate: Tensor | None = None) -> Tensor:
-    """Compute ``titanlite_float8::amaxes``: the bits of the float32 amaxes, those of rows first, then of columns; empty
+    """Compute ``titanlite_quant::amaxes``: the bits of the float32 amaxes, those of rows first, then of columns; empty
     if the cast computes its own."""
     if in_one_pass(x.shape[1], by_rows, by_columns):
         return output_of_amaxes(x, by_rows, by_columns)
     x, gate = _same_strides(x, gate)
     out = torch.zeros(sum(counts(x, by_rows, by_columns)), dtype=torch.int32, device=x.device)
-    with _on(x):
+    with on_device_of(x):
         kernels.amax_kernel[AMAX_TILE.grid(x)](
             *(x, gate, *_split(out, x, by_rows, by_columns), *x.shape, x.stride(0)),
             BY_ROWS=LAYOUTS[by_rows],
@@ -76,13 +79,13 @@ def cast_with(
     power_of_2: bool,
     gate: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Compute ``titanlite_float8::cast`` from the ``amaxes`` of the same layouts."""
+    """Compute ``titanlite_quant::cast`` from the ``amaxes`` of the same layouts."""
     out = outputs_of_cast(x, amaxes, dtype, by_rows, by_columns, power_of_2)
     x, gate = _same_strides(x, gate)
     m, n = x.shape
     numbers = _constants(dtype, power_of_2)
-    with _on(x):
-        if in_one_pass(x.shape[1], by_rows, by_columns):
+    with on_device_of(x):
+        if computes_amaxes(amaxes):
             block = triton.next_power_of_2(n)
             warps = min(max(block // ROW_PER_WARP, 1), 16)
             kernels.row_cast_kernel[(m,)](x, gate, *out[:2], n, x.stride(0), BLOCK_N=block, num_warps=warps, **numbers)
@@ -100,19 +103,19 @@ def cast_with(
 def cast(
     x: Tensor, dtype: torch.dtype, by_rows: str, by_columns: str, power_of_2: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Compute :func:`titanlite.quant.float8.kernels.cast` without the dispatcher."""
+    """Compute :func:`titanlite.quant.kernels.cast` without the dispatcher."""
     return cast_with(x, amaxes(x, by_rows, by_columns), dtype, by_rows, by_columns, power_of_2)
 
 
 def swiglu_backward(
     grad: Tensor, gate: Tensor, up: Tensor, amaxes: Tensor, dtype: torch.dtype, by_columns: str, power_of_2: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Compute ``titanlite_float8::swiglu_backward``. ``grad`` is overwritten with the gradient of ``up``."""
+    """Compute ``titanlite_quant::swiglu_backward``. ``grad`` is overwritten with the gradient of ``up``."""
     if not grad.is_contiguous():
         raise ValueError(f"swiglu_backward: grad has strides {grad.stride()}: must be contiguous; call contiguous()")
     up, aligned_gate = _same_strides(up, gate)
     grad_gate, product, scale = outputs_of_swiglu_backward(grad, gate, up, amaxes, dtype, by_columns, power_of_2)
-    with _on(up):
+    with on_device_of(up):
         kernels.swiglu_backward_kernel[SWIGLU_TILE.grid(up)](
             *(grad, aligned_gate, up, amaxes, grad_gate),
             *(None if by_columns == "none" else product, scale, *up.shape, up.stride(0)),
@@ -124,7 +127,7 @@ def swiglu_backward(
 
 
 def _constants(dtype: torch.dtype, power_of_2: bool) -> dict[str, object]:
-    return {"FP8_MAX": torch.finfo(dtype).max, "POWER_OF_2": power_of_2, "DTYPE": DTYPES[dtype]}
+    return {"LARGEST": largest(dtype), "POWER_OF_2": power_of_2, "DTYPE": DTYPES[dtype]}
 
 
 def _same_strides(x: Tensor, gate: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -140,17 +143,12 @@ def _split(amaxes: Tensor, x: Tensor, by_rows: str, by_columns: str) -> tuple[Te
     return row_amax, row_amax if by_rows == by_columns == "tensor" else column_amax
 
 
-def _on(x: Tensor) -> contextlib.AbstractContextManager[object]:
-    """Make the device of ``x`` the current one: Triton launches there, not on the device of its arguments."""
-    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
-
-
 def rescale(product: Tensor, row_scale: Tensor, column_scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """Compute ``titanlite_float8::rescale``."""
+    """Compute ``titanlite_quant::rescale``."""
     out = output_of_rescale(product, row_scale, column_scale, dtype)
     steps = {"ROW_STEP": min(row_scale.ndim, 1), "COLUMN_STEP": min(column_scale.ndim, 1)}
     inputs = (tensor.contiguous() for tensor in (product, row_scale, column_scale))
-    with _on(product):
+    with on_device_of(product):
         kernels.rescale_kernel[RESCALE_TILE.grid(product)](
             *(*inputs, out, *product.shape), **steps, **RESCALE_TILE.options()
         )

@@ -1,6 +1,6 @@
 """Quantization in one or two passes over memory, as PyTorch operators that work with torch.compile.
 
-``titanlite_float8::amaxes``, ``::cast``, ``::swiglu_backward`` and ``::rescale`` are Triton kernels on GPUs and plain
+``titanlite_quant::amaxes``, ``::cast``, ``::swiglu_backward`` and ``::rescale`` are Triton kernels on GPUs and plain
 operations on the CPU. Both give the same bits, except for the exponential and the division in SwiGLU.
 """
 
@@ -13,8 +13,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from titanlite.quant.float8.kernels import reference
-from titanlite.quant.float8.kernels.outputs import (
+from titanlite.quant.format import Operand
+from titanlite.quant.kernels import reference
+from titanlite.quant.kernels.outputs import (
     counts,
     output_of_amaxes,
     output_of_rescale,
@@ -29,7 +30,7 @@ AVAILABLE = importlib.util.find_spec("triton") is not None
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 """The dtypes that can be cast."""
 
-_library = torch.library.Library("titanlite_float8", "DEF")
+_library = torch.library.Library("titanlite_quant", "DEF")
 _library.define("amaxes(Tensor x, str by_rows, str by_columns, Tensor? gate=None) -> Tensor")
 _library.define(
     "cast(Tensor x, Tensor amaxes, ScalarType dtype, str by_rows, str by_columns, bool power_of_2, Tensor? gate=None) "
@@ -44,7 +45,7 @@ _library.define("rescale(Tensor product, Tensor row_scale, Tensor column_scale, 
 
 def amax(x: Tensor) -> Tensor:
     """Return the largest magnitude in ``x``, float32, (). ``x`` is as for :func:`cast`."""
-    return torch.ops.titanlite_float8.amaxes(x, "tensor", "none").view(torch.float32).reshape(())  # type: ignore[no-any-return]
+    return torch.ops.titanlite_quant.amaxes(x, "tensor", "none").view(torch.float32).reshape(())  # type: ignore[no-any-return]
 
 
 def cast(
@@ -55,25 +56,41 @@ def cast(
     power_of_2: bool,
     amax: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Cast ``x`` to float8 with dynamic scales, in up to two layouts. Reads ``x`` twice, or once for scales of rows
-    alone.
+    """Cast ``x`` to float8 or int8 with dynamic scales, in up to two layouts. Reads ``x`` twice, or once for scales of
+    rows alone.
 
     Args:
         x: (rows, columns), of one of :data:`DTYPES`, not empty.
         by_rows: the row-major copy; "vector": one scale per row.
         by_columns: the transposed copy; "vector": one scale per column.
-        amax: with tensor scales only: float32, (), in place of the amax of ``x``.
+        amax: float32, in place of the amaxes of ``x``: () for tensor scales; for one layout with vector scales, one for
+            each.
 
     Returns:
-        (rows, columns) float8; its float32 scales, () or (rows, 1); (columns, rows) float8; its scales, () or
-        (1, columns). A layout that is "none" gives empty tensors.
+        (rows, columns) of ``dtype``; its float32 scales, () or (rows, 1); (columns, rows) of ``dtype``; its scales, ()
+        or (1, columns). A layout that is "none" gives empty tensors.
     """
     # Two operators, so that activation checkpointing can keep the amaxes, which are small but cost a read of x.
     if amax is None:
-        amaxes = torch.ops.titanlite_float8.amaxes(x, by_rows, by_columns)
+        amaxes = torch.ops.titanlite_quant.amaxes(x, by_rows, by_columns)
     else:
-        amaxes = amax.view(torch.int32).repeat(sum(counts(x, by_rows, by_columns)))
-    return torch.ops.titanlite_float8.cast(x, amaxes, dtype, by_rows, by_columns, power_of_2)  # type: ignore[no-any-return]
+        amaxes = amax.flatten().view(torch.int32).expand(sum(counts(x, by_rows, by_columns))).contiguous()
+    return torch.ops.titanlite_quant.cast(x, amaxes, dtype, by_rows, by_columns, power_of_2)  # type: ignore[no-any-return]
+
+
+def cast_operands(
+    x: Tensor,
+    dtype: torch.dtype,
+    by_features: Layout,
+    by_rows: Layout,
+    power_of_2: bool,
+    amax: Tensor | None = None,
+) -> tuple[Operand, Operand]:
+    """Cast ``x`` (rows, features) for a matmul that sums over its features, for one that sums over its rows, or for
+    both, in the fewest reads and in the memory layouts that the units need. The arguments are those of :func:`cast`. An
+    operand whose layout is "none" is empty."""
+    data, scale, transposed, transposed_scale = cast(x.detach(), dtype, by_features, by_rows, power_of_2, amax)
+    return Operand(data, scale), Operand(transposed.t(), transposed_scale)
 
 
 def swiglu_cast(
@@ -89,10 +106,10 @@ def swiglu_cast(
     Returns:
         (rows, columns) float8; its float32 scales, () or (rows, 1); the amaxes for ``by_columns``.
     """
-    amaxes = torch.ops.titanlite_float8.amaxes
+    amaxes = torch.ops.titanlite_quant.amaxes
     column_amax = up.new_empty(0, dtype=torch.int32) if by_columns == "none" else amaxes(up, "none", by_columns, gate)
     row_amax = column_amax if by_rows == by_columns == "tensor" else amaxes(up, by_rows, "none", gate)
-    data, scale, *_ = torch.ops.titanlite_float8.cast(up, row_amax, dtype, by_rows, "none", power_of_2, gate)
+    data, scale, *_ = torch.ops.titanlite_quant.cast(up, row_amax, dtype, by_rows, "none", power_of_2, gate)
     return data, scale, column_amax
 
 
@@ -118,7 +135,7 @@ def swiglu_backward(
         A layout that is "none" gives empty tensors.
     """
     grad = grad.contiguous()
-    grad_gate, product, scale = torch.ops.titanlite_float8.swiglu_backward(
+    grad_gate, product, scale = torch.ops.titanlite_quant.swiglu_backward(
         grad, gate, up, amaxes, dtype, by_columns, power_of_2
     )
     return grad_gate, grad, product, scale
@@ -127,25 +144,25 @@ def swiglu_backward(
 def rescale(product: Tensor, row_scale: Tensor, column_scale: Tensor, dtype: torch.dtype) -> Tensor:
     """Divide ``product`` (rows, columns) by its operands' scales, () or (rows, 1) and () or (1, columns), in one pass;
     the result has ``dtype``."""
-    return torch.ops.titanlite_float8.rescale(product, row_scale, column_scale, dtype)  # type: ignore[no-any-return]
+    return torch.ops.titanlite_quant.rescale(product, row_scale, column_scale, dtype)  # type: ignore[no-any-return]
 
 
 _library.impl("amaxes", reference.amaxes, "CPU")
 _library.impl("cast", reference.cast_with, "CPU")
 _library.impl("swiglu_backward", reference.swiglu_backward, "CPU")
 _library.impl("rescale", reference.rescale, "CPU")
-AMAXES = torch.ops.titanlite_float8.amaxes.default
-torch.library.register_fake("titanlite_float8::amaxes", output_of_amaxes)
-torch.library.register_fake("titanlite_float8::cast", outputs_of_cast)
-torch.library.register_fake("titanlite_float8::swiglu_backward", outputs_of_swiglu_backward)
-torch.library.register_fake("titanlite_float8::rescale", output_of_rescale)
+AMAXES = torch.ops.titanlite_quant.amaxes.default
+torch.library.register_fake("titanlite_quant::amaxes", output_of_amaxes)
+torch.library.register_fake("titanlite_quant::cast", outputs_of_cast)
+torch.library.register_fake("titanlite_quant::swiglu_backward", outputs_of_swiglu_backward)
+torch.library.register_fake("titanlite_quant::rescale", output_of_rescale)
 
 
 def _launched(function: str) -> Callable[..., Any]:
     """Return a function of launch.py, which is imported at the first call, because triton may not be installed."""
 
     def launch(*args: Any) -> Any:
-        module = importlib.import_module("titanlite.quant.float8.kernels.launch")
+        module = importlib.import_module("titanlite.quant.kernels.launch")
         return getattr(module, function)(*args)
 
     return launch

@@ -5,12 +5,24 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from titanlite.quant.int8 import numerics as int8
+
 LONGEST_ROW = 32768  # elements that one program can hold
 
 
 def in_one_pass(columns: int, by_rows: str, by_columns: str) -> bool:
     """Return whether the cast computes the amaxes itself, as it does for scales of rows alone: it reads x once."""
     return by_rows == "vector" and by_columns == "none" and columns <= LONGEST_ROW
+
+
+def computes_amaxes(amaxes: Tensor) -> bool:
+    """Return whether a cast that is given these amaxes computes its own, as :func:`in_one_pass` says."""
+    return not amaxes.numel()
+
+
+def largest(dtype: torch.dtype) -> float:
+    """Return the largest magnitude of a cast to ``dtype``, float8 or int8."""
+    return float(int8.LARGEST) if dtype is torch.int8 else torch.finfo(dtype).max
 
 
 def counts(x: Tensor, by_rows: str, by_columns: str) -> tuple[int, int]:

@@ -6,14 +6,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from titanlite.quant.float8.kernels.outputs import (
+from titanlite.quant.float8.numerics import amax_of, amax_to_scale, quantize
+from titanlite.quant.int8 import numerics as int8
+from titanlite.quant.kernels.outputs import (
+    computes_amaxes,
     counts,
     in_one_pass,
     output_of_amaxes,
     outputs_of_cast,
     outputs_of_swiglu_backward,
 )
-from titanlite.quant.float8.numerics import amax_of, amax_to_scale, quantize
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
@@ -41,16 +43,24 @@ def cast_with(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     x = x if gate is None else swiglu(gate, x)
     data, scale, transposed, column_scale = outputs_of_cast(x, amaxes, dtype, by_rows, by_columns, power_of_2)
-    if in_one_pass(x.shape[1], by_rows, by_columns):
+    if computes_amaxes(amaxes):
         amaxes = amax_of(x, 1).float().flatten().view(torch.int32)
     row_amax, column_amax = amaxes.view(torch.float32).split(counts(x, by_rows, by_columns))
     if by_rows != "none":
-        scale = amax_to_scale(row_amax.reshape(scale.shape), dtype, power_of_2)
-        data = quantize(x, scale, dtype).contiguous()
+        data, scale = _quantized(x, row_amax.reshape(scale.shape), dtype, power_of_2)
+        data = data.contiguous()
     if by_columns != "none":
-        column_scale = amax_to_scale(column_amax.reshape(column_scale.shape), dtype, power_of_2)
-        transposed = quantize(x, column_scale, dtype).t().contiguous()
+        by_columns_data, column_scale = _quantized(x, column_amax.reshape(column_scale.shape), dtype, power_of_2)
+        transposed = by_columns_data.t().contiguous()
     return data, scale, transposed, column_scale
+
+
+def _quantized(x: Tensor, amax: Tensor, dtype: torch.dtype, power_of_2: bool) -> tuple[Tensor, Tensor]:
+    if dtype is torch.int8:
+        scale = int8.amax_to_scale(amax)
+        return int8.quantize(x, scale), scale
+    scale = amax_to_scale(amax, dtype, power_of_2)
+    return quantize(x, scale, dtype), scale
 
 
 def cast(

@@ -1,13 +1,13 @@
-"""The kernels in Triton: amaxes, casts into one or both memory layouts, and the scaling of a product.
+"""The kernels in Triton: amaxes, casts to float8 or int8 into one or both memory layouts, and the scaling of a product.
 
 Matrices are row-major, (M rows, N columns). A cast *by rows* is for a matmul that sums over the columns: it has scales
 of rows, and row-major data. A cast *by columns* is for a matmul that sums over the rows: it has scales of columns, and
-the data is transposed, because float8 units need the summed dimension contiguous in both operands. Where a gate is
-given, silu(gate) * x is cast instead of x, as in SwiGLU.
+the data is transposed, because the units need the summed dimension contiguous in both operands. Where a gate is given,
+silu(gate) * x is cast instead of x, as in SwiGLU.
 
-The numbers are those of :mod:`titanlite.quant.float8.numerics`, to the bit (except for SwiGLU's exponential and
-division). An amax is passed as the bits of its float32. As integers these are ordered like the magnitudes, with NaN
-above infinity, so that an integer maximum, also an atomic one, keeps a NaN.
+The numbers are those of ``numerics.py`` of the format, to the bit (except for SwiGLU's exponential and division). An
+amax is passed as the bits of its float32. As integers these are ordered like the magnitudes, with NaN above infinity,
+so that an integer maximum, also an atomic one, keeps a NaN.
 """
 
 from __future__ import annotations
@@ -17,26 +17,35 @@ import triton.language as tl
 from triton.language import constexpr
 
 from titanlite.quant.float8.numerics import EPS
+from titanlite.quant.int8 import numerics as int8
 
 _EPS = constexpr(EPS)
+_STEP_AT_EPS, _STEPS = constexpr(int8.EPS / int8.LARGEST), constexpr(float(int8.LARGEST))
+_ROUNDER = constexpr(1.5 * 2**23)  # added to a small float32, it leaves the nearest integer in the low bits of the sum
 _MANTISSA, _INFINITY = constexpr(0x007FFFFF), constexpr(0x7F800000)  # bits of a float32
 # The layouts of a cast: none, one scale for the tensor, or one scale for each row or column.
 NONE, TENSOR, VECTOR = constexpr(-1), constexpr(0), constexpr(1)
 
 
 @triton.jit
-def _magnitude_bits(x):
+def magnitude_bits(x):
     return x.to(tl.float32).to(tl.int32, bitcast=True) & 0x7FFFFFFF
 
 
 @triton.jit
-def _scale(amax_bits, FP8_MAX: constexpr, POWER_OF_2: constexpr):
-    if POWER_OF_2:
+def _scale(amax_bits, LARGEST: constexpr, POWER_OF_2: constexpr, DTYPE: constexpr):
+    if DTYPE.is_int8():
+        # Rounding the float64 quotient to float32, as the formula does, gives the correctly rounded float32 quotient.
+        amax = amax_bits.to(tl.float32, bitcast=True)
+        steps = tl.full(amax.shape, _STEPS, tl.float32)
+        scale = tl.where(amax > _EPS, tl.div_rn(amax, steps), _STEP_AT_EPS)
+        scale = tl.where(amax_bits < _INFINITY, scale, float("nan"))
+    elif POWER_OF_2:
         # In integers, because each program computes hundreds of scales and a float64 division is slow. The exponent of
-        # fp8_max / amax is the difference of the two exponents, less one where amax has the larger mantissa. 1e-12 in
+        # largest / amax is the difference of the two exponents, less one where amax has the larger mantissa. 1e-12 in
         # float32 is exact enough for this.
         finite = tl.maximum(amax_bits, tl.full(amax_bits.shape, _EPS, tl.float32).to(tl.int32, bitcast=True))
-        largest = tl.full(amax_bits.shape, FP8_MAX, tl.float32).to(tl.int32, bitcast=True)
+        largest = tl.full(amax_bits.shape, LARGEST, tl.float32).to(tl.int32, bitcast=True)
         smaller = ((finite & _MANTISSA) > (largest & _MANTISSA)).to(tl.int32)
         bits = ((largest >> 23) - (finite >> 23) - smaller + 127) << 23
         bits = tl.where(amax_bits < _INFINITY, bits, tl.where(amax_bits == _INFINITY, 0, amax_bits))
@@ -44,13 +53,20 @@ def _scale(amax_bits, FP8_MAX: constexpr, POWER_OF_2: constexpr):
     else:
         amax = amax_bits.to(tl.float32, bitcast=True).to(tl.float64)
         floor = tl.full(amax.shape, _EPS, tl.float64)
-        scale = (FP8_MAX / tl.maximum(amax, floor, propagate_nan=tl.PropagateNan.ALL)).to(tl.float32)
+        scale = (LARGEST / tl.maximum(amax, floor, propagate_nan=tl.PropagateNan.ALL)).to(tl.float32)
     return scale
 
 
 @triton.jit
-def _quantize(x, scale, FP8_MAX: constexpr, DTYPE: constexpr):
-    return tl.clamp(x.to(tl.float32) * scale, -FP8_MAX, FP8_MAX, propagate_nan=tl.PropagateNan.ALL).to(DTYPE)
+def _quantize(x, scale, LARGEST: constexpr, DTYPE: constexpr):
+    if DTYPE.is_int8():
+        # Clamped before it is rounded: the product may then not be fused with the sum, which would round once.
+        inverse = tl.div_rn(tl.full(scale.shape, 1.0, tl.float32), scale)
+        rounded = tl.clamp(x.to(tl.float32) * inverse, -LARGEST, LARGEST) + _ROUNDER
+        q = rounded.to(tl.int32, bitcast=True).to(tl.int8)
+    else:
+        q = tl.clamp(x.to(tl.float32) * scale, -LARGEST, LARGEST, propagate_nan=tl.PropagateNan.ALL).to(DTYPE)
+    return q
 
 
 @triton.jit
@@ -69,16 +85,16 @@ def _silu(gate):
 
 
 @triton.jit
-def _scale_of_all(amax, to, FP8_MAX: constexpr, POWER_OF_2: constexpr):
+def _scale_of_all(amax, to, LARGEST: constexpr, POWER_OF_2: constexpr, DTYPE: constexpr):
     """Return the scale of the whole tensor, of shape (1,), and store it; every program stores the same value."""
     first = tl.zeros([1], tl.int32)
-    scale = _scale(tl.load(amax + first), FP8_MAX, POWER_OF_2)
+    scale = _scale(tl.load(amax + first), LARGEST, POWER_OF_2, DTYPE)
     tl.store(to + first, scale)
     return scale
 
 
 @triton.jit
-def _tile(M, N, BLOCK_M: constexpr, BLOCK_N: constexpr, BACKWARD: constexpr):
+def tile_of(M, N, BLOCK_M: constexpr, BLOCK_N: constexpr, BACKWARD: constexpr):
     """Return the position of this program's tile, and its rows and columns; ``BACKWARD``: from the last tile on."""
     tiles_n = tl.cdiv(N, BLOCK_N)
     tile = tl.program_id(0)
@@ -104,10 +120,10 @@ def amax_kernel(
 ):
     """Compute the bits of the amaxes of the two layouts, into int32 zeros. Where both layouts have one scale for the
     tensor, only row_amax is written. Reads x once."""
-    _, _, rows, columns = _tile(M, N, BLOCK_M, BLOCK_N, False)
+    _, _, rows, columns = tile_of(M, N, BLOCK_M, BLOCK_N, False)
     inside = (rows < M)[:, None] & (columns < N)[None, :]
     values = _values(x, gate, rows.to(tl.int64)[:, None] * stride + columns[None, :], inside)
-    bits = _magnitude_bits(values)
+    bits = magnitude_bits(values)
     if BY_ROWS == VECTOR:
         tl.atomic_max(row_amax + rows, tl.max(bits, 1), mask=rows < M, sem="relaxed")
     elif BY_ROWS == TENSOR:
@@ -131,7 +147,7 @@ def cast_kernel(
     M,
     N,
     stride,
-    FP8_MAX: constexpr,
+    LARGEST: constexpr,
     POWER_OF_2: constexpr,
     DTYPE: constexpr,
     BY_ROWS: constexpr,
@@ -141,41 +157,51 @@ def cast_kernel(
 ):
     """Cast x to float8, to by_rows (M, N) and by_columns (N, M), each with scales from the bits of the amaxes. Reads x
     once, the last tiles first: amax_kernel has left them in the cache."""
-    down, across, rows, columns = _tile(M, N, BLOCK_M, BLOCK_N, True)
+    down, across, rows, columns = tile_of(M, N, BLOCK_M, BLOCK_N, True)
     inside = (rows < M)[:, None] & (columns < N)[None, :]
     values = _values(x, gate, rows.to(tl.int64)[:, None] * stride + columns[None, :], inside)
     if BY_ROWS == VECTOR:
-        scale = _scale(tl.load(row_amax + rows, mask=rows < M, other=0), FP8_MAX, POWER_OF_2)
+        scale = _scale(tl.load(row_amax + rows, mask=rows < M, other=0), LARGEST, POWER_OF_2, DTYPE)
         if across == 0:
             tl.store(row_scale + rows, scale, mask=rows < M)
-        q = _quantize(values, scale[:, None], FP8_MAX, DTYPE)
+        q = _quantize(values, scale[:, None], LARGEST, DTYPE)
     elif BY_ROWS == TENSOR:
-        q = _quantize(values, _scale_of_all(row_amax, row_scale, FP8_MAX, POWER_OF_2)[:, None], FP8_MAX, DTYPE)
+        q = _quantize(values, _scale_of_all(row_amax, row_scale, LARGEST, POWER_OF_2, DTYPE)[:, None], LARGEST, DTYPE)
     if BY_ROWS != NONE:
         tl.store(by_rows + rows.to(tl.int64)[:, None] * N + columns[None, :], q, mask=inside)
     if BY_COLUMNS == VECTOR or (BY_COLUMNS == TENSOR and BY_ROWS != TENSOR):
-        scale = _scale_of_columns(column_amax, column_scale, columns, N, down, FP8_MAX, POWER_OF_2, BY_COLUMNS)
-        q = _quantize(values, scale[None, :], FP8_MAX, DTYPE)
+        scale = _scale_of_columns(column_amax, column_scale, columns, N, down, BY_COLUMNS, LARGEST, POWER_OF_2, DTYPE)
+        q = _quantize(values, scale[None, :], LARGEST, DTYPE)
     elif BY_COLUMNS == TENSOR:  # q has this scale already
-        _scale_of_all(column_amax, column_scale, FP8_MAX, POWER_OF_2)
+        _scale_of_all(column_amax, column_scale, LARGEST, POWER_OF_2, DTYPE)
     if BY_COLUMNS != NONE:
-        _store_transposed(by_columns, q, rows, columns, M, N)
+        store_transposed(by_columns, q, rows, columns, M, N)
 
 
 @triton.jit
-def _scale_of_columns(amax, to, columns, N, down, FP8_MAX: constexpr, POWER_OF_2: constexpr, LAYOUT: constexpr):
+def _scale_of_columns(
+    amax,
+    to,
+    columns,
+    N,
+    down,
+    LAYOUT: constexpr,
+    LARGEST: constexpr,
+    POWER_OF_2: constexpr,
+    DTYPE: constexpr,
+):
     """Return the scale of each column, or of the whole tensor in shape (1,), and store it."""
     if LAYOUT == VECTOR:
-        scale = _scale(tl.load(amax + columns, mask=columns < N, other=0), FP8_MAX, POWER_OF_2)
+        scale = _scale(tl.load(amax + columns, mask=columns < N, other=0), LARGEST, POWER_OF_2, DTYPE)
         if down == 0:
             tl.store(to + columns, scale, mask=columns < N)
     else:
-        scale = _scale_of_all(amax, to, FP8_MAX, POWER_OF_2)
+        scale = _scale_of_all(amax, to, LARGEST, POWER_OF_2, DTYPE)
     return scale
 
 
 @triton.jit
-def _store_transposed(to, q, rows, columns, M, N):
+def store_transposed(to, q, rows, columns, M, N):
     inside = (columns < N)[:, None] & (rows < M)[None, :]
     tl.store(to + columns.to(tl.int64)[:, None] * M + rows[None, :], tl.trans(q), mask=inside)
 
@@ -188,7 +214,7 @@ def row_cast_kernel(
     row_scale,
     N,
     stride,
-    FP8_MAX: constexpr,
+    LARGEST: constexpr,
     POWER_OF_2: constexpr,
     DTYPE: constexpr,
     BLOCK_N: constexpr,
@@ -198,8 +224,8 @@ def row_cast_kernel(
     columns = tl.arange(0, BLOCK_N)
     inside = columns < N
     values = _values(x, gate, row * stride + columns, inside)
-    scale = _scale(tl.max(_magnitude_bits(values), 0, keep_dims=True), FP8_MAX, POWER_OF_2)
-    tl.store(by_rows + row * N + columns, _quantize(values, scale, FP8_MAX, DTYPE), mask=inside)
+    scale = _scale(tl.max(magnitude_bits(values), 0, keep_dims=True), LARGEST, POWER_OF_2, DTYPE)
+    tl.store(by_rows + row * N + columns, _quantize(values, scale, LARGEST, DTYPE), mask=inside)
     tl.store(row_scale + row + tl.zeros([1], tl.int32), scale)
 
 
@@ -215,7 +241,7 @@ def swiglu_backward_kernel(
     M,
     N,
     stride,
-    FP8_MAX: constexpr,
+    LARGEST: constexpr,
     POWER_OF_2: constexpr,
     DTYPE: constexpr,
     BY_COLUMNS: constexpr,
@@ -225,7 +251,7 @@ def swiglu_backward_kernel(
     """Compute the gradients of silu(gate) * up, and unless ``product`` is None recompute the product: cast by columns,
     or with BY_COLUMNS = NONE not cast. The gradient of up overwrites grad. All are (M, N) and row-major; ``stride`` is
     that of the rows of gate and up. Reads each once."""
-    down, _, rows, columns = _tile(M, N, BLOCK_M, BLOCK_N, True)
+    down, _, rows, columns = tile_of(M, N, BLOCK_M, BLOCK_N, True)
     inside = (rows < M)[:, None] & (columns < N)[None, :]
     offsets = rows.to(tl.int64)[:, None] * N + columns[None, :]
     input_offsets = rows.to(tl.int64)[:, None] * stride + columns[None, :]
@@ -242,8 +268,10 @@ def swiglu_backward_kernel(
         if BY_COLUMNS == NONE:
             tl.store(product + offsets, values, mask=inside)
         else:
-            scale = _scale_of_columns(column_amax, column_scale, columns, N, down, FP8_MAX, POWER_OF_2, BY_COLUMNS)
-            _store_transposed(product, _quantize(values, scale[None, :], FP8_MAX, DTYPE), rows, columns, M, N)
+            scale = _scale_of_columns(
+                column_amax, column_scale, columns, N, down, BY_COLUMNS, LARGEST, POWER_OF_2, DTYPE
+            )
+            store_transposed(product, _quantize(values, scale[None, :], LARGEST, DTYPE), rows, columns, M, N)
 
 
 @triton.jit
@@ -261,7 +289,7 @@ def rescale_kernel(
 ):
     """Divide the unscaled product of two operands by their scales: those of rows and of columns, or with step 0 one of
     the whole operand."""
-    _, _, rows, columns = _tile(M, N, BLOCK_M, BLOCK_N, True)
+    _, _, rows, columns = tile_of(M, N, BLOCK_M, BLOCK_N, True)
     inside = (rows < M)[:, None] & (columns < N)[None, :]
     offsets = rows.to(tl.int64)[:, None] * N + columns[None, :]
     row = tl.load(row_scale + rows * ROW_STEP, mask=rows < M, other=1.0)

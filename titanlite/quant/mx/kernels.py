@@ -1,0 +1,76 @@
+"""The cast to mxfp8 for the units of GPUs: an operator, which is a Triton kernel there and plain operations elsewhere.
+Both give the same bits."""
+
+from __future__ import annotations
+
+import importlib
+
+import torch
+from torch import Tensor
+
+from titanlite.quant import kernels
+from titanlite.quant.devices import on_device_of
+from titanlite.quant.mx.numerics import BLOCK, quantize, swizzled
+
+TILE = 128
+"""Rows and columns of one program, which are those of one tile of exponents."""
+WARPS = 16
+
+
+@torch.library.custom_op("titanlite_mx::cast", mutates_args=())
+def cast(x: Tensor, mode: str, by_rows: bool, by_columns: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Cast ``x`` to mxfp8 in blocks along its rows, along its columns, or both. Reads it once.
+
+    Args:
+        x: (rows, columns), not empty.
+        mode: of the scales.
+
+    Returns:
+        (rows, columns) e4m3 and its exponents, uint8; (columns, rows) e4m3 and its exponents. Columns, and rows in the
+        second, are padded with zeros to whole blocks. The exponents are swizzled. What is not wanted is empty.
+    """
+    outputs: list[Tensor] = []
+    for wanted, view in ((by_rows, x), (by_columns, x.t())):
+        if wanted:
+            data, exponents = quantize(view, mode)  # type: ignore[arg-type]
+            outputs += [data.contiguous(), swizzled(exponents)]
+        else:
+            outputs += _empty(x, wanted, 0, 0)
+    return outputs[0], outputs[1], outputs[2], outputs[3]
+
+
+def _empty(x: Tensor, wanted: bool, rows: int, columns: int) -> tuple[Tensor, Tensor]:
+    """Return memory for the cast of a (rows, columns) matrix in blocks along its rows, and for its exponents."""
+    if not wanted:
+        return x.new_empty(0, dtype=torch.float8_e4m3fn), x.new_empty(0, dtype=torch.uint8)
+    tiles = -(-rows // TILE) * -(-columns // TILE)
+    data = x.new_empty(rows, -(-columns // BLOCK) * BLOCK, dtype=torch.float8_e4m3fn)
+    return data, x.new_empty(tiles * TILE * (TILE // BLOCK), dtype=torch.uint8)
+
+
+@cast.register_fake
+def outputs_of_cast(x: Tensor, mode: str, by_rows: bool, by_columns: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    m, n = x.shape
+    return *_empty(x, by_rows, m, n), *_empty(x, by_columns, n, m)
+
+
+def cast_by_kernel(x: Tensor, mode: str, by_rows: bool, by_columns: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Compute ``titanlite_mx::cast`` by the Triton kernel."""
+    kernel = importlib.import_module("titanlite.quant.mx.triton_casts").cast_kernel  # triton may not be installed
+    out = outputs_of_cast(x, mode, by_rows, by_columns)
+    x = x if x.stride(1) == 1 else x.contiguous()
+    m, n = x.shape
+    layouts = {"RCEIL": mode == "rceil", "BY_ROWS": by_rows, "BY_COLUMNS": by_columns}
+    with on_device_of(x):
+        kernel[(-(-m // TILE) * -(-n // TILE),)](x, *out, m, n, x.stride(0), **layouts, SIZE=TILE, num_warps=WARPS)
+    return out
+
+
+def choice() -> str:
+    """Return what casts and multiplies on GPUs with units for mxfp8, for the log."""
+    casts = "a Triton kernel casts both layouts in one pass" if kernels.AVAILABLE else "plain operations cast"
+    return f"{casts}, and torch._scaled_mm multiplies"
+
+
+if kernels.AVAILABLE:
+    cast.register_kernel("cuda")(cast_by_kernel)
