@@ -35,15 +35,15 @@ GPU_PARTS = {
     "attention": r"flash|fmha|sdpa|attention",
     "casts": r"amax_kernel|cast_kernel|swiglu_backward_kernel|rescale_kernel",
     "communication": r"nccl",
-    "matmuls": r"gemm|nvjet|cutlass|xmma|cublas|splitK",
+    "matmuls": r"matmul_kernel|gemm|nvjet|cutlass|xmma|cublas|splitK",
     "optimizer": r"adam|multi_tensor",
     "copies": r"memcpy|memset|copy|CatArray|chunk_cat|fill",
 }
 CPU_PARTS = {
     "attention": r"scaled_dot_product",
-    "casts": r"titanlite_quant",
+    "casts": r"titanlite_quant|titanlite_(int8|mx)::cast",
     "communication": r"c10d|gloo",
-    "matmuls": r"^aten::(mm|addmm|bmm|_scaled_mm|linear)$",
+    "matmuls": r"^aten::(mm|addmm|bmm|_scaled_mm|linear)$|titanlite_int8::multiply",
     "optimizer": r"adam|_foreach_norm|clip",
     "copies": r"^fsdp::|copy|chunk_cat|^aten::(cat|clone|fill_|zero_|_to_copy|contiguous)$",
     "compiled": r"Compiled",

@@ -5,16 +5,19 @@ from __future__ import annotations
 import os
 import re
 import subprocess
+import tempfile
 from collections.abc import Mapping
+from pathlib import Path
 
 os.environ["TRITON_INTERPRET"] = "0"
 
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
+CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 OPTIONS = ("num_warps", "num_stages")
+SHARED_MEMORY = {"sm_75": 64, "sm_80": 163, "sm_89": 99, "sm_90": 227, "sm_100": 227, "gfx942": 64}  # KiB of a program
 
 
 def compile(
@@ -30,7 +33,8 @@ def compile(
         Its assembly.
 
     Raises:
-        AssertionError: it spills registers, or an offset into a matrix would overflow at 2**31.
+        AssertionError: it spills registers, needs more shared memory than there is, or would overflow an offset into a
+            matrix at 2**31.
     """
     on_amd = name.startswith("gfx")
     target = GPUTarget("hip", name, 64) if on_amd else GPUTarget("cuda", int(name[3:]), 32)
@@ -46,18 +50,21 @@ def compile(
     compiled = triton.compile(source, target=target, options=options)
     assert compiled.asm["hsaco" if on_amd else "cubin"]
     assembly: str = compiled.asm["amdgcn" if on_amd else "ptx"]
-    spilled = spills_on_amd(assembly) if on_amd else spills(assembly, int(name[3:]))
+    spilled = spills_on_amd(assembly) if on_amd else stack(compiled.asm["cubin"])
     assert spilled == 0, f"{kernel.__name__} for {name} spills {spilled}: {dict(constants)}"
+    assert compiled.metadata.shared <= SHARED_MEMORY[name] * 1024, f"{kernel.__name__} for {name}: {dict(constants)}"
     assert not short_offsets(compiled.asm["ttir"]), f"{kernel.__name__}: {short_offsets(compiled.asm['ttir'])}"
     return assembly
 
 
-def spills(ptx: str, capability: int) -> int:
-    """Return the bytes that a kernel stores of registers to memory."""
-    (full,) = re.findall(r"^\.target (sm_\w+)", ptx, re.M)
-    command = [get_ptxas(capability).path, "-v", f"--gpu-name={full}", "-o", os.devnull, "-"]
-    said = subprocess.run(command, input=ptx, capture_output=True, text=True, check=True).stderr
-    return sum(map(int, re.findall(r"(\d+) bytes spill stores", said)))
+def stack(cubin: bytes) -> int:
+    """Return the bytes of memory that a kernel keeps registers in."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [CUOBJDUMP, "--dump-resource-usage", file.name]
+        said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return sum(map(int, re.findall(r"(?:STACK|LOCAL):(\d+)", said)))
 
 
 def spills_on_amd(assembly: str) -> int:
