@@ -13,8 +13,17 @@ MOST = {
     "num_attention_heads": 1 << 16,
     "num_key_value_heads": 1 << 16,
     "head_dim": 1 << 16,
+    **dict.fromkeys(("num_experts", "num_local_experts", "num_experts_per_tok"), 1 << 16),
     **dict.fromkeys(
-        ("hidden_size", "intermediate_size", "vocab_size", "max_position_embeddings", "sliding_window"), 1 << 24
+        (
+            "hidden_size",
+            "intermediate_size",
+            "moe_intermediate_size",
+            "vocab_size",
+            "max_position_embeddings",
+            "sliding_window",
+        ),
+        1 << 24,
     ),
 }
 
@@ -37,11 +46,11 @@ class ConfigJson:
     def get(self, key: str) -> Any:
         return self.values.get(key)
 
-    def size(self, key: str, required: bool = False) -> Any:
-        """Return a whole number above 0; None if the key is missing or null."""
+    def size(self, key: str, required: bool = False, least: int = 1) -> Any:
+        """Return a whole number from ``least``; None if the key is missing or null."""
         value, most = self.values.get(key), MOST[key]
-        if (value is not None or required) and (type(value) is not int or not 1 <= value <= most):
-            raise self.unsupported(key, f"must be a whole number from 1 to {most}")
+        if (value is not None or required) and (type(value) is not int or not least <= value <= most):
+            raise self.unsupported(key, f"must be a whole number from {least} to {most}")
         return value
 
     def number(self, key: str, default: Any = None, most: float = 1e15) -> Any:

@@ -8,6 +8,7 @@ from typing import Any
 
 from titanlite.errors import ConfigError
 from titanlite.models.config_json import ConfigJson, shown
+from titanlite.models.hugging_face_mixture import MixtureFiles
 from titanlite.models.hugging_face_rope import rope_from_config, rope_to_config
 from titanlite.models.layers import DecoderArgs
 from titanlite.models.spec import HuggingFaceFormat
@@ -46,6 +47,7 @@ class DecoderFiles:
         rope_kinds: the values of ``rope_type`` that are computed.
         partial_rotary: ``config.json`` has the key ``partial_rotary_factor``.
         layer: the name of each parameter of a block, without ".weight" -> its name in a layer of the files.
+        mixture: the form of the mixtures of experts; None: the family has none.
         fused: tensors in a layer of the files -> the parameters of a block that they concatenate, in order.
         ignored: see :class:`~titanlite.models.spec.HuggingFaceFormat`.
     """
@@ -60,6 +62,7 @@ class DecoderFiles:
     rope_kinds: tuple[str, ...] = ("default", "llama3", "yarn")
     partial_rotary: bool = False
     layer: Mapping[str, str] = field(default_factory=lambda: LAYER)
+    mixture: MixtureFiles | None = None
     fused: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     ignored: str | None = None
 
@@ -76,7 +79,12 @@ class DecoderFiles:
         places: dict[str, Place] = {"tok_embeddings.weight": "model.embed_tokens.weight"}
         for i in range(args.n_layers):
             here, there = f"layers.{i}", f"model.layers.{i}"
-            places |= {f"{here}.{name}.weight": f"{there}.{tensor}.weight" for name, tensor in self.layer.items()}
+            layer = self.layer
+            if self.mixture is not None and args.mixture is not None and i >= args.mixture.n_dense_layers:
+                layer = {name: tensor for name, tensor in layer.items() if not name.startswith("feed_forward.")}
+                experts = self.mixture.places(args.mixture, there)
+                places |= {f"{here}.feed_forward.{name}": place for name, place in experts.items()}
+            places |= {f"{here}.{name}.weight": f"{there}.{tensor}.weight" for name, tensor in layer.items()}
             for tensor, names in self.fused.items():
                 start = 0
                 for name in names:
@@ -116,6 +124,7 @@ class DecoderFiles:
     def _written(self, args: DecoderArgs) -> dict[str, Any]:
         window = {"sliding_window": args.sliding_window} if self.window else {}
         partial = {"partial_rotary_factor": args.partial_rotary_factor or 1.0} if self.partial_rotary else {}
+        mixture = self.mixture.written(args.mixture) if self.mixture and args.mixture else {}
         return {
             "architectures": [self.architecture],
             "model_type": self.model_type,
@@ -133,6 +142,7 @@ class DecoderFiles:
             "tie_word_embeddings": args.tie_embeddings,
             **window,
             **partial,
+            **mixture,
             **self.fixed,
             "pad_token_id": None,  # Phi-3 has a default, which another vocabulary may not have
             "initializer_range": 0.02,
@@ -176,6 +186,7 @@ class DecoderFiles:
             tie_embeddings=bool(stated.get("tie_word_embeddings")),
             max_seq_len=max_seq_len or 2048,
             sliding_window=stated.size("sliding_window") if self.window else None,
+            mixture=self.mixture.read(stated) if self.mixture is not None else None,
             **self.args,
         )
         if args.rotary_size % 2 or not args.rotary_size:
@@ -216,7 +227,10 @@ class DecoderFiles:
 
 
 def _differences(there: DecoderArgs, here: DecoderArgs) -> dict[str, tuple[Any, Any]]:
-    """Return the arguments that differ, but for the sequence length, by name; a head's default size is one."""
+    """Return the arguments that differ, but for the sequence length, by name; a head's default size is one. Where all
+    blocks have experts, nothing has the size of a plain feed-forward."""
     one, other = (replace(args, head_dim=args.head_size, max_seq_len=1) for args in (there, here))
+    if all(args.mixture is not None and not args.mixture.n_dense_layers for args in (one, other)):
+        other = replace(other, ffn_dim=one.ffn_dim)
     pairs = {f.name: (getattr(one, f.name), getattr(other, f.name)) for f in fields(one)}
     return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}

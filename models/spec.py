@@ -102,12 +102,18 @@ class ModelSpec:
                 cannot say them. The key is ``model.args.`` and the name.
         """
         known = [f.name for f in fields(flavor)]
+        mixture = getattr(flavor, "mixture", None)
+        inner = [] if mixture is None else [f.name for f in fields(mixture)]
         for name, value in sizes.items():
-            if name not in known:
+            if name not in (*known, *inner):
                 raise ConfigError(
-                    f"{self.name} has no such size; it has {', '.join(known)}", key=f"model.args.{name}", value=value
+                    f"{self.name} has no such size; it has {', '.join((*known, *inner))}",
+                    key=f"model.args.{name}",
+                    value=value,
                 )
-        args = replace(flavor, **sizes)
+        args = replace(flavor, **{name: value for name, value in sizes.items() if name in known})
+        if mixture is not None:
+            args = replace(args, mixture=replace(mixture, **{n: value for n, value in sizes.items() if n in inner}))
         if isinstance(args, DecoderArgs) and (broken := args.broken_rule()) is not None:
             name = next(name for name in (*broken[0], *sizes) if name in sizes)
             raise ConfigError(f"{broken[1]}; change either", key=f"model.args.{name}", value=sizes[name])

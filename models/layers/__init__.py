@@ -3,22 +3,29 @@
 from titanlite.models.layers.attention import Attention, AttentionSlot, Core, causal_attention, document_mask, visible
 from titanlite.models.layers.decoder import LAYOUT, Block, Decoder, DecoderArgs
 from titanlite.models.layers.feed_forward import FeedForward, swiglu
+from titanlite.models.layers.grouped_mm import GROUPED_MATMULS, grouped_mm
 from titanlite.models.layers.init import Init
 from titanlite.models.layers.layout import Layout, Projections
+from titanlite.models.layers.mixture import BalanceLoss, Experts, Mixture, MixtureArgs
 from titanlite.models.layers.rotary import RopeScaling, YarnScaling, apply_rope, rope_frequencies, rope_table
 from titanlite.models.layers.size import ModelSize
 
 __all__ = [
+    "GROUPED_MATMULS",
     "LAYOUT",
     "Attention",
     "AttentionSlot",
+    "BalanceLoss",
     "Block",
     "Core",
     "Decoder",
     "DecoderArgs",
+    "Experts",
     "FeedForward",
     "Init",
     "Layout",
+    "Mixture",
+    "MixtureArgs",
     "ModelSize",
     "Projections",
     "RopeScaling",
@@ -26,6 +33,7 @@ __all__ = [
     "apply_rope",
     "causal_attention",
     "document_mask",
+    "grouped_mm",
     "rope_frequencies",
     "rope_table",
     "swiglu",

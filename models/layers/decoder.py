@@ -1,4 +1,4 @@
-"""The decoder that all dense families share: a plain ``nn.Module`` that knows nothing of parallelism, precision or
+"""The decoder that all families share: a plain ``nn.Module`` that knows nothing of parallelism, precision or
 devices."""
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from titanlite.models.layers.attention import Attention, document_mask
 from titanlite.models.layers.feed_forward import FeedForward
 from titanlite.models.layers.init import Init
 from titanlite.models.layers.layout import Layout, Projections
+from titanlite.models.layers.mixture import Mixture, MixtureArgs
 from titanlite.models.layers.rotary import RopeScaling, YarnScaling, rope_table
 from titanlite.models.layers.size import ModelSize
 
@@ -30,6 +31,7 @@ class DecoderArgs:
         qk_norm: each head of queries and keys is normalized (RMSNorm) before its rotation.
         sliding_window: the number of positions that each position attends to; None: all before it.
         partial_rotary_factor: the share of a head's features that are rotated; None: all.
+        mixture: the experts in place of a feed-forward; None: no block has any.
     """
 
     dim: int
@@ -48,11 +50,20 @@ class DecoderArgs:
     qk_norm: bool = False
     sliding_window: int | None = None
     partial_rotary_factor: float | None = None
+    mixture: MixtureArgs | None = None
 
     @property
     def head_size(self) -> int:
         """The features of one head."""
         return self.dim // self.n_heads if self.head_dim is None else self.head_dim
+
+    @property
+    def active_ffn_dim(self) -> int:
+        """The features inside the feed-forward of a block that a token uses: the mean over the blocks, rounded down."""
+        if self.mixture is None:
+            return self.ffn_dim
+        dense = min(self.mixture.n_dense_layers, self.n_layers)
+        return (dense * self.ffn_dim + (self.n_layers - dense) * self.mixture.active_dim) // self.n_layers
 
     @property
     def rotary_size(self) -> int:
@@ -77,7 +88,7 @@ class DecoderArgs:
             number <= 0 for number in vars(self.rope_scaling).values() if number is not None
         ):
             return ("rope_scaling",), f"the numbers of {self.rope_scaling} must be above 0"
-        return None
+        return None if self.mixture is None else self.mixture.broken_rule()
 
     def configured(self, vocab_size: int, seq_len: int) -> DecoderArgs:
         """Return these arguments for a tokenizer and a sequence length.
@@ -98,13 +109,16 @@ class DecoderArgs:
 class Block(nn.Module):
     """Attention and feed-forward, each behind a norm and added to the residual stream.
 
+    Args:
+        number: of the block in the model, from 0.
+
     Attributes:
         run: a slot for a compiled or checkpointed version of :meth:`compute`; None: call :meth:`compute`.
     """
 
-    run: Callable[..., Tensor] | None
+    run: Callable[..., Any] | None
 
-    def __init__(self, args: DecoderArgs) -> None:
+    def __init__(self, args: DecoderArgs, number: int = 0) -> None:
         super().__init__()
         self.run = None
         self.attention = Attention(
@@ -116,16 +130,26 @@ class Block(nn.Module):
             norm_eps=args.norm_eps if args.qk_norm else None,
             window=args.sliding_window,
         )
-        self.feed_forward = FeedForward(args.dim, args.ffn_dim)
+        mixture = args.mixture if args.mixture is not None and number >= args.mixture.n_dense_layers else None
+        self.feed_forward = Mixture(args.dim, mixture) if mixture else FeedForward(args.dim, args.ffn_dim)
         self.attention_norm = nn.RMSNorm(args.dim, eps=args.norm_eps)
         self.ffn_norm = nn.RMSNorm(args.dim, eps=args.norm_eps)
 
     def forward(self, x: Tensor, rope: Tensor, documents: Any = None) -> Tensor:
-        return (self.run or self.compute)(x, rope, documents)
+        out = (self.run or self.compute)(x, rope, documents)
+        return self.feed_forward.record(*out) if isinstance(self.feed_forward, Mixture) else out
 
-    def compute(self, x: Tensor, rope: Tensor, documents: Any = None) -> Tensor:
+    def compute(self, x: Tensor, rope: Tensor, documents: Any = None) -> Any:
+        """Return the hidden states; of a mixture, all that :meth:`Mixture.record` takes."""
         x = x + self.attention(self.attention_norm(x), rope, documents)
-        return x + self.feed_forward(self.ffn_norm(x))  # type: ignore[no-any-return]
+        if isinstance(self.feed_forward, Mixture):
+            out, loss, tally = self.feed_forward(self.ffn_norm(x))
+            return x + out, loss, tally
+        return x + self.feed_forward(self.ffn_norm(x))
+
+    def unused_params(self) -> int:
+        """Return the number of parameters that a token does not use."""
+        return self.feed_forward.unused_params() if isinstance(self.feed_forward, Mixture) else 0
 
     def init_weights(self, init: Init, depth: int) -> None:
         # The residual stream sums 2 * depth branches. Smaller output projections keep its scale level.
@@ -171,7 +195,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.args, self.positions, self.mask_of = args, None, document_mask
         self.tok_embeddings = nn.Embedding(args.vocab_size, args.dim)
-        self.layers = nn.ModuleDict({str(i): Block(args) for i in range(args.n_layers)})
+        self.layers = nn.ModuleDict({str(i): Block(args, i) for i in range(args.n_layers)})
         self.norm = nn.RMSNorm(args.dim, eps=args.norm_eps)
         self.output = nn.Linear(args.dim, args.vocab_size, bias=False)
         if args.tie_embeddings:
@@ -234,6 +258,7 @@ class Decoder(nn.Module):
         assert embedding is not None
         return ModelSize(
             params=sum(p.numel() for p in self.parameters()),
+            unused_params=sum(block.unused_params() for block in self.layers.values()),  # type: ignore[operator]
             # A tied embedding is also the output projection, which is a matmul.
             embedding_params=0 if args.tie_embeddings else embedding.weight.numel(),
             layers=args.n_layers,

@@ -7,7 +7,8 @@ from typing import NamedTuple
 
 class ModelSize(NamedTuple):
     """The sizes that determine a model's FLOPs, and the tensors between pipeline stages. ``embedding_params`` counts
-    the parameters that are looked up, not multiplied; ``dim`` is the width of the hidden states."""
+    the parameters that are looked up, not multiplied; ``dim`` is the width of the hidden states;
+    ``unused_params`` counts those of experts that a token does not choose."""
 
     params: int
     embedding_params: int
@@ -16,3 +17,4 @@ class ModelSize(NamedTuple):
     head_dim: int
     dim: int
     vocab_size: int
+    unused_params: int = 0

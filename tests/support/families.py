@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from titanlite.models.weight_map import Place, Rows
+from titanlite.models.weight_map import Place, Rows, Stack
 
 VOCABULARY, SEQ_LEN = 160, 48
 _SIZES = {
@@ -37,6 +37,7 @@ _LLAMA3 = {
 }
 _YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 12}
 _PARTIAL = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
+_EXPERTS = {"num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 28}
 ONE_KV_HEAD, WIDE, TIED = {"num_key_value_heads": 1}, {"head_dim": 20}, {"tie_word_embeddings": True}
 
 # The class of transformers' configuration, and its arguments in place of those above.
@@ -51,6 +52,10 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2, yarn": ("Qwen2Config", {"rope_parameters": {**_YARN, "beta_fast": 8.0, "attention_factor": 1.3}}),
     "qwen3, tied, wide heads": ("Qwen3Config", {**TIED, **WIDE, **ONE_KV_HEAD}),
     "qwen3": ("Qwen3Config", {"head_dim": 12}),
+    "qwen3_moe": ("Qwen3MoeConfig", {**_EXPERTS, "norm_topk_prob": True, **WIDE}),
+    "qwen3_moe, weights not normalized": ("Qwen3MoeConfig", {**_EXPERTS, "num_experts_per_tok": 1, **ONE_KV_HEAD}),
+    "mixtral": ("MixtralConfig", {"num_local_experts": 5, "num_experts_per_tok": 2}),
+    "mixtral, window": ("MixtralConfig", {"num_local_experts": 4, "sliding_window": 7, **WIDE}),
     "phi3": ("Phi3Config", {}),
     "phi3, window, partial rotary": ("Phi3Config", {"sliding_window": 7, "rope_parameters": _PARTIAL, **ONE_KV_HEAD}),
 }
@@ -70,8 +75,32 @@ def their_model(case: str, **changed: Any) -> Any:
     return model.eval()
 
 
+# The projections of experts in the files of each class of transformers: the folder, then gate, up and down.
+_PROJECTIONS = {
+    "MixtralForCausalLM": ("block_sparse_moe", "w1", "w3", "w2"),
+    "Qwen3MoeForCausalLM": ("mlp", "gate_proj", "up_proj", "down_proj"),
+}
+
+
+def in_files(model: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors by parameter of a model of theirs -> by the names in its files, which hold every expert by itself."""
+    named: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        layer, _, rest = name.partition(".mlp.")
+        folder, gate, up, down = _PROJECTIONS.get(type(model).__name__, ("mlp", "", "", ""))
+        if not rest.startswith("experts."):
+            named[f"{layer}.{folder}.{rest}" if rest else name] = tensor
+            continue
+        for i, expert in enumerate(tensor):
+            parts = {gate: expert.chunk(2)[0], up: expert.chunk(2)[1]} if "gate_up" in rest else {down: expert}
+            named |= {f"{layer}.{folder}.experts.{i}.{part}.weight": value for part, value in parts.items()}
+    return named
+
+
 def part_of(tensors: dict[str, Tensor], place: Place) -> Tensor:
     """The parameter at a place, in the tensors of a model of theirs."""
+    if isinstance(place, Stack):
+        return torch.stack([tensors[name] for name in place.tensors])
     if isinstance(place, Rows):
         return tensors[place.tensor][place.start : place.stop]
     assert isinstance(place, str)

@@ -248,9 +248,14 @@ def quantizer_for(name: str, description: ModelDescription) -> Quantizer:
     """Return the way to quantize ``name``.
 
     Raises:
-        ConfigError: there is none, or the weights are quantized already.
+        ConfigError: there is none, the weights are quantized already, or the model has experts.
     """
     quantizer = get_quantizer(name)
+    if getattr(description.args, "mixture", None) is not None:
+        raise ConfigError(
+            f"--quantize={name}: the model has experts, whose weights are most of it and stay in high precision; leave "
+            "it out"
+        )
     if description.quantizer is not None:
         raise ConfigError(f"--quantize={name}: the weights are quantized already; leave it out")
     return quantizer

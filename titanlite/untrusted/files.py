@@ -9,7 +9,7 @@ import os
 import stat
 from pathlib import Path, PurePosixPath
 from types import UnionType
-from typing import Any, BinaryIO, Union, get_args, get_origin
+from typing import Any, BinaryIO, Literal, Union, get_args, get_origin
 
 from titanlite.errors import ConfigError
 
@@ -110,6 +110,8 @@ def is_of(value: Any, kind: Any) -> bool:
     number is at least 0 and has 64 bits at most."""
     if get_origin(kind) in (Union, UnionType):
         return any(is_of(value, part) for part in get_args(kind))
+    if get_origin(kind) is Literal:
+        return value in get_args(kind)
     if kind is int:
         return type(value) is int and 0 <= value < 1 << 64
     if kind is float:

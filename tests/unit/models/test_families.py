@@ -14,7 +14,7 @@ pytest.importorskip("transformers")
 
 from safetensors.torch import load_file
 
-from tests.support.families import CASES, SEQ_LEN, VOCABULARY, part_of, their_model
+from tests.support.families import CASES, SEQ_LEN, VOCABULARY, in_files, part_of, their_model
 from titanlite.checkpoint.hugging_face import HuggingFaceFolder
 from titanlite.checkpoint.hugging_face_export import write_hugging_face
 from titanlite.data import load_tokenizer
@@ -75,7 +75,7 @@ def test_logits_loss_gradients_and_text_are_those_of_transformers(tmp_path: Path
     loss = cross_entropy_loss(mine, batch[:, 1:]) / batch[:, 1:].numel()
     loss.backward()
     assert loss.item() == pytest.approx(expected.item(), abs=1e-5)
-    gradients = {name: param.grad for name, param in theirs.named_parameters()}
+    gradients = in_files(theirs, {name: param.grad for name, param in theirs.named_parameters()})
     assert spec.hugging_face is not None
     places = spec.hugging_face.weights(ours.args)
     largest = 0.0
@@ -145,6 +145,8 @@ PUBLISHED = {
         "14B": 14_768_307_200,
         "32B": 32_762_123_264,
     },
+    "qwen3_moe": {"30B-A3B": 30_532_122_624, "235B-A22B": 235_093_634_560},
+    "mixtral": {"8x7B": 46_702_792_704},
     "phi3": {"phi-3-mini-4k": 3_821_079_552, "phi-3-medium-4k": 13_960_238_080, "phi-4": 14_659_507_200},
 }
 
@@ -254,6 +256,47 @@ FILES: dict[tuple[str, str], dict[str, Any]] = {
         attention_bias=False,
         max_position_embeddings=32768,
         tie_word_embeddings=True,
+    ),
+    ("qwen3_moe", "30B-A3B"): stated(
+        hidden_size=2048,
+        intermediate_size=6144,
+        moe_intermediate_size=768,
+        num_experts=128,
+        num_experts_per_tok=8,
+        norm_topk_prob=True,
+        decoder_sparse_step=1,
+        mlp_only_layers=[],
+        output_router_logits=False,
+        router_aux_loss_coef=0.001,
+        num_hidden_layers=48,
+        num_attention_heads=32,
+        head_dim=128,
+        num_key_value_heads=4,
+        vocab_size=151936,
+        rms_norm_eps=1e-06,
+        rope_theta=1000000.0,
+        rope_scaling=None,
+        use_sliding_window=False,
+        sliding_window=None,
+        max_window_layers=48,
+        attention_bias=False,
+        max_position_embeddings=40960,
+    ),
+    ("mixtral", "8x7B"): stated(
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_local_experts=8,
+        num_experts_per_tok=2,
+        output_router_logits=False,
+        router_aux_loss_coef=0.02,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        vocab_size=32000,
+        rms_norm_eps=1e-05,
+        rope_theta=1000000.0,
+        sliding_window=None,
+        max_position_embeddings=32768,
     ),
     ("phi3", "phi-4"): stated(
         hidden_size=5120,
