@@ -48,6 +48,7 @@ from titanlite.distributed.attention_kernel import preferred_kernels
 from titanlite.distributed.compile import CompileWatch
 from titanlite.distributed.context_parallel import ContextParallel
 from titanlite.distributed.data_parallel import allocate
+from titanlite.distributed.experts import ExpertBalance
 from titanlite.distributed.gradients import gradient_scale
 from titanlite.distributed.init import WeightInit
 from titanlite.distributed.mesh import build_mesh
@@ -80,7 +81,7 @@ from titanlite.training.out_of_memory import give_up
 from titanlite.training.run_folder import RunFolder, logged_rows, loss_of_first_step
 from titanlite.training.sample import check_prompt, log_sample
 from titanlite.training.step import StepRunner
-from titanlite.training.step_guard import StepGuard
+from titanlite.training.step_guard import IS_BAD, StepGuard
 from titanlite.training.validate import Validator, read_validation_data, training_part
 from titanlite.training.validate_task import ValidationTask
 
@@ -205,6 +206,7 @@ class Trainer:
         loss_fn = build_loss(config, self.mesh)
         pipeline = build_pipeline(built, loss_fn, config, self.mesh, device)
         self.runner = StepRunner(built.parts, loss_fn, pipeline, self.context, device)
+        self.experts = ExpertBalance(built.parts, config.experts, self.mesh.stage)
         self.about.update(built.about)
         for part in self.model_parts:  # nothing was allocated before
             allocate(part, device, config.training.enable_cpu_offload)
@@ -379,6 +381,7 @@ class Trainer:
         self.checkpoints.before_update()
         record = self.step_guard.step(self.optimizer, loss, scale.loss, scale.norm, scale.divisor)
         self.optimizer.zero_grad()
+        self.experts.step_done(bad=record[IS_BAD])
         for converter in self.converters.values():
             for part in self.model_parts:
                 converter.post_optimizer_hook(part)
@@ -403,6 +406,7 @@ class Trainer:
             skipped_steps=latest.skipped,
             skipped_documents=skipped,
             truncated_examples=truncated,
+            experts=self.experts.report(),
         )
 
     def _asked_to_stop(self) -> bool:

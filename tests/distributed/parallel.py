@@ -26,7 +26,7 @@ from titanlite.config.schema import Comm
 from titanlite.data import Batch, DataLoader
 from titanlite.distributed import runtime
 from titanlite.distributed.mesh import Mesh
-from titanlite.models.layers import DecoderArgs, YarnScaling
+from titanlite.models.layers import DecoderArgs, MixtureArgs, YarnScaling
 from titanlite.models.llama3.spec import FLAVORS
 from titanlite.models.spec import get_model_spec
 from titanlite.optim import IGNORED
@@ -41,6 +41,8 @@ TINY_FAMILIES = {
     "mistral": replace(TINY_MODEL, sliding_window=8, head_dim=32),
     "qwen2": replace(TINY_MODEL, qkv_bias=True),
     "qwen3": replace(TINY_MODEL, qk_norm=True),
+    "qwen3_moe": replace(TINY_MODEL, qk_norm=True, mixture=MixtureArgs(6, 2, 32)),
+    "mixtral": replace(TINY_MODEL, mixture=MixtureArgs(5, 2, 32)),  # over two processes, sharded by features
     "phi3": replace(TINY_MODEL, sliding_window=12, partial_rotary_factor=0.5),
 }
 

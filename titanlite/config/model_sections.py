@@ -1,10 +1,11 @@
-"""The sections [model] and [model.args] of the schema; see :mod:`titanlite.config.schema`."""
+"""The sections [model], [model.args] and [experts] of the schema; see :mod:`titanlite.config.schema`."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
 
-from titanlite.config.value_rules import AnyPath, Layers, NotNegative, PositiveFloat, Share, Size
+from titanlite.config.value_rules import AnyPath, Layers, NotNegative, NotNegativeFloat, PositiveFloat, Share, Size
 
 
 @dataclass
@@ -35,6 +36,12 @@ class ModelArgs:
     """The number of positions that each position attends to; 0: all before it. The families mistral and phi3."""
     partial_rotary_factor: Share | None = None
     """The share of a head's features that are rotated. The family phi3."""
+    n_experts: Size | None = None
+    """The number of experts in each block that has any. This and the next two: families of mixtures."""
+    experts_per_token: Size | None = None
+    """The number of experts that each token uses."""
+    expert_dim: Size | None = None
+    """The features inside an expert."""
 
 
 @dataclass
@@ -55,3 +62,20 @@ class Model:
     """Converters to apply to the model, in this order, after it is built and before it is sharded."""
     print_after_conversion: bool = False
     """Log the model's modules after the converters have run."""
+
+
+@dataclass
+class Experts:
+    """How the load of experts is kept in balance. Options that titanlite adds."""
+
+    balance_loss: NotNegativeFloat | None = None
+    """The coefficient of the loss that pulls the experts of a mixture to equal load. Unset: 0.001 where the router has
+    no bias, else 0. The logged loss is without it."""
+    balance_loss_over: Literal["sequence", "batch"] = "sequence"
+    """The tokens whose load this loss is of: those of each sequence, or of a device's whole microbatch,
+    training.local_batch_size sequences."""
+    z_loss: NotNegativeFloat = 0.0
+    """The coefficient of the loss that keeps the logits of routers small."""
+    bias_update_rate: NotNegativeFloat | None = None
+    """The change of a router's bias after each step, up for experts with less than the mean load, down for those with
+    more. Unset: 0.001 where the router has a bias; 0 leaves the bias as it is."""

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from titanlite.config.model_sections import Model
+from titanlite.config.model_sections import Experts, Model
 from titanlite.config.value_rules import (
     AnyPath,
     Beta,
@@ -489,6 +489,7 @@ class JobConfig:
     profiling: Profiling = field(default_factory=Profiling)
     metrics: Metrics = field(default_factory=Metrics)
     model: Model = field(default_factory=Model)
+    experts: Experts = field(default_factory=Experts)
     optimizer: Optimizer = field(default_factory=Optimizer)
     lr_scheduler: LRScheduler = field(default_factory=LRScheduler)
     training: Training = field(default_factory=Training)

@@ -9,7 +9,8 @@ from titanlite.config.schema import JobConfig
 _MX_KERNELS = "one kernel casts along both dimensions; leave it out"
 _FAULT_TOLERANCE = "one run is one group of processes; leave it out"
 _STAGES = "stages have about equal work; use parallelism.pipeline_parallel_split_points for others"
-_EXPERTS = "no model here has experts; leave it out"
+_EXPERTS_SHARDED = "FSDP shards experts over the data-parallel processes; leave it out"
+_EXPERTS_QUANTIZED = "experts compute in training.mixed_precision_param, beside converted linear layers; leave it out"
 
 # The key and the way out. Its default is the value at which it does nothing; any other value is an error and never
 # silently ignored. (Keys such as checkpoint.interval, which only modify a feature, are not here.)
@@ -18,14 +19,14 @@ UNSUPPORTED: dict[str, str] = {
     "optimizer.early_step_in_backward": "leave it out",
     "training.dtype": "weights are float32; training.mixed_precision_param is the dtype that they compute in",
     "parallelism.enable_compiled_autograd": "use training.compile",
-    "parallelism.expert_parallel_degree": _EXPERTS,
+    "parallelism.expert_parallel_degree": _EXPERTS_SHARDED,
     "parallelism.module_fqns_per_model_part": _STAGES,
     "parallelism.pipeline_parallel_first_stage_less_layers": _STAGES,
     "parallelism.pipeline_parallel_last_stage_less_layers": _STAGES,
     "checkpoint.last_save_in_hf": "turn the last checkpoint into a Hugging Face folder with titanlite convert",
-    "activation_checkpoint.per_op_sac_force_recompute_mm_shapes_by_fqns": _EXPERTS,
+    "activation_checkpoint.per_op_sac_force_recompute_mm_shapes_by_fqns": "op keeps every second matmul; leave it out",
     **{
-        f"{number_format.name}.moe_fqns_prototype": _EXPERTS
+        f"{number_format.name}.moe_fqns_prototype": _EXPERTS_QUANTIZED
         for number_format in NUMBER_FORMATS
         if number_format.from_torchtitan
     },

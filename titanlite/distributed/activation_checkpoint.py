@@ -13,6 +13,7 @@ from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from titanlite.config.schema import ActivationCheckpoint
+from titanlite.models.layers import GROUPED_MATMULS
 from titanlite.quant.kept import MATMULS, SMALL_RESULTS
 
 # Compiled, "op" makes it warn of in-place operations, which blocks do not have (models/spec.py).
@@ -61,7 +62,7 @@ def _op_contexts() -> Any:
     matmuls: dict[str, int] = defaultdict(int)
 
     def policy(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-        if op in MATMULS:
+        if op in MATMULS or op in GROUPED_MATMULS:
             phase = "recompute" if context.is_recompute else "forward"
             matmuls[phase] += 1
             keep = matmuls[phase] % 2 == 1

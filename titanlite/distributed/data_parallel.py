@@ -8,9 +8,11 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.tensor import Shard
 
 from titanlite.config.schema import Training
 from titanlite.distributed.mesh import Mesh
+from titanlite.models.layers import Experts
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -42,7 +44,17 @@ def apply_fsdp(
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     costly = mesh.pp.size() > 1 or (mesh.fsdp.size() == 1 and not in_host_memory)
     keep_all = reshard == "never" or (reshard == "default" and costly)
-    groups = list(groups)
+    groups, experts = (
+        list(groups),
+        {param for m in model.modules() if isinstance(m, Experts) for param in m.parameters()},
+    )
+
+    def placement(param: nn.Parameter) -> Shard | None:
+        """Return how a parameter of experts is sharded: by its experts, or where these do not divide, by its features,
+        if they do. None: by rows."""
+        uneven = param in experts and param.shape[0] % mesh.fsdp.size()
+        return Shard(1) if uneven and not param.shape[1] % mesh.fsdp.size() else None
+
     for i, modules in enumerate(groups):
         keep = keep_all or (reshard == "default" and i == len(groups) - 1)
         fully_shard(
@@ -51,6 +63,7 @@ def apply_fsdp(
             mp_policy=policy,
             offload_policy=offload,
             reshard_after_forward=not keep,
+            shard_placement_fn=placement,
         )
     fully_shard(
         model,

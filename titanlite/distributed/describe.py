@@ -10,6 +10,7 @@ from titanlite.config import JobConfig
 from titanlite.config.data_rules import masks_documents
 from titanlite.distributed.activation_checkpoint import checkpointed_blocks
 from titanlite.distributed.attention_kernel import AttentionInputs, describe_kernel
+from titanlite.distributed.experts import balance_loss
 from titanlite.distributed.mesh import Mesh
 from titanlite.distributed.parallelize import attends_in_float32
 from titanlite.errors import counted
@@ -30,6 +31,13 @@ def describe(args: Any, mesh: Mesh, config: JobConfig) -> dict[str, str]:
     if mesh.cp.size() > 1:
         about["context parallelism"] = (
             f"{counted(mesh.cp.size(), 'process')}, {parallelism.context_parallel_rotate_method}"
+        )
+    mixture = getattr(args, "mixture", None)
+    if mixture is not None:
+        balance = balance_loss(mixture, config.experts)
+        about["experts"] = (
+            f"{mixture.experts_per_token} of {counted(mixture.n_experts, 'expert')} for each token, "
+            f"{training.mixed_precision_param}; balance loss {balance.coefficient:g}, z-loss {balance.z_coefficient:g}"
         )
     attention = []
     window = getattr(args, "sliding_window", None)

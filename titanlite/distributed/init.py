@@ -72,17 +72,19 @@ class WeightInit:
     def _fill(self, param: Tensor, std: float, low: float, width: float) -> None:
         local, offset = _local_shard(param)
         key = stream_key(self._seed, self._names[id(param)])
-        strides = [math.prod(param.shape[d + 1 :]) for d in range(param.dim())]
-        columns = torch.zeros(local.shape[1:], dtype=torch.int64, device=local.device)
-        for d in range(1, param.dim()):
-            index = torch.arange(local.shape[d], device=local.device) + offset[d]
-            columns += (index * strides[d]).view([-1 if e == d else 1 for e in range(1, param.dim())])
-        step = max(1, _CHUNK // max(1, columns.numel()))
-        for start in range(0, local.shape[0], step):
-            rows = torch.arange(start, min(start + step, local.shape[0]), device=local.device) + offset[0]
-            index = (rows * strides[0]).view(-1, *[1] * columns.dim()) + columns
-            u = uniform(key, index) * width + low
-            local[start : start + step] = torch.erfinv(2 * u - 1) * (math.sqrt(2) * std)
+        *leading, width_of_row = local.shape
+        columns = torch.arange(width_of_row, device=local.device) + offset[-1]
+        flat = local.view(-1, width_of_row)
+        # The index in the whole parameter of the first element of each row of the shard.
+        starts = torch.zeros(leading, dtype=torch.int64, device=local.device)
+        for d, size in enumerate(leading):
+            index = (torch.arange(size, device=local.device) + offset[d]) * math.prod(param.shape[d + 1 :])
+            starts += index.view([-1 if e == d else 1 for e in range(len(leading))])
+        starts = starts.flatten()
+        step = max(1, _CHUNK // max(1, width_of_row))
+        for start in range(0, len(flat), step):
+            u = uniform(key, starts[start : start + step, None] + columns) * width + low
+            flat[start : start + step] = torch.erfinv(2 * u - 1) * (math.sqrt(2) * std)
 
 
 def _local_shard(param: Tensor) -> tuple[Tensor, tuple[int, ...]]:

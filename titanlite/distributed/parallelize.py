@@ -22,6 +22,7 @@ from titanlite.distributed.compile import compile_blocks
 from titanlite.distributed.context_parallel import ContextParallel
 from titanlite.distributed.data_parallel import apply_fsdp
 from titanlite.distributed.document_attention import document_attention
+from titanlite.distributed.experts import balance_loss, check_experts
 from titanlite.distributed.mesh import Mesh
 from titanlite.distributed.tensor_parallel import (
     VocabParallelEmbedding,
@@ -31,7 +32,7 @@ from titanlite.distributed.tensor_parallel import (
     row_parallel,
 )
 from titanlite.errors import ConfigError, counted
-from titanlite.models.layers import AttentionSlot, Core, FeedForward, Layout, causal_attention
+from titanlite.models.layers import AttentionSlot, Core, FeedForward, Layout, Mixture, causal_attention
 from titanlite.quant.linear import quant_layers
 from titanlite.quant.reuse import share_first_input
 from titanlite.quant.swiglu import swiglu_linear
@@ -58,7 +59,7 @@ def parallelize(model: nn.Module, layout: Layout, mesh: Mesh, config: JobConfig)
 
 
 def _fill_slots(model: nn.Module, blocks: nn.ModuleDict, mesh: Mesh, config: JobConfig) -> None:
-    """Fill the slots of attention, feed-forward, masks and positions."""
+    """Fill the slots of attention, feed-forward, experts, masks and positions."""
     args: Any = model.args
     core: Core | None = None
     positions = None
@@ -80,6 +81,8 @@ def _fill_slots(model: nn.Module, blocks: nn.ModuleDict, mesh: Mesh, config: Job
             module.core = core
         if isinstance(module, FeedForward):
             module.swiglu = swiglu_linear  # it calls layers that are not quantized as before
+        if isinstance(module, Mixture):
+            module.balance_loss = balance_loss(module.args, config.experts)
 
 
 def _refuse_blocks_without_slot(blocks: nn.ModuleDict, degree: int) -> None:
@@ -152,6 +155,7 @@ def check(args: Any, layout: Layout, mesh: Mesh, config: JobConfig) -> None:
         ConfigError: a degree does not divide the model, or checkpointing would select no layer.
     """
     tp, pp, ac = mesh.tp.size(), mesh.pp.size(), config.activation_checkpoint
+    check_experts(getattr(args, "mixture", None), mesh, config)
     if ac.mode == "selective" and ac.selective_ac_option != "op" and int(ac.selective_ac_option) > args.n_layers:
         refuse(
             config,

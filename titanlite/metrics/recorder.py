@@ -8,6 +8,7 @@ import time
 from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -81,6 +82,7 @@ class Recorder:
         skipped_steps: int,
         skipped_documents: int,
         truncated_examples: int = 0,
+        experts: Mapping[str, Any] | None = None,
     ) -> None:
         """Close the window at ``step`` and write its row. Reading ``loss`` has waited for the device.
 
@@ -88,6 +90,7 @@ class Recorder:
             skipped_steps: the number so far. The row of a skipped step can have values that are not finite.
             skipped_documents: the number of documents that the data have left out so far.
             truncated_examples: the number of examples that were too long for a sequence so far, and lost their end.
+            experts: what the window has seen of the balance of experts (:class:`ExpertBalance`); none: no experts.
         """
         elapsed = time.perf_counter() - self._start
         tps = self._tokens / elapsed
@@ -116,6 +119,7 @@ class Recorder:
             "skipped_steps": skipped_steps,
             "skipped_documents": skipped_documents,
             "truncated_examples": truncated_examples,
+            **(experts or {}),
         }
         for key, kind in (("skipped_documents", "left out"), ("truncated_examples", "truncated")):
             if row[key] > (0 if self.last is None else self.last.get(key, 0)):

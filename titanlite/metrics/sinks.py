@@ -153,6 +153,15 @@ class ConsoleSink:
             self._paint("magenta", f"tflops: {row['tflops']:,.2f}"),
             self._paint("magenta", f"mfu: {mfu}"),
         ]
+        if "expert_tokens" in row:
+            tokens = [count for layer in row["expert_tokens"].values() for count in layer]
+            share, mean = row["expert_largest_share"], row["expert_mean_share"]
+            fields += [
+                self._paint(
+                    "blue", f"experts: {min(tokens):,} to {max(tokens):,} tokens, largest {share:.1%} ({mean:.1%})"
+                ),
+                self._paint("blue", f"entropy: {row['router_entropy']:.3f}"),
+            ]
         if self._steps is not None:
             remaining = _duration((self._steps - row["step"]) * row["step_time_s"])
             fields.append(f"{row['step'] / self._steps:.0%}, {remaining} left")

@@ -36,6 +36,9 @@ TAGS = {
     "skipped_steps": "skipped_steps",
     "skipped_documents": "skipped_documents",
     "truncated_examples": "truncated_examples",
+    "expert_largest_share": "experts/largest_share",
+    "router_entropy": "experts/router_entropy",
+    "balance_loss": "experts/balance_loss",
 }
 
 
@@ -88,7 +91,10 @@ class TensorBoardSink:
 
     def write(self, row: Row) -> None:
         self._step = row["step"]
-        self._add(self._step, {tag: row[key] for key, tag in TAGS.items()})
+        scalars = {tag: row.get(key) for key, tag in TAGS.items()}
+        for layer, tokens in row.get("expert_tokens", {}).items():
+            scalars |= {f"experts/tokens/{layer}/{expert}": count for expert, count in enumerate(tokens)}
+        self._add(self._step, scalars)
         self._add_by_tokens(row)
         self._last |= {"final/tps": row["tps"], "final/mfu": row["mfu"]}
 

@@ -34,6 +34,7 @@ from titanlite.config.number_formats import formats_of
 from titanlite.config.refuse import refuse
 from titanlite.data import Batch
 from titanlite.distributed.data_parallel import allocate
+from titanlite.distributed.experts import ExpertBalance
 from titanlite.distributed.gradients import gradient_scale
 from titanlite.distributed.mesh import Mesh, build_mesh
 from titanlite.distributed.target import H100
@@ -262,6 +263,7 @@ def measure(
         with tracker.kind(TEMPORARY):
             update_parameters(optimizer, scale.divisor)
             optimizer.zero_grad()
+            ExpertBalance(built.parts, config.experts, mesh.stage).step_done(bad=torch.zeros(()))
             for converter in built.converters.values():
                 for part in built.parts:
                     converter.post_optimizer_hook(part)

@@ -13,6 +13,7 @@ from titanlite.data import Batch
 from titanlite.distributed.context_parallel import ContextParallel
 from titanlite.distributed.data_parallel import reduce_gradients_after
 from titanlite.distributed.pipeline import Pipeline
+from titanlite.models.layers import Mixture
 from titanlite.optim.loss import IGNORED
 
 LossFunction = Callable[[Tensor, Tensor], Tensor]  # (logits, labels) of a microbatch: the loss, summed
@@ -56,6 +57,7 @@ class StepRunner:
     ) -> None:
         self.parts, self.pipeline = parts, pipeline
         self._loss_fn, self._context, self._device = loss_fn, context, device
+        self._mixtures = [module for part in parts for module in part.modules() if isinstance(module, Mixture)]
 
     @property
     def has_loss(self) -> bool:
@@ -75,10 +77,20 @@ class StepRunner:
         losses = []
         for i in range(count):
             reduce_gradients_after(model, last=i == count - 1)
+            self._weigh_balance(labels[i], labels.numel())
             loss = self._loss(model, inputs[i], labels[i], batch.starts, i)
             (loss / labels.numel()).backward()
             losses.append(loss.detach())
         return self._step_loss(torch.stack(losses).sum(), labels)
+
+    def _weigh_balance(self, labels: Tensor, count: int) -> None:
+        """Let the balance losses of a microbatch, which are means, count once for each of its scored labels, of
+        ``count`` labels in the step. So they are divided as the loss is, and their mean over all scored labels is added
+        to that of the loss."""
+        if self._mixtures:
+            weight = labels.ne(IGNORED).sum().to(self._device, torch.float32, non_blocking=True) / count
+            for mixture in self._mixtures:
+                mixture.loss_weight = weight
 
     @torch.no_grad()
     def evaluate(self, batch: Batch) -> StepLoss:

@@ -55,6 +55,9 @@ class StepRecord(NamedTuple):
         return cls(local_loss, loss, grad_norm, mean, deviation, bool(bad), int(skipped), int(in_a_row))
 
 
+IS_BAD = StepRecord._fields.index("is_bad")
+
+
 class StepGuard:
     """Judges each step, and skips the update of a bad one where ``training.on_bad_step`` says so.
 
@@ -89,7 +92,7 @@ class StepGuard:
             update_parameters(optimizer, divisor)
             return self.judge(local_loss, loss, grad_norm)
         record = self.judge(local_loss, loss, grad_norm)
-        update_parameters(optimizer, divisor, skip=record[StepRecord._fields.index("is_bad")])
+        update_parameters(optimizer, divisor, skip=record[IS_BAD])
         return record
 
     @torch.no_grad()

@@ -19,6 +19,8 @@ OWN: dict[str, dict[str, Any]] = {
     "mistral": {"sliding_window": 5},
     "qwen2": {"tie_embeddings": "true"},
     "qwen3": {"head_dim": 24},
+    "qwen3_moe": {"head_dim": 24, "n_experts": 6, "experts_per_token": 2, "expert_dim": 40},
+    "mixtral": {"n_experts": 5, "expert_dim": 40},
     "phi3": {"sliding_window": 7, "partial_rotary_factor": 0.5},
 }
 
@@ -57,6 +59,10 @@ def test_train_convert_and_generate(family: str, tmp_path: Path, capfd: pytest.C
     there, back = (load_file(folder / "model.safetensors") for folder in (out, tmp_path / "again"))
     assert there.keys() == back.keys()
     assert all(torch.equal(there[name], back[name]) for name in there)
+    if "n_experts" in OWN[family]:
+        assert convert.main([str(out), str(tmp_path / "quantized"), "--quantize=float8_dynamic"]) == 2
+        assert "has experts" in capfd.readouterr().err
+        return
     for method in ("float8_dynamic", "float8_static"):
         quantized = tmp_path / method
         assert convert.main([str(out), str(quantized), "--dtype=float32", f"--quantize={method}"]) == 0

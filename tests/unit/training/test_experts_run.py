@@ -1,0 +1,111 @@
+"""A run of a model with experts: what it tells, what it refuses, and what an estimate of it counts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from tests.support.runs import TINY
+from titanlite.config import load_config, resolve_degrees
+from titanlite.distributed.mesh import build_mesh
+from titanlite.distributed.parallelize import check
+from titanlite.errors import ConfigError
+from titanlite.metrics.flops import flops_per_token
+from titanlite.models.layers import LAYOUT, Decoder
+from titanlite.models.spec import get_model_spec
+from titanlite.plan.estimate import estimate
+from titanlite.plan.lone_rank import lone_process_group
+
+SIZES = {
+    "dim": 32,
+    "n_layers": 2,
+    "n_heads": 2,
+    "n_kv_heads": 2,
+    "n_experts": 6,
+    "experts_per_token": 2,
+    "expert_dim": 16,
+}
+SMALL = {"model.name": "qwen3_moe"} | {f"model.args.{name}": size for name, size in SIZES.items()}
+
+
+def test_a_run_tells_the_load_of_its_experts(train: Any) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    options = {key.replace(".", "__"): value for key, value in SMALL.items()}
+    options |= {"metrics__enable_tensorboard": "true", "metrics__log_freq": 2, "training__steps": 4}
+    run = train(**options, activation_checkpoint__mode="full")
+    assert run.status == 0, run.output
+    assert "2 of 6 experts for each token, bfloat16; balance loss 0.001, z-loss 0" in run.output
+    steps = [1, 1, 2]  # in each window
+    for row, count in zip(run.rows(), steps, strict=True):
+        assert [*row["expert_tokens"]] == ["layers.0.feed_forward", "layers.1.feed_forward"]
+        # Each token once for each of its experts, though its block is computed twice.
+        assert all(sum(tokens) == count * 4 * 32 * 2 for tokens in row["expert_tokens"].values())
+        largest = max(max(tokens) for tokens in row["expert_tokens"].values()) / (count * 4 * 32 * 2)
+        assert row["expert_largest_share"] == pytest.approx(largest)
+        assert 0 < row["router_entropy"] < 1.8
+        assert 2 * 0.001 * 2 <= row["balance_loss"] < 2 * 0.001 * 3  # layers, coefficient, experts per token
+        assert f"largest {largest:.1%} (16.7%)  entropy: {row['router_entropy']:.3f}" in run.output
+    events = EventAccumulator(str(run.folder / "tb"))
+    events.Reload()
+    tags = events.Tags()["scalars"]
+    assert {"experts/largest_share", "experts/router_entropy", "experts/balance_loss"} <= {*tags}
+    assert (
+        events.Scalars("experts/tokens/layers.1.feed_forward/5")[-1].value
+        == run.rows()[-1]["expert_tokens"]["layers.1.feed_forward"][5]
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "key", "why"),
+    [
+        ({"parallelism.tensor_parallel_degree": 2}, "parallelism.tensor_parallel_degree", "has experts"),
+        ({"parallelism.context_parallel_degree": 2}, "parallelism.context_parallel_degree", "has experts"),
+        ({"parallelism.pipeline_parallel_degree": 2}, "parallelism.pipeline_parallel_degree", "has experts"),
+        ({"experts.bias_update_rate": 0.1}, "experts.bias_update_rate", "no bias"),
+        ({"experts.balance_loss": 0, "experts.balance_loss_over": "batch"}, "experts.balance_loss_over", "no effect"),
+        ({"experts.z_loss": 0.1, "model.name": "llama3"}, "experts.z_loss", "no experts"),
+    ],
+)
+def test_what_does_not_go_with_experts_is_refused(options: dict[str, Any], key: str, why: str) -> None:
+    config = load_config([f"--{name}={value}" for name, value in {"model.name": "qwen3_moe", **options}.items()])
+    args = get_model_spec(config.model.name).flavor("debugmodel").configured(2048, 64)
+    with lone_process_group(0, 2):
+        mesh = build_mesh(resolve_degrees(config.parallelism, 2), "cpu")
+        with pytest.raises(ConfigError, match=why) as refusal:
+            check(args, LAYOUT, mesh, config)
+    assert refusal.value.key == key
+
+
+@pytest.mark.parametrize(
+    ("sizes", "key"), [({"n_experts": 3}, "n_experts"), ({"experts_per_token": 99}, "experts_per_token")]
+)
+def test_sizes_that_do_not_fit_are_refused(sizes: dict[str, int], key: str) -> None:
+    spec = get_model_spec("qwen3_moe")
+    with pytest.raises(ConfigError) as refusal:
+        spec.resized(spec.flavor("debugmodel"), sizes)
+    assert refusal.value.key == f"model.args.{key}"
+
+
+def test_flops_are_those_of_the_experts_that_a_token_uses() -> None:
+    import torch
+
+    with torch.device("meta"):
+        model = Decoder(get_model_spec("qwen3_moe").flavor("30B-A3B"))
+    size = model.size()
+    active = size.params - size.unused_params
+    assert 3.3e9 < active < 3.4e9  # "A3B"
+    linear = flops_per_token(size, 4096) - 12 * 48 * 32 * 128 * 4096
+    assert linear == 6 * (active - size.embedding_params)
+
+
+def test_an_estimate_counts_all_experts_and_the_exchange_of_loads() -> None:
+    options = {**TINY, **SMALL}
+    config = load_config([f"--{key}={value}" for key, value in options.items()])
+    result = estimate(config, 2)
+    (rank,) = result.ranks
+    experts = 2 * 6 * 3 * 32 * 16 * 4 // 2
+    assert experts < rank.parameters < experts + 2048 * 32 * 4 + 60_000
+    reduced = [traffic.nbytes for collective, traffic in rank.traffic.items() if collective.name == "all-reduce"]
+    assert sum(reduced) == 3 * 8 + 2 * (6 + 3) * 8  # norm and loss; of each layer its loads, and three sums
