@@ -25,7 +25,7 @@ from tests.support.docs import PAGES as DOCS
 from tests.support.docs import Block, blocks_of, prose_of, tables_in
 from tests.support.runs import ROOT
 from titanlite.config import check_config, load_config
-from titanlite.config.schema import Float8
+from titanlite.config.format_sections import Float8
 from titanlite.converters.float8 import Float8Converter
 from titanlite.distributed.target import Target
 from titanlite.float8 import (
