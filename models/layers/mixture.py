@@ -199,7 +199,7 @@ class Mixture(nn.Module):
 
     Attributes:
         balance_loss: a slot for what is added to the loss.
-        loss_weight: a slot for the factor of the balance loss in a backward.
+        loss_weight: a slot for the factor of the balance loss in a backward; at 0, the default, it has no gradient.
         tally: the sum of what was recorded, float64 [n_experts + 3]: the tokens of each expert, and over all tokens the
             sums of 1, of the entropy of their normalized scores (nats), and of the balance loss.
     """

@@ -255,8 +255,8 @@ class CheckpointManager:
     def _check_optimizer(self, checkpoint: SavedCheckpoint, local: State, saved: dict[str, torch.Size]) -> None:
         if lines := disagreements(saved, shapes_on_all(self.group, local)):
             raise ConfigError(
-                f"{checkpoint.folder} was saved by another optimizer: {'; '.join(lines)}; restore optimizer.name, or "
-                "begin its state anew with --checkpoint.exclude_from_loading=optimizer"
+                f"{checkpoint.folder} was saved by another optimizer: {'; '.join(lines)}; restore optimizer.name and "
+                "optimizer.moments, or begin its state anew with --checkpoint.exclude_from_loading=optimizer"
             )
 
     def _random(self, checkpoint: SavedCheckpoint, process: Process, shapes: dict[str, torch.Size]) -> State:

@@ -1,9 +1,10 @@
 """The kernel that computes ``scaled_dot_product_attention`` on a GPU.
 
 torch asks its kernels in an order of priority whether they take the inputs; the first that does computes. Its default
-order begins with FlashAttention 2, which was written for Ampere: on Hopper, cuDNN and FlashAttention 3 are faster
-(Shah et al., "FlashAttention-3", 2024, figure 5). FlashAttention 3 is a package of its own; activated, it takes the
-place of FlashAttention 2 in every operator of torch, so in context parallelism too.
+order depends on the versions of torch and cuDNN, and often begins with FlashAttention 2, which was written for Ampere.
+On Hopper, cuDNN and FlashAttention 3 are faster (Shah et al., "FlashAttention-3", 2024, figure 5). FlashAttention 3
+is a package of its own; activated, it takes the place of FlashAttention 2 in every operator of torch, so in context
+parallelism too.
 """
 
 from __future__ import annotations
@@ -51,9 +52,9 @@ class AttentionInputs(NamedTuple):
 
 
 def kernel_order(name: str) -> list[SDPBackend]:
-    """Return the order in which kernels are tried on the architecture ``name``: on Hopper cuDNN first, elsewhere that
-    of torch, in which cuDNN is behind a kernel that takes everything."""
-    return [CUDNN, FLASH, EFFICIENT, MATH] if name == "sm_90" else [FLASH, EFFICIENT, MATH, CUDNN]
+    """Return the order in which kernels are tried on the architecture ``name``: on Hopper and Blackwell's data center
+    GPUs cuDNN first; elsewhere it is behind a kernel that takes everything."""
+    return [CUDNN, FLASH, EFFICIENT, MATH] if name in ("sm_90", "sm_100") else [FLASH, EFFICIENT, MATH, CUDNN]
 
 
 def chosen_kernel(name: str, usable: Collection[SDPBackend]) -> SDPBackend:

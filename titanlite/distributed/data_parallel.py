@@ -44,10 +44,8 @@ def apply_fsdp(
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     costly = mesh.pp.size() > 1 or (mesh.fsdp.size() == 1 and not in_host_memory)
     keep_all = reshard == "never" or (reshard == "default" and costly)
-    groups, experts = (
-        list(groups),
-        {param for m in model.modules() if isinstance(m, Experts) for param in m.parameters()},
-    )
+    groups = list(groups)
+    experts = {param for module in model.modules() if isinstance(module, Experts) for param in module.parameters()}
 
     def placement(param: nn.Parameter) -> Shard | None:
         """Return how a parameter of experts is sharded: by its experts, or where these do not divide, by its features,

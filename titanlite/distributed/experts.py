@@ -17,7 +17,7 @@ from titanlite.distributed.mesh import Mesh
 from titanlite.errors import ConfigError
 from titanlite.models.layers import BalanceLoss, Mixture, MixtureArgs
 
-_RATE = 0.001  # of both, by default: DeepSeek-V3's bias update, and the coefficient of Qwen3's balance loss
+_RATE = 0.001  # by default: of the bias update, as in DeepSeek-V3, and the coefficient of the balance loss
 
 
 def check_experts(mixture: MixtureArgs | None, mesh: Mesh, config: JobConfig) -> None:
@@ -93,12 +93,12 @@ class ExpertBalance:
         tallies = torch.stack([mixture.tally for mixture in mixtures])
         if self._group is not None:
             dist.all_reduce(tallies, group=self._group)
+        tallies = torch.where(bad == 0, tallies, 0.0)  # a bad step may have a NaN
         self._window = tallies if self._window is None else self._window + tallies
         for mixture, load in zip(mixtures, tallies[:, : mixtures[0].args.n_experts]):
             mixture.tally.zero_()
             if mixture.router.bias is not None and self._rate:
-                move = self._rate * (load.mean() - load).sign()
-                mixture.router.bias.add_(move * (bad == 0))
+                mixture.router.bias.add_(self._rate * (load.mean() - load).sign())
 
     def report(self) -> dict[str, Any]:
         """Return the loads since the last report, for the log; empty without experts. It waits for the device."""

@@ -71,6 +71,8 @@ class WeightInit:
 
     def _fill(self, param: Tensor, std: float, low: float, width: float) -> None:
         local, offset = _local_shard(param)
+        if not local.numel():
+            return
         key = stream_key(self._seed, self._names[id(param)])
         *leading, width_of_row = local.shape
         columns = torch.arange(width_of_row, device=local.device) + offset[-1]

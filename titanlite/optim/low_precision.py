@@ -29,9 +29,9 @@ _STATE = ("step", "exp_avg", "exp_avg_sq", "exp_avg_scale", "exp_avg_sq_scale")
 class LowPrecisionAdam(torch.optim.Optimizer):
     """Adam and AdamW with moments of two bytes or one. The weights and all arithmetic are in float32.
 
-    In float8 the second moment is kept as its square root, which needs half the range; no positive one becomes 0, so
-    that no update is divided by less than it should be. Vectors, and matrices whose rows are no multiple of
-    :data:`~titanlite.optim.moments.BLOCK` elements, keep float32.
+    In float8 the second moment is kept as its square root, which needs half the range. No positive one becomes 0, so
+    that no update is divided by ``eps`` alone. Vectors, and matrices of which a process has rows that are no multiple
+    of :data:`~titanlite.optim.moments.BLOCK` elements, keep float32.
 
     The update of a parameter is one compiled pass with ``options.implementation = "fused"``. It divides the gradients
     and skips a step by the protocol of :class:`torch.amp.GradScaler`, as torch's fused optimizers do.
@@ -70,6 +70,11 @@ class LowPrecisionAdam(torch.optim.Optimizer):
                 weight, grad = _local(plain(param)), _local(param.grad)
                 self._update(weight, grad, *state, *settings[param.device], *self._places[param])
 
+    def load_state_dict(self, state_dict: Any) -> None:
+        """Raise NotImplementedError: torch's own would cast the moments to the dtype of the parameters. titanlite's
+        checkpoints load into the tensors of ``state``."""
+        raise NotImplementedError("load into the tensors of .state, as titanlite.checkpoint does")
+
     def _settings(self, group: dict[str, Any], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
         """Return what is the same for all parameters: the numbers of the group, the divisor, and whether to skip."""
         numbers = [group["lr"], *group["betas"], group["eps"], group["weight_decay"], float(self._decoupled)]
@@ -80,8 +85,7 @@ class LowPrecisionAdam(torch.optim.Optimizer):
     def _create_state(self, param: Tensor) -> dict[str, Tensor]:
         weight = plain(param)
         state = {"step": torch.zeros((), device=param.device)}
-        local = weight.to_local() if isinstance(weight, DTensor) else weight
-        blocks = self._dtype.itemsize == 1 and has_blocks(weight.shape, local.shape)
+        blocks = self._dtype.itemsize == 1 and has_blocks(weight)
         dtype = torch.float32 if self._dtype.itemsize == 1 and not blocks else self._dtype
         for key in ("exp_avg", "exp_avg_sq"):
             state[key] = _zeros(weight, dtype)
@@ -121,7 +125,17 @@ def _adam(
     offset: Sequence[int],
     shape: Sequence[int],
 ) -> None:
-    """Update a shard of a parameter in place, and its state. The formulas are those of :class:`torch.optim.AdamW`."""
+    """Update a shard of a parameter in place, and its state. The formulas are those of :class:`torch.optim.AdamW`.
+
+    Args:
+        param, grad: of one shape and any dtype.
+        step, divisor, skip: float32 scalars.
+        exp_avg, exp_avg_sq: of the shape of ``param``, in float32, bfloat16 or float8_e4m3fn.
+        exp_avg_scale, exp_avg_sq_scale: float32 [..., n / BLOCK], with float8 moments only.
+        numbers: float32 [6]: learning rate, both betas, eps, weight decay, and 1 for AdamW or 0 for Adam.
+        key: of the parameter, for the noise.
+        offset, shape: the place of the shard in the whole parameter, and the shape of that.
+    """
     lr, beta1, beta2, eps, decay, decoupled = numbers.unbind()
     weight = param.float()
     if exp_avg_scale is None or exp_avg_sq_scale is None:

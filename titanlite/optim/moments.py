@@ -7,16 +7,17 @@ down, with probabilities such that the mean is the exact value.
 
 from __future__ import annotations
 
-import math
+import hashlib
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor, Shard
 
 BLOCK = 64  # elements of the last dimension that share a scale
 _E4M3_MAX, _E4M3_SMALLEST_NORMAL, _E4M3_QUANTUM = 448.0, 2.0**-6, 2.0**-9  # the last: of numbers below the second
 _TINY = torch.finfo(torch.float32).tiny
-_MULTIPLIER, _GOLDEN = 0x45D9F3B, 0x1E3779B9
+_MULTIPLIER = 0x45D9F3B
 
 
 def mix(x: Tensor) -> Tensor:
@@ -57,10 +58,14 @@ def round_to_e4m3(x: Tensor, noise: Tensor) -> Tensor:
     return torch.where(x.isfinite(), rounded, x).to(torch.float8_e4m3fn)
 
 
-def has_blocks(shape: Sequence[int], local: Sequence[int]) -> bool:
-    """Return whether a tensor, and the shard of it that a process has, consist of whole blocks. Vectors have none:
+def has_blocks(tensor: Tensor) -> bool:
+    """Return whether all shards of ``tensor`` consist of whole blocks; the same on all processes. Vectors have none:
     they are small."""
-    return len(shape) > 1 and shape[-1] % BLOCK == 0 and local[-1] % BLOCK == 0
+    shards, last = 1, tensor.dim() - 1
+    if isinstance(tensor, DTensor):
+        for size, placement in zip(tensor.device_mesh.shape, tensor.placements, strict=True):
+            shards *= size if isinstance(placement, Shard) and placement.dim == last else 1
+    return last > 0 and tensor.shape[-1] % (BLOCK * shards) == 0
 
 
 def to_blocks(x: Tensor, noise: Tensor, *, keep_positive: bool) -> tuple[Tensor, Tensor]:
@@ -90,10 +95,5 @@ def bytes_per_element(dtype: str) -> float:
 
 def key_of(seed: int, name: str) -> int:
     """Return the int32 number of a parameter in a run: for the noise of its moments."""
-    import hashlib
-
     digest = hashlib.blake2s(f"{seed} {name}".encode(), digest_size=4).digest()
     return int.from_bytes(digest, "little", signed=True)
-
-
-assert math.log2(_E4M3_SMALLEST_NORMAL / _E4M3_QUANTUM) == 3  # bits of the mantissa

@@ -30,7 +30,7 @@ ALL = {CUDNN, FLASH, EFFICIENT, MATH}
         ("sm_90", ALL - {CUDNN}, FLASH),
         ("sm_90", {EFFICIENT, MATH}, EFFICIENT),
         ("sm_80", ALL, FLASH),
-        ("sm_100", ALL, FLASH),
+        ("sm_100", ALL, CUDNN),
         ("gfx942", ALL - {CUDNN}, FLASH),
         ("sm_75", {EFFICIENT, MATH}, EFFICIENT),
         ("sm_90", {MATH}, MATH),

@@ -47,7 +47,8 @@ def test_a_run_tells_the_load_of_its_experts(train: Any) -> None:
         assert 0 < row["router_entropy"] < 1.8
         assert 2 * 0.001 * 2 <= row["balance_loss"] < 2 * 0.001 * 3  # layers, coefficient, experts per token
         assert f"largest {largest:.1%} (16.7%)  entropy: {row['router_entropy']:.3f}" in run.output
-    events = EventAccumulator(str(run.folder / "tb"))
+    (folder,) = (run.folder / "tb").iterdir()
+    events = EventAccumulator(str(folder))
     events.Reload()
     tags = events.Tags()["scalars"]
     assert {"experts/largest_share", "experts/router_entropy", "experts/balance_loss"} <= {*tags}
