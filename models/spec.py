@@ -101,7 +101,7 @@ class ModelSpec:
             ConfigError: the family has no such size, they do not fit together, or the family's form in ``transformers``
                 cannot say them. The key is ``model.args.`` and the name.
         """
-        known = [f.name for f in fields(flavor)]
+        known = [f.name for f in fields(flavor) if f.name != "mixture"]
         mixture = getattr(flavor, "mixture", None)
         inner = [] if mixture is None else [f.name for f in fields(mixture)]
         for name, value in sizes.items():
@@ -111,6 +111,12 @@ class ModelSpec:
                     key=f"model.args.{name}",
                     value=value,
                 )
+        if "ffn_dim" in sizes and mixture is not None and not mixture.n_dense_layers:
+            raise ConfigError(
+                f"has no effect: every block of {self.name} has experts; set model.args.expert_dim",
+                key="model.args.ffn_dim",
+                value=sizes["ffn_dim"],
+            )
         args = replace(flavor, **{name: value for name, value in sizes.items() if name in known})
         if mixture is not None:
             args = replace(args, mixture=replace(mixture, **{n: value for n, value in sizes.items() if n in inner}))

@@ -77,9 +77,5 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Non
 
 _multiply.register_autograd(_backward, setup_context=_keep)
 
-GROUPED_MATMULS = (
-    torch.ops.aten._grouped_mm.default,
-    torch.ops.titanlite.grouped_mm.default,
-    torch.ops.titanlite.grouped_mm_of_rows.default,
-)
-"""The operators behind :func:`grouped_mm`, for activation checkpointing."""
+GROUPED_MATMULS = (torch.ops.aten._grouped_mm.default, torch.ops.titanlite.grouped_mm.default)
+"""The operators behind the forward of :func:`grouped_mm`, for activation checkpointing."""

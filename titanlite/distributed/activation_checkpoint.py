@@ -27,6 +27,8 @@ _ATTENTION = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
     torch.ops.aten._scaled_dot_product_cudnn_attention.default,
 }
+# The choice of experts: recomputed with another rounding, it could differ from the one whose results are saved.
+_CHOICES = {torch.ops.aten.topk.default, torch.ops.aten.sort.stable}
 _COMMUNICATION = {torch.ops._c10d_functional.reduce_scatter_tensor.default}
 
 
@@ -67,7 +69,7 @@ def _op_contexts() -> Any:
             matmuls[phase] += 1
             keep = matmuls[phase] % 2 == 1
         else:
-            keep = op in _ATTENTION or op in _COMMUNICATION or op in SMALL_RESULTS
+            keep = op in _ATTENTION or op in _COMMUNICATION or op in _CHOICES or op in SMALL_RESULTS
         return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
 
     return create_selective_checkpoint_contexts(policy)

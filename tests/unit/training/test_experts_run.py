@@ -80,7 +80,12 @@ def test_what_does_not_go_with_experts_is_refused(options: dict[str, Any], key: 
 
 
 @pytest.mark.parametrize(
-    ("sizes", "key"), [({"n_experts": 3}, "n_experts"), ({"experts_per_token": 99}, "experts_per_token")]
+    ("sizes", "key"),
+    [
+        ({"n_experts": 3}, "n_experts"),
+        ({"experts_per_token": 99}, "experts_per_token"),
+        ({"ffn_dim": 64}, "ffn_dim"),  # no block has a dense feed-forward
+    ],
 )
 def test_sizes_that_do_not_fit_are_refused(sizes: dict[str, int], key: str) -> None:
     spec = get_model_spec("qwen3_moe")
