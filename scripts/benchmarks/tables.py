@@ -95,15 +95,6 @@ def fast_files(results: list[dict[str, Any]]) -> list[list[str]]:
     return rows
 
 
-def document_masks(results: list[dict[str, Any]]) -> list[list[str]]:
-    rows = [["tokens of a sequence", "documents in it", "", "step with masks, ms", "without, ms", "ratio"]]
-    for r in results:
-        mode = "compiled" if r["compile"] else "eager"
-        row = [str(r["seq_len"]), f"{r['documents_per_sequence']:.1f}", mode]
-        rows.append([*row, f"{r['step_ms']:.0f}", f"{r['step_ms_without']:.0f}", f"{r['ratio']:.2f}"])
-    return rows
-
-
 def checkpoint_save(results: list[dict[str, Any]]) -> list[list[str]]:
     rows = [["", "training is delayed by", "", "and held up for", ""]]
     for r in results:
@@ -200,7 +191,6 @@ TABLES: dict[str, Callable[[list[dict[str, Any]]], list[list[str]]]] = {
     "memory_estimates/loss_chunks": loss_chunks,
     "finetune_memory": finetune_memory,
     "fast_files": fast_files,
-    "document_masks": document_masks,
     "checkpoint_save": checkpoint_save,
     "cpu_step": cpu_step,
     "compiled_block": compiled_block,

@@ -315,7 +315,7 @@ def test_text_and_task_together(folder: Path, lines: Path, tmp_path: Path, capfd
     [
         ([], "nothing to evaluate: name text with --data, or a task with --tasks"),
         (["--data=gone.jsonl"], '--data = "gone.jsonl": there is no such file or folder'),
-        (["--data=pystdlb"], "or name a data source: c4, fineweb_edu, pystdlib"),
+        (["--data=pystdlb"], "or name a data source: c4, fineweb_edu, hub:owner/name, pystdlib"),
         (
             ["--data=LINES", "--text_field=body"],
             'document 1: no field "body" (it has: text); name the right one with --text',
