@@ -361,5 +361,5 @@ def test_a_full_disk_does_not_stop_the_run_but_is_an_error_at_its_end(tmp_path: 
     assert "metrics.jsonl CANNOT BE WRITTEN" in done.stdout
     assert "step: 280 " in done.stdout
     assert "TENSORBOARD'S FILES CANNOT BE WRITTEN" in done.stdout
-    assert re.search("the run has ended, but .*metrics.jsonl lacks .*; .*tb\S* lacks the rows", done.stderr)
+    assert re.search(r"the run has ended, but .*metrics.jsonl lacks .*; .*tb\S* lacks the rows", done.stderr)
     assert done.stderr.count("Traceback") == 1  # of TensorBoard's own thread
