@@ -67,7 +67,7 @@ class MixtureArgs:
 
 @dataclass(frozen=True)
 class BalanceLoss:
-    """What is added to the loss, for each mixture, so that its experts have about equal load.
+    """A loss for each mixture, added to that of the model, so that its experts have about equal load.
 
     Attributes:
         coefficient: the factor of ``n_experts * sum(f * p)``, where f is the share of tokens that choose an expert (the

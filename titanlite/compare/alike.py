@@ -1,4 +1,4 @@
-"""What differs between runs: their options, and whether their losses may be compared at all."""
+"""The options that differ between runs, and whether their losses may be compared at all."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ class Pairs(NamedTuple):
 
 @dataclass(frozen=True)
 class Difference:
-    """How far a metric of ``run`` is from that of ``baseline``, at the end of what both have.
+    """The difference of a metric of ``run`` from that of ``baseline``, at the end of what both have.
 
     Attributes:
         at: the pairs are at equal "steps", or at equal "tokens".

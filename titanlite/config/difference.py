@@ -1,4 +1,4 @@
-"""What differs between two configurations."""
+"""The options that differ between two configurations."""
 
 from __future__ import annotations
 

@@ -66,7 +66,7 @@ class Model:
 
 @dataclass
 class Experts:
-    """How the load of experts is kept in balance. Options that titanlite adds."""
+    """The balance of the load of experts. Options that titanlite adds."""
 
     balance_loss: NotNegativeFloat | None = None
     """The coefficient of the loss that pulls the experts of a mixture to equal load. Unset: 0.001 where the router has

@@ -42,7 +42,11 @@ _POSITIONS = 128  # of the inputs that the kernels are asked about
 
 
 class AttentionInputs(NamedTuple):
-    """What decides which kernels take the inputs. ``masked``: with a mask of pairs in place of causal attention."""
+    """The properties of the inputs that decide which kernels take them.
+
+    Attributes:
+        masked: with a mask of pairs in place of causal attention.
+    """
 
     heads: int
     kv_heads: int

@@ -170,29 +170,11 @@ _adam_compiled = CompiledFunction(_adam, "updates of low-precision moments")
 
 
 # An operator, so that an estimate on fake tensors counts no temporaries: the compiled code has none.
-@torch.library.custom_op("titanlite_optim::adam", mutates_args=("param", *_STATE))
-def adam(
-    param: Tensor,
-    grad: Tensor,
-    step: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    exp_avg_scale: Tensor | None,
-    exp_avg_sq_scale: Tensor | None,
-    numbers: Tensor,
-    divisor: Tensor,
-    skip: Tensor,
-    key: int,
-    offset: Sequence[int],
-    shape: Sequence[int],
-) -> None:
-    """Update a shard of a parameter in place, and its state, in one compiled pass."""
-    _adam_compiled(
-        *(param, grad, step, exp_avg, exp_avg_sq, exp_avg_scale, exp_avg_sq_scale),
-        *(numbers, divisor, skip, key, offset, shape),
-    )
-
-
-@adam.register_fake
-def _(*args: object) -> None:
-    pass
+_CHANGED = ("param", *_STATE)
+adam = torch.library.custom_op(
+    "titanlite_optim::adam",
+    lambda *args: _adam_compiled(*args),
+    mutates_args=_CHANGED,
+    schema=torch.library.infer_schema(_adam, mutates_args=_CHANGED),
+)
+adam.register_fake(lambda *args: None)
