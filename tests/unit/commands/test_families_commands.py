@@ -13,7 +13,7 @@ from tests.support.runs import checkpoints, run_trainer
 from titanlite.checkpoint.hugging_face import HuggingFaceFolder
 from titanlite.commands import convert, generate
 
-SMALL: dict[str, Any] = {"dim": 64, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "ffn_dim": 96}
+SMALL: dict[str, Any] = {"dim": 64, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2}
 OWN: dict[str, dict[str, Any]] = {
     "llama": {"head_dim": 32, "tie_embeddings": "true"},
     "mistral": {"sliding_window": 5},
@@ -26,7 +26,9 @@ OWN: dict[str, dict[str, Any]] = {
 
 
 def sizes(family: str) -> dict[str, Any]:
-    return {f"model.args.{key}": value for key, value in {**SMALL, **OWN[family]}.items()} | {"model.name": family}
+    feed_forward = {} if "n_experts" in OWN[family] else {"ffn_dim": 96}
+    args = {**SMALL, **feed_forward, **OWN[family]}
+    return {f"model.args.{key}": value for key, value in args.items()} | {"model.name": family}
 
 
 def text(folder: Path, capfd: pytest.CaptureFixture[str], *options: str) -> str:
