@@ -10,8 +10,8 @@
   and with a converter that puts torchao's layers in the same places. They take turns too, compiled and eager.
 
 Whether int8 gains depends on what the processor has for bfloat16: with AMX, its matmuls are nearly as fast as those in
-int8. Each part therefore also runs in a process whose oneDNN takes no AMX (``isa``), as on processors before Sapphire
-Rapids.
+int8. On a processor with AMX each part therefore also runs in a process whose oneDNN takes none (``isa``), as on
+processors before Sapphire Rapids and on AMD's.
 """
 
 from __future__ import annotations
@@ -191,7 +191,8 @@ def in_children(args: argparse.Namespace, argv: list[str]) -> list[dict[str, Any
 def main() -> int:
     parser = harness.parser(__doc__)
     parser.add_argument("--part", choices=("layers", "step"), nargs="+", default=["layers", "step"])
-    parser.add_argument("--isa", choices=ISA, nargs="+", default=[*ISA])
+    possible = [*ISA] if torch.cpu._is_amx_tile_supported() else ["without amx"]
+    parser.add_argument("--isa", choices=possible, nargs="+", default=possible)
     parser.add_argument("--kn", type=harness.words, default=[*KN], help="features of the layers, as 768x2048,2048x768")
     parser.add_argument("--models", type=harness.words, default=[*SHAPES], help="of the steps: 100M,20M")
     parser.add_argument("--pairs", type=int, default=15)
