@@ -38,6 +38,8 @@ def _by_features(x: Tensor) -> tuple[Tensor, Tensor]:
     return _round(x, inverse), scale
 
 
+# torch._int_mm takes a routine without AMX. Where there is no AMX it is the faster one: 0.8 of the other's time.
+_BY_QUANTIZED_LINEAR = torch.backends.mkldnn.is_available() and torch.cpu._is_amx_tile_supported()
 _CASTS = "int8 casts"
 _by_features_compiled = CompiledFunction(_by_features, _CASTS)
 # In one function with the casts, the compiler would walk along the columns, and divide anew for each element.
@@ -76,7 +78,7 @@ def _(x: Tensor, contracted: int, transpose: bool) -> tuple[Tensor, Tensor]:
 @torch.library.custom_op("titanlite_int8::multiply", mutates_args=(), device_types="cpu")
 def multiply(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, dtype: torch.dtype) -> Tensor:
     """Return ``a @ b`` in ``dtype``, times the scales (m, 1) and (1, n). At most :data:`LONGEST` products are added."""
-    if torch.backends.mkldnn.is_available():
+    if _BY_QUANTIZED_LINEAR:
         result: Tensor = _scale_rows(_onednn_matmul(a, b, b_scale), a_scale, dtype)
     else:
         result = _rescale(torch._int_mm(a, b), a_scale, b_scale, dtype)
@@ -94,9 +96,8 @@ MULTIPLY = torch.ops.titanlite_int8.multiply.default
 def _onednn_matmul(a: Tensor, b: Tensor, b_scale: Tensor) -> Tensor:
     """Return ``a @ b`` times ``b_scale``, in float32.
 
-    This operator, which the compiler uses for quantized models, takes oneDNN's matmul with scales, which runs in AMX or
-    VNNI. ``torch._int_mm`` takes an older routine without AMX. The weight is not packed before: that would take longer
-    than the matmul.
+    This operator, which the compiler uses for quantized models, takes oneDNN's matmul with scales, which runs in AMX.
+    The weight is not packed before: that would take longer than the matmul.
     """
     weight = b.to_mkldnn() if b.is_contiguous() else b.t().contiguous().to_mkldnn().transpose(0, 1)
     result: Tensor = torch.ops.onednn.qlinear_pointwise.default(
