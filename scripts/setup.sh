@@ -5,7 +5,7 @@
 probe_of() {
     case "$1" in
         "") echo "titanlite, torch, tokenizers, safetensors, tomli_w, datasets, tensorboard, rich, jinja2, matplotlib" ;;
-        dev) echo "$(probe_of ""), pytest, pytest_timeout, xdist, hypothesis, jsonschema, transformers, torchao, tiktoken, mypy, ruff" ;;
+        dev) echo "$(probe_of ""), pytest, pytest_timeout, xdist, hypothesis, jsonschema, pyte, transformers, torchao, tiktoken, mypy, ruff" ;;
     esac
 }
 

@@ -56,18 +56,14 @@ from titanlite.environment import LAUNCH_DIR
 from titanlite.errors import ConfigError, NothingToDo, TrainingError, counted
 from titanlite.launch.caches import unwritable_cache
 from titanlite.launch.stacks import end_soon, keep_stacks, show_traceback
+from titanlite.metrics.console import ConsoleSink, TerminalSink, init_logging
 from titanlite.metrics.device import GIB, device_name, is_out_of_memory, peak_flops, peak_memory
 from titanlite.metrics.flops import flops_per_token
 from titanlite.metrics.profiling import Profiler
+from titanlite.metrics.progress import Progress
 from titanlite.metrics.recorder import Recorder
 from titanlite.metrics.report import next_command, shown_path, summary, table, what_next
-from titanlite.metrics.sinks import (
-    ConsoleSink,
-    JsonlSink,
-    Sink,
-    init_logging,
-    is_terminal,
-)
+from titanlite.metrics.sinks import JsonlSink, Sink
 from titanlite.metrics.tensorboard import TensorBoardSink
 from titanlite.optim import build_optimizer, build_schedule
 from titanlite.plan import auto_checkpoint
@@ -103,7 +99,8 @@ class Trainer:
             self.run_path = Path(config.job.dump_folder).expanduser()
             self.runtime.on_rank_zero(self._lock_run_folder)
             try:
-                self._set_up()
+                with self.console.live(self.progress.line):
+                    self._set_up()
             except Exception:
                 if self.runtime.rank == 0:
                     self.run_folder.discard()
@@ -124,7 +121,13 @@ class Trainer:
 
     def _start_process(self) -> None:
         config = self.config
-        init_logging(int(os.environ.get("RANK", 0)))
+        self.console = init_logging(int(os.environ.get("RANK", 0)), config.metrics.disable_color_printing)
+        self.progress = Progress(
+            config.training.steps,
+            config.checkpoint.interval if config.checkpoint.enable_checkpoint else None,
+            colored=self.console.colored,
+            unicode=self.console.unicode,
+        )
         for notice in config.notices:
             logger.info(notice)
         check_config(config, int(os.environ.get("WORLD_SIZE", 1)))
@@ -298,10 +301,14 @@ class Trainer:
 
     def _build_recorder(self) -> None:
         config = self.config
-        terminal = is_terminal()
         steps = config.training.steps
-        console = ConsoleSink(terminal and not config.metrics.disable_color_printing, steps if terminal else None)
-        self.sinks.insert(0, console)
+        start = loss_of_first_step(self.run_path) if self.step else None
+        losses = self.step_guard.state_dict()["losses"]
+        uniform = math.log(self.tokenizer.vocab_size)
+        self.loss_watch = LossWatch(config.training, self.runtime.rank, losses, start=start, uniform=uniform)
+        self.progress.losses = losses = self.loss_watch.losses
+        on_terminal = self.console.on_terminal
+        self.sinks.insert(0, TerminalSink(self.console, losses, steps) if on_terminal else ConsoleSink())
         if config.metrics.enable_tensorboard and config.metrics.save_for_all_ranks:
             self._open_tensorboard()
         self.recorder = Recorder(
@@ -314,15 +321,21 @@ class Trainer:
             tokens_seen=self.tokens_before,
         )
         self._opened.callback(self.recorder.close)
-        self.loss_watch = LossWatch(config.training, self.runtime.rank, self.step_guard.state_dict()["losses"])
 
     # ---- the loop
 
     def train(self) -> None:
+        with self.console.live(self.progress.line):
+            self._train()
+
+    def _train(self) -> None:
         self._log_header()
         if self.config.checkpoint.create_seed_checkpoint:
             self._save(ends=True)
             return
+        if self.config.training.compile:
+            logger.info("step %d compiles the model, which can take minutes", self.first_step)
+        self.progress.begin(self.step, "compiling" if self.config.training.compile else "making the first step")
         self.recorder.restart()
         with self.profiler.steps(after=self.step, last=self.config.training.steps) as step_done:
             stop = self._should_stop(wait=False)
@@ -334,7 +347,8 @@ class Trainer:
             self.checkpoints.keep_model(self._info(), self.process, self.run_path / MODEL)
         self._log_summary()
         if not stop:
-            sample = log_sample(self.model_parts, self.tokenizer, self.config, self.mesh, self.runtime)
+            with self.progress.doing("writing a sample"):
+                sample = log_sample(self.model_parts, self.tokenizer, self.config, self.mesh, self.runtime)
             if sample is not None and self.runtime.rank == 0:
                 self.run_folder.keep_sample(*sample)
         if keeps_model:
@@ -353,7 +367,8 @@ class Trainer:
         if logged := due or stop:
             self._log_step(loss, lr)
         if self.validator is not None and self.validator.is_due(self.step):
-            self.validator.run(self.step, self.recorder, self.compile_watch, self._asked_to_stop)
+            with self.progress.doing("validating"):
+                self.validator.run(self.step, self.recorder, self.compile_watch, self._asked_to_stop)
             stop = stop or self._should_stop(wait=False)
         if self.step == self.first_step:
             runtime.set_train_timeout(self.config.comm, except_for=self.checkpoints.group)
@@ -387,6 +402,7 @@ class Trainer:
                 converter.post_optimizer_hook(part)
         tokens = self.global_batch_size * self.config.training.seq_len
         self.recorder.step_done(tokens / self.runtime.world_size, tokens, waited)
+        self.progress.step_done(self.step, tokens / self.runtime.world_size)
         return loss, record, lr
 
     def _log_step(self, loss: Tensor, lr: float) -> None:
@@ -436,7 +452,8 @@ class Trainer:
         if not self.config.checkpoint.enable_checkpoint:
             return
         start = time.perf_counter()
-        self.checkpoints.save(self._info(), self.process, last=last, ends=ends)
+        with self.progress.doing("saving"):
+            self.checkpoints.save(self._info(), self.process, last=last, ends=ends)
         self.recorder.exclude(time.perf_counter() - start)
 
     def _info(self) -> Info:

@@ -38,21 +38,30 @@ def page(comparison: Comparison) -> str:
     data = {"runs": runs, "baseline": comparison.runs.index(comparison.baseline)}
     # "<" could end the script element.
     script = json.dumps(data, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
+    samples = "".join(
+        f"<div><h3>{number} {_text(run.name)}</h3><pre>{_text(run.sample)}</pre></div>"
+        for number, run in enumerate(comparison.runs, 1)
+        if run.sample
+    )
     parts = {
-        "verdicts": "".join(f"<p>{_text(sentence)}</p>" for sentence in comparison.verdicts.values()),
+        "verdicts": "".join(_verdict(comparison, name) for name in comparison.verdicts),
         "runs": _runs(comparison),
         "differences": _differences(comparison),
         "options": _options(comparison),
-        "samples": "".join(
-            f"<h3>{_text(run.name)}</h3><pre>{_text(run.sample)}</pre>" for run in comparison.runs if run.sample
-        )
-        or "<p>No run has one.</p>",
+        "samples": f'<div class="pair">{samples}</div>' if samples else "<p>No run has one.</p>",
         "data": script,
     }
     text = _TEMPLATE.read_text(encoding="utf-8")
     before, *rest = text.split("{{")
     pieces = (piece.split("}}", 1) for piece in rest)
     return before + "".join(parts[name] + after for name, after in pieces)
+
+
+def _verdict(comparison: Comparison, name: str) -> str:
+    """Return the sentence on a run; the style of its frame says if the loss is lower or higher."""
+    kinds = {d.verdict for d in comparison.differences if (d.run, d.metric, d.at) == (name, "loss", "steps")}
+    (kind,) = (kinds & {"lower", "higher"}) or {"no"}
+    return f'<p class="{kind}">{_text(comparison.verdicts[name])}</p>'
 
 
 def _text(value: object) -> str:

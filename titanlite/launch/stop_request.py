@@ -35,6 +35,8 @@ class StopRequest:
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         # The launcher's file is no first request: Slurm and systemd signal the launcher and each worker once.
         if self._signal:
+            if os.isatty(1):
+                os.write(1, b"\r\033[J")  # the status of the run
             os._exit(128 + number)
         self._signal = number
 

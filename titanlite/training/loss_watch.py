@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -18,6 +18,7 @@ from titanlite.training.step_guard import WINDOW, StepRecord
 logger = logging.getLogger()
 
 _RANK_BITS = 20
+_IN_A_ROW = 5  # losses, at the start and when it is judged: one can be of a hard batch
 _NONE_IS_LATER = 1 << 62
 
 
@@ -46,10 +47,26 @@ class LossWatch:
 
     Args:
         losses: those of the steps before, of a run that continues.
+        start: the loss of step 1, of a run that continues; with the ``losses``, what its losses are held against.
+        uniform: the loss of a model that finds all tokens equally likely, the logarithm of their number.
     """
 
-    def __init__(self, training: Training, rank: int, losses: Iterable[float] = (), depth: int = 2) -> None:
+    def __init__(
+        self,
+        training: Training,
+        rank: int,
+        losses: Sequence[float] = (),
+        depth: int = 2,
+        *,
+        start: float | None = None,
+        uniform: float = math.inf,
+    ) -> None:
         self._training, self._rank, self._depth = training, rank, depth
+        self._uniform = uniform
+        self._start = 0.0 if start is None else max([start, *losses])  # the highest of the first losses
+        self._first_losses = 0 if start is None else _IN_A_ROW  # how many of them were seen
+        self._high = 0  # losses in a row above that
+        self._warned = False
         self._pending: deque[_Pending] = deque()
         self.losses = deque(losses, maxlen=WINDOW)
         self.latest: StepRecord | None = None
@@ -83,8 +100,32 @@ class LossWatch:
             self.latest = StepRecord.of(values)
             if math.isfinite(self.latest.loss):
                 self.losses.append(self.latest.loss)
+                self._look_for_divergence(step, self.latest.loss)
             if self.bad is None:
                 self._see(step, self.latest)
+
+    def _look_for_divergence(self, step: int, loss: float) -> None:
+        """Warn if the loss rises above where it began: from step 2 on by a fifth, and above the loss of guessing; or
+        five times in a row a tenth above the highest of the first five. Warn again only after it has come back."""
+        high = loss > 1.1 * self._start
+        beyond = high and self._start > 0 and loss > 1.2 * max(self._start, self._uniform)
+        if self._first_losses < _IN_A_ROW:
+            self._first_losses += 1
+            if not beyond:
+                self._start = max(self._start, loss)
+                return
+        self._high = self._high + 1 if high else 0
+        if not high:
+            self._warned = False
+        if self._warned or not (beyond or self._high >= _IN_A_ROW):
+            return
+        self._warned = True
+        if self._rank == 0:
+            logger.warning(
+                "step %d: THE RUN DIVERGES: loss %.4f is above the %.4f of its first steps; lower optimizer.lr, or "
+                "lengthen lr_scheduler.warmup_steps",
+                *(step, loss, self._start),
+            )
 
     def _see(self, step: int, record: StepRecord) -> None:
         if not record.is_bad:

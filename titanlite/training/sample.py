@@ -68,8 +68,10 @@ def log_sample(
     if room < 1:
         logger.info("no sample: training.seq_len = %d leaves no room for one", config.training.seq_len)
         return None
+    tokens = min(config.sample.max_new_tokens, room)
+    logger.info("writing a sample of %s, one after the other", counted(tokens, "token"))
     try:
-        generated = generate(decoder, ids, min(config.sample.max_new_tokens, room), SAMPLING, {tokenizer.eos_id})
+        generated = generate(decoder, ids, tokens, SAMPLING, {tokenizer.eos_id})
     except (ConfigError, TrainingError) as e:
         logger.warning("no sample: %s", e)  # the run itself is done
         return None

@@ -19,11 +19,12 @@ import torch
 
 from titanlite.config.schema import Checkpoint, JobConfig, Training
 from titanlite.errors import ConfigError, TrainingError
+from titanlite.metrics.console import Console, ConsoleSink, TerminalSink, init_logging
 from titanlite.metrics.device import peak_flops, peak_memory, total_memory
 from titanlite.metrics.flops import ModelSize, flops_per_token
 from titanlite.metrics.recorder import Recorder
 from titanlite.metrics.report import end_above, next_command, summary
-from titanlite.metrics.sinks import ConsoleSink, JsonlSink, Row, Sink, init_logging
+from titanlite.metrics.sinks import JsonlSink, Row, Sink
 from titanlite.metrics.tensorboard import BY_TOKENS, TensorBoardSink
 
 CPU = torch.device("cpu")
@@ -116,7 +117,7 @@ def line_of(sink: ConsoleSink, values: Row, caplog: pytest.LogCaptureFixture) ->
 
 
 def test_log_line(caplog: pytest.LogCaptureFixture) -> None:
-    sink = ConsoleSink(colored=False, steps=None)
+    sink = ConsoleSink()
     assert line_of(sink, row(), caplog) == (
         "step: 10  loss: 10.7069  grad_norm:  1.2345  memory: 40.00GiB(42.50%)  tps: 7,034  tflops: 407.35  mfu: 41.19%"
     )
@@ -133,27 +134,67 @@ def test_log_line_has_seven_fields_two_spaces_apart(caplog: pytest.LogCaptureFix
     number = r"\s{1,2}[\d,.]+"
     fields = [rf"step:{number}", rf"loss:{number}", rf"grad_norm:{number}", rf"memory:{number}GiB\([\d.]+%\)"]
     fields += [rf"tps:{number}", rf"tflops:{number}", rf"mfu:{number}%"]
-    assert re.fullmatch("  ".join(fields), line_of(ConsoleSink(colored=False, steps=None), row(), caplog))
+    assert re.fullmatch("  ".join(fields), line_of(ConsoleSink(), row(), caplog))
 
 
-def test_colors_change_nothing_but_the_color(caplog: pytest.LogCaptureFixture) -> None:
-    plain = line_of(ConsoleSink(colored=False, steps=None), row(), caplog)
-    colored = line_of(ConsoleSink(colored=True, steps=None), row(), caplog)
-    assert "\033" not in plain
-    assert len(re.findall(r"\033\[3[1-6]m[^\033]+\033\[0m", colored)) == 7
-    assert re.sub(r"\033\[\d+m", "", colored) == plain
+class Terminal(io.StringIO):
+    """Of which a console thinks that it is a terminal."""
+
+    encoding = "utf-8"  # type: ignore[assignment]
+
+    def isatty(self) -> bool:
+        return True
 
 
-@pytest.mark.parametrize(
-    ("values", "end"),
-    [
-        ({"step": 10, "step_time_s": 1.0}, "10%, 1m30s left"),
-        ({"step": 50, "step_time_s": 100.0}, "50%, 1h23m left"),
-        ({"step": 100}, "100%, 0m00s left"),
-    ],
-)
-def test_progress_on_a_terminal(values: Row, end: str, caplog: pytest.LogCaptureFixture) -> None:
-    assert line_of(ConsoleSink(colored=False, steps=100), row(**values), caplog).endswith(f"  mfu: 41.19%  {end}")
+@pytest.fixture
+def terminal(monkeypatch: pytest.MonkeyPatch) -> Console:
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    return Console(Terminal(), 0)
+
+
+def test_the_line_on_a_terminal(
+    terminal: Console, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One batch's loss and the mean, named so; the fields that fit, the most important ones first."""
+    terminal.colored = False
+    sink = TerminalSink(terminal, [11.0, 10.0], 1000)
+    line = "step   10  loss 10.7069  mean 10.5000  grad_norm    1.23  tps 7,034  mfu 41.2%"
+    monkeypatch.setattr("titanlite.metrics.console.columns_of", lambda stream: 80)
+    assert line_of(sink, row(), caplog) == line
+    monkeypatch.setattr("titanlite.metrics.console.columns_of", lambda stream: 120)
+    assert line_of(sink, row(), caplog) == f"{line}  40.0 GiB  tflops 407.3"
+    large = line_of(sink, row(loss=math.nan, grad_norm=math.inf, mfu=None, tflops=0.01), caplog)
+    assert large == "step   10  loss     nan  mean 10.5000  grad_norm     inf  tps 7,034  40.0 GiB"
+    assert "loss   7e+06  " in line_of(sink, row(loss=7e6), caplog)
+
+
+def test_colors_say_something(terminal: Console, caplog: pytest.LogCaptureFixture) -> None:
+    """And change nothing but the color."""
+    losses = [5.0]
+    sink = TerminalSink(terminal, losses, 100)
+
+    def colors(**values: object) -> dict[str, str]:
+        line = line_of(sink, row(**values), caplog)
+        return {name: color for color, name in re.findall(r"\033\[(\d+)m(\w+)", line)}
+
+    assert colors() == {"step": "1", "mean": "32"}
+    losses.append(6.0)
+    assert colors(tps=1000.0) == {"step": "1", "mean": "33", "tps": "33"}  # the loss rises, the speed falls
+    losses.append(1.0)
+    assert colors(mfu=None, reserved_pct=90.0) == {"step": "1", "mean": "32", "40": "33"}
+    assert colors(mfu=None, reserved_pct=97.0) == {"step": "1", "mean": "33", "40": "31"}  # no better than before
+    with_color = line_of(TerminalSink(terminal, [5.0], 100), row(), caplog)
+    terminal.colored = False
+    assert re.sub(r"\033\[\d+m", "", with_color) == line_of(TerminalSink(terminal, [5.0], 100), row(), caplog)
+
+
+def test_no_color_is_honoured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    for value, colored in (("1", False), ("", True)):
+        monkeypatch.setenv("NO_COLOR", value)
+        assert Console(Terminal(), 0).colored == colored
+    assert not Console(io.StringIO(), 0).colored
 
 
 @pytest.fixture
@@ -334,10 +375,10 @@ def test_the_validation_line(caplog: pytest.LogCaptureFixture) -> None:
     for values, bits in ((VALIDATION, "1.2345"), ({**VALIDATION, "bits_per_byte": None}, "n/a")):
         caplog.clear()
         with caplog.at_level(logging.INFO):
-            ConsoleSink(colored=False, steps=None).write_validation(values)
+            ConsoleSink().write_validation(values)
         assert caplog.messages == [f"validate step: 100  loss:  3.1234  bits per byte: {bits}  (2.1 s)"]
     with caplog.at_level(logging.INFO):
-        ConsoleSink(colored=False, steps=None).write_validation({**VALIDATION, "accuracy": 0.25})
+        ConsoleSink().write_validation({**VALIDATION, "accuracy": 0.25})
     assert "  bits per byte: 1.2345  accuracy: 0.2500  (2.1 s)" in caplog.messages[-1]
 
 

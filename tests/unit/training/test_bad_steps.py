@@ -379,3 +379,36 @@ def test_the_rank_that_explains_the_failure_best_wins() -> None:
             step, own_loss, _ = ranks[winner]
             expected = f"step {step}, rank {winner}: loss nan" if math.isnan(own_loss) else f"step {step}: loss"
             assert watches[winner].describe().startswith(expected)
+
+
+# ---- a loss that rises
+
+
+@pytest.mark.parametrize(
+    ("losses", "warned"),
+    [
+        ([7.7, 8.0, 9.7, 12.0, 20.0], [3]),  # worse than guessing, from the second step on
+        ([7.7, 60.0], [2]),
+        ([7.7, 9.0, 7.6, 7.0, 6.0], []),  # one batch
+        ([1.0, 0.9, 1.3, 0.8, 1.1, 1.5, 1.6, 1.7, 1.6, 1.5], [10]),  # far below guessing: five in a row
+        ([0.7, 1.3, 0.9, 1.2, 0.8, *[1.2, 1.4, 1.1, 1.3] * 20], []),  # the first batch was an easy one
+        ([7.7, 6.0, 5.0, 4.0, 3.0, *[9.6] * 9, *[3.0] * 5, *[9.6] * 9], [6, 20]),  # it comes back, and rises again
+    ],
+)
+def test_a_run_that_diverges_is_warned_of(losses: list[float], warned: list[int], caplog: Any) -> None:
+    guard = StepGuard(Training(), CPU)
+    for rank in (0, 1):  # the first one alone speaks
+        watch = LossWatch(Training(), rank, uniform=7.6)
+        for step, loss in enumerate(losses, 1):
+            watch.add(step, guard.judge(*(torch.tensor(x) for x in (loss, loss, 1.0))))
+    assert [int(m.split(":")[0].removeprefix("step ")) for m in caplog.messages] == warned
+    assert all("THE RUN DIVERGES" in message and "lower optimizer.lr" in message for message in caplog.messages)
+
+
+def test_a_run_that_continued_is_held_against_its_first_losses(caplog: Any) -> None:
+    watch = LossWatch(Training(), 0, [3.0, 2.9, 3.1], start=2.0, uniform=7.6)
+    guard = StepGuard(Training(), CPU)
+    for step, loss in enumerate([3.0, *[3.5] * 5], 101):
+        watch.add(step, guard.judge(*(torch.tensor(x) for x in (loss, loss, 1.0))))
+    (message,) = caplog.messages
+    assert message.startswith("step 106: THE RUN DIVERGES: loss 3.5000 is above the 3.1000 of its first steps")
