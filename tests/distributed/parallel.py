@@ -140,6 +140,13 @@ def mean_loss_by_hand(trainer: Trainer) -> float:
     return -likelihoods[batch.labels != IGNORED].mean().item()
 
 
+def first_moments(trainer: Trainer) -> dict[str, Tensor]:
+    """Adam's, whole, by parameter of this rank's stages. After one step they are its gradients but for a factor."""
+    names = {param: name for part in trainer.model_parts for name, param in part.named_parameters()}
+    moments = {names[param]: state["exp_avg"] for param, state in trainer.optimizer.state.items()}
+    return {name: m.full_tensor() if isinstance(m, DTensor) else m.clone() for name, m in moments.items()}
+
+
 def run(name: str, options: dict[str, Any], folder: Path) -> dict[str, Any]:
     modulus = options.pop("mask", 0)
     run_folder = folder / name.replace(" ", "_")
@@ -150,6 +157,7 @@ def run(name: str, options: dict[str, Any], folder: Path) -> dict[str, Any]:
     traffic = Traffic(trainer.mesh)
     if modulus:
         trainer.loader = Masked(trainer.loader, modulus)  # type: ignore[assignment]
+    moments = folder / f"{name}, rank {trainer.runtime.rank}.pt"
     by_hand = mean_loss_by_hand(trainer) if modulus and trainer.runtime.world_size == 1 else None
     try:
         for step in range(1, config.training.steps + 1):
@@ -158,11 +166,14 @@ def run(name: str, options: dict[str, Any], folder: Path) -> dict[str, Any]:
                     trainer.advance()
             else:
                 trainer.advance()
+            if step == 1 and config.data.document_mask:
+                torch.save(first_moments(trainer), moments)
             compiled_graphs.append(counters["stats"]["unique_graphs"])
         parameters = [p for part in trainer.model_parts for p in part.parameters()]
         local = [p.to_local() if isinstance(p, DTensor) else p for p in parameters]
         report = {
             "by hand": by_hand,
+            "moments": str(moments),
             "elements": sum(p.numel() for p in local),
             "model_elements": trainer.size.params,
             "parts": [[name for name, _ in part.named_parameters()] for part in trainer.model_parts],

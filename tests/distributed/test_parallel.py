@@ -330,6 +330,17 @@ def test_variants_are_as_on_one_process(varied: Reports, way: str, variant: str)
         assert column(many, "loss") != pytest.approx(column(varied[ONE], "loss"), rel=1e-6)
 
 
+@each([variant for variant in VARIANTS if "document masks" in variant])
+def test_gradients_of_packed_documents_are_those_of_one_process(varied: Reports, way: str, variant: str) -> None:
+    """tests/unit/models/test_documents.py has it that those are the gradients of the documents computed alone."""
+    one, compared = torch.load(varied[f"{ONE}, {variant}"][0]["moments"], weights_only=True), set()
+    for report in varied[f"{way}, {variant}"]:
+        for name, moment in torch.load(report["moments"], weights_only=True).items():
+            assert (moment - one[name]).norm() <= 1e-5 * one[name].norm(), name
+            compared.add(name)
+    assert compared == one.keys()
+
+
 @each([variant for variant in VARIANTS if "loss chunks" in variant])
 def test_chunks_of_the_loss_change_neither_losses_nor_collectives(
     varied: Reports, small: Reports, way: str, variant: str
