@@ -87,7 +87,7 @@ def test_training_does_not_notice(reports: Reports, way: str) -> None:
         ("FSDP 2", "rowwise"),
         ("TP 2", "rowwise"),
         pytest.param("FSDP 2", "float8 delayed", marks=pytest.mark.slow),
-        pytest.param("FSDP 2", "compile, tensorwise, AC selective 2", marks=pytest.mark.slow),
+        pytest.param("FSDP 2", "compile, tensorwise, AC selective 2", marks=pytest.mark.long),
         pytest.param("TP 2", "float8 delayed", marks=pytest.mark.long),
         pytest.param("TP 2", "compile, tensorwise, AC selective 2", marks=pytest.mark.long),
     ],

@@ -99,7 +99,7 @@ def test_two_depths_give_the_estimate_of_a_deep_model(mode: Mode) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", MODES, ids=str)
-@pytest.mark.parametrize("file", ["llama3_8b", "llama3_8b_fast"])
+@pytest.mark.parametrize("file", [pytest.param("llama3_8b", marks=pytest.mark.long), "llama3_8b_fast"])
 def test_two_depths_give_the_estimate_of_llama3_8b(file: str, mode: Mode) -> None:
     config = mode.set_in(load_config([], file))
     assert peak_memory(config, 8, None) == pytest.approx(estimate(config, 8).peak, rel=0.01)
