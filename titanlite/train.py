@@ -138,7 +138,8 @@ class Trainer:
         self.gc = runtime.GarbageCollection(config.training.gc_freq, config.training.gc_debug)
         self._opened.callback(self.gc.close)
         self.degrees = resolve_degrees(config.parallelism, self.runtime.world_size)
-        self.mesh = build_mesh(self.degrees, self.runtime.device.type)
+        experts = getattr(self.shape.flavor, "mixture", None) is not None
+        self.mesh = build_mesh(self.degrees, self.runtime.device.type, experts=experts)
         self._opened.enter_context(preferred_kernels(self.runtime.device))
         self.about["device"] = f"{device_name(self.runtime.device)} ({self.runtime.why_device})"
         self.about["processes"] = f"{self.runtime.world_size}"
@@ -208,8 +209,8 @@ class Trainer:
         self._opened.callback(self.compile_watch.close)
         loss_fn = build_loss(config, self.mesh)
         pipeline = build_pipeline(built, loss_fn, config, self.mesh, device)
-        self.runner = StepRunner(built.parts, loss_fn, pipeline, self.context, device)
-        self.experts = ExpertBalance(built.parts, config.experts, self.mesh.stage)
+        self.runner = StepRunner(built.parts, loss_fn, pipeline, self.context, device, self.mesh)
+        self.experts = ExpertBalance(built.parts, config.experts, self.mesh)
         self.about.update(built.about)
         for part in self.model_parts:  # nothing was allocated before
             allocate(part, device, config.training.enable_cpu_offload)

@@ -143,8 +143,8 @@ class Block(nn.Module):
         """Return the hidden states; of a mixture, all that :meth:`Mixture.record` takes."""
         x = x + self.attention(self.attention_norm(x), rope, documents)
         if isinstance(self.feed_forward, Mixture):
-            out, loss, tally = self.feed_forward(self.ffn_norm(x))
-            return x + out, loss, tally
+            out, *learned = self.feed_forward(self.ffn_norm(x))
+            return x + out, *learned
         return x + self.feed_forward(self.ffn_norm(x))
 
     def unused_params(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -73,13 +74,18 @@ class BalanceLoss:
         coefficient: the factor of ``n_experts * sum(f * p)``, where f is the share of tokens that choose an expert (the
             shares sum to ``experts_per_token``), and p the mean of its normalized scores (Fedus et al., "Switch
             Transformers", 2021, equations 4 to 6).
-        over: f and p are those of the tokens of each sequence, or of all tokens of a microbatch on a device.
+        over: f and p are those of the tokens of each sequence, or of all tokens of a microbatch, on one data-parallel
+            process or on all of them (Qiu et al., "Demons in the Detail", 2025).
         z_coefficient: the factor of the mean square of ``logsumexp(logits)`` (Zoph et al., "ST-MoE", 2022, equation 5).
     """
 
     coefficient: float = 0.0
-    over: Literal["sequence", "batch"] = "sequence"
+    over: Literal["sequence", "batch", "global_batch"] = "sequence"
     z_coefficient: float = 0.0
+
+    @property
+    def has_gradient(self) -> bool:
+        return bool(self.coefficient or self.z_coefficient)
 
 
 class Routing(NamedTuple):
@@ -97,15 +103,24 @@ class Routing(NamedTuple):
     scores: Tensor
 
 
+def _all_of(param: Tensor) -> Tensor:
+    return param
+
+
 class Router(nn.Module):
     """A linear layer that scores the experts, and the choice by these scores: in float32, or in float64 if the input is
-    it."""
+    it.
+
+    Attributes:
+        part_of: a slot for a function that returns what this process computes with of a parameter that is sharded.
+    """
 
     bias: Tensor | None
+    part_of: Callable[[Tensor], Tensor]
 
     def __init__(self, dim: int, args: MixtureArgs) -> None:
         super().__init__()
-        self.args = args
+        self.args, self.part_of = args, _all_of
         # No nn.Linear: a number format of 8 bits has no place here.
         self.weight = nn.Parameter(torch.empty(args.n_experts, dim))
         self.register_buffer("bias", torch.empty(args.n_experts, dtype=torch.float32) if args.bias else None)
@@ -114,7 +129,7 @@ class Router(nn.Module):
         """Choose experts for ``x`` [tokens, dim]."""
         args = self.args
         precise = torch.promote_types(x.dtype, torch.float32)
-        logits = F.linear(x.to(precise), self.weight.to(precise))
+        logits = F.linear(x.to(precise), self.part_of(self.weight).to(precise))
         scores = logits.softmax(-1) if args.scores == "softmax" else logits.sigmoid()
         for_choice = scores.detach() if self.bias is None else scores.detach() + self.bias
         if args.group_limit < args.n_groups:
@@ -135,10 +150,17 @@ class Router(nn.Module):
 
 
 class Experts(nn.Module):
-    """Experts that are :class:`~titanlite.models.layers.FeedForward` each, in one parameter for each projection."""
+    """Experts that are :class:`~titanlite.models.layers.FeedForward` each, in one parameter for each projection.
+
+    Attributes:
+        part_of: as of :class:`Router`. Rows and offsets of :meth:`forward` are then those of this process's experts.
+    """
+
+    part_of: Callable[[Tensor], Tensor]
 
     def __init__(self, dim: int, args: MixtureArgs) -> None:
         super().__init__()
+        self.part_of = _all_of
         self.w1 = nn.Parameter(torch.empty(args.n_experts, args.expert_dim, dim))
         self.w2 = nn.Parameter(torch.empty(args.n_experts, dim, args.expert_dim))
         self.w3 = nn.Parameter(torch.empty(args.n_experts, args.expert_dim, dim))
@@ -150,10 +172,11 @@ class Experts(nn.Module):
             weights: float32 [rows].
             offsets: the end of each expert's rows, int32 [n_experts].
         """
-        gate, up = (grouped_mm(x, w.transpose(1, 2), offsets) for w in (self.w1, self.w3))
+        w1, w2, w3 = (self.part_of(w).transpose(1, 2) for w in (self.w1, self.w2, self.w3))
+        gate, up = grouped_mm(x, w1, offsets), grouped_mm(x, w3, offsets)
         # The weight before the last projection: there are fewer features than after it.
         hidden = F.silu(gate) * up * weights.to(x.dtype)[:, None]
-        return grouped_mm(hidden, self.w2.transpose(1, 2), offsets)
+        return grouped_mm(hidden, w2, offsets)
 
     def init_weights(self, init: Init, out_std: float) -> None:
         init.trunc_normal(self.w1, std=0.02)
@@ -200,25 +223,36 @@ class Mixture(nn.Module):
     Attributes:
         balance_loss: a slot for what is added to the loss.
         loss_weight: a slot for the factor of the balance loss in a backward; at 0, the default, it has no gradient.
+        spread: a slot for a function ``(experts, rows, weights, offsets) -> (out, count)`` that applies experts which
+            are on several processes. The arguments and ``out`` are those of :meth:`Experts.forward`, and ``count`` is
+            the number of rows that this process has computed. None: all experts are here.
+        pool: a slot for a function that returns the mean of a tensor over the processes that have parts of the tokens
+            whose load the balance loss is of. None: this process has all of them.
         tally: the sum of what was recorded, float64 [n_experts + 3]: the tokens of each expert, and over all tokens the
             sums of 1, of the entropy of their normalized scores (nats), and of the balance loss.
+        most_rows: the largest number of rows that this process has computed at a time, float64 scalar.
     """
 
     balance_loss: BalanceLoss
     loss_weight: Tensor | float
+    spread: Callable[[Experts, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]] | None
+    pool: Callable[[Tensor], Tensor] | None
     tally: Tensor
+    most_rows: Tensor
 
     def __init__(self, dim: int, args: MixtureArgs) -> None:
         super().__init__()
         self.args, self.balance_loss, self.loss_weight = args, BalanceLoss(), 0.0
+        self.spread = self.pool = None
         self.router = Router(dim, args)
         self.experts = Experts(dim, args)
         self.shared = FeedForward(dim, args.n_shared_experts * args.expert_dim) if args.n_shared_experts else None
         self.register_buffer("tally", torch.empty(args.n_experts + 3, dtype=torch.float64), persistent=False)
+        self.register_buffer("most_rows", torch.empty((), dtype=torch.float64), persistent=False)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Map ``x`` [batch, seq_len, dim] to [batch, seq_len, dim], the balance loss (float32 scalar), and what is
-        added to ``tally``."""
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Map ``x`` [batch, seq_len, dim] to [batch, seq_len, dim], the balance loss (float32 scalar), what is added to
+        ``tally``, and the number of rows that this process has computed (an integer scalar)."""
         copies = self.args.experts_per_token
         rows = x.flatten(0, 1)
         routing = self.router(rows)
@@ -228,12 +262,12 @@ class Mixture(nn.Module):
         numbers = torch.arange(self.args.n_experts, device=x.device)
         offsets = torch.searchsorted(expert_of, numbers, right=True, out_int32=True)
         weights = routing.weights.flatten()
-        sorted_rows = _Take.apply(rows, order, inverse, copies)
-        out = self.experts(sorted_rows, _Take.apply(weights, order, inverse, 1), offsets)
+        routed = _Take.apply(rows, order, inverse, copies), _Take.apply(weights, order, inverse, 1), offsets
+        out, count = (self.experts(*routed), offsets[-1]) if self.spread is None else self.spread(self.experts, *routed)
         out = _Take.apply(out, inverse, order, 1).unflatten(0, (-1, copies)).sum(1).view_as(x)
         if self.shared is not None:
             out = out + self.shared(x)
-        return out, *self._balance(routing, offsets, x.shape[1])
+        return out, *self._balance(routing, offsets, x.shape[1]), count
 
     def _balance(self, routing: Routing, offsets: Tensor, seq_len: int) -> tuple[Tensor, Tensor]:
         shares = routing.scores
@@ -246,6 +280,8 @@ class Mixture(nn.Module):
             mean_shares = shares.unflatten(0, (-1, rows)).mean(1)
             chosen = torch.zeros_like(shares).scatter(-1, routing.experts, 1.0)
             frequency = chosen.unflatten(0, (-1, rows)).mean(1)
+            if self.pool is not None:  # not the shares: the loss is linear in them, so its mean is that of their mean
+                frequency = self.pool(frequency)
             loss = loss + options.coefficient * self.args.n_experts * (frequency * mean_shares).sum(-1).mean()
         if options.z_coefficient:
             loss = loss + options.z_coefficient * routing.logits.logsumexp(-1).square().mean()
@@ -255,12 +291,13 @@ class Mixture(nn.Module):
             tally = torch.cat((load.double(), torch.stack((entropy.new_full((), tokens), entropy, loss * tokens))))
         return loss, tally
 
-    def record(self, x: Tensor, loss: Tensor, tally: Tensor) -> Tensor:
-        """Add to ``tally``, and return ``x`` [batch, seq_len, dim], whose backward is also that of the ``loss``. Where
-        gradients are off, only return ``x``: what is evaluated does not count."""
+    def record(self, x: Tensor, loss: Tensor, tally: Tensor, rows: Tensor) -> Tensor:
+        """Add to ``tally`` and ``most_rows``, and return ``x`` [batch, seq_len, dim], whose backward is also that of
+        the ``loss``. Where gradients are off, only return ``x``: what is evaluated does not count."""
         if not torch.is_grad_enabled():
             return x
         self.tally.add_(tally)
+        self.most_rows.copy_(torch.maximum(self.most_rows, rows))
         return _WithLoss.apply(x, loss, self.loss_weight) if loss.requires_grad else x  # type: ignore[no-any-return]
 
     def unused_params(self) -> int:
@@ -274,3 +311,4 @@ class Mixture(nn.Module):
         if self.shared is not None:
             self.shared.init_weights(init, out_std)
         self.tally.zero_()
+        self.most_rows.zero_()

@@ -75,6 +75,29 @@ WAYS = {
     "FSDP 2 x TP 2 x PP 2": Way(shard=2, tp=2, pp=2, options=_pipeline()),
 }
 
+
+def _experts(degree: int, **options: Any) -> dict[str, Any]:
+    return {"parallelism.expert_parallel_degree": degree, **options}
+
+
+# The ways of models with experts: expert parallelism borrows the processes of the other dimensions.
+EXPERT_WAYS = {
+    "EP 2": Way(shard=2, options=_experts(2)),
+    "EP 4": Way(shard=4, options=_experts(4)),
+    "FSDP 4, EP 2": Way(shard=4, options=_experts(2)),
+    "HSDP 2 x 2, EP 2": Way(replicate=2, shard=2, options=_experts(2)),
+    "TP 2": Way(tp=2),
+    "TP 2, EP 2": Way(tp=2, options=_experts(2)),
+    "FSDP 2 x TP 2, EP 2": Way(shard=2, tp=2, options=_experts(2)),
+    "CP 2, EP 2": Way(cp=2, options=_experts(2)),
+    "CP 2": Way(cp=2, options=_ALLTOALL),
+    "CP 2 x TP 2, EP 4": Way(cp=2, tp=2, options=_experts(4)),
+    "PP 2": Way(pp=2, options=_pipeline()),
+    "PP 2 x FSDP 2, EP 2": Way(pp=2, shard=2, options=_experts(2, **_pipeline("Interleaved1F1B"))),
+}
+# The others have their mechanisms.
+EXPERT_WAYS_LONG = ("HSDP 2 x 2, EP 2", "TP 2", "TP 2, EP 2", "CP 2", "CP 2 x TP 2, EP 4", "PP 2")
+
 _FLOAT8 = {"training.mixed_precision_param": "bfloat16", "model.converters": "float8"}
 
 

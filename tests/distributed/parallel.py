@@ -76,7 +76,7 @@ class Traffic(TorchDispatchMode):
         self.bytes: defaultdict[str, int] = defaultdict(int)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.namespace in ("c10d", "_c10d_functional") and func._opname in KINDS:
+        if func.namespace in ("c10d", "_c10d_functional", "titanlite") and func._opname in KINDS:
             tensors, group = [], "?"
             for leaf in tree_leaves((args, kwargs or {})):
                 if isinstance(leaf, Tensor):

@@ -71,9 +71,9 @@ class Experts:
     balance_loss: NotNegativeFloat | None = None
     """The coefficient of the loss that pulls the experts of a mixture to equal load. Unset: 0.001 where the router has
     no bias, else 0. The logged loss is without it."""
-    balance_loss_over: Literal["sequence", "batch"] = "sequence"
-    """The tokens whose load this loss is of: those of each sequence, or of a device's whole microbatch,
-    training.local_batch_size sequences."""
+    balance_loss_over: Literal["sequence", "batch", "global_batch"] = "sequence"
+    """The tokens whose load this loss is of: those of each sequence; of a whole microbatch, which is
+    training.local_batch_size sequences; or of the microbatches of all data-parallel processes."""
     z_loss: NotNegativeFloat = 0.0
     """The coefficient of the loss that keeps the logits of routers small."""
     bias_update_rate: NotNegativeFloat | None = None

@@ -26,13 +26,15 @@ _ONE_BACKWARD = "before torch 2.13, its layers have one backward", "choose anoth
 
 
 class Degrees(NamedTuple):
-    """The size of each dimension of parallelism; their product is the number of processes."""
+    """The size of each dimension of parallelism. The product of all but ``expert_parallel``, whose processes are those
+    of other dimensions, is the number of processes."""
 
     data_parallel_replicate: int
     data_parallel_shard: int
     context_parallel: int
     tensor_parallel: int
     pipeline_parallel: int
+    expert_parallel: int = 1
 
     @property
     def data_parallel(self) -> int:
@@ -73,7 +75,7 @@ def resolve_degrees(parallelism: Parallelism, world_size: int) -> Degrees:
             f"{counted(world_size, 'process')}: set NGPU={product}, or data_parallel_shard_degree = -1 to take what "
             "the other degrees leave"
         )
-    return Degrees(*degrees.values())
+    return Degrees(*degrees.values())._replace(expert_parallel=parallelism.expert_parallel_degree)
 
 
 def global_batch_size(config: JobConfig, data_parallel: int) -> int:
@@ -108,6 +110,7 @@ def check_parallelism(config: JobConfig, degrees: Degrees) -> None:
     """Refuse options that cannot be combined, or would have no effect; the message has the options and the reason."""
     _check_sequence(config, degrees)
     _check_tensor_parallel(config, degrees)
+    _check_expert_parallel(config, degrees)
     _check_pipeline(config, degrees)
     p = config.parallelism
     if degrees.context_parallel == 1 and p.context_parallel_rotate_method != "allgather":
@@ -168,6 +171,23 @@ def _check_tensor_parallel(config: JobConfig, degrees: Degrees) -> None:
             )
         if config.compile.backend != "inductor":
             refuse(config, key, f'and compile.backend = "{config.compile.backend}": only inductor overlaps them')
+
+
+def _check_expert_parallel(config: JobConfig, degrees: Degrees) -> None:
+    ep = degrees.expert_parallel
+    lenders = {
+        "data_parallel_shard_degree": degrees.data_parallel_shard,
+        "context_parallel_degree": degrees.context_parallel,
+        "tensor_parallel_degree": degrees.tensor_parallel,
+    }
+    lent = math.prod(lenders.values())
+    if lent % ep:
+        shown = " x ".join(f"{name} {degree}" for name, degree in lenders.items())
+        refuse(
+            config,
+            "parallelism.expert_parallel_degree",
+            f"borrows the processes of other dimensions, and must divide {shown} = {lent}",
+        )
 
 
 def _check_pipeline(config: JobConfig, degrees: Degrees) -> None:

@@ -206,7 +206,10 @@ class Parallelism:
     """Devices over which each sequence is split; 1 is off."""
     context_parallel_rotate_method: Literal["allgather", "alltoall"] = "allgather"
     """The exchange of keys and values: all at once (allgather), or one process's at a time (alltoall, less memory)."""
-    expert_parallel_degree: int = 1
+    expert_parallel_degree: Positive = 1
+    """Devices over which the experts of a mixture are split; 1 is off. They are those of data_parallel_shard, context
+    and tensor parallelism: it must divide their product. Tokens travel to their experts and back."""
+    expert_tensor_parallel_degree: int = 1
     module_fqns_per_model_part: object | None = None
     pipeline_parallel_first_stage_less_layers: int = 1
     pipeline_parallel_last_stage_less_layers: int = 1

@@ -9,7 +9,10 @@ from titanlite.config.schema import JobConfig
 _MX_KERNELS = "one kernel casts along both dimensions; leave it out"
 _FAULT_TOLERANCE = "one run is one group of processes; leave it out"
 _STAGES = "stages have about equal work; use parallelism.pipeline_parallel_split_points for others"
-_EXPERTS_SHARDED = "FSDP shards experts over the data-parallel processes; leave it out"
+_EXPERTS_WHOLE = (
+    "tensor parallelism gives each of its processes a part of the tokens, for whole experts, which FSDP and "
+    "parallelism.expert_parallel_degree shard over these processes too; leave it out"
+)
 _EXPERTS_QUANTIZED = "experts compute in training.mixed_precision_param, beside converted linear layers; leave it out"
 
 # The key and the way out. Its default is the value at which it does nothing; any other value is an error and never
@@ -19,7 +22,7 @@ UNSUPPORTED: dict[str, str] = {
     "optimizer.early_step_in_backward": "leave it out",
     "training.dtype": "weights are float32; training.mixed_precision_param is the dtype that they compute in",
     "parallelism.enable_compiled_autograd": "use training.compile",
-    "parallelism.expert_parallel_degree": _EXPERTS_SHARDED,
+    "parallelism.expert_tensor_parallel_degree": _EXPERTS_WHOLE,
     "parallelism.module_fqns_per_model_part": _STAGES,
     "parallelism.pipeline_parallel_first_stage_less_layers": _STAGES,
     "parallelism.pipeline_parallel_last_stage_less_layers": _STAGES,

@@ -13,6 +13,7 @@ from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from titanlite.config.schema import ActivationCheckpoint
+from titanlite.distributed.expert_parallel import EXCHANGES
 from titanlite.models.layers import GROUPED_MATMULS
 from titanlite.quant.kept import MATMULS, SMALL_RESULTS
 
@@ -29,7 +30,11 @@ _ATTENTION = {
 }
 # The choice of experts: recomputed with another rounding, it could differ from the one whose results are saved.
 _CHOICES = {torch.ops.aten.topk.default, torch.ops.aten.sort.stable}
-_COMMUNICATION = {torch.ops._c10d_functional.reduce_scatter_tensor.default}
+_COMMUNICATION = {
+    torch.ops._c10d_functional.reduce_scatter_tensor.default,
+    torch.ops._c10d_functional.all_reduce.default,
+    *EXCHANGES,
+}
 
 
 def apply_activation_checkpoint(blocks: nn.ModuleDict, options: ActivationCheckpoint) -> None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import nn
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
-from torch.distributed.tensor import Shard
+from torch.distributed.tensor import DTensor, Shard
 
 from titanlite.config.schema import Training
 from titanlite.distributed.mesh import Mesh
@@ -45,14 +46,7 @@ def apply_fsdp(
     costly = mesh.pp.size() > 1 or (mesh.fsdp.size() == 1 and not in_host_memory)
     keep_all = reshard == "never" or (reshard == "default" and costly)
     groups = list(groups)
-    experts = {param for module in model.modules() if isinstance(module, Experts) for param in module.parameters()}
-
-    def placement(param: nn.Parameter) -> Shard | None:
-        """Return how a parameter of experts is sharded: by its experts, or where these do not divide, by its features,
-        if they do. None: by rows."""
-        uneven = param in experts and param.shape[0] % mesh.fsdp.size()
-        return Shard(1) if uneven and not param.shape[1] % mesh.fsdp.size() else None
-
+    placement = _placements(model, mesh)
     for i, modules in enumerate(groups):
         keep = keep_all or (reshard == "default" and i == len(groups) - 1)
         fully_shard(
@@ -70,6 +64,33 @@ def apply_fsdp(
         offload_policy=offload,
         reshard_after_forward=reshard == "always",
     )
+
+
+def _placements(model: nn.Module, mesh: Mesh) -> Callable[[nn.Parameter], Any]:
+    """Return a function that says how FSDP2 shards a parameter, and over which mesh. None: by rows, over the mesh that
+    ``fully_shard`` is given.
+
+    Experts are sharded by their number, or where that does not divide, by their features, if they do. Under expert and
+    tensor parallelism they have a mesh of their own. ``fully_shard`` takes parameters of several meshes in one call. So
+    nothing inside a block has hooks, and the compiler still sees the whole block.
+    """
+    experts = {param for module in model.modules() if isinstance(module, Experts) for param in module.parameters()}
+    apart = experts and mesh.experts is not None and mesh.experts.ep.size() * mesh.tp.size() > 1
+    if not apart:
+        return lambda param: _shard_of_experts(param, mesh.fsdp.size()) if param in experts else None
+    from torch.distributed.fsdp._fully_shard._fsdp_common import FSDPMeshInfo, HSDPMeshInfo, ShardPlacementResult
+
+    assert mesh.experts is not None
+    over, shards = mesh.experts.data_parallel, mesh.experts.fsdp.size()
+    info = FSDPMeshInfo(over, 0) if over.ndim == 1 else HSDPMeshInfo(over, shard_mesh_dim=1, replicate_mesh_dim=0)
+    return lambda param: (
+        ShardPlacementResult(_shard_of_experts(param, shards) or Shard(0), info) if param in experts else None
+    )
+
+
+def _shard_of_experts(param: nn.Parameter, shards: int) -> Shard | None:
+    local = param.to_local() if isinstance(param, DTensor) else param
+    return Shard(1) if local.shape[0] % shards and not local.shape[1] % shards else None
 
 
 def allocate(model: nn.Module, device: torch.device, offload: bool) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate, Shard
-from torch.distributed.tensor.parallel import SequenceParallel, parallelize_module
+from torch.distributed.tensor.parallel import PrepareModuleInput, SequenceParallel, parallelize_module
 from torch.distributed.tensor.parallel.style import ParallelStyle
 
 from titanlite.config import JobConfig
@@ -22,7 +22,8 @@ from titanlite.distributed.compile import compile_blocks
 from titanlite.distributed.context_parallel import ContextParallel
 from titanlite.distributed.data_parallel import apply_fsdp
 from titanlite.distributed.document_attention import document_attention
-from titanlite.distributed.experts import balance_loss, check_experts
+from titanlite.distributed.expert_parallel import spread_mixtures
+from titanlite.distributed.experts import balance_loss, check_experts, pool_of
 from titanlite.distributed.mesh import Mesh
 from titanlite.distributed.tensor_parallel import (
     VocabParallelEmbedding,
@@ -32,7 +33,7 @@ from titanlite.distributed.tensor_parallel import (
     row_parallel,
 )
 from titanlite.errors import ConfigError, counted
-from titanlite.models.layers import AttentionSlot, Core, FeedForward, Layout, Mixture, causal_attention
+from titanlite.models.layers import AttentionSlot, Core, Experts, FeedForward, Layout, Mixture, causal_attention
 from titanlite.quant.linear import quant_layers
 from titanlite.quant.reuse import share_first_input
 from titanlite.quant.swiglu import swiglu_linear
@@ -40,6 +41,7 @@ from titanlite.quant.swiglu import swiglu_linear
 
 def parallelize(model: nn.Module, layout: Layout, mesh: Mesh, config: JobConfig) -> None:
     """Apply what ``config`` asks for to ``model`` in place."""
+    spread_mixtures(model, mesh)
     if mesh.tp.size() > 1:
         apply_tensor_parallel(model, layout, mesh, config.parallelism)
     blocks: nn.ModuleDict = getattr(model, layout.blocks)
@@ -83,6 +85,7 @@ def _fill_slots(model: nn.Module, blocks: nn.ModuleDict, mesh: Mesh, config: Job
             module.swiglu = swiglu_linear  # it calls layers that are not quantized as before
         if isinstance(module, Mixture):
             module.balance_loss = balance_loss(module.args, config.experts)
+            module.pool = pool_of(module.balance_loss, mesh)
 
 
 def _refuse_blocks_without_slot(blocks: nn.ModuleDict, degree: int) -> None:
@@ -123,7 +126,7 @@ def _checkpoint_and_compile(
     mesh for backward as if it were a tensor (torch 2.13: "expected all tensors_saved_with_vc_check to be Tensors").
     """
     per_op = checkpointing.mode == "selective" and checkpointing.selective_ac_option == "op"
-    compile_first = mesh.tp.size() > 1 and not per_op
+    compile_first = (mesh.tp.size() > 1 or mesh.degrees.expert_parallel > 1) and not per_op
     if compiling and compile_first:
         compile_blocks(blocks, compiling)
     apply_activation_checkpoint(blocks, checkpointing)
@@ -210,8 +213,11 @@ def apply_tensor_parallel(model: nn.Module, layout: Layout, mesh: Mesh, parallel
         raise ConfigError(str(e), key="parallelism.tensor_parallel_degree", value=tp.size()) from e
     if model.args.tie_embeddings:  # type: ignore[union-attr]
         embedding.weight = output.weight  # both ends shard the vocabulary, each a copy of its own until here
+    experts = {param for module in model.modules() if isinstance(module, Experts) for param in module.parameters()}
     for name, param in model.named_parameters():
-        if not isinstance(param, DTensor):  # each rank would train it with the gradient of its own part
+        if (
+            not isinstance(param, DTensor) and param not in experts
+        ):  # each rank would train it with the gradient of its own part
             raise ConfigError(
                 f"the model's layout does not say how to shard {name}; add it there, or choose another dimension",
                 key="parallelism.tensor_parallel_degree",
@@ -224,6 +230,14 @@ def apply_tensor_parallel(model: nn.Module, layout: Layout, mesh: Mesh, parallel
 def _plan_of_block(block: nn.Module, layout: Layout) -> dict[str, ParallelStyle]:
     plan: dict[str, ParallelStyle] = {name: SequenceParallel() for name in layout.norms}
     for part, projections in layout.parts.items():
+        mixture = block.get_submodule(part)
+        if isinstance(mixture, Mixture):  # its router and its experts have a part of the sequence on each process
+            plan[part] = PrepareModuleInput(
+                input_layouts=Shard(1), desired_input_layouts=Shard(1), use_local_output=True
+            )
+            if mixture.shared is None:
+                continue
+            part += ".shared"
         columns = {f"{part}.{name}": block.get_submodule(f"{part}.{name}") for name in projections.columns}
         plan[part] = gathered_input(list(columns.values()), arguments=projections.arguments)
         plan |= {name: column_parallel(layer) for name, layer in columns.items()}

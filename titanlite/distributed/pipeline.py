@@ -113,6 +113,7 @@ class Pipeline:
     ) -> None:
         count, local = len(plan.stages), plan.of(mesh.pp.get_local_rank())
         self.is_first, self.is_last = 0 in local, count - 1 in local
+        self.microbatches = microbatches
         self._device = device
         self._parts = dict(zip(local, parts, strict=True))
         self._ranks, self._group = plan.ranks, mesh.pp.get_group()

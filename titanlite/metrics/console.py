@@ -226,6 +226,7 @@ def _experts(row: Row) -> list[str]:
     share, mean = row["expert_largest_share"], row["expert_mean_share"]
     return [
         f"experts: {min(tokens):,} to {max(tokens):,} tokens, largest {share:.1%} ({mean:.1%})",
+        f"rows at a time: {row['expert_most_rows']:,}",
         f"entropy: {row['router_entropy']:.3f}",
     ]
 

@@ -37,6 +37,7 @@ TAGS = {
     "skipped_documents": "skipped_documents",
     "truncated_examples": "truncated_examples",
     "expert_largest_share": "experts/largest_share",
+    "expert_most_rows": "experts/most_rows",
     "router_entropy": "experts/router_entropy",
     "balance_loss": "experts/balance_loss",
 }

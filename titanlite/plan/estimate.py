@@ -183,7 +183,8 @@ def lone_mesh(config: JobConfig, degrees: Degrees, rank: int, world_size: int) -
     warnings.simplefilter("ignore")  # warnings about a step matter only in training
     import_custom(config)
     with fused_norm(), lone_process_group(rank, world_size):
-        yield build_mesh(degrees, DEVICE.type, H100)
+        experts = getattr(choose_shape(config).flavor, "mixture", None) is not None
+        yield build_mesh(degrees, DEVICE.type, H100, experts=experts)
 
 
 def check_modelled(config: JobConfig) -> None:
@@ -254,7 +255,7 @@ def measure(
         with tracker.kind(OPTIMIZER):
             _make_state(optimizer)
         tracker.restart_peak()
-        loss = StepRunner(built.parts, loss_fn, pipeline, None, DEVICE).forward_backward(_batch(config, mesh))
+        loss = StepRunner(built.parts, loss_fn, pipeline, None, DEVICE, mesh).forward_backward(_batch(config, mesh))
         sharded_gradients = _bytes(p.grad for p in parameters)
         tracker.mark("clip")
         with tracker.kind(TEMPORARY, "all ranks"):
@@ -263,7 +264,7 @@ def measure(
         with tracker.kind(TEMPORARY):
             update_parameters(optimizer, scale.divisor)
             optimizer.zero_grad()
-            ExpertBalance(built.parts, config.experts, mesh.stage).step_done(bad=torch.zeros(()))
+            ExpertBalance(built.parts, config.experts, mesh).step_done(bad=torch.zeros(()))
             for converter in built.converters.values():
                 for part in built.parts:
                     converter.post_optimizer_hook(part)

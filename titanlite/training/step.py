@@ -7,11 +7,13 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from titanlite.data import Batch
 from titanlite.distributed.context_parallel import ContextParallel
 from titanlite.distributed.data_parallel import reduce_gradients_after
+from titanlite.distributed.mesh import Mesh
 from titanlite.distributed.pipeline import Pipeline
 from titanlite.models.layers import Mixture
 from titanlite.optim.loss import IGNORED
@@ -45,6 +47,7 @@ class StepRunner:
         loss_fn: the loss of a microbatch. None: the model takes the labels, and returns it. A pipeline has its own
             loss, and this one is not called.
         context: cuts sequences under context parallelism.
+        mesh: the processes of the run; None: this one alone.
     """
 
     def __init__(
@@ -54,10 +57,12 @@ class StepRunner:
         pipeline: Pipeline | None,
         context: ContextParallel | None,
         device: torch.device,
+        mesh: Mesh | None = None,
     ) -> None:
         self.parts, self.pipeline = parts, pipeline
-        self._loss_fn, self._context, self._device = loss_fn, context, device
-        self._mixtures = [module for part in parts for module in part.modules() if isinstance(module, Mixture)]
+        self._loss_fn, self._context, self._device, self._mesh = loss_fn, context, device, mesh
+        mixtures = [module for part in parts for module in part.modules() if isinstance(module, Mixture)]
+        self._mixtures = [mixture for mixture in mixtures if mixture.balance_loss.has_gradient]
 
     @property
     def has_loss(self) -> bool:
@@ -70,6 +75,7 @@ class StepRunner:
         :func:`~titanlite.distributed.gradients.gradient_scale` corrects the divisor to the number of scored labels. It
         needs no extra pass over the gradients and no extra all-reduce for that."""
         inputs, labels = self._share(batch)
+        self._weigh_balance(batch.labels, inputs.shape[0] if self.pipeline is None else self.pipeline.microbatches)
         if self.pipeline is not None:
             total = self.pipeline.step(*_sequences(inputs, labels, batch.starts)) * labels.numel()
             return self._step_loss(total, labels)
@@ -77,20 +83,31 @@ class StepRunner:
         losses = []
         for i in range(count):
             reduce_gradients_after(model, last=i == count - 1)
-            self._weigh_balance(labels[i], labels.numel())
             loss = self._loss(model, inputs[i], labels[i], batch.starts, i)
             (loss / labels.numel()).backward()
             losses.append(loss.detach())
         return self._step_loss(torch.stack(losses).sum(), labels)
 
-    def _weigh_balance(self, labels: Tensor, count: int) -> None:
-        """Let the balance losses of a microbatch, which are means, count once for each of its scored labels, of
-        ``count`` labels in the step. So they are divided as the loss is, and their mean over all scored labels is added
-        to that of the loss."""
-        if self._mixtures:
-            weight = labels.ne(IGNORED).sum().to(self._device, torch.float32, non_blocking=True) / count
-            for mixture in self._mixtures:
-                mixture.loss_weight = weight
+    def _weigh_balance(self, labels: Tensor, microbatches: int) -> None:
+        """Let the balance losses of a step count as its mean over the microbatches of all processes, which is added to
+        the mean of the loss.
+
+        Later, gradients are divided by the share of labels that are scored, on all processes. So these losses, which
+        are means over sequences whatever their labels, are multiplied by it. Their mean over the processes of one
+        sequence is the mean over its tokens; tensor parallelism sums it.
+        """
+        if not self._mixtures:
+            return
+        counts = torch.stack((labels.ne(IGNORED).sum(), torch.tensor(labels.numel())))
+        counts = counts.to(self._device, torch.float32, non_blocking=True)
+        tp = 1
+        if self._mesh is not None:
+            tp = self._mesh.tp.size()
+            if self._mesh.degrees.data_parallel > 1:
+                dist.all_reduce(counts, group=self._mesh.stage.get_group())
+        weight = counts[0].clamp(min=1) / counts[1] / (microbatches * tp)
+        for mixture in self._mixtures:
+            mixture.loss_weight = weight
 
     @torch.no_grad()
     def evaluate(self, batch: Batch) -> StepLoss:

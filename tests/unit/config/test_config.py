@@ -723,7 +723,7 @@ def test_degrees_multiply_to_the_processes(sizes: tuple[int, ...], infer: bool) 
     if infer:
         given["data_parallel_shard_degree"] = -1
     degrees = resolve_degrees(Parallelism(**given), replicate * shard * context * tensor * pipeline)
-    assert tuple(degrees) == sizes
+    assert tuple(degrees) == (*sizes, 1)
     assert degrees.data_parallel == replicate * shard
 
 

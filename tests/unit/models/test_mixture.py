@@ -65,7 +65,7 @@ def test_a_mixture_is_the_sum_of_the_experts_of_each_token(kind: str) -> None:
     torch.manual_seed(0)
     module = mixture(KINDS[kind])
     x = torch.randn(2, 7, 10, dtype=torch.float64, requires_grad=True)
-    out, _, tally = module(x)
+    out, _, tally, rows = module(x)
     expected = by_token(module, x)
     torch.testing.assert_close(out, expected)
     grad = torch.randn_like(out)
@@ -74,6 +74,7 @@ def test_a_mixture_is_the_sum_of_the_experts_of_each_token(kind: str) -> None:
         torch.testing.assert_close(mine, theirs)
     assert tally[:-3].sum() == 14 * KINDS[kind].experts_per_token
     assert tally[-3] == 14
+    assert rows == 14 * KINDS[kind].experts_per_token
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
@@ -131,7 +132,7 @@ def test_the_balance_loss_is_that_of_transformers(over: Any) -> None:
     module = mixture(ARGS).float()
     module.balance_loss = BalanceLoss(0.5, over, z_coefficient=0.25)
     x = torch.randn(3, 9, 10, requires_grad=True)
-    _, loss, tally = module(x)
+    _, loss, tally, _ = module(x)
     logits = F.linear(x.flatten(0, 1), module.router.weight)
     expected = 0.5 * their_losses(over, [logits], ARGS, 3) + 0.25 * logits.logsumexp(-1).square().mean()
     torch.testing.assert_close(loss, expected)

@@ -16,6 +16,7 @@ from titanlite.models.layers import LAYOUT, Decoder
 from titanlite.models.spec import get_model_spec
 from titanlite.plan.estimate import estimate
 from titanlite.plan.lone_rank import lone_process_group
+from titanlite.training.model_shape import choose_shape
 
 SIZES = {
     "dim": 32,
@@ -26,6 +27,7 @@ SIZES = {
     "experts_per_token": 2,
     "expert_dim": 16,
 }
+EP = "parallelism.expert_parallel_degree"
 SMALL = {"model.name": "qwen3_moe"} | {f"model.args.{name}": size for name, size in SIZES.items()}
 
 
@@ -46,7 +48,10 @@ def test_a_run_tells_the_load_of_its_experts(train: Any) -> None:
         assert row["expert_largest_share"] == pytest.approx(largest)
         assert 0 < row["router_entropy"] < 1.8
         assert 2 * 0.001 * 2 <= row["balance_loss"] < 2 * 0.001 * 3  # layers, coefficient, experts per token
-        assert f"largest {largest:.1%} (16.7%)  entropy: {row['router_entropy']:.3f}" in run.output
+        assert (
+            f"largest {largest:.1%} (16.7%)  rows at a time: {4 * 32 * 2}  entropy: {row['router_entropy']:.3f}"
+            in run.output
+        )
     (folder,) = (run.folder / "tb").iterdir()
     events = EventAccumulator(str(folder))
     events.Reload()
@@ -61,9 +66,8 @@ def test_a_run_tells_the_load_of_its_experts(train: Any) -> None:
 @pytest.mark.parametrize(
     ("options", "key", "why"),
     [
-        ({"parallelism.tensor_parallel_degree": 2}, "parallelism.tensor_parallel_degree", "has experts"),
-        ({"parallelism.context_parallel_degree": 2}, "parallelism.context_parallel_degree", "has experts"),
-        ({"parallelism.pipeline_parallel_degree": 2}, "parallelism.pipeline_parallel_degree", "has experts"),
+        ({"parallelism.expert_parallel_degree": 2, "model.args.n_experts": 15}, EP, "must divide the 15 experts"),
+        ({"parallelism.expert_parallel_degree": 2, "model.name": "llama3"}, EP, "no experts"),
         ({"experts.bias_update_rate": 0.1}, "experts.bias_update_rate", "no bias"),
         ({"experts.balance_loss": 0, "experts.balance_loss_over": "batch"}, "experts.balance_loss_over", "no effect"),
         ({"experts.z_loss": 0.1, "model.name": "llama3"}, "experts.z_loss", "no experts"),
@@ -71,9 +75,9 @@ def test_a_run_tells_the_load_of_its_experts(train: Any) -> None:
 )
 def test_what_does_not_go_with_experts_is_refused(options: dict[str, Any], key: str, why: str) -> None:
     config = load_config([f"--{name}={value}" for name, value in {"model.name": "qwen3_moe", **options}.items()])
-    args = get_model_spec(config.model.name).flavor("debugmodel").configured(2048, 64)
+    args = choose_shape(config).flavor.configured(2048, 64)
     with lone_process_group(0, 2):
-        mesh = build_mesh(resolve_degrees(config.parallelism, 2), "cpu")
+        mesh = build_mesh(resolve_degrees(config.parallelism, 2), "cpu", experts=args.mixture is not None)
         with pytest.raises(ConfigError, match=why) as refusal:
             check(args, LAYOUT, mesh, config)
     assert refusal.value.key == key
@@ -114,4 +118,5 @@ def test_an_estimate_counts_all_experts_and_the_exchange_of_loads() -> None:
     experts = 2 * 6 * 3 * 32 * 16 * 4 // 2
     assert experts < rank.parameters < experts + 2048 * 32 * 4 + 60_000
     reduced = [traffic.nbytes for collective, traffic in rank.traffic.items() if collective.name == "all-reduce"]
-    assert sum(reduced) == 3 * 8 + 2 * (6 + 3) * 8  # norm and loss; of each layer its loads, and three sums
+    # Norm and loss; of each layer its loads, and three sums; the numbers of labels.
+    assert sum(reduced) == 3 * 8 + 2 * (6 + 3) * 8 + 2 * 4
