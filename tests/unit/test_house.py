@@ -25,6 +25,7 @@ PACKAGE = REPOSITORY / "titanlite"
 FLOORS = (
     ("commands",),
     ("train",),
+    ("doctor",),
     ("plan", "compare"),
     ("training",),
     ("launch", "inference"),

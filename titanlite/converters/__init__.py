@@ -6,13 +6,20 @@ from titanlite.converters import fused_norm as fused_norm
 from titanlite.converters import int8 as int8
 from titanlite.converters import mx as mx
 from titanlite.converters.quantizers import Quantized, Quantizer, get_quantizer, quantizers, register_quantizer
-from titanlite.converters.registry import ModelConverter, build_converters, native_formats, register_converter
+from titanlite.converters.registry import (
+    ModelConverter,
+    build_converters,
+    formats_with_units,
+    native_formats,
+    register_converter,
+)
 
 __all__ = [
     "ModelConverter",
     "Quantized",
     "Quantizer",
     "build_converters",
+    "formats_with_units",
     "get_quantizer",
     "native_formats",
     "quantizers",

@@ -10,7 +10,14 @@ from typing import Any
 from torch import nn
 
 from titanlite.config import JobConfig
-from titanlite.converters.linears import choose_linears, log_table, target_or_device, warn_of_emulation
+from titanlite.converters.linears import (
+    TOO_SMALL,
+    choose_linears,
+    log_table,
+    native_instead,
+    target_or_device,
+    warn_of_emulation,
+)
 from titanlite.converters.registry import register_converter
 from titanlite.distributed.mesh import Mesh
 from titanlite.errors import ConfigError
@@ -52,6 +59,10 @@ def library_config(config: JobConfig, emulate: bool) -> Float8LinearConfig:
 @register_converter("float8")
 class Float8Converter:
     is_native = staticmethod(has_native_float8)
+
+    @staticmethod
+    def has_units(architecture: str) -> bool:
+        return bool(native_dtypes(architecture))
 
     def __init__(self, config: JobConfig, mesh: Mesh) -> None:
         options = config.float8
@@ -99,8 +110,13 @@ class Float8Converter:
             )
         except ValueError as e:
             raise ConfigError(str(e), key="model.converters", value="float8") from e
-        log_table(choice)
-        return f"{self.recipe}{', emulated' if self.config.emulate else ''}, {choice.share()}"
+        log_table(choice, self._why_no_gain)
+        instead = native_instead(self.architecture) if self.config.emulate else ""
+        return f"{self.recipe}{', emulated' if self.config.emulate else ''}, {choice.share()}{instead}"
+
+    def _why_no_gain(self, in_features: int, out_features: int) -> str | None:
+        slower = not self.config.emulate and too_small(self.recipe, in_features, out_features)
+        return TOO_SMALL if slower else None
 
     def _choose_kernels(self) -> Kernels:
         """Return the kernels that ``kernels = "auto"`` selects, and log the reason."""

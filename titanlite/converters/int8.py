@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 
 from titanlite.config import JobConfig
-from titanlite.converters.linears import LinearConverter, target_or_device, warn_of_emulation
+from titanlite.converters.linears import TOO_SMALL, LinearConverter, target_or_device, warn_of_emulation
 from titanlite.converters.registry import register_converter
 from titanlite.distributed.mesh import Mesh
 from titanlite.quant.format import Matmul
@@ -21,8 +21,13 @@ RECIPES: dict[str, tuple[Matmul, ...]] = {
 }
 
 
+_NARROW = 512  # features; on a CPU, layers of width 256 do not gain and those of width 768 do
+
+
 @register_converter("int8")
 class Int8Converter(LinearConverter):
+    has_units = staticmethod(is_native)
+
     def __init__(self, config: JobConfig, mesh: Mesh) -> None:
         options, units = config.int8, target_or_device(mesh)
         native = is_native(units)
@@ -32,4 +37,9 @@ class Int8Converter(LinearConverter):
         format = Int8Format(RECIPES[recipe], emulate=emulate, target=mesh.target.architecture)
         if units != "cpu" and not emulate:
             logger.info("int8 on %s: %s", units, choice(units))
-        super().__init__("int8", recipe, format, options.filter_fqns, emulate)
+        self.on_cpu = units == "cpu"
+        super().__init__("int8", recipe, format, options.filter_fqns, emulate, units)
+
+    def why_no_gain(self, in_features: int, out_features: int) -> str | None:
+        narrow = min(in_features, out_features) < _NARROW
+        return TOO_SMALL if self.on_cpu and not self.emulated and narrow else None

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from titanlite.converters.registry import formats_with_units
 from titanlite.distributed.mesh import Mesh
 from titanlite.errors import ConfigError
 from titanlite.quant.convertible import name_matches
@@ -22,6 +23,7 @@ from titanlite.registry import nearest
 logger = logging.getLogger()
 
 AUTO_FILTER = "auto_filter_small_kn"
+TOO_SMALL = "too small"  # why a layer does not gain
 
 
 @dataclass(frozen=True)
@@ -111,14 +113,21 @@ def choose_linears(
     return LinearChoice(linears, kept)
 
 
-def log_table(choice: LinearChoice) -> None:
+def log_table(choice: LinearChoice, will_not_gain: Callable[[int, int], str | None]) -> None:
     """Log a table of each kind of layer (with * for numbers in names): its features, count, and format. Call it after
-    the conversion."""
+    the conversion.
+
+    Args:
+        will_not_gain: ``(in_features, out_features)`` -> why a converted layer of this size is expected to be no faster
+            than in high precision; None if it should be faster, or is not known.
+    """
     kinds: Counter[tuple[str, str, str]] = Counter()
     for name, linear in choice.linears.items():
         computed = f"high precision ({choice.kept.get(name)})"
         if isinstance(linear, QuantLinear):  # in this format, or in that of an earlier converter
             computed = linear.format.name
+            if name in choice.chosen and (reason := will_not_gain(linear.in_features, linear.out_features)):
+                computed += f" (will not gain: {reason})"
         kinds[re.sub(r"\b\d+\b", "*", name), f"{linear.in_features} -> {linear.out_features}", computed] += 1
     rows = [("layer", "features", "count", "computed in")]
     rows += [(kind, features, str(count), computed) for (kind, features, computed), count in kinds.items()]
@@ -134,11 +143,14 @@ class LinearConverter:
         name: of the converter, and of its section.
         recipe: for the header.
         emulated: the format is emulated because this device has no units for it.
+        units: the architecture that computes.
     """
 
-    def __init__(self, name: str, recipe: str, format: Format, filter_fqns: list[str], emulated: bool) -> None:
+    def __init__(
+        self, name: str, recipe: str, format: Format, filter_fqns: list[str], emulated: bool, units: str
+    ) -> None:
         self.name, self.recipe, self.format = name, recipe, format
-        self.filter_fqns, self.emulated = filter_fqns, emulated
+        self.filter_fqns, self.emulated, self.units = filter_fqns, emulated, units
 
     def convert(self, model: nn.Module) -> str:
         choice = choose_linears(model, self.name, self.format, self.filter_fqns, too_small=None)
@@ -151,8 +163,14 @@ class LinearConverter:
             )
         except ValueError as e:
             raise ConfigError(str(e), key="model.converters", value=self.name) from e
-        log_table(choice)
-        return f"{self.recipe}{', emulated' if self.emulated else ''}, {choice.share()}"
+        log_table(choice, self.why_no_gain)
+        instead = native_instead(self.units) if self.emulated else ""
+        return f"{self.recipe}{', emulated' if self.emulated else ''}, {choice.share()}{instead}"
+
+    def why_no_gain(self, in_features: int, out_features: int) -> str | None:
+        """Return why a layer of this size is expected to be no faster in the units for the format; None if it should be
+        faster, or is not known."""
+        return None
 
     def post_optimizer_hook(self, model: nn.Module) -> None:
         """Do nothing: no scale has a state."""
@@ -161,6 +179,14 @@ class LinearConverter:
 def target_or_device(mesh: Mesh) -> str:
     """Return the architecture that a run computes for: that of an estimate, else that of this process's device."""
     return mesh.target.architecture or architecture(torch.device(mesh.device_type))
+
+
+def native_instead(units: str) -> str:
+    """Return, for the header of a run whose format is emulated on ``units``, an architecture, the formats that are not;
+    an empty string if all are."""
+    native = formats_with_units(units)
+    there = f"{' and '.join(native)} {'has' if len(native) == 1 else 'have'} units on {units}"
+    return f"; {there}, titanlite doctor measures what that gains" if native else ""
 
 
 def warn_of_emulation(format: str, units: str) -> None:

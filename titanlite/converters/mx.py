@@ -18,6 +18,8 @@ logger = logging.getLogger()
 
 @register_converter("mx")
 class MXConverter(LinearConverter):
+    has_units = staticmethod(is_native)
+
     def __init__(self, config: JobConfig, mesh: Mesh) -> None:
         options, units = config.mx, target_or_device(mesh)
         native = is_native(units)
@@ -39,4 +41,4 @@ class MXConverter(LinearConverter):
         if not format.emulate:
             logger.info("mxfp8 on %s: %s", units, choice())
         recipe = f"{options.recipe_name}, {format.scale_mode}"
-        super().__init__("mx", recipe, format, options.filter_fqns, format.emulate)
+        super().__init__("mx", recipe, format, options.filter_fqns, format.emulate, units)

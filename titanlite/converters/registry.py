@@ -17,8 +17,9 @@ from titanlite.registry import Registry
 class ModelConverter(Protocol):
     """A transformation of a model, after it is built on the meta device and before it is sharded.
 
-    One that the advice on memory may name, where the device has units for it, also has a static method
-    ``is_native(device) -> bool``.
+    One to a number format has a static method ``has_units(architecture) -> bool``: whether GPUs of that architecture,
+    or this CPU, have units for it. One that the advice on memory may name, where the device has units for it, also has
+    a static method ``is_native(device) -> bool``.
     """
 
     def convert(self, model: nn.Module) -> str:
@@ -38,6 +39,13 @@ register_converter = _registry.register
 def native_formats(device: torch.device) -> list[str]:
     """Return the names of the converters to number formats that save memory and that ``device`` has units for."""
     return [name for name in _registry.names() if getattr(_registry.get(name), "is_native", lambda _: False)(device)]
+
+
+def formats_with_units(architecture: str) -> list[str]:
+    """Return the names of the converters to number formats that an architecture, or this CPU, has units for."""
+    return [
+        name for name in _registry.names() if getattr(_registry.get(name), "has_units", lambda _: False)(architecture)
+    ]
 
 
 def build_converters(config: JobConfig, mesh: Mesh) -> dict[str, ModelConverter]:

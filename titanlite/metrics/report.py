@@ -104,7 +104,7 @@ def summary(
 def what_next(config: JobConfig, run: Path, world_size: int) -> str:
     """Return numbered commands that go on from a first run, which has kept its model in the folder ``run``. They work
     as printed."""
-    titanlite, train = _titanlite(), _train(run / CONFIG, world_size)
+    titanlite, train = titanlite_command(), _train(run / CONFIG, world_size)
     folder, own_folder = shlex.quote(str(run)), shlex.quote(f"{run}_own_text")
     root = packaged.FOLDER.parent
     text = root / "docs" / "*.md" if (root / "docs").is_dir() else root / "*" / "*.py"
@@ -136,7 +136,7 @@ def next_command(config: JobConfig, file: Path, step: int, world_size: int) -> d
     return {"train longer": f"{command} --training.steps={2 * step}"}
 
 
-def _titanlite() -> str:
+def titanlite_command() -> str:
     """Return how the console script is called from the current folder."""
     script = Path(sys.executable).with_name("titanlite")
     python = shlex.quote(sys.executable)
@@ -150,5 +150,5 @@ def _train(file: Path, world_size: int) -> str:
     ngpu = f"NGPU={processes} " if world_size > 1 or torch.cuda.device_count() > 1 else ""  # else it is the default
     if machines != "1":
         ngpu = f"NNODES={machines} RDZV_ENDPOINT=... {ngpu}"
-    program = shlex.quote(os.environ[COMMAND]) if COMMAND in os.environ else _titanlite()
+    program = shlex.quote(os.environ[COMMAND]) if COMMAND in os.environ else titanlite_command()
     return f"{ngpu}CONFIG_FILE={shlex.quote(str(file))} {program}"

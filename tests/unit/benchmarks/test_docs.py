@@ -38,6 +38,9 @@ def in_language(language: str) -> list[Block]:
     return [block for block in BLOCKS if block.language == language]
 
 
+TAKE_OPTIONS = ("doctor",)  # subcommands that take options of the trainer beside their own
+
+
 class Command(NamedTuple):
     place: str
     env: dict[str, str]
@@ -91,7 +94,12 @@ def test_commands_are_understood(
         if name == "train":
             trains([word for word in rest if word.startswith("-")], command.env)
         else:
-            importlib.import_module(f"titanlite.commands.{name}").parser().parse_args(rest)
+            parser = importlib.import_module(f"titanlite.commands.{name}").parser()
+            _, options = parser.parse_known_args(rest)
+            if name in TAKE_OPTIONS:
+                trains(options, command.env)
+            else:
+                assert options == []
     else:
         script = next(word for word in command.words if word.startswith(("scripts/", "./scripts/")))
         assert program in (script, "sbatch")

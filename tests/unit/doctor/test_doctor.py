@@ -1,0 +1,155 @@
+"""``titanlite doctor``: the verdict follows from the measurements, every machine gets a report, and formats that gain
+nothing are not advised."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.support.runs import environment
+from titanlite.commands import doctor
+from titanlite.converters.linears import native_instead
+from titanlite.doctor import allreduce, examine
+from titanlite.doctor.ceilings import matmul_ceilings
+from titanlite.doctor.machine import machine, read_fact
+from titanlite.doctor.probe import BASE
+from titanlite.doctor.verdict import decide
+from titanlite.quant.int8.format import Int8Format
+
+
+def layer(
+    format: str, speedup: float, name: str = "attention.wq", compiled: bool = False, emulated: bool = False
+) -> Any:
+    row = {"kind": "layer", "format": format, "layer": name, "compiled": compiled, "speedup": speedup}
+    return {**row, "emulated": emulated, "ms": 1 / speedup}
+
+
+def step(format: str, ms: float, base_ms: float, compiled: bool = False, filter_fqns: list[str] | None = None) -> Any:
+    row = {"kind": "step", "format": format, "ms": ms, "speedup": base_ms / ms, "compiled": compiled}
+    return {**row, "filter_fqns": filter_fqns or []}
+
+
+def test_a_format_that_does_not_gain_is_not_advised() -> None:
+    rows = [layer(BASE, 1.0), layer("int8", 0.8), step(BASE, 10, 10), step("int8", 11, 10)]
+    verdict = decide(rows, compile_asked=False)
+    assert verdict.options == {}
+    assert verdict.gain == 1.0
+    (reason,) = verdict.reasons
+    assert reason.startswith("int8 has units here")
+    assert reason.endswith("it will not gain")
+
+
+def test_a_format_that_gains_is_advised_with_the_filters_it_was_measured_with() -> None:
+    rows = [
+        *(layer(BASE, 1.0), layer("int8", 1.5), layer("int8", 0.9, "output"), layer("float8", 0.1, emulated=True)),
+        *(step(BASE, 10, 10, True), step("int8", 8, 10, True, ["output"])),
+    ]
+    verdict = decide(rows, compile_asked=False)
+    assert verdict.options == {
+        "training.compile": "true",
+        "model.converters": "int8",
+        "int8.filter_fqns": "output",
+    }
+    assert verdict.gain == pytest.approx(1.25)
+    assert any("emulated" in reason for reason in verdict.reasons)
+
+
+def test_a_gain_counts_against_the_fastest_high_precision() -> None:
+    """Eager int8 that beats eager bfloat16 is no advice where compiled bfloat16 is faster than both."""
+    eager = [step(BASE, 20, 20), step("int8", 15, 20)]
+    compiled = [step(BASE, 10, 10, True), step("int8", 10.1, 10, True)]
+    verdict = decide([layer("int8", 1.5), *eager, *compiled], compile_asked=True)
+    assert (verdict.options, verdict.gain) == ({}, 1.0)
+
+
+def test_without_a_step_there_is_no_advice() -> None:
+    verdict = decide([layer("int8", 2.0)], compile_asked=False)
+    assert (verdict.options, verdict.gain) == ({}, None)
+    assert "no step was measured" in verdict.reasons[0]
+
+
+def test_a_fact_that_cannot_be_read_is_no_error() -> None:
+    def broken() -> str:
+        raise FileNotFoundError("nvidia-smi")
+
+    assert read_fact(broken) == "unknown (FileNotFoundError: nvidia-smi)"
+    facts = machine(torch.device("cpu"))
+    assert facts["versions"].startswith("titanlite ")
+    assert torch.__version__ in facts["versions"]
+    # What a machine with a broken driver gives: every fact of a GPU is unknown, and none raises.
+    assert not torch.cuda.is_available() or machine(torch.device("cuda", 0))
+    if not torch.cuda.is_available():
+        assert machine(torch.device("cuda", 0))["peak"].startswith("unknown (")
+
+
+def test_the_header_names_formats_with_units() -> None:
+    assert native_instead("sm_90").startswith("; float8 and int8 have units on sm_90")
+    assert native_instead("sm_80").startswith("; int8 has units on sm_80")
+    assert native_instead("sm_70") == ""
+
+
+def test_ceilings_are_those_of_matmuls() -> None:
+    """An int8 matmul of this machine, emulated, is at most as fast as the float32 matmul that it is."""
+    emulated = Int8Format(emulate=True)
+    rates = dict(matmul_ceilings(torch.device("cpu"), {"int8": emulated}))
+    assert [*rates] == ["float32", "bfloat16", "int8"]
+    assert all(1e8 < rate < 1e14 for rate in rates.values())
+    assert rates["int8"] < 1.5 * rates["float32"]
+
+
+def test_facts_alone_as_json(capsys: pytest.CaptureFixture[str]) -> None:
+    assert doctor.main(["llama3_8b", "--json", "--no-measure", "--training.compile=false"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert {"machine", "model", "features", "rows", "verdict", "attention", "all_reduce"} <= {*found}
+    assert found["model"] == "llama3 8B"
+    assert {feature["option"] for feature in found["features"]} >= {"training.compile", "model.converters=int8"}
+    assert found["rows"] == []
+
+
+def test_bad_options_are_refused_without_a_traceback(capsys: pytest.CaptureFixture[str]) -> None:
+    assert doctor.main(["--model.flavor=17B", "--no-measure"]) == 2
+    assert "17B" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_measuring_process_that_dies_leaves_a_report() -> None:
+    rows, unfinished = examine._probe(["--model.flavor=17B"], 60)
+    assert rows == []
+    assert "ended early" in unfinished
+    assert "17B" in unfinished
+
+
+@pytest.mark.slow
+def test_all_reduce_among_processes() -> None:
+    found = allreduce.measure(2, 60)
+    assert found["processes"] == 2
+    assert found["backend"] == "gloo"
+    assert found["bytes_per_s"] > 1e6
+    assert 0 < found["latency_s"] < 10
+
+
+@pytest.mark.slow
+def test_a_small_model_is_measured_in_less_than_a_minute(tmp_path: Path) -> None:
+    """The whole command, on a model so small that int8 has nothing to gain in eager mode."""
+    sizes = ["--model.args.n_layers=1", "--model.args.dim=64", "--model.args.n_heads=2", "--model.args.n_kv_heads=2"]
+    options = [*sizes, "--model.args.ffn_dim=128", "--training.seq_len=64", "--training.local_batch_size=2"]
+    command = [sys.executable, "-m", "titanlite.commands", "doctor", "--json", "--processes=1", *options]
+    begin = time.monotonic()
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment(OMP_NUM_THREADS="1"))
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
+    assert time.monotonic() - begin < 60
+    found = json.loads(done.stdout)
+    kinds = {row["kind"] for row in found["rows"]}
+    assert {"copy", "matmul", "layer"} <= kinds or found["unfinished"]
+    int8 = [row for row in found["rows"] if row["kind"] == "layer" and row["format"] == "int8" and not row["compiled"]]
+    if int8:
+        assert all(row["speedup"] < 1.03 for row in int8)
+    assert found["verdict"]["options"].get("model.converters") in (None, "int8")

@@ -1,0 +1,1 @@
+"""What this machine is, what it has, how fast it computes, and which options that suggests."""
