@@ -9,6 +9,7 @@ import subprocess
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -77,7 +78,7 @@ def _processor() -> str:
 
 
 def _instructions() -> str:
-    sets = getattr(torch.cpu, "get_capabilities", dict)()  # before torch 2.12 there is no such function
+    sets: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # before torch 2.12 there is no such function
     of_matmuls = [name for name, there in sets.items() if there is True and name[:2] in ("av", "am")]  # AVX's and AMX's
     return ", ".join([torch.backends.cpu.get_cpu_capability(), *sorted(of_matmuls)])
 
