@@ -25,6 +25,7 @@ from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 
+import tomli
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -65,6 +66,7 @@ from titanlite.metrics.recorder import Recorder
 from titanlite.metrics.report import next_command, shown_path, summary, table, what_next
 from titanlite.metrics.sinks import JsonlSink, Sink
 from titanlite.metrics.tensorboard import TensorBoardSink
+from titanlite.metrics.wandb_sink import WandbSink
 from titanlite.optim import build_optimizer, build_schedule
 from titanlite.plan import auto_checkpoint
 from titanlite.plan.least import check_memory
@@ -289,6 +291,9 @@ class Trainer:
         self.sinks.append(JsonlSink(self.run_path / METRICS, validation))
         if metrics.enable_tensorboard and not metrics.save_for_all_ranks:
             self._open_tensorboard()
+        if metrics.enable_wandb:
+            options = tomli.loads(dump_toml(self.config))
+            self.sinks.append(WandbSink(self.run_path, self.config.job.name or "", self.step, options))
 
     def _open_tensorboard(self) -> None:
         """Open this run's events. TensorBoard calls a run by the path of its folder."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import html
 import os
 import pty
 import select
@@ -52,6 +53,20 @@ class Screen:
         while lines and not lines[-1]:
             lines.pop()
         return lines
+
+    def html(self, colors: Mapping[str, str]) -> str:
+        """What is seen now, with the colours of ``colors`` by pyte's names."""
+        lines = []
+        for y in range(LINES):
+            row = self._screen.buffer[y]
+            cells = [row[x] for x in range(self._screen.columns)]
+            text = "".join(
+                f'<span style="color: {colors[cell.fg]}; font-weight: {700 if cell.bold else 400}">'
+                f"{html.escape(cell.data)}</span>"
+                for cell in cells
+            )
+            lines.append(text)
+        return "\n".join(lines)
 
     def colors(self) -> set[str]:
         rows = [*self._screen.history.top, *self._screen.buffer.values()]

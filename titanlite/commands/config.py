@@ -1,4 +1,4 @@
-"""Print the JSON schema of the TOML files, or the options that differ between two of them.
+"""Print the JSON schema of the TOML files, the reference of all options, or the options that differ between two files.
 
 A and B are TOML files, packaged names such as llama3_8b, or run folders. The options in effect are compared: with those
 of the files that they build on, and the defaults.
@@ -18,6 +18,7 @@ def parser() -> argparse.ArgumentParser:
     asked = cli.add_mutually_exclusive_group(required=True)
     asked.add_argument("--schema", action="store_true", help="print the JSON schema, with which editors complete and "
         "check keys")  # fmt: skip
+    asked.add_argument("--reference", action="store_true", help="print every option, as Markdown")
     asked.add_argument("--diff", nargs=2, metavar=("A", "B"), help="print the options that differ")
     return cli
 
@@ -26,11 +27,15 @@ def main(argv: list[str]) -> int:
     args = parser().parse_args(argv)
     from titanlite.config.difference import differing_options
     from titanlite.config.json_schema import dump_schema, json_schema
+    from titanlite.config.reference import option_reference
     from titanlite.config.run_config import CONFIG
     from titanlite.errors import ConfigError, printable, shown
 
     if args.schema:
         print(dump_schema(json_schema()), end="")
+        return 0
+    if args.reference:
+        print(option_reference(), end="")
         return 0
     try:
         files = [str(Path(name, CONFIG)) if Path(name, CONFIG).is_file() else name for name in args.diff]

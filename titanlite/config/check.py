@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from pathlib import Path, PurePath
 
@@ -31,6 +32,8 @@ def check_config(config: JobConfig, world_size: int, *, train: bool = True) -> N
                 "memory_estimation.enabled",
                 "the trainer makes no estimates; start run_train.sh, or titanlite train",
             )
+        if config.metrics.enable_wandb and importlib.util.find_spec("wandb") is None:
+            refuse(config, "metrics.enable_wandb", "needs the package wandb; install it with: pip install wandb")
     _check_sizes(config)
     _check_folders(config)
     degrees = resolve_degrees(config.parallelism, world_size)

@@ -47,7 +47,8 @@ def job_name(config: JobConfig, continued: str | None = None) -> str:
 def _part(option: Option, value: Any) -> str:
     """Return an option for a name: ``lr=0.001``, ``compile``, or the value alone where it says enough."""
     if isinstance(value, bool):
-        return option.key if value else f"no_{option.key}"
+        key = option.section if option.key in ("enable", "enabled") else option.key
+        return key if value else f"no_{key}"
     if isinstance(value, list):
         return "+".join(map(str, value))
     if option.is_path:

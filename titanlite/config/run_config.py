@@ -26,13 +26,14 @@ TOKENIZER = "tokenizer"
 SAMPLE = "sample.json"
 MODEL = "model"  # the weights after the last step of a run without checkpoints
 HF_CONFIG = "hf_config"
+WANDB = "wandb"  # the runs of Weights & Biases; the package itself chooses the name
 EARLIER = "earlier"
 LOCK = ".lock"
 RUN_FOLDER = "run_folder"  # the key in config.toml
 _MOST_BYTES = 1 << 20  # of a configuration
 _MADE_HERE = ".made-here"
 # The files and folders of a run folder whose names no option chooses.
-FIXED_NAMES = (CONFIG, METRICS, VALIDATION, TOKENIZER, SAMPLE, MODEL, HF_CONFIG, EARLIER, LOCK, _MADE_HERE)
+FIXED_NAMES = (CONFIG, METRICS, VALIDATION, TOKENIZER, SAMPLE, MODEL, HF_CONFIG, WANDB, EARLIER, LOCK, _MADE_HERE)
 # The options that choose the names of others.
 FOLDERS = (
     ("checkpoint", "folder"),

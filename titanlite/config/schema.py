@@ -82,6 +82,8 @@ class Metrics:
     save_for_all_ranks: bool = False
     """Write TensorBoard events from every rank (tb/rank_N), not only from rank 0."""
     enable_wandb: bool = False
+    """Write a run of Weights & Biases, from rank 0 (needs the package wandb). WANDB_PROJECT, WANDB_TEAM and
+    WANDB_RUN_NAME name it; WANDB_MODE=offline keeps it in the run folder."""
 
 
 @dataclass

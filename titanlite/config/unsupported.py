@@ -18,7 +18,6 @@ _EXPERTS_QUANTIZED = "experts compute in training.mixed_precision_param, beside 
 # The key and the way out. Its default is the value at which it does nothing; any other value is an error and never
 # silently ignored. (Keys such as checkpoint.interval, which only modify a feature, are not here.)
 UNSUPPORTED: dict[str, str] = {
-    "metrics.enable_wandb": "read metrics.jsonl or TensorBoard",
     "optimizer.early_step_in_backward": "leave it out",
     "training.dtype": "weights are float32; training.mixed_precision_param is the dtype that they compute in",
     "parallelism.enable_compiled_autograd": "use training.compile",

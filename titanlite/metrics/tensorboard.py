@@ -47,6 +47,20 @@ TAGS = {
 BY_TOKENS = "loss_by_tokens/global_avg_loss"
 
 
+def scalars_of(row: Row) -> dict[str, float | None]:
+    """Return the values of a logged step, by tag."""
+    scalars = {tag: row.get(key) for key, tag in TAGS.items()}
+    for layer, tokens in row.get("expert_tokens", {}).items():
+        scalars |= {f"experts/tokens/{layer}/{expert}": count for expert, count in enumerate(tokens)}
+    return scalars
+
+
+def validation_scalars_of(row: Row) -> dict[str, float | None]:
+    """Return the values of a validation, by tag."""
+    keys = ("loss", "bits_per_byte", "accuracy", "accuracy_norm")
+    return {f"validation_metrics/{key}": row.get(key) for key in keys}
+
+
 class TensorBoardSink:
     """Writes TensorBoard events. A run that continues after ``step`` hides its earlier events of later steps.
 
@@ -92,17 +106,14 @@ class TensorBoardSink:
 
     def write(self, row: Row) -> None:
         self._step = row["step"]
-        scalars = {tag: row.get(key) for key, tag in TAGS.items()}
-        for layer, tokens in row.get("expert_tokens", {}).items():
-            scalars |= {f"experts/tokens/{layer}/{expert}": count for expert, count in enumerate(tokens)}
-        self._add(self._step, scalars)
+        self._add(self._step, scalars_of(row))
         self._add_by_tokens(row)
         self._last |= {"final/tps": row["tps"], "final/mfu": row["mfu"]}
 
     def write_validation(self, row: Row) -> None:
-        values = {key: row.get(key) for key in ("loss", "bits_per_byte", "accuracy", "accuracy_norm")}
-        self._add(row["step"], {f"validation_metrics/{key}": value for key, value in values.items()})
-        self._last |= {f"final/validation_{key}": value for key, value in values.items()}
+        values = validation_scalars_of(row)
+        self._add(row["step"], values)
+        self._last |= {tag.replace("validation_metrics/", "final/validation_"): value for tag, value in values.items()}
 
     def _add_by_tokens(self, row: Row, write: bool = True) -> None:
         if row["loss"] is not None and math.isfinite(row["loss"]):

@@ -30,6 +30,7 @@ from titanlite.config.run_config import (
     SAMPLE,
     TOKENIZER,
     VALIDATION,
+    WANDB,
     inner_folder,
     mark_as_made_here,
     read_run_config,
@@ -161,7 +162,7 @@ class RunFolder:
         """
         trees = run_config_of(config, self.path), self.earlier
         folders = dict.fromkeys(inner_folder(tree, *option) for tree in trees for option in FOLDERS)
-        fixed = (CONFIG, METRICS, VALIDATION, TOKENIZER, SAMPLE, MODEL, HF_CONFIG)
+        fixed = (CONFIG, METRICS, VALIDATION, TOKENIZER, SAMPLE, MODEL, HF_CONFIG, WANDB)
         self.set_earlier_aside([*fixed, *filter(None, folders)])
         mark_as_made_here(self.path)
         self._keep_shape(config, shape)

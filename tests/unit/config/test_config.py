@@ -693,7 +693,7 @@ def test_the_missing_tokenizer_is_refused_first(tmp_path: Path) -> None:
             f"--model.tokenizer_path={tmp_path}/none.json",
             "--parallelism.tensor_parallel_degree=3",
             "--training.global_batch_size=3",
-            "--metrics.enable_wandb",
+            "--optimizer.early_step_in_backward",
         ]
     )
     with pytest.raises(ConfigError) as error:

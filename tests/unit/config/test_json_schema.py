@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from titanlite.config import load_config
 from titanlite.config.aliases import with_aliases
 from titanlite.config.json_schema import dump_schema, json_schema
 from titanlite.config.options import Option, options_of
+from titanlite.config.reference import option_reference
 from titanlite.config.schema import JobConfig
 from titanlite.config.unsupported import UNSUPPORTED
 from titanlite.errors import ConfigError
@@ -87,7 +89,7 @@ FAULTS: dict[str, Callable[[dict[str, Any], random.Random], None]] = {
     "below the limit": lambda tree, draw: assign(tree, limited(draw).name, -7),
     "no choice": lambda tree, draw: assign(tree, draw.choice([o for o in OPTIONS if o.choices]).name, "other"),
     "numbers in a list": lambda tree, draw: assign(tree, of_type(draw, list).name, [1]),
-    "not implemented": lambda tree, draw: assign(tree, "metrics.enable_wandb", True),
+    "not implemented": lambda tree, draw: assign(tree, "optimizer.early_step_in_backward", True),
     "a section that is none": lambda tree, draw: tree.update(training=3),
 }
 
@@ -225,3 +227,12 @@ def test_a_file_that_cannot_be_loaded(tmp_path: Path, capsys: pytest.CaptureFixt
     (tmp_path / "a.toml").write_text("[training]\nstepz = 1\n")
     assert command.main(["--diff", "debug_model", str(tmp_path / "a.toml")]) == 2
     assert "training.stepz" in capsys.readouterr().err
+
+
+def test_the_reference_of_options_is_current() -> None:
+    """If this fails: titanlite config --reference > docs/options.md"""
+    page = option_reference()
+    assert (ROOT / "docs" / "options.md").read_text() == page
+    sections = dict(re.findall(r"^## ([\w.]+)\n\n((?:\|.*\n)+)", page, flags=re.MULTILINE))
+    for option in OPTIONS:
+        assert (f"\n| `{option.key}` | " in sections.get(option.section, "")) == (option.name not in UNSUPPORTED)

@@ -54,8 +54,8 @@ CASES = {
     "run folder": ({"job__dump_folder": "/proc/nowhere"}, ["job.dump_folder", "cannot be written"]),
     "custom import": ({"experimental__custom_import": "no.such"}, ['experimental.custom_import = "no.such"']),
     "not implemented": (
-        {"metrics__enable_wandb": "true"},
-        ["metrics.enable_wandb = true", "does not implement"],
+        {"optimizer__early_step_in_backward": "true"},
+        ["optimizer.early_step_in_backward = true", "does not implement"],
     ),
 }
 
