@@ -59,8 +59,8 @@ def page(comparison: Comparison) -> str:
 
 def _verdict(comparison: Comparison, name: str) -> str:
     """Return the sentence on a run; the style of its frame says if the loss is lower or higher."""
-    kinds = {d.verdict for d in comparison.differences if (d.run, d.metric, d.at) == (name, "loss", "steps")}
-    (kind,) = (kinds & {"lower", "higher"}) or {"no"}
+    verdicts = (d.verdict for d in comparison.differences if (d.run, d.metric, d.at) == (name, "loss", "steps"))
+    kind = next((verdict for verdict in verdicts if verdict in ("lower", "higher")), "no")
     return f'<p class="{kind}">{_text(comparison.verdicts[name])}</p>'
 
 

@@ -36,7 +36,7 @@ def job_name(config: JobConfig, continued: str | None = None) -> str:
         part
         for section, keys in options.items()
         for option in keys.values()
-        if (section not in OUTSIDE or option.name == "checkpoint.initial_load_path")
+        if (section not in OUTSIDE | {"validation"} or option.name == "checkpoint.initial_load_path")
         and config.origin(option.name).startswith("the argument")
         and (part := _part(option, config.value(option.name)))
     ]
@@ -47,8 +47,7 @@ def job_name(config: JobConfig, continued: str | None = None) -> str:
 def _part(option: Option, value: Any) -> str:
     """Return an option for a name: ``lr=0.001``, ``compile``, or the value alone where it says enough."""
     if isinstance(value, bool):
-        key = option.section if option.key in ("enable", "enabled") else option.key
-        return key if value else f"no_{key}"
+        return option.key if value else f"no_{option.key}"
     if isinstance(value, list):
         return "+".join(map(str, value))
     if option.is_path:

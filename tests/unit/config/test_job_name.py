@@ -22,7 +22,7 @@ from titanlite.errors import ConfigError
         (["--optimizer.lr=1e-3", "--training.steps=50"], "mine-lr=0.001-steps=50"),
         (["--training.compile", "--checkpoint.verify=false"], "mine-compile"),
         (["--training.no-compile"], "mine-no_compile"),
-        (["--validation.enable"], "mine-validation"),
+        (["--validation.enable", "--validation.steps=2"], "mine"),
         (["--activation_checkpoint.mode=none"], "mine-mode=none"),
         (["--training.dataset_path=/my data/notes"], "mine-notes"),
         (["--checkpoint.initial_load_path=/a/b"], "mine-b"),
