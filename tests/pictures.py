@@ -54,7 +54,7 @@ def terminal(folder: Path, chromium: Browser) -> None:
         "background: #181c24; color: #d8dde6; font: 14px/1.35 'DejaVu Sans Mono', monospace; margin: 0; padding: 12px"
     )
     page.write_text(f'<meta charset="utf-8"><body style="margin: 0"><pre style="{style}">{text}</pre>')
-    chromium.open(page.as_uri(), 880)
+    chromium.open(page.as_uri(), 880, 400)
     chromium.screenshot(PICTURES / "terminal.png")
 
 
