@@ -41,6 +41,7 @@ from titanlite.config import (
 )
 from titanlite.config.data_rules import packing_of
 from titanlite.config.job_name import distinguishing_options, job_name
+from titanlite.config.number_formats import stored_as
 from titanlite.config.run_config import CONFIG as CONFIG_TOML
 from titanlite.config.run_config import METRICS, MODEL, VALIDATION, read_run_config, section_in
 from titanlite.data import merge_states
@@ -480,7 +481,7 @@ class Trainer:
         training = self.config.training
         precision = (
             f"{training.mixed_precision_param} forward and backward, {training.mixed_precision_reduce} reduction, "
-            "float32 weights"
+            f"{stored_as(self.config)} weights"
         )
         if self.config.job.print_args:
             logger.info("the effective configuration:\n%s", dump_toml(self.config))

@@ -136,6 +136,23 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "mx.filter_fqns": "output,wk,wv",  # these two have less than a block of 32 on each rank
     },
     "int8": {"training.mixed_precision_param": "bfloat16", "model.converters": "int8"},
+    "int8 all-gather": {
+        "training.mixed_precision_param": "bfloat16",
+        "model.converters": "int8",
+        "int8.enable_fsdp_int8_all_gather": "true",
+    },
+    "int8 all-gather, TP": {
+        "training.mixed_precision_param": "bfloat16",
+        "model.converters": "int8",
+        "int8.enable_tensor_parallel_int8_all_gather": "true",
+        "int8.enable_fsdp_int8_all_gather": "true",
+    },
+    "int8 weights": {
+        "training.mixed_precision_param": "bfloat16",
+        "model.converters": "int8",
+        "int8.recipe_name": "weights",
+        "optimizer.implementation": "for-loop",
+    },
     "AC full": _checkpointing("full"),
     "AC selective 2": _checkpointing("selective", "2"),
     "AC selective op": _checkpointing("selective", "op"),
@@ -160,6 +177,9 @@ TOUCHED: dict[str, list[str]] = {
     "float8 all-gather": ["FSDP 2", "HSDP 2 x 2", "FSDP 2 x TP 2"],
     "mxfp8": ["FSDP 2", "TP 2"],
     "int8": ["FSDP 2", "TP 2", "PP 2 1F1B", "FSDP 2 x TP 2"],
+    "int8 all-gather": ["FSDP 2", "FSDP 2 x TP 2"],
+    "int8 all-gather, TP": ["TP 2", "FSDP 2 x TP 2"],
+    "int8 weights": ["FSDP 2", "TP 2", "PP 2 1F1B", "FSDP 2 x TP 2"],  # scales of rows that two ranks have
     "AC full": ["TP 2", "CP 2 alltoall", "PP 2 ZBVZeroBubble"],  # collectives are repeated; so is recomputation
     "AC selective 2": ["PP 2 1F1B", "PP 2 InterleavedZeroBubble"],  # counts blocks of the whole model
     "AC selective op": ["FSDP 2", "TP 2", "CP 2 alltoall"],  # keeps results of collectives, and of attention
@@ -181,6 +201,8 @@ def composes(way: str, variant: str) -> bool:
     options = {**VARIANTS[variant], **WAYS[way].all_options()}
     per_op = options.get("activation_checkpoint.selective_ac_option") == "op"
     if WAYS[way].cp > 1 and "data.document_mask" in options:
+        return False
+    if WAYS[way].tp == 1 and "int8.enable_tensor_parallel_int8_all_gather" in options:
         return False
     later_torch = any(key in options for key in ("training.compile", "model.converters", "training.loss_chunks"))
     compiled = "training.compile" in options

@@ -32,6 +32,7 @@ COMMON = {
 SMALL = {"model.flavor": "tiny"}  # parallel.py registers it
 DIM, LAYERS, VOCABULARY = 64, 4, 2048
 BLOCK_LINEARS = (2 * 64 + 2 * 32 + 3 * 128) * DIM  # elements: wq, wo; wk, wv; w1, w2, w3
+COLUMN_ROWS, ROW_ROWS = 64 + 2 * 32 + 2 * 128, 2 * 64  # of layers that tensor parallelism splits by rows, by columns
 # A schedule of our own: the last stage splits the backward of two microbatches.
 CSV = """0F0,0F1,0F2,0F3,,,0B0,0B1,0B2,0B3
 ,1F0,1F1,1I0,1F2,1W0,1F3,1B1,1I2,1B3,1W2
@@ -280,6 +281,9 @@ BOUNDS = {
     "float8 all-gather": _ONE_SCALE,
     "mxfp8": _SCALES_OF_ROWS,
     "int8": (5e-4, 1e-3, 1e-3),  # the weights' gradients have scales of columns: of a microbatch, of a rank's tokens
+    "int8 all-gather": (5e-4, 1e-3, 1e-3),
+    "int8 all-gather, TP": (1e-3, 2e-3, 2e-3),  # what was gathered is cast again, for the other matmul
+    "int8 weights": (1e-4, 5e-4, 1e-3),  # as bfloat16: the weights are those of one process
     "document masks": (1e-5, 1e-5, 1e-3),
     "compile, document masks": (1e-5, 1e-5, 1e-3),
     "compile": (1e-6, 1e-5, 1e-5),
@@ -287,7 +291,9 @@ BOUNDS = {
     "compile, tensorwise, AC selective 2": _ONE_SCALE,
     "compile, rowwise, AC selective op": _SCALES_OF_ROWS,
 }
-COMPARED = {"compile, AC full": "compile", "float8 all-gather": "bfloat16"}  # with another variant, too
+INT8 = ["int8 all-gather", "int8 all-gather, TP", "int8 weights"]  # they gather in int8, with scales of rows
+# Those that are compared with another variant, too.
+COMPARED = {"compile, AC full": "compile", "float8 all-gather": "bfloat16", **dict.fromkeys(INT8, "bfloat16")}
 SAME_BITS = [variant for variant in VARIANTS if variant.startswith("AC")]
 
 
@@ -299,10 +305,15 @@ def varied(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     pairs |= {(way, COMPARED[variant]) for way, variant in pairs if variant in COMPARED}
     variants = {variant for _, variant in pairs}
     cluster = Cluster(tmp_path_factory.mktemp("varied"))
-    cluster.run(1, {ONE: SMALL, **{f"{ONE}, {v}": {**VARIANTS[v], **SMALL} for v in VARIANTS if v in variants}})
+    cluster.run(1, {ONE: SMALL, **{f"{ONE}, {v}": {**on_one(VARIANTS[v]), **SMALL} for v in VARIANTS if v in variants}})
     for processes, group in by_processes(*options_of(sorted(pairs))).items():
         cluster.run(processes, group)
     return cluster.reports
+
+
+def on_one(variant: dict[str, Any]) -> dict[str, Any]:
+    """A variant as one process has it, without what has no effect there."""
+    return {key: value for key, value in variant.items() if "tensor_parallel" not in key}
 
 
 def each(variants: Iterable[str], which: Callable[[str], bool] = lambda way: True) -> pytest.MarkDecorator:
@@ -384,14 +395,30 @@ def test_nothing_is_compiled_after_the_first_step(varied: Reports, way: str, var
         assert report["graphs"][0] > 0
 
 
-@each(["float8 all-gather"], lambda way: WAYS[way].shard * WAYS[way].cp > 1)
-def test_float8_gathers_a_byte_per_element(varied: Reports, way: str, variant: str) -> None:
-    """Of a bfloat16 run's two; all but the embedding and the norms, and as often as it."""
+@each(["float8 all-gather", *INT8], lambda way: WAYS[way].shard * WAYS[way].cp > 1)
+def test_gathers_have_a_byte_per_element(varied: Reports, way: str, variant: str) -> None:
+    """Of a bfloat16 run's two; all but the embedding and the norms, and as often as it. Int8 has the scales too."""
     w = WAYS[way]
     for rank, (high, low) in enumerate(
         zip(varied[f"{way}, {COMPARED[variant]}"], varied[f"{way}, {variant}"], strict=True)
     ):
         share = Share(way, low)
-        blocks = share.layers * BLOCK_LINEARS * (2 if w.pp == 1 else 1)  # gathered in forward and in backward
-        gathered = (blocks + share.output * VOCABULARY * DIM) // (w.shard * w.cp * w.tp)
+        times = share.layers * (2 if w.pp == 1 else 1)  # gathered in forward and in backward
+        gathered = (times * BLOCK_LINEARS + share.output * VOCABULARY * DIM) // (w.shard * w.cp * w.tp)
+        if variant in INT8:
+            rows = times * (COLUMN_ROWS // w.tp + ROW_ROWS) + share.output * VOCABULARY // w.tp
+            gathered -= 4 * rows // (w.shard * w.cp)
         assert high["bytes"]["fsdp/all_gather"] - low["bytes"]["fsdp/all_gather"] == gathered, rank
+
+
+@each(["int8 all-gather, TP"])
+def test_tensor_parallelism_gathers_a_byte_per_element(varied: Reports, way: str, variant: str) -> None:
+    """And a scale per token: of the inputs of a block's two halves and of the output, and of the gradients of the
+    halves' outputs."""
+    w = WAYS[way]
+    for high, low in zip(varied[f"{way}, bfloat16"], varied[f"{way}, {variant}"], strict=True):
+        share = Share(way, low)
+        gathers = share.microbatches * (4 * share.layers + share.output)
+        assert low["calls"]["tp/all_gather"] - high["calls"]["tp/all_gather"] == gathers
+        tokens = BATCH // w.shard // share.microbatches * SEQ_LEN // (w.tp * w.cp)
+        assert high["bytes"]["tp/all_gather"] - low["bytes"]["tp/all_gather"] == gathers * tokens * (DIM - 4)

@@ -25,6 +25,12 @@ PRECISIONS: dict[str, dict[str, Any]] = {
     "float32": {"training__mixed_precision_param": "float32"},
     "bfloat16": {},
     "float8-moments": {"optimizer__moments": "float8_e4m3fn", "optimizer__implementation": "for-loop"},
+    "int8-weights": {
+        "model__converters": "int8",
+        "int8__recipe_name": "weights",
+        "optimizer__moments": "bfloat16",
+        "optimizer__implementation": "for-loop",
+    },
     "tensorwise": {"model__converters": "float8"},
     "rowwise": {"model__converters": "float8", "float8__recipe_name": "rowwise"},
     "delayed": {
@@ -37,6 +43,7 @@ CASES = [
     ("float32", "eager", "disabled", 1),
     ("float32", "compile", "async", 2),
     ("float8-moments", "eager", "disabled", 2),
+    ("int8-weights", "compile", "async", 2),
     ("bfloat16", "compile", "async_with_pinned_mem", 1),
     ("tensorwise", "eager", "async", 1),
     ("tensorwise", "compile", "disabled", 2),

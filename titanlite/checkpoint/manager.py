@@ -7,6 +7,7 @@ import os
 import shutil
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -27,6 +28,8 @@ from titanlite.checkpoint.folder import (
     strays_in,
 )
 from titanlite.checkpoint.metadata import read_metadata
+from titanlite.checkpoint.moments import converted, difference
+from titanlite.checkpoint.quantized import as_plain
 from titanlite.checkpoint.state import (
     State,
     buffer_names,
@@ -52,6 +55,7 @@ from titanlite.checkpoint.storage import (
 from titanlite.config.schema import Checkpoint
 from titanlite.errors import ConfigError, TrainingError, counted
 from titanlite.models.spec import same_network
+from titanlite.quant.stored import stored_weight
 
 logger = logging.getLogger()
 
@@ -206,15 +210,21 @@ class CheckpointManager:
         saved_tensors = from_rank_zero(self.group, lambda: read_metadata(checkpoint.folder))
         shapes = {name: tensor.shape for name, tensor in saved_tensors.items()}
         state = self._matching(checkpoint, process, shapes)
+        after: list[Callable[[], None]] = []
         if not weights_only:
             if "optimizer" not in self.excluded(checkpoint) and checkpoint.info.step > 0:
                 saved = {name for name in shapes if name.startswith("optimizer.")}
                 prepare_optimizer(process.optimizer, process.parts, saved)
-                local = optimizer_state(process.optimizer, process.parts)
+                of_run = optimizer_state(process.optimizer, process.parts)
+                local, after = converted(of_run, saved_tensors)
+                if change := difference(of_run, saved_tensors):
+                    logger.info("%s: the moments are converted from %s", checkpoint.folder, change)
                 self._check_optimizer(checkpoint, local, {name: shapes[name] for name in saved})
                 state |= local
             state |= self._random(checkpoint, process, shapes)
         load(checkpoint.folder, state, self.group, saved_tensors)
+        for convert in after:
+            convert()
         if not weights_only:
             try:
                 set_random_state(state, process.rank, process.device)
@@ -299,9 +309,11 @@ class CheckpointManager:
         self._complete(info, process)
         if info.weights_only:
             dtype = DTYPES[self.options.export_dtype]
-            state = {name: t.to(dtype) if name not in info.buffers else t for name, t in state.items()}
+            kept = {name for name, t in state.items() if name in info.buffers or stored_weight(t) is not None}
+            state = {name: t if name in kept else t.to(dtype) for name, t in state.items()}
         else:
             state |= optimizer_state(process.optimizer, process.parts) | random_state(process.rank, process.device)
+        state = as_plain(state)
         if self._background is not None and not ends:
             self._background.start(info.step, state, lambda copies, failure: self._write_copies(copies, failure, info))
             return

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 
 from titanlite.checkpoint.folder import SUMS, DamagedCheckpoint, read_sums
+from titanlite.quant.stored import SCALES
 from titanlite.untrusted.files import Untrusted, contained, open_file, read_bytes
 from titanlite.untrusted.pickles import Record, read_pickle
 
@@ -49,10 +50,12 @@ class Chunk(NamedTuple):
 
 
 class SavedTensor(NamedTuple):
-    """The shape of a tensor, and the chunks that it is made of."""
+    """The shape of a tensor, and the chunks that it is made of. Beside the data of a weight that is stored quantized
+    are the scales of its rows."""
 
     shape: torch.Size
     chunks: list[Chunk]
+    scale: SavedTensor | None = None
 
 
 def read_metadata(folder: Path) -> dict[str, SavedTensor]:
@@ -102,6 +105,15 @@ class _Reader:
                 raise self._wrong(f"the entry {str(name)[:100]!r} is none")
             if entry.kind == f"{_DCP}.TensorStorageMetadata":
                 tensors[name] = self._tensor(name, entry, places)
+        return self._with_scales(tensors)
+
+    def _with_scales(self, tensors: dict[str, SavedTensor]) -> dict[str, SavedTensor]:
+        """Return ``tensors`` with those that are scales of a weight's rows beside the weight."""
+        for name in [name for name in tensors if name.endswith(f".weight{SCALES}")]:
+            weight = tensors.get(name.removesuffix(SCALES))
+            if weight is None or len(weight.shape) != 2 or tensors[name].shape != (weight.shape[0], 1):
+                raise self._wrong(f"{name} is no scale of the rows of a weight")
+            tensors[name.removesuffix(SCALES)] = weight._replace(scale=tensors.pop(name))
         return tensors
 
     def _tensor(self, name: str, entry: Record, places: Mapping[Any, Any]) -> SavedTensor:

@@ -17,14 +17,24 @@ from torch.distributed.tensor import DTensor
 
 from titanlite.errors import ConfigError
 from titanlite.quant.fsdp import plain
+from titanlite.quant.stored import SCALES, stored_weight
 
 State = dict[str, Tensor]
 _MAX_LISTED = 10
 
 
 def model_state(parts: Iterable[nn.Module]) -> State:
-    """Return parameters and persistent buffers. ``parts`` is the model, or the pipeline stages of this process."""
-    return {f"model.{name}": tensor for part in parts for name, tensor in part.state_dict().items()}
+    """Return parameters and persistent buffers. ``parts`` is the model, or the pipeline stages of this process. A
+    weight that is stored quantized is one tensor, the parameter itself."""
+    state: State = {}
+    for part in parts:
+        tensors = part.state_dict()
+        for name, param in part.named_parameters(remove_duplicate=False):
+            if stored_weight(param) is not None:
+                tensors[name] = param.detach()
+                del tensors[f"{name}{SCALES}"]
+        state |= {f"model.{name}": tensor for name, tensor in tensors.items()}
+    return state
 
 
 def buffer_names(parts: Iterable[nn.Module]) -> set[str]:
@@ -32,7 +42,7 @@ def buffer_names(parts: Iterable[nn.Module]) -> set[str]:
     names = set()
     for part in parts:
         parameters = {name for name, _ in part.named_parameters(remove_duplicate=False)}
-        names |= {f"model.{name}" for name in part.state_dict() if name not in parameters}
+        names |= {name for name in model_state([part]) if name.removeprefix("model.") not in parameters}
     return names
 
 

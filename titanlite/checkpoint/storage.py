@@ -43,6 +43,7 @@ from titanlite.checkpoint.folder import (
     write_file,
 )
 from titanlite.checkpoint.metadata import METADATA, Chunk, SavedTensor, read_metadata
+from titanlite.checkpoint.quantized import as_plain, copy_any
 from titanlite.checkpoint.state import State
 from titanlite.checkpoint.tensors import read_tensor
 from titanlite.errors import ConfigError
@@ -192,7 +193,7 @@ def save(
     is_first = dist.get_rank() == 0
     try:
         on_all(group, begin if is_first else _nothing)
-        sums = _write_tensors(partial, state, group)
+        sums = _write_tensors(partial, as_plain(state), group)
         on_all(group, (lambda: end(sums)) if is_first else _nothing)
     except SaveError:
         if is_first:
@@ -334,11 +335,15 @@ def load(
 def copy_into(state: Mapping[str, Tensor], saved: Mapping[str, SavedTensor], folder: Path) -> None:
     """Copy the parts that this process holds of the tensors of ``state``, which are in ``saved`` by the same names. The
     files are read one after the other, each from its beginning to its end. Of names that share one tensor, as tied
-    weights do, all are read and compared.
+    weights do, all are read and compared. Weights are quantized and dequantized as they have to be.
 
     Raises:
         DamagedCheckpoint: a file is missing, or cannot be read, or weights that the model ties differ.
     """
+    copy_any(state, saved, lambda plain, sources: _copy_plain(plain, sources, folder))
+
+
+def _copy_plain(state: Mapping[str, Tensor], saved: Mapping[str, SavedTensor], folder: Path) -> None:
     names: dict[int, str] = {}
     first_name = {
         name: names.setdefault(shard_with_offset(t)[0].data_ptr() or id(t), name) for name, t in state.items()

@@ -21,7 +21,8 @@ def parser() -> argparse.ArgumentParser:
     cli.add_argument("target", type=Path, metavar="TARGET")
     cli.add_argument("--dtype", choices=["bfloat16", "float16", "float32"],
         help="of the weights in a Hugging Face folder; default: bfloat16. A checkpoint keeps the source's")  # fmt: skip
-    cli.add_argument("--quantize", metavar="SCHEME", help="float8_dynamic, float8_weight_only or float8_static: "
+    cli.add_argument("--quantize", metavar="SCHEME", help="float8_dynamic, float8_weight_only, float8_static or "
+        "int8_dynamic: "
         "write the linear layers, but for the output projection, in 8 bits, as vLLM and transformers read "
         "them (compressed-tensors)")  # fmt: skip
     cli.add_argument("--calibration", metavar="FILE", help="with float8_static, a text like those to come; default: "

@@ -46,7 +46,8 @@ def model_options(cli: argparse.ArgumentParser) -> None:
     add = cli.add_argument
     add("--dtype", choices=["bfloat16", "float32"], default="float32", help="of the weights; default: "
         "float32. bfloat16 takes half the memory, and rounds more coarsely")  # fmt: skip
-    add("--quantize", metavar="SCHEME", help="float8_dynamic, float8_weight_only or float8_static: the linear layers, "
+    add("--quantize", metavar="SCHEME", help="float8_dynamic, float8_weight_only, float8_static, int8_dynamic, "
+        "int8_weight_only or mxfp8_dynamic: the linear layers, "
         "but for the output projection; default: as in the checkpoint")  # fmt: skip
     add("--calibration", metavar="FILE", help="with float8_static, a text like those to come; default: Python's "
         "standard library")  # fmt: skip

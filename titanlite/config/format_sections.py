@@ -48,11 +48,15 @@ class Float8:
 class Int8:
     """Options of the converter ``int8``; docs/quantized-training.md has the cost of each."""
 
-    recipe_name: Literal["rowwise", "rowwise_with_gw_hp", "forward_only"] | None = None
+    recipe_name: Literal["rowwise", "rowwise_with_gw_hp", "forward_only", "weights"] | None = None
     """The matmuls in int8: all three (rowwise; unset is this), all but the weight's gradient (rowwise_with_gw_hp), or
-    the output only (forward_only)."""
+    the output only (forward_only). weights: the weights are stored in int8, and no matmul is in int8."""
     filter_fqns: list[str] = field(default_factory=list)
     """Layers to leave in high precision, by whole parts of their names."""
+    enable_fsdp_int8_all_gather: bool = False
+    """Gather FSDP's weights in int8: one byte per element, quantized once per optimizer step."""
+    enable_tensor_parallel_int8_all_gather: bool = False
+    """Gather the inputs and gradients of tensor parallelism in int8 (rowwise only)."""
     emulate: bool = False
     """Multiply the quantized values in float32. Without int8 units this is always done."""
 

@@ -19,6 +19,7 @@ class NumberFormat:
         check: refuses options of the section.
         gathers_quantized: whether FSDP2 gathers weights in the format, where the converter is used.
         memory_savings: options of the section that would save memory and are not set.
+        weight_bytes: the bytes of an element of a converted weight between steps.
         from_torchtitan: torchtitan has the section too, under two names, and with options for experts.
     """
 
@@ -27,11 +28,18 @@ class NumberFormat:
     from_torchtitan: bool
     gathers_quantized: Callable[[JobConfig], bool] = lambda config: False
     memory_savings: Callable[[JobConfig], dict[str, Any]] = lambda config: {}
+    weight_bytes: Callable[[JobConfig], int] = lambda config: 4
 
 
 NUMBER_FORMATS = (
     NumberFormat("float8", float8_rules.check, True, float8_rules.gathers_quantized, float8_rules.memory_savings),
-    NumberFormat("int8", int8_rules.check, from_torchtitan=False),
+    NumberFormat(
+        "int8",
+        int8_rules.check,
+        from_torchtitan=False,
+        gathers_quantized=int8_rules.gathers_quantized,
+        weight_bytes=int8_rules.weight_bytes,
+    ),
     NumberFormat("mx", mx_rules.check, from_torchtitan=True),
 )
 
@@ -44,3 +52,14 @@ def formats_of(config: JobConfig) -> list[NumberFormat]:
 def gathers_quantized(config: JobConfig) -> bool:
     """Return whether FSDP2 gathers weights in a number format, so that they are not there in high precision."""
     return any(number_format.gathers_quantized(config) for number_format in formats_of(config))
+
+
+def least_weight_bytes(config: JobConfig) -> int:
+    """Return the bytes of an element of a weight between steps, at least."""
+    return min((number_format.weight_bytes(config) for number_format in formats_of(config)), default=4)
+
+
+def stored_as(config: JobConfig) -> str:
+    """Return the dtypes that weights have between steps, for the header of a run."""
+    names = [n.name for n in formats_of(config) if n.weight_bytes(config) == 1]
+    return " and ".join([*names, "float32"])

@@ -89,7 +89,7 @@ class Metrics:
 @dataclass
 class Optimizer:
     name: str = "AdamW"
-    """AdamW or Adam, or one registered by experimental.custom_import."""
+    """AdamW, Adam or SGD (without momentum), or one registered by experimental.custom_import."""
     lr: PositiveFloat = 8e-4
     """The peak learning rate."""
     beta1: Beta = 0.9

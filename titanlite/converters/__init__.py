@@ -4,7 +4,9 @@ from titanlite.converters import float8 as float8  # imported because they regis
 from titanlite.converters import float8_inference as float8_inference
 from titanlite.converters import fused_norm as fused_norm
 from titanlite.converters import int8 as int8
+from titanlite.converters import int8_inference as int8_inference
 from titanlite.converters import mx as mx
+from titanlite.converters import mx_inference as mx_inference
 from titanlite.converters.quantizers import Quantized, Quantizer, get_quantizer, quantizers, register_quantizer
 from titanlite.converters.registry import (
     ModelConverter,

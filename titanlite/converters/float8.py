@@ -12,6 +12,7 @@ from torch import nn
 from titanlite.config import JobConfig
 from titanlite.converters.linears import (
     TOO_SMALL,
+    check_shards,
     choose_linears,
     log_table,
     native_instead,
@@ -141,16 +142,7 @@ class Float8Converter:
         """Check that all shards have the same number of rows, since scales of rows are gathered with the rows."""
         if not (self.config.enable_fsdp_float8_all_gather and self.config.cast_config_weight.is_axiswise):
             return
-        shards = self.mesh.fsdp.size()
-        for name, linear in chosen.items():
-            if linear.out_features % shards:
-                raise ConfigError(
-                    f"the {linear.out_features} rows of {name} over "
-                    f"{shards} shards: with recipe {self.recipe} each shard must have the same number; add {name} to "
-                    "float8.filter_fqns, choose another degree, or leave the flag out",
-                    key="float8.enable_fsdp_float8_all_gather",
-                    value=True,
-                )
+        check_shards(chosen, self.mesh, "float8", "float8.enable_fsdp_float8_all_gather")
 
     def post_optimizer_hook(self, model: nn.Module) -> None:
         if self.delayed:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import logging
 
 from titanlite.config import JobConfig
+from titanlite.config.int8_rules import WEIGHTS
 from titanlite.converters.linears import TOO_SMALL, LinearConverter, target_or_device, warn_of_emulation
 from titanlite.converters.registry import register_converter
 from titanlite.distributed.mesh import Mesh
-from titanlite.quant.format import Matmul
+from titanlite.quant.format import Matmul, OperandName
 from titanlite.quant.int8.format import Int8Format, is_native
 from titanlite.quant.int8.gpu import choice
+from titanlite.quant.int8.weights import Int8Weights
 
 logger = logging.getLogger()
 
@@ -30,16 +32,23 @@ class Int8Converter(LinearConverter):
 
     def __init__(self, config: JobConfig, mesh: Mesh) -> None:
         options, units = config.int8, target_or_device(mesh)
+        if options.recipe_name == WEIGHTS:
+            stored_by = f"int8.recipe_name = {WEIGHTS}"
+            super().__init__("int8", WEIGHTS, Int8Weights(), options.filter_fqns, False, mesh, stored_by)
+            return
         native = is_native(units)
         if not native and not options.emulate:
             warn_of_emulation("int8", units)
         recipe, emulate = options.recipe_name or "rowwise", options.emulate or not native
-        format = Int8Format(RECIPES[recipe], emulate=emulate, target=mesh.target.architecture)
+        gathered: list[OperandName] = ["weight"] if options.enable_fsdp_int8_all_gather else []
+        gathered += ["input", "grad_output"] if options.enable_tensor_parallel_int8_all_gather else []
+        format = Int8Format(RECIPES[recipe], emulate=emulate, target=mesh.target.architecture, gathered=tuple(gathered))
         if units != "cpu" and not emulate:
             logger.info("int8 on %s: %s", units, choice(units))
-        self.on_cpu = units == "cpu"
-        super().__init__("int8", recipe, format, options.filter_fqns, emulate, units)
+        gathered_by = "int8.enable_fsdp_int8_all_gather" if options.enable_fsdp_int8_all_gather else None
+        super().__init__("int8", recipe, format, options.filter_fqns, emulate, mesh, gathered_by)
 
     def why_no_gain(self, in_features: int, out_features: int) -> str | None:
         narrow = min(in_features, out_features) < _NARROW
-        return TOO_SMALL if self.on_cpu and not self.emulated and narrow else None
+        slower = self.units == "cpu" and not self.emulated and narrow and self.recipe != WEIGHTS
+        return TOO_SMALL if slower else None

@@ -143,23 +143,34 @@ class LinearConverter:
         name: of the converter, and of its section.
         recipe: for the header.
         emulated: the format is emulated because this device has no units for it.
-        units: the architecture that computes.
+        gathered_by: the option that lets FSDP2 gather weights in the format, if it is set.
     """
 
     def __init__(
-        self, name: str, recipe: str, format: Format, filter_fqns: list[str], emulated: bool, units: str
+        self,
+        name: str,
+        recipe: str,
+        format: Format,
+        filter_fqns: list[str],
+        emulated: bool,
+        mesh: Mesh,
+        gathered_by: str | None = None,
     ) -> None:
-        self.name, self.recipe, self.format = name, recipe, format
-        self.filter_fqns, self.emulated, self.units = filter_fqns, emulated, units
+        self.name, self.recipe, self.format, self.mesh = name, recipe, format, mesh
+        self.filter_fqns, self.emulated, self.units = filter_fqns, emulated, target_or_device(mesh)
+        self.gathered_by = gathered_by
 
     def convert(self, model: nn.Module) -> str:
         choice = choose_linears(model, self.name, self.format, self.filter_fqns, too_small=None)
+        if self.gathered_by is not None:
+            check_shards(choice.chosen, self.mesh, self.name, self.gathered_by)
         try:
             convert_linears(
                 model,
                 self.format,
-                lambda layer: QuantLinear.from_linear(layer, self.format),
+                self._convert,
                 lambda _, name: choice.kept.get(name),
+                gather_quantized=self.gathered_by is not None,
             )
         except ValueError as e:
             raise ConfigError(str(e), key="model.converters", value=self.name) from e
@@ -172,8 +183,35 @@ class LinearConverter:
         faster, or is not known."""
         return None
 
+    def _convert(self, linear: nn.Linear) -> None:
+        layer = QuantLinear.from_linear(linear, self.format, gather_quantized=self.gathered_by is not None)
+        if self.gathered_by is not None:
+            layer.gather_option = self.gathered_by
+
     def post_optimizer_hook(self, model: nn.Module) -> None:
         """Do nothing: no scale has a state."""
+
+
+def check_shards(chosen: dict[str, nn.Linear], mesh: Mesh, converter: str, option: str) -> None:
+    """Check that all shards have the same number of rows, since scales of rows are gathered with the rows.
+
+    Args:
+        chosen: the layers by name.
+        option: the one that lets FSDP2 gather them in the format.
+
+    Raises:
+        ConfigError: they do not.
+    """
+    key, _, value = option.partition(" = ")
+    for name, linear in chosen.items():
+        if linear.out_features % mesh.fsdp.size():
+            raise ConfigError(
+                f"the {linear.out_features} rows of {name} over {mesh.fsdp.size()} shards: each shard must have the "
+                f"same number, as scales of rows are gathered with them; add {name} to {converter}.filter_fqns, choose "
+                "another degree, or leave the option out",
+                key=key,
+                value=value or True,
+            )
 
 
 def target_or_device(mesh: Mesh) -> str:

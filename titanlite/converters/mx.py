@@ -41,4 +41,4 @@ class MXConverter(LinearConverter):
         if not format.emulate:
             logger.info("mxfp8 on %s: %s", units, choice())
         recipe = f"{options.recipe_name}, {format.scale_mode}"
-        super().__init__("mx", recipe, format, options.filter_fqns, format.emulate, units)
+        super().__init__("mx", recipe, format, options.filter_fqns, format.emulate, mesh)

@@ -112,6 +112,11 @@ def to_hugging_face(
         raise ConfigError(f'the model family "{spec.name}" has no form in transformers: nothing to convert to')
     tokenizer = tokenizer_of(description, tokenizer_path).tokenizer
     quantizer = None if quantize is None else quantizer_for(quantize, description)
+    if quantizer is not None and quantizer.file_format is None:
+        raise ConfigError(
+            f"--quantize={quantize}: no format of files that vLLM or transformers reads has such weights; write the "
+            "model as it is, and give the option to titanlite generate or evaluate, or take another"
+        )
     if verify_sums and description.files is None:
         verify(folder)
     model, saved = outline(description)  # checks the sizes

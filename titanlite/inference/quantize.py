@@ -154,7 +154,12 @@ def quantizer_of(config: Mapping[str, Any]) -> Quantizer | None:
     if isinstance(described, dict) and described.get("quant_method") == METHOD:
         groups = described.get("config_groups")
         for quantizer in quantizers():
-            if isinstance(groups, dict) and len(groups) == 1 and _agrees(quantizer.scheme, *groups.values()):
+            if (
+                quantizer.file_format is not None
+                and isinstance(groups, dict)
+                and len(groups) == 1
+                and _agrees(quantizer.scheme, *groups.values())
+            ):
                 return quantizer
     raise ConfigError(
         f"config.json: {QUANTIZATION} = {str(described)[:500]}: titanlite reads {METHOD} as titanlite convert "

@@ -7,107 +7,59 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from titanlite.config.schema import Optimizer
+from titanlite.optim.by_parameter import ByParameter, Place, Settings
 from titanlite.optim.moments import (
-    BLOCK,
     from_blocks,
     has_blocks,
-    key_of,
-    mix,
     noise,
     round_to_bfloat16,
     to_blocks,
+    zeros_of_blocks,
 )
 from titanlite.quant.compiled import CompiledFunction
-from titanlite.quant.fsdp import plain, shard_with_offset
+from titanlite.quant.streams import mix
 
 _STATE = ("step", "exp_avg", "exp_avg_sq", "exp_avg_scale", "exp_avg_sq_scale")
 
 
-class LowPrecisionAdam(torch.optim.Optimizer):
-    """Adam and AdamW with moments of two bytes or one. The weights and all arithmetic are in float32.
+class LowPrecisionAdam(ByParameter):
+    """Adam and AdamW with moments of two bytes or one, or of stored weights. All arithmetic is in float32.
 
     In float8 the second moment is kept as its square root, which needs half the range. No positive one becomes 0, so
     that no update is divided by ``eps`` alone. Vectors, and matrices of which a process has rows that are no multiple
     of :data:`~titanlite.optim.moments.BLOCK` elements, keep float32.
 
-    The update of a parameter is one compiled pass with ``options.implementation = "fused"``. It divides the gradients
-    and skips a step by the protocol of :class:`torch.amp.GradScaler`, as torch's fused optimizers do.
-
-    Args:
-        named: the parameters with their names.
-        seed: of the run; the rounding is a function of it, of the parameter's name, of its step and of the place in it.
+    The update of a parameter is one compiled pass with ``options.implementation = "fused"``.
     """
 
-    _step_supports_amp_scaling = True
+    state_names = _STATE
 
     def __init__(self, named: Iterable[tuple[str, nn.Parameter]], options: Optimizer, seed: int) -> None:
         defaults = {"lr": options.lr, "betas": (options.beta1, options.beta2), "eps": options.eps}
-        super().__init__(list(named), {**defaults, "weight_decay": options.weight_decay})  # type: ignore[arg-type]
+        super().__init__(named, options, seed, {**defaults, "weight_decay": options.weight_decay})
         self._decoupled = options.name == "AdamW"
-        self._places: dict[Tensor, tuple[int, tuple[int, ...], torch.Size]] = {}
-        self._dtype, self._seed = getattr(torch, options.moments), seed
-        self._update: Callable[..., None] = adam if options.implementation == "fused" else _adam
+        self._dtype = getattr(torch, options.moments)
+        self._adam: Callable[..., None] = adam if options.implementation == "fused" else _adam
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        """Update the parameters that have a gradient."""
-        assert closure is None
-        for group in self.param_groups:
-            settings: dict[torch.device, tuple[Tensor, Tensor, Tensor]] = {}
-            for name, param in zip(group["param_names"], group["params"], strict=True):
-                if param.grad is None:
-                    continue
-                if param not in self.state:
-                    self.state[param] = self._create_state(param)
-                if param not in self._places:
-                    self._places[param] = key_of(self._seed, name), shard_with_offset(plain(param))[1], param.shape
-                if param.device not in settings:
-                    settings[param.device] = self._settings(group, param.device)
-                state = [_local(self.state[param].get(key)) for key in _STATE]
-                weight, grad = _local(plain(param)), _local(param.grad)
-                self._update(weight, grad, *state, *settings[param.device], *self._places[param])
+    def numbers(self, group: dict[str, Any]) -> list[float]:
+        return [group["lr"], *group["betas"], group["eps"], group["weight_decay"], float(self._decoupled)]
 
-    def load_state_dict(self, state_dict: Any) -> None:
-        """Raise NotImplementedError: torch's own would cast the moments to the dtype of the parameters. titanlite's
-        checkpoints load into the tensors of ``state``."""
-        raise NotImplementedError("load into the tensors of .state, as titanlite.checkpoint does")
+    def update(
+        self, weight: Tensor, grad: Tensor, state: list[Tensor | None], settings: Settings, place: Place
+    ) -> None:
+        self._adam(weight, grad, *state, *settings, place.key, place.offset, place.shape)
 
-    def _settings(self, group: dict[str, Any], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-        """Return what is the same for all parameters: the numbers of the group, the divisor, and whether to skip."""
-        numbers = [group["lr"], *group["betas"], group["eps"], group["weight_decay"], float(self._decoupled)]
-        one, zero = torch.ones((), device=device), torch.zeros((), device=device)
-        divisor, skip = getattr(self, "grad_scale", one), getattr(self, "found_inf", zero)
-        return torch.tensor(numbers).to(device, non_blocking=True), divisor.to(device), skip.to(device)
-
-    def _create_state(self, param: Tensor) -> dict[str, Tensor]:
-        weight = plain(param)
+    def create_state(self, param: Tensor) -> dict[str, Tensor]:
         state = {"step": torch.zeros((), device=param.device)}
-        blocks = self._dtype.itemsize == 1 and has_blocks(weight)
+        blocks = self._dtype.itemsize == 1 and has_blocks(param)
         dtype = torch.float32 if self._dtype.itemsize == 1 and not blocks else self._dtype
         for key in ("exp_avg", "exp_avg_sq"):
-            state[key] = _zeros(weight, dtype)
+            state[key] = zeros_of_blocks(param, dtype, 1)
             if blocks:
-                state[f"{key}_scale"] = _zeros(weight, torch.float32, BLOCK)
+                state[f"{key}_scale"] = zeros_of_blocks(param, torch.float32)
         return state
-
-
-def _zeros(like: Tensor, dtype: torch.dtype, divisor: int = 1) -> Tensor:
-    """Return zeros in ``dtype``, sharded as ``like``, with its last dimension divided by ``divisor``."""
-    local = like.to_local() if isinstance(like, DTensor) else like
-    zeros = torch.zeros((*local.shape[:-1], local.shape[-1] // divisor) if local.dim() else (), device=local.device)
-    zeros = zeros.to(dtype)
-    if not isinstance(like, DTensor):
-        return zeros
-    shape = torch.Size((*like.shape[:-1], like.shape[-1] // divisor))
-    stride = torch.empty(shape, device="meta").stride()
-    return DTensor.from_local(zeros, like.device_mesh, like.placements, run_check=False, shape=shape, stride=stride)
-
-
-def _local(tensor: Tensor | None) -> Tensor | None:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _adam(
@@ -133,8 +85,7 @@ def _adam(
         exp_avg, exp_avg_sq: of the shape of ``param``, in float32, bfloat16 or float8_e4m3fn.
         exp_avg_scale, exp_avg_sq_scale: float32 [..., n / BLOCK], with float8 moments only.
         numbers: float32 [6]: learning rate, both betas, eps, weight decay, and 1 for AdamW or 0 for Adam.
-        key: of the parameter, for the noise.
-        offset, shape: the place of the shard in the whole parameter, and the shape of that.
+        key, offset, shape: see :class:`~titanlite.optim.by_parameter.Place`.
     """
     lr, beta1, beta2, eps, decay, decoupled = numbers.unbind()
     weight = param.float()

@@ -7,39 +7,23 @@ down, with probabilities such that the mean is the exact value.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard
 
+from titanlite.quant.streams import random_bits
+
 BLOCK = 64  # elements of the last dimension that share a scale
 _E4M3_MAX, _E4M3_SMALLEST_NORMAL, _E4M3_QUANTUM = 448.0, 2.0**-6, 2.0**-9  # the last: of numbers below the second
 _TINY = torch.finfo(torch.float32).tiny
-_MULTIPLIER = 0x45D9F3B
-
-
-def mix(x: Tensor) -> Tensor:
-    """Return int32 hashes of the int32 numbers ``x``: each bit depends on all bits. (The multiplication wraps.)"""
-    for _ in range(2):
-        x = ((x >> 16 & 0xFFFF) ^ x) * _MULTIPLIER
-    return (x >> 16 & 0xFFFF) ^ x
 
 
 def noise(key: Tensor, offset: Sequence[int], local: Sequence[int], whole: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Return two independent int32 tensors, uniform in [0, 2^16), of the shape ``local``.
-
-    A number is a function of ``key`` and of its place in the whole tensor, so it does not depend on the sharding.
-
-    Args:
-        key: int32 scalar.
-        offset, local, whole: the place of the shard in the whole tensor, its shape, and that of the whole.
-    """
-    place = torch.zeros((), dtype=torch.int64, device=key.device)
-    for start, length, size in zip(offset, local, whole, strict=True):
-        place = place.unsqueeze(-1) * size + torch.arange(start, start + length, device=key.device)
-    bits = mix((place & 0x7FFFFFFF).to(torch.int32) + mix(key))
+    """Return two independent int32 tensors, uniform in [0, 2^16): the halves of
+    :func:`titanlite.quant.streams.random_bits`, which has the arguments."""
+    bits = random_bits(key, offset, local, whole)
     return bits & 0xFFFF, bits >> 16 & 0xFFFF
 
 
@@ -87,13 +71,19 @@ def from_blocks(data: Tensor, scale: Tensor) -> Tensor:
     return (data.float().unflatten(-1, (-1, BLOCK)) * scale.unsqueeze(-1)).flatten(-2)
 
 
+def zeros_of_blocks(like: Tensor, dtype: torch.dtype, divisor: int = BLOCK) -> Tensor:
+    """Return zeros in ``dtype``, sharded as ``like``, with its last dimension divided by ``divisor``."""
+    local = like.to_local() if isinstance(like, DTensor) else like
+    zeros = torch.zeros((*local.shape[:-1], local.shape[-1] // divisor) if local.dim() else (), device=local.device)
+    zeros = zeros.to(dtype)
+    if not isinstance(like, DTensor):
+        return zeros
+    shape = torch.Size((*like.shape[:-1], like.shape[-1] // divisor))
+    stride = torch.empty(shape, device="meta").stride()
+    return DTensor.from_local(zeros, like.device_mesh, like.placements, run_check=False, shape=shape, stride=stride)
+
+
 def bytes_per_element(dtype: str) -> float:
     """Return the bytes that one moment takes for each element of a matrix."""
     size: int = getattr(torch, dtype).itemsize
     return 1 + 4 / BLOCK if size == 1 else size
-
-
-def key_of(seed: int, name: str) -> int:
-    """Return the int32 number of a parameter in a run: for the noise of its moments."""
-    digest = hashlib.blake2s(f"{seed} {name}".encode(), digest_size=4).digest()
-    return int.from_bytes(digest, "little", signed=True)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from titanlite.optim.low_precision import LowPrecisionAdam
+from titanlite.optim.by_parameter import ByParameter
 
 
 @torch.no_grad()
@@ -42,8 +42,8 @@ def _divides_by_itself(optimizer: torch.optim.Optimizer) -> bool:
 
 def _skips_by_itself(optimizer: torch.optim.Optimizer) -> bool:
     """Return True if ``found_inf`` makes an optimizer skip a step without any change. Fused Adam and AdamW do, and
-    those with moments of low precision. Fused SGD has uninitialized momentum if its first step is skipped."""
-    return isinstance(optimizer, torch.optim.Adam | LowPrecisionAdam) and _divides_by_itself(optimizer)
+    those that update by parameter. Fused SGD has uninitialized momentum if its first step is skipped."""
+    return isinstance(optimizer, torch.optim.Adam | ByParameter) and _divides_by_itself(optimizer)
 
 
 def _local_gradients(optimizer: torch.optim.Optimizer) -> list[Tensor]:

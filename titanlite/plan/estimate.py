@@ -54,6 +54,7 @@ from titanlite.plan.memory import (
     MemoryTracker,
     Traffic,
 )
+from titanlite.quant.tensor import inner_tensors
 from titanlite.training.build import BuiltModel, build_loss, build_model, build_pipeline
 from titanlite.training.model_shape import choose_shape
 from titanlite.training.step import LossFunction, StepRunner
@@ -302,8 +303,8 @@ def _bytes(tree: Any) -> int:
     for leaf in tree_leaves(list(tree)):
         if isinstance(leaf, Tensor):
             local = leaf.to_local() if isinstance(leaf, DTensor) else leaf
-            local = getattr(local, "shard", local)
-            storages[local.untyped_storage()._cdata] = local.untyped_storage().nbytes()
+            for part in inner_tensors(local):
+                storages[part.untyped_storage()._cdata] = part.untyped_storage().nbytes()
     return sum(storages.values())
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from titanlite.config import Degrees, JobConfig, global_batch_size, resolve_degrees
+from titanlite.config.number_formats import least_weight_bytes
 from titanlite.config.refuse import refuse
 from titanlite.distributed.activation_checkpoint import checkpointed_blocks
 from titanlite.errors import ConfigError, counted
@@ -31,7 +32,7 @@ class Least:
     """The bytes that one process needs at least, by what for.
 
     Attributes:
-        weights, gradients, optimizer: its shard of them, in float32.
+        weights, gradients, optimizer: its shard of them, in float32 where no option says otherwise.
         step: what a step holds beside weights and optimizer state, at the end of its forward.
         batch: the tokens of a global batch, on the host.
     """
@@ -77,7 +78,8 @@ def least_memory(config: JobConfig, size: ModelSize, args: Any, degrees: Degrees
         step = dict([max(step.items(), key=lambda part: part[1])])
     sequences = global_batch_size(config, degrees.data_parallel) // degrees.data_parallel
     return Least(
-        weights=4 * size.params // shards,
+        # Which layers are converted is not known here: all of them may be.
+        weights=least_weight_bytes(config) * size.params // shards,
         gradients=4 * size.params // shards,
         optimizer=optimizer if training.steps > 1 else 0,  # a first step has none before its end
         step=step,
@@ -151,7 +153,7 @@ def _check(
     if state > total:
         raise ConfigError(
             f"its {size.params:,} parameters need {needs} ({least.state * processes / GIB:,.1f} for weights, gradients "
-            f"and optimizer state, {least.state // max(1, least.weights) * 4} bytes each), {has}: use more devices "
+            f"and optimizer state, {4 * least.state // max(1, least.gradients)} bytes each), {has}: use more devices "
             "(NGPU), or a smaller flavor",
             key="model.flavor",
             value=config.model.flavor,

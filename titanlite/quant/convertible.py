@@ -14,6 +14,7 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from titanlite.quant.fsdp import ShardedWeight
+from titanlite.quant.stored import StoredWeight
 
 Layer = TypeVar("Layer", bound=nn.Linear)
 
@@ -43,7 +44,7 @@ def why_not_changeable(module: nn.Linear, known: type[nn.Linear] = nn.Linear) ->
         return "its weight is not initialized yet; run a batch through the model first"
     if weight is None or hasattr(kind, "weight") or parametrize.is_parametrized(module):
         return "its weight is computed from other tensors (a parametrization, weight norm, pruning)"
-    if type(weight) is not nn.Parameter and not isinstance(weight, (DTensor, FakeTensor, ShardedWeight)):
+    if type(weight) is not nn.Parameter and not isinstance(weight, (DTensor, FakeTensor, ShardedWeight, StoredWeight)):
         return f"its weight is a {type(weight).__name__}, not a plain tensor"
     if weight.dtype not in HIGH_PRECISION:
         return f"its weight is {weight.dtype}, not a high-precision dtype"

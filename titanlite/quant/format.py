@@ -59,10 +59,12 @@ class Format(ABC):
     Attributes:
         name: the name in messages, such as "float8".
         multiple: the hardware needs in_features and out_features that are multiples of this number.
+        stores_weights: weights exist in the format only, with scales of rows; there is no copy in high precision.
     """
 
     name: str
     multiple: int
+    stores_weights: bool = False
 
     def why_not(self, in_features: int, out_features: int) -> str | None:
         """Return why a layer of this size cannot be computed in the format; None if it can."""
@@ -139,6 +141,21 @@ class Format(ABC):
     def recast(self, arrived: Operand, operand: OperandName) -> Operand:
         """Return the operand for the matmul that contracts its rows, computed from the cast for the other matmul, which
         was gathered."""
+        raise NotImplementedError
+
+    def dequantize(self, operand: Operand) -> Tensor:
+        """Return what :meth:`quantize` has rounded, in float32. Called only where weights are stored."""
+        raise NotImplementedError
+
+    def requantize(self, stored: Operand, x: Tensor, amax: Tensor, bits: Tensor) -> Operand:
+        """Round an updated weight stochastically. Called only where weights are stored.
+
+        Args:
+            stored: the weight before.
+            x: the weight now, float32.
+            amax: as of :meth:`amax`, of the whole rows.
+            bits: int32, of the shape of ``x``: 32 uniform bits.
+        """
         raise NotImplementedError
 
     def agrees(self, use: Use, sharded: int) -> bool:

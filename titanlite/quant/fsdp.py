@@ -12,17 +12,17 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_map_only
 
 from titanlite.quant.format import WEIGHT, Format, Operand
+from titanlite.quant.gather import GathersQuantized
 from titanlite.quant.reuse import optimizer_steps
+from titanlite.quant.stored import StoredWeight, stored_weight
 from titanlite.quant.tensor import QuantTensor
 
 _aten = torch.ops.aten
@@ -51,7 +51,7 @@ class _Writes:
         self.count = 0
 
 
-class ShardedWeight(Tensor):
+class ShardedWeight(GathersQuantized, Tensor):
     """A high-precision weight, or a shard of one, that FSDP2 gathers in a number format. All other operations see the
     high-precision weight.
 
@@ -59,7 +59,7 @@ class ShardedWeight(Tensor):
         shard: the plain tensor, (rows, columns).
         format: the format of the layer.
         writes: the number of writes to the memory of ``shard``.
-        tensor_parallel: the mesh over which tensor parallelism shards the weight, if any.
+        tensor_parallel: the mesh over which tensor parallelism shards what has one scale: the weight, or its rows.
     """
 
     shard: Tensor
@@ -143,64 +143,31 @@ class ShardedWeight(Tensor):
             self._amax = self._state, amax
         return self._amax[1]
 
+    def _amax_of_rows(self, shard: Tensor) -> Tensor | None:
+        """Return the amaxes of the whole rows where tensor parallelism splits them and the format has to agree; None:
+        those of the shard."""
+        if self.tensor_parallel is None or not self.format.agrees(WEIGHT, 1):
+            return None
+        amax = self.format.amax(shard, "weight")
+        dist.all_reduce(amax, op=dist.ReduceOp.MAX, group=self.tensor_parallel.get_group())
+        return amax
+
     def quantized(self, dtype: torch.dtype) -> Operand:
         """Return the shard rounded to ``dtype`` and cast; cached until the weight changes."""
         state = (*self._state, dtype)
         if self._quantized is None or self._quantized[0] != state:
             # Rounding is monotonic, so the rounded amax is the amax of the rounded shard.
-            amax = None if self.format.has_scales_of_rows("weight") else self.scale_amax.to(dtype).float()
-            cast = self.format.on(self.shard.device).cast(self.shard.to(dtype), WEIGHT, amax=amax)
+            shard, format = self.shard.to(dtype), self.format.on(self.shard.device)
+            amax = (
+                self._amax_of_rows(shard) if format.has_scales_of_rows("weight") else self.scale_amax.to(dtype).float()
+            )
+            cast = format.cast(shard, WEIGHT, amax=amax)
             self._quantized = state, cast
         return self._quantized[1]
 
-    def fsdp_pre_all_gather(
-        self,
-        mesh: DeviceMesh,
-        outer_size: torch.Size,
-        outer_stride: tuple[int, ...],
-        module: nn.Module,
-        mp_policy: MixedPrecisionPolicy,
-    ) -> tuple[tuple[Tensor, ...], Any]:
-        """Return the tensors to gather, which are the bytes and the scales of rows, and metadata: the dtype, and the
-        scale that all shards share. The bytes are viewed as uint8, which every backend can send."""
+    def operand_to_gather(self, mesh: DeviceMesh, dtype: torch.dtype) -> Operand:
         self.sharded_over = mesh
-        shards, rows = 1 if self.shape == outer_size else mesh.size(), outer_size[0]
-        uneven = self.format.has_scales_of_rows("weight") and rows % shards
-        if self.shape[1:] != outer_size[1:] or uneven:
-            raise ValueError(
-                f"a weight of shape {tuple(outer_size)} over {shards} shards, to be gathered in {self.format.name}: "
-                "must be sharded by rows, and with scales of rows evenly; leave this layer out, or gather in high "
-                "precision"
-            )
-        data, scale = self.quantized(mp_policy.param_dtype or self.dtype)
-        assert scale is not None
-        padding = -(-rows // shards) - self.shape[0]
-        payload = F.pad(data.view(torch.uint8), (0, 0, 0, padding)) if padding else data.view(torch.uint8)
-        # A single shard has all scales already; FSDP2 (torch 2.13) also allows one tensor at most there.
-        if scale.ndim and shards > 1:
-            return (payload, scale), (data.dtype, None)
-        return (payload,), (data.dtype, scale)
-
-    def fsdp_post_all_gather(
-        self,
-        all_gather_outputs: tuple[Tensor, ...],
-        metadata: Any,
-        param_dtype: torch.dtype,
-        *,
-        out: Tensor | None = None,
-    ) -> tuple[Tensor, tuple[Tensor, ...]] | None:
-        """Return the gathered weight, which FSDP2 keeps. It frees the weight's memory, refills it in later gathers, and
-        then passes the weight as ``out``."""
-        payload = all_gather_outputs[0]
-        dtype, scale = metadata
-        if scale is None:
-            scale = all_gather_outputs[1]
-        if out is not None:
-            local = out._local_tensor if isinstance(out, DTensor) else out
-            assert isinstance(local, QuantTensor)
-            local.scale = scale
-            return None
-        return QuantTensor(payload.view(dtype), scale, param_dtype), (payload,)
+        return self.quantized(dtype)
 
 
 def _local(tensor: Tensor) -> Tensor:
@@ -217,8 +184,11 @@ def _with_local(tensor: Tensor, local: Tensor) -> Tensor:
 
 def plain(tensor: Tensor) -> Tensor:
     """Return ``tensor`` detached and unwrapped, on the same memory, as for a state dict. Writes to it change the
-    version of the original, also for a DTensor (after its own ``detach`` they would not)."""
+    version of the original, also for a DTensor (after its own ``detach`` they would not). A weight that is stored
+    quantized is dequantized, to memory of its own."""
     local = _local(tensor)
+    if (stored := stored_weight(tensor)) is not None:
+        return _with_local(tensor, stored.dequantized().to(stored.dtype))
     return _with_local(tensor, (local.shard if isinstance(local, ShardedWeight) else local).detach())
 
 
@@ -235,21 +205,26 @@ def shard_with_offset(tensor: Tensor) -> tuple[Tensor, tuple[int, ...]]:
 
 
 def wrapped_for_gather(param: nn.Parameter, format: Format, *, tensor_parallel: bool = False) -> nn.Parameter:
-    """Return ``param`` wrapped so that FSDP2 gathers it in the format. A parameter that is wrapped or gathered already
-    is returned unchanged.
+    """Return ``param`` wrapped so that FSDP2 gathers it in the format; stored in it if the format stores weights. A
+    parameter that is wrapped or gathered already is returned unchanged.
 
     Args:
         tensor_parallel: ``param`` comes from a style of tensor parallelism: if its placement is a Shard, the ranks of
-            its mesh share one scale.
+            its mesh share one scale, or those of the rows that it splits.
     """
     local = _local(param)
-    if not isinstance(local, (ShardedWeight, QuantTensor)):
-        wrapped = _with_local(param, ShardedWeight(local.detach(), format))
-        param = nn.Parameter(wrapped, requires_grad=param.requires_grad)
+    sharded = tensor_parallel and isinstance(param, DTensor) and isinstance(param.placements[0], Shard)
+    if not isinstance(local, (ShardedWeight, StoredWeight, QuantTensor)):
+        if format.stores_weights:
+            split = sharded and param.placements[0] == Shard(1)  # type: ignore[attr-defined]
+            local = StoredWeight.of(local, format, param.device_mesh if split else None)  # type: ignore[attr-defined]
+        else:
+            local = ShardedWeight(local.detach(), format)
+        param = nn.Parameter(_with_local(param, local), requires_grad=param.requires_grad)
         local = _local(param)
-    if tensor_parallel and isinstance(param, DTensor) and isinstance(param.placements[0], Shard):
-        assert isinstance(local, ShardedWeight)
-        local.tensor_parallel = param.device_mesh
+    by_rows = format.has_scales_of_rows("weight") if isinstance(local, ShardedWeight) else False
+    if sharded and isinstance(local, ShardedWeight) and (not by_rows or param.placements[0] == Shard(1)):  # type: ignore[attr-defined]
+        local.tensor_parallel = param.device_mesh  # type: ignore[attr-defined]
     return param
 
 

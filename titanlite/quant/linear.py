@@ -33,6 +33,7 @@ from titanlite.quant.operands import (
 )
 from titanlite.quant.reuse import WeightCopies
 from titanlite.quant.sharding import Sharding, local_part, sharding_of
+from titanlite.quant.stored import SCALES, joined, stored_parts, stored_weight
 from titanlite.quant.tensor import QuantTensor
 
 Layer = TypeVar("Layer", bound="QuantLinear")
@@ -214,10 +215,18 @@ class QuantLinear(CastsOperands):
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if not keep_vars and "weight" in self._parameters:
+            if stored_weight(self.weight) is not None:
+                names = f"{prefix}weight", f"{prefix}weight{SCALES}"
+                destination.update(zip(names, stored_parts(self.weight), strict=True))
+                return
             # Not the result of detach, so that writes to the state dict change the weight's version.
             destination[f"{prefix}weight"] = plain(self.weight)
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        scales = f"{prefix}weight{SCALES}"
+        if scales in state_dict and stored_weight(self.weight) is not None:
+            data = state_dict[f"{prefix}weight"]
+            state_dict[f"{prefix}weight"] = joined(self.weight, data, state_dict.pop(scales))
         super()._load_from_state_dict(state_dict, prefix, *args)
         self.forget_copies()
         missing_keys = args[2]

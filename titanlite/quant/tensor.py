@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from titanlite.quant.format import Operand
 
@@ -67,3 +68,11 @@ class QuantTensor(Tensor):
             f"{func} of a QuantTensor, which arrived as {x.qdata.dtype}: only quantized layers compute with it; "
             "convert all layers that use it, or communicate it in high precision"
         )
+
+
+def inner_tensors(tensor: Tensor) -> list[Tensor]:
+    """Return the plain tensors that a tensor consists of: itself, unless it is a wrapper of others."""
+    if not is_traceable_wrapper_subclass(tensor):
+        return [tensor]
+    names, _ = tensor.__tensor_flatten__()
+    return [inner for name in names for inner in inner_tensors(getattr(tensor, name))]

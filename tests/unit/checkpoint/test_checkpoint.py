@@ -97,6 +97,8 @@ def test_without_verification_nothing_is_read_twice(again: Any) -> None:
 
 # ---- bad input
 
+STATELESS = {"optimizer__name": "SGD", "optimizer__implementation": "for-loop"}
+
 
 @pytest.mark.parametrize(
     ("options", "parts"),
@@ -116,7 +118,7 @@ def test_without_verification_nothing_is_read_twice(again: Any) -> None:
             ],
         ),
         ({"optimizer__name": "SGDM"}, ["was saved by another optimizer", "exclude_from_loading=optimizer"]),
-        ({"optimizer__name": "SGD"}, ["was saved by another optimizer", "exclude_from_loading=optimizer"]),
+        ({**STATELESS}, ["was saved by another optimizer", "exclude_from_loading=optimizer"]),
         ({"training__seed": 1}, ["place in the data does not fit this run: seed was 0, is 1"]),
         ({"training__seq_len": 16}, ["seq_len was 32, is 16"]),
         (
@@ -155,10 +157,6 @@ FLAVORS["wide"] = replace(FLAVORS["debugmodel"], dim=128, ffn_dim=256)
 @register_optimizer("SGDM")
 def sgdm(params, options):
     return torch.optim.SGD(params, lr=options.lr, momentum=0.9)
-
-@register_optimizer("SGD")
-def sgd(params, options):
-    return torch.optim.SGD(params, lr=options.lr)
 """
     )
     refused(again(experimental__custom_import="own", **options), *parts)
@@ -302,11 +300,6 @@ def test_optimizer_state_is_that_of_the_parameters_that_have_some(tmp_path: Path
         """
 import torch
 from titanlite.converters import register_converter
-from titanlite.optim import register_optimizer
-
-@register_optimizer("SGD")
-def sgd(params, options):
-    return torch.optim.SGD(params, lr=options.lr)
 
 @register_converter("unused")
 class Unused:
@@ -320,7 +313,7 @@ class Unused:
     def post_optimizer_hook(self, model): pass
 """
     )
-    for name, own in (("unused", {"model__converters": "unused"}), ("stateless", {"optimizer__name": "SGD"})):
+    for name, own in (("unused", {"model__converters": "unused"}), ("stateless", STATELESS)):
         options = {**checkpoints(2), **own, "experimental__custom_import": "own"}
         first = run_trainer(tmp_path, name=name, **options, training__steps=2)
         assert first.status == 0, first.output

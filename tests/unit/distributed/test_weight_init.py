@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from titanlite.distributed.init import WeightInit, stream_key, uniform
+from titanlite.distributed.init import WeightInit
+from titanlite.quant.streams import stream_key, uniform
 
 MASK = (1 << 64) - 1
 

@@ -147,9 +147,13 @@ def test_the_compiled_update_is_the_plain_one(moments: str) -> None:
     compiled, optimizer = trained(moments, 3, "fused")
     plain, reference = trained(moments, 3)
     torch.testing.assert_close(compiled, plain, rtol=1e-5, atol=1e-6)
-    for a, b in zip(*(o.state_dict()["state"][0].values() for o in (optimizer, reference)), strict=True):
-        # Another order of additions may carry a number over the noise to the other neighbour, but rarely.
-        assert (a.float() != b.float()).double().mean() < 0.01
+    states = [o.state_dict()["state"][0] for o in (optimizer, reference)]
+    for key in states[0]:
+        a, b = states[0][key].float(), states[1][key].float()
+        if key.endswith("_scale"):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=0)
+        else:  # another order of additions may carry a number over the noise to the other neighbour, but rarely
+            assert (a != b).double().mean() < 0.01
 
 
 def shards(moments: str) -> list[list[float]]:

@@ -10,10 +10,11 @@ from torch import Tensor
 
 from titanlite.quant import kernels
 from titanlite.quant.devices import lacks_units, sm
-from titanlite.quant.format import Amaxes, Format, Matmul, Operand, OperandName, Use
+from titanlite.quant.format import Amaxes, Matmul, Operand, OperandName, Use
 from titanlite.quant.int8 import cpu
 from titanlite.quant.int8.matmul import multiply
-from titanlite.quant.int8.numerics import amax_of, amax_to_scale, quantize
+from titanlite.quant.int8.numerics import amax_of, amax_to_scale, dequantize, quantize
+from titanlite.quant.int8.rows import Int8Rows
 from titanlite.quant.kernels import Layout
 
 _USES: dict[Matmul, tuple[Use, Use]] = {
@@ -25,7 +26,7 @@ _AMD = ("gfx90a", "gfx940", "gfx941", "gfx942", "gfx950")
 
 
 @dataclass(frozen=True)
-class Int8Format(Format):
+class Int8Format(Int8Rows):
     """Int8 with dynamic scales.
 
     Args:
@@ -33,13 +34,14 @@ class Int8Format(Format):
         emulate: multiply the quantized values in float32.
         target: the architecture to compute for, such as "sm_90", in an estimate without that device; None: the
             device's own.
+        gathered: the operands that ranks gather in int8, where both of their matmuls are in int8.
     """
 
     matmuls: tuple[Matmul, ...] = ("output", "grad_input", "grad_weight")
     emulate: bool = False
     target: str | None = None
+    gathered: tuple[OperandName, ...] = ()
 
-    name = "int8"
     multiple = 8
 
     def __post_init__(self) -> None:
@@ -95,6 +97,12 @@ class Int8Format(Format):
         return multiply(a, b, dtype, emulate=self.emulate)
 
     # ---- communication
+
+    def travels(self, operand: OperandName) -> bool:
+        return operand in self.gathered and all(self._is_cast(Use(operand, contracted)) for contracted in (0, 1))
+
+    def recast(self, arrived: Operand, operand: OperandName) -> Operand:
+        return self.cast(dequantize(*arrived), Use(operand, 0))  # type: ignore[arg-type]
 
     def agrees(self, use: Use, sharded: int) -> bool:
         return self._is_cast(use) and use.contracted == sharded

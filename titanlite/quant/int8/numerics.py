@@ -53,7 +53,36 @@ def quantize(x: Tensor, scale: Tensor) -> Tensor:
 
 def dequantize(data: Tensor, scale: Tensor) -> Tensor:
     """Return ``data * scale`` in float32."""
-    return data.float() * scale
+    return data * scale  # without a float32 copy of the data
+
+
+ROOM = 17 / 16
+"""The largest value of a row may grow by a sixteenth before its scale has to change again."""
+
+
+def stochastically_rounded(x: Tensor, amax: Tensor, scale: Tensor, bits: Tensor) -> tuple[Tensor, Tensor]:
+    """Round updated weights to int8, up or down with probabilities such that the mean is the exact value.
+
+    A row keeps its scale while its values fit: what has not changed is then an integer still, and gets no rounding
+    error. A row that outgrew its scale, or whose largest value fell below half of the range, gets a new one with some
+    :data:`ROOM`.
+
+    Args:
+        x: float32, (rows, columns).
+        amax: float32, (rows, 1): those of the whole rows.
+        scale: float32, (rows, 1): the scales so far.
+        bits: int32, of the shape of ``x``: uniform; 24 of them are used.
+
+    Returns:
+        The int8 data, and the float32 scales. Where ``amax`` is NaN or infinite, so is the scale: NaN.
+    """
+    fits = (amax <= scale * LARGEST) & (amax > scale * (LARGEST / 2))
+    scale = torch.where(fits, scale, amax_to_scale(amax * ROOM))
+    scaled = x * inverse_of(scale)
+    below = scaled.floor()
+    draws = (bits >> 8 & 0xFFFFFF).float() * 2.0**-24
+    rounded = below + (draws < scaled - below)
+    return rounded.clamp(-LARGEST, LARGEST).to(torch.int8), scale
 
 
 def rescale(product: Tensor, a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
