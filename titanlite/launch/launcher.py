@@ -44,6 +44,7 @@ from titanlite.environment import (
 )
 from titanlite.errors import ConfigError, counted
 from titanlite.launch.command_line import read_config, report, reported
+from titanlite.launch.limits import let_segments_grow, raise_descriptor_limit
 from titanlite.launch.shortage import advise
 from titanlite.launch.stacks import stacks_file
 from titanlite.launch.stop_request import STOP_SIGNALS
@@ -103,6 +104,9 @@ def main(argv: list[str]) -> int:
         planned = plan(argv)
     except ConfigError as e:
         return report(e)
+    if planned.module == "titanlite.train":
+        let_segments_grow()
+        raise_descriptor_limit(planned.machines * planned.processes)
     if planned.machines * planned.processes == 1:
         os.environ.update(planned.env)
         if planned.module == "titanlite.plan.command":

@@ -262,7 +262,8 @@ def describe(advice: Advice, shortage: Shortage) -> str:
             "What estimates leave out did not fit: fragmentation, what libraries allocate, what others on the device "
             "or machine have taken."
         )
-    if shortage.unused >= max(shortage.requested, 1):
+    grows = "expandable_segments:True" in os.environ.get("PYTORCH_CUDA_ALLOC_CONF", "")  # as the launcher sets it
+    if shortage.unused >= max(shortage.requested, 1) and not grows:
         lines.append(
             f"{shortage.unused / GIB:.3f} GiB were reserved, but in pieces too small: with "
             "PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True they might have done."
