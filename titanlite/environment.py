@@ -11,6 +11,7 @@ RDZV_ID = "RDZV_ID"  # tells this run from others that meet there
 COMM_MODE = "COMM_MODE"  # fake: estimate what NGPU devices would need, without them
 CONFIG_FILE = "CONFIG_FILE"  # the TOML file, where --job.config_file does not name one
 COMMAND = "TITANLITE_COMMAND"  # how the user started this, for messages
+CACHE_DIR = "TITANLITE_CACHE_DIR"  # what is kept between runs; by default titanlite in XDG_CACHE_HOME or ~/.cache
 LOG_RANK = "LOG_RANK"  # the ranks that log to the console, separated by commas
 
 SAID = "TITANLITE_SAID"  # numbers of the messages that this process or its launcher has shown

@@ -9,9 +9,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from titanlite.data.files import JSON_SUFFIXES, find_files, is_compressed, open_file, require_path, with_compressed
+from titanlite.data.index_cache import corpus_index
 from titanlite.data.readers import LinesReader, Reader, TextReader
 from titanlite.data.records import BYTE_ORDER_MARK, Corrupt, decode_text, record_of_line, text_of_line
 from titanlite.data.sources import SOURCES, RandomAccessSource, Source, SourceOptions
@@ -97,16 +96,14 @@ class JsonSource(_FilesSource):
     """JSON lines, or one JSON array: objects with their text under ``text_field``; blank lines are ignored."""
 
     def __init__(self, options: SourceOptions, files: list[Path]) -> None:
-        indexes = [json_spans(file) for file in files]
-        self._spans = np.concatenate(indexes)
-        self._file_of = np.repeat(np.arange(len(files)), [len(spans) for spans in indexes])
-        super().__init__(options, len(self._spans), files)
+        self._index = corpus_index(files, "json", json_spans)
+        super().__init__(options, len(self._index.entries), files)
         if options.fields is None:
             self.identity["text_field"] = options.text_field
 
     def span(self, index: int) -> tuple[Path, int, int]:
-        begin, end = (int(offset) for offset in self._spans[index])
-        return self.files[self._file_of[index]], begin, end
+        begin, end = (int(offset) for offset in self._index.entries[index])
+        return self.files[self._index.file_of(index)], begin, end
 
     def decode(self, data: bytes) -> Any:
         return text_of_line(data, self.options.text_field) if self.options.fields is None else record_of_line(data)

@@ -34,9 +34,11 @@ class Reader(Protocol):
 
     Attributes:
         noun: the name of a record, for messages.
+        counts_all: :meth:`count` is always exact, so that its result can be kept.
     """
 
     noun: str
+    counts_all: bool
 
     def count(self, file: Path, at_most: int) -> int:
         """Return the number of records of ``file``; any number from ``at_most`` on if there are more."""
@@ -63,6 +65,7 @@ class ParquetReader:
     """
 
     noun = "row"
+    counts_all = True
 
     def __init__(self, *fields: str) -> None:
         self._fields = fields
@@ -154,6 +157,7 @@ class LinesReader:
     """
 
     noun = "document"
+    counts_all = False
 
     def __init__(self, text_field: str = "") -> None:
         self._field = text_field
@@ -191,6 +195,7 @@ class TextReader:
     """UTF-8 text, possibly compressed; each piece of a long file (:mod:`titanlite.data.cut`) is a record."""
 
     noun = "piece"
+    counts_all = False
 
     def count(self, file: Path, at_most: int) -> int:
         return sum(1 for _ in islice(self.records(file, 0), at_most))

@@ -12,7 +12,10 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from titanlite.data.files import JSON_SUFFIXES, find_files, require_path, unreadable, with_compressed
+from titanlite.data.index_cache import corpus_index
 from titanlite.data.readers import LinesReader, ParquetReader, Reader, TextReader
 from titanlite.data.records import Corrupt, text_of_record
 from titanlite.data.sources import (
@@ -100,6 +103,10 @@ class FileStream(StreamedSource):
 
     def __init__(self, options: SourceOptions, files: list[Path], reader: Reader) -> None:
         self._reader = reader
+        self._known: dict[Path, int] = {}
+        if reader.counts_all:
+            index = corpus_index(files, "rows", lambda file: np.array([[self._count(file, 0)]], dtype=np.int64))
+            self._known = dict(zip(files, index.entries[:, 0].tolist(), strict=True))
         self._full = [file for file in files if self._count(file, 1)]
         require_documents(len(self._full), options)
         super().__init__(options, len(self._full), files)
@@ -134,6 +141,8 @@ class FileStream(StreamedSource):
                 yield self.record_location(file, row), problem
 
     def _count(self, file: Path, at_most: int) -> int:
+        if file in self._known:
+            return self._known[file]
         with reading(file):
             return self._reader.count(file, at_most)
 
