@@ -116,7 +116,7 @@ def _load(place: Path, identities: Sequence[_Identity]) -> Index | list[FileInde
         ends = np.cumsum([count for _, count in header["files"]], dtype=np.int64)
         if entries.dtype != np.int64 or entries.ndim != 2 or len(entries) != ends[-1]:
             return nothing
-    except (OSError, ValueError, LookupError, TypeError):  # there is none, or it is damaged
+    except (OSError, EOFError, ValueError, LookupError, TypeError):  # there is none, or it is damaged
         return nothing
     if known == list(identities):
         return Index(entries, ends)
