@@ -16,6 +16,8 @@ from titanlite.data.index_cache import corpus_index
 from titanlite.data.spans import json_spans
 from titanlite.environment import CACHE_DIR
 
+pytestmark = pytest.mark.slow  # of corpora that are large enough
+
 LINES = 300  # of 80 KiB each: three files are large enough for an index
 REST = "x" * (80 << 10)
 
