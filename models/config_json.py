@@ -13,7 +13,9 @@ MOST = {
     "num_attention_heads": 1 << 16,
     "num_key_value_heads": 1 << 16,
     "head_dim": 1 << 16,
-    **dict.fromkeys(("num_experts", "num_local_experts", "num_experts_per_tok"), 1 << 16),
+    **dict.fromkeys(("num_experts", "num_local_experts", "num_experts_per_tok", "n_routed_experts"), 1 << 16),
+    **dict.fromkeys(("n_shared_experts", "first_k_dense_replace", "n_group", "topk_group"), 1 << 16),
+    **dict.fromkeys(("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"), 1 << 16),
     **dict.fromkeys(
         (
             "hidden_size",
@@ -22,6 +24,8 @@ MOST = {
             "vocab_size",
             "max_position_embeddings",
             "sliding_window",
+            "kv_lora_rank",
+            "q_lora_rank",
         ),
         1 << 24,
     ),

@@ -8,14 +8,14 @@ from typing import Any
 
 from titanlite.errors import ConfigError
 from titanlite.models.config_json import ConfigJson, shown
+from titanlite.models.hugging_face_latent import latent_from_config, latent_layer, latent_to_config
 from titanlite.models.hugging_face_mixture import MixtureFiles
 from titanlite.models.hugging_face_rope import rope_from_config, rope_to_config
-from titanlite.models.layers import DecoderArgs
+from titanlite.models.layers import DecoderArgs, LatentArgs
 from titanlite.models.spec import HuggingFaceFormat
 from titanlite.models.weight_map import Place, Rows, WeightMap
 
 _REQUIRED = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")
-_OPTIONAL = ("num_key_value_heads", "head_dim", "max_position_embeddings")
 
 # The name of each parameter of a block -> its name in a layer of the files, without ".weight".
 LAYER = {
@@ -48,6 +48,7 @@ class DecoderFiles:
         partial_rotary: ``config.json`` has the key ``partial_rotary_factor``.
         layer: the name of each parameter of a block, without ".weight" -> its name in a layer of the files.
         mixture: the form of the mixtures of experts; None: the family has none.
+        latent: attention is latent.
         fused: tensors in a layer of the files -> the parameters of a block that they concatenate, in order.
         ignored: see :class:`~titanlite.models.spec.HuggingFaceFormat`.
     """
@@ -63,6 +64,7 @@ class DecoderFiles:
     partial_rotary: bool = False
     layer: Mapping[str, str] = field(default_factory=lambda: LAYER)
     mixture: MixtureFiles | None = None
+    latent: bool = False
     fused: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     ignored: str | None = None
 
@@ -77,9 +79,10 @@ class DecoderFiles:
         heads, groups = args.n_heads * args.head_size, args.n_kv_heads * args.head_size
         rows = {"wq": heads, "wk": groups, "wv": groups, "w1": args.ffn_dim, "w3": args.ffn_dim}
         places: dict[str, Place] = {"tok_embeddings.weight": "model.embed_tokens.weight"}
+        every = self.layer if args.latent is None else {**self.layer, **latent_layer(args.latent)}
         for i in range(args.n_layers):
             here, there = f"layers.{i}", f"model.layers.{i}"
-            layer = self.layer
+            layer = every
             if self.mixture is not None and args.mixture is not None and i >= args.mixture.n_dense_layers:
                 layer = {name: tensor for name, tensor in layer.items() if not name.startswith("feed_forward.")}
                 experts = self.mixture.places(args.mixture, there)
@@ -125,6 +128,7 @@ class DecoderFiles:
         window = {"sliding_window": args.sliding_window} if self.window else {}
         partial = {"partial_rotary_factor": args.partial_rotary_factor or 1.0} if self.partial_rotary else {}
         mixture = self.mixture.written(args.mixture) if self.mixture and args.mixture else {}
+        head = latent_to_config(args.latent) if self.latent and args.latent else {"head_dim": args.head_size}
         return {
             "architectures": [self.architecture],
             "model_type": self.model_type,
@@ -133,7 +137,7 @@ class DecoderFiles:
             "num_hidden_layers": args.n_layers,
             "num_attention_heads": args.n_heads,
             "num_key_value_heads": args.n_kv_heads,
-            "head_dim": args.head_size,
+            **head,
             "vocab_size": args.vocab_size,
             "max_position_embeddings": args.max_seq_len,
             "rms_norm_eps": args.norm_eps,
@@ -160,23 +164,18 @@ class DecoderFiles:
         )
         self._check_fixed(stated)
         dim, layers, heads, ffn_dim, vocab_size = (stated.size(key, required=True) for key in _REQUIRED)
-        kv_heads, head_dim, max_seq_len = (stated.size(key) for key in _OPTIONAL)
+        max_seq_len = stated.size("max_position_embeddings")
         if stated.get("tie_word_embeddings") not in (None, True, False):
             raise stated.unsupported("tie_word_embeddings", "must be true or false")
-        if head_dim is None and dim % heads:
-            raise stated.unsupported("hidden_size", f"must be a multiple of num_attention_heads = {heads}")
-        kv_heads, head_dim = kv_heads or heads, head_dim or dim // heads  # null means this, as in transformers
-        if head_dim % 2:
-            raise stated.unsupported("head_dim", "must be even, for rotary embeddings", head_dim)
-        if heads % kv_heads:
-            raise stated.unsupported("num_key_value_heads", f"must divide num_attention_heads = {heads}", kv_heads)
-        theta, scaling, partial = rope_from_config(stated, self.rope_kinds, self.partial_rotary)
+        latent = latent_from_config(stated) if self.latent else None
+        kv_heads, head_dim = _heads(stated, dim, heads, latent)
+        theta, scaling, partial = rope_from_config(stated, self.rope_kinds, self.partial_rotary, mscale=self.latent)
         args = DecoderArgs(
             dim=dim,
             n_layers=layers,
             n_heads=heads,
             n_kv_heads=kv_heads,
-            head_dim=None if head_dim * heads == dim else head_dim,
+            head_dim=None if latent is not None or head_dim * heads == dim else head_dim,
             ffn_dim=ffn_dim,
             vocab_size=vocab_size,
             rope_theta=theta,
@@ -187,6 +186,7 @@ class DecoderFiles:
             max_seq_len=max_seq_len or 2048,
             sliding_window=stated.size("sliding_window") if self.window else None,
             mixture=self.mixture.read(stated) if self.mixture is not None else None,
+            latent=latent,
             **self.args,
         )
         if args.rotary_size % 2 or not args.rotary_size:
@@ -226,10 +226,30 @@ class DecoderFiles:
             )
 
 
+def _heads(stated: ConfigJson, dim: int, heads: int, latent: LatentArgs | None) -> tuple[int, int]:
+    """Return the number of heads of keys, and the features of a head."""
+    kv_heads = stated.size("num_key_value_heads") or heads  # null means this, as in transformers
+    if latent is not None:
+        if kv_heads != heads:
+            raise stated.unsupported("num_key_value_heads", f"must be num_attention_heads = {heads}", kv_heads)
+        return kv_heads, latent.head_dim
+    head_dim = stated.size("head_dim")
+    if head_dim is None and dim % heads:
+        raise stated.unsupported("hidden_size", f"must be a multiple of num_attention_heads = {heads}")
+    head_dim = head_dim or dim // heads
+    if head_dim % 2:
+        raise stated.unsupported("head_dim", "must be even, for rotary embeddings", head_dim)
+    if heads % kv_heads:
+        raise stated.unsupported("num_key_value_heads", f"must divide num_attention_heads = {heads}", kv_heads)
+    return kv_heads, head_dim
+
+
 def _differences(there: DecoderArgs, here: DecoderArgs) -> dict[str, tuple[Any, Any]]:
     """Return the arguments that differ, but for the sequence length, by name; a head's default size is one. Where all
     blocks have experts, nothing has the size of a plain feed-forward."""
-    one, other = (replace(args, head_dim=args.head_size, max_seq_len=1) for args in (there, here))
+    one, other = (
+        replace(args, head_dim=None if args.latent else args.head_size, max_seq_len=1) for args in (there, here)
+    )
     if all(args.mixture is not None and not args.mixture.n_dense_layers for args in (one, other)):
         other = replace(other, ffn_dim=one.ffn_dim)
     pairs = {f.name: (getattr(one, f.name), getattr(other, f.name)) for f in fields(one)}

@@ -64,4 +64,5 @@ class MixtureFiles:
             if "{}" in tensor
             else f"{there}.{tensor}"
             for name, tensor in self.tensors.items()
+            if mixture.n_shared_experts or not name.startswith("shared.")
         }

@@ -15,6 +15,7 @@ Scaling = RopeScaling | YarnScaling
 _ORIGINAL = {"original_max_seq_len": "original_max_position_embeddings"}
 _LLAMA3 = {name: name for name in ("factor", "low_freq_factor", "high_freq_factor")} | _ORIGINAL
 _YARN = {name: name for name in ("factor", "beta_fast", "beta_slow", "attention_factor")} | _ORIGINAL
+_MSCALE = {name: name for name in ("mscale", "mscale_all_dim")}
 _COMMON = {"rope_type", "type", "rope_theta", "partial_rotary_factor", "truncate"}
 
 
@@ -22,7 +23,7 @@ def rope_to_config(scaling: Scaling | None) -> dict[str, Any] | None:
     """Return ``rope_scaling``, with the keys that ``transformers`` reads since 4.43, as do other programs."""
     if scaling is None:
         return None
-    kind, keys = ("yarn", _YARN) if isinstance(scaling, YarnScaling) else ("llama3", _LLAMA3)
+    kind, keys = ("yarn", _YARN | _MSCALE) if isinstance(scaling, YarnScaling) else ("llama3", _LLAMA3)
     stated = {key: value for name, key in keys.items() if (value := getattr(scaling, name)) is not None}
     # transformers warns if a factor is not a float.
     return {key: value if key in _ORIGINAL.values() else float(value) for key, value in stated.items()} | {
@@ -31,13 +32,14 @@ def rope_to_config(scaling: Scaling | None) -> dict[str, Any] | None:
 
 
 def rope_from_config(
-    config: ConfigJson, kinds: Sequence[str], partial: bool
+    config: ConfigJson, kinds: Sequence[str], partial: bool, mscale: bool = False
 ) -> tuple[float, Scaling | None, float | None]:
     """Return the base of the frequencies, their scaling, and the share of a head that is rotated (None: all).
 
     Args:
         kinds: the values of ``rope_type`` that the family computes.
         partial: the family computes heads that are rotated in part.
+        mscale: the family computes DeepSeek's factors of YaRN.
 
     Raises:
         ConfigError: the file states another kind, or values that are not used.
@@ -61,7 +63,8 @@ def rope_from_config(
         raise rope.unsupported("rope_type", f"must be {names}", kind)
     if kind == "default":
         return theta, None, share
-    keys = _YARN if kind == "yarn" else _LLAMA3
+    factors = _MSCALE if mscale else {}
+    keys = _YARN | factors if kind == "yarn" else _LLAMA3
     if kind == "yarn":
         rope.only("truncate", True)
     for name in stated:
@@ -75,7 +78,6 @@ def rope_from_config(
         return theta, RopeScaling(original_max_seq_len=original, **numbers), share
     if theta <= 1:
         raise rope.unsupported("rope_theta", "must be above 1 for YaRN", theta)
-    optional = {
-        name: rope.number(name) for name in ("beta_fast", "beta_slow", "attention_factor") if rope.get(name) is not None
-    }
+    options = ("beta_fast", "beta_slow", "attention_factor", *factors)
+    optional = {name: rope.number(name) for name in options if rope.get(name) is not None}
     return theta, YarnScaling(rope.number("factor"), original, **optional), share

@@ -101,7 +101,7 @@ class ModelSpec:
             ConfigError: the family has no such size, they do not fit together, or the family's form in ``transformers``
                 cannot say them. The key is ``model.args.`` and the name.
         """
-        known = [f.name for f in fields(flavor) if f.name != "mixture"]
+        known = [f.name for f in fields(flavor) if f.name not in ("mixture", "latent")]
         mixture = getattr(flavor, "mixture", None)
         inner = [] if mixture is None else [f.name for f in fields(mixture)]
         for name, value in sizes.items():

@@ -2,13 +2,15 @@
 
 A weight map gives for each parameter, by its name in titanlite, the place in the files: the name of a tensor,
 :class:`Rows` of a tensor that holds several parameters, or a :class:`Stack` of tensors. Tied parameters have several
-names and one place.
+names and one place. Buffers that training changes, such as the bias of a router, have a place too.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import NamedTuple, TypeAlias
+
+from torch import Tensor, nn
 
 
 class Rows(NamedTuple):
@@ -27,6 +29,11 @@ class Stack(NamedTuple):
 
 Place: TypeAlias = str | Rows | Stack
 WeightMap: TypeAlias = Mapping[str, Place]
+
+
+def buffers_of(model: nn.Module, weights: WeightMap) -> dict[str, Tensor]:
+    """Return the buffers of a model, or of a part of it, that have a place in the files."""
+    return {name: buffer for name, buffer in model.named_buffers() if name in weights}
 
 
 def tensors_of(place: Place) -> tuple[str, ...]:

@@ -14,10 +14,13 @@ from torch import Tensor, nn
 from titanlite.models.layers.attention import Attention, document_mask
 from titanlite.models.layers.feed_forward import FeedForward
 from titanlite.models.layers.init import Init
+from titanlite.models.layers.latent_attention import LatentArgs, LatentAttention
 from titanlite.models.layers.layout import Layout, Projections
 from titanlite.models.layers.mixture import Mixture, MixtureArgs
 from titanlite.models.layers.rotary import RopeScaling, YarnScaling, rope_table
 from titanlite.models.layers.size import ModelSize
+
+_LATENT_NORM_EPS = 1e-6  # DeepSeek's, whatever norm_eps
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,7 @@ class DecoderArgs:
         sliding_window: the number of positions that each position attends to; None: all before it.
         partial_rotary_factor: the share of a head's features that are rotated; None: all.
         mixture: the experts in place of a feed-forward; None: no block has any.
+        latent: the sizes of latent attention, which has as many heads of keys as of queries; None: it is grouped.
     """
 
     dim: int
@@ -51,10 +55,13 @@ class DecoderArgs:
     sliding_window: int | None = None
     partial_rotary_factor: float | None = None
     mixture: MixtureArgs | None = None
+    latent: LatentArgs | None = None
 
     @property
     def head_size(self) -> int:
-        """The features of one head."""
+        """The features of one head of queries and keys."""
+        if self.latent is not None:
+            return self.latent.head_dim
         return self.dim // self.n_heads if self.head_dim is None else self.head_dim
 
     @property
@@ -66,13 +73,30 @@ class DecoderArgs:
         return (dense * self.ffn_dim + (self.n_layers - dense) * self.mixture.active_dim) // self.n_layers
 
     @property
+    def value_size(self) -> int:
+        """The features of one head of values."""
+        return self.head_size if self.latent is None else self.latent.value_dim
+
+    @property
+    def attention_features(self) -> int:
+        """The features of a token's queries, keys, values and results of attention, of all heads."""
+        return (self.n_heads + self.n_kv_heads) * (self.head_size + self.value_size)
+
+    @property
     def rotary_size(self) -> int:
         """The features of one head that are rotated."""
+        if self.latent is not None:
+            return self.latent.rope_dim
         return int(self.head_size * (self.partial_rotary_factor or 1.0))
 
     def broken_rule(self) -> tuple[tuple[str, ...], str] | None:
         """Return the names of sizes that do not fit together, and the rule; None if all do."""
-        if self.head_dim is None and self.dim % self.n_heads:
+        if self.latent is not None:
+            if self.head_dim is not None:
+                return ("head_dim",), "latent attention has no such size"
+            if self.n_kv_heads != self.n_heads:
+                return ("n_kv_heads", "n_heads"), "latent attention has as many heads of keys as of queries"
+        elif self.head_dim is None and self.dim % self.n_heads:
             return ("dim", "n_heads", "head_dim"), f"dim must be a multiple of n_heads = {self.n_heads}"
         if self.n_heads % self.n_kv_heads:
             return ("n_kv_heads", "n_heads"), f"n_kv_heads = {self.n_kv_heads} must divide n_heads = {self.n_heads}"
@@ -106,6 +130,21 @@ class DecoderArgs:
         return replace(self, vocab_size=self.vocab_size or -(-vocab_size // 128) * 128, max_seq_len=seq_len)
 
 
+def _attention(args: DecoderArgs) -> Attention | LatentAttention:
+    if args.latent is not None:
+        factor = 1.0 if args.rope_scaling is None else args.rope_scaling.score_factor()
+        return LatentAttention(args.dim, args.n_heads, args.latent, norm_eps=_LATENT_NORM_EPS, score_factor=factor)
+    return Attention(
+        args.dim,
+        args.n_heads,
+        args.n_kv_heads,
+        args.head_size,
+        bias=args.qkv_bias,
+        norm_eps=args.norm_eps if args.qk_norm else None,
+        window=args.sliding_window,
+    )
+
+
 class Block(nn.Module):
     """Attention and feed-forward, each behind a norm and added to the residual stream.
 
@@ -121,15 +160,7 @@ class Block(nn.Module):
     def __init__(self, args: DecoderArgs, number: int = 0) -> None:
         super().__init__()
         self.run = None
-        self.attention = Attention(
-            args.dim,
-            args.n_heads,
-            args.n_kv_heads,
-            args.head_size,
-            bias=args.qkv_bias,
-            norm_eps=args.norm_eps if args.qk_norm else None,
-            window=args.sliding_window,
-        )
+        self.attention = _attention(args)
         mixture = args.mixture if args.mixture is not None and number >= args.mixture.n_dense_layers else None
         self.feed_forward = Mixture(args.dim, mixture) if mixture else FeedForward(args.dim, args.ffn_dim)
         self.attention_norm = nn.RMSNorm(args.dim, eps=args.norm_eps)
@@ -166,6 +197,13 @@ LAYOUT = Layout(
         "feed_forward": Projections(("w1", "w3"), ("w2",)),
     },
     norms=("attention_norm", "ffn_norm"),
+)
+LATENT_LAYOUT = replace(
+    LAYOUT,
+    refused={
+        "tensor": "all heads share the latents of latent attention, which are not sharded",
+        "context": "the exchange of keys and values takes heads of one size, and those of latent attention have two",
+    },
 )
 
 
@@ -263,7 +301,7 @@ class Decoder(nn.Module):
             embedding_params=0 if args.tie_embeddings else embedding.weight.numel(),
             layers=args.n_layers,
             heads=args.n_heads,
-            head_dim=args.head_size,
+            head_dim=(args.head_size + args.value_size) // 2,
             dim=args.dim,
             vocab_size=args.vocab_size,
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,8 @@ class Layout:
         embedding, norm, output: the first and last children; in a pipeline stage they may be None.
         blocks: the ``ModuleDict`` of blocks; its keys are the blocks' numbers in the whole model.
         divisible: the names in the model's arguments of the sizes that tensor parallelism must divide.
+        refused: the dimensions of parallelism ("tensor", "context", "pipeline") that the blocks cannot be spread over,
+            and why.
     """
 
     parts: Mapping[str, Projections]
@@ -44,3 +46,4 @@ class Layout:
     norm: str = "norm"
     output: str = "output"
     divisible: tuple[str, ...] = ("n_heads", "n_kv_heads", "ffn_dim", "vocab_size")
+    refused: Mapping[str, str] = field(default_factory=dict)

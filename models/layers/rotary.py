@@ -34,6 +34,10 @@ class RopeScaling:
         """Return the factor of cosines and sines."""
         return 1.0
 
+    def score_factor(self) -> float:
+        """Return the factor of the scores of latent attention."""
+        return 1.0
+
 
 @dataclass(frozen=True)
 class YarnScaling:
@@ -43,7 +47,10 @@ class YarnScaling:
     Attributes:
         beta_fast, beta_slow: pairs that make more rotations than ``beta_fast`` within ``original_max_seq_len`` keep
             their frequency, those that make fewer than ``beta_slow`` have it divided by ``factor``.
-        attention_factor: the factor of cosines and sines; None: 0.1 ln(factor) + 1, as in the paper.
+        attention_factor: the factor of cosines and sines; None: 0.1 ln(factor) + 1, as in the paper, or with both of
+            the following the quotient of the two.
+        mscale, mscale_all_dim: DeepSeek's factors in place of the paper's 1: of rotated features,
+            0.1 mscale ln(factor) + 1, and of all features of queries and keys, 0.1 mscale_all_dim ln(factor) + 1.
     """
 
     factor: float = 4.0
@@ -51,6 +58,8 @@ class YarnScaling:
     beta_fast: float = 32.0
     beta_slow: float = 1.0
     attention_factor: float | None = None
+    mscale: float | None = None
+    mscale_all_dim: float | None = None
 
     def scaled(self, freqs: Tensor, theta: float) -> Tensor:
         """Return the scaled frequencies."""
@@ -69,7 +78,16 @@ class YarnScaling:
         """Return the factor of cosines and sines."""
         if self.attention_factor is not None:
             return self.attention_factor
-        return 0.1 * math.log(self.factor) + 1.0 if self.factor > 1 else 1.0
+        if self.mscale and self.mscale_all_dim:
+            return self._grown(self.mscale) / self._grown(self.mscale_all_dim)
+        return self._grown(1.0)
+
+    def score_factor(self) -> float:
+        """Return the factor of the scores of latent attention (DeepSeek-V2, 2024)."""
+        return self._grown(self.mscale_all_dim) ** 2 if self.mscale_all_dim else 1.0
+
+    def _grown(self, mscale: float) -> float:
+        return 0.1 * mscale * math.log(self.factor) + 1.0 if self.factor > 1 else 1.0
 
 
 def rope_frequencies(rotary_dim: int, theta: float, scaling: RopeScaling | YarnScaling | None) -> Tensor:
@@ -88,14 +106,20 @@ def rope_table(seq_len: int, rotary_dim: int, theta: float, scaling: RopeScaling
     return table if scaling is None else table * scaling.amplitude()
 
 
-def apply_rope(x: Tensor, rope: Tensor) -> Tensor:
+def apply_rope(x: Tensor, rope: Tensor, *, interleaved: bool = False) -> Tensor:
     """Rotate ``x`` [batch, seq_len, heads, head_dim] by ``rope`` [2, seq_len, rotary_dim] or [2, batch, seq_len,
-    rotary_dim], computed in float32. The features of a head from ``rotary_dim`` on stay as they are."""
+    rotary_dim], computed in float32. The features of a head from ``rotary_dim`` on stay as they are.
+
+    Args:
+        interleaved: element 2i is paired with 2i + 1, as in the files of DeepSeek.
+    """
     rotary_dim = rope.shape[-1]
     half = rotary_dim // 2
     cos, sin = rope[..., None, :half].unbind()  # the two features of a pair have the same angle
-    x1, x2 = (part.float() for part in x[..., :rotary_dim].unflatten(-1, (2, half)).unbind(-2))
+    paired = x[..., :rotary_dim].unflatten(-1, (half, 2) if interleaved else (2, half))
+    pair = -1 if interleaved else -2
+    x1, x2 = (part.float() for part in paired.unbind(pair))
     # No rotate_half(x): with it, a compiled kernel reads x twice.
     pairs = ((x1 * cos - x2 * sin).to(x.dtype), (x2 * cos + x1 * sin).to(x.dtype))
-    rotated = torch.stack(pairs, dim=-2).flatten(-2)
+    rotated = torch.stack(pairs, dim=pair).flatten(-2)
     return rotated if rotary_dim == x.shape[-1] else torch.cat((rotated, x[..., rotary_dim:]), dim=-1)

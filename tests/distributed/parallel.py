@@ -26,7 +26,7 @@ from titanlite.config.schema import Comm
 from titanlite.data import Batch, DataLoader
 from titanlite.distributed import runtime
 from titanlite.distributed.mesh import Mesh
-from titanlite.models.layers import DecoderArgs, MixtureArgs, YarnScaling
+from titanlite.models.layers import DecoderArgs, LatentArgs, MixtureArgs, YarnScaling
 from titanlite.models.llama3.spec import FLAVORS
 from titanlite.models.spec import get_model_spec
 from titanlite.optim import IGNORED
@@ -43,6 +43,14 @@ TINY_FAMILIES = {
     "qwen3": replace(TINY_MODEL, qk_norm=True),
     "qwen3_moe": replace(TINY_MODEL, qk_norm=True, mixture=MixtureArgs(6, 2, 32)),
     "mixtral": replace(TINY_MODEL, mixture=MixtureArgs(5, 2, 32)),  # over two processes, sharded by features
+    "deepseek_v3": replace(
+        TINY_MODEL,
+        n_kv_heads=4,
+        latent=LatentArgs(kv_rank=24, q_rank=40, nope_dim=16, rope_dim=8, value_dim=20),
+        mixture=MixtureArgs(
+            8, 2, 32, n_shared_experts=1, n_dense_layers=1, scores="sigmoid", bias=True, n_groups=4, group_limit=2
+        ),
+    ),
     "phi3": replace(TINY_MODEL, sliding_window=12, partial_rotary_factor=0.5),
 }
 

@@ -38,6 +38,22 @@ _LLAMA3 = {
 _YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 12}
 _PARTIAL = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
 _EXPERTS = {"num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 28}
+_DEEPSEEK = {
+    "num_key_value_heads": 4,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 28,
+    "first_k_dense_replace": 1,
+    "n_group": 4,
+    "topk_group": 2,
+    "kv_lora_rank": 20,
+    "q_lora_rank": 24,
+    "qk_nope_head_dim": 10,
+    "qk_rope_head_dim": 6,
+    "v_head_dim": 14,
+    "num_nextn_predict_layers": 0,
+}
+_YARN_MSCALE = {**_YARN, "mscale": 1.0, "mscale_all_dim": 0.7}
 ONE_KV_HEAD, WIDE, TIED = {"num_key_value_heads": 1}, {"head_dim": 20}, {"tie_word_embeddings": True}
 
 # The class of transformers' configuration, and its arguments in place of those above.
@@ -56,6 +72,15 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3_moe, weights not normalized": ("Qwen3MoeConfig", {**_EXPERTS, "num_experts_per_tok": 1, **ONE_KV_HEAD}),
     "mixtral": ("MixtralConfig", {"num_local_experts": 5, "num_experts_per_tok": 2}),
     "mixtral, window": ("MixtralConfig", {"num_local_experts": 4, "sliding_window": 7, **WIDE}),
+    "deepseek_v3": ("DeepseekV3Config", _DEEPSEEK),
+    "deepseek_v3, yarn, two shared experts": (
+        "DeepseekV3Config",
+        {**_DEEPSEEK, "rope_parameters": _YARN_MSCALE, "n_shared_experts": 2, "routed_scaling_factor": 1.3},
+    ),
+    "deepseek_v3, whole queries, one group": (
+        "DeepseekV3Config",
+        {**_DEEPSEEK, "q_lora_rank": None, "n_group": 1, "topk_group": 1, "norm_topk_prob": False, "v_head_dim": 18},
+    ),
     "phi3": ("Phi3Config", {}),
     "phi3, window, partial rotary": ("Phi3Config", {"sliding_window": 7, "rope_parameters": _PARTIAL, **ONE_KV_HEAD}),
 }
@@ -72,6 +97,9 @@ def their_model(case: str, **changed: Any) -> Any:
     with torch.no_grad():
         for param in model.parameters():
             param += 0.1 * torch.randn_like(param)
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                buffer += 0.1 * torch.randn_like(buffer)
     return model.eval()
 
 
@@ -79,6 +107,7 @@ def their_model(case: str, **changed: Any) -> Any:
 _PROJECTIONS = {
     "MixtralForCausalLM": ("block_sparse_moe", "w1", "w3", "w2"),
     "Qwen3MoeForCausalLM": ("mlp", "gate_proj", "up_proj", "down_proj"),
+    "DeepseekV3ForCausalLM": ("mlp", "gate_proj", "up_proj", "down_proj"),
 }
 
 

@@ -12,7 +12,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
@@ -49,6 +49,7 @@ def write_hugging_face(
     tokenizer: Tokenizer,
     *,
     dtype: torch.dtype = torch.bfloat16,
+    in_float32: Collection[str] = (),
     quantized: QuantizedWeights | None = None,
     generation: Mapping[str, Any] | None = None,
     card: str | None = None,
@@ -64,6 +65,7 @@ def write_hugging_face(
         get: maps a list of parameter names, in order and all of one file, to their full tensors, of any dtype and
             device. Every parameter is requested once. The tensors of earlier calls may be freed.
         dtype: float16, bfloat16 or float32.
+        in_float32: the parameters that are written in float32, whatever ``dtype``.
         quantized: the weights that are written in 8 bits with their scales; None: none.
         generation: the content of ``generation_config.json``; none or empty: that beside the
             tokenizer, else the ids of BOS and EOS.
@@ -86,7 +88,10 @@ def write_hugging_face(
             (partial / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         if card is not None:
             (partial / CARD).write_text(card, encoding="utf-8")
-        _write_weights(partial, units(shapes, weights), get, quantized or QuantizedWeights(), dtype, max_shard_bytes)
+        planned = units(shapes, weights)
+        kept = {t for unit in planned if unit.parameters[0] in in_float32 for t in unit.tensors}
+        dtypes = {t: torch.float32 if t in kept else dtype for unit in planned for t in unit.tensors}
+        _write_weights(partial, planned, get, quantized or QuantizedWeights(), dtypes, max_shard_bytes)
 
 
 def check_target(folder: Path, replace: bool) -> None:
@@ -210,17 +215,18 @@ def _write_weights(
     planned: list[Unit],
     get: Callable[[list[str]], Mapping[str, Tensor]],
     quantized: QuantizedWeights,
-    dtype: torch.dtype,
+    dtypes: Mapping[str, torch.dtype],
     max_shard_bytes: int,
 ) -> None:
     def entries(unit: Unit) -> dict[str, Entry]:
         return {
             name: entry
             for tensor, shape in unit.tensors.items()
-            for name, entry in quantized.of(tensor, shape, dtype).items()
+            for name, entry in quantized.of(tensor, shape, dtypes[tensor]).items()
         }
 
-    shards = group(planned, dtype.itemsize, max_shard_bytes)
+    itemsize = min((dtype.itemsize for dtype in dtypes.values()), default=1)
+    shards = group(planned, itemsize, max_shard_bytes)
     headers = [{name: entry for unit in shard for name, entry in entries(unit).items()} for shard in shards]
     files = [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
     if len(shards) == 1:
@@ -238,7 +244,7 @@ def _write_weights(
                 for unit in batch:
                     for name, tensor in unit.split(values):
                         parts = quantized.tensors(name, tensor)
-                        for part, entry in zip(parts, quantized.of(name, unit.tensors[name], dtype).values()):
+                        for part, entry in zip(parts, quantized.of(name, unit.tensors[name], dtypes[name]).values()):
                             out.write(_bytes(name, part, *entry))
                 del values, tensor, parts, part  # free them before the next batch is read
 

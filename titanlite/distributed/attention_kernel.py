@@ -46,6 +46,7 @@ class AttentionInputs(NamedTuple):
 
     Attributes:
         masked: with a mask of pairs in place of causal attention.
+        value_dim: the features of a head of values; None: ``head_dim``.
     """
 
     heads: int
@@ -53,6 +54,7 @@ class AttentionInputs(NamedTuple):
     head_dim: int
     dtype: torch.dtype
     masked: bool = False
+    value_dim: int | None = None
 
 
 def kernel_order(name: str) -> list[SDPBackend]:
@@ -83,8 +85,9 @@ def usable_kernels(inputs: AttentionInputs, device: torch.device) -> set[SDPBack
     heads = inputs.heads, inputs.heads if inputs.masked else inputs.kv_heads
     shapes = [(1, count, _POSITIONS, inputs.head_dim) for count in heads]
     q, k = (torch.empty(shape, dtype=inputs.dtype, device=device, requires_grad=True) for shape in shapes)
+    v = k if inputs.value_dim is None else k.new_empty(*k.shape[:3], inputs.value_dim, requires_grad=True)
     mask = torch.ones(_POSITIONS, _POSITIONS, dtype=torch.bool, device=device) if inputs.masked else None
-    params = SDPAParams(q, k, k, mask, 0.0, not inputs.masked, not inputs.masked)
+    params = SDPAParams(q, k, v, mask, 0.0, not inputs.masked, not inputs.masked and v.shape == k.shape)
     checks = {
         CUDNN: can_use_cudnn_attention,
         FLASH: can_use_flash_attention,

@@ -62,7 +62,7 @@ def _kernel(args: Any, mesh: Mesh, config: JobConfig, masked: bool) -> str:
         return "FlexAttention"
     heads = args.n_heads // mesh.tp.size(), getattr(args, "n_kv_heads", args.n_heads) // mesh.tp.size()
     dtype = getattr(torch, config.training.mixed_precision_param)
-    inputs = AttentionInputs(*heads, args.head_size, dtype, masked)
+    inputs = AttentionInputs(*heads, args.head_size, dtype, masked, getattr(args, "value_size", None))
     return describe_kernel(inputs, torch.device("cuda"), ring=mesh.cp.size() > 1)
 
 

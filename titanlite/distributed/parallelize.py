@@ -159,6 +159,13 @@ def check(args: Any, layout: Layout, mesh: Mesh, config: JobConfig) -> None:
     """
     tp, pp, ac = mesh.tp.size(), mesh.pp.size(), config.activation_checkpoint
     check_experts(getattr(args, "mixture", None), mesh, config)
+    for name, degree in (("tensor", tp), ("context", mesh.cp.size()), ("pipeline", pp)):
+        if degree > 1 and name in layout.refused:
+            raise ConfigError(
+                f"{layout.refused[name]}; shard with data_parallel_shard_degree",
+                key=f"parallelism.{name}_parallel_degree",
+                value=degree,
+            )
     if ac.mode == "selective" and ac.selective_ac_option != "op" and int(ac.selective_ac_option) > args.n_layers:
         refuse(
             config,

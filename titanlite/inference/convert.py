@@ -38,7 +38,7 @@ from titanlite.inference.load import (
 )
 from titanlite.inference.model_card import model_card
 from titanlite.inference.quantize import calibrated, linear_layers, quantization_config, quantized_weights
-from titanlite.models.weight_map import WeightMap
+from titanlite.models.weight_map import WeightMap, buffers_of
 
 
 def convert(
@@ -123,6 +123,7 @@ def to_hugging_face(
     weights = family.weights(description.args)
     config = family.to_config(description.args)
     shapes = {name: tuple(param.shape) for name, param in model.named_parameters(remove_duplicate=False)}
+    buffers = {name: tuple(buffer.shape) for name, buffer in buffers_of(model, weights).items()}
     with _weights_of(description, saved, weights) as get:
         quantized = None
         if quantizer is not None:
@@ -136,11 +137,12 @@ def to_hugging_face(
         write_hugging_face(
             target,
             config,
-            shapes,
+            shapes | buffers,
             weights,
             get,
             tokenizer,
             dtype=getattr(torch, dtype),
+            in_float32=buffers,
             quantized=quantized,
             generation=generation_of(folder, tokenizer),
             card=model_card(
@@ -191,13 +193,20 @@ def to_checkpoint(folder: Path, target: Path, tokenizer_path: str | None) -> str
     family, files = description.spec.hugging_face, description.files
     assert family is not None
     assert files is not None
-    outline(description)  # checks the sizes
+    model, _ = outline(description)  # checks the sizes
     weights = family.weights(description.args)
+    buffers = [f"model.{name}" for name in sorted(buffers_of(model, weights))]
     with files.opened() as get:
         state = {f"model.{name}": get(place) for name, place in weights.items()}  # as views of the files
         shape: dict[str, Any] = json.loads(json.dumps(asdict(description.args)))
-        model = {"name": description.spec.name, "flavor": description.flavor, "args": shape}
-        info = Info(0, model, tokenizer_path=tokenizer_source, tokenizer=tokenizer.identity, weights_only=True)
+        info = Info(
+            0,
+            {"name": description.spec.name, "flavor": description.flavor, "args": shape},
+            tokenizer_path=tokenizer_source,
+            tokenizer=tokenizer.identity,
+            weights_only=True,
+            buffers=buffers,
+        )
         runtime.start_runtime(Comm())
         try:
             checkpoint = save(target, state, info, None, tokenizer.files())

@@ -3,7 +3,8 @@
 A model family works without changes if its ``forward(tokens, positions)`` takes the positions of the tokens, and its
 attention modules are :class:`~titanlite.models.layers.AttentionSlot`. What their slot is given: q [batch, heads,
 seq_len, head_dim], k and v [batch, kv_heads, seq_len, head_dim]; positions are already applied to q and k, and
-attention is causal over the whole sequence, or over a sliding window of it.
+attention is causal over the whole sequence, or over a sliding window of it. Of latent attention the latents are cached
+in place of keys and values.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from titanlite.errors import ConfigError, counted
-from titanlite.models.layers import AttentionSlot, Core, visible
+from titanlite.models.layers import AttentionSlot, Core, LatentAttention, visible
 
 _FIRST_ROOM = 256  # tokens; more is allocated when they come
 
@@ -80,7 +81,7 @@ class KVCache:
         self._new = 0
         self._modules = [module for module in model.modules() if isinstance(module, AttentionSlot)]
         self._cores = [module.core for module in self._modules]
-        self._kept: dict[nn.Module, tuple[Tensor, Tensor]] = {}
+        self._kept: dict[nn.Module, tuple[Tensor, ...]] = {}
         if not self._modules:
             raise ConfigError(
                 f"{type(model).__name__} has no AttentionSlot for a cache of keys and values; give its attention one, "
@@ -95,11 +96,15 @@ class KVCache:
     def __enter__(self) -> KVCache:
         for module, core in zip(self._modules, self._cores, strict=True):
             module.core = partial(self._attend, module, core)
+            if isinstance(module, LatentAttention):
+                module.latents = partial(self._all_latents, module)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, e: BaseException | None, trace: TracebackType | None) -> None:
         for module, core in zip(self._modules, self._cores, strict=True):
             module.core = core
+            if isinstance(module, LatentAttention):
+                module.latents = None
         self._kept.clear()
 
     def truncate(self, length: int) -> None:
@@ -139,8 +144,12 @@ class KVCache:
     ) -> Tensor:
         starts, new = self.lengths, self._new
         padding = q.shape[2] - new
-        q, k, v = q[:, :, :new], k[:, :, :new], v[:, :, :new]
-        keys, values = self._append(module, k, v)
+        q = q[:, :, :new]
+        if isinstance(module, LatentAttention):  # all keys are made of the latents, which are cached
+            keys, values = k, v
+        else:
+            k, v = k[:, :, :new], v[:, :, :new]
+            keys, values = self._append(module, k, v)
         if not any(starts):
             out = causal(q, k, v, window)  # as in training; kernels without a mask need less memory
         else:
@@ -156,29 +165,32 @@ class KVCache:
             out = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask, enable_gqa=True)
         return torch.cat((out, out[:, :, -1:].expand(-1, -1, padding, -1)), 2) if padding else out
 
-    def _append(self, module: nn.Module, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Append ``k`` and ``v`` to the cache of ``module``; return all keys and values so far. What lies after the
-        tokens of a row is overwritten by its next ones."""
+    def _all_latents(self, module: nn.Module, latents: Tensor) -> Tensor:
+        return self._append(module, latents[:, :, : self._new])[0]
+
+    def _append(self, module: nn.Module, *added: Tensor) -> tuple[Tensor, ...]:
+        """Append tensors [batch, heads, n, features] to those in the cache of ``module``; return all so far. What lies
+        after the tokens of a row is overwritten by its next ones."""
         starts, new, end = self.lengths, self._new, self.length + self._new
         kept = self._kept.get(module)
         if kept is None or kept[0].shape[2] < end:
-            batch, heads, _, head_dim = k.shape
             before = 0 if kept is None else kept[0].shape[2]
             room = min(self.capacity, max(_FIRST_ROOM, end, 2 * before))
-            larger = tuple(x.new_zeros((batch, heads, room, head_dim)) for x in (k, v))
+            larger = tuple(x.new_zeros((*x.shape[:2], room, x.shape[3])) for x in added)
             if kept is not None:
                 for to, of in zip(larger, kept):
                     to[:, :, :before] = of
-            kept = self._kept[module] = larger[0], larger[1]
-        keys, values = (each[:, :, :end] for each in kept)
+            kept = self._kept[module] = larger
+        so_far = tuple(each[:, :, :end] for each in kept)
         if len({*starts}) == 1:
-            keys[:, :, end - new :] = k
-            values[:, :, end - new :] = v
+            for to, x in zip(so_far, added, strict=True):
+                to[:, :, end - new :] = x
         else:
-            rows, columns = torch.arange(len(starts), device=k.device)[:, None], self._positions(k.device)
-            keys[rows, :, columns] = k.transpose(1, 2)
-            values[rows, :, columns] = v.transpose(1, 2)
-        return keys, values
+            device = added[0].device
+            rows, columns = torch.arange(len(starts), device=device)[:, None], self._positions(device)
+            for to, x in zip(so_far, added, strict=True):
+                to[rows, :, columns] = x.transpose(1, 2)
+        return so_far
 
     def _positions(self, device: torch.device) -> Tensor:
         """Return the positions of the new tokens in each row, int64 [batch, n]."""

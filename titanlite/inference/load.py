@@ -36,6 +36,7 @@ from titanlite.errors import ConfigError
 from titanlite.inference.quantize import SCALES, calibrated, linear_layers, quantizer_of, restore
 from titanlite.models.layers import DecoderArgs
 from titanlite.models.spec import ModelSpec, get_model_spec, model_spec_of
+from titanlite.models.weight_map import buffers_of
 from titanlite.untrusted.files import is_of
 
 _MOST_LAYERS = 10_000
@@ -85,7 +86,7 @@ def fill_weights(model: nn.Module, description: ModelDescription, saved: Mapping
     weights = family.weights(description.args)
     if description.quantizer is not None:
         restore(model, linear_layers(model, description.spec.layout.output), files, weights)
-    state = dict(model.named_parameters(remove_duplicate=False))
+    state = {**dict(model.named_parameters(remove_duplicate=False)), **buffers_of(model, weights)}
     files.load_into(state, weights, _ignored(description), family.copies(description.args))
 
 
@@ -120,7 +121,9 @@ def outline(description: ModelDescription) -> Outline:
         raise ConfigError(f"{folder}: no model can be built of its sizes, {args} ({reason})") from e
     shapes = {name: tuple(param.shape) for name, param in model.named_parameters(remove_duplicate=False)}
     if files is not None and family is not None:
-        files.check(shapes, family.weights(args), _ignored(description), family.copies(args))
+        places = family.weights(args)
+        shapes |= {name: tuple(buffer.shape) for name, buffer in buffers_of(model, places).items()}
+        files.check(shapes, places, _ignored(description), family.copies(args))
     elif description.weights.info is not None:
         buffers = set(description.weights.info.buffers)
         of_model = {name: tensor.shape for name, tensor in saved.items() if name.startswith("model.")}
@@ -362,8 +365,8 @@ def _rebuilt(kind: Any, value: Any) -> Any:
     """Invert ``dataclasses.asdict``: return the instance of the type ``kind`` that ``value`` was made from."""
     if isinstance(value, dict):
         candidates = [cls for cls in (kind, *typing.get_args(kind)) if dataclasses.is_dataclass(cls)]
-        # Of several, the one with these fields; with one alone, the message names a field that it does not have.
-        fitting = [cls for cls in candidates if {f.name for f in dataclasses.fields(cls)} == value.keys()]
+        # Of several, the one that has these fields; with one alone, the message names a field that it does not have.
+        fitting = [cls for cls in candidates if {f.name for f in dataclasses.fields(cls)} >= value.keys()]
         for cls in (fitting or candidates)[:1]:
             kinds = typing.get_type_hints(cls)
             values = {key: _rebuilt(kinds.get(key), v) for key, v in value.items()}

@@ -1,9 +1,10 @@
 """The peak memory of a deep model, from two shallow ones.
 
-All blocks of a decoder are alike, so at each moment of a step the memory is linear in their number. The step is cut
-into segments at the blocks. The peak of every segment is estimated at two depths and continued to the whole depth; the
-largest is the peak of the step. (The peak of the whole step cannot be continued itself: it may be at another moment in
-a shallow model, where the logits count for more.)
+All blocks of a decoder are alike, but for dense ones before those with experts, which both shallow models have. So at
+each moment of a step the memory is linear in the number of the others. The step is cut into segments at the blocks. The
+peak of every segment is estimated at two depths and continued to the whole depth; the largest is the peak of the step.
+(The peak of the whole step cannot be continued itself: it may be at another moment in a shallow model, where the logits
+count for more.)
 """
 
 from __future__ import annotations
@@ -47,7 +48,8 @@ def peak_memory(config: JobConfig, world_size: int, vocab_size: int | None) -> i
     degrees, period = resolve_degrees(config.parallelism, world_size), _period(config)
     flavor = choose_shape(config).flavor
     if degrees.pipeline_parallel == 1 and isinstance(flavor, DecoderArgs) and not _names_a_block(config):
-        shallow = 2 * _ENDS + (flavor.n_layers - 2 * _ENDS) % period
+        least = _first(flavor) + _ENDS
+        shallow = least + (flavor.n_layers - least) % period
         deeper = shallow + period
         if deeper < flavor.n_layers:
             depths = shallow, deeper
@@ -63,6 +65,12 @@ def _period(config: JobConfig) -> int:
     return (
         int(options.selective_ac_option) if options.mode == "selective" and options.selective_ac_option != "op" else 1
     )
+
+
+def _first(args: DecoderArgs) -> int:
+    """Return the number of blocks at the beginning whose segments count: dense ones before experts, and as many more as
+    at the end."""
+    return _ENDS + (0 if args.mixture is None else args.mixture.n_dense_layers)
 
 
 def _names_a_block(config: JobConfig) -> bool:
@@ -83,9 +91,10 @@ def _segments(
             built, _ = build(shallow, mesh, vocab_size)
             tracker = MemoryTracker(dimensions(mesh))
             model: Any = built.parts[0]
+            first = _first(model.args)
             for i, block in enumerate(model.layers.children()):
-                middle = _ENDS <= i < depth - _ENDS
-                name = _MIDDLE if middle else f"block {i if i < _ENDS else i - depth}"
+                middle = first <= i < depth - _ENDS
+                name = _MIDDLE if middle else f"block {i if i < first else i - depth}"
                 block.register_forward_pre_hook(partial(_mark, tracker, name))
             measure(built, build_loss(shallow, mesh), shallow, mesh, tracker)
             peaks.append([peak for name, peak in tracker.segments if name != _MIDDLE])

@@ -96,7 +96,7 @@ def _kept_elements(config: JobConfig, size: ModelSize, args: Any) -> int:
         whole -= len(checkpointed_blocks(map(str, range(size.layers)), checkpointing))
     inside = 0
     if isinstance(args, DecoderArgs):
-        inside = args.dim + 2 * args.active_ffn_dim + 2 * (args.n_heads + args.n_kv_heads) * args.head_size
+        inside = args.dim + 2 * args.active_ffn_dim + args.attention_features
     return size.layers * size.dim + whole * inside
 
 

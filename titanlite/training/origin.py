@@ -26,6 +26,7 @@ from titanlite.checkpoint.storage import from_rank_zero
 from titanlite.config import JobConfig
 from titanlite.errors import ConfigError, NothingToDo, counted
 from titanlite.models.spec import ModelSpec
+from titanlite.models.weight_map import buffers_of
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,10 @@ class Start:
         if isinstance(folder, HuggingFaceFolder) and spec.hugging_face is not None:
             family = spec.hugging_face
             family.check(args, folder.config)
-            folder.load_into(process.parameters(), family.weights(args), family.ignored, family.copies(args))
+            weights, state = family.weights(args), process.parameters()
+            for part in process.parts:
+                state |= buffers_of(part, weights)
+            folder.load_into(state, weights, family.ignored, family.copies(args))
             return f"{folder.folder}, Hugging Face weights"
         return ""
 

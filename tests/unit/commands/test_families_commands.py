@@ -21,6 +21,7 @@ OWN: dict[str, dict[str, Any]] = {
     "qwen3": {"head_dim": 24},
     "qwen3_moe": {"head_dim": 24, "n_experts": 6, "experts_per_token": 2, "expert_dim": 40},
     "mixtral": {"n_experts": 5, "expert_dim": 40},
+    "deepseek_v3": {"n_kv_heads": 4, "n_experts": 8, "experts_per_token": 2, "expert_dim": 40},
     "phi3": {"sliding_window": 7, "partial_rotary_factor": 0.5},
 }
 

@@ -27,10 +27,16 @@ from titanlite.float8 import (
 from titanlite.inference.generate import Sequel, generate, generate_together
 from titanlite.inference.kv_cache import KVCache, forward
 from titanlite.inference.sampling import Sampling, TokenSampler
-from titanlite.models.layers import DecoderArgs, causal_attention
+from titanlite.models.layers import DecoderArgs, LatentArgs, LatentAttention, YarnScaling, causal_attention
 
 WINDOW = replace(GQA, sliding_window=3, qk_norm=True, partial_rotary_factor=0.5)
 ONE = replace(GQA, sliding_window=1)
+LATENT = replace(
+    SMALL,
+    rope_scaling=YarnScaling(4.0, 6, mscale=1.0, mscale_all_dim=0.8),
+    latent=LatentArgs(kv_rank=12, q_rank=20, nope_dim=10, rope_dim=4, value_dim=6),
+)
+KINDS = {"mha": SMALL, "gqa": GQA, "window": WINDOW, "window of one": ONE, "latent": LATENT}
 GREEDY = Sampling(temperature=0)
 PROMPT = [3, 14, 15, 92, 65]
 
@@ -48,7 +54,7 @@ def tokens(batch: int, n: int) -> Tensor:
 
 @pytest.mark.parametrize("multiple", [1, 4])
 @pytest.mark.parametrize("chunks", [[12], [1] * 12, [5, 1, 4, 2], [1, 11]], ids=str)
-@pytest.mark.parametrize("args", [SMALL, GQA, WINDOW, ONE], ids=["mha", "gqa", "window", "window of one"])
+@pytest.mark.parametrize("args", KINDS.values(), ids=KINDS)
 def test_cached_logits_are_those_of_one_forward(args: DecoderArgs, chunks: list[int], multiple: int) -> None:
     model, x = build(args), tokens(3, 12)
     with torch.no_grad():
@@ -61,7 +67,7 @@ def test_cached_logits_are_those_of_one_forward(args: DecoderArgs, chunks: list[
 
 
 @pytest.mark.parametrize("multiple", [1, 4])
-@pytest.mark.parametrize("args", [SMALL, GQA, WINDOW, ONE], ids=["mha", "gqa", "window", "window of one"])
+@pytest.mark.parametrize("args", KINDS.values(), ids=KINDS)
 def test_rows_of_different_lengths_and_what_was_taken_back(args: DecoderArgs, multiple: int) -> None:
     """Chunks of other lengths for each row, also of none. What is truncated and computed again is the same."""
     model, x = build(args), tokens(3, 12)
@@ -84,6 +90,26 @@ def test_rows_of_different_lengths_and_what_was_taken_back(args: DecoderArgs, mu
             cache(tokens(3, 3))
             cache.truncate(kept)
             assert (cache(x[:, kept:]) - expected[:, kept:]).abs().max() < 1e-5
+
+
+def test_of_latent_attention_the_latents_are_cached() -> None:
+    model, x = build(LATENT), tokens(2, 9)
+    with KVCache(model, capacity=9) as cache:
+        cache(x)
+        kept = [tensor for tensors in cache._kept.values() for tensor in tensors]
+        assert [tensor.shape for tensor in kept] == [(2, 1, 9, 12 + 4)] * LATENT.n_layers
+    assert not any(module.latents for module in model.modules() if isinstance(module, LatentAttention))
+
+
+def test_latents_become_keys_in_a_layer_that_has_a_number_format() -> None:
+    """There the projection is not applied to the queries instead: each token is rounded as without the cache."""
+    model = convert_to_float8_training(build(LATENT), config=Float8LinearConfig.from_recipe_name("rowwise"))
+    x = tokens(1, 12)
+    with torch.no_grad():
+        expected = model(x)
+    with KVCache(model, capacity=12) as cache:
+        found = torch.cat([cache(chunk) for chunk in x.split([7, 1, 4], 1)], 1)
+    assert (found - expected).abs().max() < 1e-5
 
 
 def test_memory_is_allocated_as_it_is_needed() -> None:

@@ -24,6 +24,7 @@ from titanlite.inference.generate import generate
 from titanlite.inference.sampling import Sampling, TokenSampler
 from titanlite.models.layers import Decoder, RopeScaling
 from titanlite.models.spec import ModelSpec, get_model_spec, model_spec_of
+from titanlite.models.weight_map import buffers_of
 from titanlite.optim import cross_entropy_loss
 
 
@@ -34,7 +35,10 @@ def ours_of(folder: Path) -> tuple[ModelSpec, Decoder]:
     assert spec.hugging_face is not None
     model = Decoder(args)
     model.init_weights(WeightInit(model, 1))
-    stored.load_into(dict(model.named_parameters()), spec.hugging_face.weights(args), spec.hugging_face.ignored)
+    weights = spec.hugging_face.weights(args)
+    stored.load_into(
+        {**dict(model.named_parameters()), **buffers_of(model, weights)}, weights, spec.hugging_face.ignored
+    )
     return spec, model
 
 
@@ -43,10 +47,11 @@ def tokens(seed: int = 0) -> Tensor:
 
 
 def export(spec: ModelSpec, model: Decoder, folder: Path, dtype: torch.dtype) -> None:
-    params = {name: param.detach() for name, param in model.named_parameters()}
     family: Any = spec.hugging_face
-    shapes = {name: param.shape for name, param in params.items()}
     weights = family.weights(model.args)
+    buffers = buffers_of(model, weights)
+    params = {name: param.detach() for name, param in model.named_parameters()} | buffers
+    shapes = {name: param.shape for name, param in params.items()}
     write_hugging_face(
         folder,
         family.to_config(model.args),
@@ -55,6 +60,7 @@ def export(spec: ModelSpec, model: Decoder, folder: Path, dtype: torch.dtype) ->
         lambda names: {name: params[name] for name in names},
         load_tokenizer(),
         dtype=dtype,
+        in_float32=buffers,
     )
 
 
@@ -98,7 +104,11 @@ def test_logits_loss_gradients_and_text_are_those_of_transformers(tmp_path: Path
 def test_weights_there_and_back_are_the_same_bytes(tmp_path: Path, case: str, dtype: torch.dtype) -> None:
     import transformers
 
-    their_model(case).to(dtype).save_pretrained(tmp_path / "theirs")
+    theirs = their_model(case).to(dtype)
+    for name, buffer in theirs.named_buffers():
+        if name.endswith("e_score_correction_bias"):  # float32, as in the published files
+            buffer.data = buffer.data.float()
+    theirs.save_pretrained(tmp_path / "theirs")
     spec, ours = ours_of(tmp_path / "theirs")
     export(spec, ours, tmp_path / "ours", dtype)
     there, back = (load_file(tmp_path / name / "model.safetensors") for name in ("theirs", "ours"))
@@ -147,6 +157,7 @@ PUBLISHED = {
     },
     "qwen3_moe": {"30B-A3B": 30_532_122_624, "235B-A22B": 235_093_634_560},
     "mixtral": {"8x7B": 46_702_792_704},
+    "deepseek_v3": {"Moonlight-16B-A3B": 15_960_108_544, "671B": 671_026_404_352},
     "phi3": {"phi-3-mini-4k": 3_821_079_552, "phi-3-medium-4k": 13_960_238_080, "phi-4": 14_659_507_200},
 }
 
@@ -298,6 +309,82 @@ FILES: dict[tuple[str, str], dict[str, Any]] = {
         sliding_window=None,
         max_position_embeddings=32768,
     ),
+    ("deepseek_v3", "Moonlight-16B-A3B"): stated(
+        hidden_size=2048,
+        intermediate_size=11264,
+        moe_intermediate_size=1408,
+        num_hidden_layers=27,
+        num_attention_heads=16,
+        num_key_value_heads=16,
+        n_shared_experts=2,
+        n_routed_experts=64,
+        ep_size=1,
+        routed_scaling_factor=2.446,
+        kv_lora_rank=512,
+        q_lora_rank=None,
+        qk_rope_head_dim=64,
+        v_head_dim=128,
+        qk_nope_head_dim=128,
+        topk_method="noaux_tc",
+        n_group=1,
+        topk_group=1,
+        num_experts_per_tok=6,
+        moe_layer_freq=1,
+        first_k_dense_replace=1,
+        norm_topk_prob=True,
+        scoring_func="sigmoid",
+        aux_loss_alpha=0.001,
+        seq_aux=True,
+        vocab_size=163840,
+        max_position_embeddings=8192,
+        rms_norm_eps=1e-05,
+        rope_theta=50000.0,
+        rope_scaling=None,
+        attention_bias=False,
+        tie_word_embeddings=False,
+        num_nextn_predict_layers=0,
+    ),
+    ("deepseek_v3", "671B"): stated(
+        hidden_size=7168,
+        intermediate_size=18432,
+        moe_intermediate_size=2048,
+        num_hidden_layers=61,
+        num_attention_heads=128,
+        num_key_value_heads=128,
+        n_shared_experts=1,
+        n_routed_experts=256,
+        ep_size=1,
+        routed_scaling_factor=2.5,
+        kv_lora_rank=512,
+        q_lora_rank=1536,
+        qk_rope_head_dim=64,
+        v_head_dim=128,
+        qk_nope_head_dim=128,
+        topk_method="noaux_tc",
+        n_group=8,
+        topk_group=4,
+        num_experts_per_tok=8,
+        moe_layer_freq=1,
+        first_k_dense_replace=3,
+        norm_topk_prob=True,
+        scoring_func="sigmoid",
+        vocab_size=129280,
+        max_position_embeddings=163840,
+        rms_norm_eps=1e-06,
+        rope_theta=10000,
+        rope_scaling={
+            "beta_fast": 32,
+            "beta_slow": 1,
+            "factor": 40,
+            "mscale": 1.0,
+            "mscale_all_dim": 1.0,
+            "original_max_position_embeddings": 4096,
+            "type": "yarn",
+        },
+        attention_bias=False,
+        tie_word_embeddings=False,
+        num_nextn_predict_layers=1,
+    ),
     ("phi3", "phi-4"): stated(
         hidden_size=5120,
         intermediate_size=17920,
@@ -335,6 +422,7 @@ SIZES = {
     "intermediate_size": 96,
     "vocab_size": 128,
 }
+OWN_SIZES = {"deepseek_v3": {"num_key_value_heads": 8}}
 LONG = {"type": "longrope", "short_factor": [1.0], "long_factor": [2.0]}
 
 
@@ -355,6 +443,20 @@ LONG = {"type": "longrope", "short_factor": [1.0], "long_factor": [2.0]}
         ("qwen2", "partial_rotary_factor", 0.5, "partial_rotary_factor = 0.5: must be 1.0"),
         ("llama", "rope_scaling", {"type": "yarn", "factor": 4.0, "mscale": 1.0}, "rope_scaling.mscale = 1.0: is not"),
         ("llama", "rope_scaling", {"type": "yarn", "factor": 4.0, "truncate": False}, "rope_scaling.truncate = False"),
+        ("deepseek_v3", "num_key_value_heads", 4, "num_key_value_heads = 4: must be num_attention_heads = 8"),
+        ("deepseek_v3", "topk_method", "greedy", 'topk_method = "greedy": must be "noaux_tc"'),
+        ("deepseek_v3", "scoring_func", "softmax", 'scoring_func = "softmax": must be "sigmoid"'),
+        ("deepseek_v3", "moe_layer_freq", 2, "moe_layer_freq = 2: must be 1"),
+        ("deepseek_v3", "rope_interleave", False, "rope_interleave = False: must be True"),
+        ("deepseek_v3", "kv_lora_rank", 0, "kv_lora_rank = 0: must be a whole number from 1"),
+        ("deepseek_v3", "qk_rope_head_dim", 7, "qk_rope_head_dim = 7: must be even"),
+        ("deepseek_v3", "head_dim", 8, "head_dim = 8: must be 64"),
+        (
+            "deepseek_v3",
+            "rope_scaling",
+            {"type": "linear", "factor": 4.0},
+            'type = "linear": must be "yarn" or "default"',
+        ),
         ("llama", "rope_scaling", {"type": "yarn", "factor": 0}, "rope_scaling.factor = 0: must be a number above 0"),
         ("llama", "rope_scaling", {"type": ["yarn"]}, "rope_scaling.rope_type = "),
         (
@@ -368,7 +470,7 @@ LONG = {"type": "longrope", "short_factor": [1.0], "long_factor": [2.0]}
 )
 def test_what_no_family_computes_is_refused_by_its_key(kind: Any, key: str, value: Any, named: str) -> None:
     with pytest.raises(ConfigError) as refusal:
-        model_spec_of({"model_type": kind, **SIZES, key: value})
+        model_spec_of({"model_type": kind, **SIZES, **OWN_SIZES.get(str(kind), {}), key: value})
     assert named in str(refusal.value)
     assert "config.json" in str(refusal.value)
 
@@ -414,7 +516,7 @@ def test_missing_keys_mean_what_transformers_takes_them_for() -> None:
 
     for family in PUBLISHED:
         config = {key: value for key, value in SIZES.items() if key != "num_key_value_heads"}
-        config |= {"model_type": family, "num_attention_heads": 64, "hidden_size": 512}
+        config |= {"model_type": family, "num_attention_heads": 128, "hidden_size": 1024}
         format = get_model_spec(family).hugging_face
         assert format is not None
         theirs = transformers.AutoConfig.for_model(**config, pad_token_id=None)

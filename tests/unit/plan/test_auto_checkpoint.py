@@ -98,6 +98,13 @@ def test_two_depths_give_the_estimate_of_a_deep_model(mode: Mode) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("mode", [NONE, FULL], ids=str)
+def test_dense_blocks_before_those_with_experts_are_in_both(mode: Mode) -> None:
+    config = mode.set_in(read("--model.name=deepseek_v3", "--model.args.n_layers=10", "--training.local_batch_size=4"))
+    assert peak_memory(config, 2, None) == pytest.approx(estimate(config, 2).peak, rel=0.01)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", MODES, ids=str)
 @pytest.mark.parametrize("file", [pytest.param("llama3_8b", marks=pytest.mark.long), "llama3_8b_fast"])
 def test_two_depths_give_the_estimate_of_llama3_8b(file: str, mode: Mode) -> None:

@@ -65,6 +65,7 @@ FLOAT8 = "--model.converters=float8"
         slow(1, [NONE, "--model.name=phi3", "--model.args.partial_rotary_factor=0.5"], 0.3),
         slow(2, [NONE, "--model.name=qwen2", "--parallelism.tensor_parallel_degree=2"], 0.2),
         slow(2, [NONE, "--model.name=qwen3", "--parallelism.pipeline_parallel_degree=2"], 0.2),
+        slow(2, [NONE, "--model.name=deepseek_v3"], 0.3),
         slow(2, [NONE, "--model.name=llama", "--model.args.tie_embeddings=true"], 0.3),
     ],
 )

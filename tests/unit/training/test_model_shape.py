@@ -148,7 +148,12 @@ def test_the_shape_of_a_config_json(tmp_path: Path) -> None:
         (["--model.flavor=8B"], {}, "model.hf_config", 'model.flavor = "8B" (the argument --model.flavor)'),
         (["--model.flavor=debugmodel"], {}, "model.hf_config", "leave one of them out"),
         (["--model.name=llama"], {}, "model.hf_config", 'model_type = "qwen3": must be "llama"'),
-        ([], {"model_type": "gemma3"}, "model.hf_config", "llama, mistral, mixtral, phi3, qwen2, qwen3, qwen3_moe"),
+        (
+            [],
+            {"model_type": "gemma3"},
+            "model.hf_config",
+            "deepseek_v3, llama, mistral, mixtral, phi3, qwen2, qwen3, qwen3_moe",
+        ),
         ([], {"attention_bias": True}, "model.hf_config", "attention_bias = True: must be False"),
         ([], {"hidden_size": "64"}, "model.hf_config", 'hidden_size = "64"'),
     ],

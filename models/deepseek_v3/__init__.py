@@ -1,0 +1,1 @@
+"""DeepSeek-V3: latent attention, and mixtures of experts."""
