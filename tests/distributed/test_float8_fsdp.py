@@ -32,10 +32,13 @@ def variants(modes: list[bool]) -> list[dict[str, Any]]:
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> dict[Any, Any]:
+def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[Any, Any]:
     """Of rank 0 and the last rank, by (processes, recipe, (gather, precompute), compiled)."""
     found: dict[Any, Any] = {}
-    for world, modes in ((1, [False]), (2, [False, True]), (4, [False])):
+    tests = [item for item in request.session.items if item.path == request.path and hasattr(item, "callspec")]
+    worlds = {1, 2} | {test.callspec.params.get("world", 1) for test in tests}
+    for world in sorted(worlds):
+        modes = [False, True] if world == 2 else [False]
         folder = tmp_path_factory.mktemp(f"float8-{world}")
         reports = on_ranks(world, folder, environment(), float8_fsdp.report, variants(modes), timeout=900)
         for rank in {0, world - 1}:
@@ -46,8 +49,13 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[Any, Any]:
     return found
 
 
-CASES = [(1, False), (2, False), (2, True), (4, False)]
-each_case = pytest.mark.parametrize(("world", "compiled"), CASES, ids=["1", "2", "2 compiled", "4"])
+CASES = [
+    pytest.param(1, False, id="1"),
+    pytest.param(2, False, id="2"),
+    pytest.param(2, True, id="2 compiled"),
+    pytest.param(4, False, id="4", marks=pytest.mark.long),
+]
+each_case = pytest.mark.parametrize(("world", "compiled"), CASES)
 
 
 @each_case
@@ -78,7 +86,7 @@ def test_against_one_process(results: Any, world: int, compiled: bool, recipe: s
     assert results[world, recipe, mode, compiled][0]["losses"] == pytest.approx(one, rel=5e-3)
 
 
-@pytest.mark.parametrize(("world", "compiled"), CASES[1:], ids=["2", "2 compiled", "4"])
+@pytest.mark.parametrize(("world", "compiled"), CASES[1:])
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_one_byte_per_element(results: Any, world: int, compiled: bool, recipe: str) -> None:
     off, on = (results[world, recipe, mode, compiled][0] for mode in (OFF, PRECOMPUTED))
@@ -87,7 +95,7 @@ def test_one_byte_per_element(results: Any, world: int, compiled: bool, recipe: 
     assert on["bytes_per_element"] == pytest.approx(expected, rel=1e-6)
 
 
-@pytest.mark.parametrize("world", [1, 2, 4])
+@pytest.mark.parametrize("world", [1, 2, pytest.param(4, marks=pytest.mark.long)])
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_reductions_for_the_scales(results: Any, world: int, recipe: str) -> None:
     """Once per weight and optimizer step for tensor scales, one for all of them when precomputed, none for rows;
