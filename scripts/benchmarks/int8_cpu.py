@@ -5,7 +5,8 @@
     python scripts/benchmarks/int8_cpu.py --part step --isa amx --models=20M
 
 - **layers**: forward and backward of a bias-free layer, 2,048 tokens, in bfloat16. The systems take turns; the ratio is
-  the median over pairs with bfloat16 in the same mode, above 1 where int8 is faster.
+  the median over pairs with bfloat16 in the same mode, above 1 where int8 is faster. What a layer's time goes to is
+  timed apart: its matmuls without scales, in both dtypes, and its casts.
 - **step**: the trainer's whole step, of models of about 100M and 20M parameters: in bfloat16, with the converter int8,
   and with a converter that puts torchao's layers in the same places. They take turns too, compiled and eager.
 
@@ -42,6 +43,7 @@ from torch import nn
 from titanlite.config import JobConfig
 from titanlite.converters.registry import register_converter
 from titanlite.distributed.mesh import Mesh
+from titanlite.quant.format import OperandName, Use
 from titanlite.quant.int8.format import Int8Format
 from titanlite.quant.linear import QuantLinear
 
@@ -120,6 +122,30 @@ def steps_of_layers(k: int, n: int) -> dict[tuple[str, str, bool], Callable[[], 
     return {(*key, compiled): make(layer, compiled) for key, layer in layers.items() for compiled in (False, True)}
 
 
+def parts_of_layers(k: int, n: int) -> dict[str, Callable[[], None]]:
+    """The three matmuls of a layer in bfloat16 and in int8, without scales, and the six casts."""
+    x, weight = torch.randn(TOKENS, k, dtype=torch.bfloat16), torch.randn(n, k, dtype=torch.bfloat16)
+    grad = torch.randn(TOKENS, n, dtype=torch.bfloat16)
+    int8 = Int8Format()
+    tensors: dict[OperandName, torch.Tensor] = {"input": x, "weight": weight, "grad_output": grad}
+    by_rows, by_columns = ({name: int8.cast(t, Use(name, i)).data for name, t in tensors.items()} for i in (1, 0))
+
+    def multiply(mm: Callable[..., object], rows: Mapping[str, Any], columns: Mapping[str, Any]) -> None:
+        mm(rows["input"], rows["weight"].t())
+        mm(rows["grad_output"], columns["weight"])
+        mm(columns["grad_output"].t(), columns["input"])
+
+    def cast() -> None:
+        for name, tensor in tensors.items():
+            int8.cast_both(tensor, name)
+
+    return {
+        "bf16_matmuls_ms": lambda: multiply(torch.mm, tensors, tensors),
+        "int8_matmuls_ms": lambda: multiply(torch._int_mm, by_rows, by_columns),
+        "casts_ms": cast,
+    }
+
+
 def time_in_turn(steps: Mapping[Any, Callable[[], object]], rounds: int) -> dict[Any, list[float]]:
     """Seconds of each step in each of ``rounds`` rounds, in which they take turns."""
     seconds: dict[Any, list[float]] = {key: [] for key in steps}
@@ -138,12 +164,14 @@ def measure_layers(args: argparse.Namespace) -> list[dict[str, Any]]:
     for shape in args.kn:
         k, n = map(int, shape.split("x"))
         seconds = time_in_turn(steps_of_layers(k, n), args.pairs)
+        parts = {name: median(t) * 1e3 for name, t in time_in_turn(parts_of_layers(k, n), args.pairs).items()}
+        print(f"{shape:10} " + ", ".join(f"{name} {ms:.1f}" for name, ms in parts.items()), flush=True)
         for (system, config, compiled), times in seconds.items():
             base = seconds["titanlite", "bf16", compiled]
             ratio = median(bf16 / own for bf16, own in zip(base, times, strict=True))
             rows.append(
                 {"part": "layers", "system": system, "config": config, "compile": compiled, "m": TOKENS, "k": k, "n": n}
-                | {"ms": median(times) * 1e3, "ratio_to_bf16": ratio}
+                | {"ms": median(times) * 1e3, "ratio_to_bf16": ratio, **parts}
             )
             print(f"{shape:10} {system:9} {config:5} {'compiled' if compiled else 'eager':8} {ratio:.2f}x", flush=True)
     return rows

@@ -2,6 +2,7 @@
 float8, int8 and mxfp8, and with moments of low precision.
 
     python scripts/benchmarks/loss_parity.py --output docs/benchmarks/loss_parity.json
+    python scripts/benchmarks/loss_parity.py --output loss_parity_quantized.json --configs="bf16,int8 rowwise"
 
 Each run is the trainer's own command on the debug model, at a lower learning rate than its file's: at that one, runs
 that differ by rounding alone end percents apart, and nothing finer could be seen. Runs of the same seed have the same
@@ -33,6 +34,7 @@ CONFIGS = {
         f"int8 {recipe}": ["--model.converters=int8", f"--int8.recipe_name={recipe}"]
         for recipe in ("rowwise", "rowwise_with_gw_hp", "forward_only")
     },
+    "int8 rowwise with output": ["--model.converters=int8", "--int8.filter_fqns="],
     **{recipe: ["--model.converters=mx", f"--mx.recipe_name={recipe}"] for recipe in ("mxfp8", "mxfp8_with_gw_hp")},
     **{f"moments in {dtype}": [f"--optimizer.moments={dtype}"] for dtype in ("bfloat16", "float8_e4m3fn")},
 }
@@ -125,7 +127,7 @@ def main() -> int:
     for seed, config in budget.within(missing, lambda run: f"seed {run[0]}, {run[1]}"):
         curves[config].append(train(config, seed, options))
         print(f"seed {seed}, {config}: {statistics.mean(curves[config][-1][-args.last :]):.4f}", flush=True)
-        results.save("loss_parity", rows_of(curves, args.last), args, options=options)
+        results.save(args.out.stem if args.out else "", rows_of(curves, args.last), args, options=options)
     for row in rows_of(curves, args.last):
         if "difference_pct" in row:
             low, high = row["interval_95_pct"]

@@ -172,6 +172,32 @@ def float8_memory(results: list[dict[str, Any]]) -> list[list[str]]:
     return rows
 
 
+def int8_layers(results: list[dict[str, Any]]) -> list[list[str]]:
+    rows = [["features", "", "bf16", "int8", "torchao's int8", "speed over bf16", "torchao's over bf16"]]
+    rows[0] += ["matmuls alone, bf16", "int8", "casts alone"]
+    by_shape: dict[tuple[int, int, bool], dict[str, dict[str, Any]]] = {}
+    for r in results:
+        if r["part"] == "layers":
+            by_shape.setdefault((r["k"], r["n"], r["compile"]), {})[f"{r['system']} {r['config']}"] = r
+    for (k, n, compiled), systems in by_shape.items():
+        bf16, ours, theirs = (systems[name] for name in ("titanlite bf16", "titanlite int8", "torchao int8"))
+        times = [f"{r['ms']:.1f} ms" for r in (bf16, ours, theirs)]
+        ratios = [f"{r['ratio_to_bf16']:.2f}" for r in (ours, theirs)]
+        parts = [f"{ours[part]:.1f} ms" for part in ("bf16_matmuls_ms", "int8_matmuls_ms", "casts_ms")]
+        rows.append([f"{k} -> {n}", "compiled" if compiled else "eager", *times, *ratios, *parts])
+    return rows
+
+
+def int8_steps(results: list[dict[str, Any]]) -> list[list[str]]:
+    rows = [["model", "", "system", "tokens/s", "speed over bf16"]]
+    for r in results:
+        if r["part"] == "step":
+            size, mode = f"{r['params'] / 1e6:.0f}M parameters", "compiled" if r["compile"] else "eager"
+            name = f"{r['system']} {r['config']}"
+            rows.append([size, mode, name, f"{r['tps']:,.0f}", f"{r['ratio_to_bf16']:.2f}"])
+    return rows
+
+
 def time_budget(results: list[dict[str, Any]]) -> list[list[str]]:
     parts = list(dict.fromkeys(part for r in results for part in r["parts_ms"]))
     rows = [["config", "", *parts, "step"]]
@@ -185,8 +211,8 @@ def time_budget(results: list[dict[str, Any]]) -> list[list[str]]:
 TABLES: dict[str, Callable[[list[dict[str, Any]]], list[list[str]]]] = {
     "finetune": finetune,
     "loss_parity": loss_parity,
-    "loss_parity/quantized": partial(loss_parity, prefixes=("int8", "mxfp8")),
-    "loss_parity/moments": partial(loss_parity, prefixes=("moments",)),
+    "loss_parity_quantized/formats": partial(loss_parity, prefixes=("int8", "mxfp8")),
+    "loss_parity_quantized/moments": partial(loss_parity, prefixes=("moments",)),
     "memory_estimates": memory_estimates,
     "memory_estimates/loss_chunks": loss_chunks,
     "finetune_memory": finetune_memory,
@@ -194,6 +220,8 @@ TABLES: dict[str, Callable[[list[dict[str, Any]]], list[list[str]]]] = {
     "checkpoint_save": checkpoint_save,
     "cpu_step": cpu_step,
     "compiled_block": compiled_block,
+    "int8_cpu/layers": int8_layers,
+    "int8_cpu/steps": int8_steps,
     "time_budget": time_budget,
     "float8_memory": float8_memory,
     "roofline_assumed/linears": predicted_linears,

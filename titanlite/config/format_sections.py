@@ -51,8 +51,8 @@ class Int8:
     recipe_name: Literal["rowwise", "rowwise_with_gw_hp", "forward_only", "weights"] | None = None
     """The matmuls in int8: all three (rowwise; unset is this), all but the weight's gradient (rowwise_with_gw_hp), or
     the output only (forward_only). weights: the weights are stored in int8, and no matmul is in int8."""
-    filter_fqns: list[str] = field(default_factory=list)
-    """Layers to leave in high precision, by whole parts of their names."""
+    filter_fqns: list[str] = field(default_factory=lambda: ["output"])
+    """Layers to leave in high precision, by whole parts of their names. In the output projection int8 costs loss."""
     enable_fsdp_int8_all_gather: bool = False
     """Gather FSDP's weights in int8: one byte per element, quantized once per optimizer step."""
     enable_tensor_parallel_int8_all_gather: bool = False
