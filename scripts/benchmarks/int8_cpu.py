@@ -50,6 +50,7 @@ from titanlite.quant.linear import QuantLinear
 TOKENS = 2048
 KN = ("768x768", "768x2048", "2048x2048")
 ISA = {"amx": {}, "without amx": {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_BF16"}}
+Operands = Mapping[OperandName, torch.Tensor]
 SHAPES = {
     "100M": ["--model.flavor=100M", "--model.args.n_layers=12", "--model.args.vocab_size=8192"],
     "20M": ["--model.flavor=20M"],
@@ -130,7 +131,7 @@ def parts_of_layers(k: int, n: int) -> dict[str, Callable[[], None]]:
     tensors: dict[OperandName, torch.Tensor] = {"input": x, "weight": weight, "grad_output": grad}
     by_rows, by_columns = ({name: int8.cast(t, Use(name, i)).data for name, t in tensors.items()} for i in (1, 0))
 
-    def multiply(mm: Callable[..., object], rows: Mapping[str, Any], columns: Mapping[str, Any]) -> None:
+    def multiply(mm: Callable[..., object], rows: Operands, columns: Operands) -> None:
         mm(rows["input"], rows["weight"].t())
         mm(rows["grad_output"], columns["weight"])
         mm(columns["grad_output"].t(), columns["input"])
