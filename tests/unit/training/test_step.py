@@ -75,7 +75,8 @@ def test_gradients_and_losses_are_of_the_mean_over_scored_labels(
     assert step.scored == evaluated.scored == (given.labels != IGNORED).sum()
     assert norm.item() == pytest.approx(torch.cat([g.flatten() for g in wanted]).norm().item(), rel=1e-5)
     for param, grad in zip(model.parameters(), wanted):
-        torch.testing.assert_close(param.grad.to_local(), grad, rtol=1e-5, atol=1e-8)  # type: ignore[union-attr]
+        atol = 1e-6 * grad.abs().max().item()  # elements that are sums of terms which cancel
+        torch.testing.assert_close(param.grad.to_local(), grad, rtol=1e-5, atol=atol)  # type: ignore[union-attr]
 
 
 def test_clipping_is_of_the_corrected_gradients(mesh: Mesh) -> None:
