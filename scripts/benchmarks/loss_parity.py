@@ -65,7 +65,9 @@ def draw(curves: dict[str, list[list[float]]], path: Path) -> None:
     if pyplot is None:
         return
     figure, (above, below) = pyplot.subplots(2, 1, figsize=(8, 7), sharex=True, height_ratios=(2, 1))
-    mean = {config: [statistics.mean(step) for step in zip(*runs, strict=True)] for config, runs in curves.items()}
+    mean = {
+        config: [statistics.mean(step) for step in zip(*runs, strict=True)] for config, runs in curves.items() if runs
+    }
     for config, losses in mean.items():
         steps = range(1, len(losses) + 1)
         above.plot(steps, losses, label=config, linewidth=1)
