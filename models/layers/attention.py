@@ -53,11 +53,11 @@ def causal_attention(
     Args:
         documents: a :func:`document_mask` with the same window; None: each sequence is one document.
     """
-    # enable_gqa also where the numbers of heads are equal: the compiler may treat them as symbols. But of the kernels
-    # of GPUs that take values of another size, few take it.
-    gqa = v.shape[-1] == q.shape[-1]
     if documents is None and (window is None or window >= q.shape[2]):
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=gqa)
+        if v.shape[-1] != q.shape[-1]:  # of the kernels of GPUs that take this, few take enable_gqa
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        # enable_gqa also where the numbers of heads are equal: the compiler may treat them as symbols.
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
     mask = visible(q.shape[2], k.shape[2], window, q.device) if documents is None else documents
     # A copy for each head of queries: of the kernels that take a mask, none takes fewer heads of keys.
     k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))

@@ -139,17 +139,20 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "int8 all-gather": {
         "training.mixed_precision_param": "bfloat16",
         "model.converters": "int8",
+        "int8.filter_fqns": "",
         "int8.enable_fsdp_int8_all_gather": "true",
     },
     "int8 all-gather, TP": {
         "training.mixed_precision_param": "bfloat16",
         "model.converters": "int8",
+        "int8.filter_fqns": "",
         "int8.enable_tensor_parallel_int8_all_gather": "true",
         "int8.enable_fsdp_int8_all_gather": "true",
     },
     "int8 weights": {
         "training.mixed_precision_param": "bfloat16",
         "model.converters": "int8",
+        "int8.filter_fqns": "",
         "int8.recipe_name": "weights",
         "optimizer.implementation": "for-loop",
     },

@@ -24,7 +24,7 @@ FAMILY = {
 @pytest.fixture(scope="module")
 def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Reports:
     """The ways that the chosen tests ask for."""
-    tests = [i.callspec.params for i in request.session.items if "runs" in getattr(i, "fixturenames", ())]  # type: ignore[attr-defined]
+    tests = [i.callspec.params for i in request.session.items if i.path == request.path and hasattr(i, "callspec")]
     ways = {name: EXPERT_WAYS[name] for name in {test["way"]: None for test in tests}}
     cluster = Cluster(tmp_path_factory.mktemp("experts"))
     cluster.run(1, {ONE: FAMILY})

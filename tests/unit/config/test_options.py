@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 from pathlib import Path
 
@@ -111,6 +112,10 @@ def test_every_option_that_help_lists_can_be_set(
     assert len(listed) > 120
     for name in listed:
         needs = NEEDS.get(name, [])
+        if name == "metrics.enable_wandb" and importlib.util.find_spec("wandb") is None:
+            with pytest.raises(ConfigError, match="needs the package wandb"):
+                check([f"--{name}"])
+            continue
         for value in values_of(OPTIONS[name]):
             check([*needs, f"--{name}={value}"])
             if needs:
