@@ -14,6 +14,7 @@ from torch._dynamo.callback import CallbackArgs, CallbackTrigger, callback_handl
 
 from titanlite.config.schema import Compile
 from titanlite.errors import ConfigError, counted
+from titanlite.models.layers import Mixture
 from titanlite.registry import nearest
 
 logger = logging.getLogger()
@@ -96,6 +97,9 @@ def compile_blocks(blocks: nn.ModuleDict, options: Compile) -> None:
         from titanlite.distributed.fusion import use_block_fusion  # loads the compiler
 
         use_block_fusion(fuses)
+    if any(isinstance(module, Mixture) and module.spread is not None for module in blocks.modules()):
+        # How many rows come to the experts of a process is known only when the graph runs. It must not break for that.
+        torch._dynamo.config.capture_dynamic_output_shape_ops = True
     block: Any
     for block in blocks.values():
         block.run = compiled(block.run or block.compute, options)

@@ -37,7 +37,8 @@ def describe(args: Any, mesh: Mesh, config: JobConfig) -> dict[str, str]:
         balance = balance_loss(mixture, config.experts)
         about["experts"] = (
             f"{mixture.experts_per_token} of {counted(mixture.n_experts, 'expert')} for each token, "
-            f"{training.mixed_precision_param}; balance loss {balance.coefficient:g}, z-loss {balance.z_coefficient:g}"
+            f"{training.mixed_precision_param}{_where(mesh)}; balance loss {balance.coefficient:g}, "
+            f"z-loss {balance.z_coefficient:g}"
         )
     attention = []
     window = getattr(args, "sliding_window", None)
@@ -55,6 +56,12 @@ def describe(args: Any, mesh: Mesh, config: JobConfig) -> dict[str, str]:
         about["compile"] = f"{counted(args.n_layers, 'block')}, {options.backend}"
     about["FSDP2"] = _sharding(mesh, config)
     return about
+
+
+def _where(mesh: Mesh) -> str:
+    if mesh.experts is None or mesh.experts.ep.size() == 1:
+        return ""
+    return f", spread over {counted(mesh.experts.ep.size(), 'process')}, {mesh.experts.fsdp.size()} shards of each"
 
 
 def _kernel(args: Any, mesh: Mesh, config: JobConfig, masked: bool) -> str:

@@ -34,12 +34,14 @@ from titanlite.config.number_formats import formats_of
 from titanlite.config.refuse import refuse
 from titanlite.data import Batch
 from titanlite.distributed.data_parallel import allocate
+from titanlite.distributed.expert_parallel import ExpertParallel
 from titanlite.distributed.experts import ExpertBalance
 from titanlite.distributed.gradients import gradient_scale
 from titanlite.distributed.mesh import Mesh, build_mesh
 from titanlite.distributed.target import H100
+from titanlite.metrics.device import GIB
 from titanlite.metrics.flops import flops_per_token
-from titanlite.models.layers import ModelSize
+from titanlite.models.layers import Mixture, ModelSize
 from titanlite.optim import build_optimizer, update_parameters
 from titanlite.plan.compiled_memory import MEMORY_BACKEND
 from titanlite.plan.lone_rank import LoneStage, fused_norm, in_a_process, lone_process_group
@@ -87,6 +89,7 @@ class RankEstimate:
         peak: the largest memory during a step.
         at_peak: the memory at the peak, by kind.
         traffic: the collectives of one step.
+        worst_peak: the peak if all tokens choose experts of this rank; None without expert parallelism.
     """
 
     rank: int
@@ -96,6 +99,7 @@ class RankEstimate:
     peak: int
     at_peak: dict[str, int]
     traffic: dict[Collective, Traffic]
+    worst_peak: int | None = None
 
     @property
     def activations(self) -> int:
@@ -149,16 +153,26 @@ def estimate(
         )
         ranks.append(rank_estimate)
         notes += [note for note in rank_notes if note not in notes]
+    if any(rank.worst_peak for rank in ranks):
+        notes.append(
+            "Experts have equal load here. If all tokens of the devices of expert parallelism choose experts of one of "
+            f"them, in all mixtures, its peak is {max(r.worst_peak or 0 for r in ranks) / GIB:.2f} GiB."
+        )
     tokens = global_batch_size(config, degrees.data_parallel) * config.training.seq_len
     flops = flops_per_token(size, config.training.seq_len) * tokens // world_size
     about = {
         "model": model_about.pop("model"),
-        "degrees": " x ".join(f"{name} {n}" for name, n in degrees._asdict().items() if n > 1) or "1",
+        "degrees": " x ".join(f"{name} {n}" for name, n in dimensions_of(degrees).items() if n > 1) or "1",
         **model_about,
         "tokens per step": f"{tokens:,}",
         "FLOPs per step and device": f"{flops:.4g}",
     }
     return Estimate(world_size, ranks, flops, about, notes)
+
+
+def dimensions_of(degrees: Degrees) -> dict[str, int]:
+    """Return the dimensions whose product is the number of processes."""
+    return {name: n for name, n in degrees._asdict().items() if name != "expert_parallel"}
 
 
 def _estimate_rank(
@@ -236,6 +250,7 @@ def dimensions(mesh: Mesh) -> dict[str, str]:
         "context parallel": mesh.cp,
         "tensor parallel": mesh.tp,
         "replicas (HSDP)": mesh.world["dp_replicate"],
+        **({"expert parallel": mesh.experts.ep, "FSDP of experts": mesh.experts.fsdp} if mesh.experts else {}),
         "FSDP": mesh.fsdp,
     }
     return {m.get_group().group_name: name for name, m in meshes.items() if m.ndim == 1 and m.size() > 1}
@@ -256,7 +271,9 @@ def measure(
         with tracker.kind(OPTIMIZER):
             _make_state(optimizer)
         tracker.restart_peak()
-        loss = StepRunner(built.parts, loss_fn, pipeline, None, DEVICE, mesh).forward_backward(_batch(config, mesh))
+        worst = assume_load(built.parts, worst=False)
+        runner = StepRunner(built.parts, loss_fn, pipeline, None, DEVICE, mesh)
+        loss = runner.forward_backward(_batch(config, mesh))
         sharded_gradients = _bytes(p.grad for p in parameters)
         tracker.mark("clip")
         with tracker.kind(TEMPORARY, "all ranks"):
@@ -269,7 +286,7 @@ def measure(
             for converter in built.converters.values():
                 for part in built.parts:
                     converter.post_optimizer_hook(part)
-        return RankEstimate(
+        result = RankEstimate(
             rank=dist.get_rank(),
             parameters=_bytes(t for part in built.parts for t in (*part.parameters(), *part.buffers())),
             gradients=sharded_gradients,
@@ -278,6 +295,24 @@ def measure(
             at_peak=dict(tracker.at_peak()),
             traffic=dict(tracker.traffic),
         )
+        if worst:
+            assume_load(built.parts, worst=True)
+            tracker.restart_peak()
+            runner.forward_backward(_batch(config, mesh))
+            result.worst_peak = max(tracker.peak, result.peak)
+        return result
+
+
+def assume_load(parts: Iterable[nn.Module], *, worst: bool) -> bool:
+    """Let experts be computed for the rows of an equal load, or for the most that can come: each token of all processes
+    of expert parallelism chooses as many experts here as it can. Return whether there is expert parallelism."""
+    spread = [m for part in parts for m in part.modules() if isinstance(m, Mixture) and m.spread is not None]
+    for mixture in spread:
+        exchange, args = mixture.spread, mixture.args
+        assert isinstance(exchange, ExpertParallel)
+        most = min(args.experts_per_token, args.n_experts // exchange.ranks)
+        exchange.assumed = exchange.ranks * most / args.experts_per_token if worst else 1.0
+    return bool(spread)
 
 
 def _make_state(optimizer: torch.optim.Optimizer) -> None:

@@ -72,6 +72,9 @@ _NAMES = {
     "all_to_all_single": "all-to-all",
     "alltoall_base_": "all-to-all",
     "shard_dim_alltoall": "all-to-all",
+    "exchange_loads": "all-to-all",
+    "to_experts": "all-to-all",
+    "from_experts": "all-to-all",
     "broadcast_": "broadcast",
     "send": "send",
     "recv_": "receive",
@@ -96,7 +99,7 @@ def _traffic(func: Any, args: tuple[Any, ...], out: Any) -> tuple[ProcessGroup, 
     if func.namespace == "c10d":
         whole = args[1 if packet == "_reduce_scatter_base_" else 0]
     else:
-        whole = out if "all_gather" in packet else args[0]
+        whole = out if "all_gather" in packet else args[0]  # of an operator of titanlite's, what it sends
     return group, _NAMES[packet], sum(t.numel() * t.element_size() for t in _tensors(whole))
 
 
@@ -279,7 +282,7 @@ class MemoryTracker(TorchDispatchMode):
             return NotImplemented  # a subclass: its inner operations arrive here one by one
         out = func(*args, **(kwargs or {}))
         namespace = func.namespace
-        if namespace in ("c10d", "_c10d_functional", "_c10d_functional_autograd", "_dtensor"):
+        if namespace in ("c10d", "_c10d_functional", "_c10d_functional_autograd", "_dtensor", "titanlite"):
             self._count(func, args, out)
         if not self._paused:
             self.add(out)

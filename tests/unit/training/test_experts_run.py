@@ -120,3 +120,18 @@ def test_an_estimate_counts_all_experts_and_the_exchange_of_loads() -> None:
     reduced = [traffic.nbytes for collective, traffic in rank.traffic.items() if collective.name == "all-reduce"]
     # Norm and loss; of each layer its loads, and three sums; the numbers of labels.
     assert sum(reduced) == 3 * 8 + 2 * (6 + 3) * 8 + 2 * 4
+
+
+def test_an_estimate_counts_the_exchange_of_tokens_and_its_worst_case() -> None:
+    options = {**TINY, **SMALL, EP: 2, "model.args.n_layers": 1}
+    config = load_config([f"--{key}={value}" for key, value in options.items()])
+    result = estimate(config, 4)
+    (rank,) = result.ranks
+    (traffic,) = (t for collective, t in rank.traffic.items() if collective.dimension == "expert parallel")
+    rows = 4 * 32 * 2  # of the tokens of a device, one for each of their experts
+    # Rows in bfloat16 and weights in float32, two ways, forward and backward; the loads of 6 experts.
+    assert traffic.nbytes == rows * (4 * 32 * 2 + 2 * 4) + 6 * 4
+    assert traffic.calls == 7
+    assert rank.worst_peak is not None
+    assert rank.worst_peak > rank.peak
+    assert "its peak is" in " ".join(result.notes)
