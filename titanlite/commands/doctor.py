@@ -39,8 +39,8 @@ def main(argv: list[str]) -> int:
     if not args.json and not args.no_measure:
         print("titanlite: measuring, for less than a minute ...", file=sys.stderr, flush=True)
     try:
-        found = examine(config, given, args.seconds or SECONDS, args.processes, not args.no_measure)
+        examination = examine(config, given, args.seconds or SECONDS, args.processes, not args.no_measure)
     except ConfigError as e:
         return report(e, config)
-    print(found.json() if args.json else describe(found, given))
+    print(examination.json() if args.json else describe(examination, given))
     return 0

@@ -62,16 +62,16 @@ def corpus_index(files: Sequence[Path], kind: str, read: Callable[[Path], FileIn
     if sum(identity[0] for identity in before) < _LARGE:
         return _joined([read(file) for file in files])
     place = cache_folder() / "data" / _key(files, kind)
-    found = _load(place, before)
-    if isinstance(found, Index):
-        return found
+    cached = _load(place, before)
+    if isinstance(cached, Index):
+        return cached
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
         with _locked(place.with_suffix(".lock")):
-            found = _load(place, before)  # another process may have made it by now
-            if isinstance(found, Index):
-                return found
-            return _make(place, files, before, found, read)
+            cached = _load(place, before)  # another process may have made it by now
+            if isinstance(cached, Index):
+                return cached
+            return _make(place, files, before, cached, read)
     except OSError as error:
         logger.warning(
             f"the index of {kind} data cannot be kept in {place.parent} ({error.strerror or error}), so each process "

@@ -31,7 +31,7 @@ _OF_COLLECTIVES = 12.0
 
 @dataclass
 class Examination:
-    """What was found.
+    """The result of an examination of the machine.
 
     Attributes:
         machine: facts, in words.
@@ -73,7 +73,7 @@ def examine(
     """
     device, remark = find_device()
     shape = choose_shape(config)
-    found = {"device": f"{device.type}{f': {remark}' if remark else ''}", **machine(device)}
+    facts = {"device": f"{device.type}{f': {remark}' if remark else ''}", **machine(device)}
     rows: list[Row] = []
     unfinished, reduced = "nothing was measured, as asked", None
     if measure:
@@ -83,7 +83,7 @@ def examine(
             reduced = allreduce.measure(count, min(_OF_COLLECTIVES, seconds / 3))
         rows, unfinished = _probe(argv, end - time.monotonic())
     return Examination(
-        machine=found,
+        machine=facts,
         model=shape.about,
         attention=_attention(config, device),
         features=features(device, [number_format.name for number_format in NUMBER_FORMATS]),

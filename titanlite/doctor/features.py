@@ -37,12 +37,12 @@ def features(device: torch.device, converters: list[str]) -> list[Feature]:
     units, gpu = architecture(device), device.type == "cuda"
     native = formats_with_units(units)
     compiler = ("triton", _has("triton")) if gpu else ("a C++ compiler (g++ or clang++)", _cxx())
-    found = [Feature("compiled blocks", "training.compile", compiler[0], compiler[1])]
-    found += [
+    features = [Feature("compiled blocks", "training.compile", compiler[0], compiler[1])]
+    features += [
         Feature(f"{name} in its own units", f"model.converters={name}", "units for it; else emulated", name in native)
         for name in converters
     ]
-    found += [
+    features += [
         Feature("kernels of float8, mxfp8 and int8", "chosen by itself", "a GPU, triton", gpu and kernels.AVAILABLE),
         Feature(
             "FlashAttention 3",
@@ -64,7 +64,7 @@ def features(device: torch.device, converters: list[str]) -> list[Feature]:
         Feature("data sets of the hub", "training.dataset=c4", "the package datasets, a network", _has("datasets")),
         Feature("pictures", "titanlite compare --picture", "the package matplotlib", _has("matplotlib")),
     ]
-    return found
+    return features
 
 
 def attention(device: torch.device, heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype) -> str:

@@ -96,8 +96,8 @@ def _disk() -> str:
 def _gpus() -> str:
     if not torch.cuda.is_available():
         return "none that torch can use"
-    found = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
-    return ", ".join(f"{gpu.name} ({gpu.total_memory / GIB:.1f} GiB)" for gpu in found)
+    gpus = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+    return ", ".join(f"{gpu.name} ({gpu.total_memory / GIB:.1f} GiB)" for gpu in gpus)
 
 
 def _peak(device: torch.device) -> str:
@@ -123,14 +123,14 @@ def _output(*command: str) -> str:
 
 
 def _versions() -> str:
-    found = [f"titanlite {__version__}", f"Python {platform.python_version()}"]
+    versions = [f"titanlite {__version__}", f"Python {platform.python_version()}"]
     for package in _PACKAGES:
         try:
-            found.append(f"{package} {version(package)}")
+            versions.append(f"{package} {version(package)}")
         except PackageNotFoundError:
             continue
     libraries = {"CUDA": torch.version.cuda, "ROCm": torch.version.hip}
-    found += [f"{name} {number}" for name, number in libraries.items() if number]
+    versions += [f"{name} {number}" for name, number in libraries.items() if number]
     if torch.cuda.is_available() and torch.backends.cudnn.is_available():
-        found.append(f"cuDNN {torch.backends.cudnn.version()}")
-    return ", ".join(found)
+        versions.append(f"cuDNN {torch.backends.cudnn.version()}")
+    return ", ".join(versions)

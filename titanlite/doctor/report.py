@@ -11,30 +11,30 @@ from titanlite.doctor.verdict import Row
 from titanlite.metrics.report import table, titanlite_command
 
 
-def describe(found: Examination, argv: Sequence[str]) -> str:
+def describe(examination: Examination, argv: Sequence[str]) -> str:
     """Format the examination for printing. ``argv`` are the trainer's arguments."""
-    lines = [table("this machine", found.machine), "features"]
-    names = [(feature.name, feature.option) for feature in found.features]
+    lines = [table("this machine", examination.machine), "features"]
+    names = [(feature.name, feature.option) for feature in examination.features]
     widths = [max(map(len, column)) for column in zip(*names, strict=True)]
-    for feature in found.features:
+    for feature in examination.features:
         there = "yes" if feature.there else "no "
         name, option = (text.ljust(width) for text, width in zip(feature[:2], widths, strict=True))
         lines.append(f"    {there}  {name}  {option}  needs {feature.needs}")
-    lines += _ceilings(found)
-    lines += _layers(found.rows)
-    lines += _steps(found.rows)
-    failed = [f"{row['what']}: {row['why']}" for row in found.rows if row["kind"] == "failed"]
-    for reason in [*failed, *([found.unfinished] if found.unfinished else [])]:
+    lines += _ceilings(examination)
+    lines += _layers(examination.rows)
+    lines += _steps(examination.rows)
+    failed = [f"{row['what']}: {row['why']}" for row in examination.rows if row["kind"] == "failed"]
+    for reason in [*failed, *([examination.unfinished] if examination.unfinished else [])]:
         lines.append(f"    not measured: {reason}")
-    lines += [f"which format, for {found.model}", *(f"    {reason}" for reason in found.verdict.reasons)]
-    lines.append(f"    {conclusion(found)}")
-    lines += [f"    attention: {found.attention}", "what to type", f"    {command(found, argv)}"]
+    lines += [f"which format, for {examination.model}", *(f"    {reason}" for reason in examination.verdict.reasons)]
+    lines.append(f"    {conclusion(examination)}")
+    lines += [f"    attention: {examination.attention}", "what to type", f"    {command(examination, argv)}"]
     return "\n".join(lines)
 
 
-def conclusion(found: Examination) -> str:
+def conclusion(examination: Examination) -> str:
     """Return the verdict in one sentence."""
-    verdict = found.verdict
+    verdict = examination.verdict
     if verdict.gain is None:
         return "no step was measured, so there is no advice on formats: high precision is safe"
     name = verdict.options.get("model.converters")
@@ -43,21 +43,21 @@ def conclusion(found: Examination) -> str:
     return f"{name} should make a step {verdict.gain:.2f} times as fast as high precision"
 
 
-def command(found: Examination, argv: Sequence[str]) -> str:
+def command(examination: Examination, argv: Sequence[str]) -> str:
     """Return the line to type."""
-    options = [f"--{key}={value}" for key, value in found.verdict.options.items()]
+    options = [f"--{key}={value}" for key, value in examination.verdict.options.items()]
     return shlex.join([*shlex.split(titanlite_command()), "train", *argv, *options])
 
 
-def _ceilings(found: Examination) -> Iterator[str]:
+def _ceilings(examination: Examination) -> Iterator[str]:
     yield "measured ceilings"
-    for row in found.rows:
+    for row in examination.rows:
         if row["kind"] == "copy":
             yield f"    copy           {row['bytes_per_s'] / 1e9:10,.1f} GB/s, read and written"
         elif row["kind"] == "matmul":
             note = ", emulated" if row["emulated"] else ""
             yield f"    {row['format']:<14} {row['flops_per_s'] / 1e9:10,.0f} GFLOP/s, matmul without casts{note}"
-    reduced = found.all_reduce
+    reduced = examination.all_reduce
     if reduced is not None and "why" in reduced:
         yield f"    all-reduce     not measured among {reduced['processes']} processes: {reduced['why']}"
     elif reduced is not None:

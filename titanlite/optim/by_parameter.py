@@ -47,6 +47,21 @@ class Settings(NamedTuple):
     skip: Tensor
 
 
+def compiled_update(function: Callable[..., None], name: str, purpose: str, changed: Iterable[str]) -> Any:
+    """Return ``function`` compiled, as the operator ``titanlite_optim::name``, which overwrites the arguments
+    ``changed``. An operator, so that an estimate on fake tensors counts no temporaries: the compiled code has none.
+
+    Args:
+        purpose: named in the warning if it cannot be compiled.
+    """
+    compiled, schema = CompiledFunction(function, purpose), torch.library.infer_schema(function, mutates_args=changed)
+    operator = torch.library.custom_op(
+        f"titanlite_optim::{name}", lambda *args: compiled(*args), mutates_args=changed, schema=schema
+    )
+    operator.register_fake(lambda *args: None)
+    return operator
+
+
 class ByParameter(torch.optim.Optimizer):
     """An optimizer that updates one parameter after the other. All arithmetic is in float32.
 
@@ -194,13 +209,4 @@ def _store(
     scale.copy_(torch.where(skip != 0, scale, new.scale))
 
 
-_store_compiled = CompiledFunction(_store, "updates of stored weights")
-
-# An operator, so that an estimate on fake tensors counts no temporaries: the compiled code has none.
-store = torch.library.custom_op(
-    "titanlite_optim::store",
-    lambda *args: _store_compiled(*args),
-    mutates_args=("data", "scale"),
-    schema=torch.library.infer_schema(_store, mutates_args=("data", "scale")),
-)
-store.register_fake(lambda *args: None)
+store = compiled_update(_store, "store", "updates of stored weights", changed=("data", "scale"))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from titanlite.config.schema import Optimizer
-from titanlite.optim.by_parameter import ByParameter, Place, Settings
+from titanlite.optim.by_parameter import ByParameter, Place, Settings, compiled_update
 from titanlite.optim.moments import (
     from_blocks,
     has_blocks,
@@ -18,7 +18,6 @@ from titanlite.optim.moments import (
     to_blocks,
     zeros_of_blocks,
 )
-from titanlite.quant.compiled import CompiledFunction
 from titanlite.quant.streams import mix
 
 _STATE = ("step", "exp_avg", "exp_avg_sq", "exp_avg_scale", "exp_avg_sq_scale")
@@ -117,15 +116,4 @@ def _adam(
         tensor.copy_(torch.where(skip != 0, tensor, result))
 
 
-_adam_compiled = CompiledFunction(_adam, "updates of low-precision moments")
-
-
-# An operator, so that an estimate on fake tensors counts no temporaries: the compiled code has none.
-_CHANGED = ("param", *_STATE)
-adam = torch.library.custom_op(
-    "titanlite_optim::adam",
-    lambda *args: _adam_compiled(*args),
-    mutates_args=_CHANGED,
-    schema=torch.library.infer_schema(_adam, mutates_args=_CHANGED),
-)
-adam.register_fake(lambda *args: None)
+adam = compiled_update(_adam, "adam", "updates of low-precision moments", changed=("param", *_STATE))

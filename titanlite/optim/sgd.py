@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from titanlite.config.schema import Optimizer
-from titanlite.optim.by_parameter import ByParameter, Place, Settings
-from titanlite.quant.compiled import CompiledFunction
+from titanlite.optim.by_parameter import ByParameter, Place, Settings, compiled_update
 
 
 class SGD(ByParameter):
@@ -45,11 +44,4 @@ def _sgd(param: Tensor, grad: Tensor, step: Tensor, numbers: Tensor, divisor: Te
     step.copy_(torch.where(skip != 0, step, step + 1))
 
 
-_sgd_compiled = CompiledFunction(_sgd, "updates by SGD")
-sgd = torch.library.custom_op(
-    "titanlite_optim::sgd",
-    lambda *args: _sgd_compiled(*args),
-    mutates_args=("param", "step"),
-    schema=torch.library.infer_schema(_sgd, mutates_args=("param", "step")),
-)
-sgd.register_fake(lambda *args: None)
+sgd = compiled_update(_sgd, "sgd", "updates by SGD", changed=("param", "step"))

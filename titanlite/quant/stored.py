@@ -28,7 +28,7 @@ _DIM = {_aten.slice.Tensor: 0, _aten.split.Tensor: 1}  # the place of the dimens
 _AS_WHOLE = {_aten.detach.default, _aten.alias.default, _aten.clone.default, _aten.empty_like.default}
 _NO_DTYPE = {_aten._to_copy.default, _aten.empty_like.default}
 SCALES = "_scale"
-"""What the name of the scales in a state dict has after that of the weight."""
+"""The end of the name of the scales in a state dict, after the name of the weight."""
 Update = Callable[[Operand, Tensor, Tensor], None]
 """``(the stored data and scale, the new weight in float32, its amaxes)``: writes the new data and scale."""
 
