@@ -74,7 +74,7 @@ def _reason(name: str, rows: Sequence[Row], steps: dict[tuple[str, bool], Row]) 
             span = f"layers {_times(min(ratios))} to {_times(max(ratios))}"
             parts.append(f"{mode}: {span}" + (f", faster are {', '.join(gaining)}" if gaining else ", none is faster"))
         if step := steps.get((name, compiled)):
-            parts.append(f"a {mode} step {_times(step['speedup'])}")
+            parts.append(f"steps {_times(step['speedup'])}")
     gains = any(row["speedup"] >= GAINS for (format, _), row in steps.items() if format == name)
     known = any(format == name for format, _ in steps)
     ending = "it gains" if gains else "it will not gain" if known else "no step was measured in the time"
