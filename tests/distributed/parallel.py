@@ -62,6 +62,7 @@ _KINDS = {
     "send": ("send",),
     "recv": ("recv_",),
     "broadcast": ("broadcast_", "broadcast"),
+    **{name: (name,) for name in ("exchange_loads", "to_experts", "from_experts")},
 }
 KINDS = {op: kind for kind, ops in _KINDS.items() for op in ops}
 
@@ -85,17 +86,18 @@ class Traffic(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.namespace in ("c10d", "_c10d_functional", "titanlite") and func._opname in KINDS:
-            tensors, group = [], "?"
+            tensors, group = [], "ep" if func.namespace == "titanlite" else "?"
             for leaf in tree_leaves((args, kwargs or {})):
                 if isinstance(leaf, Tensor):
                     tensors.append(leaf)
-                elif isinstance(leaf, str) and leaf.isdecimal():
+                elif isinstance(leaf, str) and leaf.isdecimal() and group == "?":
                     group = self.functional.get(ranks_of(_resolve_process_group(leaf)), "?")
                 elif isinstance(leaf, torch.ScriptObject) and "ProcessGroup" in leaf._type().qualified_name():
                     group = self._other(dist.ProcessGroup.unbox(leaf), KINDS[func._opname])
             key = f"{group}/{KINDS[func._opname]}"
             self.calls[key] += 1
-            self.bytes[key] += min(t.numel() * t.element_size() for t in tensors)
+            sizes = [t.numel() * t.element_size() for t in tensors]
+            self.bytes[key] += sizes[0] if group == "ep" else min(sizes)
         return func(*args, **(kwargs or {}))
 
     def _other(self, group: dist.ProcessGroup, kind: str) -> str:
