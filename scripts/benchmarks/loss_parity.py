@@ -32,7 +32,7 @@ CONFIGS = {
     **{recipe: ["--model.converters=float8", f"--float8.recipe_name={recipe}"] for recipe in harness.RECIPES},
     **{
         f"int8 {recipe}": ["--model.converters=int8", f"--int8.recipe_name={recipe}"]
-        for recipe in ("rowwise", "rowwise_with_gw_hp", "forward_only")
+        for recipe in ("rowwise", "rowwise_with_gw_hp", "forward_only", "weights")
     },
     "int8 rowwise with output": ["--model.converters=int8", "--int8.filter_fqns="],
     **{recipe: ["--model.converters=mx", f"--mx.recipe_name={recipe}"] for recipe in ("mxfp8", "mxfp8_with_gw_hp")},

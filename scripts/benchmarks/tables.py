@@ -198,6 +198,16 @@ def int8_steps(results: list[dict[str, Any]]) -> list[list[str]]:
     return rows
 
 
+def document_masks(results: list[dict[str, Any]]) -> list[list[str]]:
+    rows = [["sequence", "documents in it", "", "step without masks", "with masks", "ratio"]]
+    for r in results:
+        mode = "compiled" if r["compile"] else "eager"
+        times = [f"{r[key]:,.0f} ms" for key in ("step_ms_without", "step_ms")]
+        length = f"{r['seq_len']:,} tokens"
+        rows.append([length, f"{r['documents_per_sequence']:.2f}", mode, *times, f"{r['ratio']:.2f}"])
+    return rows
+
+
 def time_budget(results: list[dict[str, Any]]) -> list[list[str]]:
     parts = list(dict.fromkeys(part for r in results for part in r["parts_ms"]))
     rows = [["config", "", *parts, "step"]]
@@ -222,6 +232,8 @@ TABLES: dict[str, Callable[[list[dict[str, Any]]], list[list[str]]]] = {
     "compiled_block": compiled_block,
     "int8_cpu/layers": int8_layers,
     "int8_cpu/steps": int8_steps,
+    "int8_cpu_20M": int8_steps,
+    "document_masks": document_masks,
     "time_budget": time_budget,
     "float8_memory": float8_memory,
     "roofline_assumed/linears": predicted_linears,

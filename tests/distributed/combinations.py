@@ -135,6 +135,19 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "model.converters": "mx",
         "mx.filter_fqns": "output,wk,wv",  # these two have less than a block of 32 on each rank
     },
+    "mxfp8 all-gather": {
+        "training.mixed_precision_param": "bfloat16",
+        "model.converters": "mx",
+        "mx.filter_fqns": "",
+        "mx.enable_fsdp_mxfp8_all_gather": "true",
+    },
+    "mxfp8 all-gather, TP": {
+        "training.mixed_precision_param": "bfloat16",
+        "model.converters": "mx",
+        "mx.filter_fqns": "output,wk,wv",
+        "mx.enable_fsdp_mxfp8_all_gather": "true",
+        "mx.enable_tensor_parallel_mxfp8_all_gather": "true",
+    },
     "int8": {"training.mixed_precision_param": "bfloat16", "model.converters": "int8"},
     "int8 all-gather": {
         "training.mixed_precision_param": "bfloat16",
@@ -179,6 +192,8 @@ TOUCHED: dict[str, list[str]] = {
     "float8 delayed": ["FSDP 2", "PP 2 1F1B"],  # amaxes agreed by the ranks that hold a layer
     "float8 all-gather": ["FSDP 2", "HSDP 2 x 2", "FSDP 2 x TP 2"],
     "mxfp8": ["FSDP 2", "TP 2"],
+    "mxfp8 all-gather": ["FSDP 2"],
+    "mxfp8 all-gather, TP": ["FSDP 2 x TP 2"],
     "int8": ["FSDP 2", "TP 2", "PP 2 1F1B", "FSDP 2 x TP 2"],
     "int8 all-gather": ["FSDP 2", "FSDP 2 x TP 2"],
     "int8 all-gather, TP": ["TP 2", "FSDP 2 x TP 2"],
@@ -205,8 +220,10 @@ def composes(way: str, variant: str) -> bool:
     per_op = options.get("activation_checkpoint.selective_ac_option") == "op"
     if WAYS[way].cp > 1 and "data.document_mask" in options:
         return False
-    if WAYS[way].tp == 1 and "int8.enable_tensor_parallel_int8_all_gather" in options:
+    if WAYS[way].tp == 1 and any("enable_tensor_parallel" in option for option in options):
         return False
+    if WAYS[way].tp > 1 and variant == "mxfp8 all-gather":
+        return False  # wk and wv have less than a block of 32 on each rank
     later_torch = any(key in options for key in ("training.compile", "model.converters", "training.loss_chunks"))
     compiled = "training.compile" in options
     if way not in SPLIT_BACKWARD:

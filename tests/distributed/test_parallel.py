@@ -280,6 +280,8 @@ BOUNDS = {
     "float8 delayed": _ONE_SCALE,
     "float8 all-gather": _ONE_SCALE,
     "mxfp8": _SCALES_OF_ROWS,
+    "mxfp8 all-gather": (1e-3, 2e-3, 2e-3),  # what was gathered is cast again, for the other matmul
+    "mxfp8 all-gather, TP": (1e-3, 2e-3, 2e-3),
     "int8": (5e-4, 1e-3, 1e-3),  # the weights' gradients have scales of columns: of a microbatch, of a rank's tokens
     "int8 all-gather": (5e-4, 1e-3, 1e-3),
     "int8 all-gather, TP": (1e-3, 2e-3, 2e-3),  # what was gathered is cast again, for the other matmul
@@ -292,8 +294,10 @@ BOUNDS = {
     "compile, rowwise, AC selective op": _SCALES_OF_ROWS,
 }
 INT8 = ["int8 all-gather", "int8 all-gather, TP", "int8 weights"]  # they gather in int8, with scales of rows
+# They gather mxfp8: a scale of one byte for each block of 32.
+MX = ["mxfp8 all-gather", "mxfp8 all-gather, TP"]
 # Those that are compared with another variant, too.
-COMPARED = {"compile, AC full": "compile", "float8 all-gather": "bfloat16", **dict.fromkeys(INT8, "bfloat16")}
+COMPARED = {"compile, AC full": "compile", "float8 all-gather": "bfloat16", **dict.fromkeys([*INT8, *MX], "bfloat16")}
 SAME_BITS = [variant for variant in VARIANTS if variant.startswith("AC")]
 
 
@@ -395,9 +399,9 @@ def test_nothing_is_compiled_after_the_first_step(varied: Reports, way: str, var
         assert report["graphs"][0] > 0
 
 
-@each(["float8 all-gather", *INT8], lambda way: WAYS[way].shard * WAYS[way].cp > 1)
+@each(["float8 all-gather", "mxfp8 all-gather", *INT8], lambda way: WAYS[way].shard * WAYS[way].cp > 1)
 def test_gathers_have_a_byte_per_element(varied: Reports, way: str, variant: str) -> None:
-    """Of a bfloat16 run's two; all but the embedding and the norms, and as often as it. Int8 has the scales too."""
+    """Of a bfloat16 run's two; all but the embedding and the norms, and as often as it. Int8 and mxfp8 have scales."""
     w = WAYS[way]
     for rank, (high, low) in enumerate(
         zip(varied[f"{way}, {COMPARED[variant]}"], varied[f"{way}, {variant}"], strict=True)
@@ -408,17 +412,19 @@ def test_gathers_have_a_byte_per_element(varied: Reports, way: str, variant: str
         if variant in INT8:
             rows = times * (COLUMN_ROWS // w.tp + ROW_ROWS) + share.output * VOCABULARY // w.tp
             gathered -= 4 * rows // (w.shard * w.cp)
+        elif variant in MX:
+            gathered -= gathered // 32
         assert high["bytes"]["fsdp/all_gather"] - low["bytes"]["fsdp/all_gather"] == gathered, rank
 
 
-@each(["int8 all-gather, TP"])
+@each(["int8 all-gather, TP", "mxfp8 all-gather, TP"])
 def test_tensor_parallelism_gathers_a_byte_per_element(varied: Reports, way: str, variant: str) -> None:
-    """And a scale per token: of the inputs of a block's two halves and of the output, and of the gradients of the
-    halves' outputs."""
-    w = WAYS[way]
+    """And the scales, of a token or of blocks of 32: of the inputs of a block's two halves and of the output, and of
+    the gradients of the halves' outputs. With mxfp8, wk, wv and the output are in high precision here."""
+    w, per_token = WAYS[way], DIM // 32 if variant in MX else 4
     for high, low in zip(varied[f"{way}, bfloat16"], varied[f"{way}, {variant}"], strict=True):
         share = Share(way, low)
-        gathers = share.microbatches * (4 * share.layers + share.output)
+        gathers = share.microbatches * (3 * share.layers if variant in MX else 4 * share.layers + share.output)
         assert low["calls"]["tp/all_gather"] - high["calls"]["tp/all_gather"] == gathers
         tokens = BATCH // w.shard // share.microbatches * SEQ_LEN // (w.tp * w.cp)
-        assert high["bytes"]["tp/all_gather"] - low["bytes"]["tp/all_gather"] == gathers * tokens * (DIM - 4)
+        assert high["bytes"]["tp/all_gather"] - low["bytes"]["tp/all_gather"] == gathers * tokens * (DIM - per_token)

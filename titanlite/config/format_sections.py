@@ -74,6 +74,10 @@ class MX:
     """The scale of a block: the smallest power of two that cuts off no value (rceil), or the standard's (floor)."""
     emulate: bool = False
     """Multiply the quantized values in float32. Without units for mxfp8 this is always done."""
+    enable_fsdp_mxfp8_all_gather: bool = False
+    """Let FSDP2 gather weights in mxfp8: a byte per element, and one per 32."""
+    enable_tensor_parallel_mxfp8_all_gather: bool = False
+    """Let tensor parallelism gather inputs and gradients in mxfp8."""
     use_fp8_dim1_cast_triton_kernel: bool = True
     mxfp8_dim1_cast_kernel_choice: str = "triton"
     moe_fqns_prototype: list[str] = field(default_factory=list)

@@ -40,7 +40,7 @@ NUMBER_FORMATS = (
         gathers_quantized=int8_rules.gathers_quantized,
         weight_bytes=int8_rules.weight_bytes,
     ),
-    NumberFormat("mx", mx_rules.check, from_torchtitan=True),
+    NumberFormat("mx", mx_rules.check, True, mx_rules.gathers_quantized),
 )
 
 

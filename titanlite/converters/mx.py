@@ -10,6 +10,7 @@ from titanlite.converters.registry import register_converter
 from titanlite.distributed.mesh import Mesh
 from titanlite.errors import ConfigError
 from titanlite.quant.devices import sm
+from titanlite.quant.format import OperandName
 from titanlite.quant.mx.format import MXFormat, is_native
 from titanlite.quant.mx.kernels import choice
 
@@ -32,13 +33,17 @@ class MXConverter(LinearConverter):
         emulate = options.emulate or options.recipe_name == "mxfp8_emulated"
         if not native and not emulate:
             warn_of_emulation("mxfp8", units)
+        gathered: list[OperandName] = ["weight"] if options.enable_fsdp_mxfp8_all_gather else []
+        gathered += ["input", "grad_output"] if options.enable_tensor_parallel_mxfp8_all_gather else []
         format = MXFormat(
             "rceil" if options.recipe_name == "mxfp8_rceil" else options.scale_mode,
             grad_weight=options.recipe_name != "mxfp8_with_gw_hp",
             emulate=emulate or not native,
             target=mesh.target.architecture,
+            gathered=tuple(gathered),
         )
         if not format.emulate:
             logger.info("mxfp8 on %s: %s", units, choice())
+        gathered_by = "mx.enable_fsdp_mxfp8_all_gather" if options.enable_fsdp_mxfp8_all_gather else None
         recipe = f"{options.recipe_name}, {format.scale_mode}"
-        super().__init__("mx", recipe, format, options.filter_fqns, format.emulate, mesh)
+        super().__init__("mx", recipe, format, options.filter_fqns, format.emulate, mesh, gathered_by)

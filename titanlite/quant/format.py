@@ -131,12 +131,22 @@ class Format(ABC):
 
     def amax(self, x: Tensor, operand: OperandName) -> Tensor:
         """Return the amaxes for the scales of ``x``, float32: (), which the ranks that share the tensor have to
-        all-reduce, or (..., 1) for scales of rows, each of which is whole on its rank."""
+        all-reduce, or (..., n) for n scales of each row, all of which are whole on their rank."""
         raise NotImplementedError
 
     def quantize(self, x: Tensor, amax: Tensor, operand: OperandName) -> Operand:
         """Cast ``x``, of any shape, with the scales of ``amax``; the data is contiguous, one byte per element."""
         raise NotImplementedError
+
+    def cast_to_gather(self, shard: Tensor, amax: Tensor | None) -> Operand:
+        """Cast this rank's rows of a weight, (rows, in_features), for a gather. ``amax`` are the amaxes that ranks
+        agreed on; None: those of the shard."""
+        return self.cast(shard, WEIGHT, amax=amax)
+
+    def arrived(self, gathered: Operand) -> Operand:
+        """Return an operand that was gathered as :meth:`multiply` takes it, for the matmul that contracts its
+        features. They differ where the units want the scales in an order that rows cannot be gathered in."""
+        return gathered
 
     def recast(self, arrived: Operand, operand: OperandName) -> Operand:
         """Return the operand for the matmul that contracts its rows, computed from the cast for the other matmul, which

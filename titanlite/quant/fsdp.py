@@ -161,8 +161,7 @@ class ShardedWeight(GathersQuantized, Tensor):
             amax = (
                 self._amax_of_rows(shard) if format.has_scales_of_rows("weight") else self.scale_amax.to(dtype).float()
             )
-            cast = format.cast(shard, WEIGHT, amax=amax)
-            self._quantized = state, cast
+            self._quantized = state, format.cast_to_gather(shard, amax)
         return self._quantized[1]
 
     def operand_to_gather(self, mesh: DeviceMesh, dtype: torch.dtype) -> Operand:

@@ -82,7 +82,8 @@ def _cast_activation(
     agreement: Agreement,
 ) -> tuple[Operand, Operand]:
     if isinstance(x, Operand):  # it was gathered in the format
-        return x, format.recast(x, operand) if for_weight else x
+        by_features = format.arrived(x)
+        return by_features, format.recast(x, operand) if for_weight else by_features
     x = x.detach().reshape(-1, x.shape[-1])
     scale = format.scale_from_state(layer, x, operand)
     amaxes = agreement.get(Use(operand, 1)), agreement.get(Use(operand, 0))
@@ -106,7 +107,7 @@ def weight_for_output(
 ) -> Operand:
     """Cast the local weight for the output."""
     if isinstance(weight, QuantTensor):
-        return weight.operand()
+        return format.arrived(weight.operand())
     return _cast_weight(layer, weight, layer.kept_source(), format, agreement.get(WEIGHT), for_output=True)
 
 

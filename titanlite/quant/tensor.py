@@ -22,7 +22,7 @@ class QuantTensor(Tensor):
 
     Args:
         qdata: the data in the format, contiguous.
-        scale: float32 multiplier: (), or one per row, of shape (..., 1).
+        scale: as the format has it: (), or n per row, of shape (..., n).
         dtype: the dtype of the original.
     """
 
@@ -51,7 +51,7 @@ class QuantTensor(Tensor):
 
     def operand(self) -> Operand:
         """Return the data and scale as a (rows, columns) matrix."""
-        scale = self.scale.reshape(-1, 1) if self.scale.ndim else self.scale
+        scale = self.scale.flatten(0, -2) if self.scale.ndim else self.scale
         return Operand(self.qdata.reshape(-1, self.shape[-1]), scale)
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]

@@ -19,6 +19,7 @@ from tests.support.compiler import compiles
 from tests.unit.float8.interpreted import exact_conversions
 from tests.unit.float8.test_float8_kernels import DEVICE, Traffic, matrix
 from tests.unit.float8.test_float8_oracle import step, values
+from titanlite.quant.format import WEIGHT, Operand, Use
 from titanlite.quant.linear import QuantLinear
 from titanlite.quant.mx import kernels
 from titanlite.quant.mx.format import MXFormat
@@ -143,6 +144,25 @@ def test_layers(
     if interpreted:
         both = (True, grad_weight)
         assert casts == [both, (True, False), both, (False, True)]
+
+
+@each_mode
+def test_gathered_operands(mode: ScaleMode, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What ranks gather is joined by rows, and then computes on sm_100 what the whole tensor computes."""
+    monkeypatch.setattr(torch, "_scaled_mm", units)
+    x, w = values("outliers", 40, 64), values("outliers", 96, 64)
+    x[3, 5] = math.nan
+    format = MXFormat(mode, target="sm_100")
+    parts = [format.cast_to_gather(part, None) for part in w.split([32, 64])]
+    weight = Operand(*map(torch.cat, zip(*parts, strict=True)))  # type: ignore[arg-type]
+    tokens = format.quantize(x.view(2, 20, 64), format.amax(x.view(2, 20, 64), "input"), "input")
+    left = Operand(*(part.flatten(0, 1) for part in tokens))  # type: ignore[union-attr]
+    whole = format.multiply(format.cast(x, Use("input", 1)), format.cast(w, WEIGHT).t(), "output", torch.float32)
+    product = format.multiply(format.arrived(left), format.arrived(weight).t(), "output", torch.float32)
+    assert torch.equal(product.nan_to_num(-7), whole.nan_to_num(-7))
+    values_of_w = dequantize(weight.data, weight.scale)  # type: ignore[arg-type]
+    for mine, expected in zip(format.recast(weight, "weight"), format.cast(values_of_w, Use("weight", 0)), strict=True):
+        assert torch.equal(mine.view(torch.uint8), expected.view(torch.uint8))  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize("tokens", [0, 1])

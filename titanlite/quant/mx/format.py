@@ -12,7 +12,15 @@ from titanlite.quant.devices import lacks_units, sm
 from titanlite.quant.emulation import multiply_in_float32
 from titanlite.quant.format import Amaxes, Format, Matmul, Operand, OperandName, Use
 from titanlite.quant.mx import kernels
-from titanlite.quant.mx.numerics import BLOCK, ScaleMode, dequantize, quantize
+from titanlite.quant.mx.numerics import (
+    BLOCK,
+    ScaleMode,
+    amax_of_blocks,
+    dequantize,
+    quantize,
+    quantize_blocks,
+    swizzled,
+)
 
 
 @dataclass(frozen=True)
@@ -25,15 +33,17 @@ class MXFormat(Format):
         emulate: multiply the quantized values in float32.
         target: the architecture to compute for, such as "sm_100", in an estimate without that device; None: the
             device's own.
+        gathered: the operands that ranks gather in mxfp8, where both of their matmuls are in mxfp8.
 
-    The scales of an operand are exponents: as ``numerics.quantize`` returns them where the format is emulated, else
-    swizzled, in one dimension.
+    The scales of an operand are exponents: as ``numerics.quantize`` returns them where the format is emulated, and
+    where ranks gather them; else swizzled, in one dimension.
     """
 
     scale_mode: ScaleMode = "rceil"
     grad_weight: bool = True
     emulate: bool = False
     target: str | None = None
+    gathered: tuple[OperandName, ...] = ()
 
     name = "mxfp8"
     multiple = BLOCK
@@ -89,6 +99,31 @@ class MXFormat(Format):
             return multiply_in_float32(left, right.t()).to(dtype)
         a_scale, b_scale = (scale.view(torch.float8_e8m0fnu) for scale in (a.scale, b.scale))
         return torch._scaled_mm(a.data, b.data, scale_a=a_scale, scale_b=b_scale, out_dtype=dtype)
+
+    # ---- communication
+
+    def travels(self, operand: OperandName) -> bool:
+        return operand in self.gathered and self._is_cast(Use(operand, 0))
+
+    def has_scales_of_rows(self, operand: OperandName) -> bool:
+        return True
+
+    def amax(self, x: Tensor, operand: OperandName) -> Tensor:
+        return amax_of_blocks(x)
+
+    def quantize(self, x: Tensor, amax: Tensor, operand: OperandName) -> Operand:
+        return Operand(*quantize_blocks(x, amax, self.scale_mode))
+
+    def cast_to_gather(self, shard: Tensor, amax: Tensor | None) -> Operand:
+        return self.quantize(shard, self.amax(shard, "weight"), "weight")
+
+    def arrived(self, gathered: Operand) -> Operand:
+        data, exponents = gathered
+        assert exponents is not None
+        return gathered if self.emulate else Operand(data, swizzled(exponents))
+
+    def recast(self, arrived: Operand, operand: OperandName) -> Operand:
+        return self.cast(dequantize(*arrived), Use(operand, 0))  # type: ignore[arg-type]
 
     def describe(self) -> dict[str, str]:
         return {"mxfp8": self.scale_mode if self.grad_weight else f"{self.scale_mode}, grad_weight in high precision"}

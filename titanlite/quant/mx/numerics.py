@@ -53,13 +53,26 @@ def quantize(x: Tensor, mode: ScaleMode) -> tuple[Tensor, Tensor]:
         uint8, (rows, padded columns / 32).
     """
     x = F.pad(x.detach(), (0, -x.shape[1] % BLOCK))
-    blocks = x.float().unflatten(1, (x.shape[1] // BLOCK, BLOCK))
-    exponents = _exponents(blocks.abs().amax(-1), mode)
+    return quantize_blocks(x, amax_of_blocks(x), mode)
+
+
+def _blocks(x: Tensor) -> Tensor:
+    return x.detach().float().unflatten(-1, (x.shape[-1] // BLOCK, BLOCK))
+
+
+def amax_of_blocks(x: Tensor) -> Tensor:
+    """Return the largest magnitudes, float32, (..., columns / 32), of the blocks of ``x`` (..., columns)."""
+    return _blocks(x).abs().amax(-1)
+
+
+def quantize_blocks(x: Tensor, amax: Tensor, mode: ScaleMode) -> tuple[Tensor, Tensor]:
+    """Cast ``x`` (..., columns), of whole blocks, as :func:`quantize`, with the scales of their amaxes."""
+    exponents = _exponents(amax, mode)
     # The reciprocal of the scale, by its bits. The exponents of finite blocks are at most 247, so that it is normal.
     inverse = ((2 * BIAS - exponents) << MANTISSA_BITS).view(torch.float32)
     inverse = torch.where(exponents == NAN, torch.nan, inverse)
-    data = (blocks * inverse.unsqueeze(-1)).clamp(-LARGEST, LARGEST).to(torch.float8_e4m3fn)
-    return data.flatten(1), exponents.to(torch.uint8)
+    data = (_blocks(x) * inverse.unsqueeze(-1)).clamp(-LARGEST, LARGEST).to(torch.float8_e4m3fn)
+    return data.flatten(-2), exponents.to(torch.uint8)
 
 
 def dequantize(data: Tensor, exponents: Tensor) -> Tensor:
