@@ -43,8 +43,15 @@ def families(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     return cluster.reports
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("way", "case"), PAIRS)
+def tried(way: str, case: str) -> bool:
+    """Whether the tests try this pair without being asked for every one. Float8 in each way is test_parallel's."""
+    return "float32" in case or way == "FSDP 2 x TP 2" or CASES[case]["model.name"] in MIXTURES
+
+
+@pytest.mark.parametrize(
+    ("way", "case"),
+    [pytest.param(*pair, marks=pytest.mark.slow if tried(*pair) else pytest.mark.long) for pair in PAIRS],
+)
 def test_a_family_trains_as_on_one_process(families: Reports, way: str, case: str) -> None:
     one, many = families[f"{ONE}, {case}"], families[f"{way}, {case}"]
     if "float32" in case:

@@ -147,7 +147,7 @@ def test_a_signal_during_start_up_ends_the_run_in_order(started: Any, ngpu: int,
 
 
 @pytest.mark.parametrize(
-    ("ngpu", "number"), [(1, signal.SIGINT), pytest.param(2, signal.SIGTERM, marks=pytest.mark.slow)]
+    ("ngpu", "number"), [(1, signal.SIGINT), pytest.param(2, signal.SIGTERM, marks=pytest.mark.long)]
 )
 def test_a_run_survives_the_terminal_keeps_its_folder_and_ends_in_order(
     started: Any, ngpu: int, number: signal.Signals
@@ -254,7 +254,7 @@ def test_a_survivor_that_hangs_shows_where(started: Any, tmp_path: Path) -> None
     assert "in post_optimizer_hook" in run.output()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_worker_that_is_stopped_ends_the_others_in_time(started: Any) -> None:
     run = started(2, comm__train_timeout_seconds=5)
     run.wait_for("step:  2")

@@ -367,7 +367,7 @@ def test_chunks_of_the_loss_change_neither_losses_nor_collectives(
         assert [report["calls"] for report in chunked] == [report["calls"] for report in small[way]]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.skipif(torch.__version__ < "2.13", reason="refused there")
 def test_inductor_takes_a_backward_in_halves(tmp_path: Path) -> None:
     """Its own code frees what a backward has used, which would leave nothing for the second half."""

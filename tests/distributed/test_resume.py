@@ -216,7 +216,7 @@ WAYS: dict[str, tuple[int, dict[str, Any]]] = {
     [
         ["FSDP 2", "1 process"],
         pytest.param(["FSDP 2", "1 process", "TP 2", "PP 2", "FSDP 4"], marks=pytest.mark.slow),
-        pytest.param(["TP 2", "FSDP 4", "PP 2", "TP 2"], marks=pytest.mark.slow),
+        pytest.param(["TP 2", "FSDP 4", "PP 2", "TP 2"], marks=pytest.mark.long),
         pytest.param(["HSDP 2 x 2", "CP 2", "FSDP 2 x TP 2", "HSDP 2 x 2"], marks=pytest.mark.slow),
     ],
     ids=lambda names: " to ".join(names),

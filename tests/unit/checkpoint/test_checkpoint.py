@@ -344,9 +344,15 @@ manager.random_state = lambda rank, device: {**known(rank, device), f"random.{ra
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("ngpu", [1, 2])
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-@pytest.mark.parametrize("mode", ["disabled", "async"])
+@pytest.mark.parametrize(
+    ("mode", "number", "ngpu"),
+    [
+        ("disabled", signal.SIGTERM, 1),
+        ("async", signal.SIGINT, 2),
+        pytest.param("disabled", signal.SIGINT, 2, marks=pytest.mark.long),
+        pytest.param("async", signal.SIGTERM, 1, marks=pytest.mark.long),
+    ],
+)
 def test_a_signal_saves_and_ends_with_0(started: Any, tmp_path: Path, ngpu: int, number: int, mode: str) -> None:
     run = started(ngpu, **checkpoints(100000, async_mode=mode))
     run.wait_for("step:  3")

@@ -303,7 +303,7 @@ def test_static_scaling_trains(train: Any, bf16: list[float]) -> None:
     assert run.losses() == pytest.approx(bf16, rel=2e-2)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_compiled_and_checkpointed(train: Any, bf16: list[float]) -> None:
     run = train(
         model__converters="float8",

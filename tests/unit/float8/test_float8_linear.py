@@ -611,7 +611,9 @@ def test_selective_checkpointing_of_a_region_that_begins_in_float8(recipe: str) 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("recipe", [*RECIPES, "delayed"])
+@pytest.mark.parametrize(
+    "recipe", [r if r == "rowwise" else pytest.param(r, marks=pytest.mark.long) for r in (*RECIPES, "delayed")]
+)
 def test_compiled_blocks(recipe: str) -> None:
     """One graph for a whole block, compiled once, and the losses of eager mode."""
     eager, compiled = block_model(recipe), block_model(recipe)

@@ -89,7 +89,9 @@ def test_the_worst_stage_decides() -> None:
     assert peak_memory(config, 2, None) == max(rank.peak for rank in estimate(config, 2).ranks)
 
 
-@pytest.mark.parametrize("mode", MODES, ids=str)
+@pytest.mark.parametrize(
+    "mode", [m if m in (NONE, FULL) else pytest.param(m, marks=pytest.mark.long) for m in MODES], ids=str
+)
 def test_two_depths_give_the_estimate_of_a_deep_model(mode: Mode) -> None:
     """At this size, the peak of "full" is in the loss at few layers, and in the optimizer at many."""
     for depth in (9, 12):
@@ -105,7 +107,9 @@ def test_dense_blocks_before_those_with_experts_are_in_both(mode: Mode) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", MODES, ids=str)
+@pytest.mark.parametrize(
+    "mode", [m if str(m) == "selective 2" else pytest.param(m, marks=pytest.mark.long) for m in MODES], ids=str
+)
 @pytest.mark.parametrize("file", [pytest.param("llama3_8b", marks=pytest.mark.long), "llama3_8b_fast"])
 def test_two_depths_give_the_estimate_of_llama3_8b(file: str, mode: Mode) -> None:
     config = mode.set_in(load_config([], file))

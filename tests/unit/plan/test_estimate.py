@@ -105,12 +105,12 @@ def assert_same(found: Estimate, real: list[dict[str, Any]]) -> None:
 @pytest.mark.parametrize(
     ("devices", "options"),
     [
-        (1, {}),
+        pytest.param(1, {}, marks=pytest.mark.long),
         (2, {"training__global_batch_size": "8"}),
         (2, {"parallelism__tensor_parallel_degree": "2"}),
         (2, {"parallelism__pipeline_parallel_degree": "2"}),
-        (2, {"parallelism__context_parallel_degree": "2"}),
-        (2, {"parallelism__data_parallel_replicate_degree": "2"}),
+        pytest.param(2, {"parallelism__context_parallel_degree": "2"}, marks=pytest.mark.long),
+        pytest.param(2, {"parallelism__data_parallel_replicate_degree": "2"}, marks=pytest.mark.long),
     ],
     ids=["one", "accumulation", "TP", "PP", "CP", "HSDP"],
 )
@@ -237,7 +237,11 @@ PACKAGED = {"debug_model": 1, "llama3_8b": 8, "llama3_70b": 256, "llama3_405b": 
 
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(n, marks=pytest.mark.slow if "/" in n else []) for n in packaged.names() if not n.endswith("_fast")],
+    [  # test_finetune_recipes runs those for fine-tuning, on small models
+        pytest.param(n, marks=pytest.mark.long if n.startswith("finetune/") else [])
+        for n in packaged.names()
+        if not n.endswith("_fast")
+    ],
 )
 def test_every_packaged_file_is_estimated_for_its_devices(name: str) -> None:
     """With a small model: the parallelism is what the file has, and asynchronous where the file is torchtitan's."""
@@ -291,7 +295,9 @@ def test_8b_takes_less_than_a_minute_and_no_memory_to_speak_of() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("compile", ["false", "true"])
-@pytest.mark.parametrize("recipe", ["tensorwise", "rowwise", "rowwise_with_gw_hp"])
+@pytest.mark.parametrize(
+    "recipe", ["rowwise", *(pytest.param(r, marks=pytest.mark.long) for r in ("tensorwise", "rowwise_with_gw_hp"))]
+)
 def test_float8_of_gpus_is_estimated_without_one(recipe: str, compile: str) -> None:
     """The casts are the operators that GPUs have kernels for."""
     options = {"training__compile": compile, "training__seq_len": "512"}

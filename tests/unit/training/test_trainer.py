@@ -96,7 +96,7 @@ def test_activation_checkpointing_changes_no_bit(train: Any, options: dict[str, 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", ["none", "full", "selective"])
+@pytest.mark.parametrize("mode", ["none", "full", pytest.param("selective", marks=pytest.mark.long)])
 def test_compiled_blocks_train_alike(train: Any, mode: str) -> None:
     ac = {"activation_checkpoint__mode": mode, "activation_checkpoint__selective_ac_option": "op"}
     common = {"training__mixed_precision_param": "float32", "training__steps": 5, **ac}
