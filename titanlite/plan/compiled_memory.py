@@ -7,7 +7,6 @@ import operator
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
-from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +14,7 @@ from torch import Tensor, fx
 from torch._dynamo import register_backend
 from torch._higher_order_ops.auto_functionalize import auto_functionalized_v2, auto_functionalized_v2_dense
 
+from titanlite.distributed.gathered_casts import cast_in_backward
 from titanlite.plan.memory import active_tracker
 
 _aten = torch.ops.aten
@@ -162,11 +162,15 @@ def memory_backend(graph: fx.GraphModule, inputs: list[Tensor], **_: Any) -> Any
     def counted(graph: fx.GraphModule, _: Any) -> _CountedGraph:
         return _CountedGraph(graph)
 
+    def partition(joint: fx.GraphModule, *args: Any, **kwargs: Any) -> Any:
+        cast_in_backward(joint.graph)
+        return min_cut_rematerialization_partition(joint, *args, compiler="inductor", **kwargs)
+
     return aot_autograd(
         fw_compiler=counted,
         bw_compiler=counted,
         inference_compiler=counted,
-        partition_fn=partial(min_cut_rematerialization_partition, compiler="inductor"),
+        partition_fn=partition,
         decompositions=select_decomp_table(),
         keep_inference_input_mutations=True,
     )(graph, inputs)
