@@ -162,9 +162,9 @@ def memory_backend(graph: fx.GraphModule, inputs: list[Tensor], **_: Any) -> Any
     def counted(graph: fx.GraphModule, _: Any) -> _CountedGraph:
         return _CountedGraph(graph)
 
-    def partition(joint: fx.GraphModule, *args: Any, **kwargs: Any) -> Any:
+    def partition(joint: fx.GraphModule, inputs: Any, **options: Any) -> Any:
         cast_in_backward(joint.graph)
-        return min_cut_rematerialization_partition(joint, *args, compiler="inductor", **kwargs)
+        return min_cut_rematerialization_partition(joint, inputs, **{**options, "compiler": "inductor"})
 
     return aot_autograd(
         fw_compiler=counted,
