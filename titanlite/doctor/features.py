@@ -60,7 +60,7 @@ def features(device: torch.device, converters: list[str]) -> list[Feature]:
         Feature("checkpoints through pinned memory", "checkpoint.async_mode=async_with_pinned_mem", "a GPU", gpu),
         Feature("TensorBoard", "metrics.enable_tensorboard", "the package tensorboard", _has("tensorboard")),
         Feature("Weights & Biases", "metrics.enable_wandb", "the package wandb", _has("wandb")),
-        Feature("lm-eval's tasks", "titanlite evaluate --lm_eval", "the package lm_eval", _has("lm_eval")),
+        Feature("lm-eval's tasks", "lm_eval --model hf, on an exported folder", "the package lm_eval", _has("lm_eval")),
         Feature("data sets of the hub", "training.dataset=c4", "the package datasets, a network", _has("datasets")),
         Feature("pictures", "titanlite compare --picture", "the package matplotlib", _has("matplotlib")),
     ]
