@@ -223,6 +223,7 @@ class Mixture(nn.Module):
     Attributes:
         balance_loss: a slot for what is added to the loss.
         loss_weight: a slot for the factor of the balance loss in a backward; at 0, the default, it has no gradient.
+        real: a slot for which tokens of the next forward count, bool [batch, seq_len]: no padding. None: all.
         spread: a slot for a function ``(experts, rows, weights, offsets) -> (out, count)`` that applies experts which
             are on several processes. The arguments and ``out`` are those of :meth:`Experts.forward`, and ``count`` is
             the number of rows that this process has computed. None: all experts are here.
@@ -235,6 +236,7 @@ class Mixture(nn.Module):
 
     balance_loss: BalanceLoss
     loss_weight: Tensor | float
+    real: Tensor | None
     spread: Callable[[Experts, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]] | None
     pool: Callable[[Tensor], Tensor] | None
     tally: Tensor
@@ -243,7 +245,7 @@ class Mixture(nn.Module):
     def __init__(self, dim: int, args: MixtureArgs) -> None:
         super().__init__()
         self.args, self.balance_loss, self.loss_weight = args, BalanceLoss(), 0.0
-        self.spread = self.pool = None
+        self.real = self.spread = self.pool = None
         self.router = Router(dim, args)
         self.experts = Experts(dim, args)
         self.shared = FeedForward(dim, args.n_shared_experts * args.expert_dim) if args.n_shared_experts else None
@@ -258,7 +260,7 @@ class Mixture(nn.Module):
         routing = self.router(rows)
         # Row i of the sorted ones is copy order[i] % copies of token order[i] // copies.
         expert_of, order = routing.experts.flatten().sort(stable=True)
-        inverse = order.argsort()
+        inverse = torch.empty_like(order).scatter_(0, order, torch.arange(order.shape[0], device=x.device))
         numbers = torch.arange(self.args.n_experts, device=x.device)
         offsets = torch.searchsorted(expert_of, numbers, right=True, out_int32=True)
         weights = routing.weights.flatten()
@@ -273,22 +275,27 @@ class Mixture(nn.Module):
         shares = routing.scores
         if self.args.scores != "softmax":
             shares = shares / (shares.sum(-1, keepdim=True) + 1e-20)
-        loss = routing.logits.new_zeros(())
-        options, tokens = self.balance_loss, shares.shape[0]
+        loss, options, real = routing.logits.new_zeros(()), self.balance_loss, self.real
+        counted = shares.new_ones(shares.shape[0]) if real is None else real.flatten().to(shares.dtype)
+        chosen = torch.zeros_like(shares).scatter(-1, routing.experts, 1.0) * counted[:, None]
         if options.coefficient:
-            rows = seq_len if options.over == "sequence" else tokens
-            mean_shares = shares.unflatten(0, (-1, rows)).mean(1)
-            chosen = torch.zeros_like(shares).scatter(-1, routing.experts, 1.0)
-            frequency = chosen.unflatten(0, (-1, rows)).mean(1)
+            groups = (-1, seq_len if options.over == "sequence" else shares.shape[0])
+            counts = counted.unflatten(0, groups).sum(1)[:, None]
+            frequency = chosen.unflatten(0, groups).sum(1)
             if self.pool is not None:  # not the shares: the loss is linear in them, so its mean is that of their mean
                 frequency = self.pool(frequency)
-            loss = loss + options.coefficient * self.args.n_experts * (frequency * mean_shares).sum(-1).mean()
+                counts = counts if real is None else self.pool(counts)
+            counts = counts.clamp(min=1e-6)  # a sequence of padding alone has no loss
+            mean_shares = (shares * counted[:, None]).unflatten(0, groups).sum(1) / counts
+            loss = loss + options.coefficient * self.args.n_experts * (frequency / counts * mean_shares).sum(-1).mean()
+        tokens = counted.sum()
         if options.z_coefficient:
-            loss = loss + options.z_coefficient * routing.logits.logsumexp(-1).square().mean()
+            squares = routing.logits.logsumexp(-1).square() * counted
+            loss = loss + options.z_coefficient * squares.sum() / tokens.clamp(min=1)
         with torch.no_grad():
-            load = offsets.diff(prepend=offsets.new_zeros(1))
-            entropy = -torch.special.xlogy(shares, shares).sum()
-            tally = torch.cat((load.double(), torch.stack((entropy.new_full((), tokens), entropy, loss * tokens))))
+            load = offsets.diff(prepend=offsets.new_zeros(1)) if real is None else chosen.sum(0)
+            entropy = -(torch.special.xlogy(shares, shares).sum(-1) * counted).sum()
+            tally = torch.cat((load.double(), torch.stack((tokens, entropy, loss * tokens))))
         return loss, tally
 
     def record(self, x: Tensor, loss: Tensor, tally: Tensor, rows: Tensor) -> Tensor:

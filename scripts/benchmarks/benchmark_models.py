@@ -1,6 +1,6 @@
 """Models for benchmarks alone: the family ``llama3_benchmark``, whose flavors are Llama 3 8B cut to so many layers
-(8B-1 to 8B-32), and small ones. From the root of the repository they are imported by
-``--experimental.custom_import=scripts.benchmarks.benchmark_models``."""
+(8B-1 to 8B-32), and small ones; and ``deepseek_v3_benchmark``, a dense model of latent attention. From the root of the
+repository they are imported by ``--experimental.custom_import=scripts.benchmarks.benchmark_models``."""
 
 from __future__ import annotations
 
@@ -35,4 +35,15 @@ def options(flavor: str, config: str, *, seq_len: int, batch: int, compile: bool
     return given
 
 
+_deepseek = get_model_spec("deepseek_v3")
+_debug = _deepseek.flavors["debugmodel"]
+# The debug model of DeepSeek-V3 without experts: each feed-forward has as many features as a token uses there.
+register_model(
+    replace(
+        _deepseek,
+        name="deepseek_v3_benchmark",
+        flavors={"dense": replace(_debug, ffn_dim=_debug.mixture.active_dim, mixture=None)},
+        hugging_face=None,
+    )
+)
 register_model(replace(_llama3, name=FAMILY, flavors=FLAVORS))

@@ -16,7 +16,7 @@ import argparse
 import os
 import statistics
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch looks
@@ -39,15 +39,24 @@ TOLERANCES = {"bf16": 5e-3, "float32": 1e-5}
 
 
 class PlainLoop(BareLoop):
-    """Training as one writes it over ``transformers``, from the weights and batches that ``trainer`` begins with."""
+    """Training as one writes it over ``transformers``, from the weights and batches that ``trainer`` begins with.
+
+    Attributes:
+        fullgraph: compiled, model and loss are one graph.
+    """
+
+    fullgraph = True
 
     def __init__(self, trainer: Trainer, batches: list[Batch], autocast: bool) -> None:
         self.trainer, self.step, self.autocast = trainer, 0, autocast
         self.mean_loss: Callable[[Tensor, Tensor], Tensor] = self.loss
         if trainer.config.training.compile:
-            self.mean_loss = torch.compile(self.loss, fullgraph=True)
+            self.mean_loss = torch.compile(self.loss, fullgraph=self.fullgraph)
         pairs = [(batch.inputs[0], batch.labels[0]) for batch in batches]
-        super().__init__(same_model(trainer), self.cast_loss, pairs, trainer)
+        super().__init__(self.same_model(trainer), self.cast_loss, pairs, trainer)
+
+    def same_model(self, trainer: Trainer) -> nn.Module:
+        return same_model(trainer)
 
     def loss(self, inputs: Tensor, labels: Tensor) -> Tensor:
         logits = self.model(input_ids=inputs, use_cache=False).logits
@@ -100,11 +109,13 @@ def compare(trainer: Trainer, plain: PlainLoop, steps: int, tolerance: float) ->
     return {"first_loss": losses[0], "loss_difference": difference}
 
 
-def run_case(precision: str, compiled: bool, args: argparse.Namespace, options: list[str]) -> list[dict[str, Any]]:
+def run_case(
+    precision: str, compiled: bool, args: argparse.Namespace, options: list[str], loop: type[PlainLoop]
+) -> list[dict[str, Any]]:
     """The result of both systems in one precision, eager or compiled."""
     given = [f"--metrics.log_freq={args.block}", f"--training.mixed_precision_param={DTYPES[precision]}"]
     with quiet_trainer([*given, f"--training.compile={compiled}".lower(), *options]) as trainer:
-        plain = PlainLoop(trainer, first_batches(trainer, args.batches), autocast=precision == "bf16")
+        plain = loop(trainer, first_batches(trainer, args.batches), autocast=precision == "bf16")
         same = compare(trainer, plain, min(3, args.batches), TOLERANCES[precision])
         pairs = harness.time_in_pairs(trainer.advance, plain.advance, args.pairs, args.block)
     ratios = [ours / theirs for ours, theirs in pairs]
@@ -116,18 +127,25 @@ def run_case(precision: str, compiled: bool, args: argparse.Namespace, options: 
     return rows
 
 
-def main() -> int:
-    parser = harness.parser(__doc__)
+def main(
+    name: str = "cpu_step",
+    doc: str | None = __doc__,
+    loop: type[PlainLoop] = PlainLoop,
+    precisions: Sequence[str] = tuple(DTYPES),
+    model: Sequence[str] = (),
+) -> int:
+    """Measure, print and write the result ``name``; ``model`` are options of the trainer before those of the user."""
+    parser = harness.parser(doc)
     parser.add_argument("--pairs", type=int, default=15, help="pairs of blocks")
     parser.add_argument("--block", type=int, default=3, help="steps in a block")
     parser.add_argument("--batches", type=int, default=50, help="batches that the plain loop goes round in")
-    parser.add_argument("--precision", choices=DTYPES, nargs="+", default=[*DTYPES])
+    parser.add_argument("--precision", choices=DTYPES, nargs="+", default=[*precisions])
     parser.add_argument("--mode", choices=("eager", "compile"), nargs="+", default=["eager", "compile"])
     args, options = parser.parse_known_args()
     rows: list[dict[str, Any]] = []
     for mode in args.mode:
         for precision in args.precision:
-            ours, theirs = run_case(precision, mode == "compile", args, options)
+            ours, theirs = run_case(precision, mode == "compile", args, [*model, *options], loop)
             low, high = ours["ratio_quartiles"]
             print(
                 f"{precision:8} {mode:8} titanlite {ours['step_ms']:6.1f} ms, transformers {theirs['step_ms']:6.1f} ms "
@@ -136,7 +154,7 @@ def main() -> int:
                 flush=True,
             )
             rows += [ours, theirs]
-    results.save("cpu_step", rows, args)
+    results.save(name, rows, args)
     return 0
 
 

@@ -143,8 +143,8 @@ class ExamplePacker:
         first = self._waiting[0] if self._waiting else self._last
         waiting = (w.number - first.number for w in self._waiting)
         self.place = first.place._replace(lookahead=(self._admitted - first.number, *waiting))
-        inputs, labels, starts = (np.stack(arrays) for arrays in zip(*rows, strict=True))
-        return Rows(inputs, labels, starts)
+        inputs, labels, starts, lengths = (np.stack(arrays) for arrays in zip(*rows, strict=True))
+        return Rows(inputs, labels, starts, lengths)
 
     def _row(self, examples: Sequence[Example]) -> Rows:
         inputs = np.full(self._seq_len, self._padding, dtype=np.int32)
@@ -157,4 +157,4 @@ class ExamplePacker:
             inputs[begin:end], starts[begin:end] = example.tokens[:-1], begin
             labels[begin:end] = target if example.scored is None else np.where(example.scored[1:], target, NOT_SCORED)
         starts[end:] = end
-        return Rows(inputs, labels, starts)
+        return Rows(inputs, labels, starts, np.array(end, dtype=np.int32))

@@ -38,11 +38,14 @@ class Batch:
             scored.
         starts: int64, the same shape: the index in its sequence at which the document of each token begins. None:
             attention does not regard the borders of documents.
+        lengths: the tokens of each sequence before its padding, int64 [n_microbatches, local_batch_size]. None: no
+            padding.
     """
 
     inputs: torch.Tensor
     labels: torch.Tensor
     starts: torch.Tensor | None = None
+    lengths: torch.Tensor | None = None
 
 
 # The way in which documents are read, in the state. A state without it is of a titanlite that did not cut long
@@ -246,14 +249,16 @@ class DataLoader:
 
         def tensor(arrays: dict[int, NDArray[np.int32]]) -> torch.Tensor:
             array = np.stack([arrays[shard][sequence] for shard, sequence in self._slots]).astype(np.int64)
-            result = torch.from_numpy(array).reshape(self._shape)
+            result = torch.from_numpy(array).reshape(self._shape[: array.ndim + 1])
             return result.pin_memory() if self._pin_memory else result
 
         starts = {shard: r.starts for shard, r in rows.items() if r.starts is not None}
+        lengths = {shard: r.lengths for shard, r in rows.items() if r.lengths is not None}
         return Batch(
             tensor({shard: r.inputs for shard, r in rows.items()}),
             tensor({shard: r.labels for shard, r in rows.items()}),
             tensor(starts) if starts else None,
+            tensor(lengths) if lengths else None,
         )
 
 

@@ -28,11 +28,12 @@ _CHARACTERS_PER_RECORD = 1000
 
 
 class Rows(NamedTuple):
-    """Sequences, int32 [n, seq_len] each; see :class:`titanlite.data.loader.Batch`."""
+    """Sequences, int32 [n, seq_len] each, and their lengths; see :class:`titanlite.data.loader.Batch`."""
 
     inputs: NDArray[np.int32]
     labels: NDArray[np.int32]
     starts: NDArray[np.int32] | None
+    lengths: NDArray[np.int32] | None = None  # [n]
 
 
 class Packer(Protocol):

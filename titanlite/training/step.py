@@ -62,6 +62,7 @@ class StepRunner:
         self.parts, self.pipeline = parts, pipeline
         self._loss_fn, self._context, self._device, self._mesh = loss_fn, context, device, mesh
         mixtures = [module for part in parts for module in part.modules() if isinstance(module, Mixture)]
+        self._all_mixtures = mixtures
         self._mixtures = [mixture for mixture in mixtures if mixture.balance_loss.has_gradient]
 
     @property
@@ -80,13 +81,27 @@ class StepRunner:
             total = self.pipeline.step(*_sequences(inputs, labels, batch.starts)) * labels.numel()
             return self._step_loss(total, labels)
         (model,), count = self.parts, inputs.shape[0]
-        losses = []
+        losses, real = [], self._real_tokens(batch)
         for i in range(count):
+            for mixture in self._all_mixtures:
+                mixture.real = None if real is None else real[i].to(self._device, non_blocking=True)
             reduce_gradients_after(model, last=i == count - 1)
             loss = self._loss(model, inputs[i], labels[i], batch.starts, i)
             (loss / labels.numel()).backward()
             losses.append(loss.detach())
+        for mixture in self._all_mixtures:
+            mixture.real = None
         return self._step_loss(torch.stack(losses).sum(), labels)
+
+    def _real_tokens(self, batch: Batch) -> Tensor | None:
+        """Return which of the tokens that this process has between layers are no padding, bool [microbatches, batch,
+        seq_len]; None: all, or the model has no experts."""
+        if not self._all_mixtures or batch.lengths is None:
+            return None
+        real = torch.arange(batch.inputs.shape[-1]) < batch.lengths[..., None]
+        real = real if self._context is None else self._context.shard(real, -1)
+        tp = None if self._mesh is None else self._mesh.tp
+        return real if tp is None or tp.size() == 1 else real.chunk(tp.size(), -1)[tp.get_local_rank()]
 
     def _weigh_balance(self, labels: Tensor, microbatches: int) -> None:
         """Let the balance losses of a step count as its mean over the microbatches of all processes, which is added to

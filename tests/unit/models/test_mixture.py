@@ -143,14 +143,73 @@ def test_the_balance_loss_is_that_of_transformers(over: Any) -> None:
         torch.testing.assert_close(mine, theirs)
 
 
-def test_a_step_with_balance_loss_has_the_gradients_of_transformers(tmp_path: Path) -> None:
+def test_padding_has_no_part_in_the_balance() -> None:
+    """Nor in the loss of transformers, which knows it by the attention mask."""
+    pytest.importorskip("transformers")
+    from transformers.models.qwen3_moe.modeling_qwen3_moe import load_balancing_loss_func
+
+    torch.manual_seed(0)
+    module = mixture(ARGS).float()
+    x, lengths = torch.randn(3, 9, 10), torch.tensor([9, 4, 0])
+    rows = [row[:n][None] for row, n in zip(x, lengths) if n]
+    module.real = torch.arange(9) < lengths[:, None]
+    logits = F.linear(x, module.router.weight)
+    mask = module.real.long()
+    module.balance_loss = BalanceLoss(0.5, "batch", 0.25)
+    _, loss, *_ = module(x)
+    theirs = load_balancing_loss_func((logits.flatten(0, 1),), 8, 3, attention_mask=mask)
+    squares = logits.logsumexp(-1).square()
+    torch.testing.assert_close(loss, 0.5 * theirs + 0.25 * squares[module.real].mean())
+    module.balance_loss = BalanceLoss(0.5, "sequence")
+    _, loss, tally, _ = module(x)
+    module.real = None
+    alone = [module(row) for row in rows]
+    torch.testing.assert_close(loss, sum(part[1] for part in alone) / 3)  # each sequence counts as much
+    torch.testing.assert_close(tally[:-1], sum(part[2][:-1] for part in alone))
+    assert tally[:8].sum() == 13 * 3
+
+
+@pytest.mark.parametrize("case", ["qwen3_moe", "mixtral"])
+def test_a_step_with_balance_losses_of_several_layers_has_the_gradients_of_transformers(
+    tmp_path: Path, case: str
+) -> None:
+    """Their function of each layer by itself; they would take all layers for one."""
+    pytest.importorskip("transformers")
+    from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+
+    from tests.support.families import in_files, part_of, their_model
+    from tests.unit.models.test_families import ours_of, tokens
+    from titanlite.optim import cross_entropy_loss
+
+    theirs = their_model(case, output_router_logits=True)
+    theirs.save_pretrained(tmp_path)
+    spec, ours = ours_of(tmp_path)
+    mixtures = [module for module in ours.modules() if isinstance(module, Mixture)]
+    for module in mixtures:
+        module.balance_loss, module.loss_weight = BalanceLoss(0.3, "batch"), 1.0
+    args, batch = mixtures[0].args, tokens()
+    out = theirs(batch[:, :-1])
+    losses = [load_balancing_loss_func((one,), args.n_experts, args.experts_per_token) for one in out.router_logits]
+    assert len(losses) == 3
+    (F.cross_entropy(out.logits.flatten(0, 1), batch[:, 1:].flatten()) + 0.3 * torch.stack(losses).sum()).backward()
+    (cross_entropy_loss(ours(batch[:, :-1]), batch[:, 1:]) / batch[:, 1:].numel()).backward()
+    gradients = in_files(theirs, {name: param.grad for name, param in theirs.named_parameters()})
+    assert spec.hugging_face is not None
+    places = spec.hugging_face.weights(ours.args)
+    for name, param in ours.named_parameters():
+        assert param.grad is not None
+        assert (param.grad - part_of(gradients, places[name])).abs().max() < 1e-5, name
+
+
+@pytest.mark.parametrize("case", ["qwen3_moe", "mixtral"])
+def test_a_step_with_balance_loss_has_the_gradients_of_transformers(tmp_path: Path, case: str) -> None:
     """Of a model with one mixture, whose loss transformers adds itself."""
     pytest.importorskip("transformers")
     from tests.support.families import in_files, part_of, their_model
     from tests.unit.models.test_families import ours_of, tokens
     from titanlite.optim import cross_entropy_loss
 
-    theirs = their_model("qwen3_moe", num_hidden_layers=1, output_router_logits=True, router_aux_loss_coef=0.3)
+    theirs = their_model(case, num_hidden_layers=1, output_router_logits=True, router_aux_loss_coef=0.3)
     theirs.save_pretrained(tmp_path)
     spec, ours = ours_of(tmp_path)
     for module in ours.modules():
@@ -227,4 +286,17 @@ def test_loads_change_and_nothing_is_compiled_again() -> None:
         torch.testing.assert_close(model(batch), plain(batch))
         model(batch).sum().backward()
     assert counters["stats"]["unique_graphs"] == 2  # a dense block, and a mixture
+    for lengths in ([16, 3], [7, 16], [1, 2]):
+        for each in (model, plain):
+            for module in each.modules():
+                if isinstance(module, Mixture):
+                    module.tally.zero_()
+                    module.real = torch.arange(16) < torch.tensor(lengths)[:, None]
+            each(batch).sum().backward()
+        for one, other in zip(model.layers.values(), plain.layers.values()):
+            if isinstance(one.feed_forward, Mixture):
+                assert isinstance(other.feed_forward, Mixture)
+                torch.testing.assert_close(one.feed_forward.tally, other.feed_forward.tally)
+                assert one.feed_forward.tally[:6].sum() == 2 * sum(lengths)
+    assert counters["stats"]["unique_graphs"] == 3  # a mixture with padding
     torch._dynamo.reset()

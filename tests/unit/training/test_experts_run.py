@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch import Tensor
 
-from tests.support.runs import TINY
+from tests.support.runs import TINY, checkpoints, run_trainer
+from titanlite.checkpoint.metadata import read_metadata
+from titanlite.checkpoint.storage import load
 from titanlite.config import load_config, resolve_degrees
 from titanlite.distributed.mesh import build_mesh
 from titanlite.distributed.parallelize import check
@@ -63,6 +69,39 @@ def test_a_run_tells_the_load_of_its_experts(train: Any) -> None:
     )
 
 
+def tensors_in(folder: Path) -> dict[str, Tensor]:
+    saved = read_metadata(folder)
+    state = {name: torch.empty(tensor.shape, dtype=torch.float64) for name, tensor in saved.items()}
+    load(folder, state, saved=saved)
+    return state
+
+
+@pytest.mark.slow
+def test_biases_move_and_a_run_goes_on_bit_by_bit(tmp_path: Path) -> None:
+    sizes = {"dim": 32, "n_layers": 3, "n_heads": 2, "n_kv_heads": 2, "n_experts": 8, "expert_dim": 16}
+    options: dict[str, Any] = {f"model__args__{name}": size for name, size in sizes.items()}
+    options |= {"model__name": "deepseek_v3", "experts__bias_update_rate": 0.25, "training__steps": 5}
+    run = run_trainer(tmp_path, **options, **checkpoints(2))
+    assert run.status == 0, run.output
+    last, whole = run.folder / "checkpoint" / "step-5", run.rows()
+    one = tensors_in(last)
+    for folder in (last, last.with_name("step-4")):
+        shutil.rmtree(folder)
+    run = run_trainer(tmp_path, **options, **checkpoints(2))
+    assert run.status == 0, run.output
+    assert [row["expert_tokens"] for row in run.rows()] == [row["expert_tokens"] for row in whole]
+    other = tensors_in(last)
+    assert one.keys() == other.keys()
+    for name in one:
+        torch.testing.assert_close(one[name], other[name], rtol=0, atol=0, equal_nan=True)
+    biases = [value for name, value in one.items() if name.endswith("router.bias")]
+    assert len(biases) == 2  # the first block is dense
+    for bias in biases:
+        assert bias.abs().max() > 0  # an odd number of moves, up or down
+        assert torch.equal(bias * 4, (bias * 4).round())
+        assert bias.abs().max() <= 5 * 0.25
+
+
 @pytest.mark.parametrize(
     ("options", "key", "why"),
     [
@@ -99,8 +138,6 @@ def test_sizes_that_do_not_fit_are_refused(sizes: dict[str, int], key: str) -> N
 
 
 def test_flops_are_those_of_the_experts_that_a_token_uses() -> None:
-    import torch
-
     with torch.device("meta"):
         model = Decoder(get_model_spec("qwen3_moe").flavor("30B-A3B"))
     size = model.size()

@@ -16,7 +16,9 @@ from titanlite.config.schema import Comm
 from titanlite.data import Batch
 from titanlite.distributed import runtime
 from titanlite.distributed.gradients import GradientScale, gradient_scale
+from titanlite.distributed.init import WeightInit
 from titanlite.distributed.mesh import Mesh, build_mesh
+from titanlite.models.layers import BalanceLoss, Decoder, DecoderArgs, Mixture, MixtureArgs
 from titanlite.optim import IGNORED, cross_entropy_loss, update_parameters
 from titanlite.training.step import StepLoss, StepRunner
 
@@ -77,6 +79,44 @@ def test_gradients_and_losses_are_of_the_mean_over_scored_labels(
     for param, grad in zip(model.parameters(), wanted):
         atol = 1e-6 * grad.abs().max().item()  # elements that are sums of terms which cancel
         torch.testing.assert_close(param.grad.to_local(), grad, rtol=1e-5, atol=atol)  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("padded", [False, True], ids=["whole", "padded"])
+def test_the_balance_of_experts_counts_each_sequence_once(mesh: Mesh, padded: bool) -> None:
+    """However many of its labels are scored, in whatever microbatch; padding does not count."""
+    args = DecoderArgs(
+        dim=16, n_layers=2, n_heads=2, n_kv_heads=2, ffn_dim=8, vocab_size=VOCAB, max_seq_len=32,
+        mixture=MixtureArgs(6, 2, 8),
+    )  # fmt: skip
+    model = Decoder(args)
+    model.init_weights(WeightInit(model, 0))
+    mixtures = [module for module in model.modules() if isinstance(module, Mixture)]
+    given = batch([0.1, 0.9, 0.4])
+    lengths = torch.tensor([[32, 5], [20, 32], [1, 32]])
+    if padded:
+        real = torch.arange(32) < lengths[..., None]
+        given = Batch(given.inputs, given.labels.where(real, IGNORED), None, lengths)
+    for mixture in mixtures:
+        mixture.balance_loss = BalanceLoss(0.5, "sequence")
+    ce = F.cross_entropy(model(given.inputs.flatten(0, 1)).flatten(0, 1), given.labels.flatten(), ignore_index=IGNORED)
+    rows = [row[: n if padded else 32] for row, n in zip(given.inputs.flatten(0, 1), lengths.flatten())]
+    losses: list[Tensor] = []
+    hooks = [m.register_forward_hook(lambda m, x, out: losses.append(out[1])) for m in mixtures]
+    for row in rows:
+        model(row[None])
+    for hook in hooks:
+        hook.remove()
+    balance = torch.stack(losses).sum()
+    wanted = torch.autograd.grad(ce + balance / len(rows), [*model.parameters()])
+    fully_shard(model, mesh=mesh.data_parallel)
+    runner = StepRunner([model], cross_entropy_loss, None, None, torch.device("cpu"), mesh)
+    for mixture in mixtures:
+        mixture.tally.zero_()
+    step = runner.forward_backward(given)
+    gradient = gradient_scale(model.parameters(), math.inf, mesh, *step)
+    for param, grad in zip(model.parameters(), wanted):
+        torch.testing.assert_close(param.grad.to_local() / gradient.divisor, grad, rtol=1e-4, atol=1e-7)  # type: ignore[union-attr]
+    assert [mixture.tally[:-3].sum() for mixture in mixtures] == [2 * sum(map(len, rows))] * 2
 
 
 def test_clipping_is_of_the_corrected_gradients(mesh: Mesh) -> None:
