@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 
 from titanlite.config import JobConfig
 from titanlite.config.int8_rules import WEIGHTS
-from titanlite.converters.linears import TOO_SMALL, LinearConverter, target_or_device, warn_of_emulation
+from titanlite.converters.linears import LinearConverter, target_or_device, warn_of_emulation
 from titanlite.converters.registry import register_converter
 from titanlite.distributed.mesh import Mesh
 from titanlite.quant.format import Matmul, OperandName
@@ -48,7 +49,6 @@ class Int8Converter(LinearConverter):
         gathered_by = "int8.enable_fsdp_int8_all_gather" if options.enable_fsdp_int8_all_gather else None
         super().__init__("int8", recipe, format, options.filter_fqns, emulate, mesh, gathered_by)
 
-    def why_no_gain(self, in_features: int, out_features: int) -> str | None:
-        narrow = min(in_features, out_features) < _NARROW
-        slower = self.units == "cpu" and not self.emulated and narrow and self.recipe != WEIGHTS
-        return TOO_SMALL if slower else None
+    def too_small(self) -> Callable[[int, int], bool] | None:
+        measured = self.units == "cpu" and not self.emulated and self.recipe != WEIGHTS
+        return (lambda k, n: min(k, n) < _NARROW) if measured else None

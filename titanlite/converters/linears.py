@@ -161,7 +161,7 @@ class LinearConverter:
         self.gathered_by = gathered_by
 
     def convert(self, model: nn.Module) -> str:
-        choice = choose_linears(model, self.name, self.format, self.filter_fqns, too_small=None)
+        choice = choose_linears(model, self.name, self.format, self.filter_fqns, self.too_small())
         if self.gathered_by is not None:
             check_shards(choice.chosen, self.mesh, self.name, self.gathered_by)
         try:
@@ -181,6 +181,12 @@ class LinearConverter:
     def why_no_gain(self, in_features: int, out_features: int) -> str | None:
         """Return why a layer of this size is expected to be no faster in the units for the format; None if it should be
         faster, or is not known."""
+        rule = self.too_small()
+        return TOO_SMALL if rule is not None and rule(in_features, out_features) else None
+
+    def too_small(self) -> Callable[[int, int], bool] | None:
+        """Return the rule of ``auto_filter_small_kn``: ``(in_features, out_features)`` -> whether a layer is expected
+        to be slower in the format on this device; None: it has not been measured."""
         return None
 
     def _convert(self, linear: nn.Linear) -> None:

@@ -1,4 +1,4 @@
-"""What casts and multiplies on a GPU, which the header of a run says."""
+"""What casts and multiplies on a GPU, which the header of a run says, and which layers are too small for int8."""
 
 from __future__ import annotations
 
@@ -7,13 +7,18 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch import nn
 
 from tests.support.runs import ROOT
 from titanlite.config import load_config
 from titanlite.converters.int8 import Int8Converter
+from titanlite.converters.linears import AUTO_FILTER
 from titanlite.converters.mx import MXConverter
 from titanlite.distributed.mesh import Degrees, Mesh, build_mesh
 from titanlite.distributed.target import Target
+from titanlite.errors import ConfigError
+from titanlite.quant.int8.format import is_native
+from titanlite.quant.linear import QuantLinear
 
 
 @pytest.fixture(scope="module")
@@ -43,3 +48,30 @@ def test_the_choice_is_said(name: str, units: str, said: str, mesh: Mesh, caplog
     assert len(messages) == 1
     assert said in messages[0]
     assert converter.format.target == units  # type: ignore[attr-defined]
+
+
+def layers(*options: str, mesh: Mesh) -> dict[str, nn.Module]:
+    """Convert a narrow, a wide and an output layer to int8."""
+    config = load_config(["--model.converters=int8", *options], str(ROOT / "train_configs" / "debug_model.toml"))
+    sizes = {"narrow": (256, 1024), "wide": (768, 768), "output": (768, 2048)}
+    model = nn.ModuleDict({name: nn.Linear(*size, bias=False) for name, size in sizes.items()})
+    Int8Converter(config, mesh).convert(model)
+    return dict(model.named_children())
+
+
+@pytest.mark.skipif(not is_native("cpu"), reason="int8 is emulated here")
+def test_layers_too_small_for_int8(mesh: Mesh, caplog: pytest.LogCaptureFixture) -> None:
+    """On a CPU narrow layers are left out if asked for, and the table says that they will not gain if not."""
+    caplog.set_level("INFO")
+    converted = layers(mesh=mesh)
+    assert {name for name, layer in converted.items() if isinstance(layer, QuantLinear)} == {"narrow", "wide"}
+    assert caplog.text.count("(will not gain: too small)") == 1
+    converted = layers(f"--int8.filter_fqns=output,{AUTO_FILTER}", mesh=mesh)
+    assert {name for name, layer in converted.items() if isinstance(layer, QuantLinear)} == {"wide"}
+    assert f"high precision ({AUTO_FILTER})" in caplog.text
+
+
+@pytest.mark.parametrize("options", [["--int8.recipe_name=weights"], ["--int8.emulate"]])
+def test_sizes_that_were_not_measured(options: list[str], mesh: Mesh) -> None:
+    with pytest.raises(ConfigError, match="which sizes gain in int8 has not been measured"):
+        layers(f"--int8.filter_fqns=output,{AUTO_FILTER}", *options, mesh=mesh)
