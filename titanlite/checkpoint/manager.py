@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import nn
 
 from titanlite.checkpoint.background import BackgroundSaver
+from titanlite.checkpoint.collectives import SaveError, from_rank_zero, on_all, shapes_on_all, union_on_all
 from titanlite.checkpoint.folder import (
     DamagedCheckpoint,
     clear_leftovers,
@@ -43,13 +44,9 @@ from titanlite.checkpoint.state import (
 )
 from titanlite.checkpoint.storage import (
     Info,
-    SaveError,
-    from_rank_zero,
     load,
-    on_all,
     read_info,
     save,
-    shapes_on_all,
     verify,
 )
 from titanlite.config.schema import Checkpoint
@@ -357,7 +354,7 @@ class CheckpointManager:
             raise
 
     def _all_buffers(self, process: Process) -> list[str]:
-        return sorted(set().union(*on_all(self.group, lambda: buffer_names(process.parts))))
+        return sorted(union_on_all(self.group, dict.fromkeys(buffer_names(process.parts))))
 
     def _write(self, state: State, info: Info) -> None:
         start = time.perf_counter()

@@ -10,12 +10,12 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from itertools import groupby
 from pathlib import Path
-from typing import IO, Any, TypeVar, get_type_hints
+from typing import IO, Any, get_type_hints
 
 import torch
 import torch.distributed as dist
@@ -26,6 +26,7 @@ from torch.distributed.checkpoint.filesystem import FileSystem, FileSystemWriter
 from torch.distributed.checkpoint.state_dict_saver import save as save_tensors
 from torch.utils.serialization import config
 
+from titanlite.checkpoint.collectives import SaveError, from_rank_zero, message_of, on_all
 from titanlite.checkpoint.diagnosis import why_no_weights
 from titanlite.checkpoint.folder import (
     INFO,
@@ -53,7 +54,6 @@ from titanlite.untrusted.files import MOST_JSON, Untrusted, contained, is_of, js
 _FORMAT = 1
 _MODEL = {"name": str, "flavor": str, "args": dict}  # the keys of Info.model
 _COPY_AHEAD = 10_000_000  # bytes
-T = TypeVar("T")
 
 
 @dataclass
@@ -87,60 +87,6 @@ class Info:
     step_guard: dict[str, Any] = field(default_factory=dict)
 
 
-class SaveError(Exception):
-    """A checkpoint could not be written. Raised on all processes."""
-
-
-# ---- collective calls
-
-
-def on_all(
-    group: dist.ProcessGroup | None,
-    function: Callable[[], T],
-    failed: Callable[[list[str]], Exception] = lambda problems: SaveError("; ".join(problems)),
-) -> list[T]:
-    """Call ``function`` on every process; return all results, ordered by rank. If it raises on any of them, raise
-    ``failed(problems)`` on all, with a line for each rank that it raised on."""
-    try:
-        result: tuple[T | None, str] = (function(), "")
-    except Exception as e:  # any exception: the other processes must not wait for this one
-        result = (None, f"rank {dist.get_rank()}: {_message(e)}")
-    results: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(results, result, group=group)
-    errors = [error for _, error in results if error]
-    if errors:
-        raise failed(errors)
-    return [value for value, _ in results]
-
-
-def shapes_on_all(group: dist.ProcessGroup | None, state: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
-    """Return the names and shapes of the tensors that all processes have together."""
-    parts = on_all(group, lambda: {name: tuple(tensor.shape) for name, tensor in state.items()})
-    return {name: shape for part in parts for name, shape in part.items()}
-
-
-def from_rank_zero(group: dist.ProcessGroup | None, function: Callable[[], T]) -> T:
-    """Call ``function`` on rank 0; return its result on every process.
-
-    Raises:
-        ConfigError: on every process, if ``function`` raised ConfigError or OSError.
-    """
-    outcome: list[Any] = [None, None]
-    if dist.get_rank() == 0:
-        try:
-            outcome[0] = function()
-        except ConfigError as e:
-            outcome[1] = e
-        except OSError as e:
-            outcome[1] = ConfigError(
-                f"the checkpoints cannot be read: {e}; make them readable, or choose another folder"
-            )
-    dist.broadcast_object_list(outcome, src=0, group=group)
-    if outcome[1] is not None:
-        raise outcome[1]
-    return outcome[0]
-
-
 # ---- writing
 
 
@@ -165,7 +111,11 @@ class _HashingFileSystem(FileSystem):
 
 
 def save(
-    root: Path, state: State, info: Info, group: dist.ProcessGroup | None, files: Mapping[str, str] | None = None
+    root: Path,
+    state: State,
+    info: Info,
+    group: dist.ProcessGroup | None,
+    files: Mapping[str, str] | None = None,
 ) -> Path:
     """Write the checkpoint ``root/step-N``, where N is ``info.step``, atomically; return its folder.
 
@@ -220,18 +170,12 @@ def _write_tensors(folder: Path, state: State, group: dist.ProcessGroup | None) 
             save_tensors(state, storage_writer=writer, planner=planner, process_group=group)
     except CheckpointException as e:
         raise SaveError(
-            "; ".join(f"rank {rank}: {_message(failure[0])}" for rank, failure in sorted(e.failures.items()))
+            "; ".join(f"rank {rank}: {message_of(failure[0])}" for rank, failure in sorted(e.failures.items()))
         ) from e
     sums: dict[str, str] = {}
     for rank_sums in on_all(group, lambda: files.sums):
         sums |= rank_sums
     return sums
-
-
-def _message(error: BaseException) -> str:
-    if isinstance(error, DamagedCheckpoint):
-        return "; ".join(error.problems)
-    return str(error) if isinstance(error, (OSError, ConfigError)) else f"{type(error).__name__}: {error}"
 
 
 # ---- reading
@@ -399,4 +343,4 @@ def _overlap(chunk: Chunk, tensor: Tensor) -> tuple[list[int], list[int]] | None
     return None if any(size <= 0 for size in sizes) else (offset, sizes)
 
 
-__all__ = ["INFO", "SUMS", "Info", "SaveError", "load", "read_info", "save", "saved_shapes", "verify"]
+__all__ = ["INFO", "SUMS", "Info", "load", "read_info", "save", "saved_shapes", "verify"]

@@ -13,9 +13,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from titanlite.checkpoint.collectives import on_all, shapes_on_all
 from titanlite.checkpoint.metadata import METADATA, read_metadata
 from titanlite.checkpoint.state import refuse_another_model
-from titanlite.checkpoint.storage import INFO, SUMS, copy_into, on_all, shapes_on_all
+from titanlite.checkpoint.storage import INFO, SUMS, copy_into
 from titanlite.errors import ConfigError
 from titanlite.quant.fsdp import shard_with_offset
 

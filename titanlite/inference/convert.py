@@ -15,11 +15,12 @@ import torch
 from torch import Tensor
 
 from titanlite.checkpoint import Info
+from titanlite.checkpoint.collectives import SaveError
 from titanlite.checkpoint.folder import latest_checkpoint
 from titanlite.checkpoint.hugging_face import QUANTIZATION, is_hugging_face
 from titanlite.checkpoint.hugging_face_export import check_target, write_hugging_face
 from titanlite.checkpoint.metadata import SavedTensor
-from titanlite.checkpoint.storage import SaveError, load, save, verify
+from titanlite.checkpoint.storage import load, save, verify
 from titanlite.config.parallelism import Degrees
 from titanlite.config.schema import Comm
 from titanlite.converters import Quantizer

@@ -20,9 +20,9 @@ from titanlite.checkpoint import (
     is_hugging_face,
     is_torchtitan,
 )
+from titanlite.checkpoint.collectives import from_rank_zero
 from titanlite.checkpoint.diagnosis import why_no_weights
 from titanlite.checkpoint.folder import INFO, SUMS, latest_checkpoint
-from titanlite.checkpoint.storage import from_rank_zero
 from titanlite.config import JobConfig
 from titanlite.errors import ConfigError, NothingToDo, counted
 from titanlite.models.spec import ModelSpec
