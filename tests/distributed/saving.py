@@ -1,14 +1,39 @@
-"""A worker: what the processes that save and load together tell each other."""
+"""A worker: saves of one series on four processes, with plans that are kept, and what the processes tell each other."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.checkpoint.planner import SavePlanner
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from titanlite.checkpoint.collectives import union_on_all
+from titanlite.checkpoint.background import BackgroundSaver
+from titanlite.checkpoint.collectives import SaveError, union_on_all
+from titanlite.checkpoint.folder import step_folder
+from titanlite.checkpoint.plan_cache import PlanCache
+from titanlite.checkpoint.storage import Info, load, save
 from titanlite.config.schema import Comm
-from titanlite.distributed.runtime import start_runtime, stop_runtime
+from titanlite.distributed.runtime import Runtime, start_runtime, stop_runtime
+
+MODEL = {"name": "llama3", "flavor": "debugmodel", "args": {}}
+
+
+class Copied(TorchDispatchMode):
+    """Counts the bytes that copies write."""
+
+    nbytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func._schema.name in ("aten::copy_", "aten::clone", "aten::_to_copy"):
+            self.nbytes += out.numel() * out.element_size()
+        return out
 
 
 class Broadcasts:
@@ -28,9 +53,8 @@ class Broadcasts:
         self._call(objects, src=src, group=group)
 
 
-def unions() -> dict[str, Any]:
+def unions(runtime: Runtime) -> dict[str, Any]:
     """The union of parts that are the same on all ranks, on two of four, and on none; and which ranks sent one."""
-    runtime = start_runtime(Comm())
     parts: dict[str, dict[str, Any]] = {
         "same": {"b": 2, "a": (1, 2)},
         "two": {"a": 1, "b": 2} if runtime.rank < 2 else {"b": 2, "c": 3},
@@ -41,5 +65,64 @@ def unions() -> dict[str, Any]:
     for name, part in parts.items():
         with Broadcasts() as sent:
             found[name] = [sorted(union_on_all(runtime.control, part)), sent.sources]
+    return found
+
+
+def report(folder: str) -> dict[str, Any]:
+    """What was planned and read back after each save, by its name."""
+    runtime = start_runtime(Comm())
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    root, plans, found = Path(folder, "checkpoint"), PlanCache("test"), {}
+
+    def state(value: float, extra: bool = False) -> dict[str, Tensor]:
+        whole = torch.arange(64.0).reshape(16, 4) * value
+        tensors = {
+            "model.sharded": distribute_tensor(whole, mesh, [Shard(0)]),
+            "model.replicated": distribute_tensor(whole + 1, mesh, [Replicate()]),
+            f"random.{runtime.rank}.torch": torch.full((3,), value + runtime.rank),
+        }
+        return {**tensors, **({"model.extra": whole + 2} if extra and runtime.rank == 0 else {})}
+
+    def metadata() -> int:
+        kept = [id(m) for key, m in SavePlanner._cached_metadata.items() if "test" in key]
+        return kept[0] if kept else 0
+
+    def attempt(step: int, tensors: dict[str, Tensor]) -> None:
+        before = metadata()
+        save(root, tensors, Info(step, MODEL), runtime.control, plans=plans)
+        read = {name: torch.zeros_like(tensor) for name, tensor in tensors.items()}
+        load(step_folder(root, step), read, runtime.control)
+        full = [
+            (a.full_tensor(), b.full_tensor()) if hasattr(a, "full_tensor") else (a, b)
+            for a, b in zip(read.values(), tensors.values(), strict=True)
+        ]
+        same = all(torch.equal(a, b) for a, b in full)
+        found[f"step {step}"] = {"same": same, "planned": runtime.rank == 0 and metadata() != before}
+
+    attempt(1, state(1.0))
+    attempt(2, state(2.0))
+    attempt(3, state(3.0, extra=True))
+    attempt(4, state(4.0, extra=True))
+    strange = state(5.0) | ({"model.sharded": torch.zeros(3)} if runtime.rank == 1 else {})  # no plan of all fits
+    try:
+        attempt(5, strange)
+    except SaveError as e:
+        found["failed"] = str(e)
+    found["kept after a failure"] = len(plans)
+    attempt(6, state(6.0))
+    attempt(7, state(7.0))
+    plans.clear()
+    found["unions"] = unions(runtime)
+
+    saver = BackgroundSaver(torch.device("cpu"), pin=False)
+    tensors, copied = {k: t for k, t in state(1.0).items() if k.startswith("model")}, []
+    for _ in range(2):
+        with Copied() as mode:
+            copies = saver._copy(tensors, None)
+        copied.append(mode.nbytes)
+    found["copied"] = copied
+    found["local bytes"] = sum(t.to_local().numel() * 4 for t in tensors.values())  # type: ignore[attr-defined]
+    found["copies are equal"] = all(torch.equal(copies[k].to_local(), t.to_local()) for k, t in tensors.items())  # type: ignore[attr-defined]
+    saver.close()
     stop_runtime()
     return found

@@ -9,7 +9,8 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
-from torch.distributed._state_dict_utils import _copy_state_dict, _create_cpu_state_dict
+from torch import Tensor
+from torch.distributed._state_dict_utils import _copy_state_dict
 from torch.distributed.tensor import DTensor
 
 from titanlite.checkpoint.state import State
@@ -65,7 +66,7 @@ class BackgroundSaver:
 
     def _copy(self, state: State, ready: torch.cuda.Event | None) -> State:
         if self._buffers.keys() != state.keys():
-            self._buffers = _create_cpu_state_dict(state, pin_memory=self._pin)
+            self._buffers = {name: _host_buffer(tensor, self._pin) for name, tensor in state.items()}
         if self._stream is None or ready is None:
             return _copy_state_dict(state, self._buffers)
         with torch.cuda.stream(self._stream):
@@ -89,3 +90,11 @@ class BackgroundSaver:
 
     def close(self) -> None:
         self._pool.shutdown()
+
+
+def _host_buffer(tensor: Tensor, pin: bool) -> Tensor:
+    """Return uninitialized host memory for a copy of the local part of ``tensor``. (torch's own function copies a
+    DTensor, from the device too, before it allocates the buffer.)"""
+    local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    buffer = torch.empty(local.shape, dtype=local.dtype, pin_memory=pin and local.numel() > 0)
+    return DTensor(buffer, tensor._spec, requires_grad=False) if isinstance(tensor, DTensor) else buffer

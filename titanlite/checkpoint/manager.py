@@ -30,6 +30,7 @@ from titanlite.checkpoint.folder import (
 )
 from titanlite.checkpoint.metadata import read_metadata
 from titanlite.checkpoint.moments import converted, difference
+from titanlite.checkpoint.plan_cache import PlanCache
 from titanlite.checkpoint.quantized import as_plain
 from titanlite.checkpoint.state import (
     State,
@@ -111,6 +112,7 @@ class CheckpointManager:
         self._background = None
         if options.async_mode != "disabled":
             self._background = BackgroundSaver(device, pin=options.async_mode == "async_with_pinned_mem")
+        self._plans = PlanCache(f"{root} {self.group.group_name}")
         self.last_saved: int | None = None
         self.files: dict[str, str] = {}
         self._deleting: threading.Thread | None = None
@@ -358,7 +360,7 @@ class CheckpointManager:
 
     def _write(self, state: State, info: Info) -> None:
         start = time.perf_counter()
-        folder = save(self.root, state, info, self.group, self.files)
+        folder = save(self.root, state, info, self.group, self.files, self._plans)
         self.last_saved = info.step
         logger.info(
             "step %d: checkpoint %s saved in %.2f s (%s of this process)",
@@ -428,6 +430,7 @@ class CheckpointManager:
             self._background.close()
         if self._deleting is not None:
             self._deleting.join()
+        self._plans.clear()
 
 
 def _restarted() -> bool:

@@ -44,6 +44,7 @@ from titanlite.checkpoint.folder import (
     write_file,
 )
 from titanlite.checkpoint.metadata import METADATA, Chunk, SavedTensor, read_metadata
+from titanlite.checkpoint.plan_cache import PlanCache
 from titanlite.checkpoint.quantized import as_plain, copy_any
 from titanlite.checkpoint.state import State
 from titanlite.checkpoint.tensors import read_tensor
@@ -116,11 +117,13 @@ def save(
     info: Info,
     group: dist.ProcessGroup | None,
     files: Mapping[str, str] | None = None,
+    plans: PlanCache | None = None,
 ) -> Path:
     """Write the checkpoint ``root/step-N``, where N is ``info.step``, atomically; return its folder.
 
     Args:
         files: the names and contents of text files that belong to it, such as those of the tokenizer.
+        plans: the plans of earlier saves of the run, the same series on all processes.
 
     Raises:
         SaveError: writing failed on any process. Then no new checkpoint exists.
@@ -143,9 +146,11 @@ def save(
     is_first = dist.get_rank() == 0
     try:
         on_all(group, begin if is_first else _nothing)
-        sums = _write_tensors(partial, as_plain(state), group)
+        sums = _write_tensors(partial, as_plain(state), group, plans)
         on_all(group, (lambda: end(sums)) if is_first else _nothing)
     except SaveError:
+        if plans is not None:
+            plans.clear()
         if is_first:
             shutil.rmtree(partial, ignore_errors=True)  # frees the space: the disk may be full
         raise
@@ -156,14 +161,16 @@ def _nothing() -> None:
     pass
 
 
-def _write_tensors(folder: Path, state: State, group: dist.ProcessGroup | None) -> dict[str, str]:
+def _write_tensors(
+    folder: Path, state: State, group: dist.ProcessGroup | None, plans: PlanCache | None
+) -> dict[str, str]:
     """Write the tensors; return file name -> SHA-256 for the files of all processes."""
     # By default the writer copies tensors ahead, to overlap with writing, and for that waits for the training stream.
     # Copy ahead only if there are tensors on a GPU.
     on_device = any(tensor.device.type != "cpu" for tensor in state.values())
     writer = FileSystemWriter(folder, sync_files=True, per_thread_copy_ahead=_COPY_AHEAD if on_device else 0)
     writer.fs = files = _HashingFileSystem()
-    planner = DefaultSavePlanner(flatten_state_dict=False)
+    planner = DefaultSavePlanner(flatten_state_dict=False) if plans is None else plans.planner()
     try:
         # CRC-32 adds nothing to SHA-256, and PyTorch holds the interpreter lock while it computes a CRC-32.
         with config.patch({"save.compute_crc32": False}):  # type: ignore[attr-defined]
