@@ -155,7 +155,7 @@ class Trainer:
             config.checkpoint, root, self.runtime.device, config.comm.init_timeout_seconds
         )
         self._opened.callback(self.checkpoints.close)
-        self.start = find_start(config, self.spec, self.checkpoints)
+        self.start = find_start(config, self.spec, self.checkpoints.reader)
         if not self.start.from_this_run:
             self.runtime.on_rank_zero(lambda: self.run_folder.refuse_to_retire(config))
             if config.checkpoint.enable_checkpoint:
@@ -248,7 +248,7 @@ class Trainer:
         shape = json.loads(json.dumps(asdict(self.model_args)))  # the same types as when read from a file
         model = {"name": config.model.name, "flavor": config.model.flavor, "args": shape}
         self.process = Process(self.runtime.rank, self.runtime.device, self.model_parts, self.optimizer, model)
-        source = self.start.load(self.checkpoints, self.process, self.spec, self.model_args)
+        source = self.start.load(self.checkpoints.reader, self.process, self.spec, self.model_args)
         if source:
             self.about["starts from"] = source
         if self.start.checkpoint is not None and self.start.whole:

@@ -2,13 +2,16 @@
 
 from titanlite.checkpoint.folder import DamagedCheckpoint, saved_steps
 from titanlite.checkpoint.hugging_face import HuggingFaceFolder, is_hugging_face
-from titanlite.checkpoint.manager import CheckpointManager, Process, SavedCheckpoint
+from titanlite.checkpoint.manager import CheckpointManager
+from titanlite.checkpoint.reader import CheckpointReader, SavedCheckpoint
+from titanlite.checkpoint.state import Process
 from titanlite.checkpoint.storage import Info
 from titanlite.checkpoint.tokenizer import ChosenTokenizer, Weights, choose_tokenizer
 from titanlite.checkpoint.torchtitan import TorchtitanFolder, is_torchtitan
 
 __all__ = [
     "CheckpointManager",
+    "CheckpointReader",
     "ChosenTokenizer",
     "DamagedCheckpoint",
     "HuggingFaceFolder",

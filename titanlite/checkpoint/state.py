@@ -7,14 +7,17 @@ from __future__ import annotations
 import random
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from titanlite.checkpoint.collectives import union_on_all
 from titanlite.errors import ConfigError
 from titanlite.quant.fsdp import plain
 from titanlite.quant.stored import SCALES, stored_weight
@@ -44,6 +47,31 @@ def buffer_names(parts: Iterable[nn.Module]) -> set[str]:
         parameters = {name for name, _ in part.named_parameters(remove_duplicate=False)}
         names |= {name for name in model_state([part]) if name.removeprefix("model.") not in parameters}
     return names
+
+
+@dataclass(frozen=True)
+class Process:
+    """The objects of a process whose state is saved.
+
+    Attributes:
+        parts: the model, or the pipeline stages of this process.
+        model: name, flavor and args of the model; those of a checkpoint must be the same.
+    """
+
+    rank: int
+    device: torch.device
+    parts: list[nn.Module]
+    optimizer: torch.optim.Optimizer
+    model: dict[str, Any]
+
+    def parameters(self) -> State:
+        """Return the parameters by name, as in a state dict. The tensors are references, not copies."""
+        buffers, state = buffer_names(self.parts), model_state(self.parts)
+        return {name.removeprefix("model."): tensor for name, tensor in state.items() if name not in buffers}
+
+    def buffers_on_all(self, group: dist.ProcessGroup | None) -> list[str]:
+        """Return the names of the buffers that all processes have together, sorted; all must call this."""
+        return sorted(union_on_all(group, dict.fromkeys(buffer_names(self.parts))))
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer, parts: Iterable[nn.Module]) -> State:
@@ -148,3 +176,8 @@ def local_bytes(state: Mapping[str, Tensor]) -> int:
     """Return the bytes of ``state`` that this process holds."""
     tensors = (t.to_local() if isinstance(t, DTensor) else t for t in state.values())
     return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def size_text(count: int) -> str:
+    """Return a number of bytes for the log."""
+    return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"

@@ -9,7 +9,7 @@ from typing import Any
 from torch.distributed import ProcessGroup
 
 from titanlite.checkpoint import (
-    CheckpointManager,
+    CheckpointReader,
     ChosenTokenizer,
     HuggingFaceFolder,
     Process,
@@ -84,7 +84,7 @@ class Start:
         replace = "tokenizer" in config.checkpoint.exclude_from_loading and not resume
         return choose_tokenizer(config.model.tokenizer_path, weights, replace=replace, resume=resume)
 
-    def load(self, checkpoints: CheckpointManager, process: Process, spec: ModelSpec, args: Any) -> str:
+    def load(self, checkpoints: CheckpointReader, process: Process, spec: ModelSpec, args: Any) -> str:
         """Load the weights, and other state if there is any, into ``process``. Return the source, for the
         header; an empty string if there is nothing to load. ``args`` are the model's configured arguments.
 
@@ -109,7 +109,7 @@ class Start:
         return ""
 
 
-def find_start(config: JobConfig, spec: ModelSpec, checkpoints: CheckpointManager) -> Start:
+def find_start(config: JobConfig, spec: ModelSpec, checkpoints: CheckpointReader) -> Start:
     """Find the start of the run. All processes must call this.
 
     Raises:

@@ -328,10 +328,10 @@ def test_a_generator_that_was_not_there_begins_from_the_seed(tmp_path: Path) -> 
     (tmp_path / "own.py").write_text(
         """
 import torch
-from titanlite.checkpoint import manager
+from titanlite.checkpoint import reader
 
-known = manager.random_state
-manager.random_state = lambda rank, device: {**known(rank, device), f"random.{rank}.cuda": torch.zeros(16)}
+known = reader.random_state
+reader.random_state = lambda rank, device: {**known(rank, device), f"random.{rank}.cuda": torch.zeros(16)}
 """
     )
     assert run_trainer(tmp_path, **checkpoints(2), training__steps=2).status == 0

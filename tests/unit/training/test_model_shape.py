@@ -12,7 +12,7 @@ import pytest
 
 from tests.support.runs import checkpoints, run_trainer
 from titanlite.checkpoint.folder import INFO
-from titanlite.checkpoint.manager import _changes
+from titanlite.checkpoint.reader import _changes
 from titanlite.config import load_config
 from titanlite.errors import ConfigError
 from titanlite.inference.convert import convert
