@@ -212,7 +212,7 @@ class Trainer:
         self._opened.callback(self.compile_watch.close)
         loss_fn = build_loss(config, self.mesh)
         pipeline = build_pipeline(built, loss_fn, config, self.mesh, device)
-        self.runner = StepRunner(built.parts, loss_fn, pipeline, self.context, device, self.mesh)
+        self.runner = StepRunner(built.parts, loss_fn, pipeline, self.context, device, self.mesh, built.reduce_each)
         self.experts = ExpertBalance(built.parts, config.experts, self.mesh)
         self.about.update(built.about)
         for part in self.model_parts:  # nothing was allocated before

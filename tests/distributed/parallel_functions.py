@@ -375,28 +375,43 @@ class Counted(TorchDispatchMode):
 
 
 @cases(fsdp={"shard": 4}, hsdp={"replicate": 2, "shard": 2})
-def gradients_are_reduced_once_per_step(given: dict[str, int]) -> None:
+def gradients_are_reduced_once_per_step_or_microbatch(given: dict[str, int]) -> None:
     mesh, counts, gradients = mesh_of(**given), {}, {}
     inputs, labels = tokens(3, seed=mesh.data_parallel_rank)
-    for microbatches in (1, 3):
+    for microbatches, each in ((1, False), (3, False), (3, True)):
         model = sharded(mesh)
         with Counted() as comm:
             for i, (x, y) in enumerate(zip(inputs.chunk(microbatches), labels.chunk(microbatches)), 1):
-                reduce_gradients_after(model, i == microbatches)
+                reduce_gradients_after(model, i == microbatches, each)
                 (cross_entropy_loss(model(x), y) / labels.numel()).backward()
-                assert all((p.grad is not None) == (i == microbatches) for p in model.parameters())
-        counts[microbatches] = comm.of("reducescatter"), comm.of("allreduce")
-        gradients[microbatches] = [p.grad.full_tensor() for p in model.parameters()]  # type: ignore[union-attr]
+                assert i == microbatches or all(p.grad is None for p in model.parameters()) != (
+                    each and "replicate" not in given
+                )
+                for module in model.modules():  # nothing is kept whole where each microbatch is reduced
+                    state = getattr(module, "_get_fsdp_state", lambda: None)()
+                    for group in [] if state is None else state._fsdp_param_groups:
+                        # In the accumulated ones, or with one dtype for all in the parameter's.
+                        gathered = [(p, getattr(p, "_unsharded_param", None)) for p in group.fsdp_params]
+                        whole = [
+                            p.unsharded_accumulated_grad is not None or getattr(param, "grad", None) is not None
+                            for p, param in gathered
+                        ]
+                        assert any(whole) == (not each and i < microbatches), whole
+        counts[microbatches, each] = comm.of("reducescatter"), comm.of("allreduce")
+        gradients[microbatches, each] = [p.grad.full_tensor() for p in model.parameters()]  # type: ignore[union-attr]
     groups = SMALL.n_layers + 2
-    assert counts[1] == counts[3] == (groups, groups if "replicate" in given else 0), counts
+    replicas = groups if "replicate" in given else 0
+    assert counts == {(1, False): (groups, replicas), (3, False): (groups, replicas), (3, True): (3 * groups, replicas)}
     every = everybody((inputs, labels))
     one = Decoder(SMALL)
     one.init_weights(WeightInit(one, 0))
     x, y = (torch.cat([pair[i] for pair in every]) for i in (0, 1))
     (cross_entropy_loss(one(x), y) / y.numel()).backward()
-    for param, whole, parts in zip(one.parameters(), gradients[1], gradients[3]):
+    for param, whole, parts, shards in zip(one.parameters(), *gradients.values(), strict=True):
         torch.testing.assert_close(whole, param.grad, rtol=1e-4, atol=1e-6)
         torch.testing.assert_close(parts, param.grad, rtol=1e-4, atol=1e-6)
+        difference = torch.linalg.vector_norm(shards - parts) / torch.linalg.vector_norm(parts)
+        assert difference < 1e-7, difference
 
 
 @cases(always="always", default="default", never="never")

@@ -113,6 +113,13 @@ def check_parallelism(config: JobConfig, degrees: Degrees) -> None:
     _check_expert_parallel(config, degrees)
     _check_pipeline(config, degrees)
     p = config.parallelism
+    if p.fsdp_reduce_gradients == "microbatch" and degrees.pipeline_parallel > 1:
+        refuse(
+            config,
+            "parallelism.fsdp_reduce_gradients",
+            f"and parallelism.pipeline_parallel_degree = {degrees.pipeline_parallel}: a pipeline reduces the "
+            'gradients of its stages once per step; leave it at "default"',
+        )
     if degrees.context_parallel == 1 and p.context_parallel_rotate_method != "allgather":
         _no_effect(config, "context_parallel_rotate_method", "context_parallel_degree")
     if degrees.context_parallel > 1 and masks_documents(config):

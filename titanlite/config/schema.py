@@ -183,6 +183,10 @@ class Parallelism:
     fsdp_reshard_after_forward: Literal["default", "always", "never"] = "default"
     """Free a block's gathered parameters after its forward. default: always, but not under pipeline parallelism,
     and not with a single shard on the device, where gathering only copies."""
+    fsdp_reduce_gradients: Literal["default", "microbatch", "step"] = "default"
+    """When a step of several microbatches reduces gradients to their shards: after each one (microbatch, less
+    memory), or once (step, fewer messages). default: after each one if whole gradients take over 1 GiB more than
+    their shards. A pipeline reduces them once. (torchtitan does not have it.)"""
     enable_compiled_autograd: bool = False
     tensor_parallel_degree: Positive = 1
     """Devices over which each layer is split; 1 is off."""

@@ -15,6 +15,7 @@ from titanlite.config.schema import Training
 from titanlite.distributed.mesh import Mesh
 from titanlite.models.layers import Experts
 
+_LARGE = 1 << 30  # bytes
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -105,8 +106,35 @@ def allocate(model: nn.Module, device: torch.device, offload: bool) -> None:
             module._buffers[name] = buffer.to(device)
 
 
-def reduce_gradients_after(model: nn.Module, last: bool) -> None:
-    """Set whether the next backward reduces gradients, as only the ``last`` of a step does. Until then each device
-    holds the whole gradients in float32."""
+def whole_gradient_bytes(parameters: Iterable[nn.Parameter], mesh: Mesh, training: Training) -> int:
+    """Return the bytes that the whole gradients of this device's layers take beyond their shards, until they are
+    reduced. It is computed from the sizes of the whole model, so that all ranks have the same."""
+    itemsize = DTYPES[training.mixed_precision_reduce].itemsize
+    elements = sum(param.numel() for param in parameters if param.requires_grad) // mesh.tp.size()
+    return elements * itemsize * (mesh.fsdp.size() - 1) // mesh.fsdp.size()
+
+
+def reduces_each_microbatch(option: str, extra: int) -> bool:
+    """Return whether gradients are reduced after each microbatch, and accumulated as shards.
+
+    Args:
+        option: ``parallelism.fsdp_reduce_gradients``. By default a device that would hold more than 1 GiB of unreduced
+            gradients reduces them. The traffic of a microbatch then at most doubles: its two gathers of the weights in
+            bfloat16 send as much as one reduction in float32.
+        extra: the bytes of :func:`whole_gradient_bytes`.
+    """
+    return option == "microbatch" or (option == "default" and extra > _LARGE)
+
+
+def reduce_gradients_after(model: nn.Module, last: bool, each: bool) -> None:
+    """Set whether the next backward reduces gradients to this rank's shards, and adds them to those of the microbatches
+    before.
+
+    Args:
+        last: it is the last backward of a step.
+        each: every backward reduces. Otherwise only the last does, and until then each device holds whole gradients.
+            The replicas of HSDP are summed in the last one in both cases: until then each has its own shards.
+    """
     assert isinstance(model, FSDPModule)
-    model.set_requires_gradient_sync(last)
+    model.set_requires_gradient_sync(last or each)
+    model.set_requires_all_reduce(last)

@@ -272,7 +272,7 @@ def measure(
             _make_state(optimizer)
         tracker.restart_peak()
         worst = assume_load(built.parts, worst=False)
-        runner = StepRunner(built.parts, loss_fn, pipeline, None, DEVICE, mesh)
+        runner = StepRunner(built.parts, loss_fn, pipeline, None, DEVICE, mesh, built.reduce_each)
         loss = runner.forward_backward(_batch(config, mesh))
         sharded_gradients = _bytes(p.grad for p in parameters)
         tracker.mark("clip")

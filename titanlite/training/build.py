@@ -11,11 +11,12 @@ import torch
 from torch import nn
 from torch.distributed.pipelining import PipelineStage
 
-from titanlite.config import JobConfig, pipeline_microbatches
+from titanlite.config import JobConfig, global_batch_size, pipeline_microbatches
 from titanlite.config.refuse import refuse
 from titanlite.converters import ModelConverter, build_converters
 from titanlite.distributed.chunked_loss import compute_loss_in_chunks
 from titanlite.distributed.compile import compiled
+from titanlite.distributed.data_parallel import reduces_each_microbatch, whole_gradient_bytes
 from titanlite.distributed.describe import describe
 from titanlite.distributed.mesh import Mesh
 from titanlite.distributed.parallelize import chain, check, parallelize
@@ -38,6 +39,7 @@ class BuiltModel:
         parts: the model as one module, or the modules of this process's pipeline stages.
         size: the size of the whole model.
         plan: the plan of the pipeline; None without one.
+        reduce_each: gradients are reduced after each microbatch.
         about: the conversions, the pipeline and the parallelism in words, for the log.
     """
 
@@ -45,6 +47,7 @@ class BuiltModel:
     size: ModelSize
     converters: dict[str, ModelConverter]
     plan: Plan | None = None
+    reduce_each: bool = False
     about: dict[str, str] = field(default_factory=dict)
 
     def named_parameters(self) -> list[tuple[str, nn.Parameter]]:
@@ -85,7 +88,23 @@ def build_model(spec: ModelSpec, args: Any, config: JobConfig, mesh: Mesh) -> Bu
     for part in built.parts:
         parallelize(part, spec.layout, mesh, config)
     built.about |= describe(args, mesh, config)
+    _choose_reduction(built, config, mesh)
     return built
+
+
+def _choose_reduction(built: BuiltModel, config: JobConfig, mesh: Mesh) -> None:
+    """Choose when the gradients of accumulated microbatches are reduced, and say so."""
+    per_microbatch = mesh.degrees.data_parallel * config.training.local_batch_size
+    microbatches = global_batch_size(config, mesh.degrees.data_parallel) // per_microbatch
+    if built.plan is not None or microbatches == 1:
+        return
+    extra = whole_gradient_bytes(built.parameters(), mesh, config.training)
+    built.reduce_each = reduces_each_microbatch(config.parallelism.fsdp_reduce_gradients, extra)
+    if mesh.fsdp.size() > 1:
+        when, verb = ("each", "saves") if built.reduce_each else ("the last", "takes")
+        built.about["gradients"] = (
+            f"reduced after {when} of {microbatches} microbatches, which {verb} {extra / (1 << 30):.3f} GiB per device"
+        )
 
 
 def build_loss(config: JobConfig, mesh: Mesh) -> LossFunction | None:

@@ -48,6 +48,7 @@ class StepRunner:
             loss, and this one is not called.
         context: cuts sequences under context parallelism.
         mesh: the processes of the run; None: this one alone.
+        reduce_each: reduce gradients after each microbatch, not after the last one only. A pipeline reduces them once.
     """
 
     def __init__(
@@ -58,8 +59,10 @@ class StepRunner:
         context: ContextParallel | None,
         device: torch.device,
         mesh: Mesh | None = None,
+        reduce_each: bool = False,
     ) -> None:
         self.parts, self.pipeline = parts, pipeline
+        self._reduce_each = reduce_each
         self._loss_fn, self._context, self._device, self._mesh = loss_fn, context, device, mesh
         mixtures = [module for part in parts for module in part.modules() if isinstance(module, Mixture)]
         self._all_mixtures = mixtures
@@ -85,7 +88,7 @@ class StepRunner:
         for i in range(count):
             for mixture in self._all_mixtures:
                 mixture.real = None if real is None else real[i].to(self._device, non_blocking=True)
-            reduce_gradients_after(model, last=i == count - 1)
+            reduce_gradients_after(model, last=i == count - 1, each=self._reduce_each)
             loss = self._loss(model, inputs[i], labels[i], batch.starts, i)
             (loss / labels.numel()).backward()
             losses.append(loss.detach())

@@ -18,6 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from tests.support.runs import ROOT, environment
 from titanlite.config import load_config, packaged
 from titanlite.data import load_tokenizer
+from titanlite.plan.depth import peak_memory
 from titanlite.plan.estimate import ASSUMED_VOCAB_SIZE, Estimate, estimate
 from titanlite.plan.memory import MemoryTracker
 
@@ -107,12 +108,17 @@ def assert_same(found: Estimate, real: list[dict[str, Any]]) -> None:
     [
         pytest.param(1, {}, marks=pytest.mark.long),
         (2, {"training__global_batch_size": "8"}),
+        pytest.param(
+            2,
+            {"training__global_batch_size": "8", "parallelism__fsdp_reduce_gradients": "microbatch"},
+            marks=pytest.mark.long,
+        ),
         (2, {"parallelism__tensor_parallel_degree": "2"}),
         (2, {"parallelism__pipeline_parallel_degree": "2"}),
         pytest.param(2, {"parallelism__context_parallel_degree": "2"}, marks=pytest.mark.long),
         pytest.param(2, {"parallelism__data_parallel_replicate_degree": "2"}, marks=pytest.mark.long),
     ],
-    ids=["one", "accumulation", "TP", "PP", "CP", "HSDP"],
+    ids=["one", "accumulation", "accumulation of shards", "TP", "PP", "CP", "HSDP"],
 )
 def test_a_real_run_holds_and_sends_as_much(tmp_path: Path, devices: int, options: dict[str, str]) -> None:
     if "parallelism__data_parallel_replicate_degree" in options:
@@ -192,6 +198,18 @@ def test_pipeline_ranks_have_a_row_each() -> None:
         "send",
         "receive",
     }
+
+
+@pytest.mark.slow
+def test_8b_accumulates_16_microbatches_on_8_devices_in_31_gib() -> None:
+    """Gradients of each microbatch are reduced by default: whole ones would take 26.2 GiB more."""
+
+    def peak(*options: str) -> float:
+        given = ["--training.global_batch_size=128", "--training.local_batch_size=1", *options]
+        return peak_memory(load_config(given, packaged.find("llama3_8b")), 8, 128256) / (1 << 30)
+
+    assert peak() < 31
+    assert peak("--parallelism.fsdp_reduce_gradients=step") > 50
 
 
 def run(ngpu: int, *options: str, **extra: str) -> subprocess.CompletedProcess[str]:
