@@ -345,7 +345,7 @@ class Trainer:
         self.progress.begin(self.step, "compiling" if self.config.training.compile else "making the first step")
         self.recorder.restart()
         with self.profiler.steps(after=self.step, last=self.config.training.steps) as step_done:
-            stop = self._should_stop(wait=False)
+            stop = self._should_stop()
             while self.step < self.config.training.steps and not stop:
                 stop = self.advance()
                 step_done()
@@ -369,19 +369,20 @@ class Trainer:
         self.compile_watch.step_done(self.step)
         self.loss_watch.add(self.step, record)
         due, save = self.recorder.is_due(self.step), self.checkpoints.is_due(self.step)
-        stop = self._should_stop(wait=due or save)  # do not save a bad step
+        # The ranks agree where something may end the run, and before a log line or a save: do not save a bad step.
+        stop = (due or save or self.loss_watch.calls(self.step)) and self._should_stop()
         last = self.step == self.config.training.steps
         if logged := due or stop:
             self._log_step(loss, lr)
         if self.validator is not None and self.validator.is_due(self.step):
             with self.progress.doing("validating"):
                 self.validator.run(self.step, self.recorder, self.compile_watch, self._asked_to_stop)
-            stop = stop or self._should_stop(wait=False)
+            stop = stop or self._should_stop()
         if self.step == self.first_step:
             runtime.set_train_timeout(self.config.comm, except_for=self.checkpoints.group)
         if save or stop or last:
             self._save(last=last, ends=stop or last)
-        if save and not (stop or last) and self._should_stop(wait=False):  # the request came during the save
+        if save and not (stop or last) and self._should_stop():  # the request came during the save
             self._save(ends=True)
             stop = True
         if stop and not logged:  # the request came after the step
@@ -397,11 +398,12 @@ class Trainer:
         waited = time.perf_counter() - waited
         step_loss = self.runner.forward_backward(batch)
         max_norm = self.config.training.max_norm
-        scale = gradient_scale(self.parameters(), max_norm, self.mesh, *step_loss)
+        stop = self.stop_request.requested()
+        scale = gradient_scale(self.parameters(), max_norm, self.mesh, *step_loss, stop)
         loss = step_loss.mean()
         lr = self.schedule.apply(self.optimizer, self.step)
         self.checkpoints.before_update()
-        record = self.step_guard.step(self.optimizer, loss, scale.loss, scale.norm, scale.divisor)
+        record = self.step_guard.step(self.optimizer, loss, scale.loss, scale.norm, scale.divisor, scale.stops)
         self.optimizer.zero_grad()
         self.experts.step_done(bad=record[IS_BAD])
         for converter in self.converters.values():
@@ -436,16 +438,11 @@ class Trainer:
         (stop,) = self.runtime.agree_max(int(self.stop_request.requested()))
         return bool(stop)
 
-    def _should_stop(self, wait: bool) -> bool:
-        """Return True on every rank if the run was asked to end after this step. ``wait``: wait for the verdict on this
-        step too. If a step is bad and not skipped, raise :class:`TrainingError` on all ranks, with the message of the
-        first affected rank."""
-        if wait:
-            self.loss_watch.drain()
+    def _should_stop(self) -> bool:
+        """Wait for the verdict on this step, and return True on every rank if the run was asked to end. If a step is
+        bad and not skipped, raise :class:`TrainingError` on all ranks, with the message of the first affected rank."""
+        self.loss_watch.drain()
         stop, claim = self.runtime.agree_max(int(self.stop_request.requested()), self.loss_watch.claim())
-        if stop and not wait:
-            self.loss_watch.drain()
-            (claim,) = self.runtime.agree_max(self.loss_watch.claim())
         if claim:
             message = [self.loss_watch.describe()]
             dist.broadcast_object_list(message, src=rank_of_claim(claim), group=self.runtime.control)

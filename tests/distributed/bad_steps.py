@@ -92,7 +92,7 @@ class Run:
 
     def omit(self, optimizer: torch.optim.Optimizer, *values: Tensor) -> Tensor:
         del self.trainer.step_guard.step  # type: ignore[method-assign]
-        return self.trainer.step_guard.judge(*values[:3])  # the fourth is the divisor of the gradients
+        return self.trainer.step_guard.judge(*values[:3], values[4])  # the fourth is the divisor of the gradients
 
     def digest(self) -> str:
         """Of every bit of the parameters and of the optimizer's state."""

@@ -274,7 +274,9 @@ def clip(given: dict[str, Any]) -> None:
         stages = {k: v for there in everybody(stages) for k, v in there.items()}
         assert len(stages) == len({*stages.values()}) == mesh.pp.size()
         expected = torch.tensor([*stages.values()], dtype=torch.float64).norm()
-        norm, mean_loss, divisor = gradient_scale(model.parameters(), max_norm, mesh, *loss_of(mesh))
+        asked = dist.get_rank() == 2
+        norm, mean_loss, divisor, stops = gradient_scale(model.parameters(), max_norm, mesh, *loss_of(mesh), stop=asked)
+        assert stops == 1
         assert norm.dtype == torch.float32
         assert norm.ndim == mean_loss.ndim == 0
         assert mean_loss == expected_loss(mesh)

@@ -27,22 +27,30 @@ class GradientScale(NamedTuple):
         norm: the norm of the gradients of all processes before clipping, float32.
         loss: the mean loss, float64.
         divisor: what to divide the gradients by; float32.
+        stops: the number of ranks that were asked to stop; float64.
     """
 
     norm: Tensor
     loss: Tensor
     divisor: Tensor
+    stops: Tensor
 
 
 @torch.no_grad()
 def gradient_scale(
-    params: Iterable[nn.Parameter], max_norm: float, mesh: Mesh, total: Tensor, scored: Tensor, labels: int
+    params: Iterable[nn.Parameter],
+    max_norm: float,
+    mesh: Mesh,
+    total: Tensor,
+    scored: Tensor,
+    labels: int,
+    stop: bool = False,
 ) -> GradientScale:
     """Compute what divides the gradients to those of the mean loss over all scored labels, with their norm clipped to
     ``max_norm``. The gradients are not changed: :func:`titanlite.optim.update_parameters` divides them.
 
     Each rank sums the squares of its gradients, divided by the number of ranks that have the same ones. One all-reduce
-    is then enough for any placements; the loss and the number of labels are part of it.
+    is then enough for any placements; the loss, the number of labels and requests to stop are part of it.
 
     Args:
         params: parameters whose gradients are those of the sum of all ranks' losses, divided by the number of all
@@ -50,6 +58,7 @@ def gradient_scale(
         total: the sum of the losses of this rank's labels, a scalar; 0 without the last pipeline stage.
         scored: the number of this rank's scored labels, a scalar; 0 without the last pipeline stage.
         labels: the number of labels of each rank.
+        stop: this rank was asked to stop.
     """
     params = [p for p in params if p.grad is not None]
     by_copies: defaultdict[int, list[Tensor]] = defaultdict(list)
@@ -59,16 +68,16 @@ def gradient_scale(
     squares = [_norms(grads, mesh.target).double().square().sum() / n for n, grads in by_copies.items()]
     square = torch.stack(squares).sum()
     # The ranks of one tensor-parallel group have the same labels; they count once for each rank, as in stage.size().
-    sums = torch.stack((square, total.detach().to(square), scored.to(square)))
+    sums = torch.stack((square, total.detach().to(square), scored.to(square), torch.full_like(square, stop)))
     if mesh.world.size() > 1:
         dist.all_reduce(sums)
-    square, loss, count = sums.unbind()
+    square, loss, count, stops = sums.unbind()
     count = count.clamp(min=1)
     share = count / (mesh.stage.size() * labels)  # 1 where all labels are scored
     norm = (square.sqrt() / share).float()
     # Like clip_grads_with_norm_, which does not support DTensors of different meshes.
     divisor = share / (max_norm / (norm + 1e-6)).clamp(max=1.0)
-    return GradientScale(norm, loss / count, divisor.float())
+    return GradientScale(norm, loss / count, divisor.float(), stops)
 
 
 def _local(grad: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ import logging
 import math
 from collections import deque
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -27,17 +27,25 @@ def rank_of_claim(claim: int) -> int:
     return (_NONE_IS_LATER - claim) & ((1 << _RANK_BITS) - 1)
 
 
+class Arrival(Protocol):
+    """The part of ``torch.cuda.Event`` that is used."""
+
+    def query(self) -> bool: ...
+    def synchronize(self) -> None: ...
+
+
 class _Pending(NamedTuple):
     step: int
     values: Tensor  # the fields of StepRecord
-    arrived: torch.cuda.Event | None
+    arrived: Arrival | None
 
 
 class LossWatch:
     """Copies each step's record to the host while the device works, and checks the records that have arrived.
 
-    At most ``depth`` steps are in flight. On a GPU a bad step is seen up to ``depth`` steps later, on the CPU at once.
-    Rank 0 logs a warning for each skipped step, until ``training.max_skipped_in_a_row`` is reached.
+    At most ``depth`` steps are in flight. On a GPU a bad step, and a request to stop, is seen up to ``depth`` steps
+    later, on the CPU at once. Rank 0 logs a warning for each skipped step, until ``training.max_skipped_in_a_row`` is
+    reached.
 
     Attributes:
         latest: the latest record that was checked.
@@ -62,6 +70,8 @@ class LossWatch:
         uniform: float = math.inf,
     ) -> None:
         self._training, self._rank, self._depth = training, rank, depth
+        self._calls: int | None = None  # the first step after which the run may end
+        self._delay = 0
         self._uniform = uniform
         self._start = 0.0 if start is None else max([start, *losses])  # the highest of the first losses
         self._first_losses = 0 if start is None else _IN_A_ROW  # how many of them were seen
@@ -77,17 +87,29 @@ class LossWatch:
         """Watch a step; ``record`` is the result of :meth:`StepGuard.step`."""
         if record.device.type == "cpu":
             self._pending.append(_Pending(step, record, None))
+            self._look(self._depth)
         else:
             host = torch.empty(record.shape, dtype=record.dtype, pin_memory=True)
             host.copy_(record, non_blocking=True)
             event = torch.cuda.Event()
             event.record()
-            self._pending.append(_Pending(step, host, event))
+            self.add_arriving(step, host, event)
+
+    def add_arriving(self, step: int, values: Tensor, arrived: Arrival) -> None:
+        """Watch a step whose record, ``values``, is complete on the host once ``arrived`` is."""
+        self._pending.append(_Pending(step, values, arrived))
+        self._delay = self._depth
         self._look(self._depth)
 
     def drain(self) -> None:
         """Wait for all steps in flight, and check them."""
         self._look(0)
+
+    def calls(self, step: int) -> bool:
+        """Return True if the ranks must agree after ``step``: some rank was asked to stop, or a step was bad, on a GPU
+        ``depth`` steps ago. The answer is the same on all ranks, whatever has arrived on each, and needs no message: it
+        is read from what the all-reduce of the gradients' norm brought."""
+        return self._calls is not None and self._calls + self._delay <= step
 
     def _look(self, in_flight: int) -> None:
         while self._pending:
@@ -103,6 +125,8 @@ class LossWatch:
                 self._look_for_divergence(step, self.latest.loss)
             if self.bad is None:
                 self._see(step, self.latest)
+            if self._calls is None and (self.latest.stops or self.bad is not None):
+                self._calls = step
 
     def _look_for_divergence(self, step: int, loss: float) -> None:
         """Warn if the loss rises above where it began: from step 2 on by a fifth, and above the loss of guessing; or

@@ -37,6 +37,7 @@ class StepRecord(NamedTuple):
         is_bad: True if the step is bad.
         skipped: the number of steps skipped so far.
         in_a_row: the number of steps skipped since the last step that was not.
+        stops: the number of ranks that had been asked to stop.
     """
 
     local_loss: float
@@ -47,12 +48,13 @@ class StepRecord(NamedTuple):
     is_bad: bool
     skipped: int
     in_a_row: int
+    stops: int
 
     @classmethod
     def of(cls, values: Tensor) -> StepRecord:
         """Make a record from the result of :meth:`StepGuard.step`; waits if that is on a device."""
-        local_loss, loss, grad_norm, mean, deviation, bad, skipped, in_a_row = values.tolist()
-        return cls(local_loss, loss, grad_norm, mean, deviation, bool(bad), int(skipped), int(in_a_row))
+        local_loss, loss, grad_norm, mean, deviation, bad, *counts = values.tolist()
+        return cls(local_loss, loss, grad_norm, mean, deviation, bool(bad), *map(int, counts))
 
 
 IS_BAD = StepRecord._fields.index("is_bad")
@@ -76,27 +78,33 @@ class StepGuard:
         self._counts = torch.zeros(2, dtype=torch.float64, device=device)  # skipped, in a row
 
     def step(
-        self, optimizer: torch.optim.Optimizer, local_loss: Tensor, loss: Tensor, grad_norm: Tensor, divisor: Tensor
+        self,
+        optimizer: torch.optim.Optimizer,
+        local_loss: Tensor,
+        loss: Tensor,
+        grad_norm: Tensor,
+        divisor: Tensor,
+        stops: Tensor | None = None,
     ) -> Tensor:
         """Update the parameters, unless the step is bad and must be skipped. A skipped step changes no bit of the
         parameters and of the optimizer state.
 
         Args:
-            local_loss, loss, grad_norm: see :class:`StepRecord`; scalars of any floating dtype.
+            local_loss, loss, grad_norm, stops: see :class:`StepRecord`; scalars of any floating dtype. None: 0.
             divisor: what the gradients are divided by; see :func:`titanlite.optim.update_parameters`.
 
         Returns:
-            float64 [8] on the guard's device: the fields of :class:`StepRecord`.
+            float64 [9] on the guard's device: the fields of :class:`StepRecord`.
         """
         if not self._skips:
             update_parameters(optimizer, divisor)
-            return self.judge(local_loss, loss, grad_norm)
-        record = self.judge(local_loss, loss, grad_norm)
+            return self.judge(local_loss, loss, grad_norm, stops)
+        record = self.judge(local_loss, loss, grad_norm, stops)
         update_parameters(optimizer, divisor, skip=record[IS_BAD])
         return record
 
     @torch.no_grad()
-    def judge(self, local_loss: Tensor, loss: Tensor, grad_norm: Tensor) -> Tensor:
+    def judge(self, local_loss: Tensor, loss: Tensor, grad_norm: Tensor, stops: Tensor | None = None) -> Tensor:
         """Judge a step, without an optimizer; arguments and result are those of :meth:`step`."""
         values = torch.stack([x.detach().to(self._window) for x in (local_loss, loss, grad_norm)])
         loss = values[1]
@@ -107,7 +115,8 @@ class StepGuard:
         self._window = torch.where(bad, self._window, moved)
         if self._skips:
             self._counts = torch.stack((self._counts[0] + bad, (self._counts[1] + 1) * bad))
-        return torch.cat((values, torch.stack((mean, deviation, bad.double())), self._counts))
+        stops = torch.zeros_like(loss) if stops is None else stops.to(loss)
+        return torch.cat((values, torch.stack((mean, deviation, bad.double())), self._counts, stops[None]))
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state of the guard, in numbers that JSON keeps exactly; waits for the device."""

@@ -295,6 +295,42 @@ def test_the_first_bad_step_and_the_last_good_one_before_it(
     assert not caplog.messages
 
 
+class Arrival:
+    """An event of a device that is seen ``after`` a step, or when somebody waits for it."""
+
+    def __init__(self, after: int) -> None:
+        self.after, self.now = after, 0
+
+    def query(self) -> bool:
+        return self.now >= self.after
+
+    def synchronize(self) -> None: ...
+
+
+@pytest.mark.parametrize(("losses", "stops"), [([3.0] * 9, 4), ([3.0, 3.0, 3.0, NAN, *[3.0] * 5], None)])
+def test_all_ranks_agree_after_the_same_step_whenever_the_records_arrive(
+    losses: list[float], stops: int | None
+) -> None:
+    """A request to stop, or a bad step, is step 4's. On the CPU all see it then, on a GPU each sees it by step 6."""
+    called = []
+    for late in (None, 0, 1, 2, 5):
+        guard, watch = StepGuard(Training(), CPU), LossWatch(Training(), 0)
+        calls, pending = [], []
+        for step, loss in enumerate(losses, 1):
+            asked = torch.tensor(float(stops is not None and step >= stops))
+            record = guard.judge(*(torch.tensor(x) for x in (loss, loss, 1.0)), asked)
+            if late is None:
+                watch.add(step, record)
+            else:
+                pending.append(Arrival(step + late))
+                for event in pending:
+                    event.now = step
+                watch.add_arriving(step, record, pending[-1])
+            calls += [step] if watch.calls(step) else []
+        called.append(calls[0])
+    assert called == [4, 6, 6, 6, 6]
+
+
 def test_a_rank_without_the_last_stage_shows_the_loss_of_all() -> None:
     """Under pipeline parallelism rank 0, which speaks for all where no loss is the cause, has no loss of its own."""
     made = Watched()

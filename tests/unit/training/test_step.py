@@ -71,7 +71,7 @@ def test_gradients_and_losses_are_of_the_mean_over_scored_labels(
     runner = StepRunner([model], cross_entropy_loss, None, None, torch.device("cpu"))
     evaluated = runner.evaluate(given)
     step = runner.forward_backward(given)
-    norm, mean, _ = clip(model, max_norm, mesh, step)
+    norm, mean, *_ = clip(model, max_norm, mesh, step)
     for loss in (step.mean(), evaluated.mean(), mean):
         assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
     assert step.scored == evaluated.scored == (given.labels != IGNORED).sum()
@@ -133,6 +133,6 @@ def test_a_step_without_scored_labels_changes_nothing(mesh: Mesh) -> None:
     fully_shard(model, mesh=mesh.data_parallel)
     runner = StepRunner([model], cross_entropy_loss, None, None, torch.device("cpu"))
     step = runner.forward_backward(given)
-    norm, mean, _ = clip(model, 1.0, mesh, step)
+    norm, mean, *_ = clip(model, 1.0, mesh, step)
     assert (norm, mean, step.mean()) == (0, 0, 0)
     assert all((p.grad.to_local() == 0).all() for p in model.parameters())  # type: ignore[union-attr]
