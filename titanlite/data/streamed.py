@@ -18,6 +18,7 @@ from titanlite.data.files import JSON_SUFFIXES, find_files, require_path, unread
 from titanlite.data.index_cache import corpus_index
 from titanlite.data.readers import LinesReader, ParquetReader, Reader, TextReader
 from titanlite.data.records import Corrupt, text_of_record
+from titanlite.data.shared_records import SharedRecords
 from titanlite.data.sources import (
     HUB,
     HUB_FORM,
@@ -43,8 +44,9 @@ class StreamedSource(Source):
     """A source that reads files from beginning to end. The files are shuffled with the seed and dealt to the shards.
 
     With V shards, F files and V <= F, shard i reads the shuffled files i, i + V, i + 2V, ... With V > F, several shards
-    read the same file, and each keeps a part of its documents and skips the rest. So streaming is fastest if there are
-    at least as many files as sequences in the global batch. The order in a file is kept. Shards of different sizes
+    read the same file, and each keeps a part of its documents and skips the rest. Those of one process decode it once
+    (:mod:`titanlite.data.shared_records`), those of others once more. So streaming is fastest if there are at least as
+    many files as sequences in the global batch. The order in a file is kept. Shards of different sizes
     start their next epochs at different times. A resumed run reads the current file again up to its position, but not
     the files before it.
     """
@@ -54,6 +56,7 @@ class StreamedSource(Source):
         self._num_parts = num_files
         self.identity["files"] = num_files
         self._order = permutation(num_files, options.seed).tolist()
+        self._shared = SharedRecords(self.records)
 
     @abstractmethod
     def records(self, file: int, first: int) -> Iterator[Any]:
@@ -93,8 +96,11 @@ class StreamedSource(Source):
                 continue
             first = start.document if part == start.part else 0
             file = self._order[part]
-            for row, record in enumerate(self.records(file, first), start=first):
-                if row % members == member and (text := self._text(file, row, record)) is not None:
+            rows: Iterator[tuple[int, Any]] = enumerate(self.records(file, first), start=first)
+            if members > 1:
+                rows = self._shared.every(file, first, member, members)
+            for row, record in rows:
+                if (text := self._text(file, row, record)) is not None:
                     yield Position(part, row), text
 
 
