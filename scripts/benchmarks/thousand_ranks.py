@@ -1,0 +1,232 @@
+"""What grows with the number of ranks, simulated.
+
+    python scripts/benchmarks/thousand_ranks.py counts --out docs/benchmarks/thousand_ranks.json
+    python scripts/benchmarks/thousand_ranks.py seconds --out docs/benchmarks/thousand_ranks_seconds.json
+    python scripts/benchmarks/thousand_ranks.py corpus --out docs/benchmarks/thousand_ranks_corpus.json
+
+- counts: bytes that the plans of so many ranks, made as objects, send to rank 0 and back: at a first save, as at each
+  save without kept plans, and at a later one; the bytes of names that a rank receives when a checkpoint is opened; the
+  open files of real gloo processes, and the limit that the launcher sets for more.
+- seconds: what rank 0 plans for a first save and for a later one; one agreement over gloo, of real processes, as each
+  step had one and a step with a log line or a save has.
+- corpus: in which time four processes open a corpus of JSON lines: without an index, with one, and after one of its
+  files has changed.
+
+Counts depend on no other load of the machine. Seconds need an idle one: those of the corpus about three minutes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import pickle
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import results
+import torch
+import torch.distributed as dist
+from torch._C._distributed_c10d import FileStore
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
+from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
+
+from titanlite.checkpoint.plan_cache import PlanCache
+from titanlite.config.parallelism import Degrees
+from titanlite.config.schema import Comm
+from titanlite.data import build_source
+from titanlite.data.sources import RandomAccessSource
+from titanlite.distributed.mesh import build_mesh
+from titanlite.distributed.runtime import start_runtime, stop_runtime
+from titanlite.environment import CACHE_DIR
+from titanlite.launch.limits import descriptors_needed
+from titanlite.models.llama3.spec import FLAVORS
+from titanlite.models.spec import get_model_spec
+
+RANKS = (64, 256, 1024, 4096)
+PROCESSES = (2, 4, 8)
+PROCESSES_OF_CORPUS = 4
+FILES = 8  # of the corpus
+HASH_BYTES = 32
+Result = dict[str, Any]
+
+
+def counts(args: argparse.Namespace) -> list[Result]:
+    found: list[Result] = []
+    for ranks in args.ranks:
+        first, later, _ = _saves(ranks, args.tensors)
+        found.append({"part": "plan", "ranks": ranks, "tensors": args.tensors, "first": first, "later": later})
+    size = _bytes_of_names()
+    for ranks in args.ranks:
+        row = {"gathered_bytes": ranks * size, "with_hashes_bytes": ranks * HASH_BYTES + size}
+        found.append({"part": "names of 8B", "ranks": ranks, **row})
+    for count in PROCESSES:
+        found.append({"part": "open files", "processes": count, "open": max(_in_processes(count, _open_files))})
+    for ranks in args.ranks:
+        found.append({"part": "limit of open files", "ranks": ranks, "limit": descriptors_needed(ranks)})
+    return found
+
+
+def seconds(args: argparse.Namespace) -> list[Result]:
+    found: list[Result] = []
+    for ranks in args.ranks:
+        *_, (first, later) = _saves(ranks, args.tensors)
+        row = {"first_s": round(first, 4), "later_s": round(later, 6)}
+        found.append({"part": "plan", "ranks": ranks, "tensors": args.tensors, **row})
+    for count in (*PROCESSES, 16, 24):
+        took = statistics.median(_in_processes(count, _agreement_seconds))
+        found.append({"part": "agreement", "processes": count, "agreement_s": round(took, 6)})
+    return found
+
+
+def _saves(ranks: int, tensors: int) -> tuple[dict[str, int], dict[str, int], tuple[float, float]]:
+    """Plan two saves of the same tensors, as rank 0 does. Return what is sent in each, and the seconds of each."""
+    cache = PlanCache(f"{ranks} ranks")
+    plans = [_plan_of(rank, ranks, tensors) for rank in range(ranks)]
+    unchanged = [SavePlan([], usable=False)] * ranks
+    sent: list[dict[str, int]] = []
+    took: list[float] = []
+    for gathered in (plans, unchanged):
+        planner = cache.planner()
+        assert isinstance(planner, DefaultSavePlanner)
+        begin = time.perf_counter()
+        scattered, metadata = planner.create_global_plan(gathered)
+        took.append(time.perf_counter() - begin)
+        sent.append(
+            {
+                "gathered_bytes": sum(len(pickle.dumps(p)) for p in gathered),
+                "scattered_bytes": sum(len(pickle.dumps(p)) for p in scattered),
+                "metadata_bytes": len(pickle.dumps(metadata)),
+            }
+        )
+    cache.clear()
+    return sent[0], sent[1], (took[0], took[1])
+
+
+def _plan_of(rank: int, ranks: int, tensors: int) -> SavePlan:
+    """Make the plan of a rank that has a row of each tensor."""
+    items, properties = [], TensorProperties(torch.float32)
+    for i in range(tensors):
+        offset, sizes = torch.Size((rank, 0)), torch.Size((1, 4096))
+        chunk = ChunkStorageMetadata(offset, sizes)
+        data = TensorWriteData(chunk, properties, torch.Size((ranks, 4096)))
+        index = MetadataIndex(f"optimizer.layers.{i}.feed_forward.w1.weight.exp_avg", offset)
+        items.append(WriteItem(index, WriteItemType.SHARD, tensor_data=data))
+    return SavePlan(items)
+
+
+def _bytes_of_names() -> int:
+    """Return the size of the names and shapes of 8B, as they are sent."""
+    spec = get_model_spec("llama3")
+    with torch.device("meta"):
+        model = spec.build(spec.configure(FLAVORS["8B"], 128256, 8192))
+    return len(pickle.dumps({name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}))
+
+
+def _open_files() -> int:
+    """Return the number of this process, with the groups of a run that shards the model over all."""
+    runtime = start_runtime(Comm())
+    mesh = build_mesh(Degrees(1, runtime.world_size, 1, 1, 1), "cpu")
+    checkpoints = dist.new_group(backend="gloo")
+    for group in (None, runtime.control, checkpoints, mesh.fsdp.get_group(), mesh.stage.get_group()):
+        dist.all_reduce(torch.zeros(1), group=group)
+    dist.barrier()
+    count = len(os.listdir("/proc/self/fd"))
+    dist.barrier()
+    stop_runtime()
+    return count
+
+
+def _agreement_seconds() -> float:
+    runtime = start_runtime(Comm())
+    times = []
+    for _ in range(50):
+        begin = time.perf_counter()
+        runtime.agree_max(0, 0)
+        times.append(time.perf_counter() - begin)
+    dist.barrier()
+    stop_runtime()
+    return statistics.median(times)
+
+
+def corpus(args: argparse.Namespace) -> list[Result]:
+    with tempfile.TemporaryDirectory(dir=args.folder) as folder:
+        os.environ[CACHE_DIR] = f"{folder}/cache"
+        data = Path(folder, "corpus")
+        data.mkdir()
+        line = json.dumps({"text": "word " * 200}) + "\n"
+        of_file = int(args.gigabytes * 1e9 / FILES) // len(line)
+        for i in range(FILES):
+            with (data / f"{i}.jsonl").open("w") as file:
+                for begin in range(0, of_file, 1000):
+                    file.write(line * min(1000, of_file - begin))
+        rows, expected = [], of_file * FILES
+        for start in ("first", "second", "after a change"):
+            if start == "after a change":
+                with (data / "0.jsonl").open("a") as file:
+                    file.write(line)
+                expected += 1
+            opened = _in_processes(PROCESSES_OF_CORPUS, _open_corpus, str(data))
+            if {count for _, count in opened} != {expected}:
+                raise SystemExit(f"{start} start: {opened} documents, of {expected}")
+            size = sum(file.stat().st_size for file in data.iterdir())
+            slowest = max(took for took, _ in opened)
+            rows.append(
+                {"start": start, "processes": len(opened), "bytes": size, "documents": expected, "slowest_s": slowest}
+            )
+        return rows
+
+
+def _open_corpus(folder: str) -> tuple[float, int]:
+    begin = time.perf_counter()
+    source = build_source("json", path=folder, seed=0)
+    seconds = round(time.perf_counter() - begin, 4)
+    assert isinstance(source, RandomAccessSource)
+    return seconds, source.num_documents
+
+
+def _in_processes(count: int, function: Callable[..., Any], *given: Any) -> list[Any]:
+    """Return what ``function`` returns in each of ``count`` processes that can make a process group."""
+    context = multiprocessing.get_context("spawn")
+    with tempfile.TemporaryDirectory() as folder, context.Pool(count) as pool:
+        calls = [(function, rank, count, folder, given) for rank in range(count)]
+        return pool.starmap(_rank, calls, chunksize=1)
+
+
+def _rank(function: Callable[..., Any], rank: int, count: int, folder: str, given: tuple[Any, ...]) -> Any:
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(count))
+    store = FileStore(f"{folder}/store", count)
+    store.add("arrived", 1)
+    while store.add("arrived", 0) < count:  # else a process that is early would do the work of a late one
+        time.sleep(0.001)
+    if not given:
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=count)
+    return function(*given)
+
+
+PARTS = {"counts": counts, "seconds": seconds, "corpus": corpus}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("part", choices=PARTS)
+    parser.add_argument("--ranks", type=int, nargs="+", default=RANKS)
+    parser.add_argument("--tensors", type=int, default=48, help="sharded tensors of a plan")
+    parser.add_argument("--gigabytes", type=float, default=2.0, help="size of the corpus")
+    parser.add_argument("--folder", type=Path, default=None, help="where the corpus is written")
+    parser.add_argument("--out", type=Path, default=None)
+    args = parser.parse_args()
+    found = PARTS[args.part](args)
+    for row in found:
+        print(json.dumps(row))
+    results.save("thousand_ranks" if args.part == "counts" else f"thousand_ranks_{args.part}", found, args, kind="cpu")
+
+
+if __name__ == "__main__":
+    main()
