@@ -217,34 +217,6 @@ def time_budget(results: list[dict[str, Any]]) -> list[list[str]]:
     return rows
 
 
-def scale_of_plans(results: list[dict[str, Any]]) -> list[list[str]]:
-    """Return what a save sends to rank 0 and back, and its metadata."""
-    rows = [["ranks", "first save: to rank 0", "back", "later save: to rank 0", "back", "metadata of each"]]
-    for r in (r for r in results if r["part"] == "plan"):
-        cells = [_size(r[save][key]) for save in ("first", "later") for key in ("gathered_bytes", "scattered_bytes")]
-        rows.append([f"{r['ranks']:,}", *cells, _size(r["first"]["metadata_bytes"])])
-    return rows
-
-
-def scale_of_names(results: list[dict[str, Any]]) -> list[list[str]]:
-    """Return what each rank receives to know the names of all, and the open files that it is allowed."""
-    rows = [["ranks", "names from each rank", "hashes, and names once", "limit of open files"]]
-    limits = {r["ranks"]: r["limit"] for r in results if r["part"] == "limit of open files"}
-    for r in (r for r in results if r["part"] == "names of 8B"):
-        sizes = [_size(r[key]) for key in ("gathered_bytes", "with_hashes_bytes")]
-        rows.append([f"{r['ranks']:,}", *sizes, f"{limits[r['ranks']]:,}"])
-    return rows
-
-
-def open_files(results: list[dict[str, Any]]) -> list[list[str]]:
-    found = [r for r in results if r["part"] == "open files"]
-    return [["processes", *(f"{r['processes']}" for r in found)], ["open files", *(f"{r['open']}" for r in found)]]
-
-
-def _size(count: int) -> str:
-    return f"{count / 1e6:.1f} MB" if count >= 1e5 else f"{count / 1e3:.1f} kB"
-
-
 # By result file; after a slash, which of several tables of one.
 TABLES: dict[str, Callable[[list[dict[str, Any]]], list[list[str]]]] = {
     "finetune": finetune,
@@ -264,9 +236,6 @@ TABLES: dict[str, Callable[[list[dict[str, Any]]], list[list[str]]]] = {
     "document_masks": document_masks,
     "time_budget": time_budget,
     "float8_memory": float8_memory,
-    "thousand_ranks/plans": scale_of_plans,
-    "thousand_ranks/names": scale_of_names,
-    "thousand_ranks/files": open_files,
     "roofline_assumed/linears": predicted_linears,
     "roofline_assumed/steps": predicted_steps,
 }
