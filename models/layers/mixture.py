@@ -154,13 +154,15 @@ class Experts(nn.Module):
 
     Attributes:
         part_of: as of :class:`Router`. Rows and offsets of :meth:`forward` are then those of this process's experts.
+        multiply: a slot for the grouped matmul, in the place of :func:`titanlite.models.layers.grouped_mm`.
     """
 
     part_of: Callable[[Tensor], Tensor]
+    multiply: Callable[[Tensor, Tensor, Tensor], Tensor]
 
     def __init__(self, dim: int, args: MixtureArgs) -> None:
         super().__init__()
-        self.part_of = _all_of
+        self.part_of, self.multiply = _all_of, grouped_mm
         self.w1 = nn.Parameter(torch.empty(args.n_experts, args.expert_dim, dim))
         self.w2 = nn.Parameter(torch.empty(args.n_experts, dim, args.expert_dim))
         self.w3 = nn.Parameter(torch.empty(args.n_experts, args.expert_dim, dim))
@@ -173,10 +175,10 @@ class Experts(nn.Module):
             offsets: the end of each expert's rows, int32 [n_experts].
         """
         w1, w2, w3 = (self.part_of(w).transpose(1, 2) for w in (self.w1, self.w2, self.w3))
-        gate, up = grouped_mm(x, w1, offsets), grouped_mm(x, w3, offsets)
+        gate, up = self.multiply(x, w1, offsets), self.multiply(x, w3, offsets)
         # The weight before the last projection: there are fewer features than after it.
         hidden = F.silu(gate) * up * weights.to(x.dtype)[:, None]
-        return grouped_mm(hidden, w2, offsets)
+        return self.multiply(hidden, w2, offsets)
 
     def init_weights(self, init: Init, out_std: float) -> None:
         init.trunc_normal(self.w1, std=0.02)

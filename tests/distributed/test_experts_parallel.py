@@ -3,6 +3,7 @@ expert, the exchange that the degrees imply, other variants of training, and che
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,12 @@ FAMILY = {
 }
 VARIED = ("AC selective op", "compile", "compile, rowwise, AC selective op")
 VARIED_LONG = ("AC full", "compile, AC full")  # they have no mechanism of their own
+QUANT = re.compile("rowwise|mxfp8")
+# Experts in number formats, which are compared with one process as VARIED is with the same recipe.
+QUANTIZED: dict[str, dict[str, Any]] = {
+    "rowwise experts": {**VARIANTS["rowwise"], "float8.moe_fqns": "experts"},
+    "mxfp8 experts": {**VARIANTS["mxfp8"], "mx.moe_fqns": "experts"},
+}
 
 
 @pytest.fixture(scope="module")
@@ -34,8 +41,13 @@ def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     tests = [i.callspec.params for i in request.session.items if i.path == request.path and hasattr(i, "callspec")]
     ways = {name: EXPERT_WAYS[name] for name in {test["way"]: None for test in tests}}
     cluster = Cluster(tmp_path_factory.mktemp("experts"))
-    variants = {variant: VARIANTS[variant] for variant in {test.get("variant", ""): None for test in tests} if variant}
-    cluster.run(1, {ONE: FAMILY, **{f"{ONE}, {v}": {**FAMILY, **o} for v, o in variants.items() if "rowwise" in v}})
+    variants = {
+        variant: {**VARIANTS, **QUANTIZED}[variant]
+        for variant in {test.get("variant", ""): None for test in tests}
+        if variant
+    }
+    in_formats = {f"{ONE}, {v}": {**FAMILY, **o} for v, o in variants.items() if QUANT.search(v)}
+    cluster.run(1, {ONE: FAMILY, **in_formats})
     for processes in sorted({way.processes for way in ways.values()}):
         group = {name: {**way.all_options(), **FAMILY} for name, way in ways.items() if way.processes == processes}
         varied = {f"EP 2, {v}": {**group["EP 2"], **o} for v, o in variants.items()} if "EP 2" in group else {}
@@ -83,12 +95,12 @@ def test_the_exchange_sends_the_rows_of_each_expert_and_their_weights(runs: Repo
 
 @pytest.mark.parametrize(
     ("way", "variant"),
-    [pytest.param("EP 2", variant, marks=pytest.mark.slow) for variant in VARIED]
+    [pytest.param("EP 2", variant, marks=pytest.mark.slow) for variant in (*VARIED, *QUANTIZED)]
     + [pytest.param("EP 2", variant, marks=pytest.mark.long) for variant in VARIED_LONG],
 )
 def test_experts_train_with_checkpointing_compiled_and_in_float8(runs: Reports, way: str, variant: str) -> None:
     plain, varied = runs[way], runs[f"{way}, {variant}"]
-    if "rowwise" in variant:
+    if QUANT.search(variant):
         loss, _, norm = BOUNDS["rowwise"]
         one = runs[f"{ONE}, {variant}"]
         assert column(varied, "loss") == pytest.approx(column(one, "loss"), rel=loss)

@@ -20,6 +20,12 @@ ALIASES = {
     # until June 2025
     "training.batch_size": "training.local_batch_size",
     "checkpoint.model_weights_only": "checkpoint.last_save_model_weights_only",
+    # from June 2025
+    **{
+        f"{entry.name}.moe_fqns_prototype": f"{entry.name}.moe_fqns"
+        for entry in NUMBER_FORMATS
+        if entry.from_torchtitan
+    },
     # from July 2025
     "checkpoint.last_save_model_only": "checkpoint.last_save_model_weights_only",
     "checkpoint.initial_load_model_only": "checkpoint.initial_load_model_weights_only",

@@ -19,6 +19,13 @@ def check(config: JobConfig) -> None:
             "float8.precompute_float8_dynamic_scale_for_fsdp",
             "has no effect unless weights are gathered in float8; set float8.enable_fsdp_float8_all_gather too",
         )
+    if float8.moe_fqns and float8.recipe_name != "rowwise":
+        refuse(
+            config,
+            "float8.moe_fqns",
+            f'the grouped matmuls of experts have scales of rows, and float8.recipe_name = "'
+            f'{float8.recipe_name or "tensorwise"}"; use rowwise, or leave it out',
+        )
     for operand in ("input", "weight", "grad_output"):
         scaling, scale = getattr(float8, f"scaling_type_{operand}"), getattr(float8, f"static_scale_{operand}")
         if scaling != "dynamic" and float8.recipe_name not in (None, "tensorwise"):

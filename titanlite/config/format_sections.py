@@ -41,7 +41,8 @@ class Float8:
     """The factor of the weights with static scaling: 448 / (the largest expected value)."""
     static_scale_grad_output: Scale | None = None
     """The factor of the gradients with static scaling: 57344 / (the largest expected value)."""
-    moe_fqns_prototype: list[str] = field(default_factory=list)
+    moe_fqns: list[str] = field(default_factory=list)
+    """Experts to compute in float8, by whole parts of their names, such as experts. Needs the recipe rowwise."""
 
 
 @dataclass
@@ -80,4 +81,5 @@ class MX:
     """Let tensor parallelism gather inputs and gradients in mxfp8."""
     use_fp8_dim1_cast_triton_kernel: bool = True
     mxfp8_dim1_cast_kernel_choice: str = "triton"
-    moe_fqns_prototype: list[str] = field(default_factory=list)
+    moe_fqns: list[str] = field(default_factory=list)
+    """Experts to compute in mxfp8, by whole parts of their names, such as experts."""

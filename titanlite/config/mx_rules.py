@@ -11,6 +11,13 @@ def check(config: JobConfig) -> None:
     options, key = config.mx, "mx.enable_tensor_parallel_mxfp8_all_gather"
     if not check_converter(config, options, "mx"):
         return
+    if options.moe_fqns and options.recipe_name == "mxfp8_with_gw_hp":
+        refuse(
+            config,
+            "mx.moe_fqns",
+            "experts compute all three of their matmuls in mxfp8, and mx.recipe_name = "
+            '"mxfp8_with_gw_hp"; use mxfp8, or leave it out',
+        )
     if (options.recipe_name, options.scale_mode) == ("mxfp8_rceil", "floor"):
         refuse(config, "mx.scale_mode", 'mx.recipe_name = "mxfp8_rceil" names another; leave out one of them')
     if options.enable_tensor_parallel_mxfp8_all_gather and options.recipe_name == "mxfp8_with_gw_hp":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from titanlite.config.number_formats import NUMBER_FORMATS
 from titanlite.config.refuse import refuse
 from titanlite.config.schema import JobConfig
 
@@ -13,7 +12,6 @@ _EXPERTS_WHOLE = (
     "tensor parallelism gives each of its processes a part of the tokens, for whole experts, which FSDP and "
     "parallelism.expert_parallel_degree shard over these processes too; leave it out"
 )
-_EXPERTS_QUANTIZED = "experts compute in training.mixed_precision_param, beside converted linear layers; leave it out"
 
 # The key and the way out. Its default is the value at which it does nothing; any other value is an error and never
 # silently ignored. (Keys such as checkpoint.interval, which only modify a feature, are not here.)
@@ -27,11 +25,6 @@ UNSUPPORTED: dict[str, str] = {
     "parallelism.pipeline_parallel_last_stage_less_layers": _STAGES,
     "checkpoint.last_save_in_hf": "turn the last checkpoint into a Hugging Face folder with titanlite convert",
     "activation_checkpoint.per_op_sac_force_recompute_mm_shapes_by_fqns": "op keeps every second matmul; leave it out",
-    **{
-        f"{number_format.name}.moe_fqns_prototype": _EXPERTS_QUANTIZED
-        for number_format in NUMBER_FORMATS
-        if number_format.from_torchtitan
-    },
     "mx.use_fp8_dim1_cast_triton_kernel": _MX_KERNELS,
     "mx.mxfp8_dim1_cast_kernel_choice": _MX_KERNELS,
     "validation.local_batch_size": "batches of validation are as large as those of training; leave it out",

@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from titanlite.config import JobConfig
+from titanlite.converters.experts import convert_experts
 from titanlite.converters.linears import (
     TOO_SMALL,
     check_shards,
@@ -94,7 +95,7 @@ class Float8Converter:
         if not native and not options.emulate:
             warn_of_emulation("float8", self.architecture)
         self.mesh = mesh
-        self.filter_fqns = options.filter_fqns
+        self.filter_fqns, self.moe_fqns = options.filter_fqns, options.moe_fqns
         self.precompute = options.precompute_float8_dynamic_scale_for_fsdp
         self.delayed = any(c.scaling_type is ScalingType.DELAYED for c in self.config.casts.values())
 
@@ -111,9 +112,10 @@ class Float8Converter:
             )
         except ValueError as e:
             raise ConfigError(str(e), key="model.converters", value="float8") from e
-        log_table(choice, self._why_no_gain)
+        experts = convert_experts(model, "float8", self.config.format, self.moe_fqns)
+        log_table(model, choice, self._why_no_gain)
         instead = native_instead(self.architecture) if self.config.emulate else ""
-        return f"{self.recipe}{', emulated' if self.config.emulate else ''}, {choice.share()}{instead}"
+        return f"{self.recipe}{', emulated' if self.config.emulate else ''}, {choice.share()}{experts}{instead}"
 
     def _why_no_gain(self, in_features: int, out_features: int) -> str | None:
         slower = not self.config.emulate and too_small(self.recipe, in_features, out_features)

@@ -11,12 +11,14 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from titanlite.converters.experts import computed_in, convert_experts, experts_in, features_of
 from titanlite.converters.registry import formats_with_units
 from titanlite.distributed.mesh import Mesh
 from titanlite.errors import ConfigError
 from titanlite.quant.convertible import name_matches
 from titanlite.quant.devices import architecture
 from titanlite.quant.format import Format
+from titanlite.quant.groups import GroupedFormat
 from titanlite.quant.linear import QuantLinear, convert_linears, reasons_in
 from titanlite.registry import nearest
 
@@ -113,9 +115,9 @@ def choose_linears(
     return LinearChoice(linears, kept)
 
 
-def log_table(choice: LinearChoice, will_not_gain: Callable[[int, int], str | None]) -> None:
-    """Log a table of each kind of layer (with * for numbers in names): its features, count, and format. Call it after
-    the conversion.
+def log_table(model: nn.Module, choice: LinearChoice, will_not_gain: Callable[[int, int], str | None]) -> None:
+    """Log a table of each kind of linear layer and of experts (with * for numbers in names): its features, count, and
+    format. Call it after the conversion.
 
     Args:
         will_not_gain: ``(in_features, out_features)`` -> why a converted layer of this size is expected to be no faster
@@ -128,12 +130,19 @@ def log_table(choice: LinearChoice, will_not_gain: Callable[[int, int], str | No
             computed = linear.format.name
             if name in choice.chosen and (reason := will_not_gain(linear.in_features, linear.out_features)):
                 computed += f" (will not gain: {reason})"
-        kinds[re.sub(r"\b\d+\b", "*", name), f"{linear.in_features} -> {linear.out_features}", computed] += 1
+        kinds[_kind(name), f"{linear.in_features} -> {linear.out_features}", computed] += 1
+    for name, experts in experts_in(model).items():
+        dim, inside = features_of(experts)
+        kinds[_kind(name), f"{dim} -> {inside} -> {dim}, {len(experts.w1)} times", computed_in(experts)] += 1
     rows = [("layer", "features", "count", "computed in")]
     rows += [(kind, features, str(count), computed) for (kind, features, computed), count in kinds.items()]
     widths = [max(len(row[i]) for row in rows) for i in range(3)]
     lines = ("    " + "  ".join([*(f"{row[i]:<{widths[i]}}" for i in range(3)), row[3]]) for row in rows)
     logger.info("%s", "\n".join(["linear layers", *lines]))
+
+
+def _kind(name: str) -> str:
+    return re.sub(r"\b\d+\b", "*", name)
 
 
 class LinearConverter:
@@ -144,6 +153,7 @@ class LinearConverter:
         recipe: for the header.
         emulated: the format is emulated because this device has no units for it.
         gathered_by: the option that lets FSDP2 gather weights in the format, if it is set.
+        moe_fqns: the experts to convert, by whole parts of their names.
     """
 
     def __init__(
@@ -155,10 +165,11 @@ class LinearConverter:
         emulated: bool,
         mesh: Mesh,
         gathered_by: str | None = None,
+        moe_fqns: list[str] | None = None,
     ) -> None:
         self.name, self.recipe, self.format, self.mesh = name, recipe, format, mesh
         self.filter_fqns, self.emulated, self.units = filter_fqns, emulated, target_or_device(mesh)
-        self.gathered_by = gathered_by
+        self.gathered_by, self.moe_fqns = gathered_by, moe_fqns or []
 
     def convert(self, model: nn.Module) -> str:
         choice = choose_linears(model, self.name, self.format, self.filter_fqns, self.too_small())
@@ -174,9 +185,12 @@ class LinearConverter:
             )
         except ValueError as e:
             raise ConfigError(str(e), key="model.converters", value=self.name) from e
-        log_table(choice, self.why_no_gain)
+        experts = ""
+        if isinstance(self.format, GroupedFormat):
+            experts = convert_experts(model, self.name, self.format, self.moe_fqns)
+        log_table(model, choice, self.why_no_gain)
         instead = native_instead(self.units) if self.emulated else ""
-        return f"{self.recipe}{', emulated' if self.emulated else ''}, {choice.share()}{instead}"
+        return f"{self.recipe}{', emulated' if self.emulated else ''}, {choice.share()}{experts}{instead}"
 
     def why_no_gain(self, in_features: int, out_features: int) -> str | None:
         """Return why a layer of this size is expected to be no faster in the units for the format; None if it should be

@@ -46,4 +46,6 @@ class MXConverter(LinearConverter):
             logger.info("mxfp8 on %s: %s", units, choice())
         gathered_by = "mx.enable_fsdp_mxfp8_all_gather" if options.enable_fsdp_mxfp8_all_gather else None
         recipe = f"{options.recipe_name}, {format.scale_mode}"
-        super().__init__("mx", recipe, format, options.filter_fqns, format.emulate, mesh, gathered_by)
+        super().__init__(
+            *("mx", recipe, format, options.filter_fqns, format.emulate, mesh, gathered_by), moe_fqns=options.moe_fqns
+        )

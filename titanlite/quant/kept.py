@@ -2,6 +2,7 @@
 
 import torch
 
+from titanlite.quant import emulation as emulation  # it registers its operator
 from titanlite.quant import kernels
 from titanlite.quant.int8 import cpu
 
@@ -13,5 +14,7 @@ MATMULS = {
     torch.ops.aten._scaled_mm.default,
     torch.ops.aten._int_mm.default,
     cpu.MULTIPLY,
+    torch.ops.aten._scaled_grouped_mm.default,
+    torch.ops.titanlite.multiply_groups_in_float32.default,
 }
 """The matmuls of linear layers, in high precision, in number formats, and emulated."""

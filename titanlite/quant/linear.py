@@ -23,6 +23,7 @@ from titanlite.quant.convertible import (
 )
 from titanlite.quant.format import WEIGHT, Format, Operand
 from titanlite.quant.fsdp import plain, wrapped_for_gather
+from titanlite.quant.grouped_mm import QuantGroupedMatmul
 from titanlite.quant.operands import (
     CastsOperands,
     autocast,
@@ -260,7 +261,8 @@ def quant_layers(model: nn.Module) -> list[QuantLinear]:
 
 @contextmanager
 def high_precision(model: nn.Module) -> Iterator[None]:
-    """Evaluate ``model`` without quantization error: in this context its quantized layers compute like ``nn.Linear``.
+    """Evaluate ``model`` without quantization error: in this context its quantized layers and grouped
+    matmuls compute as before their conversion.
 
     They compute, and under tensor parallelism gather their input, in the dtype of their weight (under FSDP2's mixed
     precision, ``param_dtype``). Gradients are disabled, and delayed scaling records nothing. A compiled model is
@@ -270,6 +272,8 @@ def high_precision(model: nn.Module) -> Iterator[None]:
         ValueError: a weight is gathered in the format, so that no high-precision weight exists.
     """
     layers = quant_layers(model)
+    computing: list[QuantLinear | QuantGroupedMatmul] = [*layers]
+    computing += [module for module in model.modules() if isinstance(module, QuantGroupedMatmul)]
     for layer in layers:
         if layer.gather_quantized:
             raise ValueError(
@@ -277,13 +281,13 @@ def high_precision(model: nn.Module) -> Iterator[None]:
                 "high-precision weight exists; leave the flag out"
             )
     try:
-        for layer in layers:
-            layer.in_high_precision = True
+        for module in computing:
+            module.in_high_precision = True
         with torch.no_grad():
             yield
     finally:
-        for layer in layers:
-            layer.in_high_precision = False
+        for module in computing:
+            module.in_high_precision = False
 
 
 # ---- conversion

@@ -79,6 +79,7 @@ for name in OPTIONS:
 NEEDS["int8.enable_tensor_parallel_int8_all_gather"] += ["--parallelism.tensor_parallel_degree=2"]
 NEEDS["mx.enable_tensor_parallel_mxfp8_all_gather"] += ["--parallelism.tensor_parallel_degree=2"]
 NEEDS["float8.precompute_float8_dynamic_scale_for_fsdp"] += ["--float8.enable_fsdp_float8_all_gather"]
+NEEDS["float8.moe_fqns"] += ["--float8.recipe_name=rowwise"]
 for operand in ("input", "weight", "grad_output"):
     NEEDS[f"float8.static_scale_{operand}"] += [f"--float8.scaling_type_{operand}=static"]
 

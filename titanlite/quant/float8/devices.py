@@ -36,6 +36,11 @@ def native_dtypes(architecture: str) -> tuple[torch.dtype, ...]:
     return OCP if sm(architecture) >= 89 else ()
 
 
+def has_grouped_matmuls(architecture: str) -> bool:
+    """Return whether GPUs of this architecture have a grouped matmul in float8 with scales of rows."""
+    return sm(architecture) == 90
+
+
 def why_not(architecture: str, dtypes: set[torch.dtype], *, emulate: bool, compiled: bool) -> str | None:
     """Return why casts to ``dtypes`` cannot be computed on ``architecture`` with these options; None if they can."""
     native = native_dtypes(architecture)

@@ -12,17 +12,18 @@ from torch import Tensor, nn
 from titanlite.quant import kernels
 from titanlite.quant.float8 import delayed
 from titanlite.quant.float8.casts import CastConfig, ScalingType
-from titanlite.quant.float8.devices import must_emulate
-from titanlite.quant.float8.matmul import cast, scaled_mm
+from titanlite.quant.float8.devices import has_grouped_matmuls, must_emulate
+from titanlite.quant.float8.matmul import cast, scaled_grouped_mm, scaled_mm
 from titanlite.quant.float8.numerics import amax_of, amax_to_scale, dequantize, quantize
-from titanlite.quant.format import OPERANDS, Amaxes, Format, Matmul, Operand, OperandName, Use
+from titanlite.quant.format import OPERANDS, Amaxes, Matmul, Operand, OperandName, Use
+from titanlite.quant.groups import GroupedFormat, Groups
 
 Kernels = Literal["auto", "triton", "inductor"]
 Casts: TypeAlias = tuple[CastConfig, CastConfig]
 
 
 @dataclass(frozen=True)
-class Float8Format(Format):
+class Float8Format(GroupedFormat):
     """Float8 with the given casts.
 
     Args:
@@ -62,7 +63,7 @@ class Float8Format(Format):
 
     def on(self, device: torch.device) -> Float8Format:
         emulate = must_emulate(device, self.target, self.dtypes, self.emulate, torch.compiler.is_compiling())
-        return self.emulated if emulate else self  # type: ignore[attr-defined, no-any-return]
+        return self.emulated if emulate else self  # type: ignore[return-value]
 
     # ---- casts
 
@@ -129,6 +130,43 @@ class Float8Format(Format):
             emulate=self.emulate,
             target=self.target,
         )
+
+    # ---- groups of rows
+
+    has_grouped_units = staticmethod(has_grouped_matmuls)
+
+    def why_not_grouped(self) -> str | None:
+        if all(config.is_axiswise for config in self.casts):
+            return None
+        return "its grouped matmuls have scales of rows only; use rowwise"
+
+    def cast_rows(self, x: Tensor, use: Use) -> Operand:
+        dtype = self._cast(use).dtype
+        scale = amax_to_scale(x.abs().amax(1, keepdim=True), dtype, self.power_of_2)
+        return Operand(quantize(x, scale, dtype).contiguous(), scale)
+
+    def cast_columns(self, padded: Tensor, groups: Groups, use: Use) -> Operand:
+        dtype = self._cast(use).dtype
+        scale = amax_to_scale(groups.amax(padded), dtype, self.power_of_2)
+        return Operand(quantize(padded, scale[groups.number], dtype).t().contiguous(), scale)
+
+    def values(self, operand: Operand, groups: Groups | None = None) -> Tensor:
+        data, scale = operand
+        assert scale is not None
+        return dequantize(data, scale if groups is None else scale[groups.number].t())
+
+    def multiply_rows(self, x: Operand, w: Operand, offsets: Tensor, matmul: Matmul, dtype: torch.dtype) -> Tensor:
+        if self.emulate or dtype is not torch.bfloat16:
+            return super().multiply_rows(x, w, offsets, matmul, dtype)
+        return scaled_grouped_mm(x, w, offsets, matmul in self.fast_accum)
+
+    def multiply_columns(self, g: Operand, x: Operand, groups: Groups, dtype: torch.dtype) -> Tensor:
+        if self.emulate or dtype is not torch.bfloat16:
+            return super().multiply_columns(g, x, groups, dtype)
+        assert g.scale is not None
+        assert x.scale is not None
+        left, right = Operand(g.data, g.scale[:-1]), Operand(x.data, x.scale[:-1])
+        return scaled_grouped_mm(left, right, groups.ends, "grad_weight" in self.fast_accum)
 
     # ---- communication
 

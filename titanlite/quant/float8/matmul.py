@@ -85,6 +85,31 @@ def scaled_mm(
     return multiply_then_scale(Operand(a8, a.scale), Operand(b8, b.scale), out_dtype, fast_accum)
 
 
+def scaled_grouped_mm(a: Operand, b: Operand, offsets: Tensor, fast_accum: bool) -> Tensor:
+    """Return the products of groups by float8 units, in bfloat16: they write no other dtype.
+
+    Args:
+        a: (m, k), with a scale of each row; or, with the columns of both in groups, of each group and row.
+        b: (groups, n, k), or (n, k). The scales are as those of ``a``.
+        offsets: the end of each group in the rows of ``a``, or in the columns of both, int32 [groups].
+
+    Returns:
+        (m, n), or (groups, m, n).
+    """
+    assert a.scale is not None
+    assert b.scale is not None
+    a_scale, b_scale = a.scale.reciprocal(), b.scale.reciprocal()
+    return torch._scaled_grouped_mm(
+        a.data,
+        b.data.transpose(-1, -2),
+        a_scale.flatten(),
+        b_scale.squeeze(-1) if b.data.ndim == 3 else b_scale.flatten(),
+        offsets,
+        out_dtype=torch.bfloat16,
+        use_fast_accum=fast_accum,
+    )
+
+
 def multiply_then_scale(a: Operand, b: Operand, out_dtype: torch.dtype, fast_accum: bool) -> Tensor:
     """Return ``a @ b``, applying the scales in one more pass over the product. Both are laid out for float8 units."""
     assert a.scale is not None

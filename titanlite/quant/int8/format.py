@@ -11,6 +11,7 @@ from torch import Tensor
 from titanlite.quant import kernels
 from titanlite.quant.devices import lacks_units, sm
 from titanlite.quant.format import Amaxes, Matmul, Operand, OperandName, Use
+from titanlite.quant.groups import GroupedFormat, Groups
 from titanlite.quant.int8 import cpu
 from titanlite.quant.int8.matmul import multiply
 from titanlite.quant.int8.numerics import amax_of, amax_to_scale, dequantize, quantize
@@ -26,7 +27,7 @@ _AMD = ("gfx90a", "gfx940", "gfx941", "gfx942", "gfx950")
 
 
 @dataclass(frozen=True)
-class Int8Format(Int8Rows):
+class Int8Format(Int8Rows, GroupedFormat):
     """Int8 with dynamic scales.
 
     Args:
@@ -51,7 +52,7 @@ class Int8Format(Int8Rows):
 
     def on(self, device: torch.device) -> Int8Format:
         emulate = self.emulate or lacks_units("int8", is_native, device, self.target)
-        return self.emulated if emulate else self  # type: ignore[attr-defined, no-any-return]
+        return self.emulated if emulate else self  # type: ignore[return-value]
 
     def _is_cast(self, use: Use) -> bool:
         return use in self.uses  # type: ignore[attr-defined]
@@ -95,6 +96,24 @@ class Int8Format(Int8Rows):
 
     def multiply(self, a: Operand, b: Operand, matmul: Matmul, dtype: torch.dtype) -> Tensor:
         return multiply(a, b, dtype, emulate=self.emulate)
+
+    # ---- groups of rows
+
+    def why_not_grouped(self) -> str | None:
+        return None if len(self.matmuls) == 3 else "its grouped matmuls are all three in the format; use rowwise"
+
+    def cast_rows(self, x: Tensor, use: Use) -> Operand:
+        scale = amax_to_scale(x.abs().amax(1, keepdim=True).float())
+        return Operand(quantize(x, scale).contiguous(), scale)
+
+    def cast_columns(self, padded: Tensor, groups: Groups, use: Use) -> Operand:
+        scale = amax_to_scale(groups.amax(padded))
+        return Operand(quantize(padded, scale[groups.number]).t().contiguous(), scale)
+
+    def values(self, operand: Operand, groups: Groups | None = None) -> Tensor:
+        data, scale = operand
+        assert scale is not None
+        return dequantize(data, scale if groups is None else scale[groups.number].t())
 
     # ---- communication
 

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from titanlite.quant.devices import lacks_units, sm
 from titanlite.quant.emulation import multiply_in_float32
-from titanlite.quant.format import Amaxes, Format, Matmul, Operand, OperandName, Use
+from titanlite.quant.format import Amaxes, Matmul, Operand, OperandName, Use
+from titanlite.quant.groups import GroupedFormat, Groups
 from titanlite.quant.mx import kernels
 from titanlite.quant.mx.numerics import (
     BLOCK,
@@ -24,7 +25,7 @@ from titanlite.quant.mx.numerics import (
 
 
 @dataclass(frozen=True)
-class MXFormat(Format):
+class MXFormat(GroupedFormat):
     """Mxfp8 with dynamic scales.
 
     Args:
@@ -54,7 +55,7 @@ class MXFormat(Format):
 
     def on(self, device: torch.device) -> MXFormat:
         emulate = self.emulate or lacks_units("mxfp8", is_native, device, self.target)
-        return self.emulated if emulate else self  # type: ignore[attr-defined, no-any-return]
+        return self.emulated if emulate else self  # type: ignore[return-value]
 
     def _is_cast(self, use: Use) -> bool:
         return self.grad_weight or use.operand == "weight" or use.contracted == 1
@@ -99,6 +100,21 @@ class MXFormat(Format):
             return multiply_in_float32(left, right.t()).to(dtype)
         a_scale, b_scale = (scale.view(torch.float8_e8m0fnu) for scale in (a.scale, b.scale))
         return torch._scaled_mm(a.data, b.data, scale_a=a_scale, scale_b=b_scale, out_dtype=dtype)
+
+    # ---- groups of rows
+
+    def why_not_grouped(self) -> str | None:
+        return None if self.grad_weight else "its grouped matmuls are all three in the format; use mxfp8"
+
+    def cast_rows(self, x: Tensor, use: Use) -> Operand:
+        return Operand(*quantize(x, self.scale_mode))
+
+    def cast_columns(self, padded: Tensor, groups: Groups, use: Use) -> Operand:
+        return Operand(*quantize(padded.t(), self.scale_mode))  # groups begin at blocks
+
+    def values(self, operand: Operand, groups: Groups | None = None) -> Tensor:
+        assert operand.scale is not None
+        return dequantize(operand.data, operand.scale)
 
     # ---- communication
 

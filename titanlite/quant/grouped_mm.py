@@ -1,0 +1,110 @@
+"""The grouped matmul in a number format, differentiable: a matrix for each group of rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from titanlite.quant.autograd import refuse_double_backward
+from titanlite.quant.format import WEIGHT, WEIGHT_FOR_GRAD_INPUT, Operand, Use
+from titanlite.quant.groups import GroupedFormat, Groups
+from titanlite.quant.recipes import grouped_format
+
+
+def quantized_grouped_mm(a: Tensor, b: Tensor, offsets: Tensor, recipe: str | GroupedFormat) -> Tensor:
+    """Return ``torch.nn.functional.grouped_mm(a, b, offs=offsets)``, with all three of its matmuls in a number format.
+
+    Each operand is cast along the dimension that its matmul contracts, and group by group: the rows of one group never
+    change the scale of another. Where the device has no units for this, the same quantized values are multiplied in
+    float32.
+
+    Args:
+        a: [rows, k], in high precision; the rows of a group lie one after the other.
+        b: [groups, k, m], in high precision: a matrix for each group, in any memory layout.
+        offsets: the end of each group in the rows, int32 [groups]. A group can be empty, and of any size.
+        recipe: a name of :data:`titanlite.quant.recipes.GROUPED_RECIPES`, or a format.
+
+    Returns:
+        [rows, m], in the dtype of ``a``. Rows after the last group are not defined.
+
+    Raises:
+        ValueError: shapes that do not fit together, sizes that the format does not take, or an unknown recipe.
+    """
+    format = grouped_format(recipe) if isinstance(recipe, str) else recipe
+    if a.ndim != 2 or b.ndim != 3 or a.shape[1] != b.shape[1] or offsets.shape != b.shape[:1]:
+        raise ValueError(
+            f"quantized_grouped_mm: a {tuple(a.shape)}, b {tuple(b.shape)}, offsets {tuple(offsets.shape)}; they must "
+            "be [rows, k], [groups, k, m] and [groups]"
+        )
+    if reason := format.why_not_grouped() or format.why_not(b.shape[1], b.shape[2]):
+        raise ValueError(f"quantized_grouped_mm: b {tuple(b.shape)} in {format.name}: {reason}")
+    return _GroupedMatmul.apply(a, b, offsets, format.for_groups(a.device))  # type: ignore[no-any-return]
+
+
+class _GroupedMatmul(torch.autograd.Function):
+    """It saves the cast of ``a`` for grad_weight, a byte per element. To save ``b``, a parameter, costs nothing."""
+
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, b: Tensor, offsets: Tensor, format: GroupedFormat) -> Tensor:
+        ctx.format, ctx.dtype = format, a.dtype
+        saved = Operand(None, None)  # type: ignore[arg-type]
+        if b.requires_grad:
+            groups = Groups(offsets, a.shape[0], format.multiple)
+            saved = format.cast_columns(groups.padded(a.detach()), groups, Use("input", 0))
+        ctx.save_for_backward(b, offsets, *saved)
+        w = _cast_matrices(b.transpose(1, 2), WEIGHT, format)
+        return format.multiply_rows(format.cast_rows(a.detach(), Use("input", 1)), w, offsets, "output", a.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        b, offsets, *saved = ctx.saved_tensors
+        format: GroupedFormat = ctx.format
+        if not torch.compiler.is_compiling():
+            refuse_double_backward(format.name)
+        grad_a = grad_b = None
+        if ctx.needs_input_grad[0]:
+            w = _cast_matrices(b, WEIGHT_FOR_GRAD_INPUT, format)
+            grad_a = format.multiply_rows(
+                format.cast_rows(grad, Use("grad_output", 1)), w, offsets, "grad_input", ctx.dtype
+            )
+        if ctx.needs_input_grad[1]:
+            groups = Groups(offsets, grad.shape[0], format.multiple)
+            g = format.cast_columns(groups.padded(grad), groups, Use("grad_output", 0))
+            # As the weight of a linear layer, [groups, m, k]: so a parameter that b is a transpose of gets its layout.
+            grad_b = format.multiply_columns(g, Operand(*saved), groups, b.dtype).transpose(1, 2)
+        return grad_a, grad_b, None, None
+
+
+def _cast_matrices(w: Tensor, use: Use, format: GroupedFormat) -> Operand:
+    """Cast each row of matrices ``w`` [groups, m, k]."""
+    data, scale = format.cast_rows(w.detach().reshape(-1, w.shape[2]), use)
+    return Operand(data.unflatten(0, w.shape[:2]), None if scale is None else scale.unflatten(0, w.shape[:2]))
+
+
+class QuantGroupedMatmul(nn.Module):
+    """A grouped matmul in a number format, to stand where a function ``(a, b, offsets)`` stood.
+
+    Args:
+        format: see :func:`quantized_grouped_mm`.
+        plain: the function in high precision, for :func:`titanlite.quant.linear.high_precision`.
+
+    Attributes:
+        in_high_precision: compute ``plain``.
+    """
+
+    in_high_precision = False
+
+    def __init__(self, format: GroupedFormat, plain: Callable[[Tensor, Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.format, self.plain = format, plain
+
+    def forward(self, a: Tensor, b: Tensor, offsets: Tensor) -> Tensor:
+        if self.in_high_precision:
+            return self.plain(a, b, offsets)
+        return quantized_grouped_mm(a, b, offsets, self.format)
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={value}" for name, value in self.format.describe().items())
