@@ -86,6 +86,19 @@ def finetune_memory(results: list[dict[str, Any]]) -> list[list[str]]:
     return rows
 
 
+def step_time(results: list[dict[str, Any]]) -> list[list[str]]:
+    """Return every prediction against every published value."""
+    rows = [["table", "run", "published tps", "predicted", "", "table left out", "published GiB", "predicted", ""]]
+    for r in results:
+        left_out = f"{r['left_out_error_pct']:+.1f}%" if r["fitted"] else "never fitted"
+        cells = [f"{r['published_tps']:,.0f}", f"{r['all_tps']:,.0f}", f"{r['all_error_pct']:+.1f}%", left_out]
+        memory = ["", "", ""]
+        if "published_gib" in r:
+            memory = [f"{r['published_gib']:.1f}", f"{r['gib']:.1f}", f"{r['memory_error_pct']:+.1f}%"]
+        rows.append([r["table"], r["name"], *cells, *memory])
+    return rows
+
+
 def fast_files(results: list[dict[str, Any]]) -> list[list[str]]:
     """Return the packaged files, each with the fast one after it."""
     rows = [["file", "GPUs", "config", "checkpointing", "estimate, GiB"]]
@@ -227,6 +240,7 @@ TABLES: dict[str, Callable[[list[dict[str, Any]]], list[list[str]]]] = {
     "memory_estimates/loss_chunks": loss_chunks,
     "finetune_memory": finetune_memory,
     "fast_files": fast_files,
+    "step_time": step_time,
     "checkpoint_save": checkpoint_save,
     "cpu_step": cpu_step,
     "compiled_block": compiled_block,

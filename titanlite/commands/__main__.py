@@ -15,6 +15,7 @@ SUBCOMMANDS = {
     "compare": "compare runs: their curves, their configurations, and which loss is lower",
     "config": "print the JSON schema of the TOML files, or what differs between two",
     "evaluate": "compute the loss of text, and the accuracy in a task, of a trained model",
+    "plan": "predict the fastest layout for devices that need not be there: time, memory, days, cost",
     "doctor": "examine this machine: what it has, how fast each number format is, what to type",
     "convert": "turn a checkpoint into a Hugging Face folder, or the other way round",
     "tokenizer": "train a tokenizer, or download one",

@@ -4,8 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+from titanlite.config.format_cost import FormatCost
 from titanlite.config.refuse import check_converter, refuse
 from titanlite.config.schema import JobConfig
+
+VARIANTS: tuple[dict[str, Any], ...] = (
+    {"float8.recipe_name": "tensorwise", "float8.enable_fsdp_float8_all_gather": True},
+    {"float8.recipe_name": "rowwise", "float8.enable_fsdp_float8_all_gather": False},
+)
 
 
 def check(config: JobConfig) -> None:
@@ -60,3 +66,23 @@ def memory_savings(config: JobConfig) -> dict[str, Any]:
     """Return options of [float8] that would save memory and are not set."""
     key = "force_recompute_fp8_weight_in_bwd"
     return {} if getattr(config.float8, key) else {f"float8.{key}": True}
+
+
+def cost(config: JobConfig) -> FormatCost:
+    """Return the work of the converted layers. A cast reads twice, for the largest magnitude and for the values, and
+    writes one byte for each layout; scales along both dimensions take a third pass."""
+    options = config.float8
+    recipe = options.recipe_name or "tensorwise"
+    tensorwise, gathers = recipe == "tensorwise", options.enable_fsdp_float8_all_gather
+    moved = {"tensorwise": 6, "rowwise": 8, "rowwise_with_gw_hp": 5}[recipe]
+    return FormatCost(
+        recipe=recipe,
+        row_scales=not tensorwise,
+        grad_weight=recipe != "rowwise_with_gw_hp",
+        input_bytes=moved,
+        grad_bytes=moved,
+        weight_bytes=2 if gathers else 10,  # gathered in the format, it is only copied into the other layout
+        casts_shards=tensorwise,
+        gathers_weights=gathers,
+        filter_fqns=tuple(options.filter_fqns),
+    )

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from titanlite.config import float8_rules, int8_rules, mx_rules
+from titanlite.config.format_cost import FormatCost
 from titanlite.config.schema import JobConfig
 
 
@@ -18,6 +19,8 @@ class NumberFormat:
         name: of the converter, and of its section.
         check: refuses options of the section.
         gathers_quantized: whether FSDP2 gathers weights in the format, where the converter is used.
+        cost: the work of its layers, for predictions of time; None: it is not modelled.
+        variants: the options of the recipes that a plan tries; none: it tries the converter as it is configured only.
         memory_savings: options of the section that would save memory and are not set.
         weight_bytes: the bytes of an element of a converted weight between steps.
         from_torchtitan: torchtitan has the section too, under two names, and with options for experts.
@@ -29,10 +32,20 @@ class NumberFormat:
     gathers_quantized: Callable[[JobConfig], bool] = lambda config: False
     memory_savings: Callable[[JobConfig], dict[str, Any]] = lambda config: {}
     weight_bytes: Callable[[JobConfig], int] = lambda config: 4
+    cost: Callable[[JobConfig], FormatCost] | None = None
+    variants: tuple[dict[str, Any], ...] = ()
 
 
 NUMBER_FORMATS = (
-    NumberFormat("float8", float8_rules.check, True, float8_rules.gathers_quantized, float8_rules.memory_savings),
+    NumberFormat(
+        "float8",
+        float8_rules.check,
+        True,
+        float8_rules.gathers_quantized,
+        float8_rules.memory_savings,
+        cost=float8_rules.cost,
+        variants=float8_rules.VARIANTS,
+    ),
     NumberFormat(
         "int8",
         int8_rules.check,

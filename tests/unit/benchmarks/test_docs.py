@@ -38,7 +38,7 @@ def in_language(language: str) -> list[Block]:
     return [block for block in BLOCKS if block.language == language]
 
 
-TAKE_OPTIONS = ("doctor",)  # subcommands that take options of the trainer beside their own
+TAKE_OPTIONS = ("doctor", "plan")  # subcommands that take options of the trainer beside their own
 
 
 class Command(NamedTuple):

@@ -1,0 +1,32 @@
+"""What a number format costs and saves in a step, for predictions; the rules of its section say it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class FormatCost:
+    """The work of a converter's layers, in 8-bit floating point.
+
+    Attributes:
+        recipe: its name.
+        row_scales: its matmuls have a scale for each row and column, which takes other kernels.
+        grad_weight: the gradient of the weight is computed in the format too.
+        input_bytes, grad_bytes, weight_bytes: the bytes that the casts of an input, of a gradient of an output, and of
+            a weight in a whole step move, for each element: passes for the largest magnitudes, and copies in both
+            layouts.
+        casts_shards: tensor parallelism casts before it gathers, and gathers one byte for each element.
+        gathers_weights: FSDP2 gathers one byte for each element of a weight.
+        filter_fqns: layers that stay in high precision.
+    """
+
+    recipe: str
+    row_scales: bool
+    grad_weight: bool
+    input_bytes: int
+    grad_bytes: int
+    weight_bytes: int
+    casts_shards: bool
+    gathers_weights: bool
+    filter_fqns: tuple[str, ...]

@@ -1,0 +1,220 @@
+"""All layouts of a model over a number of devices, and those that fit, the fastest first."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from titanlite.config import JobConfig
+from titanlite.config.number_formats import NUMBER_FORMATS, formats_of
+from titanlite.errors import ConfigError
+from titanlite.metrics.flops import flops_per_token
+from titanlite.plan.auto_checkpoint import MODES, Mode
+from titanlite.plan.devices import Device
+from titanlite.plan.layout_memory import LayoutMemory, reserved_gib
+from titanlite.plan.refusals import PlannedModel
+from titanlite.plan.time import Parts, mfu, step_time
+from titanlite.plan.work import Work, work_of
+
+ROOM = 0.97  # of a device's memory; the rest is CUDA's context and NCCL's buffers
+_BATCHES = (1, 2, 4, 8, 16, 32)
+_ROUNDS = (1, 2, 4, 8)  # microbatches for each stage of a pipeline
+_SCHEDULES = ("1F1B", "Interleaved1F1B")
+_DEEPEST, _LONGEST = 16, 16  # degrees of pipeline and context parallelism
+Options = dict[str, Any]
+
+
+@dataclass
+class Layout:
+    """A layout with its prediction.
+
+    Attributes:
+        options: what is changed in the configuration, as ``section.key`` -> value.
+    """
+
+    options: Options
+    work: Work
+    memory: LayoutMemory
+    device: Device
+    parts: Parts = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.parts = step_time(self.work, self.device)
+
+    @property
+    def fits(self) -> bool:
+        return self.memory.total <= ROOM * self.device.memory_gib
+
+    @property
+    def tps_per_device(self) -> float:
+        return self.work.tokens_per_device / self.parts.seconds
+
+    def mfu_pct(self, model: PlannedModel) -> float:
+        flops = flops_per_token(model.meta.size(), self.work.seq_len)
+        return mfu(self.work, self.device, self.parts.seconds, flops)
+
+    def apply(self, config: JobConfig) -> JobConfig:
+        """Return ``config`` with the options of the layout."""
+        return changed(copy.deepcopy(config), self.options)
+
+
+@dataclass
+class Plan:
+    """The layouts of a model.
+
+    Attributes:
+        layouts: the best first: those that fit; where none does, those that need the least memory.
+        tried: how many there are.
+        refused: how many of them the trainer refuses.
+        too_large: how many do not fit.
+    """
+
+    model: PlannedModel
+    device: Device
+    devices: int
+    layouts: list[Layout]
+    tried: int = 0
+    refused: int = 0
+    too_large: int = 0
+
+
+def changed(config: JobConfig, options: Options) -> JobConfig:
+    """Set ``options`` in ``config``, and return it."""
+    for name, value in options.items():
+        section, _, key = name.rpartition(".")
+        setattr(config.section(section), key, value)
+    return config
+
+
+def make_plan(config: JobConfig, model: PlannedModel, device: Device, devices: int, top: int) -> Plan:
+    """Try all layouts, and return the ``top`` best of them. Options that layouts do not vary stay as configured."""
+    plan, scratch = Plan(model, device, devices, []), copy.deepcopy(config)
+    found: list[Layout] = []
+    for options in meshes(config, device, devices):
+        try:
+            model.check(changed(scratch, {**options, **_smallest(options)}), devices)
+        except ConfigError:
+            plan.tried += 1
+            plan.refused += 1
+            continue
+        for variant in itertools.starmap(_merged, itertools.product(batches(config, options), recipes(config, device))):
+            found += _variants(plan, scratch, {**options, **variant})
+    fitting = sorted((layout for layout in found if layout.fits), key=lambda layout: -layout.tps_per_device)
+    plan.too_large = len(found) - len(fitting)
+    ranked = fitting or sorted(found, key=lambda layout: layout.memory.total)
+    for layout in ranked:
+        if len(plan.layouts) == top:
+            break
+        try:
+            model.check(changed(copy.deepcopy(config), layout.options), devices)
+        except ConfigError:
+            plan.refused += 1
+            continue
+        layout.options = {name: value for name, value in layout.options.items() if value != config.value(name)}
+        plan.layouts.append(layout)
+    return plan
+
+
+def fixed_plan(config: JobConfig, model: PlannedModel, device: Device, devices: int) -> Plan:
+    """Return the plan of the configured layout alone; "auto" is the first mode of checkpointing that fits.
+
+    Raises:
+        ConfigError: the trainer would refuse it.
+    """
+    options: list[Options] = [{}]
+    if config.activation_checkpoint.mode == "auto":
+        options = [_checkpointing(mode) for mode in MODES]
+    layouts = []
+    for choice in options:
+        resolved = changed(copy.deepcopy(config), choice)
+        model.check(resolved, devices)
+        work = work_of(resolved, model.args, devices)
+        layouts.append(Layout(choice, work, reserved_gib(work), device))
+        if layouts[-1].fits:
+            break
+    return Plan(model, device, devices, layouts[-1:], tried=len(layouts), too_large=sum(not x.fits for x in layouts))
+
+
+def meshes(config: JobConfig, device: Device, devices: int) -> Iterator[Options]:
+    """Yield the degrees. Tensor parallelism stays in a machine, where links are fast."""
+    p, inside = "parallelism.", min(device.per_node, devices)
+    nodes = max(1, devices // device.per_node)
+    for tp, cp, pp in itertools.product(_divisors(inside), _divisors(devices), _divisors(devices)):
+        if devices % (tp * cp * pp) or cp > _LONGEST or pp > _DEEPEST:
+            continue
+        data = devices // (tp * cp * pp)
+        for replicas in sorted({1, *(n for n in (nodes, data) if data % n == 0)}):
+            yield {
+                f"{p}data_parallel_replicate_degree": replicas,
+                f"{p}data_parallel_shard_degree": -1,
+                f"{p}tensor_parallel_degree": tp,
+                f"{p}context_parallel_degree": cp,
+                f"{p}pipeline_parallel_degree": pp,
+                f"{p}disable_loss_parallel": config.parallelism.disable_loss_parallel and tp > 1,
+                f"{p}enable_async_tensor_parallel": False,
+                f"{p}pipeline_parallel_schedule": "1F1B",
+                f"{p}pipeline_parallel_microbatch_size": 1,
+            }
+
+
+def _divisors(number: int) -> list[int]:
+    return [n for n in range(1, number + 1) if number % n == 0]
+
+
+def _smallest(options: Options) -> Options:
+    pp = options["parallelism.pipeline_parallel_degree"]
+    return {"training.local_batch_size": pp, "training.global_batch_size": -1}
+
+
+def batches(config: JobConfig, mesh: Options) -> Iterator[Options]:
+    """Yield the sequences that a device computes at a time, and with a pipeline its schedule. A global batch that the
+    configuration names is kept."""
+    pp = mesh["parallelism.pipeline_parallel_degree"]
+    kept = {"training.global_batch_size": config.training.global_batch_size}
+    if pp == 1:
+        yield from ({"training.local_batch_size": batch, **kept} for batch in _BATCHES)
+        return
+    for rounds, schedule in itertools.product(_ROUNDS, _SCHEDULES):
+        yield {"training.local_batch_size": rounds * pp, "parallelism.pipeline_parallel_schedule": schedule, **kept}
+
+
+def recipes(config: JobConfig, device: Device) -> Iterator[Options]:
+    """Yield the converters: those that are configured; without a number format among them also each of those whose time
+    is modelled, where the device has units for it."""
+    yield {"model.converters": config.model.converters}
+    if not formats_of(config) and device.fp8_tflops:
+        for number_format in NUMBER_FORMATS:
+            for variant in number_format.variants:
+                left_out = {f"{number_format.name}.filter_fqns": ["output"]}
+                yield {"model.converters": [*config.model.converters, number_format.name], **left_out, **variant}
+
+
+def _merged(*options: Options) -> Options:
+    return {name: value for part in options for name, value in part.items()}
+
+
+def _checkpointing(mode: Mode) -> Options:
+    option = {"activation_checkpoint.selective_ac_option": mode.option} if mode.option else {}
+    return {"activation_checkpoint.mode": mode.mode, **option}
+
+
+def _variants(plan: Plan, scratch: JobConfig, options: Options) -> Iterator[Layout]:
+    """Yield the layouts with each way of checkpointing, and with asynchronous tensor parallelism where there is any; of
+    the ways that fit, the one that recomputes least is the fastest, and the others are left out."""
+    tp = options["parallelism.tensor_parallel_degree"]
+    for overlapped in (False, True) if tp > 1 and scratch.training.compile else (False,):
+        for mode in MODES:
+            every = {**options, **_checkpointing(mode), "parallelism.enable_async_tensor_parallel": overlapped}
+            plan.tried += 1
+            try:
+                work = work_of(changed(scratch, every), plan.model.args, plan.devices)
+            except ConfigError:  # a global batch that does not divide
+                plan.refused += 1
+                continue
+            layout = Layout(every, work, reserved_gib(work), plan.device)
+            yield layout
+            if layout.fits:
+                break

@@ -1,0 +1,301 @@
+"""The time of a training step on devices that need not be there, term by term.
+
+Counts of FLOPs and bytes are divided by what the device reaches. The step is that of the busiest device, where the
+stages of a pipeline are balanced: its matmuls, attention and memory traffic, one after the other; what of the
+communication
+computing does not hide; and the bubble. :mod:`titanlite.plan.constants` has what counts cannot tell. Each term's source
+is at its function.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from titanlite.plan.constants import FITTED, Constants
+from titanlite.plan.devices import Device
+from titanlite.plan.work import LOOPED, Linear, Work
+
+BF16, FP32 = 2, 4  # bytes
+LINK_SHARE, NETWORK_SHARE = 0.8, 0.85  # of the data sheet's speed that NCCL's large rings reach (nccl-tests)
+STEP_LATENCY = 5e-6  # seconds of one step of a ring
+LAUNCH = 6e-6  # seconds in which the host launches a kernel
+KERNELS = {True: 40, False: 160}  # of a block in forward and backward, compiled and not, without casts
+RING_LOSS = 0.35  # of attention's speed over many processes, which compute parts of it (assumed)
+_TILE = 128, 256  # of a matmul's result
+_DEPTH = 512  # bytes of a row: as long as it takes to fill a matmul's pipeline
+
+
+class Parts(NamedTuple):
+    """Seconds of a step on the busiest device.
+
+    Attributes:
+        matmuls, attention, memory, casts: computing, everything that is computed again included.
+        optimizer: the optimizer, the norm of the gradients, and FSDP2's copies.
+        tensor, context, data, pipeline: exposed communication of each dimension.
+        bubble: waiting for other stages of the pipeline.
+        host: what launching takes longer than computing.
+    """
+
+    matmuls: float
+    attention: float
+    memory: float
+    casts: float
+    optimizer: float
+    tensor: float
+    context: float
+    data: float
+    pipeline: float
+    bubble: float
+    host: float
+
+    @property
+    def seconds(self) -> float:
+        return sum(self)
+
+    @property
+    def exposed(self) -> float:
+        """Communication that computing does not hide."""
+        return self.tensor + self.context + self.data + self.pipeline
+
+
+def step_time(work: Work, device: Device, constants: Constants = FITTED) -> Parts:
+    """Return the time of an optimizer step."""
+    clock = Clock(work, device, constants)
+    return clock.step()
+
+
+class Clock:
+    """The terms of a step of ``work`` on ``device``."""
+
+    def __init__(self, work: Work, device: Device, constants: Constants) -> None:
+        self.work, self.device, self.constants = work, device, constants
+        self.bf16 = device.bf16_tflops * 1e12 * device.matmul_share * constants.matmul
+        self.fp8 = device.fp8_tflops * 1e12 * device.fp8_share * constants.fp8_matmul
+        self.bandwidth = device.bandwidth_tbs * 1e12 * constants.memory
+        self.tp, self.cp = work.degrees.tensor_parallel, work.degrees.context_parallel
+        self.pp = work.degrees.pipeline_parallel
+
+    def step(self) -> Parts:
+        work, blocks = self.work, self.work.blocks
+        per_microbatch = {
+            "matmuls": blocks * self.matmuls() + self.output() / self.pp,
+            "attention": blocks * self.attention(),
+            "memory": blocks * self.memory() + self.ends() / self.pp,
+            "casts": blocks * self.casts(),
+            "tensor": blocks * self.tensor_parallel(),
+            "context": blocks * self.context_parallel(),
+        }
+        parts = {name: seconds * work.microbatches for name, seconds in per_microbatch.items()}
+        busy = sum(parts.values())
+        bubble = busy * self.bubble()
+        optimizer = self.optimizer()
+        data = self.data_parallel(busy)
+        pipeline = self.pipeline_parallel()
+        launching = blocks * self.launches() * LAUNCH * work.microbatches
+        host = max(0.0, launching - busy)
+        return Parts(**parts, optimizer=optimizer, data=data, pipeline=pipeline, bubble=bubble, host=host)
+
+    # ---- matmuls
+
+    def matmul(self, m: int, k: int, n: int, rate: float, element: int) -> float:
+        """Return the seconds of (m, k) times (k, n): of its FLOPs or of its bytes, whichever is longer (Williams et al.
+        2009, "Roofline"). A last wave of tiles that does not fill the processors, and the start of each tile, lower the
+        rate (NVIDIA, "Matrix Multiplication Background User's Guide")."""
+        tiles = -(-m // _TILE[0]) * -(-n // _TILE[1])
+        waves = tiles / self.device.processors
+        filled = waves / max(1.0, -(-tiles // self.device.processors))
+        steady = k * element / (k * element + _DEPTH)
+        large = 8192 * element / (8192 * element + _DEPTH)  # devices' shares are those of such matmuls
+        computing = 2 * m * k * n / (rate * filled * steady / large)
+        moving = (element * (m * k + k * n) + BF16 * m * n) / self.bandwidth
+        return max(computing, moving)
+
+    def linear(self, linear: Linear, converted: bool) -> tuple[float, float]:
+        """Return the seconds of the output's matmul, and of those of both gradients."""
+        m, k, n = self.work.rows, linear.k, linear.n
+        cost = self.work.cost if converted else None
+        if cost is None or not self.fp8:
+            return self.matmul(m, k, n, self.bf16, BF16), (
+                self.matmul(m, n, k, self.bf16, BF16) + self.matmul(n, m, k, self.bf16, BF16)
+            )
+        rate = self.fp8 * (self.constants.row_scales if cost.row_scales else 1.0)
+        weight = self.matmul(n, m, k, rate, 1) if cost.grad_weight else self.matmul(n, m, k, self.bf16, BF16)
+        return self.matmul(m, k, n, rate, 1), self.matmul(m, n, k, rate, 1) + weight
+
+    def matmuls(self) -> float:
+        """Return the seconds of a block's matmuls, with those that checkpointing computes again: all, or by operation
+        every second one (titanlite/distributed/activation_checkpoint.py)."""
+        work, total = self.work, 0.0
+        for i, linear in enumerate(work.linears):
+            forward, backward = self.linear(linear, converted=True)
+            again = work.whole + (work.per_op if i % 2 else 0.0)
+            total += forward * (1 + again) + backward
+        return total
+
+    def output(self) -> float:
+        """Return the seconds of the output projection, on the stage that has it; chunks compute it twice."""
+        work = self.work
+        linear = Linear(work.args.dim, work.args.vocab_size // self.tp)
+        converted = work.cost is not None and "output" not in work.cost.filter_fqns
+        forward, backward = self.linear(linear, converted)
+        return forward * (2 if work.loss_chunks > 1 else 1) + backward
+
+    # ---- attention
+
+    def attention(self) -> float:
+        """Return the seconds of a block's causal attention: two matmuls in forward and five in backward, half of
+        each below the diagonal (Dao 2023, "FlashAttention-2", section 4.1). Per operation, checkpointing keeps its
+        result."""
+        work, a = self.work, self.work.args
+        pairs = work.batch * work.seq_len * min(work.seq_len, a.sliding_window or work.seq_len) / self.cp
+        one = 2 * pairs * a.n_heads * a.head_size / self.tp / 2
+        rate = self.device.bf16_tflops * 1e12 * self.device.matmul_share * self.constants.attention
+        ring = 1 + RING_LOSS * (1 - 1 / self.cp)
+        return one * (7 + 2 * work.whole) / rate * ring
+
+    # ---- memory
+
+    def memory(self) -> float:
+        """Return the seconds of a block's norms, rotation, SwiGLU and additions: bytes as of
+        scripts/benchmarks/step_floor.py, each operation fused with its neighbours. Checkpointing computes them
+        again."""
+        work, a = self.work, self.work.args
+        heads = (a.n_heads + a.n_kv_heads) * a.head_size
+        forward = BF16 * (2 * 4 * a.dim + 2 * heads) + 3 * BF16 * a.active_ffn_dim
+        backward = BF16 * (2 * 4 * a.dim + 2 * heads) + 5 * BF16 * a.active_ffn_dim
+        again = (work.whole + work.per_op) * forward
+        if a.mixture is not None:  # tokens on their way to the experts and back
+            forward += 4 * BF16 * a.mixture.experts_per_token * a.dim
+        per_token = (forward + backward + again) / self.tp
+        return per_token * work.rows * self._unfused() / self.bandwidth
+
+    def ends(self) -> float:
+        """Return the seconds of the embedding, the last norm, and the loss: compiled it reads the logits twice and
+        writes their gradient; as plain operations it makes float32 copies (torch's cross_entropy)."""
+        work, a = self.work, self.work.args
+        per_logit = 4 * BF16 if work.loss_compiled else 3 * BF16 + 6 * FP32
+        per_token = 7 * BF16 * a.dim + per_logit * a.vocab_size
+        return per_token * work.rows / self.tp / self.bandwidth
+
+    def casts(self) -> float:
+        """Return the seconds of the casts of a block, by the bytes of the recipe
+        (:class:`~titanlite.config.format_cost.FormatCost`). Tensor parallelism casts what it has gathered, unless the
+        format can be gathered."""
+        work, cost = self.work, self.work.cost
+        if cost is None or not self.fp8:
+            return 0.0
+        moved = 0.0
+        # What a collective delivers is read once more: no kernel before it could find the largest magnitudes.
+        shard, late = (self.tp, 0) if cost.casts_shards else (1, BF16)
+        for linear in work.linears:
+            if not linear.shares_input:
+                of_input = (cost.input_bytes + late) / shard if linear.gathered_input else cost.input_bytes
+                moved += of_input * linear.k * work.rows * (1 + work.whole + work.per_op)
+            of_grad = (cost.grad_bytes + late) / shard if linear.gathered_grad else cost.grad_bytes
+            moved += of_grad * linear.n * work.rows + cost.weight_bytes * linear.k * linear.n
+        return moved * self._unfused() / self.bandwidth
+
+    def _unfused(self) -> float:
+        return 1.0 if self.work.compiled else self.constants.eager
+
+    def optimizer(self) -> float:
+        """Return the seconds of what is done once for each parameter of a device: AdamW reads and writes the parameter
+        and both moments and reads the gradient (28 bytes), the norm of the gradients (4), casts of the shard (6 + 4).
+        FSDP2 copies what it gathers and reduces (torch/distributed/fsdp, _fsdp_collectives.py), for each microbatch."""
+        work = self.work
+        held = work.parameters / self.tp / self.pp
+        gathered = (1 if work.cost and work.cost.gathers_weights else BF16) * 2 * (2 if work.reshards else 1)
+        copies = (gathered + BF16 + 2 * FP32) * held if work.shards > 1 else (BF16 + FP32) * held
+        steps = work.microbatches if work.reshards and self.pp == 1 else 1
+        return (copies * steps + 42 * held / work.shards) / self.bandwidth
+
+    # ---- communication
+
+    def over_ring(self, nbytes: float, ranks: int, stride: int) -> float:
+        """Return the seconds of an all-gather or reduce-scatter of ``nbytes`` over ``ranks`` devices, every
+        ``stride``-th of the machines' devices. A ring passes (ranks - 1) / ranks of it over its slowest link; between
+        machines it uses the network of every member (Chan et al. 2007; NCCL's "busbw")."""
+        if ranks == 1:
+            return 0.0
+        device = self.device
+        members = max(1, min(ranks, device.per_node // stride))  # of one machine
+        rate = device.link_gbs * 1e9 * LINK_SHARE
+        if ranks > members:
+            rate = min(rate, members * device.network_gbs * 1e9 * NETWORK_SHARE)
+        return nbytes * (ranks - 1) / ranks / rate + (ranks - 1) * STEP_LATENCY
+
+    def tensor_parallel(self) -> float:
+        """Return the exposed seconds of a block's gathers and scatters of the sequence: four in forward and in backward
+        (Korthikanti et al. 2022), and those that checkpointing repeats: the first three of a whole forward, per
+        operation the two gathers. Asynchronous tensor parallelism hides a part of them behind the matmuls."""
+        work = self.work
+        if self.tp == 1:
+            return 0.0
+        hidden = work.rows * work.args.dim
+        in_format = work.cost is not None and work.cost.casts_shards and self.fp8 > 0
+        gather = self.over_ring(hidden * (1 if in_format else BF16), self.tp, 1)
+        scatter = self.over_ring(hidden * BF16, self.tp, 1)
+        forward, backward = 2 * gather + 2 * scatter, 2 * gather + 2 * scatter
+        again = work.whole * (2 * gather + scatter) + work.per_op * 2 * gather
+        hidden_share = self.constants.asynchronous if work.asynchronous else 0.0
+        return (forward + backward + again) * (1 - hidden_share)
+
+    def context_parallel(self) -> float:
+        """Return the seconds of the exchange of keys and values that attention does not hide: they are gathered once in
+        forward, and in backward with their gradients in float32 (Liu et al. 2023, "Ring Attention")."""
+        if self.cp == 1:
+            return 0.0
+        work, a = self.work, self.work.args
+        elements = 2 * work.rows * self.cp * a.n_kv_heads * a.head_size / self.tp
+        once = self.over_ring(elements * BF16, self.cp, self.tp)
+        exchange = once * (2 + work.whole) + self.over_ring(elements * FP32, self.cp, self.tp)
+        return max(0.0, exchange - self.attention()) + self.constants.exposed * exchange
+
+    def data_parallel(self, busy: float) -> float:
+        """Return the exposed seconds of FSDP2: gathers in forward and backward and a reduction in float32 for each
+        microbatch (gradients of all but the last are summed first), and an all-reduce among replicas. They run beside
+        computing, and slow it by the share that they take of the device."""
+        work = self.work
+        held = work.parameters / self.tp / self.pp
+        element = 1 if work.cost and work.cost.gathers_weights else BF16
+        stride = self.tp
+        gathers = (2 if work.reshards else 1) * (work.microbatches if work.reshards else 1)
+        total = gathers * self.over_ring(held * element, work.shards, stride) + self.over_ring(
+            held * FP32, work.shards, stride
+        )
+        replicas = work.degrees.data_parallel_replicate
+        total += 2 * self.over_ring(held * FP32 / work.shards, replicas, stride * work.shards)
+        return max(0.0, total - busy) + self.constants.exposed * min(total, busy)
+
+    def pipeline_parallel(self) -> float:
+        """Return the seconds in which hidden states go from stage to stage, once in each direction, that no microbatch
+        hides: those of the first."""
+        work = self.work
+        if self.pp == 1:
+            return 0.0
+        nbytes = work.rows * work.args.dim * BF16 / self.tp
+        across = work.devices > self.device.per_node
+        rate = (self.device.network_gbs * NETWORK_SHARE if across else self.device.link_gbs * LINK_SHARE) * 1e9
+        return 2 * (self.pp - 1) * work.stages * nbytes / rate
+
+    def bubble(self) -> float:
+        """Return the waiting of a stage, of its busy time: (stages - 1) / microbatches, divided by the stages of each
+        process (Narayanan et al. 2021, section 2.2); zero-bubble schedules fill two thirds (Qi et al. 2023)."""
+        if self.pp == 1:
+            return 0.0
+        share = (self.pp - 1) / (self.work.microbatches * self.work.stages)
+        return share / 3 if "ZeroBubble" in self.work.schedule or "ZBV" in self.work.schedule else share
+
+    def launches(self) -> float:
+        """Return the kernels of a block: more where nothing is compiled, and those of casts."""
+        kernels = KERNELS[self.work.compiled] * (1 + (self.work.whole + self.work.per_op) / 3)
+        casts = 0 if self.work.cost is None else (20 if self.work.compiled else 100)
+        return kernels + casts
+
+
+def mfu(work: Work, device: Device, seconds: float, flops_per_token: int) -> float:
+    """Return the model FLOPs utilization in percent, of the dense bfloat16 peak."""
+    return 100 * flops_per_token * work.tokens_per_device / seconds / (device.bf16_tflops * 1e12)
+
+
+__all__ = ["LOOPED", "Clock", "Parts", "mfu", "step_time"]

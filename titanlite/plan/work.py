@@ -1,0 +1,171 @@
+"""What one device of a layout has to do in a step: the sizes that memory and time are computed from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+from titanlite.config import Degrees, JobConfig, global_batch_size, resolve_degrees
+from titanlite.config.format_cost import FormatCost
+from titanlite.config.number_formats import formats_of
+from titanlite.distributed.activation_checkpoint import checkpointed_blocks
+from titanlite.models.layers import DecoderArgs
+from titanlite.optim.moments import bytes_per_element
+
+LOOPED = 2  # stages of each process in schedules with several
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A linear layer of a block on one device.
+
+    Attributes:
+        k, n: the features in and out that this device has.
+        gathered_input, gathered_grad: tensor parallelism gathers the rows of the input, or of the gradient.
+        shares_input: an earlier layer of the block takes the same input, and casts it.
+    """
+
+    k: int
+    n: int
+    gathered_input: bool = False
+    gathered_grad: bool = False
+    shares_input: bool = False
+
+
+@dataclass(frozen=True)
+class Work:
+    """A layout of a model.
+
+    Attributes:
+        cost: that of the number format of the linear layers; None: all are in high precision.
+        batch: sequences of a microbatch.
+        microbatches: of a step, on each device.
+        whole, per_op: the shares of blocks that are computed again, whole, and by operation.
+        loss_compiled: the loss is compiled.
+        reshards: FSDP2 gathers weights again for backward.
+        bytes_per_moment: of the optimizer, for each parameter.
+    """
+
+    args: DecoderArgs
+    degrees: Degrees
+    seq_len: int
+    batch: int
+    microbatches: int
+    compiled: bool = True
+    cost: FormatCost | None = None
+    asynchronous: bool = False
+    schedule: str = "1F1B"
+    whole: float = 0.0
+    per_op: float = 0.0
+    loss_compiled: bool = True
+    loss_chunks: int = 1
+    reshards: bool = True
+    bytes_per_moment: float = 4.0
+
+    @property
+    def devices(self) -> int:
+        d = self.degrees
+        return d.data_parallel * d.context_parallel * d.tensor_parallel * d.pipeline_parallel
+
+    @property
+    def shards(self) -> int:
+        """The devices that FSDP2 shards over."""
+        return self.degrees.data_parallel_shard * self.degrees.context_parallel
+
+    @property
+    def rows(self) -> int:
+        """The tokens of a microbatch that a device's matmuls see: tensor parallelism gathers them."""
+        return self.batch * self.seq_len // self.degrees.context_parallel
+
+    @property
+    def tokens_per_step(self) -> int:
+        """The tokens of a step over all devices."""
+        return self.batch * self.microbatches * self.seq_len * self.degrees.data_parallel
+
+    @property
+    def tokens_per_device(self) -> float:
+        return self.tokens_per_step / self.devices
+
+    @property
+    def stages(self) -> int:
+        """The pipeline stages of each process."""
+        several = self.schedule not in ("1F1B", "GPipe") and self.degrees.pipeline_parallel > 1
+        return LOOPED if several else 1
+
+    @property
+    def blocks(self) -> float:
+        """The blocks of a device."""
+        return self.args.n_layers / self.degrees.pipeline_parallel
+
+    @cached_property
+    def linears(self) -> tuple[Linear, ...]:
+        """The linear layers of a block, in the order of the forward; an expert's are in :attr:`expert_dim`."""
+        a, t = self.args, self.degrees.tensor_parallel
+        heads, kv = a.n_heads * a.head_size // t, a.n_kv_heads * a.head_size // t
+        column = {"gathered_input": t > 1}
+        attention = (
+            Linear(a.dim, heads, **column),
+            Linear(a.dim, kv, shares_input=True, **column),
+            Linear(a.dim, kv, shares_input=True, **column),
+            Linear(heads, a.dim, gathered_grad=t > 1),
+        )
+        ffn = a.active_ffn_dim // t
+        return (
+            *attention,
+            Linear(a.dim, ffn, **column),
+            Linear(a.dim, ffn, shares_input=True, **column),
+            Linear(ffn, a.dim, gathered_grad=t > 1),
+        )
+
+    @cached_property
+    def block_parameters(self) -> int:
+        """The parameters of a whole block, all experts included: the mean over the blocks."""
+        a = self.args
+        attention = a.dim * a.head_size * 2 * (a.n_heads + a.n_kv_heads)
+        if a.mixture is None:
+            return attention + 3 * a.dim * a.ffn_dim + 2 * a.dim
+        m, dense = a.mixture, min(a.mixture.n_dense_layers, a.n_layers)
+        experts = (m.n_experts + m.n_shared_experts) * 3 * a.dim * m.expert_dim + a.dim * m.n_experts
+        mixed = (dense * 3 * a.dim * a.ffn_dim + (a.n_layers - dense) * experts) // a.n_layers
+        return attention + mixed + 2 * a.dim
+
+    @cached_property
+    def parameters(self) -> int:
+        """The parameters of the whole model."""
+        ends = self.args.vocab_size * self.args.dim
+        return (
+            self.args.n_layers * self.block_parameters + (1 if self.args.tie_embeddings else 2) * ends + self.args.dim
+        )
+
+
+def work_of(config: JobConfig, args: DecoderArgs, world_size: int) -> Work:
+    """Return the work of a configuration. ``args`` are the configured arguments of its model; activation checkpointing
+    must be resolved."""
+    degrees, training = resolve_degrees(config.parallelism, world_size), config.training
+    p, ac = config.parallelism, config.activation_checkpoint
+    pipeline = degrees.pipeline_parallel > 1
+    batch = p.pipeline_parallel_microbatch_size if pipeline else training.local_batch_size
+    sequences = global_batch_size(config, degrees.data_parallel) // degrees.data_parallel
+    costs = [number_format.cost(config) for number_format in formats_of(config) if number_format.cost is not None]
+    share = 0.0
+    if ac.mode != "none":
+        share = len(checkpointed_blocks(map(str, range(args.n_layers)), ac)) / args.n_layers
+    per_op = ac.mode == "selective" and ac.selective_ac_option == "op"
+    return Work(
+        args=args,
+        degrees=degrees,
+        seq_len=training.seq_len,
+        batch=batch,
+        microbatches=sequences // batch,
+        compiled=config.compile_options("model") is not None,
+        cost=costs[0] if costs else None,
+        asynchronous=p.enable_async_tensor_parallel,
+        schedule=p.pipeline_parallel_schedule,
+        whole=0.0 if per_op else share,
+        per_op=share if per_op else 0.0,
+        loss_compiled=config.compile_options("loss") is not None,
+        loss_chunks=training.loss_chunks,
+        bytes_per_moment=bytes_per_element(config.optimizer.moments),
+        reshards=p.fsdp_reshard_after_forward == "always"
+        or (p.fsdp_reshard_after_forward == "default" and not pipeline and degrees.model_shards > 1),
+    )
