@@ -127,7 +127,7 @@ class Clock:
         every second one (titanlite/distributed/activation_checkpoint.py)."""
         work, total = self.work, 0.0
         for i, linear in enumerate(work.linears):
-            forward, backward = self.linear(linear, converted=True)
+            forward, backward = self.linear(linear, linear.convertible)
             again = work.whole + (work.per_op if i % 2 else 0.0)
             total += forward * (1 + again) + backward
         return total
@@ -187,7 +187,7 @@ class Clock:
         moved = 0.0
         # What a collective delivers is read once more: no kernel before it could find the largest magnitudes.
         shard, late = (self.tp, 0) if cost.casts_shards else (1, BF16)
-        for linear in work.linears:
+        for linear in (linear for linear in work.linears if linear.convertible):
             if not linear.shares_input:
                 of_input = (cost.input_bytes + late) / shard if linear.gathered_input else cost.input_bytes
                 moved += of_input * linear.k * work.rows * (1 + work.whole + work.per_op)

@@ -23,6 +23,7 @@ class Linear:
         k, n: the features in and out that this device has.
         gathered_input, gathered_grad: tensor parallelism gathers the rows of the input, or of the gradient.
         shares_input: an earlier layer of the block takes the same input, and casts it.
+        convertible: converters to number formats take it; they leave experts, which are no linear layers.
     """
 
     k: int
@@ -30,6 +31,7 @@ class Linear:
     gathered_input: bool = False
     gathered_grad: bool = False
     shares_input: bool = False
+    convertible: bool = True
 
 
 @dataclass(frozen=True)
@@ -102,19 +104,18 @@ class Work:
         """The linear layers of a block, in the order of the forward; an expert's are in :attr:`expert_dim`."""
         a, t = self.args, self.degrees.tensor_parallel
         heads, kv = a.n_heads * a.head_size // t, a.n_kv_heads * a.head_size // t
-        column = {"gathered_input": t > 1}
         attention = (
-            Linear(a.dim, heads, **column),
-            Linear(a.dim, kv, shares_input=True, **column),
-            Linear(a.dim, kv, shares_input=True, **column),
+            Linear(a.dim, heads, t > 1),
+            Linear(a.dim, kv, t > 1, shares_input=True),
+            Linear(a.dim, kv, t > 1, shares_input=True),
             Linear(heads, a.dim, gathered_grad=t > 1),
         )
-        ffn = a.active_ffn_dim // t
+        ffn, dense = a.active_ffn_dim // t, a.mixture is None
         return (
             *attention,
-            Linear(a.dim, ffn, **column),
-            Linear(a.dim, ffn, shares_input=True, **column),
-            Linear(ffn, a.dim, gathered_grad=t > 1),
+            Linear(a.dim, ffn, t > 1, convertible=dense),
+            Linear(a.dim, ffn, t > 1, shares_input=True, convertible=dense),
+            Linear(ffn, a.dim, gathered_grad=t > 1, convertible=dense),
         )
 
     @cached_property
