@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from titanlite.config.parallelism import V_SCHEDULES
 from titanlite.plan.work import Work
 
 _GIB = 1024**3
@@ -39,9 +40,15 @@ class LayoutMemory(NamedTuple):
 
 def reserved_gib(work: Work) -> LayoutMemory:
     """Return the memory as torchtitan prints it: the peak that the allocator reserves. The peak is at the loss, or in
-    the backward of a block."""
-    a, tp, pp = work.args, work.degrees.tensor_parallel, work.degrees.pipeline_parallel
-    held = work.parameters / tp / pp
+    the backward of a block; of a pipeline, that of the rank that needs most."""
+    forward, again = _activations(work)
+    return max((_of_rank(work, rank, forward, again) for rank in range(len(work.parts))), key=lambda it: it.total)
+
+
+def _of_rank(work: Work, rank: int, forward: float, again: float) -> LayoutMemory:
+    """Return the memory of a rank of the pipeline, from the bytes that a block keeps, and that its backward needs."""
+    a, tp, part = work.args, work.degrees.tensor_parallel, work.parts[rank]
+    held = work.held(part)
     state = (8 + 2 * work.bytes_per_moment) * held / work.shards
     ends = a.vocab_size * a.dim / tp
     # Two blocks, and the embedding or the output; where weights stay gathered, all.
@@ -50,19 +57,34 @@ def reserved_gib(work: Work) -> LayoutMemory:
     gathered += (_BF16 + _FP32) * work.block_parameters / tp
     if work.microbatches > 1:  # gradients are summed before they are reduced
         gathered += _FP32 * held
-    forward, again = _activations(work)
-    in_flight = min(work.microbatches, pp * work.stages) / work.stages if pp > 1 else 1
-    logits = _logits(work)
-    activations = forward * in_flight + (again if again >= logits else 0)
+    logits = _logits(work) if part.output else 0.0
+    activations = part.blocks * forward * _in_flight(work, rank) + (again if again >= logits else 0)
     logits = logits if logits > again else 0
     moving = gathered + activations + logits
     parts = (state, gathered, activations, logits, (FRAGMENTATION - 1) * moving)
     return LayoutMemory(*(part / _GIB for part in parts))
 
 
+def _in_flight(work: Work, rank: int) -> float:
+    """Return the microbatches whose activations a rank of the pipeline keeps at most, those of each of its stages
+    counted as a part (torch/distributed/pipelining, schedules.py: the operations of the warm-up, and one)."""
+    ranks, microbatches, stages = work.degrees.pipeline_parallel, work.microbatches, work.stages
+    if ranks == 1:
+        return 1
+    if work.schedule in ("GPipe", "LoopedBFS"):
+        return microbatches
+    if stages == 1:
+        return min(microbatches, ranks - rank)
+    if work.schedule in V_SCHEDULES:
+        return min(microbatches, ranks)
+    each_round = microbatches // max(1, microbatches // ranks)
+    warm_up = (stages - 1) * each_round + 2 * (ranks - 1 - rank)
+    return min(microbatches * stages, warm_up + 1) / stages
+
+
 def _activations(work: Work) -> tuple[float, float]:
-    """Return the bytes that the blocks of a device keep for the backward of one microbatch, and those of a block whose
-    backward runs."""
+    """Return the bytes that a block keeps for the backward of one microbatch, and those of a block whose backward
+    runs."""
     a, tp = work.args, work.degrees.tensor_parallel
     per_row = _BF16 * a.dim / tp  # the hidden states of a token, which sequence parallelism shards
     q, kv, ffn = a.n_heads * a.head_size / tp, a.n_kv_heads * a.head_size / tp, a.active_ffn_dim / tp
@@ -75,7 +97,7 @@ def _activations(work: Work) -> tuple[float, float]:
     if not work.compiled:
         inside += 2 * _FP32 * a.dim / tp + _BF16 * ffn  # norms in float32, and silu(gate)
     none = 1 - work.whole - work.per_op
-    kept = work.blocks * (work.whole * per_row + work.per_op * per_op + none * inside)
+    kept = work.whole * per_row + work.per_op * per_op + none * inside
     again = inside if none == 1 else 2 * inside  # with gradients as large
     return work.rows * kept, work.rows * again
 

@@ -55,6 +55,9 @@ class PlannedModel:
         for number_format in formats_of(config):
             if number_format.cost is None:
                 refuse(config, "model.converters", f"the time of {number_format.name} is not modelled")
+        for name in ("split_points", "layers_per_stage", "schedule_csv"):
+            if config.value(key := f"parallelism.pipeline_parallel_{name}"):
+                refuse(config, key, "the time of stages other than the trainer's own is not modelled; leave it out")
         degrees = resolve_degrees(config.parallelism, devices)
         if self.args.mixture is not None:
             for name, degree in (("expert", degrees.expert_parallel), ("tensor", degrees.tensor_parallel)):

@@ -11,13 +11,16 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from titanlite.config.parallelism import SPLIT_BACKWARD_SCHEDULES
 from titanlite.plan.constants import FITTED, Constants
 from titanlite.plan.devices import Device
-from titanlite.plan.work import LOOPED, Linear, Work
+from titanlite.plan.work import Linear, Part, Work
 
 BF16, FP32 = 2, 4  # bytes
 LINK_SHARE, NETWORK_SHARE = 0.8, 0.85  # of the data sheet's speed that NCCL's large rings reach (nccl-tests)
-STEP_LATENCY = 5e-6  # seconds of one step of a ring
+# Seconds of a collective, and of each step of its ring in a machine and between machines (NCCL, tuning.cc: "Simple").
+BASE_LATENCY, STEP_LATENCY, NETWORK_LATENCY = 8.4e-6, 3.4e-6, 14e-6
+SMALL_LATENCY, SMALL_STEP = 6.6e-6, 0.6e-6  # of a few bytes in a machine ("LL")
 LAUNCH = 6e-6  # seconds in which the host launches a kernel
 KERNELS = {True: 40, False: 160}  # of a block in forward and backward, compiled and not, without casts
 RING_LOSS = 0.35  # of attention's speed over many processes, which compute parts of it (assumed)
@@ -76,24 +79,42 @@ class Clock:
         self.pp = work.degrees.pipeline_parallel
 
     def step(self) -> Parts:
-        work, blocks = self.work, self.work.blocks
-        per_microbatch = {
-            "matmuls": blocks * self.matmuls() + self.output() / self.pp,
-            "attention": blocks * self.attention(),
-            "memory": blocks * self.memory() + self.ends() / self.pp,
-            "casts": blocks * self.casts(),
-            "tensor": blocks * self.tensor_parallel(),
-            "context": blocks * self.context_parallel(),
+        """Return the step of the busiest rank of the pipeline. It waits while the first microbatch fills the pipeline,
+        and the last one leaves it: as long as the other ranks need for a microbatch (Narayanan et al. 2021, section
+        2.2), divided by the stages of each rank; zero-bubble schedules fill two thirds of it (Qi et al. 2023)."""
+        work = self.work
+        block = {
+            "matmuls": self.matmuls(),
+            "attention": self.attention(),
+            "memory": self.memory(),
+            "casts": self.casts(),
+            "tensor": self.tensor_parallel(),
+            "context": self.context_parallel(),
         }
-        parts = {name: seconds * work.microbatches for name, seconds in per_microbatch.items()}
+        output, loss, embedding = self.output(), self.loss(), self.embedding()
+        of_block = sum(block.values())
+
+        def microbatch(part: Part) -> float:
+            return part.blocks * of_block + part.output * (output + loss) + part.embedding * embedding
+
+        part = max(work.parts, key=microbatch)
+        seconds = {name: part.blocks * each for name, each in block.items()}
+        seconds["matmuls"] += part.output * output
+        seconds["memory"] += part.output * loss + part.embedding * embedding
+        parts = {name: each * work.microbatches for name, each in seconds.items()}
         busy = sum(parts.values())
-        bubble = busy * self.bubble()
-        optimizer = self.optimizer()
-        data = self.data_parallel(busy)
-        pipeline = self.pipeline_parallel()
-        launching = blocks * self.launches() * LAUNCH * work.microbatches
-        host = max(0.0, launching - busy)
-        return Parts(**parts, optimizer=optimizer, data=data, pipeline=pipeline, bubble=bubble, host=host)
+        share = 1 / 3 if work.schedule in SPLIT_BACKWARD_SCHEDULES else 1.0
+        bubble = share * (sum(map(microbatch, work.parts)) - microbatch(part)) / work.stages
+        held = max(map(work.held, work.parts))
+        launching = part.blocks * self.launches() * LAUNCH * work.microbatches
+        return Parts(
+            **parts,
+            optimizer=self.optimizer(held),
+            data=self.data_parallel(held, busy),
+            pipeline=self.pipeline_parallel(),
+            bubble=bubble,
+            host=max(0.0, launching - busy),
+        )
 
     # ---- matmuls
 
@@ -169,12 +190,16 @@ class Clock:
         per_token = (forward + backward + again) / self.tp
         return per_token * work.rows * self._unfused() / self.bandwidth
 
-    def ends(self) -> float:
-        """Return the seconds of the embedding, the last norm, and the loss: compiled it reads the logits twice and
-        writes their gradient; as plain operations it makes float32 copies (torch's cross_entropy)."""
+    def embedding(self) -> float:
+        """Return the seconds of the embedding, which reads and writes rows, and adds to their gradients."""
+        return 3 * BF16 * self.work.args.dim * self.work.rows / self.tp / self.bandwidth
+
+    def loss(self) -> float:
+        """Return the seconds of the last norm and the loss: compiled it reads the logits twice and writes their
+        gradient; as plain operations it makes float32 copies (torch's cross_entropy)."""
         work, a = self.work, self.work.args
         per_logit = 4 * BF16 if work.loss_compiled else 3 * BF16 + 6 * FP32
-        per_token = 7 * BF16 * a.dim + per_logit * a.vocab_size
+        per_token = 4 * BF16 * a.dim + per_logit * a.vocab_size
         return per_token * work.rows / self.tp / self.bandwidth
 
     def casts(self) -> float:
@@ -198,16 +223,24 @@ class Clock:
     def _unfused(self) -> float:
         return 1.0 if self.work.compiled else self.constants.eager
 
-    def optimizer(self) -> float:
-        """Return the seconds of what is done once for each parameter of a device: AdamW reads and writes the parameter
-        and both moments and reads the gradient (28 bytes), the norm of the gradients (4), casts of the shard (6 + 4).
-        FSDP2 copies what it gathers and reduces (torch/distributed/fsdp, _fsdp_collectives.py), for each microbatch."""
+    def optimizer(self, held: float) -> float:
+        """Return the seconds of what is done for each parameter of a device, of ``held`` before FSDP2 shards them.
+
+        AdamW reads and writes the parameter and both moments and reads the gradient (28 bytes), the norm of the
+        gradients (4), casts of the shard (6 + 4). FSDP2 copies out what it has gathered, for each microbatch, and into
+        the buffer of the reduction; gradients of several microbatches are summed in float32 (torch/distributed/fsdp,
+        _fsdp_collectives.py and _fsdp_param.py)."""
         work = self.work
-        held = work.parameters / self.tp / self.pp
-        gathered = (1 if work.cost and work.cost.gathers_weights else BF16) * 2 * (2 if work.reshards else 1)
-        copies = (gathered + BF16 + 2 * FP32) * held if work.shards > 1 else (BF16 + FP32) * held
-        steps = work.microbatches if work.reshards and self.pp == 1 else 1
-        return (copies * steps + 42 * held / work.shards) / self.bandwidth
+        element = 1 if work.cost and work.cost.gathers_weights else BF16
+        copies = BF16 + 2.0 * FP32
+        if work.shards > 1:
+            copies += 2 * element * self._gathers()
+        summed = (BF16 + FP32) + (work.microbatches - 1) * (BF16 + 2 * FP32) if work.microbatches > 1 else 0
+        return ((copies + summed) * held + 42 * held / work.shards) / self.bandwidth
+
+    def _gathers(self) -> int:
+        """Return how often FSDP2 gathers a weight in a step."""
+        return 2 * self.work.microbatches if self.work.reshards else 1
 
     # ---- communication
 
@@ -219,26 +252,35 @@ class Clock:
             return 0.0
         device = self.device
         members = max(1, min(ranks, device.per_node // stride))  # of one machine
-        rate = device.link_gbs * 1e9 * LINK_SHARE
+        rate, latency = device.link_gbs * 1e9 * LINK_SHARE, BASE_LATENCY + (ranks - 1) * STEP_LATENCY
         if ranks > members:
             rate = min(rate, members * device.network_gbs * 1e9 * NETWORK_SHARE)
-        return nbytes * (ranks - 1) / ranks / rate + (ranks - 1) * STEP_LATENCY
+            latency += (ranks / members - 1) * NETWORK_LATENCY
+        return nbytes * (ranks - 1) / ranks / rate + latency
 
     def tensor_parallel(self) -> float:
         """Return the exposed seconds of a block's gathers and scatters of the sequence: four in forward and in backward
         (Korthikanti et al. 2022), and those that checkpointing repeats: the first three of a whole forward, per
-        operation the two gathers. Asynchronous tensor parallelism hides a part of them behind the matmuls."""
+        operation the two gathers. Asynchronous tensor parallelism hides a part of them behind the matmuls. One scale
+        for a tensor has to be agreed on, for each linear layer in forward and in backward."""
         work = self.work
         if self.tp == 1:
             return 0.0
         hidden = work.rows * work.args.dim
         in_format = work.cost is not None and work.cost.casts_shards and self.fp8 > 0
-        gather = self.over_ring(hidden * (1 if in_format else BF16), self.tp, 1)
+        element = 1 if in_format else BF16
+        gather = self.over_ring(hidden * element, self.tp, 1)
         scatter = self.over_ring(hidden * BF16, self.tp, 1)
         forward, backward = 2 * gather + 2 * scatter, 2 * gather + 2 * scatter
         again = work.whole * (2 * gather + scatter) + work.per_op * 2 * gather
         hidden_share = self.constants.asynchronous if work.asynchronous else 0.0
-        return (forward + backward + again) * (1 - hidden_share)
+        agreements = len(work.linears) * (2 + work.whole + work.per_op) * self.agreement() if in_format else 0.0
+        return (forward + backward + again) * (1 - hidden_share) + agreements
+
+    def agreement(self) -> float:
+        """Return the seconds in which ranks agree on the scale of a tensor that they share: three small kernels, of
+        which one reduces (titanlite/quant/agreement.py), and whose results the casts wait for."""
+        return 3 * LAUNCH + SMALL_LATENCY + 2 * (self.tp - 1) * SMALL_STEP
 
     def context_parallel(self) -> float:
         """Return the seconds of the exchange of keys and values that attention does not hide: they are gathered once in
@@ -251,40 +293,36 @@ class Clock:
         exchange = once * (2 + work.whole) + self.over_ring(elements * FP32, self.cp, self.tp)
         return max(0.0, exchange - self.attention()) + self.constants.exposed * exchange
 
-    def data_parallel(self, busy: float) -> float:
-        """Return the exposed seconds of FSDP2: gathers in forward and backward and a reduction in float32 for each
-        microbatch (gradients of all but the last are summed first), and an all-reduce among replicas. They run beside
-        computing, and slow it by the share that they take of the device."""
+    def data_parallel(self, held: float, busy: float) -> float:
+        """Return the exposed seconds of FSDP2: its gathers, a reduction in float32 for each step (gradients of
+        microbatches are summed first), and an all-reduce among replicas. They run beside computing, and slow it by the
+        share that they take of the device.
+
+        A pipeline reduces after its last backward, with nothing beside it, and the first microbatch alone can hide the
+        gathers (torch/distributed/pipelining, stage.py)."""
         work = self.work
-        held = work.parameters / self.tp / self.pp
         element = 1 if work.cost and work.cost.gathers_weights else BF16
-        stride = self.tp
-        gathers = (2 if work.reshards else 1) * (work.microbatches if work.reshards else 1)
-        total = gathers * self.over_ring(held * element, work.shards, stride) + self.over_ring(
-            held * FP32, work.shards, stride
-        )
+        gathers = self._gathers() * self.over_ring(held * element, work.shards, self.tp)
+        reduction = self.over_ring(held * FP32, work.shards, self.tp)
         replicas = work.degrees.data_parallel_replicate
-        total += 2 * self.over_ring(held * FP32 / work.shards, replicas, stride * work.shards)
+        reduction += 2 * self.over_ring(held * FP32 / work.shards, replicas, self.tp * work.shards)
+        if self.pp > 1:
+            beside = busy / (1 if work.reshards else work.microbatches)
+            return reduction + max(0.0, gathers - beside) + self.constants.exposed * min(gathers, beside)
+        total = gathers + reduction
         return max(0.0, total - busy) + self.constants.exposed * min(total, busy)
 
     def pipeline_parallel(self) -> float:
-        """Return the seconds in which hidden states go from stage to stage, once in each direction, that no microbatch
-        hides: those of the first."""
+        """Return the seconds in which hidden states and their gradients go from stage to stage. Each stage waits for
+        both before it goes on with a microbatch (torch/distributed/pipelining, schedules.py), and the first and last
+        microbatch pass all ranks."""
         work = self.work
         if self.pp == 1:
             return 0.0
         nbytes = work.rows * work.args.dim * BF16 / self.tp
         across = work.devices > self.device.per_node
         rate = (self.device.network_gbs * NETWORK_SHARE if across else self.device.link_gbs * LINK_SHARE) * 1e9
-        return 2 * (self.pp - 1) * work.stages * nbytes / rate
-
-    def bubble(self) -> float:
-        """Return the waiting of a stage, of its busy time: (stages - 1) / microbatches, divided by the stages of each
-        process (Narayanan et al. 2021, section 2.2); zero-bubble schedules fill two thirds (Qi et al. 2023)."""
-        if self.pp == 1:
-            return 0.0
-        share = (self.pp - 1) / (self.work.microbatches * self.work.stages)
-        return share / 3 if "ZeroBubble" in self.work.schedule or "ZBV" in self.work.schedule else share
+        return 2 * (work.microbatches * work.stages + self.pp - 1) * (nbytes / rate + BASE_LATENCY)
 
     def launches(self) -> float:
         """Return the kernels of a block: more where nothing is compiled, and those of casts."""
@@ -298,4 +336,4 @@ def mfu(work: Work, device: Device, seconds: float, flops_per_token: int) -> flo
     return 100 * flops_per_token * work.tokens_per_device / seconds / (device.bf16_tflops * 1e12)
 
 
-__all__ = ["LOOPED", "Clock", "Parts", "mfu", "step_time"]
+__all__ = ["Clock", "Parts", "mfu", "step_time"]

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
+from typing import NamedTuple
 
 from titanlite.config import Degrees, JobConfig, global_batch_size, resolve_degrees
 from titanlite.config.format_cost import FormatCost
 from titanlite.config.number_formats import formats_of
+from titanlite.config.parallelism import SINGLE_STAGE_SCHEDULES, V_SCHEDULES
 from titanlite.distributed.activation_checkpoint import checkpointed_blocks
+from titanlite.distributed.pipeline_plan import balanced
+from titanlite.errors import ConfigError
 from titanlite.models.layers import DecoderArgs
 from titanlite.optim.moments import bytes_per_element
 
@@ -32,6 +36,14 @@ class Linear:
     gathered_grad: bool = False
     shares_input: bool = False
     convertible: bool = True
+
+
+class Part(NamedTuple):
+    """What a rank of a pipeline has of the model: ``blocks`` blocks, and the ends."""
+
+    blocks: int
+    embedding: bool
+    output: bool
 
 
 @dataclass(frozen=True)
@@ -91,13 +103,40 @@ class Work:
     @property
     def stages(self) -> int:
         """The pipeline stages of each process."""
-        several = self.schedule not in ("1F1B", "GPipe") and self.degrees.pipeline_parallel > 1
+        several = self.schedule not in SINGLE_STAGE_SCHEDULES and self.degrees.pipeline_parallel > 1
         return LOOPED if several else 1
 
-    @property
-    def blocks(self) -> float:
-        """The blocks of a device."""
-        return self.args.n_layers / self.degrees.pipeline_parallel
+    @cached_property
+    def parts(self) -> tuple[Part, ...]:
+        """What each rank of the pipeline has: the stages that the trainer cuts, by the elements of their matmuls.
+
+        Raises:
+            ConfigError: there are more stages than blocks and ends.
+        """
+        ranks, stages = self.degrees.pipeline_parallel, self.degrees.pipeline_parallel * self.stages
+        a = self.args
+        if stages > a.n_layers + 2:
+            raise ConfigError(
+                f"{stages} stages, and the model has {a.n_layers} blocks and two ends; use fewer processes",
+                key="parallelism.pipeline_parallel_degree",
+                value=ranks,
+            )
+        block = a.dim * a.head_size * 2 * (a.n_heads + a.n_kv_heads) + (0 if a.mixture else 3 * a.dim * a.ffn_dim)
+        cuts = _cuts(a.n_layers, block, a.dim * a.vocab_size, stages)
+        parts = [Part(0, False, False)] * ranks
+        for stage, cut in enumerate(cuts):
+            rank = min(stage, 2 * ranks - 1 - stage) if self.schedule in V_SCHEDULES else stage % ranks
+            first, last, so_far = cut.start == 0, cut.stop == a.n_layers + 2, parts[rank]
+            blocks = so_far.blocks + len(cut) - first - last
+            parts[rank] = Part(blocks, so_far.embedding or first, so_far.output or last)
+        return tuple(parts)
+
+    def held(self, part: Part) -> float:
+        """Return the parameters that a device of ``part`` has before FSDP2 shards them."""
+        ends = self.args.vocab_size * self.args.dim * (part.embedding + part.output)
+        if part.embedding and part.output and self.args.tie_embeddings:
+            ends //= 2
+        return (part.blocks * self.block_parameters + ends) / self.degrees.tensor_parallel
 
     @cached_property
     def linears(self) -> tuple[Linear, ...]:
@@ -137,6 +176,12 @@ class Work:
         return (
             self.args.n_layers * self.block_parameters + (1 if self.args.tie_embeddings else 2) * ends + self.args.dim
         )
+
+
+@lru_cache
+def _cuts(blocks: int, block: int, output: int, stages: int) -> list[range]:
+    """Return the stages of a chain of the embedding, blocks and the output, by the elements of their matmuls."""
+    return balanced([0, *[block] * blocks, output], stages)
 
 
 def work_of(config: JobConfig, args: DecoderArgs, world_size: int) -> Work:

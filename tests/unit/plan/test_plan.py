@@ -17,6 +17,8 @@ import tomli
 from titanlite.commands import plan as command
 from titanlite.config import check_config, load_config
 from titanlite.config.parallelism import resolve_degrees
+from titanlite.distributed.parallelize import chain
+from titanlite.distributed.pipeline_plan import plan_pipeline
 from titanlite.errors import ConfigError
 from titanlite.models.spec import get_model_spec
 from titanlite.plan.devices import DEVICES, find_device
@@ -29,6 +31,7 @@ from titanlite.plan.work import Work, work_of
 
 ROOT = Path(__file__).parents[3]
 RESULT = json.loads((ROOT / "docs" / "benchmarks" / "step_time.json").read_text())
+_LONG = ["--training.seq_len=8192", "--training.compile"]
 RUNS = tomli.loads((ROOT / "scripts" / "benchmarks" / "published_runs.toml").read_text())["run"]
 
 
@@ -60,9 +63,17 @@ def test_residuals_of_tables_that_were_left_out() -> None:
             assert error <= 40, name
 
 
+def test_runs_that_are_never_fitted() -> None:
+    """The pipelines of the 405B, alone and with context parallelism, and the H200s."""
+    rows = [row for row in RESULT["results"] if not row["fitted"]]
+    assert {row["table"] for row in rows} == {"table 5", "table 6", "H200"}
+    for row in rows:
+        assert abs(row["all_error_pct"]) <= 15, row["name"]
+
+
 def test_memory_of_torchtitans_runs() -> None:
     for row in RESULT["results"]:
-        if row["table"] in ("table 1", "table 2", "table 3", "table 4", "torchao H100", "H200"):
+        if row["table"] not in ("torchao MI300X", "async TP 8B", "async TP 70B"):
             assert abs(row["memory_error_pct"]) <= 15, row["name"]
 
 
@@ -109,6 +120,54 @@ def test_time_scales() -> None:
     seconds = step_time(two, DEVICES["h100"]).seconds
     assert on["h100"] < seconds <= 2 * on["h100"]
     assert reserved_gib(two).total > reserved_gib(one).total
+
+
+@pytest.mark.parametrize("schedule", ["1F1B", "Interleaved1F1B", "ZBVZeroBubble"])
+@pytest.mark.parametrize("ranks", [2, 4, 8])
+def test_the_stages_are_those_that_the_trainer_cuts(schedule: str, ranks: int) -> None:
+    options = [
+        "--training.local_batch_size=16",
+        f"--parallelism.pipeline_parallel_degree={ranks}",
+        f"--parallelism.pipeline_parallel_schedule={schedule}",
+    ]
+    config = load_config(["--model.name=llama3", "--model.flavor=8B", *options])
+    model = planned_model(config)
+    cut = plan_pipeline(model.meta, chain(model.meta, model.spec.layout), config, ranks)
+    for rank, part in enumerate(work("8B", 8, *options).parts):
+        names = [name for stage in cut.of(rank) for name in cut.stages[stage]]
+        blocks = sum(name.startswith("layers.") for name in names)
+        assert part == (blocks, "tok_embeddings" in names, "output" in names)
+
+
+def test_pipelines_wait() -> None:
+    """More microbatches leave less of a bubble, more stages of each rank too; the first rank keeps more microbatches
+    than there are ranks if it has two stages."""
+
+    def of(batch: int, schedule: str = "1F1B") -> Work:
+        pipeline = ["--parallelism.pipeline_parallel_degree=4", f"--parallelism.pipeline_parallel_schedule={schedule}"]
+        return work("8B", 8, "--training.compile", f"--training.local_batch_size={batch}", *pipeline)
+
+    def bubble(it: Work) -> float:
+        parts = step_time(it, DEVICES["h100"])
+        return parts.bubble / parts.seconds
+
+    assert bubble(of(4)) > bubble(of(16)) > bubble(of(16, "Interleaved1F1B")) > bubble(of(16, "ZBVZeroBubble")) > 0
+    assert reserved_gib(of(16, "Interleaved1F1B")).activations > reserved_gib(of(16)).activations
+    assert reserved_gib(of(16, "GPipe")).activations > 3 * reserved_gib(of(16)).activations
+
+
+@pytest.mark.slow
+def test_what_is_chosen_for_8_and_for_256_devices() -> None:
+    """FSDP alone for 8B on 8; tensor parallelism in a machine and FSDP before pipelines for 70B on 256."""
+    for flavor, device, devices in (("8B", "h100", 8), ("70B", "h100-500w", 256)):
+        config = load_config(["--model.name=llama3", f"--model.flavor={flavor}", *_LONG])
+        begin = time.process_time()
+        plan = make_plan(config, planned_model(config), DEVICES[device], devices, top=5)
+        assert time.process_time() - begin < (5 if devices == 8 else 20)
+        degrees = [layout.work.degrees for layout in plan.layouts]
+        assert degrees[0].data_parallel_shard == devices // degrees[0].tensor_parallel
+        assert (degrees[0].tensor_parallel == 1) == (devices == 8)
+        assert all(each.pipeline_parallel == 1 for each in degrees)
 
 
 def test_the_parts_are_the_whole(capsys: pytest.CaptureFixture[str]) -> None:
@@ -160,16 +219,6 @@ def test_random_layouts_pass_the_checks_of_the_trainer() -> None:
         model.check(layout.apply(config), 24)
         resolved = layout.apply(config)
         assert work_of(resolved, model.args, 24) == layout.work
-
-
-@pytest.mark.parametrize(("devices", "flavor", "limit"), [(8, "8B", 5), (256, "70B", 20)])
-@pytest.mark.slow
-def test_plans_are_made_at_once(devices: int, flavor: str, limit: float) -> None:
-    config = load_config(["--model.name=llama3", f"--model.flavor={flavor}", "--training.seq_len=8192"])
-    begin = time.process_time()
-    plan = make_plan(config, planned_model(config), DEVICES["h100"], devices, top=10)
-    assert time.process_time() - begin < limit
-    assert plan.layouts
 
 
 def test_a_file_describes_a_device(tmp_path: Path) -> None:
