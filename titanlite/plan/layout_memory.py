@@ -48,13 +48,14 @@ def reserved_gib(work: Work) -> LayoutMemory:
 def _of_rank(work: Work, rank: int, forward: float, again: float) -> LayoutMemory:
     """Return the memory of a rank of the pipeline, from the bytes that a block keeps, and that its backward needs."""
     a, tp, part = work.args, work.degrees.tensor_parallel, work.parts[rank]
-    held = work.held(part)
-    state = (8 + 2 * work.bytes_per_moment) * held / work.shards
-    ends = a.vocab_size * a.dim / tp
+    groups = work.groups_of(part)
+    held = sum(group.parameters for group in groups)
+    state = sum((8 + 2 * work.bytes_per_moment) * group.parameters / group.shards for group in groups)
+    block = sum(group.parameters for group in work.groups(1, 0))
     # Two blocks, and the embedding or the output; where weights stay gathered, all.
-    kept = held if not work.reshards else 2 * work.block_parameters / tp + ends
+    kept = held if not work.reshards else 2 * block + a.vocab_size * a.dim / tp
     gathered = _BF16 * kept if work.shards > 1 or work.reshards else _BF16 * held
-    gathered += (_BF16 + _FP32) * work.block_parameters / tp
+    gathered += (_BF16 + _FP32) * block
     if work.microbatches > 1:  # gradients are summed before they are reduced
         gathered += _FP32 * held
     logits = _logits(work) if part.output else 0.0

@@ -93,7 +93,8 @@ def make_plan(config: JobConfig, model: PlannedModel, device: Device, devices: i
     """Try all layouts, and return the ``top`` best of them. Options that layouts do not vary stay as configured."""
     plan, scratch = Plan(model, device, devices, []), copy.deepcopy(config)
     found: list[Layout] = []
-    for options in meshes(config, device, devices):
+    n_experts = model.args.mixture.n_experts if model.args.mixture else 1
+    for options in meshes(config, device, devices, n_experts):
         try:
             model.check(changed(scratch, {**options, **_smallest(options)}), devices)
         except ConfigError:
@@ -138,7 +139,7 @@ def fixed_plan(config: JobConfig, model: PlannedModel, device: Device, devices: 
     return Plan(model, device, devices, layouts[-1:], tried=len(layouts), too_large=sum(not x.fits for x in layouts))
 
 
-def meshes(config: JobConfig, device: Device, devices: int) -> Iterator[Options]:
+def meshes(config: JobConfig, device: Device, devices: int, n_experts: int = 1) -> Iterator[Options]:
     """Yield the degrees. Tensor parallelism stays in a machine, where links are fast."""
     p, inside = "parallelism.", min(device.per_node, devices)
     nodes = max(1, devices // device.per_node)
@@ -146,13 +147,17 @@ def meshes(config: JobConfig, device: Device, devices: int) -> Iterator[Options]
         if devices % (tp * cp * pp) or cp > _LONGEST or pp > _DEEPEST:
             continue
         data = devices // (tp * cp * pp)
-        for replicas in sorted({1, *(n for n in (nodes, data) if data % n == 0)}):
+        replicated = sorted({1, *(n for n in (nodes, data) if data % n == 0)})
+        for replicas, ep in itertools.product(replicated, _divisors(n_experts)):
+            if devices // pp // replicas % ep:
+                continue
             yield {
                 f"{p}data_parallel_replicate_degree": replicas,
                 f"{p}data_parallel_shard_degree": -1,
                 f"{p}tensor_parallel_degree": tp,
                 f"{p}context_parallel_degree": cp,
                 f"{p}pipeline_parallel_degree": pp,
+                f"{p}expert_parallel_degree": ep,
                 f"{p}disable_loss_parallel": config.parallelism.disable_loss_parallel and tp > 1,
                 f"{p}enable_async_tensor_parallel": False,
                 f"{p}pipeline_parallel_schedule": "1F1B",

@@ -59,14 +59,7 @@ class PlannedModel:
             if config.value(key := f"parallelism.pipeline_parallel_{name}"):
                 refuse(config, key, "the time of stages other than the trainer's own is not modelled; leave it out")
         degrees = resolve_degrees(config.parallelism, devices)
-        if self.args.mixture is not None:
-            for name, degree in (("expert", degrees.expert_parallel), ("tensor", degrees.tensor_parallel)):
-                if degree > 1:
-                    key = f"parallelism.{name}_parallel_degree"
-                    refuse(
-                        config, key, "the time of experts that are spread over processes is not modelled; leave it out"
-                    )
-        check(self.args, self.spec.layout, _mesh(degrees), config)
+        check(self.args, self.spec.layout, mesh_of(degrees), config)
         if degrees.pipeline_parallel > 1:
             plan_pipeline(self.meta, chain(self.meta, self.spec.layout), config, degrees.pipeline_parallel)
 
@@ -80,6 +73,8 @@ def planned_model(config: JobConfig) -> PlannedModel:
     shape = choose_shape(config)
     if not isinstance(shape.flavor, DecoderArgs):
         refuse(config, "model.name", "plans are made for decoders, and this family is none")
+    if shape.flavor.latent is not None:
+        refuse(config, "model.name", "the time of latent attention is not modelled")
     vocab_size = shape.flavor.vocab_size or ASSUMED_VOCAB_SIZE
     args: DecoderArgs = shape.spec.configure(shape.flavor, vocab_size, config.training.seq_len)
     return PlannedModel(shape.spec, args, shape.about)
@@ -100,7 +95,7 @@ def _build(config: JobConfig, degrees: Degrees, devices: int) -> None:
         build(for_memory(config), mesh, None)
 
 
-def _mesh(degrees: Degrees) -> Any:
+def mesh_of(degrees: Degrees) -> Any:
     """Return an object with the sizes of the dimensions of a mesh, which is all that checks ask for."""
     sizes = {
         "tp": degrees.tensor_parallel,

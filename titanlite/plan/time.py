@@ -9,12 +9,14 @@ is at its function.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from titanlite.config.parallelism import SPLIT_BACKWARD_SCHEDULES
 from titanlite.plan.constants import FITTED, Constants
 from titanlite.plan.devices import Device
-from titanlite.plan.work import Linear, Part, Work
+from titanlite.plan.work import Group, Linear, Part, Work
 
 BF16, FP32 = 2, 4  # bytes
 LINK_SHARE, NETWORK_SHARE = 0.8, 0.85  # of the data sheet's speed that NCCL's large rings reach (nccl-tests)
@@ -34,7 +36,7 @@ class Parts(NamedTuple):
     Attributes:
         matmuls, attention, memory, casts: computing, everything that is computed again included.
         optimizer: the optimizer, the norm of the gradients, and FSDP2's copies.
-        tensor, context, data, pipeline: exposed communication of each dimension.
+        tensor, context, expert, data, pipeline: exposed communication of each dimension.
         bubble: waiting for other stages of the pipeline.
         host: what launching takes longer than computing.
     """
@@ -46,6 +48,7 @@ class Parts(NamedTuple):
     optimizer: float
     tensor: float
     context: float
+    expert: float
     data: float
     pipeline: float
     bubble: float
@@ -58,7 +61,7 @@ class Parts(NamedTuple):
     @property
     def exposed(self) -> float:
         """Communication that computing does not hide."""
-        return self.tensor + self.context + self.data + self.pipeline
+        return self.tensor + self.context + self.expert + self.data + self.pipeline
 
 
 def step_time(work: Work, device: Device, constants: Constants = FITTED) -> Parts:
@@ -90,6 +93,7 @@ class Clock:
             "casts": self.casts(),
             "tensor": self.tensor_parallel(),
             "context": self.context_parallel(),
+            "expert": self.expert_parallel(),
         }
         output, loss, embedding = self.output(), self.loss(), self.embedding()
         of_block = sum(block.values())
@@ -105,12 +109,12 @@ class Clock:
         busy = sum(parts.values())
         share = 1 / 3 if work.schedule in SPLIT_BACKWARD_SCHEDULES else 1.0
         bubble = share * (sum(map(microbatch, work.parts)) - microbatch(part)) / work.stages
-        held = max(map(work.held, work.parts))
+        groups = max(map(work.groups_of, work.parts), key=lambda groups: sum(group.parameters for group in groups))
         launching = part.blocks * self.launches() * LAUNCH * work.microbatches
         return Parts(
             **parts,
-            optimizer=self.optimizer(held),
-            data=self.data_parallel(held, busy),
+            optimizer=sum(map(self.optimizer, groups)),
+            data=self.data_parallel(groups, busy),
             pipeline=self.pipeline_parallel(),
             bubble=bubble,
             host=max(0.0, launching - busy),
@@ -118,27 +122,30 @@ class Clock:
 
     # ---- matmuls
 
-    def matmul(self, m: int, k: int, n: int, rate: float, element: int) -> float:
+    def matmul(self, m: int, k: int, n: int, rate: float, element: int, count: int = 1) -> float:
         """Return the seconds of (m, k) times (k, n): of its FLOPs or of its bytes, whichever is longer (Williams et al.
         2009, "Roofline"). A last wave of tiles that does not fill the processors, and the start of each tile, lower the
-        rate (NVIDIA, "Matrix Multiplication Background User's Guide")."""
-        tiles = -(-m // _TILE[0]) * -(-n // _TILE[1])
+        rate (NVIDIA, "Matrix Multiplication Background User's Guide"). ``count`` of them run as one, as those of
+        experts do."""
+        tiles = count * -(-m // _TILE[0]) * -(-n // _TILE[1])
         waves = tiles / self.device.processors
         filled = waves / max(1.0, -(-tiles // self.device.processors))
         steady = k * element / (k * element + _DEPTH)
         large = 8192 * element / (8192 * element + _DEPTH)  # devices' shares are those of such matmuls
-        computing = 2 * m * k * n / (rate * filled * steady / large)
-        moving = (element * (m * k + k * n) + BF16 * m * n) / self.bandwidth
+        computing = count * 2 * m * k * n / (rate * filled * steady / large)
+        moving = count * (element * (m * k + k * n) + BF16 * m * n) / self.bandwidth
         return max(computing, moving)
 
     def linear(self, linear: Linear, converted: bool) -> tuple[float, float]:
         """Return the seconds of the output's matmul, and of those of both gradients."""
-        m, k, n = self.work.rows, linear.k, linear.n
+        m, k, n, count = self.work.rows, linear.k, linear.n, max(1, linear.experts)
+        if linear.experts:
+            m = math.ceil(self.work.tokens_of_experts / linear.experts)
         cost = self.work.cost if converted else None
         if cost is None or not self.fp8:
-            return self.matmul(m, k, n, self.bf16, BF16), (
-                self.matmul(m, n, k, self.bf16, BF16) + self.matmul(n, m, k, self.bf16, BF16)
-            )
+            shapes = (m, k, n), (m, n, k), (n, m, k)
+            output, *gradients = (self.matmul(*shape, self.bf16, BF16, count) for shape in shapes)
+            return output, sum(gradients)
         rate = self.fp8 * (self.constants.row_scales if cost.row_scales else 1.0)
         weight = self.matmul(n, m, k, rate, 1) if cost.grad_weight else self.matmul(n, m, k, self.bf16, BF16)
         return self.matmul(m, k, n, rate, 1), self.matmul(m, n, k, rate, 1) + weight
@@ -148,7 +155,7 @@ class Clock:
         every second one (titanlite/distributed/activation_checkpoint.py)."""
         work, total = self.work, 0.0
         for i, linear in enumerate(work.linears):
-            forward, backward = self.linear(linear, linear.convertible)
+            forward, backward = self.linear(linear, not linear.experts)
             again = work.whole + (work.per_op if i % 2 else 0.0)
             total += forward * (1 + again) + backward
         return total
@@ -212,7 +219,7 @@ class Clock:
         moved = 0.0
         # What a collective delivers is read once more: no kernel before it could find the largest magnitudes.
         shard, late = (self.tp, 0) if cost.casts_shards else (1, BF16)
-        for linear in (linear for linear in work.linears if linear.convertible):
+        for linear in (linear for linear in work.linears if not linear.experts):
             if not linear.shares_input:
                 of_input = (cost.input_bytes + late) / shard if linear.gathered_input else cost.input_bytes
                 moved += of_input * linear.k * work.rows * (1 + work.whole + work.per_op)
@@ -223,20 +230,24 @@ class Clock:
     def _unfused(self) -> float:
         return 1.0 if self.work.compiled else self.constants.eager
 
-    def optimizer(self, held: float) -> float:
-        """Return the seconds of what is done for each parameter of a device, of ``held`` before FSDP2 shards them.
+    def optimizer(self, group: Group) -> float:
+        """Return the seconds of what is done for each parameter of a group.
 
         AdamW reads and writes the parameter and both moments and reads the gradient (28 bytes), the norm of the
         gradients (4), casts of the shard (6 + 4). FSDP2 copies out what it has gathered, for each microbatch, and into
         the buffer of the reduction; gradients of several microbatches are summed in float32 (torch/distributed/fsdp,
         _fsdp_collectives.py and _fsdp_param.py)."""
-        work = self.work
-        element = 1 if work.cost and work.cost.gathers_weights else BF16
+        work, element = self.work, self._gathered(group)
         copies = BF16 + 2.0 * FP32
-        if work.shards > 1:
+        if group.shards > 1:
             copies += 2 * element * self._gathers()
         summed = (BF16 + FP32) + (work.microbatches - 1) * (BF16 + 2 * FP32) if work.microbatches > 1 else 0
-        return ((copies + summed) * held + 42 * held / work.shards) / self.bandwidth
+        return (copies + summed + 42 / group.shards) * group.parameters / self.bandwidth
+
+    def _gathered(self, group: Group) -> int:
+        """Return the bytes of an element that FSDP2 gathers."""
+        cost = self.work.cost
+        return 1 if cost and cost.gathers_weights and not group.experts else BF16
 
     def _gathers(self) -> int:
         """Return how often FSDP2 gathers a weight in a step."""
@@ -262,7 +273,8 @@ class Clock:
         """Return the exposed seconds of a block's gathers and scatters of the sequence: four in forward and in backward
         (Korthikanti et al. 2022), and those that checkpointing repeats: the first three of a whole forward, per
         operation the two gathers. Asynchronous tensor parallelism hides a part of them behind the matmuls. One scale
-        for a tensor has to be agreed on, for each linear layer in forward and in backward."""
+        for a tensor has to be agreed on, for each linear layer in forward and in backward. Experts take the tokens
+        as they are sharded."""
         work = self.work
         if self.tp == 1:
             return 0.0
@@ -271,11 +283,30 @@ class Clock:
         element = 1 if in_format else BF16
         gather = self.over_ring(hidden * element, self.tp, 1)
         scatter = self.over_ring(hidden * BF16, self.tp, 1)
-        forward, backward = 2 * gather + 2 * scatter, 2 * gather + 2 * scatter
-        again = work.whole * (2 * gather + scatter) + work.per_op * 2 * gather
+        layers = 2 if work.args.mixture is None or work.args.mixture.n_shared_experts else 1
+        both = 2 * layers * (gather + scatter)
+        again = work.whole * (layers * gather + (layers - 1) * scatter) + work.per_op * layers * gather
         hidden_share = self.constants.asynchronous if work.asynchronous else 0.0
-        agreements = len(work.linears) * (2 + work.whole + work.per_op) * self.agreement() if in_format else 0.0
-        return (forward + backward + again) * (1 - hidden_share) + agreements
+        agreements = (
+            sum(not linear.experts for linear in work.linears) * (2 + work.whole + work.per_op) * self.agreement()
+            if in_format
+            else 0.0
+        )
+        return (both + again) * (1 - hidden_share) + agreements
+
+    def expert_parallel(self) -> float:
+        """Return the seconds of the exchange of a block's tokens: to their experts and back, in forward, in backward
+        and in what checkpointing computes again (Lepikhin et al. 2020, "GShard", section 3). Each device sends to all
+        others, at once over the links of its machine and over its own of the network."""
+        ranks = self.work.degrees.expert_parallel
+        if ranks == 1:
+            return 0.0
+        device, inside = self.device, min(ranks, self.device.per_node)
+        to_each = self.work.tokens_of_experts * self.work.args.dim * BF16 / ranks
+        near = (inside - 1) * to_each / (device.link_gbs * 1e9 * LINK_SHARE)
+        far = (ranks - inside) * to_each / (device.network_gbs * 1e9 * NETWORK_SHARE)
+        latency = BASE_LATENCY + (NETWORK_LATENCY if ranks > inside else STEP_LATENCY)
+        return (4 + 2 * (self.work.whole + self.work.per_op)) * (max(near, far) + latency)
 
     def agreement(self) -> float:
         """Return the seconds in which ranks agree on the scale of a tensor that they share: three small kernels, of
@@ -293,7 +324,7 @@ class Clock:
         exchange = once * (2 + work.whole) + self.over_ring(elements * FP32, self.cp, self.tp)
         return max(0.0, exchange - self.attention()) + self.constants.exposed * exchange
 
-    def data_parallel(self, held: float, busy: float) -> float:
+    def data_parallel(self, groups: Sequence[Group], busy: float) -> float:
         """Return the exposed seconds of FSDP2: its gathers, a reduction in float32 for each step (gradients of
         microbatches are summed first), and an all-reduce among replicas. They run beside computing, and slow it by the
         share that they take of the device.
@@ -301,11 +332,13 @@ class Clock:
         A pipeline reduces after its last backward, with nothing beside it, and the first microbatch alone can hide the
         gathers (torch/distributed/pipelining, stage.py)."""
         work = self.work
-        element = 1 if work.cost and work.cost.gathers_weights else BF16
-        gathers = self._gathers() * self.over_ring(held * element, work.shards, self.tp)
-        reduction = self.over_ring(held * FP32, work.shards, self.tp)
         replicas = work.degrees.data_parallel_replicate
-        reduction += 2 * self.over_ring(held * FP32 / work.shards, replicas, self.tp * work.shards)
+        gathers = reduction = 0.0
+        for group in groups:
+            held, shards, stride, _ = group
+            gathers += self._gathers() * self.over_ring(held * self._gathered(group), shards, stride)
+            reduction += self.over_ring(held * FP32, shards, stride)
+            reduction += 2 * self.over_ring(held * FP32 / shards, replicas, stride * shards)
         if self.pp > 1:
             beside = busy / (1 if work.reshards else work.microbatches)
             return reduction + max(0.0, gathers - beside) + self.constants.exposed * min(gathers, beside)

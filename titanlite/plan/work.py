@@ -27,7 +27,8 @@ class Linear:
         k, n: the features in and out that this device has.
         gathered_input, gathered_grad: tensor parallelism gathers the rows of the input, or of the gradient.
         shares_input: an earlier layer of the block takes the same input, and casts it.
-        convertible: converters to number formats take it; they leave experts, which are no linear layers.
+        experts: the experts that have such a matrix each, and share the tokens evenly; 0: it is a linear layer, which
+            converters to number formats take.
     """
 
     k: int
@@ -35,7 +36,22 @@ class Linear:
     gathered_input: bool = False
     gathered_grad: bool = False
     shares_input: bool = False
-    convertible: bool = True
+    experts: int = 0
+
+
+class Group(NamedTuple):
+    """Parameters that FSDP2 shards alike.
+
+    Attributes:
+        parameters: that a device has before they are sharded.
+        shards: the devices that they are sharded over, every ``stride``-th.
+        experts: they are experts', which no number format gathers.
+    """
+
+    parameters: float
+    shards: int
+    stride: int
+    experts: bool = False
 
 
 class Part(NamedTuple):
@@ -131,16 +147,27 @@ class Work:
             parts[rank] = Part(blocks, so_far.embedding or first, so_far.output or last)
         return tuple(parts)
 
-    def held(self, part: Part) -> float:
-        """Return the parameters that a device of ``part`` has before FSDP2 shards them."""
-        ends = self.args.vocab_size * self.args.dim * (part.embedding + part.output)
-        if part.embedding and part.output and self.args.tie_embeddings:
-            ends //= 2
-        return (part.blocks * self.block_parameters + ends) / self.degrees.tensor_parallel
+    def groups(self, blocks: float, ends: int) -> tuple[Group, ...]:
+        """Return the parameters of a device with ``blocks`` blocks and so many ends of the model: those that tensor
+        parallelism shards, and the experts, which have a mesh of their own (titanlite/distributed/mesh.py)."""
+        d, a = self.degrees, self.args
+        dense = blocks * (self.block_parameters - self.expert_parameters) + ends * a.vocab_size * a.dim
+        groups = [Group(dense / d.tensor_parallel, self.shards, d.tensor_parallel)]
+        if a.mixture is not None:
+            spread = d.expert_parallel
+            shards = self.shards * d.tensor_parallel // spread
+            groups.append(Group(blocks * self.expert_parameters / spread, shards, spread, experts=True))
+        return tuple(groups)
+
+    def groups_of(self, part: Part) -> tuple[Group, ...]:
+        """Return the parameters of a rank of the pipeline."""
+        ends = part.embedding + part.output
+        return self.groups(part.blocks, 1 if ends == 2 and self.args.tie_embeddings else ends)
 
     @cached_property
     def linears(self) -> tuple[Linear, ...]:
-        """The linear layers of a block, in the order of the forward; an expert's are in :attr:`expert_dim`."""
+        """The linear layers of a block, in the order of the forward, and the matrices of experts. Where the first
+        blocks have no experts, they are taken to have some."""
         a, t = self.args, self.degrees.tensor_parallel
         heads, kv = a.n_heads * a.head_size // t, a.n_kv_heads * a.head_size // t
         attention = (
@@ -149,13 +176,29 @@ class Work:
             Linear(a.dim, kv, t > 1, shares_input=True),
             Linear(heads, a.dim, gathered_grad=t > 1),
         )
-        ffn, dense = a.active_ffn_dim // t, a.mixture is None
-        return (
-            *attention,
-            Linear(a.dim, ffn, t > 1, convertible=dense),
-            Linear(a.dim, ffn, t > 1, shares_input=True, convertible=dense),
-            Linear(ffn, a.dim, gathered_grad=t > 1, convertible=dense),
-        )
+        if a.mixture is None:
+            return attention + _feed_forward(a.dim, a.ffn_dim // t, t > 1)
+        m = a.mixture
+        shared = _feed_forward(a.dim, m.n_shared_experts * m.expert_dim // t, t > 1) if m.n_shared_experts else ()
+        each = m.n_experts // self.degrees.expert_parallel
+        experts = (Linear(a.dim, m.expert_dim, experts=each),) * 2 + (Linear(m.expert_dim, a.dim, experts=each),)
+        return attention + shared + experts
+
+    @property
+    def tokens_of_experts(self) -> float:
+        """The tokens of a microbatch that a device's experts compute, each as often as it has chosen an expert: all
+        experts have as many. Tensor parallelism does not gather them."""
+        assert self.args.mixture is not None
+        return self.rows / self.degrees.tensor_parallel * self.args.mixture.experts_per_token
+
+    @cached_property
+    def expert_parameters(self) -> int:
+        """The parameters of a block's experts that tokens choose: the mean over the blocks."""
+        a, m = self.args, self.args.mixture
+        if m is None:
+            return 0
+        mixed = a.n_layers - min(m.n_dense_layers, a.n_layers)
+        return mixed * m.n_experts * 3 * a.dim * m.expert_dim // a.n_layers
 
     @cached_property
     def block_parameters(self) -> int:
@@ -176,6 +219,11 @@ class Work:
         return (
             self.args.n_layers * self.block_parameters + (1 if self.args.tie_embeddings else 2) * ends + self.args.dim
         )
+
+
+def _feed_forward(dim: int, inside: int, spread: bool) -> tuple[Linear, ...]:
+    first = Linear(dim, inside, spread)
+    return first, Linear(dim, inside, spread, shares_input=True), Linear(inside, dim, gathered_grad=spread)
 
 
 @lru_cache

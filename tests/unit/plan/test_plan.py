@@ -15,17 +15,17 @@ import pytest
 import tomli
 
 from titanlite.commands import plan as command
-from titanlite.config import check_config, load_config
+from titanlite.config import JobConfig, check_config, load_config
 from titanlite.config.parallelism import resolve_degrees
-from titanlite.distributed.parallelize import chain
+from titanlite.distributed.parallelize import chain, check
 from titanlite.distributed.pipeline_plan import plan_pipeline
 from titanlite.errors import ConfigError
 from titanlite.models.spec import get_model_spec
 from titanlite.plan.devices import DEVICES, find_device
 from titanlite.plan.layout_memory import reserved_gib
-from titanlite.plan.layouts import changed, make_plan, meshes
-from titanlite.plan.refusals import planned_model
-from titanlite.plan.request import tokens_in
+from titanlite.plan.layouts import changed, fixed_plan, make_plan, meshes
+from titanlite.plan.refusals import PlannedModel, check_by_building, mesh_of, planned_model
+from titanlite.plan.request import tokens_in, write
 from titanlite.plan.time import step_time
 from titanlite.plan.work import Work, work_of
 
@@ -35,9 +35,9 @@ _LONG = ["--training.seq_len=8192", "--training.compile"]
 RUNS = tomli.loads((ROOT / "scripts" / "benchmarks" / "published_runs.toml").read_text())["run"]
 
 
-def work(flavor: str, gpus: int, *options: str) -> Work:
-    config = load_config(["--model.name=llama3", f"--model.flavor={flavor}", "--training.seq_len=8192", *options])
-    args = get_model_spec("llama3").flavor(flavor).configured(0, config.training.seq_len)
+def work(flavor: str, gpus: int, *options: str, family: str = "llama3") -> Work:
+    config = load_config([f"--model.name={family}", f"--model.flavor={flavor}", "--training.seq_len=8192", *options])
+    args = get_model_spec(family).flavor(flavor).configured(0, config.training.seq_len)
     return work_of(config, args, gpus)
 
 
@@ -156,6 +156,37 @@ def test_pipelines_wait() -> None:
     assert reserved_gib(of(16, "GPipe")).activations > 3 * reserved_gib(of(16)).activations
 
 
+def test_the_groups_are_the_parameters() -> None:
+    """All parameters but the last norm are in one group of one rank, whatever the degrees."""
+    pipeline = ["--parallelism.pipeline_parallel_degree=2", "--training.local_batch_size=8"]
+    for family, flavor in (("llama3", "8B"), ("llama3", "debugmodel"), ("qwen3_moe", "30B-A3B")):
+        experts = ["--parallelism.expert_parallel_degree=4"] if family == "qwen3_moe" else []
+        for options in ([], pipeline, [*pipeline, "--parallelism.tensor_parallel_degree=2"], experts):
+            it = work(flavor, 8, *options, family=family)
+            whole = 0.0
+            for part in it.parts:
+                for group in it.groups_of(part):
+                    d = it.degrees
+                    copies = d.expert_parallel if group.experts else d.tensor_parallel
+                    whole += group.parameters * copies
+            assert whole == pytest.approx(it.parameters - it.args.dim, rel=1e-9)
+
+
+def test_experts_that_are_spread() -> None:
+    """Each device holds fewer experts, and sends tokens: more of them, and over the network, take longer."""
+    options = ["--training.compile", "--training.local_batch_size=2"]
+    spread = {
+        degree: work("30B-A3B", 64, *options, f"--parallelism.expert_parallel_degree={degree}", family="qwen3_moe")
+        for degree in (1, 2, 8, 16)
+    }
+    parts = {degree: step_time(it, DEVICES["h100"]) for degree, it in spread.items()}
+    assert 0 == parts[1].expert < parts[2].expert < parts[8].expert < parts[16].expert
+    assert parts[16].exposed >= parts[16].expert
+    assert parts[1].optimizer > parts[8].optimizer  # fewer weights are gathered and copied
+    assert reserved_gib(spread[8]).gathered < reserved_gib(spread[1]).gathered
+    assert reserved_gib(spread[8]).state == pytest.approx(reserved_gib(spread[1]).state)
+
+
 @pytest.mark.slow
 def test_what_is_chosen_for_8_and_for_256_devices() -> None:
     """FSDP alone for 8B on 8; tensor parallelism in a machine and FSDP before pipelines for 70B on 256."""
@@ -201,24 +232,80 @@ def test_what_the_trainer_refuses_is_refused(capsys: pytest.CaptureFixture[str])
 
 def test_meshes_use_all_devices() -> None:
     config = load_config(["--model.name=llama3", "--model.flavor=70B"])
-    for devices in (1, 6, 8, 24, 256):
-        found = list(meshes(config, DEVICES["h100"], devices))
+    for devices, n_experts in itertools.product((1, 6, 8, 24, 256), (1, 128)):
+        found = list(meshes(config, DEVICES["h100"], devices, n_experts))
         assert len({tuple(options.values()) for options in found}) == len(found)
         for options in found:
             changed(config, options)
             resolve_degrees(config.parallelism, devices)
 
 
-def test_random_layouts_pass_the_checks_of_the_trainer() -> None:
-    """What make_plan returns passes; what the checks refuse, it does not return."""
-    config = load_config(["--model.name=llama3", "--model.flavor=8B", "--training.seq_len=8192", "--training.compile"])
-    model = planned_model(config)
-    plan = make_plan(config, model, DEVICES["h100"], 24, top=1000)
-    assert plan.tried > len(plan.layouts) > 0
-    for layout in random.Random(0).sample(plan.layouts, min(50, len(plan.layouts))):
-        model.check(layout.apply(config), 24)
-        resolved = layout.apply(config)
-        assert work_of(resolved, model.args, 24) == layout.work
+_DEGREES = ("data_parallel_replicate", "tensor_parallel", "context_parallel", "pipeline_parallel", "expert_parallel")
+
+
+def _drawn(draw: random.Random, devices: int) -> list[str]:
+    """Options of a layout that need not fit together."""
+    degrees = [f"--parallelism.{name}_degree={draw.choice((1, 1, 1, 2, 2, 3, 4, 8))}" for name in _DEGREES]
+    return [
+        *degrees,
+        f"--training.local_batch_size={draw.choice((1, 2, 4, 6, 8, 16))}",
+        f"--parallelism.pipeline_parallel_schedule={draw.choice(('1F1B', 'Interleaved1F1B', 'ZBVZeroBubble'))}",
+        f"--training.compile={draw.choice(('true', 'false'))}",
+        f"--parallelism.enable_async_tensor_parallel={draw.choice(('true', 'false', 'false', 'false'))}",
+        f"--training.global_batch_size={draw.choice((-1, -1, 16, 24, 64))}",
+    ]
+
+
+def _refusal(config: JobConfig, model: PlannedModel, devices: int) -> ConfigError | None:
+    """Return why the trainer refuses a layout, as training/build.py asks it: the options, the model, the pipeline."""
+    try:
+        check_config(config, devices, train=False)
+        degrees = resolve_degrees(config.parallelism, devices)
+        check(model.args, model.spec.layout, mesh_of(degrees), config)
+        if degrees.pipeline_parallel > 1:
+            plan_pipeline(model.meta, chain(model.meta, model.spec.layout), config, degrees.pipeline_parallel)
+    except ConfigError as e:
+        return e
+    return None
+
+
+@pytest.mark.slow
+def test_random_layouts_are_refused_if_and_only_if_the_trainer_refuses_them() -> None:
+    """200 layouts that a plan says fit, among them those that it chose, and 100 that it refuses."""
+    draw, fits, refused = random.Random(21), 0, 0
+    for family, flavor, devices in (("llama3", "8B", 24), ("qwen3_moe", "30B-A3B", 32)):
+        config = load_config([f"--model.name={family}", f"--model.flavor={flavor}", *_LONG])
+        model = planned_model(config)
+        plan = make_plan(config, model, DEVICES["h100"], devices, top=150)
+        assert plan.tried > len(plan.layouts) > 100
+        for layout in draw.sample(plan.layouts, 100):
+            chosen = layout.apply(config)
+            assert layout.fits
+            assert _refusal(chosen, model, devices) is None, layout.options
+            assert work_of(chosen, model.args, devices) == layout.work
+            fits += 1
+        while refused < (50 if family == "llama3" else 100):
+            options = _drawn(draw, devices)
+            drawn = load_config([f"--model.name={family}", f"--model.flavor={flavor}", *_LONG, *options])
+            reason = _refusal(drawn, model, devices)
+            if reason is None:
+                assert fixed_plan(drawn, model, DEVICES["h100"], devices).layouts
+                continue
+            with pytest.raises(ConfigError) as refusal:
+                fixed_plan(drawn, model, DEVICES["h100"], devices)
+            assert refusal.value.key == reason.key
+            refused += 1
+    assert (fits, refused) == (200, 100)
+
+
+@pytest.mark.long
+def test_written_files_are_built_by_the_trainer(tmp_path: Path) -> None:
+    """As COMM_MODE=fake builds and shards them, with all layouts of a small model that a plan finds for 8 devices."""
+    config = load_config(["--model.name=llama3", "--model.flavor=debugmodel", "--training.seq_len=512"])
+    plan = make_plan(config, planned_model(config), DEVICES["h100"], 8, top=400)
+    for layout in random.Random(0).sample(plan.layouts, 12):
+        write(config, layout, tmp_path / "mine.toml")
+        check_by_building(load_config([], str(tmp_path / "mine.toml")), 8)
 
 
 def test_a_file_describes_a_device(tmp_path: Path) -> None:
