@@ -46,7 +46,7 @@ def test_the_result_file_is_what_the_model_predicts(run: dict[str, Any]) -> None
     (row,) = [row for row in RESULT["results"] if (row["table"], row["name"]) == (run["table"], run["name"])]
     it = work(run["flavor"], run["gpus"], *run["options"])
     seconds = step_time(it, find_device(run["device"])).seconds
-    assert it.tokens_per_device / seconds == pytest.approx(row["all_tps"], rel=2e-3)
+    assert it.tokens_per_device / seconds == pytest.approx(row["all_tps"], rel=2e-3, abs=0.06)  # rounded in the file
     if "memory_gib" in run:
         assert reserved_gib(it).total == pytest.approx(row["gib"], rel=2e-3)
 
