@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
-from titanlite.compare.runs import Run, value_of
+from titanlite.compare.runs import HELD_OUT, Run, value_of
 from titanlite.errors import printable, shown
 
 # Options that change neither what a run computes nor how fast; they say where it wrote, and what about.
@@ -45,6 +45,25 @@ def why_not_comparable(run: Run, baseline: Run) -> list[str]:
     if "training.dataset" in differing:  # then all else about the data may differ
         differing = [name for name in differing if not name.startswith(("training.dataset_", "data."))]
     return [f"{_kind(name)} ({_fact(run, name)}, not {_fact(baseline, name)})" for name in differing]
+
+
+def other_validation(run: Run, baseline: Run) -> list[str]:
+    """Return the options by which the validation losses of two runs are of different text."""
+    ours, theirs = run.validation_facts, baseline.validation_facts
+    return [name for name in theirs if name in ours and ours[name] != theirs[name]]
+
+
+def cautions(run: Run, baseline: Run) -> list[str]:
+    """Return sentences on what makes a comparison of two runs less exact, or leaves it open."""
+    sentences = []
+    if unknown := not_known(run, baseline):
+        sentences.append(f"It is not known if they have the same {', '.join(unknown)}.")
+    ours, theirs = (r.validation_facts.get(HELD_OUT) for r in (run, baseline))
+    if None not in (ours, theirs) and ours != theirs:
+        sentences.append("They hold out other documents for validation, so their batches differ.")
+    if (names := other_validation(run, baseline)) and len(run.validation["step"]) and len(baseline.validation["step"]):
+        sentences.append(f"Their validation losses do not compare: other {', '.join(names)}.")
+    return sentences
 
 
 def _kind(name: str) -> str:

@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from titanlite.compare.alike import differing_options, name_apart, not_known, why_not_comparable
+from titanlite.compare.alike import cautions, differing_options, name_apart, other_validation, why_not_comparable
 from titanlite.compare.interval import MIN_ROWS, Interval, mean_interval
 from titanlite.compare.rows import Array, Columns
 from titanlite.compare.runs import Run, read_runs
@@ -18,7 +18,7 @@ from titanlite.errors import ConfigError
 from titanlite.metrics.last_part import last_part
 from titanlite.registry import nearest
 
-Verdict = Literal["lower", "higher", "within the noise", "not comparable", "too few rows"]
+Verdict = Literal["lower", "higher", "within the noise", "not comparable", "too few rows", "diverged"]
 
 
 class Pairs(NamedTuple):
@@ -39,7 +39,8 @@ class Difference:
             too few pairs they are None, and the difference is that of the last pair.
         difference_percent: the same in percent of the baseline's mean, with its interval.
         rows: the pairs that the mean is over; ``first`` and ``last`` are their places.
-        verdict: "lower" and "higher" if the interval excludes 0.
+        verdict: "lower" and "higher" if the interval excludes 0; "diverged" if one of the runs ended without a finite
+            loss, and the difference is of the time before.
     """
 
     run: str
@@ -144,8 +145,15 @@ def _differences(run: Run, baseline: Run, refused: bool) -> list[Difference]:
         ("validation_loss", "steps"): at_equal_steps(run.validation, baseline.validation, "loss"),
         ("bits_per_byte", "steps"): at_equal_steps(run.validation, baseline.validation, "bits_per_byte"),
     }
-    names = run.name, baseline.name
-    return [_difference(names, kind, found, refused) for kind, found in pairs.items() if len(found.places)]
+    other = bool(other_validation(run, baseline))
+    diverged = run.diverged_at() is not None or baseline.diverged_at() is not None
+    differences = []
+    for (metric, at), both in pairs.items():
+        if len(both.places):
+            no_verdict: Verdict | None = "not comparable" if refused or (other and metric != "loss") else None
+            no_verdict = no_verdict or ("diverged" if diverged else None)
+            differences.append(_difference((run.name, baseline.name), (metric, at), both, no_verdict))
+    return differences
 
 
 def at_equal_steps(ours: Columns, theirs: Columns, name: str) -> Pairs:
@@ -170,7 +178,7 @@ def _finite(places: Array, ours: Array, theirs: Array) -> Pairs:
     return Pairs(places[known], ours[known], theirs[known])
 
 
-def _difference(names: tuple[str, str], kind: tuple[str, Any], pairs: Pairs, refused: bool) -> Difference:
+def _difference(names: tuple[str, str], kind: tuple[str, Any], pairs: Pairs, no_verdict: Verdict | None) -> Difference:
     interval = mean_interval(pairs.ours - pairs.theirs)
     last = slice(-last_part(len(pairs.places)), None)
     low: float | None
@@ -197,7 +205,7 @@ def _difference(names: tuple[str, str], kind: tuple[str, Any], pairs: Pairs, ref
         rows=len(places),
         first=float(places[0]),
         last=float(places[-1]),
-        verdict="not comparable" if refused else verdict,
+        verdict=no_verdict or verdict,
     )
 
 
@@ -211,12 +219,13 @@ def _sentence(run: Run, baseline: Run, differences: Sequence[Difference], reason
     pair = f"{run.name} and {baseline.name}"
     if reasons:
         return f"No verdict: {pair} do not compare, because they have {'; '.join(reasons)}."
+    if ends := [f"{r.name} from step {step:,} on" for r in (run, baseline) if (step := r.diverged_at()) is not None]:
+        return f"No verdict: there is no finite loss in {', and none in '.join(ends)}."
     named = [d for d in differences if (d.run, d.metric, d.at) == (run.name, "loss", "steps")]
     if not named:
         return f"No verdict: {pair} have logged no step in common; set the same metrics.log_freq."
     (d,) = named
-    unknown = not_known(run, baseline)
-    caution = f" It is not known if they have the same {', '.join(unknown)}." if unknown else ""
+    caution = "".join(f" {sentence}" for sentence in cautions(run, baseline))
     if d.verdict == "too few rows":
         why = f"No verdict: {pair} have fewer than {MIN_ROWS} logged steps in common; train longer, or log more often"
         return f"{why} (metrics.log_freq).{caution}"

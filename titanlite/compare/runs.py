@@ -17,6 +17,7 @@ from titanlite.config.options import options_of
 from titanlite.config.run_config import (
     CONFIG,
     EARLIER,
+    HUB,
     METRICS,
     SAMPLE,
     TOKENIZER,
@@ -41,6 +42,7 @@ _COLUMNS = (
     "skipped_steps",
 )
 _VALIDATION_COLUMNS = ("loss", "bits_per_byte", "accuracy")
+HELD_OUT = "validation.held_out_percent"
 _DEEPEST = 4  # folders between a parent and its runs
 _MOST_RUNS = 100
 _MOST_SAMPLE = 1 << 20  # bytes
@@ -56,6 +58,8 @@ class Run:
         metrics, validation: their rows, by ascending step.
         options: its configuration by ``section.key``, without options that are unset; empty for a console log.
         facts: what decides which text it was trained on, by name: data, tokens per step, tokenizer. Only what is known.
+        validation_facts: what decides which text its validation losses are of, and which of the training data is held
+            out for them. Only what is known.
         sample: what its model wrote at the end; empty if it is not there.
     """
 
@@ -65,6 +69,7 @@ class Run:
     validation: Columns
     options: dict[str, Any] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)
+    validation_facts: dict[str, Any] = field(default_factory=dict)
     sample: str = ""
 
     @property
@@ -75,9 +80,18 @@ class Run:
         """Return the last value of a column; None if it is not known."""
         return _known(self.metrics[name][-1:])
 
+    def diverged_at(self) -> int | None:
+        """Return the first logged step from which on no loss is finite; None if the last one is."""
+        finite = np.flatnonzero(np.isfinite(self.metrics["loss"]))
+        first = int(finite[-1]) + 1 if len(finite) else 0
+        return int(self.metrics["step"][first]) if first < len(self.metrics["step"]) else None
+
     def final_loss(self) -> float | None:
-        """Return the mean loss of the last part of the run; see :func:`titanlite.metrics.last_part.last_part`."""
+        """Return the mean loss of the last part of the run, see :func:`titanlite.metrics.last_part.last_part`; None if
+        it ended without a finite one."""
         losses = self.metrics["loss"]
+        if self.diverged_at() is not None:
+            return None
         losses = losses[np.isfinite(losses)]
         return _known(losses[-last_part(len(losses)) :])
 
@@ -155,14 +169,17 @@ def _read(place: Path) -> Run:
 def _read_folder(folder: Path) -> Run:
     metrics = read_columns(folder / METRICS, _COLUMNS)
     step, seconds = metrics["step"], metrics["step_time_s"]
-    steps = np.diff(step, prepend=step[:1] - (np.median(np.diff(step)) if len(step) > 1 else 1))
+    # The first row is of all steps before it, or where later ones are far apart, of the first step alone.
+    before = step[:1] - (np.median(np.diff(step)) if len(step) > 1 else 1)
+    steps = np.diff(step, prepend=np.maximum(before, 0))
     metrics["hours"] = np.cumsum(np.nan_to_num(seconds) * steps) / 3600
     validation_file = folder / VALIDATION
     validation = read_columns(validation_file, _VALIDATION_COLUMNS) if validation_file.is_file() else no_rows()
     options = flat(read_run_config(folder))
     name = options.pop("job.name", None)
     name = printable(name) if isinstance(name, str) and name else folder.resolve().name
-    return Run(folder, name, metrics, validation, options, _facts(folder, options, metrics), _sample(folder))
+    facts, validation_facts = _facts(folder, options, metrics), _validation_facts(folder, options)
+    return Run(folder, name, metrics, validation, options, facts, validation_facts, _sample(folder))
 
 
 def _read_log(file: Path) -> Run:
@@ -198,10 +215,10 @@ def value_of(options: dict[str, Any], name: str) -> Any:
 def _facts(folder: Path, options: dict[str, Any], metrics: Columns) -> dict[str, Any]:
     facts: dict[str, Any] = {}
     if options:
-        path = value_of(options, "training.dataset_path")
         facts |= {name: value_of(options, name) for name in ("training.dataset", "training.seq_len")}
-        facts["training.dataset_path"] = os.path.realpath(located(path, folder)) if isinstance(path, str) else path
-        facts |= {f"data.{key}": value_of(options, f"data.{key}") for key in options_of(JobConfig)["data"]}
+        facts["training.dataset_path"] = _place(folder, value_of(options, "training.dataset_path"))
+        keys = [key for key in options_of(JobConfig)["data"] if key != "on_corrupt"]  # the good documents are the same
+        facts |= {f"data.{key}": value_of(options, f"data.{key}") for key in keys}
     step, tokens = metrics["step"], metrics["tokens_seen"]
     known = np.isfinite(tokens)
     if known.any():
@@ -217,6 +234,25 @@ def _facts(folder: Path, options: dict[str, Any], metrics: Columns) -> dict[str,
     if isinstance(identity.get("sha256"), str):
         facts["tokenizer"] = printable(identity["sha256"])[:12]
     return facts
+
+
+def _validation_facts(folder: Path, options: dict[str, Any]) -> dict[str, Any]:
+    if not options:
+        return {}
+    if not value_of(options, "validation.enable"):
+        return {HELD_OUT: 0}
+    facts = {name: value_of(options, name) for name in ("validation.dataset", "validation.steps")}
+    facts["validation.dataset_path"] = _place(folder, value_of(options, "validation.dataset_path"))
+    facts["validation.seq_len"] = value_of(options, "validation.seq_len") or value_of(options, "training.seq_len")
+    held_out = not facts["validation.dataset"] and facts["validation.dataset_path"] is None
+    return facts | {HELD_OUT: value_of(options, HELD_OUT) if held_out else 0}
+
+
+def _place(folder: Path, path: Any) -> Any:
+    """Return a path of a run's configuration as it compares with those of other runs."""
+    if not isinstance(path, str) or path.startswith(HUB):
+        return path
+    return os.path.realpath(located(path, folder))
 
 
 def _sample(folder: Path) -> str:

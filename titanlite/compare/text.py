@@ -34,7 +34,7 @@ _COLUMNS: tuple[tuple[str, str, Callable[[float], str]], ...] = (
     ("steps", "steps", "{:,.0f}".format),
     ("loss", "loss", "{:.4f}".format),
     ("val loss", "validation_loss", "{:.4f}".format),
-    ("tok/s", "tps", "{:,.0f}".format),
+    ("tok/s/device", "tps", "{:,.0f}".format),
     ("MFU %", "mfu", "{:.1f}".format),
     ("GiB", "memory_gib", "{:.1f}".format),
     ("skipped", "skipped_steps", "{:,.0f}".format),
@@ -79,7 +79,7 @@ def numbers_of_runs(comparison: Comparison) -> tuple[list[str], list[list[str]]]
 
 def _runs(comparison: Comparison) -> Table:
     titles, rows = numbers_of_runs(comparison)
-    table = _table("runs (loss: mean of the last part; tok/s and MFU: median)", "", "run", *titles)
+    table = _table("runs (loss: mean of the last part; tok/s/device and MFU: median)", "", "run", *titles)
     for number, cells in enumerate(rows):
         table.add_row(*_named(comparison, number), *cells)
     return table

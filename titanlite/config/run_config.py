@@ -28,6 +28,7 @@ MODEL = "model"  # the weights after the last step of a run without checkpoints
 HF_CONFIG = "hf_config"
 WANDB = "wandb"  # the runs of Weights & Biases; the package itself chooses the name
 EARLIER = "earlier"
+HUB = "hub:"  # begins the name of a data set of the Hugging Face hub, where a path can stand too
 LOCK = ".lock"
 RUN_FOLDER = "run_folder"  # the key in config.toml
 _MOST_BYTES = 1 << 20  # of a configuration
@@ -93,8 +94,9 @@ def _set_keys(section: dict[str, Any]) -> dict[str, Any]:
 
 
 def _movable(value: str, folder: Path) -> str:
-    """Return the path so that it is right from everywhere: relative to ``folder`` if it is inside, else absolute."""
-    if not value:
+    """Return the path so that it is right from everywhere: relative to ``folder`` if it is inside, else absolute. A
+    data set of the hub is no path, and stays as it is."""
+    if not value or value.startswith(HUB):
         return value
     path, root = Path(value).expanduser().absolute(), folder.absolute()
     for inner, outer in ((path, root), (Path(os.path.realpath(path)), Path(os.path.realpath(root)))):
@@ -155,8 +157,8 @@ def older_run_folder(file: Path, text: str) -> Path | None:
 
 
 def located(value: str, folder: Path) -> str:
-    """Return a path of ``config.toml`` in ``folder`` as it is from here."""
-    return str(folder / value) if value and not value.startswith("~") else value
+    """Return a path of ``config.toml`` in ``folder`` as it is from here; a data set of the hub as it is."""
+    return str(folder / value) if value and not value.startswith(("~", HUB)) else value
 
 
 def mark_as_made_here(folder: Path) -> None:

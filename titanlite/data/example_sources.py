@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from titanlite.config.run_config import HUB
 from titanlite.data.files import JSON_SUFFIXES, find_files, is_compressed, require_path, with_compressed
 from titanlite.data.local import JsonSource
 from titanlite.data.readers import LinesReader, ParquetReader
-from titanlite.data.sources import HUB, HUB_FORM, SOURCES, Source, SourceOptions
+from titanlite.data.sources import HUB_FORM, SOURCES, Source, SourceOptions
 from titanlite.data.streamed import FileStream, HubStream, hub_address, open_hub
 from titanlite.errors import ConfigError
 

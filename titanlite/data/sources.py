@@ -17,6 +17,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from titanlite.config.run_config import HUB
 from titanlite.data.files import fingerprint
 from titanlite.data.records import Corrupt
 from titanlite.errors import ConfigError
@@ -211,7 +212,6 @@ def permutation(size: int, *key: int) -> NDArray[np.int64]:
     return np.argsort(draws, kind="stable").astype(np.int64)
 
 
-HUB = "hub:"
 HUB_FORM = f"{HUB}owner/name"  # or hub:owner/name:subset
 Builder = Callable[[SourceOptions], Source]
 SOURCES: Registry[Builder] = Registry("data source", "training.dataset")

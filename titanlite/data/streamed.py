@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from titanlite.config.run_config import HUB
 from titanlite.data.files import JSON_SUFFIXES, find_files, require_path, unreadable, with_compressed
 from titanlite.data.index_cache import corpus_index
 from titanlite.data.readers import LinesReader, ParquetReader, Reader, TextReader
 from titanlite.data.records import Corrupt, text_of_record
 from titanlite.data.shared_records import SharedRecords
 from titanlite.data.sources import (
-    HUB,
     HUB_FORM,
     MIN_DOCUMENTS,
     SOURCES,

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from titanlite.config.data_rules import EXAMPLES
+from titanlite.config.run_config import HUB
 from titanlite.data import SOURCES, SourceOptions, Tokenizer, build_source
 from titanlite.data.cut import cut
 from titanlite.data.files import JSON_SUFFIXES, find_files, with_compressed
@@ -83,7 +84,7 @@ def _renaming(documents: Iterator[str]) -> Iterator[str]:
 def _documents(data: str, text_field: str) -> Iterator[str]:
     sources = [name for name in SOURCES.names() if name not in (*_OF_FILES, *EXAMPLES)]
     is_there = os.path.lexists(os.path.expanduser(data))
-    if not is_there and (data in sources or data.startswith("hub:")):
+    if not is_there and (data in sources or data.startswith(HUB)):
         return build_source(data, text_field=text_field, seed=0).in_order()
     try:
         files = find_files(data, (".parquet", *_JSON, *with_compressed(".txt")))

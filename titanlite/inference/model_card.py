@@ -47,7 +47,8 @@ def model_card(
     front: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": tags}
     if base := _base_model(description, tree, run):
         front["base_model"] = base
-    if data := _HUB_DATA.fullmatch(_text(tree, "training", "dataset")):
+    named = (_text(tree, "training", key) for key in ("dataset_path", "dataset"))
+    if data := next(filter(None, map(_HUB_DATA.fullmatch, named)), None):
         front["datasets"] = [data[1]]
     facts = [*_of_weights(description, parameters, dtype, scheme), *_of_run(description, tree, run)]
     lines = [f"- {label}: {value}" for label, value in facts]

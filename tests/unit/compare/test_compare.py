@@ -127,6 +127,58 @@ def test_validation_is_compared(tmp_path: Path) -> None:
     assert (d.difference, d.verdict) == (pytest.approx(0.1), "higher")
 
 
+def validating(tmp_path: Path, **second: Any) -> Comparison:
+    curve = np.linspace(4, 3, 40)
+    first, other = losses(0)
+    options = {"validation": {"enable": True, "dataset": "text", "dataset_path": "/x"}}
+    paths = [
+        write_run(tmp_path / "a", first, options, validation=curve),
+        write_run(tmp_path / "b", other, {"validation": options["validation"] | second}, validation=curve + 0.1),
+    ]
+    return compare(paths)
+
+
+def test_validation_on_other_text_has_no_verdict(tmp_path: Path) -> None:
+    comparison = validating(tmp_path, dataset_path="/y")
+    assert {d.metric: d.verdict for d in comparison.differences} == {
+        "loss": "within the noise",
+        "validation_loss": "not comparable",
+        "bits_per_byte": "not comparable",
+    }
+    assert "do not compare: other validation.dataset_path" in comparison.verdicts["b"]
+    assert "hold out" not in comparison.verdicts["b"]
+
+
+def test_documents_that_one_run_holds_out_are_said(tmp_path: Path) -> None:
+    first, second = losses(0)
+    paths = [write_run(tmp_path / "a", first), write_run(tmp_path / "b", second, {"validation": {"enable": True}})]
+    assert "They hold out other documents for validation" in compare(paths).verdicts["b"]
+
+
+@pytest.mark.parametrize("diverged", ["a", "b"])
+def test_a_run_that_ends_without_a_finite_loss_does_not_win(
+    diverged: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    values = {name: np.array(v) for name, v in zip("ab", losses(-2))}
+    values[diverged][200:] = np.nan
+    values["a" if diverged == "b" else "b"][100] = np.nan  # a single step is no divergence
+    comparison = compare([write_run(tmp_path / name, v) for name, v in values.items()])
+    assert comparison.verdicts["b"] == f"No verdict: there is no finite loss in {diverged} from step 201 on."
+    assert {d.verdict for d in comparison.differences} == {"diverged"}
+    summaries = {run["run"]: run["loss"] for run in json.loads(comparison.json())["runs"]}
+    assert [name for name, loss in summaries.items() if loss is None] == [diverged]
+
+
+def test_the_first_step_counts_once(tmp_path: Path) -> None:
+    """A run logs its first step, which compiles, and then every tenth."""
+    folder = write_run(tmp_path / "a", np.full(5, 3.0), log_freq=10)
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    rows.insert(0, rows[0] | {"step": 1, "step_time_s": 60.0})
+    (folder / "metrics.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    (run,) = compare([folder]).runs
+    assert run.last("hours") == pytest.approx((60 + 49 * 0.5) / 3600)
+
+
 # ---- finding runs
 
 

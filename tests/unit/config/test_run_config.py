@@ -214,3 +214,11 @@ def test_a_configuration_that_is_no_file_is_none(tmp_path: Path, kind: str) -> N
         with file.open("wb") as stream:
             stream.truncate(1 << 40)
     assert read_run_config(tmp_path) == {}
+
+
+def test_a_data_set_of_the_hub_is_no_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is the same from everywhere, also where the folder has moved."""
+    written(tmp_path / "run", training__dataset="chat", training__dataset_path="hub:a/b")
+    shutil.move(tmp_path / "run", tmp_path / "moved")
+    monkeypatch.chdir(tmp_path)
+    assert load_config([], str(tmp_path / "moved" / CONFIG)).training.dataset_path == "hub:a/b"
