@@ -65,12 +65,13 @@ from titanlite.metrics.profiling import Profiler
 from titanlite.metrics.progress import Progress
 from titanlite.metrics.recorder import Recorder
 from titanlite.metrics.report import next_command, shown_path, summary, table, what_next
-from titanlite.metrics.sinks import JsonlSink, Sink
+from titanlite.metrics.sinks import JsonlSink, Sink, shown_memory
 from titanlite.metrics.tensorboard import TensorBoardSink
 from titanlite.metrics.wandb_sink import WandbSink
 from titanlite.optim import build_optimizer, build_schedule
 from titanlite.plan import auto_checkpoint
 from titanlite.plan.least import check_memory
+from titanlite.plan.predicted import predict
 from titanlite.training.build import build_loss, build_model, build_pipeline
 from titanlite.training.data import build_encoder, build_loader, describe_packing, open_source
 from titanlite.training.loss_watch import LossWatch, rank_of_claim
@@ -220,6 +221,7 @@ class Trainer:
             part.init_weights(WeightInit(part, self.seed))  # type: ignore[operator]
             part.train()
         self.flops_per_token = flops_per_token(self.size, config.training.seq_len)
+        self.prediction = predict(config, self.model_args, device_name(device), self.runtime.world_size)
         self.about["model"] = f"{self.shape.about}, {self.size.params:,} parameters"
         if self.shape.config_json is not None:
             self.about["shape"] = self.shape.sizes()
@@ -484,11 +486,17 @@ class Trainer:
             logger.info("the effective configuration:\n%s", dump_toml(self.config))
         if peak_flops(device_name(self.runtime.device)) is None:
             self.about["mfu"] = "n/a: the peak of this device is not known"
+        if self.prediction is not None:
+            self.about["predicted"] = self.prediction.describe()
         places = {"steps": f"{training.steps}", "precision": precision, "run folder": f"{self.run_path}"}
         logger.info(table(self.config.job.description, {**self.about, **places}))
 
     def _log_summary(self) -> None:
-        places = {"metrics": f"{self.run_path / METRICS}"}
+        places = {}
+        if self.prediction is not None and self.recorder.peak is not None:
+            gib, _ = shown_memory(self.recorder.peak)
+            places["predicted"] = self.prediction.error(self.recorder.median("tps"), gib)
+        places["metrics"] = f"{self.run_path / METRICS}"
         if self.config.metrics.enable_tensorboard:
             command = (shown_path(sys.executable), "-m", "tensorboard.main", "--logdir", str(self.run_path))
             places["look at it"] = shlex.join(command)

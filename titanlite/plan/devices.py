@@ -70,6 +70,24 @@ DEVICES = {
 }
 
 
+# Cards of another power or memory, such as those for PCIe, have other names, and are not known.
+_REPORTED = {
+    "NVIDIA H100 80GB HBM3": "h100",
+    "NVIDIA H200": "h200",
+    "NVIDIA A100-SXM4-80GB": "a100",
+    "NVIDIA B200": "b200",
+    "AMD Instinct MI300X": "mi300x",
+    "AMD Instinct MI300X OAM": "mi300x",
+    "NVIDIA L40S": "l40s",
+    "NVIDIA GeForce RTX 4090": "4090",
+}
+
+
+def device_called(reported: str) -> Device | None:
+    """Return the device that torch reports by this name; None if it is not known."""
+    return DEVICES.get(_REPORTED.get(reported, ""))
+
+
 def find_device(name: str) -> Device:
     """Return a device of :data:`DEVICES`, or the one that a TOML file of the fields of :class:`Device` describes.
 

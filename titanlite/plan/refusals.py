@@ -52,16 +52,27 @@ class PlannedModel:
             ConfigError: the trainer would refuse it, or its time is not modelled.
         """
         check_config(config, devices, train=False)
-        for number_format in formats_of(config):
-            if number_format.cost is None:
-                refuse(config, "model.converters", f"the time of {number_format.name} is not modelled")
-        for name in ("split_points", "layers_per_stage", "schedule_csv"):
-            if config.value(key := f"parallelism.pipeline_parallel_{name}"):
-                refuse(config, key, "the time of stages other than the trainer's own is not modelled; leave it out")
+        check_time_is_modelled(config, self.args)
         degrees = resolve_degrees(config.parallelism, devices)
         check(self.args, self.spec.layout, mesh_of(degrees), config)
         if degrees.pipeline_parallel > 1:
             plan_pipeline(self.meta, chain(self.meta, self.spec.layout), config, degrees.pipeline_parallel)
+
+
+def check_time_is_modelled(config: JobConfig, args: DecoderArgs) -> None:
+    """Refuse what the cost model does not cover.
+
+    Raises:
+        ConfigError: there is some of it.
+    """
+    if args.latent is not None:
+        refuse(config, "model.name", "the time of latent attention is not modelled")
+    for number_format in formats_of(config):
+        if number_format.cost is None:
+            refuse(config, "model.converters", f"the time of {number_format.name} is not modelled")
+    for name in ("split_points", "layers_per_stage", "schedule_csv"):
+        if config.value(key := f"parallelism.pipeline_parallel_{name}"):
+            refuse(config, key, "the time of stages other than the trainer's own is not modelled; leave it out")
 
 
 def planned_model(config: JobConfig) -> PlannedModel:
@@ -73,8 +84,7 @@ def planned_model(config: JobConfig) -> PlannedModel:
     shape = choose_shape(config)
     if not isinstance(shape.flavor, DecoderArgs):
         refuse(config, "model.name", "plans are made for decoders, and this family is none")
-    if shape.flavor.latent is not None:
-        refuse(config, "model.name", "the time of latent attention is not modelled")
+    check_time_is_modelled(config, shape.flavor)
     vocab_size = shape.flavor.vocab_size or ASSUMED_VOCAB_SIZE
     args: DecoderArgs = shape.spec.configure(shape.flavor, vocab_size, config.training.seq_len)
     return PlannedModel(shape.spec, args, shape.about)
