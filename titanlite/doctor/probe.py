@@ -48,6 +48,11 @@ def for_one_process(config: JobConfig) -> JobConfig:
     config.parallelism = Parallelism()
     config.training.global_batch_size, config.training.enable_cpu_offload = -1, False
     config.model.converters = []
+    for number_format in NUMBER_FORMATS:  # one process gathers nothing
+        section = getattr(config, number_format.name)
+        for key in vars(section):
+            if "all_gather" in key or "precompute" in key:
+                setattr(section, key, False)
     if config.activation_checkpoint.mode == "auto":
         config.activation_checkpoint.mode = "none"
     return config
@@ -86,6 +91,10 @@ class Probe:
     def _convert(self) -> None:
         for number_format in NUMBER_FORMATS:
             name = number_format.name
+            if number_format.weight_bytes(self.config) == 1:
+                why = "the recipe stores weights in the format to save memory; it is not meant to be faster"
+                say(kind="refused", format=name, why=why)
+                continue
             try:
                 number_format.check(self._with(name))
                 self.kinds[name] = linear_kinds(self.config, self.mesh, name)
@@ -113,8 +122,10 @@ class Probe:
         return min(training.local_batch_size * training.seq_len, max(128, affordable // 128 * 128))
 
     def _layers(self, compiled: bool) -> None:
-        """Measure each size of layers once, those with the most FLOPs first."""
-        tokens, measured = self._tokens(), {}
+        """Measure each size of layers in each format once, those with the most FLOPs first."""
+        tokens = self._tokens()
+        measured: dict[tuple[int, int], dict[str, dict[str, float]]] = {}
+        emulation_shown: set[str] = set()
         ordered = sorted(self.kinds[BASE], key=lambda kind: -kind.count * kind.sizes[0] * kind.sizes[1])
         for base in ordered:
             converted = {
@@ -122,23 +133,24 @@ class Probe:
                 for name, emulated in self.emulated.items()
                 for kind in self.kinds[name]
                 # Emulation is slower everywhere: one layer shows it.
-                if kind.name == base.name and format_of([kind]) and (not emulated or base is ordered[0])
+                if kind.name == base.name and format_of([kind]) and name not in emulation_shown
             }
-            if base.sizes not in measured:
+            emulation_shown |= {name for name in converted if self.emulated[name]}
+            rows = measured.setdefault(base.sizes, {})
+            missing = {name: kind for name, kind in converted.items() if name not in rows}
+            if missing or not rows:
                 ways = {
                     name: layer_step(kind.layer, tokens, self.dtype, self.device, compiled)
-                    for name, kind in {BASE: base, **converted}.items()
+                    for name, kind in {BASE: base, **missing}.items()
                 }
-                measured[base.sizes] = time_in_turn(ways, self.device, _ROUNDS_SECONDS[self.device.type])
-            seconds = measured[base.sizes]
+                seconds = time_in_turn(ways, self.device, _ROUNDS_SECONDS[self.device.type])
+                rows |= {name: compared(seconds, name) for name in ways if name not in rows}
             about = {"kind": "layer", "compiled": compiled, "layer": base.suffix, "count": base.count}
             about |= {"features": base.sizes, "tokens": tokens}
             for name in (BASE, *converted):
-                if name in seconds:  # the first layer of this size may have been left out
-                    row = compared(seconds, name)
-                    say(**about, format=name, emulated=self.emulated.get(name, False), **row)
-                    if name != BASE:
-                        self.gains[compiled, name, base.suffix] = row["speedup"]
+                say(**about, format=name, emulated=self.emulated.get(name, False), **rows[name])
+                if name != BASE:
+                    self.gains[compiled, name, base.suffix] = rows[name]["speedup"]
 
     # ---- steps
 

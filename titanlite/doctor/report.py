@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Iterator, Sequence
 
+from titanlite.config.number_formats import NUMBER_FORMATS
 from titanlite.doctor.examine import Examination
 from titanlite.doctor.probe import BASE
 from titanlite.doctor.verdict import Row
@@ -46,7 +47,10 @@ def conclusion(examination: Examination) -> str:
 def command(examination: Examination, argv: Sequence[str]) -> str:
     """Return the line to type."""
     options = [f"--{key}={value}" for key, value in examination.verdict.options.items()]
-    return shlex.join([*shlex.split(titanlite_command()), "train", *argv, *options])
+    converters = " ".join(part for part in (*argv, *options) if part.startswith("--model.converters"))
+    unused = tuple(f"--{n.name}." for n in NUMBER_FORMATS if n.name not in converters)  # the trainer would refuse them
+    given = [argument for argument in argv if not argument.startswith(unused)]
+    return shlex.join([*shlex.split(titanlite_command()), "train", *given, *options])
 
 
 def _ceilings(examination: Examination) -> Iterator[str]:

@@ -41,6 +41,9 @@ def shallow(config: JobConfig, rate: float, device: torch.device) -> JobConfig |
         return flops_per_token(size_of(config, depth), training.seq_len) * tokens / rate
 
     depth, least = flavor.n_layers, 1 + (flavor.mixture.n_dense_layers if flavor.mixture else 0)
+    checkpointing = config.activation_checkpoint
+    if checkpointing.mode == "selective" and checkpointing.selective_ac_option.isdigit():
+        least = max(least, min(depth, int(checkpointing.selective_ac_option)))  # it checkpoints every N-th block
     while seconds(least) > _SECONDS[device.type] and training.local_batch_size > 1:
         training.local_batch_size //= 2
     while depth > least and seconds(depth) > _SECONDS[device.type]:

@@ -77,7 +77,7 @@ def _reason(name: str, rows: Sequence[Row], steps: dict[tuple[str, bool], Row]) 
             parts.append(f"steps {_times(step['speedup'])}")
     gains = any(row["speedup"] >= GAINS for (format, _), row in steps.items() if format == name)
     known = any(format == name for format, _ in steps)
-    ending = "it gains" if gains else "it will not gain" if known else "no step was measured in the time"
+    ending = "it gains" if gains else "it will not gain" if known else "no step was measured"
     return f"{name} has units here; {'; '.join(parts)}: {ending}"
 
 

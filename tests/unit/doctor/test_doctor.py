@@ -7,19 +7,22 @@ import json
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from tests.support.runs import environment
+from tests.support.runs import ROOT, environment
 from titanlite.commands import doctor
+from titanlite.config import load_config
 from titanlite.converters.linears import native_instead
-from titanlite.doctor import allreduce, examine
+from titanlite.doctor import allreduce, examine, probe, shallow
 from titanlite.doctor.ceilings import matmul_ceilings
 from titanlite.doctor.machine import machine, read_fact
 from titanlite.doctor.probe import BASE
+from titanlite.doctor.report import command
 from titanlite.doctor.verdict import decide
 from titanlite.quant.int8.format import Int8Format
 
@@ -116,6 +119,58 @@ def test_facts_alone_as_json(capsys: pytest.CaptureFixture[str]) -> None:
 def test_bad_options_are_refused_without_a_traceback(capsys: pytest.CaptureFixture[str]) -> None:
     assert doctor.main(["--model.flavor=17B", "--no-measure"]) == 2
     assert "17B" in capsys.readouterr().err
+
+
+@pytest.fixture
+def process() -> Iterator[None]:
+    torch.distributed.init_process_group("gloo", init_method="tcp://localhost:0", rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_options_for_many_processes_and_filters_leave_all_to_measure(
+    process: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Gathers have no meaning here, the first layer of a size may be left out, and one block of two is checkpointed."""
+    monkeypatch.setitem(probe._ROUNDS_SECONDS, "cpu", 0.01)
+    monkeypatch.setitem(shallow._SECONDS, "cpu", 1e-9)  # as few blocks as there can be
+    shape = ["--model.args.dim=64", "--model.args.n_heads=2", "--model.args.n_kv_heads=2", "--model.args.ffn_dim=128"]
+    config = load_config(
+        [
+            *shape,
+            *("--training.seq_len=32", "--training.local_batch_size=1", "--parallelism.tensor_parallel_degree=2"),
+            *("--activation_checkpoint.mode=selective", "--activation_checkpoint.selective_ac_option=2"),
+            *("--int8.filter_fqns=output,wq,w1", "--int8.enable_fsdp_int8_all_gather"),
+            "--mx.enable_tensor_parallel_mxfp8_all_gather",
+        ],
+        str(ROOT / "train_configs" / "debug_model.toml"),
+    )
+    probing = probe.Probe(config, torch.device("cpu"))
+    probing._convert()
+    probing.rates = {"bfloat16": 1e10, "float32": 1e10}
+    probing._layers(False)
+    probing._steps(False)
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [row for row in rows if row["kind"] in ("failed", "refused")] == []
+    layers = {row["layer"].rpartition(".")[2] for row in rows if row["kind"] == "layer" and row["format"] == "int8"}
+    assert layers == {"wk"} if probing.emulated["int8"] else {"wk", "wv", "wo", "w2", "w3"}
+    assert {row["format"] for row in rows if row["kind"] == "layer"} == {BASE, "float8", "int8", "mx"}
+    assert {row["blocks"] for row in rows if row["kind"] == "step"} == {2}
+
+
+def test_weights_in_int8_are_no_matter_of_speed(process: None, capsys: pytest.CaptureFixture[str]) -> None:
+    config = load_config(["--int8.recipe_name=weights"], str(ROOT / "train_configs" / "debug_model.toml"))
+    probe.Probe(config, torch.device("cpu"))._convert()
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [row["format"] for row in rows if row["kind"] == "refused"] == ["int8"]
+
+
+def test_options_of_a_format_that_is_not_advised_are_not_in_the_line_to_type() -> None:
+    examination = examine.examine(load_config([], None), [], measure=False)
+    given = ["--int8.recipe_name=rowwise", "--training.steps=5"]
+    assert command(examination, given).endswith("train --training.steps=5")
+    assert command(examination, ["--model.converters=int8", *given]).endswith("rowwise --training.steps=5")
 
 
 @pytest.mark.slow
