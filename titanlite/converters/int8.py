@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 
+import torch
+
 from titanlite.config import JobConfig
 from titanlite.config.int8_rules import WEIGHTS
 from titanlite.converters.linears import LinearConverter, target_or_device, warn_of_emulation
@@ -50,5 +52,7 @@ class Int8Converter(LinearConverter):
         super().__init__("int8", recipe, format, options.filter_fqns, emulate, mesh, gathered_by)
 
     def too_small(self) -> Callable[[int, int], bool] | None:
-        measured = self.units == "cpu" and not self.emulated and self.recipe != WEIGHTS
+        # With AMX bfloat16 has units too, and other sizes gain, if any.
+        measured = self.units == "cpu" and not torch.cpu._is_amx_tile_supported()
+        measured = measured and not self.emulated and self.recipe != WEIGHTS
         return (lambda k, n: min(k, n) < _NARROW) if measured else None

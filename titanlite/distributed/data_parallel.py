@@ -13,7 +13,10 @@ from torch.distributed.tensor import DTensor, Shard
 
 from titanlite.config.schema import Training
 from titanlite.distributed.mesh import Mesh
+from titanlite.errors import ConfigError
 from titanlite.models.layers import Experts
+from titanlite.quant.fsdp import shard_with_offset
+from titanlite.quant.linear import quant_layers_by_name
 
 _LARGE = 1 << 30  # bytes
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -31,7 +34,11 @@ def apply_fsdp(
             the backward, so it is kept gathered unless ``fsdp_reshard_after_forward`` is "always". Under pipeline
             parallelism all are kept by default, else each microbatch would gather them again; and where there is one
             shard, so that gathering is nothing but copies, unless it is kept in host memory.
+
+    Raises:
+        ConfigError: weights that are gathered with scales of rows cannot be shared evenly.
     """
+    _check_rows(model, mesh.fsdp.size())
     policy = MixedPrecisionPolicy(
         param_dtype=DTYPES[training.mixed_precision_param],
         reduce_dtype=DTYPES[training.mixed_precision_reduce],
@@ -65,6 +72,23 @@ def apply_fsdp(
         offload_policy=offload,
         reshard_after_forward=reshard == "always",
     )
+
+
+def _check_rows(model: nn.Module, shards: int) -> None:
+    """Check that the rows of each weight that has scales of rows when it is gathered, on this rank of tensor
+    parallelism, can be shared evenly."""
+    for name, layer in quant_layers_by_name(model).items():
+        if not layer.gather_quantized or not layer.format.has_scales_of_rows("weight"):
+            continue
+        rows = len(shard_with_offset(layer.weight)[0])
+        if rows % shards:
+            raise ConfigError(
+                f"{name} has {rows} rows on each rank of tensor parallelism, and {layer.gather_option} needs as many "
+                "on each shard; choose another degree, name this layer in its converter's filter_fqns, or leave that "
+                "option out",
+                key="parallelism.data_parallel_shard_degree",
+                value=shards,
+            )
 
 
 def _placements(model: nn.Module, mesh: Mesh) -> Callable[[nn.Parameter], Any]:

@@ -16,6 +16,14 @@ import torch._inductor.config as inductor
 from torch import fx
 from torch._inductor.custom_graph_pass import CustomGraphPass
 
+_GATHERED = (
+    torch.int8,
+    torch.float8_e4m3fn,
+    torch.float8_e4m3fnuz,
+    torch.float8_e5m2,
+    torch.float8_e5m2fnuz,
+)
+
 
 def cast_in_backward(graph: fx.Graph) -> None:
     """Let what is computed from gathered weights, and used by the backward alone, be computed there.
@@ -27,6 +35,8 @@ def cast_in_backward(graph: fx.Graph) -> None:
     of_weights = _parts_of_weights([node for node in nodes if node.op == "placeholder"])
     of_gradients = {node for node in nodes if node.op == "placeholder" and node.name.startswith("tangents")}
     for node in nodes:
+        if node.op == "output":  # of the forward too: what it returns is not for the backward alone
+            continue
         inputs = node.all_input_nodes
         if not of_gradients.isdisjoint(inputs):
             of_gradients.add(node)
@@ -45,7 +55,7 @@ def _parts_of_weights(inputs: list[fx.Node]) -> set[fx.Node]:
     parts: set[fx.Node] = set()
     for data, scale in pairwise(inputs):
         value = data.meta.get("val")
-        if isinstance(value, torch.Tensor) and value.dtype.itemsize == 1 and value.ndim == 2:
+        if isinstance(value, torch.Tensor) and value.dtype in _GATHERED and value.ndim == 2:
             parts |= {data, scale}
     return parts
 

@@ -39,8 +39,8 @@ class Operand(NamedTuple):
 
     Attributes:
         data: 2-D; in the format, or in high precision where ``scale`` is None.
-        scale: of the dtype and meaning that the format gives it; () for the whole tensor, or 2-D with one entry per
-            row, column, or block of ``data``.
+        scale: of the dtype and meaning that the format gives it; () for the whole tensor, 2-D with one entry per row,
+            column, or block of ``data``, or 1-D in the order of the units.
     """
 
     data: Tensor
@@ -115,14 +115,14 @@ class Format(ABC):
 
     @abstractmethod
     def multiply(self, a: Operand, b: Operand, matmul: Matmul, dtype: torch.dtype) -> Tensor:
-        """Return ``a @ b``, (m, k) @ (k, n), accumulated in float32 or int32, without the scales, in ``dtype``. Either
-        both operands are in the format, or neither is."""
+        """Return ``a @ b``, (m, k) @ (k, n), with the scales applied, in ``dtype``; it is summed in float32 or int32.
+        Both operands are in the format, or neither is; of a format that stores weights, ``b`` alone may be."""
 
     # ---- communication
 
     def travels(self, operand: OperandName) -> bool:
         """Return whether ranks can gather the operand in the format, as they can if both of its matmuls use it. The
-        four methods below are called only for an operand that travels."""
+        methods below, up to :meth:`recast`, are called only for an operand that travels."""
         return False
 
     def has_scales_of_rows(self, operand: OperandName) -> bool:

@@ -254,9 +254,14 @@ class QuantLinear(CastsOperands):
         return ", ".join([super().extra_repr(), *options])
 
 
+def quant_layers_by_name(model: nn.Module) -> dict[str, QuantLinear]:
+    """Return the layers in ``model`` that compute in a number format, by their names."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, QuantLinear)}
+
+
 def quant_layers(model: nn.Module) -> list[QuantLinear]:
     """Return the layers in ``model`` that compute in a number format."""
-    return [module for module in model.modules() if isinstance(module, QuantLinear)]
+    return [*quant_layers_by_name(model).values()]
 
 
 @contextmanager

@@ -16,13 +16,10 @@ FORMAT = Int8Format(gathered=("weight",))
 LAYERS, WIDTH = 4, 64
 
 
-def kept(monkeypatch: pytest.MonkeyPatch, uses_pass: bool) -> tuple[int, list[Tensor]]:
+def kept(uses_pass: bool) -> tuple[int, list[Tensor]]:
     """Run compiled layers with gathered weights. Return the number of int8 matrices kept that are no weight's memory,
     and the gradients."""
-    monkeypatch.setattr(inductor, "joint_custom_post_pass", None)
     torch._dynamo.reset()
-    if uses_pass:
-        use_cast_in_backward()
     torch.manual_seed(0)
     layers = nn.Sequential()
     memory = set()
@@ -41,18 +38,21 @@ def kept(monkeypatch: pytest.MonkeyPatch, uses_pass: bool) -> tuple[int, list[Te
         return x
 
     x = torch.randn(24, WIDTH, requires_grad=True)  # so that no activation has a weight's shape
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        out = torch.compile(layers)(x)
-    return len(copies), list(torch.autograd.grad(out.square().sum(), (x, *layers.parameters())))
+    with inductor.patch(joint_custom_post_pass=None):
+        if uses_pass:
+            use_cast_in_backward()
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+            out = torch.compile(layers)(x)
+        return len(copies), list(torch.autograd.grad(out.square().sum(), (x, *layers.parameters())))
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not is_native("cpu"), reason="emulated, the cast is fused with the matmul and not kept")
-def test_no_cast_of_a_gathered_weight_is_kept_for_backward(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_cast_of_a_gathered_weight_is_kept_for_backward() -> None:
     """Else a GPU would keep a byte for every parameter of the model. The gradients are the same."""
-    copies, gradients = kept(monkeypatch, True)
+    copies, gradients = kept(True)
     assert copies == 0
-    without, expected = kept(monkeypatch, False)
+    without, expected = kept(False)
     assert without > 0, "torch keeps none by itself: the pass is not needed any more"
     for mine, theirs in zip(gradients, expected, strict=True):
         assert torch.allclose(mine, theirs, rtol=1e-5)

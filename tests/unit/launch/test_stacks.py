@@ -66,10 +66,11 @@ def stacks_after(process: subprocess.Popen[str], folder: Path, enough: str) -> s
     time.sleep(0.5)  # until its threads wait
     process.send_signal(signal.SIGTERM)
     give_up = time.monotonic() + 10
-    while enough not in (text := (folder / "stacks-0").read_text()) and time.monotonic() < give_up:
+    while enough not in (folder / "stacks-0").read_text() and time.monotonic() < give_up:
         time.sleep(0.05)
+    time.sleep(0.2)  # until all of it is written
     process.kill()
-    return text
+    return (folder / "stacks-0").read_text()
 
 
 def test_signals_do_not_crash_what_runs_python_in_threads(tmp_path: Path) -> None:

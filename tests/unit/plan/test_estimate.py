@@ -216,6 +216,14 @@ def run(ngpu: int, *options: str, **extra: str) -> subprocess.CompletedProcess[s
         ((), "foo", "COMM_MODE=foo: there is no such mode; known: fake"),
         (("--parallelism.data_parallel_shard_degree=3",), "fake", "but there are 512 processes: set NGPU=3"),
         (("--parallelism.tensor_parallel_degree=32",), "fake", "must divide the model's n_heads = 16"),
+        (  # 256 rows over 256 shards, but 128 on each rank of tensor parallelism
+            (
+                *("--parallelism.tensor_parallel_degree=2", "--model.converters=int8"),
+                "--int8.enable_fsdp_int8_all_gather",
+            ),
+            "fake",
+            "has 128 rows on each rank of tensor parallelism",
+        ),
         (("--training.enable_cpu_offload",), "fake", "is not modelled"),
     ],
 )

@@ -155,8 +155,8 @@ def test_an_estimate_counts_all_experts_and_the_exchange_of_loads() -> None:
     experts = 2 * 6 * 3 * 32 * 16 * 4 // 2
     assert experts < rank.parameters < experts + 2048 * 32 * 4 + 60_000
     reduced = [traffic.nbytes for collective, traffic in rank.traffic.items() if collective.name == "all-reduce"]
-    # Norm and loss; of each layer its loads, and three sums; the numbers of labels.
-    assert sum(reduced) == 3 * 8 + 2 * (6 + 3) * 8 + 2 * 4
+    # Norm, loss and requests to stop; of each layer its loads, and three sums; the numbers of labels.
+    assert sum(reduced) == 4 * 8 + 2 * (6 + 3) * 8 + 2 * 4
 
 
 def test_an_estimate_counts_the_exchange_of_tokens_and_its_worst_case() -> None:

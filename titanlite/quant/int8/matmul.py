@@ -7,7 +7,7 @@ from torch import Tensor
 
 from titanlite.quant.emulation import multiply_in_float32
 from titanlite.quant.format import Operand
-from titanlite.quant.int8 import cpu
+from titanlite.quant.int8 import cpu, gpu  # noqa: F401  (gpu registers the kernel of cpu.multiply for GPUs)
 from titanlite.quant.int8.numerics import LONGEST, rescale
 
 
