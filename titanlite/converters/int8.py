@@ -5,14 +5,13 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 
-import torch
-
 from titanlite.config import JobConfig
 from titanlite.config.int8_rules import WEIGHTS
 from titanlite.converters.linears import LinearConverter, target_or_device, warn_of_emulation
 from titanlite.converters.registry import register_converter
 from titanlite.distributed.mesh import Mesh
 from titanlite.quant.format import Matmul, OperandName
+from titanlite.quant.int8.cpu import MATRIX_UNITS
 from titanlite.quant.int8.format import Int8Format, is_native
 from titanlite.quant.int8.gpu import choice
 from titanlite.quant.int8.weights import Int8Weights
@@ -52,7 +51,6 @@ class Int8Converter(LinearConverter):
         super().__init__("int8", recipe, format, options.filter_fqns, emulate, mesh, gathered_by)
 
     def too_small(self) -> Callable[[int, int], bool] | None:
-        # With AMX bfloat16 has units too, and other sizes gain, if any.
-        measured = self.units == "cpu" and not torch.cpu._is_amx_tile_supported()
+        measured = self.units == "cpu" and not MATRIX_UNITS  # with them other sizes gain, if any
         measured = measured and not self.emulated and self.recipe != WEIGHTS
         return (lambda k, n: min(k, n) < _NARROW) if measured else None

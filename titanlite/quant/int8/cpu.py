@@ -38,8 +38,10 @@ def _by_features(x: Tensor) -> tuple[Tensor, Tensor]:
     return _round(x, inverse), scale
 
 
+MATRIX_UNITS = torch.cpu._is_amx_tile_supported()
+"""Whether this processor has matrix units (AMX), which multiply bfloat16 too."""
 # torch._int_mm takes a routine without AMX. Where there is no AMX it is the faster one.
-_BY_QUANTIZED_LINEAR = torch.backends.mkldnn.is_available() and torch.cpu._is_amx_tile_supported()
+_BY_QUANTIZED_LINEAR = torch.backends.mkldnn.is_available() and MATRIX_UNITS
 _CASTS = "int8 casts"
 _by_features_compiled = CompiledFunction(_by_features, _CASTS)
 # In one function with the casts, the compiler would walk along the columns, and divide anew for each element.
