@@ -247,6 +247,7 @@ TABLES: dict[str, Callable[[list[dict[str, Any]]], list[list[str]]]] = {
     "int8_cpu/layers": int8_layers,
     "int8_cpu/steps": int8_steps,
     "int8_cpu_20M": int8_steps,
+    "int8_cpu_narrow": int8_layers,
     "document_masks": document_masks,
     "time_budget": time_budget,
     "float8_memory": float8_memory,

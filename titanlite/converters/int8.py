@@ -25,7 +25,9 @@ RECIPES: dict[str, tuple[Matmul, ...]] = {
 }
 
 
-_NARROW = 512  # features; on a CPU, layers of width 256 do not gain and those of width 768 do
+# Elements of a weight. On a CPU without matrix units, smaller ones lose by their casts what the matmuls gain
+# (docs/benchmarks/int8_cpu_narrow.json).
+_SMALL = 512 * 512
 
 
 @register_converter("int8")
@@ -53,4 +55,4 @@ class Int8Converter(LinearConverter):
     def too_small(self) -> Callable[[int, int], bool] | None:
         measured = self.units == "cpu" and not MATRIX_UNITS  # with them other sizes gain, if any
         measured = measured and not self.emulated and self.recipe != WEIGHTS
-        return (lambda k, n: min(k, n) < _NARROW) if measured else None
+        return (lambda k, n: k * n < _SMALL) if measured else None

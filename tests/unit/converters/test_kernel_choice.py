@@ -53,7 +53,7 @@ def test_the_choice_is_said(name: str, units: str, said: str, mesh: Mesh, caplog
 def layers(*options: str, mesh: Mesh) -> dict[str, nn.Module]:
     """Convert a narrow, a wide and an output layer to int8."""
     config = load_config(["--model.converters=int8", *options], str(ROOT / "train_configs" / "debug_model.toml"))
-    sizes = {"narrow": (256, 1024), "wide": (768, 768), "output": (768, 2048)}
+    sizes = {"narrow": (256, 768), "wide": (768, 768), "output": (768, 2048)}
     model = nn.ModuleDict({name: nn.Linear(*size, bias=False) for name, size in sizes.items()})
     Int8Converter(config, mesh).convert(model)
     return dict(model.named_children())
@@ -64,7 +64,7 @@ def layers(*options: str, mesh: Mesh) -> dict[str, nn.Module]:
     reason="emulated, or with AMX, where no size is measured",
 )
 def test_layers_too_small_for_int8(mesh: Mesh, caplog: pytest.LogCaptureFixture) -> None:
-    """On a CPU narrow layers are left out if asked for, and the table says that they will not gain if not."""
+    """On a CPU small layers are left out if asked for, and the table says that they will not gain if not."""
     caplog.set_level("INFO")
     converted = layers(mesh=mesh)
     assert {name for name, layer in converted.items() if isinstance(layer, QuantLinear)} == {"narrow", "wide"}
