@@ -17,6 +17,7 @@ from titanlite.config.schema import ActivationCheckpoint
 from titanlite.converters.int8 import RECIPES
 from titanlite.distributed.activation_checkpoint import apply_activation_checkpoint
 from titanlite.quant.format import Use
+from titanlite.quant.int8 import cpu
 from titanlite.quant.int8.cpu import MULTIPLY
 from titanlite.quant.int8.format import Int8Format
 from titanlite.quant.int8.numerics import LONGEST, dequantize
@@ -163,3 +164,17 @@ def test_checkpointing_keeps_every_second_matmul() -> None:
     with Count():
         out.sum().backward()
     assert sum(counted) == 8 + 2  # two gradients of each layer, and the outputs of the second and fourth
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="oneDNN is not in this build of torch")
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize(("m", "k", "n"), [(1, 8, 8), (33, 64, 48), (130, 200, 24)])
+def test_the_matmul_of_processors_with_matrix_units(m: int, k: int, n: int, transposed: bool) -> None:
+    """It runs on others too, in other instructions; a NaN scale stays in its column."""
+    a = torch.randint(-127, 128, (m, k), dtype=torch.int8)
+    b = torch.randint(-127, 128, (n, k), dtype=torch.int8).t()
+    b = b if transposed else b.contiguous()
+    scale = torch.rand(1, n) + 0.5
+    scale[0, 3] = torch.nan
+    expected = (a.double() @ b.double() * scale.double()).float()
+    torch.testing.assert_close(cpu._onednn_matmul(a, b, scale), expected, rtol=1e-6, atol=0, equal_nan=True)
