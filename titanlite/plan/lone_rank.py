@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from typing import Any
 
@@ -24,8 +25,14 @@ def in_a_process(function: Callable[..., Any], *args: Any, method: str = START_M
     """Return ``function(*args)`` of another process. Each stage needs one, because DTensor caches process groups that
     no longer exist."""
     context = multiprocessing.get_context(method)
-    with ProcessPoolExecutor(1, context, initializer=_end_with, initargs=(os.getpid(),)) as process:
-        return process.submit(function, *args).result()
+    try:
+        with ProcessPoolExecutor(1, context, initializer=_end_with, initargs=(os.getpid(),)) as process:
+            return process.submit(function, *args).result()
+    except BrokenProcessPool:
+        if method != "fork":
+            raise
+        # A fork has no threads of this process, and what waits for one of them can crash. A new process cannot.
+        return in_a_process(function, *args, method="spawn")
 
 
 def _end_with(parent: int) -> None:
