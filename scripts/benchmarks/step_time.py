@@ -114,10 +114,12 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
         return
     figure, axes = pyplot.subplots(figsize=(7, 6), layout="constrained")
     for table in dict.fromkeys(row["table"] for row in rows):
-        own = [row for row in rows if row["table"] == table]
-        points = [row["published_tps"] for row in own], [row["left_out_tps"] for row in own]
+        of_table = [row for row in rows if row["table"] == table]
+        points = [row["published_tps"] for row in of_table], [row["left_out_tps"] for row in of_table]
         axes.plot(
-            *points, "o" if own[0]["fitted"] else "x", label=table + ("" if own[0]["fitted"] else " (never fitted)")
+            *points,
+            "o" if of_table[0]["fitted"] else "x",
+            label=table + ("" if of_table[0]["fitted"] else " (never fitted)"),
         )
     limits = [10, 20000]
     axes.plot(limits, limits, color="gray", linewidth=1)

@@ -58,31 +58,31 @@ Result = dict[str, Any]
 
 
 def counts(args: argparse.Namespace) -> list[Result]:
-    found: list[Result] = []
+    rows: list[Result] = []
     for ranks in args.ranks:
         first, later, _ = _saves(ranks, args.tensors)
-        found.append({"part": "plan", "ranks": ranks, "tensors": args.tensors, "first": first, "later": later})
+        rows.append({"part": "plan", "ranks": ranks, "tensors": args.tensors, "first": first, "later": later})
     size = _bytes_of_names()
     for ranks in args.ranks:
         row = {"gathered_bytes": ranks * size, "with_hashes_bytes": ranks * HASH_BYTES + size}
-        found.append({"part": "names of 8B", "ranks": ranks, **row})
+        rows.append({"part": "names of 8B", "ranks": ranks, **row})
     for count in PROCESSES:
-        found.append({"part": "open files", "processes": count, "open": max(_in_processes(count, _open_files))})
+        rows.append({"part": "open files", "processes": count, "open": max(_in_processes(count, _open_files))})
     for ranks in args.ranks:
-        found.append({"part": "limit of open files", "ranks": ranks, "limit": descriptors_needed(ranks)})
-    return found
+        rows.append({"part": "limit of open files", "ranks": ranks, "limit": descriptors_needed(ranks)})
+    return rows
 
 
 def seconds(args: argparse.Namespace) -> list[Result]:
-    found: list[Result] = []
+    rows: list[Result] = []
     for ranks in args.ranks:
         *_, (first, later) = _saves(ranks, args.tensors)
         row = {"first_s": round(first, 4), "later_s": round(later, 6)}
-        found.append({"part": "plan", "ranks": ranks, "tensors": args.tensors, **row})
+        rows.append({"part": "plan", "ranks": ranks, "tensors": args.tensors, **row})
     for count in (*PROCESSES, 16, 24):
         took = statistics.median(_in_processes(count, _agreement_seconds))
-        found.append({"part": "agreement", "processes": count, "agreement_s": round(took, 6)})
-    return found
+        rows.append({"part": "agreement", "processes": count, "agreement_s": round(took, 6)})
+    return rows
 
 
 def _saves(ranks: int, tensors: int) -> tuple[dict[str, int], dict[str, int], tuple[float, float]]:
@@ -222,10 +222,10 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=None, help="where the corpus is written")
     parser.add_argument("--out", type=Path, default=None)
     args = parser.parse_args()
-    found = PARTS[args.part](args)
-    for row in found:
+    rows = PARTS[args.part](args)
+    for row in rows:
         print(json.dumps(row))
-    results.save("thousand_ranks" if args.part == "counts" else f"thousand_ranks_{args.part}", found, args, kind="cpu")
+    results.save("thousand_ranks" if args.part == "counts" else f"thousand_ranks_{args.part}", rows, args, kind="cpu")
 
 
 if __name__ == "__main__":

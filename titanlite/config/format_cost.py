@@ -1,4 +1,4 @@
-"""What a number format costs and saves in a step, for predictions; the rules of its section say it."""
+"""The costs of a number format in a step, and what it saves, for predictions; the rules of its section give them."""
 
 from __future__ import annotations
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 
 class Constants(NamedTuple):
-    """What published runs say about everything that counts cannot tell.
+    """Constants for what cannot be counted, from published runs.
 
     Attributes:
         matmul: the speed of matmuls in a step, of that of large matmuls alone.

@@ -56,7 +56,7 @@ def _of_rank(work: Work, rank: int, forward: float, again: float) -> LayoutMemor
     kept = held if not work.reshards else 2 * block + a.vocab_size * a.dim / tp
     gathered = _BF16 * kept if work.shards > 1 or work.reshards else _BF16 * held
     gathered += (_BF16 + _FP32) * block
-    if work.microbatches > 1:  # gradients are summed before they are reduced
+    if work.microbatches > 1 and not work.reduces_each:  # whole gradients are summed before they are reduced
         gathered += _FP32 * held
     logits = _logits(work) if part.output else 0.0
     activations = part.blocks * forward * _in_flight(work, rank) + (again if again >= logits else 0)

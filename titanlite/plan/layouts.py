@@ -92,7 +92,7 @@ def changed(config: JobConfig, options: Options) -> JobConfig:
 def make_plan(config: JobConfig, model: PlannedModel, device: Device, devices: int, top: int) -> Plan:
     """Try all layouts, and return the ``top`` best of them. Options that layouts do not vary stay as configured."""
     plan, scratch = Plan(model, device, devices, []), copy.deepcopy(config)
-    found: list[Layout] = []
+    candidates: list[Layout] = []
     n_experts = model.args.mixture.n_experts if model.args.mixture else 1
     for options in meshes(config, device, devices, n_experts):
         try:
@@ -102,10 +102,10 @@ def make_plan(config: JobConfig, model: PlannedModel, device: Device, devices: i
             plan.refused += 1
             continue
         for variant in itertools.starmap(_merged, itertools.product(batches(config, options), recipes(config, device))):
-            found += _variants(plan, scratch, {**options, **variant})
-    fitting = sorted((layout for layout in found if layout.fits), key=lambda layout: -layout.tps_per_device)
-    plan.too_large = len(found) - len(fitting)
-    ranked = fitting or sorted(found, key=lambda layout: layout.memory.total)
+            candidates += _variants(plan, scratch, {**options, **variant})
+    fitting = sorted((layout for layout in candidates if layout.fits), key=lambda layout: -layout.tps_per_device)
+    plan.too_large = len(candidates) - len(fitting)
+    ranked = fitting or sorted(candidates, key=lambda layout: layout.memory.total)
     for layout in ranked:
         if len(plan.layouts) == top:
             break

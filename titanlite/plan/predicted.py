@@ -1,4 +1,4 @@
-"""What the cost model of ``titanlite plan`` says of a run that is about to begin, and how far it was off afterwards."""
+"""The prediction of a run by the cost model of ``titanlite plan``, and its error after the run."""
 
 from __future__ import annotations
 

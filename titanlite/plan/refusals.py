@@ -1,4 +1,4 @@
-"""Whether the trainer would refuse a layout, by the trainer's own checks, without a process group."""
+"""The trainer's own checks of a layout, without a process group."""
 
 from __future__ import annotations
 

@@ -52,18 +52,22 @@ def describe(plan: Plan, tokens: float, price: float | None) -> str:
         lines.append("    none fits; these need the least memory:")
     table = [["", "tps/device", "mfu", "memory GiB", "step s", "exposed s", "days", "device-hours", "cost", "options"]]
     for number, layout in enumerate(plan.layouts, 1):
-        found = row(plan, layout, tokens, price)
-        cost = "" if found["cost"] is None else f"{found['cost']:,.0f}"
+        values = row(plan, layout, tokens, price)
+        cost = "" if values["cost"] is None else f"{values['cost']:,.0f}"
         table.append(
             [
                 *(
                     str(number),
-                    f"{found['tps_per_device']:,.0f}",
-                    f"{found['mfu_pct']:.1f}%",
-                    f"{found['memory_gib']:.1f}",
+                    f"{values['tps_per_device']:,.0f}",
+                    f"{values['mfu_pct']:.1f}%",
+                    f"{values['memory_gib']:.1f}",
                 ),
-                *(f"{found['step_time_s']:.3f}", f"{found['exposed_communication_s']:.3f}", f"{found['days']:,.2f}"),
-                *(f"{found['device_hours']:,.0f}", cost, arguments(layout)),
+                *(
+                    f"{values['step_time_s']:.3f}",
+                    f"{values['exposed_communication_s']:.3f}",
+                    f"{values['days']:,.2f}",
+                ),
+                *(f"{values['device_hours']:,.0f}", cost, arguments(layout)),
             ]
         )
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]

@@ -1,4 +1,4 @@
-"""What the user of a plan asks for: amounts of tokens, layouts written to a file."""
+"""The arguments of a plan: amounts of tokens, layouts written to a file."""
 
 from __future__ import annotations
 

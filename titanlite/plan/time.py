@@ -235,13 +235,17 @@ class Clock:
 
         AdamW reads and writes the parameter and both moments and reads the gradient (28 bytes), the norm of the
         gradients (4), casts of the shard (6 + 4). FSDP2 copies out what it has gathered, for each microbatch, and into
-        the buffer of the reduction; gradients of several microbatches are summed in float32 (torch/distributed/fsdp,
-        _fsdp_collectives.py and _fsdp_param.py)."""
+        the buffer of each reduction; gradients of several microbatches are summed in float32, whole ones or shards
+        (torch/distributed/fsdp, _fsdp_collectives.py and _fsdp_param.py)."""
         work, element = self.work, self._gathered(group)
-        copies = BF16 + 2.0 * FP32
+        copies = (BF16 + 2.0 * FP32) * self._reductions()
         if group.shards > 1:
             copies += 2 * element * self._gathers()
-        summed = (BF16 + FP32) + (work.microbatches - 1) * (BF16 + 2 * FP32) if work.microbatches > 1 else 0
+        summed = 0.0
+        if work.reduces_each:
+            summed = (work.microbatches - 1) * 3 * FP32 / group.shards
+        elif work.microbatches > 1:
+            summed = (BF16 + FP32) + (work.microbatches - 1) * (BF16 + 2 * FP32)
         return (copies + summed + 42 / group.shards) * group.parameters / self.bandwidth
 
     def _gathered(self, group: Group) -> int:
@@ -252,6 +256,10 @@ class Clock:
     def _gathers(self) -> int:
         """Return how often FSDP2 gathers a weight in a step."""
         return 2 * self.work.microbatches if self.work.reshards else 1
+
+    def _reductions(self) -> int:
+        """Return how often FSDP2 reduces the gradients of a weight in a step."""
+        return self.work.microbatches if self.work.reduces_each else 1
 
     # ---- communication
 
@@ -325,9 +333,9 @@ class Clock:
         return max(0.0, exchange - self.attention()) + self.constants.exposed * exchange
 
     def data_parallel(self, groups: Sequence[Group], busy: float) -> float:
-        """Return the exposed seconds of FSDP2: its gathers, a reduction in float32 for each step (gradients of
-        microbatches are summed first), and an all-reduce among replicas. They run beside computing, and slow it by the
-        share that they take of the device.
+        """Return the exposed seconds of FSDP2: its gathers, its reductions in float32, of a step or of each microbatch,
+        and an all-reduce among replicas. They run beside computing, and slow it by the share that they take of the
+        device.
 
         A pipeline reduces after its last backward, with nothing beside it, and the first microbatch alone can hide the
         gathers (torch/distributed/pipelining, stage.py)."""
@@ -337,7 +345,7 @@ class Clock:
         for group in groups:
             held, shards, stride, _ = group
             gathers += self._gathers() * self.over_ring(held * self._gathered(group), shards, stride)
-            reduction += self.over_ring(held * FP32, shards, stride)
+            reduction += self._reductions() * self.over_ring(held * FP32, shards, stride)
             reduction += 2 * self.over_ring(held * FP32 / shards, replicas, stride * shards)
         if self.pp > 1:
             beside = busy / (1 if work.reshards else work.microbatches)

@@ -1,4 +1,4 @@
-"""What one device of a layout has to do in a step: the sizes that memory and time are computed from."""
+"""The work of one device of a layout in a step: the sizes that memory and time are computed from."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from titanlite.config.format_cost import FormatCost
 from titanlite.config.number_formats import formats_of
 from titanlite.config.parallelism import SINGLE_STAGE_SCHEDULES, V_SCHEDULES
 from titanlite.distributed.activation_checkpoint import checkpointed_blocks
+from titanlite.distributed.data_parallel import reduces_each_microbatch
 from titanlite.distributed.pipeline_plan import balanced
 from titanlite.errors import ConfigError
 from titanlite.models.layers import DecoderArgs
@@ -55,7 +56,7 @@ class Group(NamedTuple):
 
 
 class Part(NamedTuple):
-    """What a rank of a pipeline has of the model: ``blocks`` blocks, and the ends."""
+    """The part of the model on a rank of a pipeline: ``blocks`` blocks, and the ends."""
 
     blocks: int
     embedding: bool
@@ -73,6 +74,7 @@ class Work:
         whole, per_op: the shares of blocks that are computed again, whole, and by operation.
         loss_compiled: the loss is compiled.
         reshards: FSDP2 gathers weights again for backward.
+        reduce_gradients: ``parallelism.fsdp_reduce_gradients``.
         bytes_per_moment: of the optimizer, for each parameter.
     """
 
@@ -90,6 +92,7 @@ class Work:
     loss_compiled: bool = True
     loss_chunks: int = 1
     reshards: bool = True
+    reduce_gradients: str = "default"
     bytes_per_moment: float = 4.0
 
     @property
@@ -117,6 +120,14 @@ class Work:
         return self.tokens_per_step / self.devices
 
     @property
+    def reduces_each(self) -> bool:
+        """Gradients are reduced after each of several microbatches, as the trainer chooses."""
+        if self.microbatches == 1 or self.degrees.pipeline_parallel > 1:
+            return False
+        whole = 4 * self.parameters / self.degrees.tensor_parallel
+        return reduces_each_microbatch(self.reduce_gradients, int(whole * (1 - 1 / self.shards)))
+
+    @property
     def stages(self) -> int:
         """The pipeline stages of each process."""
         several = self.schedule not in SINGLE_STAGE_SCHEDULES and self.degrees.pipeline_parallel > 1
@@ -124,7 +135,7 @@ class Work:
 
     @cached_property
     def parts(self) -> tuple[Part, ...]:
-        """What each rank of the pipeline has: the stages that the trainer cuts, by the elements of their matmuls.
+        """The part of the model on each rank of the pipeline: the trainer cuts stages by the elements of their matmuls.
 
         Raises:
             ConfigError: there are more stages than blocks and ends.
@@ -259,6 +270,7 @@ def work_of(config: JobConfig, args: DecoderArgs, world_size: int) -> Work:
         per_op=share if per_op else 0.0,
         loss_compiled=config.compile_options("loss") is not None,
         loss_chunks=training.loss_chunks,
+        reduce_gradients=p.fsdp_reduce_gradients,
         bytes_per_moment=bytes_per_element(config.optimizer.moments),
         reshards=p.fsdp_reshard_after_forward == "always"
         or (p.fsdp_reshard_after_forward == "default" and not pipeline and degrees.model_shards > 1),

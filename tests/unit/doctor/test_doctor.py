@@ -154,7 +154,8 @@ def test_options_for_many_processes_and_filters_leave_all_to_measure(
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [row for row in rows if row["kind"] in ("failed", "refused")] == []
     layers = {row["layer"].rpartition(".")[2] for row in rows if row["kind"] == "layer" and row["format"] == "int8"}
-    assert layers == {"wk"} if probing.emulated["int8"] else {"wk", "wv", "wo", "w2", "w3"}
+    converted = {"wk", "wv", "wo", "w2", "w3"}
+    assert (layers <= converted and len(layers) == 1) if probing.emulated["int8"] else layers == converted
     assert {row["format"] for row in rows if row["kind"] == "layer"} == {BASE, "float8", "int8", "mx"}
     assert {row["blocks"] for row in rows if row["kind"] == "step"} == {2}
 

@@ -169,6 +169,17 @@ def test_padding_has_no_part_in_the_balance() -> None:
     assert tally[:8].sum() == 13 * 3
 
 
+def check_gradients(theirs: Any, spec: Any, ours: Any) -> None:
+    """Compare the gradients of two models, which have the same weights."""
+    from tests.support.families import in_files, part_of
+
+    gradients = in_files(theirs, {name: param.grad for name, param in theirs.named_parameters()})
+    places = spec.hugging_face.weights(ours.args)
+    for name, param in ours.named_parameters():
+        assert param.grad is not None
+        assert (param.grad - part_of(gradients, places[name])).abs().max() < 1e-5, name
+
+
 @pytest.mark.parametrize("case", ["qwen3_moe", "mixtral"])
 def test_a_step_with_balance_losses_of_several_layers_has_the_gradients_of_transformers(
     tmp_path: Path, case: str
@@ -177,7 +188,7 @@ def test_a_step_with_balance_losses_of_several_layers_has_the_gradients_of_trans
     pytest.importorskip("transformers")
     from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
-    from tests.support.families import in_files, part_of, their_model
+    from tests.support.families import their_model
     from tests.unit.models.test_families import ours_of, tokens
     from titanlite.optim import cross_entropy_loss
 
@@ -193,19 +204,14 @@ def test_a_step_with_balance_losses_of_several_layers_has_the_gradients_of_trans
     assert len(losses) == 3
     (F.cross_entropy(out.logits.flatten(0, 1), batch[:, 1:].flatten()) + 0.3 * torch.stack(losses).sum()).backward()
     (cross_entropy_loss(ours(batch[:, :-1]), batch[:, 1:]) / batch[:, 1:].numel()).backward()
-    gradients = in_files(theirs, {name: param.grad for name, param in theirs.named_parameters()})
-    assert spec.hugging_face is not None
-    places = spec.hugging_face.weights(ours.args)
-    for name, param in ours.named_parameters():
-        assert param.grad is not None
-        assert (param.grad - part_of(gradients, places[name])).abs().max() < 1e-5, name
+    check_gradients(theirs, spec, ours)
 
 
 @pytest.mark.parametrize("case", ["qwen3_moe", "mixtral"])
 def test_a_step_with_balance_loss_has_the_gradients_of_transformers(tmp_path: Path, case: str) -> None:
     """Of a model with one mixture, whose loss transformers adds itself."""
     pytest.importorskip("transformers")
-    from tests.support.families import in_files, part_of, their_model
+    from tests.support.families import their_model
     from tests.unit.models.test_families import ours_of, tokens
     from titanlite.optim import cross_entropy_loss
 
@@ -219,12 +225,7 @@ def test_a_step_with_balance_loss_has_the_gradients_of_transformers(tmp_path: Pa
     out = theirs(batch[:, :-1])
     (F.cross_entropy(out.logits.flatten(0, 1), batch[:, 1:].flatten()) + 0.3 * out.aux_loss).backward()
     (cross_entropy_loss(ours(batch[:, :-1]), batch[:, 1:]) / batch[:, 1:].numel()).backward()
-    gradients = in_files(theirs, {name: param.grad for name, param in theirs.named_parameters()})
-    assert spec.hugging_face is not None
-    places = spec.hugging_face.weights(ours.args)
-    for name, param in ours.named_parameters():
-        assert param.grad is not None
-        assert (param.grad - part_of(gradients, places[name])).abs().max() < 1e-5, name
+    check_gradients(theirs, spec, ours)
     (report,) = [module.tally for module in ours.modules() if isinstance(module, Mixture)]
     assert report[-1] / report[-3] == pytest.approx(0.3 * out.aux_loss.item(), rel=1e-5)
 

@@ -8,6 +8,7 @@ import random
 import statistics
 import time
 from collections import defaultdict
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import pytest
 import tomli
 
 from titanlite.commands import plan as command
-from titanlite.config import JobConfig, check_config, load_config
+from titanlite.config import JobConfig, check_config, load_config, packaged
 from titanlite.config.parallelism import resolve_degrees
 from titanlite.distributed.parallelize import chain, check
 from titanlite.distributed.pipeline_plan import plan_pipeline
@@ -325,3 +326,20 @@ def test_tokens() -> None:
     assert [tokens_in(text) for text in ("2T", "300B", "5e9", "1.5M")] == [2e12, 3e11, 5e9, 1.5e6]
     with pytest.raises(ConfigError, match="2T"):
         tokens_in("many")
+
+
+@pytest.mark.parametrize(("option", "whole"), [("default", False), ("microbatch", False), ("step", True)])
+def test_accumulated_gradients_are_those_that_the_trainer_keeps(option: str, whole: bool) -> None:
+    """Whole ones of 8B take 26 GiB beyond their shards; reduced ones are there anyway, and cost a reduction each."""
+    options = ["--training.local_batch_size=1", f"--parallelism.fsdp_reduce_gradients={option}"]
+    config = load_config(options, packaged.find("llama3_8b"))
+    args = planned_model(config).args
+    work = work_of(config, args, 8)
+    many = replace(work, microbatches=16)
+    assert work.microbatches == 1
+    more = reserved_gib(many).gathered - reserved_gib(work).gathered
+    assert more == pytest.approx(4 * work.parameters / 2**30 if whole else 0.0, rel=1e-3, abs=1e-9)
+    device = DEVICES["h100"]
+    reduced = replace(many, reduce_gradients="microbatch"), replace(many, reduce_gradients="step")
+    each, once = (step_time(work, device).seconds for work in reduced)
+    assert each > once

@@ -39,7 +39,7 @@ def _by_features(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 MATRIX_UNITS = torch.cpu._is_amx_tile_supported()
-"""Whether this processor has matrix units (AMX), which multiply bfloat16 too."""
+"""This processor has matrix units (AMX), which multiply bfloat16 too."""
 # torch._int_mm takes a routine without AMX. Where there is no AMX it is the faster one.
 _BY_QUANTIZED_LINEAR = torch.backends.mkldnn.is_available() and MATRIX_UNITS
 _CASTS = "int8 casts"
