@@ -21,6 +21,15 @@ from tests.support.runs import run_trainer
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--tiny",
+        action="store_true",
+        help="test_finetune_recipes.py: run all ten recipes, each on a small folder of its architecture with random "
+        "weights (else scripts/test.sh leaves five of them to --all)",
+    )
+
+
 @pytest.fixture(autouse=True, scope="module")
 def compiler() -> None:
     """Each file starts with a compiler that remembers nothing: which files share a process is chance."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import shlex
+import textwrap
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,23 +33,34 @@ def text_of(page: Path) -> str:
 
 def prose_of(page: Path) -> str:
     """The page without its fenced blocks."""
-    return re.sub(r"^```.*?^```", "", text_of(page), flags=re.DOTALL | re.MULTILINE)
+    return re.sub(r"^ *```.*?^ *```", "", text_of(page), flags=re.DOTALL | re.MULTILINE)
 
 
 def blocks_of(page: Path) -> list[Block]:
     blocks: list[Block] = []
     section, language, lines = "", None, list[str]()
     for number, line in enumerate(text_of(page).splitlines(), 1):
-        if line.startswith("```"):
+        if line.lstrip().startswith("```"):  # with blanks before it: in a list
             if language is not None:
-                blocks.append(Block(page, section, language, number - len(lines), "\n".join(lines) + "\n"))
-            language, lines = (line[3:].strip(), []) if language is None else (None, [])
+                code = textwrap.dedent("\n".join(lines) + "\n")
+                blocks.append(Block(page, section, language, number - len(lines), code))
+            language, lines = (line.strip()[3:], []) if language is None else (None, [])
         elif language is not None:
             lines.append(line)
         elif line.startswith("#"):
             section = line.lstrip("# ")
     assert language is None, f"{page}: a block does not end"
     return blocks
+
+
+def typed_in(block: Block) -> list[str]:
+    """The command lines of a block, without what a comment alone takes."""
+    return [line for line in block.code.replace("\\\n", " ").splitlines() if shlex.split(line, comments=True)]
+
+
+def typed_on(page: Path) -> list[str]:
+    """The command lines of a page."""
+    return [line for block in blocks_of(page) if block.language == "bash" for line in typed_in(block)]
 
 
 def run_example(code: str) -> None:

@@ -14,11 +14,11 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
-from tests.support.docs import PAGES, Block, anchors_of, blocks_of, prose_of, run_example, text_of
+from tests.support.docs import PAGES, Block, anchors_of, blocks_of, prose_of, run_example, text_of, typed_in
 from tests.support.forks import on_ranks
 from tests.support.runs import ROOT, environment
 from titanlite.commands.__main__ import SUBCOMMANDS
-from titanlite.config import check_config, load_config
+from titanlite.config import check_config, load_config, packaged
 from titanlite.config.aliases import ALIASES
 from titanlite.config.schema import JobConfig
 
@@ -50,12 +50,11 @@ class Command(NamedTuple):
 def commands() -> list[Command]:
     found = []
     for block in in_language("bash"):
-        for line in block.code.replace("\\\n", " ").splitlines():
+        for line in typed_in(block):
             words = shlex.split(line, comments=True)
-            if words:
-                program = next(i for i, word in enumerate(words) if not re.match(r"\w+=", word))
-                env = dict(word.split("=", 1) for word in words[:program])
-                found.append(Command(block.place, env, words[program:]))
+            program = next(i for i, word in enumerate(words) if not re.match(r"\w+=", word))
+            env = dict(word.split("=", 1) for word in words[:program])
+            found.append(Command(block.place, env, words[program:]))
     return found
 
 
@@ -74,7 +73,7 @@ def trains(argv: list[str], env: dict[str, str]) -> None:
 
 @pytest.mark.parametrize("command", commands(), ids=lambda c: f"{c.place} {' '.join(c.words)}")
 def test_commands_are_understood(
-    command: Command, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(ROOT)
     assert set(command.env) <= VARIABLES
@@ -92,7 +91,9 @@ def test_commands_are_understood(
         name, *rest = argv
         assert name in SUBCOMMANDS
         if name == "train":
-            trains([word for word in rest if word.startswith("-")], command.env)
+            named = [word for word in rest if not word.startswith("-")]
+            files = {"CONFIG_FILE": packaged.find(named[0]) or named[0]} if named else {}
+            trains(rest[len(named) :], command.env | files)
         else:
             parser = importlib.import_module(f"titanlite.commands.{name}").parser()
             _, options = parser.parse_known_args(rest)
@@ -100,6 +101,11 @@ def test_commands_are_understood(
                 trains(options, command.env)
             else:
                 assert options == []
+    elif program == "echo":  # it writes a file
+        text, arrow, file = argv
+        (tmp_path / file).write_text(text)
+        assert arrow == ">"
+        trains([], {"CONFIG_FILE": str(tmp_path / file)})
     else:
         script = next(word for word in command.words if word.startswith(("scripts/", "./scripts/")))
         assert program in (script, "sbatch")

@@ -11,7 +11,7 @@ import pytest
 import tomli
 import tomli_w
 
-from tests.support.docs import text_of
+from tests.support.docs import prose_of, tables_in, text_of
 from tests.support.runs import ROOT
 from tests.unit.config.torchtitan_keys import keys_by_date
 from titanlite.config import JobConfig, check_config, dump_toml, load_config
@@ -95,6 +95,24 @@ def test_the_documents_list_the_defaults_that_differ(name: str) -> None:
 @pytest.mark.parametrize("name", sorted({*ALIASES, *UNSUPPORTED}))
 def test_the_documents_list_every_alias_and_every_key_that_is_not_implemented(name: str) -> None:
     assert f"`{name}`" in text_of(ROOT / "docs" / "torchtitan.md")
+
+
+def test_the_documents_list_what_is_added() -> None:
+    theirs = {ALIASES.get(name, name) for name in EVER} | {*UNSUPPORTED}
+    sections = {name.split(".")[0] for name in theirs}
+    added = {f"[{section}]": None for section in SCHEMA if section not in sections}
+    for section, keys in SCHEMA.items():
+        if section in sections:
+            added |= {f"[{section}] {key}": None for key, option in keys.items() if option.name not in theirs}
+    (table,) = (
+        table for table in tables_in(prose_of(ROOT / "docs" / "torchtitan.md")) if {*table[0]} == {"section", "added"}
+    )
+    listed = []
+    for row in table:
+        words = re.findall(r"`([^`]+)`", row["added"])
+        prefix = "" if row["section"] == "whole sections" else row["section"].strip("`") + " "
+        listed += [prefix + word for word in words]
+    assert sorted(listed) == sorted(added)
 
 
 # ---- aliases

@@ -62,9 +62,14 @@ def start(recipe: str, place: Path, ngpu: int = 1, **options: Any) -> Run:
     return forked_run(argv, env, place, place / "run", ngpu)
 
 
-@pytest.mark.parametrize(
-    "recipe", [pytest.param(name, marks=[] if name.endswith("float8") else pytest.mark.slow) for name in RECIPES]
-)
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """The recipes that run on a small folder: those in bfloat16 are slow, unless ``--tiny`` asks for all."""
+    if metafunc.function is test_each_runs_on_a_small_folder_of_its_architecture:
+        slow = [] if metafunc.config.getoption("tiny") else [pytest.mark.slow]
+        recipes = [pytest.param(name, marks=[] if name.endswith("float8") else slow) for name in RECIPES]
+        metafunc.parametrize("recipe", recipes)
+
+
 def test_each_runs_on_a_small_folder_of_its_architecture(recipe: str, tmp_path: Path) -> None:
     """The header says what was taken from the folder."""
     folder = save_small(model_of(recipe), tmp_path / "theirs")
