@@ -36,6 +36,18 @@ MISTRAL = """
     {%- endif %}
 {%- endfor %}
 """
+# The message of the system goes into the last one of the user, if it is the last of all.
+NEMO = """
+{%- if messages[0]['role'] == 'system' %}{% set system = messages[0]['content'] %}{% set rest = messages[1:] %}
+{%- else %}{% set rest = messages %}{% endif %}
+{{- bos_token }}
+{%- for message in rest %}
+    {%- if message['role'] == 'user' %}
+        {{- '[INST]' }}{% if loop.last and system is defined %}{{- system + '\n\n' }}{% endif %}
+        {{- message['content'] + '[/INST]' }}
+    {%- else %}{G}{{- message['content'] + eos_token }}{E}{% endif %}
+{%- endfor %}
+"""
 QWEN25 = """
 {%- if messages[0]['role'] == 'system' %}
     {{- '<|im_start|>system\\n' + messages[0]['content'] + '<|im_end|>\\n' }}
@@ -59,6 +71,15 @@ PHI4 = (
     "{G}{{ message['content'] + '<|im_end|>' }}{E}{% endif %}"
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant<|im_sep|>' }}{% endif %}"
+)
+# The beginning of an answer belongs to the user's message, and add_generation_prompt changes nothing.
+PHI4_FIRST = (
+    "{% for message in messages %}"
+    "{% if message['role'] == 'system' %}{{ '<|im_start|>system<|im_sep|>' + message['content'] + '<|im_end|>' }}"
+    "{% elif message['role'] == 'user' %}{{ '<|im_start|>user<|im_sep|>' + message['content'] + '<|im_end|>' }}"
+    "{{ '<|im_start|>assistant<|im_sep|>' }}"
+    "{% else %}{G}{{ message['content'] + '<|im_end|>' }}{E}{% endif %}"
+    "{% endfor %}"
 )
 # EOS after the last message of all, which shares its first letters with the mark of the next message.
 PHI4_MINI = (
@@ -86,7 +107,8 @@ QWEN3 = """
 {%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}{% endif %}
 """
 TEMPLATES = {
-    "llama3": LLAMA3, "mistral": MISTRAL, "qwen2.5": QWEN25, "qwen3": QWEN3, "phi4": PHI4, "phi4-mini": PHI4_MINI,
+    "llama3": LLAMA3, "mistral": MISTRAL, "mistral-nemo": NEMO, "qwen2.5": QWEN25, "qwen3": QWEN3, "phi4": PHI4,
+    "phi4-first": PHI4_FIRST, "phi4-mini": PHI4_MINI,
 }  # fmt: skip
 _SPECIAL = ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|im_start|>", "<|im_end|>", "<|im_sep|>"]
 

@@ -32,6 +32,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 # Data must not depend on the day on which they are read. It is also the date that Llama 3's templates give without one.
 _TODAY = datetime(2024, 7, 26)
+_PLACE = "\ue000\uf8ff\ue000"  # characters for private use: a content that is to be told from all others
 
 Message = dict[str, Any]
 Span = tuple[int, int]
@@ -131,7 +132,8 @@ class Template:
                 place = f" on what comes before message {i + 1}, the assistant's,"
                 before, _ = self._render(messages[:i], prompt=True, place=place)
                 until = self._render(messages[: i + 1])[0] if i + 1 < len(messages) else text
-                spans.append((len(before), self._end(message["content"], before, until, text, i + 1)))
+                begin = self._begin(messages, i, before, text)
+                spans.append((begin, self._end(message["content"], before, until, text, i + 1)))
         return Rendered(text, spans, False)
 
     def prompt(self, messages: Sequence[Message]) -> str:
@@ -142,20 +144,35 @@ class Template:
         """
         return self._render(messages, prompt=True)[0]
 
+    def _begin(self, messages: Sequence[Message], i: int, before: str, text: str) -> int:
+        """Return the begin of the turn of ``messages[i]`` in ``text``, given the text ``before`` it.
+
+        Some templates write a message otherwise where it is the last one (Mistral Nemo's puts the system's message into
+        the last one of the user). There, the turn begins after what follows the content of that message in both texts.
+        """
+        if text.startswith(before):
+            return len(before)
+        if i and _PLACE not in text:
+            marked = [*messages[: i - 1], {**messages[i - 1], "content": _PLACE}, *messages[i:]]
+            head = self._render(marked[:i], prompt=True)[0].partition(_PLACE)[2]
+            rest = self._render(marked)[0].partition(_PLACE)[2]
+            if head and rest.startswith(head) and text.endswith(rest):
+                return len(text) - len(rest) + len(head)
+        raise _not_told(before, text, "the messages before it, and an answer's beginning", i + 1)
+
     def _end(self, content: str, before: str, until: str, text: str, number: int) -> int:
         """Return the end of a turn in ``text``, given the texts ``before`` it and ``until`` it.
 
         Some templates write an end of all after the last message (Phi 3, Phi-4-mini), or write a last answer otherwise
         than an earlier one (Qwen 3). There, the turn ends with what follows its content in both texts.
         """
-        if not text.startswith(before):
-            raise _not_told(before, text, "the messages before it, and an answer's beginning", number)
         if text.startswith(until):
             return len(until)
         begin, content = len(before), content.strip()
         a, b = until.find(content, begin), text.find(content, begin)
         heads = until[begin:a], text[begin:b]
-        if not (content and until.startswith(before) and min(a, b) >= 0 and heads[1] in (heads[0], "")):
+        both = text.startswith(before) and until.startswith(before)
+        if not (content and both and min(a, b) >= 0 and heads[1] in (heads[0], "")):
             raise _not_told(until, text, "the messages up to it", number)
         rests = until[a + len(content) :], text[b + len(content) :]
         return b + len(content) + self._outside_marks(_common(*rests), rests)
