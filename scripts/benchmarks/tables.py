@@ -243,6 +243,7 @@ TABLES: dict[str, Callable[[list[dict[str, Any]]], list[list[str]]]] = {
     "step_time": step_time,
     "checkpoint_save": checkpoint_save,
     "cpu_step": cpu_step,
+    "moe_speed": cpu_step,
     "compiled_block": compiled_block,
     "int8_cpu/layers": int8_layers,
     "int8_cpu/steps": int8_steps,
