@@ -2,17 +2,22 @@
 
     python scripts/benchmarks/document_masks.py --output docs/benchmarks/document_masks.json
 
-The data are those of the default source, packed as a stream, so that both see the same tokens. Blocks of steps
-alternate; the ratio is the median over pairs of neighbouring blocks, below 1 where masks are faster. They can be:
-without ``training.compile`` each document is computed alone, and attends to fewer tokens.
+The data are Python's source files, whole or cut into short documents (``--characters``), packed as a stream, so that
+both see the same tokens. Blocks of steps alternate; the ratio is the median over pairs of neighbouring blocks, below 1
+where masks are faster. They can be: without ``training.compile`` each document is computed alone, and attends to fewer
+tokens.
 """
 
 from __future__ import annotations
 
 import itertools
+import json
 import os
 import statistics
 import sys
+import sysconfig
+import tempfile
+from pathlib import Path
 from typing import Any
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch looks
@@ -32,8 +37,26 @@ def documents_per_sequence(inputs: torch.Tensor, bos: int) -> float:
     return float(starts.sum(-1).float().mean())
 
 
-def measure(seq_len: int, compiled: bool, pairs: int, block: int) -> dict[str, Any]:
-    options = [*OPTIONS, f"--training.seq_len={seq_len}", f"--training.compile={str(compiled).lower()}"]
+def write_short(path: Path, characters: int, total: int = 8_000_000) -> None:
+    """Write JSON lines: Python's source files, cut into documents of so many characters."""
+    files = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
+    text = "".join(file.read_text(errors="replace") for file in files)[:total]
+    parts = (text[at : at + characters] for at in range(0, len(text), characters))
+    path.write_text("".join(json.dumps({"text": part}) + "\n" for part in parts))
+
+
+def measure(seq_len: int, compiled: bool, characters: int, pairs: int, block: int) -> dict[str, Any]:
+    """The step with and without masks, with documents of so many ``characters``, or of whole files if it is 0."""
+    with tempfile.TemporaryDirectory() as folder:
+        data: list[str] = []
+        if characters:
+            write_short(path := Path(folder) / "short.jsonl", characters)
+            data = ["--training.dataset=json", f"--training.dataset_path={path}"]
+        return measure_on(data, seq_len, compiled, pairs, block)
+
+
+def measure_on(data: list[str], seq_len: int, compiled: bool, pairs: int, block: int) -> dict[str, Any]:
+    options = [*OPTIONS, *data, f"--training.seq_len={seq_len}", f"--training.compile={str(compiled).lower()}"]
     with quiet_trainer([*options, "--data.document_mask"]) as masked, quiet_trainer(options) as plain:
         batches = [next(plain.loader).inputs for _ in range(16)]
         assert plain.tokenizer.bos_id is not None
@@ -41,7 +64,8 @@ def measure(seq_len: int, compiled: bool, pairs: int, block: int) -> dict[str, A
         seconds = harness.time_in_pairs(masked.advance, plain.advance, pairs, block)
     shape = {"model": "20M", "seq_len": seq_len, "batch": 2, "compile": compiled}
     ratio = statistics.median(ours / theirs for ours, theirs in seconds)
-    print(f"{seq_len} tokens, {'compiled' if compiled else 'eager'}: {ratio:.2f} of the time without masks", flush=True)
+    mode = "compiled" if compiled else "eager"
+    print(f"{seq_len} tokens, {documents:.1f} documents, {mode}: {ratio:.2f} of the time without masks", flush=True)
     return {
         "system": "titanlite",
         "config": "bf16",
@@ -56,11 +80,14 @@ def measure(seq_len: int, compiled: bool, pairs: int, block: int) -> dict[str, A
 def main() -> int:
     parser = harness.parser(__doc__)
     parser.add_argument("--seq_len", type=harness.numbers, default=[512, 2048], help="of the sequences")
+    parser.add_argument(
+        "--characters", type=harness.numbers, default=[0, 600, 150], help="of a document; 0: whole files"
+    )
     parser.add_argument("--pairs", type=int, default=15)
     parser.add_argument("--block", type=int, default=2, help="steps of a block")
     args = parser.parse_args()
-    cases = itertools.product(args.seq_len, (False, True))
-    rows = [measure(seq_len, compiled, args.pairs, args.block) for seq_len, compiled in cases]
+    cases = itertools.product(args.seq_len, args.characters, (False, True))
+    rows = [measure(seq_len, compiled, size, args.pairs, args.block) for seq_len, size, compiled in cases]
     results.save("document_masks", rows, args)
     return 0
 

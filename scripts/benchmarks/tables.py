@@ -217,7 +217,30 @@ def document_masks(results: list[dict[str, Any]]) -> list[list[str]]:
         mode = "compiled" if r["compile"] else "eager"
         times = [f"{r[key]:,.0f} ms" for key in ("step_ms_without", "step_ms")]
         length = f"{r['seq_len']:,} tokens"
-        rows.append([length, f"{r['documents_per_sequence']:.2f}", mode, *times, f"{r['ratio']:.2f}"])
+        rows.append([length, f"{r['documents_per_sequence']:.1f}", mode, *times, f"{r['ratio']:.2f}"])
+    return rows
+
+
+def seconds_of_plans(results: list[dict[str, Any]]) -> list[list[str]]:
+    rows = [["ranks", "plan of a first save", "of a later one"]]
+    for r in (r for r in results if r["part"] == "plan"):
+        rows.append([f"{r['ranks']:,}", f"{r['first_s']:.2f} s", f"{r['later_s'] * 1e3:.2f} ms"])
+    return rows
+
+
+def seconds_of_agreement(results: list[dict[str, Any]]) -> list[list[str]]:
+    given = [r for r in results if r["part"] == "agreement"]
+    return [
+        ["processes", *(f"{r['processes']}" for r in given)],
+        ["one agreement", *(f"{r['agreement_s'] * 1e3:.1f} ms" for r in given)],
+    ]
+
+
+def corpus(results: list[dict[str, Any]]) -> list[list[str]]:
+    rows = [["start", "processes", "corpus", "documents", "until the slowest has opened it"]]
+    for r in results:
+        size = f"{r['bytes'] / 1e9:.1f} GB"
+        rows.append([r["start"], f"{r['processes']}", size, f"{r['documents']:,}", f"{r['slowest_s']:.2f} s"])
     return rows
 
 
@@ -250,6 +273,9 @@ TABLES: dict[str, Callable[[list[dict[str, Any]]], list[list[str]]]] = {
     "int8_cpu_20M": int8_steps,
     "int8_cpu_narrow": int8_layers,
     "document_masks": document_masks,
+    "thousand_ranks_seconds/plans": seconds_of_plans,
+    "thousand_ranks_seconds/agreement": seconds_of_agreement,
+    "thousand_ranks_corpus": corpus,
     "time_budget": time_budget,
     "float8_memory": float8_memory,
     "roofline_assumed/linears": predicted_linears,

@@ -156,6 +156,8 @@ def _agreement_seconds() -> float:
 
 
 def corpus(args: argparse.Namespace) -> list[Result]:
+    if args.folder is not None:
+        Path(args.folder).mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         os.environ[CACHE_DIR] = f"{folder}/cache"
         data = Path(folder, "corpus")

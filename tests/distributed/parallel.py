@@ -176,7 +176,7 @@ def run(name: str, options: dict[str, Any], folder: Path) -> dict[str, Any]:
                     trainer.advance()
             else:
                 trainer.advance()
-            if step == 1 and config.data.document_mask:
+            if step == 1 and (modulus or config.data.document_mask):
                 torch.save(first_moments(trainer), moments)
             compiled_graphs.append(counters["stats"]["unique_graphs"])
         parameters = [p for part in trainer.model_parts for p in part.parameters()]

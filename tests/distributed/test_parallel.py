@@ -118,6 +118,16 @@ def check_parity(one: list[dict[str, Any]], many: list[dict[str, Any]]) -> None:
     assert column(many, "tokens_seen") == column(one, "tokens_seen")
 
 
+def check_gradients(one: list[dict[str, Any]], many: list[dict[str, Any]], bound: float) -> None:
+    """Those of the first step, parameter by parameter: the norm of the difference against the norm."""
+    expected, compared = torch.load(one[0]["moments"], weights_only=True), set()
+    for report in many:
+        for name, moment in torch.load(report["moments"], weights_only=True).items():
+            assert (moment - expected[name]).norm() <= bound * expected[name].norm(), name
+            compared.add(name)
+    assert compared == expected.keys()
+
+
 @pytest.mark.parametrize("way", WAYS)
 def test_losses_are_those_of_one_process(small: Reports, way: str) -> None:
     check_parity(small[ONE], small[way])
@@ -167,6 +177,8 @@ def test_the_loss_is_the_mean_over_the_labels_that_are_scored(masked: Reports, w
     one = masked[ONE]
     assert column(one, "loss")[0] == pytest.approx(one[0]["by hand"], rel=1e-6)
     check_parity(one, masked[way])
+    assert column(masked[way], "loss")[0] == pytest.approx(column(one, "loss")[0], rel=1e-6)
+    check_gradients(one, masked[way], 1e-6)
     assert column(masked[way], "max_loss")[0] > (1 - 1e-6) * column(one, "loss")[0]  # of some rank's labels alone
 
 
@@ -348,12 +360,7 @@ def test_variants_are_as_on_one_process(varied: Reports, way: str, variant: str)
 @each([variant for variant in VARIANTS if "document masks" in variant])
 def test_gradients_of_packed_documents_are_those_of_one_process(varied: Reports, way: str, variant: str) -> None:
     """tests/unit/models/test_documents.py has it that those are the gradients of the documents computed alone."""
-    one, compared = torch.load(varied[f"{ONE}, {variant}"][0]["moments"], weights_only=True), set()
-    for report in varied[f"{way}, {variant}"]:
-        for name, moment in torch.load(report["moments"], weights_only=True).items():
-            assert (moment - one[name]).norm() <= 1e-5 * one[name].norm(), name
-            compared.add(name)
-    assert compared == one.keys()
+    check_gradients(varied[f"{ONE}, {variant}"], varied[f"{way}, {variant}"], 1e-5)
 
 
 @each([variant for variant in VARIANTS if "loss chunks" in variant])
