@@ -91,7 +91,8 @@ def run(traffic: Traffic, recipe: str, gather: bool, precompute: bool, compiled:
     config = dataclasses.replace(Float8LinearConfig.from_recipe_name(recipe), enable_fsdp_float8_all_gather=gather)
     convert_to_float8_training(model, config=config)
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager_decomp_partition")
-    torch._dynamo.reset()
+    if compiled:  # eager casts stay compiled
+        torch._dynamo.reset()
     mesh = init_device_mesh("cpu", (world,), mesh_dim_names=("dp",))
     policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32)
     for block in model:

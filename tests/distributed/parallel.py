@@ -201,7 +201,8 @@ def run(name: str, options: dict[str, Any], folder: Path) -> dict[str, Any]:
         if config.validation.enable:
             lines = (run_folder / "validation.jsonl").read_text().splitlines()
             report["validation"] = [json.loads(line) for line in lines]
-    torch._dynamo.reset()
+    if config.training.compile:  # eager casts stay compiled: tracing them again takes seconds
+        torch._dynamo.reset()
     counters.clear()
     return report
 

@@ -181,15 +181,19 @@ def steps_in(root: Path) -> list[int]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("ngpu", [pytest.param(1, marks=pytest.mark.long), 2])
-def test_torchrun_starts_it_again_and_it_resumes(started: Any, undisturbed: dict[int, Run], ngpu: int) -> None:
+@pytest.mark.parametrize(
+    ("ngpu", "kills"), [(2, (3,)), *(pytest.param(ngpu, (3, 7), marks=pytest.mark.long) for ngpu in (1, 2))]
+)
+def test_torchrun_starts_it_again_and_it_resumes(
+    started: Any, undisturbed: dict[int, Run], ngpu: int, kills: tuple[int, ...]
+) -> None:
     torchrun = ["--standalone", f"--nproc-per-node={ngpu}", "--max-restarts=3"]
     run = started(ngpu, torchrun=torchrun, **SMALL, **chain(ngpu))
-    for step in (3, 7):
+    for step in kills:
         run.wait_for(f"/checkpoint/step-{step} saved in", timeout=120)
         os.kill(random.Random(step).choice(list(run.ranks().values())), signal.SIGKILL)
     assert run.process.wait(timeout=240) == 0, run.output()
-    assert run.output().count("resuming from step") == 2
+    assert run.output().count("resuming from step") == len(kills)
     assert results(Run(0, "", run.folder)) == results(undisturbed[ngpu])
     assert saved(run.folder, LAST) == saved(undisturbed[ngpu].folder, LAST)
 

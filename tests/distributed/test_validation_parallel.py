@@ -104,9 +104,12 @@ def test_bfloat16_is_the_model_without_float8_to_the_bit(tmp_path: Path, way: st
     assert reports["in bfloat16"][0]["rows"][0]["loss"] == reports["converted"][0]["rows"][0]["loss"]
 
 
-@pytest.mark.slow
-def test_the_same_numbers_in_two_dimensions(tmp_path: Path) -> None:
-    ways = ["HSDP 2 x 2", "PP 2 x TP 2", "FSDP 2 x CP 2"]
+@pytest.mark.parametrize(
+    "ways",
+    [["PP 2 x TP 2"], pytest.param(["HSDP 2 x 2", "PP 2 x TP 2", "FSDP 2 x CP 2"], marks=pytest.mark.long)],
+    ids=len,
+)
+def test_the_same_numbers_in_two_dimensions(tmp_path: Path, ways: list[str]) -> None:
     cluster, common = Cluster(tmp_path), {**SMALL, **STEPS, **VALIDATION}
     cluster.run(1, {ONE: common})
     cases = {way: {**common, **WAYS[way].all_options()} for way in ways}

@@ -106,11 +106,9 @@ def test_dense_blocks_before_those_with_experts_are_in_both(mode: Mode) -> None:
     assert peak_memory(config, 2, None) == pytest.approx(estimate(config, 2).peak, rel=0.01)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "mode", [m if str(m) == "selective 2" else pytest.param(m, marks=pytest.mark.long) for m in MODES], ids=str
-)
-@pytest.mark.parametrize("file", [pytest.param("llama3_8b", marks=pytest.mark.long), "llama3_8b_fast"])
+@pytest.mark.long  # as of the deep models above
+@pytest.mark.parametrize("mode", MODES, ids=str)
+@pytest.mark.parametrize("file", ["llama3_8b", "llama3_8b_fast"])
 def test_two_depths_give_the_estimate_of_llama3_8b(file: str, mode: Mode) -> None:
     config = mode.set_in(load_config([], file))
     assert peak_memory(config, 8, None) == pytest.approx(estimate(config, 8).peak, rel=0.01)
