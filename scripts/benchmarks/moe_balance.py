@@ -24,7 +24,7 @@ from loss_parity import paired_difference
 
 _EXPERTS = ["--model.name=deepseek_v3"]
 CONFIGS = {
-    "bias": _EXPERTS,
+    "bias": [*_EXPERTS, "--experts.bias_update_rate=0.01"],  # DeepSeek-V3's 0.001 is for many thousand steps
     "no bias": [*_EXPERTS, "--experts.bias_update_rate=0"],
     "dense": [
         "--experimental.custom_import=scripts.benchmarks.benchmark_models",

@@ -103,10 +103,14 @@ def memory_bytes(args: DecoderArgs, recipe: str, tokens: int) -> tuple[int, int]
     again = BF16 * (norms_again + rope) + args.ffn_dim * swiglu_again
     # The embeddings in and out, the last norm, and the logits, whose gradient is written where they were read.
     ends = 2 * args.dim + 5 * args.dim + 2 * args.vocab_size
-    with torch.device("meta"):
-        parameters = sum(p.numel() for p in Decoder(args).parameters())
-    once = tokens * (args.n_layers * block + BF16 * ends) + PER_PARAMETER * parameters
+    once = tokens * (args.n_layers * block + BF16 * ends) + PER_PARAMETER * parameters_of(args)
     return once, tokens * args.n_layers * again
+
+
+def parameters_of(args: DecoderArgs) -> int:
+    """Return the number of elements of all parameters."""
+    with torch.device("meta"):
+        return sum(p.numel() for p in Decoder(args).parameters())
 
 
 class Clock:

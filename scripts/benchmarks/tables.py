@@ -154,6 +154,17 @@ def predicted_linears(results: list[dict[str, Any]]) -> list[list[str]]:
     return rows
 
 
+def counted_step(results: list[dict[str, Any]]) -> list[list[str]]:
+    parts = {"matmul_s": "matmuls", "attention_s": "attention", "block_s": "other kernels of blocks", "ends_s": "ends"}
+    head = ["tokens", "recomputed", "config", *parts.values(), "step", "speed over the peer", "over bf16"]
+    rows = [head]
+    for r in (r for r in results if r["system"] == "titanlite"):
+        times = [f"{1e3 * r[key]:.0f} ms" for key in (*parts, "step_s")]
+        over = [f"{r[key]:.2f}" if r.get(key) else "" for key in ("over_peer", "over_bf16")]
+        rows.append([f"{r['tokens']:,}", r["ac"], r["config"], *times, *over])
+    return rows
+
+
 def predicted_steps(results: list[dict[str, Any]]) -> list[list[str]]:
     parts = {
         "matmul_s": "matmuls",
@@ -280,6 +291,7 @@ TABLES: dict[str, Callable[[list[dict[str, Any]]], list[list[str]]]] = {
     "float8_memory": float8_memory,
     "roofline_assumed/linears": predicted_linears,
     "roofline_assumed/steps": predicted_steps,
+    "counted_step": counted_step,
 }
 
 
@@ -307,7 +319,7 @@ def filled(text: str) -> str:
             content = json.loads((RESULTS / f"{name.split('/')[0]}.json").read_text(encoding="utf-8"))
             rows = TABLES[name](content["results"])
             where = f"{content['device']}, torch {content['torch']}"
-            if "assumed" in name:
+            if "assumed" in name or name == "counted_step":
                 where = "Assumed ceilings"
             about = f"\n{where}, {content['date']}: `{content['command']}`\n"
         else:

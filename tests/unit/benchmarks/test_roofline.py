@@ -12,6 +12,7 @@ from typing import Any
 
 import casts
 import cost
+import counted_step
 import harness
 import pytest
 import results
@@ -216,3 +217,18 @@ def test_files_of_another_kind(option: str, says: str, tmp_path: Path, capsys: p
             roofline.main([*GIVEN, f"{option}={file}"])
         assert e.value.code == 2
         assert message in capsys.readouterr().err
+
+
+def test_a_step_from_counts_differs_from_its_peer_by_the_bytes_of_its_blocks() -> None:
+    given = {"config": "tensorwise", "ac": "op", "tokens": 8192}
+    counts = [
+        {**given, "system": "titanlite", "mb": 4000.0, "sectors_mb": 5000.0},
+        {**given, "system": "torchao", "mb": 8000.0, "sectors_mb": 7000.0},
+        {**given, "system": "titanlite", "config": "bf16", "mb": 1000.0, "sectors_mb": 1000.0},
+    ]
+    ours, peer, bf16 = counted_step.with_ratios([counted_step.predicted(row, 16, AT, 500e12) for row in counts])
+    assert (ours["block_s"], peer["block_s"]) == (pytest.approx(16 * 5e9 / 4e12), pytest.approx(16 * 8e9 / 4e12))
+    assert peer["step_s"] - ours["step_s"] == pytest.approx(16 * 3e9 / 4e12)
+    assert ours["over_peer"] == pytest.approx(peer["step_s"] / ours["step_s"])
+    assert ours["over_bf16"] == pytest.approx(bf16["step_s"] / ours["step_s"])
+    assert bf16["over_peer"] is None
