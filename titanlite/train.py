@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 
-from titanlite.launch.command_line import read_config, report, reported
+from titanlite.launch.command_line import read_config
 from titanlite.launch.stop_request import StopRequest
 
 # Read the options before the imports: --help and bad input must not wait seconds for torch.
@@ -25,12 +25,11 @@ from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 
-import tomli
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from titanlite.checkpoint import CheckpointManager, DamagedCheckpoint, Info, Process
+from titanlite.checkpoint import CheckpointManager, Info, Process
 from titanlite.config import (
     JobConfig,
     check_config,
@@ -40,10 +39,10 @@ from titanlite.config import (
     resolve_degrees,
 )
 from titanlite.config.data_rules import packing_of
-from titanlite.config.job_name import distinguishing_options, job_name
+from titanlite.config.job_name import job_name
 from titanlite.config.number_formats import stored_as
 from titanlite.config.run_config import CONFIG as CONFIG_TOML
-from titanlite.config.run_config import METRICS, MODEL, VALIDATION, read_run_config, section_in
+from titanlite.config.run_config import METRICS, MODEL, read_run_config, section_in
 from titanlite.data import merge_states
 from titanlite.distributed import runtime
 from titanlite.distributed.attention_kernel import preferred_kernels
@@ -54,31 +53,28 @@ from titanlite.distributed.experts import ExpertBalance
 from titanlite.distributed.gradients import gradient_scale
 from titanlite.distributed.init import WeightInit
 from titanlite.distributed.mesh import build_mesh
-from titanlite.environment import LAUNCH_DIR
-from titanlite.errors import ConfigError, NothingToDo, TrainingError, counted
-from titanlite.launch.caches import unwritable_cache
-from titanlite.launch.stacks import end_soon, keep_stacks, show_traceback
+from titanlite.errors import TrainingError, counted
+from titanlite.launch.stacks import keep_stacks
 from titanlite.metrics.console import ConsoleSink, TerminalSink, init_logging
-from titanlite.metrics.device import GIB, device_name, is_out_of_memory, peak_flops, peak_memory
+from titanlite.metrics.device import GIB, device_name, peak_flops, peak_memory
 from titanlite.metrics.flops import flops_per_token
 from titanlite.metrics.profiling import Profiler
 from titanlite.metrics.progress import Progress
 from titanlite.metrics.recorder import Recorder
 from titanlite.metrics.report import next_command, shown_path, summary, table, what_next
-from titanlite.metrics.sinks import JsonlSink, Sink, shown_memory
-from titanlite.metrics.tensorboard import TensorBoardSink
-from titanlite.metrics.wandb_sink import WandbSink
+from titanlite.metrics.sinks import Sink, shown_memory
 from titanlite.optim import build_optimizer, build_schedule
 from titanlite.plan import auto_checkpoint
 from titanlite.plan.least import check_memory
 from titanlite.plan.predicted import predict
 from titanlite.training.build import build_loss, build_model, build_pipeline
 from titanlite.training.data import build_encoder, build_loader, describe_packing, open_source
+from titanlite.training.failure import report_failure
 from titanlite.training.loss_watch import LossWatch, rank_of_claim
 from titanlite.training.model_shape import choose_shape
 from titanlite.training.origin import find_start
-from titanlite.training.out_of_memory import give_up
-from titanlite.training.run_folder import RunFolder, logged_rows, loss_of_first_step
+from titanlite.training.outputs import open_outputs, open_tensorboard
+from titanlite.training.run_folder import RunFolder, loss_of_first_step
 from titanlite.training.sample import check_prompt, log_sample
 from titanlite.training.step import StepRunner
 from titanlite.training.step_guard import IS_BAD, StepGuard
@@ -253,20 +249,9 @@ class Trainer:
         source = self.start.load(self.checkpoints.reader, self.process, self.spec, self.model_args)
         if source:
             self.about["starts from"] = source
-        if self.start.checkpoint is not None and self.start.whole:
-            info = self.start.checkpoint.info
-            try:
-                if "dataloader" not in self.start.excluded:
-                    self.loader.load_state_dict(info.data)
-                if self.start.keeps_step:
-                    self.step_guard.load_state_dict(info.step_guard)
-            except (AttributeError, LookupError, TypeError, ValueError, RuntimeError, OverflowError) as e:
-                raise DamagedCheckpoint(
-                    self.start.checkpoint.folder, [f"data or step_guard in checkpoint.json is of another form ({e!r})"]
-                ) from e
-            if self.start.keeps_step:
-                self.step, self.tokens_before = info.step, info.tokens_seen
-                logger.info("resuming from step %d: %s", self.step, self.start.checkpoint.folder)
+        info = self.start.restore(self.loader, self.step_guard)
+        if info is not None:
+            self.step, self.tokens_before = info.step, info.tokens_seen
         if self.start.continues:
             self.checkpoints.last_saved = self.step
         self.first_step = self.step + 1
@@ -283,30 +268,14 @@ class Trainer:
         self.run_folder = RunFolder(self.run_path)
 
     def _fill_run_folder(self) -> None:
-        metrics, checkpoint = self.config.metrics, self.start.checkpoint
+        checkpoint = self.start.checkpoint
         if self.start.continues and checkpoint is not None:
             processes = checkpoint.info.world_size, self.runtime.world_size
             self.run_folder.go_on(self.config, self.step, processes, self.shape.config_json)
         else:
             self.run_folder.begin(self.config, self.shape.config_json)
         self.run_folder.keep_tokenizer(self.tokenizer)
-        validation = self.run_path / VALIDATION if self.validator else None
-        self.sinks.append(JsonlSink(self.run_path / METRICS, validation))
-        if metrics.enable_tensorboard and not metrics.save_for_all_ranks:
-            self._open_tensorboard()
-        if metrics.enable_wandb:
-            options = tomli.loads(dump_toml(self.config))
-            self.sinks.append(WandbSink(self.run_path, self.config.job.name or "", self.step, options))
-
-    def _open_tensorboard(self) -> None:
-        """Open this run's events. TensorBoard calls a run by the path of its folder."""
-        options, name = self.config.metrics, self.config.job.name or ""
-        folder = self.run_path / options.save_tb_folder / name
-        if options.save_for_all_ranks:
-            folder /= f"rank_{self.runtime.rank}"
-        sink = TensorBoardSink(folder, self.step, logged_rows(self.run_path) if self.step else ())
-        sink.describe(dump_toml(self.config), distinguishing_options(self.config))
-        self.sinks.append(sink)
+        self.sinks += open_outputs(self.config, self.run_path, self.step)
 
     def _build_recorder(self) -> None:
         config = self.config
@@ -319,7 +288,7 @@ class Trainer:
         on_terminal = self.console.on_terminal
         self.sinks.insert(0, TerminalSink(self.console, losses, steps) if on_terminal else ConsoleSink())
         if config.metrics.enable_tensorboard and config.metrics.save_for_all_ranks:
-            self._open_tensorboard()
+            self.sinks.append(open_tensorboard(config, self.run_path, self.step, self.runtime.rank))
         self.recorder = Recorder(
             self.sinks,
             self.runtime.device,
@@ -518,25 +487,9 @@ def main(config: JobConfig | None = None) -> int:
     try:
         trainer = Trainer(config, STOP)
         trainer.train()
-    except NothingToDo as e:
-        logger.info("%s", e)
-    except (ConfigError, TrainingError) as e:
-        return report(e, config)
     except Exception as e:
-        if is_out_of_memory(e):
-            progress = (0, None) if trainer is None else (trainer.step, trainer.profiler.exit_snapshot)
-            status = give_up(e, config, *progress)
-            if STOP is not None:
-                end_soon()
-            return status
-        if (unwritable := unwritable_cache(e)) is not None:
-            return report(unwritable)
-        if reported(os.environ.get(LAUNCH_DIR)):
-            return 1  # another rank has reported the error; broken connections only follow from it
-        if STOP is None:
-            raise  # called from another program
-        show_traceback()
-        return 1
+        step, profiler = (0, None) if trainer is None else (trainer.step, trainer.profiler)
+        return report_failure(e, config, step, profiler, is_process=STOP is not None)
     finally:
         try:
             if trainer is not None:

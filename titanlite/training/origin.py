@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,9 @@ from torch.distributed import ProcessGroup
 from titanlite.checkpoint import (
     CheckpointReader,
     ChosenTokenizer,
+    DamagedCheckpoint,
     HuggingFaceFolder,
+    Info,
     Process,
     SavedCheckpoint,
     TorchtitanFolder,
@@ -24,9 +27,13 @@ from titanlite.checkpoint.collectives import from_rank_zero
 from titanlite.checkpoint.diagnosis import why_no_weights
 from titanlite.checkpoint.folder import INFO, SUMS, latest_checkpoint
 from titanlite.config import JobConfig
+from titanlite.data import DataLoader
 from titanlite.errors import ConfigError, NothingToDo, counted
 from titanlite.models.spec import ModelSpec
 from titanlite.models.weight_map import buffers_of
+from titanlite.training.step_guard import StepGuard
+
+logger = logging.getLogger()
 
 
 @dataclass(frozen=True)
@@ -83,6 +90,29 @@ class Start:
             weights = Weights(self.pretrained.folder)
         replace = "tokenizer" in config.checkpoint.exclude_from_loading and not resume
         return choose_tokenizer(config.model.tokenizer_path, weights, replace=replace, resume=resume)
+
+    def restore(self, loader: DataLoader, step_guard: StepGuard) -> Info | None:
+        """Set the place in the data, and what the guard knows of earlier steps, as far as they are loaded. Return the
+        rest of the checkpoint if the run goes on after its step, else None.
+
+        Raises:
+            DamagedCheckpoint: they are of another form.
+        """
+        if self.checkpoint is None or not self.whole:
+            return None
+        folder, info = self.checkpoint.folder, self.checkpoint.info
+        try:
+            if "dataloader" not in self.excluded:
+                loader.load_state_dict(info.data)
+            if self.keeps_step:
+                step_guard.load_state_dict(info.step_guard)
+        except (AttributeError, LookupError, TypeError, ValueError, RuntimeError, OverflowError) as e:
+            why = f"data or step_guard in checkpoint.json is of another form ({e!r})"
+            raise DamagedCheckpoint(folder, [why]) from e
+        if not self.keeps_step:
+            return None
+        logger.info("resuming from step %d: %s", info.step, folder)
+        return info
 
     def load(self, checkpoints: CheckpointReader, process: Process, spec: ModelSpec, args: Any) -> str:
         """Load the weights, and other state if there is any, into ``process``. Return the source, for the
