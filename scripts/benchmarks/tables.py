@@ -144,6 +144,17 @@ def compiled_block(results: list[dict[str, Any]]) -> list[list[str]]:
     return rows
 
 
+def compiled_block_architectures(results: list[dict[str, Any]]) -> list[list[str]]:
+    rows = [["GPU", "recomputed", "config", "launches", "MB", "in sectors", "of torchao's MB", "of its launches"]]
+    peers = {(r["architecture"], r["ac"], r["config"]): r for r in results if r["system"] != "titanlite"}
+    for r in (r for r in results if r["system"] == "titanlite"):
+        peer = peers.get((r["architecture"], r["ac"], r["config"]))
+        figures = [f"{r[key]:,.0f}" for key in ("launches", "mb", "sectors_mb")]
+        ratios = ["", ""] if peer is None else [f"{r[key] / peer[key]:.2f}" for key in ("mb", "launches")]
+        rows.append([r["architecture"], r["ac"], r["config"], *figures, *ratios])
+    return rows
+
+
 def predicted_linears(results: list[dict[str, Any]]) -> list[list[str]]:
     rows = [["M", "K", "N", "config", "bf16", "float8", "of that casts", "speed over bf16"]]
     for r in results:
@@ -279,6 +290,7 @@ TABLES: dict[str, Callable[[list[dict[str, Any]]], list[list[str]]]] = {
     "cpu_step": cpu_step,
     "moe_speed": cpu_step,
     "compiled_block": compiled_block,
+    "compiled_block_architectures": compiled_block_architectures,
     "int8_cpu/layers": int8_layers,
     "int8_cpu/steps": int8_steps,
     "int8_cpu_20M": int8_steps,
