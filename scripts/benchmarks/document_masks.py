@@ -4,8 +4,7 @@
 
 The data are Python's source files, whole or cut into short documents (``--characters``), packed as a stream, so that
 both see the same tokens. Blocks of steps alternate; the ratio is the median over pairs of neighbouring blocks, below 1
-where masks are faster. They can be: without ``training.compile`` each document is computed alone, and attends to fewer
-tokens.
+where masks are faster. They can be: each document is computed alone, and attends to fewer tokens.
 """
 
 from __future__ import annotations
@@ -81,7 +80,7 @@ def main() -> int:
     parser = harness.parser(__doc__)
     parser.add_argument("--seq_len", type=harness.numbers, default=[512, 2048], help="of the sequences")
     parser.add_argument(
-        "--characters", type=harness.numbers, default=[0, 600, 150], help="of a document; 0: whole files"
+        "--characters", type=int, nargs="+", default=[0, 600, 150], help="of a document; 0: whole files"
     )
     parser.add_argument("--pairs", type=int, default=15)
     parser.add_argument("--block", type=int, default=2, help="steps of a block")

@@ -13,6 +13,7 @@ from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from titanlite.config.schema import ActivationCheckpoint
+from titanlite.distributed.attend_apart import ATTEND_APART
 from titanlite.distributed.expert_parallel import EXCHANGES
 from titanlite.models.layers import GROUPED_MATMULS
 from titanlite.quant.kept import MATMULS, SMALL_RESULTS
@@ -27,6 +28,7 @@ _ATTENTION = {
     torch.ops.aten._scaled_dot_product_flash_attention.default,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
     torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+    ATTEND_APART,
 }
 # The choice of experts: recomputed with another rounding, it could differ from the one whose results are saved.
 _CHOICES = {torch.ops.aten.topk.default, torch.ops.aten.sort.stable}

@@ -1,8 +1,9 @@
 """Attention in sequences that hold several documents: no token attends to another document.
 
-Three ways compute the same: a mask of all pairs of positions (:func:`~titanlite.models.layers.document_mask`), which
-the compiler can trace; each document alone, for the CPU without the compiler; FlexAttention with a mask of blocks, for
-GPUs. Each is a pair of functions for the slots ``Decoder.mask_of`` and ``AttentionSlot.core``.
+Four ways compute the same: a mask of all pairs of positions (:func:`~titanlite.models.layers.document_mask`), the
+model's own; each document alone, for the CPU; the same within an operator, for the CPU with the compiler;
+FlexAttention with a mask of blocks, for GPUs. Each is a pair of functions for the slots ``Decoder.mask_of`` and
+``AttentionSlot.core``.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-from titanlite.models.layers import Core, causal_attention, document_mask
+from titanlite.distributed.attend_apart import attend_in_operator
+from titanlite.models.layers import Core, causal_attention
 
 BLOCK = 128  # positions; FlexAttention's default
 
@@ -33,11 +35,12 @@ class DocumentAttention(NamedTuple):
 
 
 def document_attention(device_type: str, compiling: bool) -> DocumentAttention:
-    """Return the way for a device. On the CPU, documents apart cost no pair of positions in two documents, but the
-    compiler cannot trace lengths that change from step to step."""
+    """Return the way for a device. On the CPU, documents apart cost no pair of positions in two documents."""
     if device_type == "cuda":
         return DocumentAttention(block_mask, attend_in_blocks)
-    return DocumentAttention(document_mask, causal_attention) if compiling else DocumentAttention(lengths, attend_apart)
+    if compiling:
+        return DocumentAttention(lambda starts, window: starts, attend_in_operator)
+    return DocumentAttention(lengths, attend_apart)
 
 
 def lengths(starts: Tensor, window: int | None = None) -> list[list[int]]:

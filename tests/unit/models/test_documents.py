@@ -43,7 +43,7 @@ def model_of(window: int | None) -> Decoder:
     return model
 
 
-@pytest.mark.parametrize("way", ["mask", "apart"])
+@pytest.mark.parametrize("way", ["mask", "apart", "operator"])
 @pytest.mark.parametrize("window", [None, 5])
 @pytest.mark.parametrize("name", ROWS)
 def test_packed_documents_are_as_alone(name: str, window: int | None, way: str) -> None:
@@ -52,11 +52,11 @@ def test_packed_documents_are_as_alone(name: str, window: int | None, way: str) 
     generator = torch.Generator().manual_seed(1)
     tokens, labels = (torch.randint(64, starts.shape, generator=generator) for _ in range(2))
     packed, alone = model_of(window), model_of(window)
-    if way == "apart":
-        packed.mask_of = lengths
+    if way != "mask":
+        packed.mask_of, core = document_attention.document_attention("cpu", compiling=way == "operator")
         for module in packed.modules():
             if isinstance(module, Attention):
-                module.core = attend_apart
+                module.core = core
     logits = packed(tokens, starts=starts)
     loss = cross_entropy_loss(logits, labels)
     loss.backward()
@@ -73,6 +73,41 @@ def test_packed_documents_are_as_alone(name: str, window: int | None, way: str) 
     assert loss.item() == pytest.approx(total.item(), rel=1e-6)
     for (param_name, one), other in zip(packed.named_parameters(), alone.parameters(), strict=True):
         assert (one.grad - other.grad).norm() <= 1e-5 * other.grad.norm(), param_name  # type: ignore[operator, union-attr]
+
+
+@pytest.mark.parametrize("window", [0, 5])
+@pytest.mark.parametrize("name", ROWS)
+def test_the_operator_keeps_the_rules_of_operators(name: str, window: int) -> None:
+    """Its gradients are those of finite differences; its results without data have the same shapes and strides."""
+    q, k, v = (torch.randn(2, 3, 64, 4, dtype=torch.float64, requires_grad=True) for _ in range(3))
+    operator = torch.ops.titanlite.attend_apart.default
+    torch.library.opcheck(operator, (q, k, v, starts_of(ROWS[name]), window))
+
+
+def test_values_of_another_size_are_attended_to_through_a_mask() -> None:
+    q, k, v = torch.randn(2, 3, 64, 8), torch.randn(2, 3, 64, 8), torch.randn(2, 3, 64, 6)
+    starts = starts_of(ROWS["many"])
+    out = document_attention.attend_in_operator(q, k, v, None, starts)
+    torch.testing.assert_close(out, causal_attention(q, k, v, None, document_mask(starts)))
+
+
+@pytest.mark.slow
+def test_the_operator_is_in_one_graph_for_all_steps() -> None:
+    model, plain = model_of(5), model_of(5)
+    model.mask_of, core = document_attention.document_attention("cpu", compiling=True)
+    for block in model.layers.values():
+        assert isinstance(block, Block)
+        block.attention.core = core
+        block.run = torch.compile(block.compute, backend="aot_eager_decomp_partition", fullgraph=True)
+    counters.clear()
+    tokens = torch.randint(64, (2, 64), generator=torch.Generator().manual_seed(1))
+    for rows in ROWS.values():
+        for each in (model, plain):
+            each.zero_grad()
+            each(tokens, starts=starts_of(rows)).square().sum().backward()
+        for one, other in zip(model.parameters(), plain.parameters(), strict=True):
+            torch.testing.assert_close(one.grad, other.grad, rtol=1e-4, atol=1e-3)
+    assert counters["stats"]["unique_graphs"] == 1
 
 
 def test_a_mask_that_is_not_there_is_noticed() -> None:
