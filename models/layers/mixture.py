@@ -310,6 +310,11 @@ class Mixture(nn.Module):
         self.most_rows.copy_(torch.maximum(self.most_rows, rows))
         return _WithLoss.apply(x, loss, self.loss_weight) if loss.requires_grad else x  # type: ignore[no-any-return]
 
+    def used_params(self) -> int:
+        """Return the number of parameters that a token uses in the router and the experts that it chooses."""
+        experts = sum(p.numel() for p in self.experts.parameters())
+        return self.router.weight.numel() + experts - self.unused_params()
+
     def unused_params(self) -> int:
         """Return the number of parameters that a token does not use."""
         each = sum(p.numel() for p in self.experts.parameters()) // self.args.n_experts

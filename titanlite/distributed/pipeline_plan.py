@@ -24,6 +24,7 @@ from titanlite.config.parallelism import (
 )
 from titanlite.config.refuse import refuse
 from titanlite.errors import ConfigError, counted
+from titanlite.models.layers import Mixture
 from titanlite.registry import nearest
 
 
@@ -122,8 +123,11 @@ def _asked_for(chain: Chain, config: JobConfig) -> list[list[str]] | None:
 
 
 def matmul_elements(model: nn.Module, name: str) -> int:
-    """Return the number of weights that a module multiplies with; its work is proportional to it."""
-    return sum(m.weight.numel() for m in model.get_submodule(name).modules() if isinstance(m, nn.Linear))
+    """Return the number of weights that a module multiplies a token with; its work is proportional to it. Of experts
+    those count that a token chooses."""
+    modules = [*model.get_submodule(name).modules()]
+    linears = sum(m.weight.numel() for m in modules if isinstance(m, nn.Linear))
+    return linears + sum(m.used_params() for m in modules if isinstance(m, Mixture))
 
 
 def balanced(costs: Sequence[int], stages: int) -> list[range]:

@@ -148,8 +148,7 @@ class Work:
                 key="parallelism.pipeline_parallel_degree",
                 value=ranks,
             )
-        block = a.dim * a.head_size * 2 * (a.n_heads + a.n_kv_heads) + (0 if a.mixture else 3 * a.dim * a.ffn_dim)
-        cuts = _cuts(a.n_layers, block, a.dim * a.vocab_size, stages)
+        cuts = _cuts(self._block_matmuls, a.dim * a.vocab_size, stages)
         parts = [Part(0, False, False)] * ranks
         for stage, cut in enumerate(cuts):
             rank = min(stage, 2 * ranks - 1 - stage) if self.schedule in V_SCHEDULES else stage % ranks
@@ -157,6 +156,18 @@ class Work:
             blocks = so_far.blocks + len(cut) - first - last
             parts[rank] = Part(blocks, so_far.embedding or first, so_far.output or last)
         return tuple(parts)
+
+    @property
+    def _block_matmuls(self) -> tuple[int, ...]:
+        """The elements that a token is multiplied with in each block: of experts, those of the ones that it chooses."""
+        a, m = self.args, self.args.mixture
+        attention = a.dim * a.head_size * 2 * (a.n_heads + a.n_kv_heads)
+        dense = attention + 3 * a.dim * a.ffn_dim
+        if m is None:
+            return (dense,) * a.n_layers
+        mixed = attention + 3 * a.dim * m.active_dim + a.dim * m.n_experts
+        first = min(m.n_dense_layers, a.n_layers)
+        return (dense,) * first + (mixed,) * (a.n_layers - first)
 
     def groups(self, blocks: float, ends: int) -> tuple[Group, ...]:
         """Return the parameters of a device with ``blocks`` blocks and so many ends of the model: those that tensor
@@ -238,9 +249,9 @@ def _feed_forward(dim: int, inside: int, spread: bool) -> tuple[Linear, ...]:
 
 
 @lru_cache
-def _cuts(blocks: int, block: int, output: int, stages: int) -> list[range]:
+def _cuts(blocks: tuple[int, ...], output: int, stages: int) -> list[range]:
     """Return the stages of a chain of the embedding, blocks and the output, by the elements of their matmuls."""
-    return balanced([0, *[block] * blocks, output], stages)
+    return balanced([0, *blocks, output], stages)
 
 
 def work_of(config: JobConfig, args: DecoderArgs, world_size: int) -> Work:

@@ -28,7 +28,7 @@ from titanlite.distributed.parallelize import chain
 from titanlite.distributed.pipeline import Boundary, Pipeline, part_of
 from titanlite.distributed.pipeline_plan import Plan, balanced, matmul_elements, plan_pipeline
 from titanlite.errors import ConfigError
-from titanlite.models.layers import LAYOUT, Decoder, DecoderArgs
+from titanlite.models.layers import LAYOUT, Decoder, DecoderArgs, MixtureArgs
 
 SMALL = DecoderArgs(dim=32, n_layers=6, n_heads=4, n_kv_heads=2, ffn_dim=48, vocab_size=128, max_seq_len=16)
 SCHEDULES = [*SINGLE_STAGE_SCHEDULES, *LOOPED_SCHEDULES, *V_SCHEDULES]
@@ -95,6 +95,20 @@ def test_work_is_that_of_the_matmuls(meta: Decoder) -> None:
     assert matmul_elements(meta, "layers.3") == attention + 3 * 32 * 48
     assert matmul_elements(meta, "output") == 32 * 128
     assert matmul_elements(meta, "tok_embeddings") == matmul_elements(meta, "norm") == 0
+
+
+def test_the_work_of_a_mixture_is_that_of_the_experts_that_a_token_uses() -> None:
+    """A dense block, then mixtures with a shared expert."""
+    mixture = MixtureArgs(16, 3, 24, n_shared_experts=2, n_dense_layers=1)
+    with torch.device("meta"):
+        model = Decoder(DecoderArgs(32, 4, 4, 2, ffn_dim=480, vocab_size=128, mixture=mixture))
+    attention = 2 * 32 * 32 + 2 * 32 * 16
+    assert matmul_elements(model, "layers.0") == attention + 3 * 32 * 480
+    assert matmul_elements(model, "layers.1") == attention + 3 * 32 * (3 + 2) * 24 + 32 * 16
+    assert plan_of(model, 2).stages == [
+        ["tok_embeddings", "layers.0"],
+        [*(f"layers.{i}" for i in (1, 2, 3)), "output", "norm"],
+    ]
 
 
 def test_the_costly_ends_get_fewer_layers() -> None:

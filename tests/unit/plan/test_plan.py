@@ -125,16 +125,17 @@ def test_time_scales() -> None:
 
 @pytest.mark.parametrize("schedule", ["1F1B", "Interleaved1F1B", "ZBVZeroBubble"])
 @pytest.mark.parametrize("ranks", [2, 4, 8])
-def test_the_stages_are_those_that_the_trainer_cuts(schedule: str, ranks: int) -> None:
+@pytest.mark.parametrize(("family", "flavor"), [("llama3", "8B"), ("qwen3_moe", "30B-A3B"), ("mixtral", "8x7B")])
+def test_the_stages_are_those_that_the_trainer_cuts(family: str, flavor: str, schedule: str, ranks: int) -> None:
     options = [
         "--training.local_batch_size=16",
         f"--parallelism.pipeline_parallel_degree={ranks}",
         f"--parallelism.pipeline_parallel_schedule={schedule}",
     ]
-    config = load_config(["--model.name=llama3", "--model.flavor=8B", *options])
+    config = load_config([f"--model.name={family}", f"--model.flavor={flavor}", *options])
     model = planned_model(config)
     cut = plan_pipeline(model.meta, chain(model.meta, model.spec.layout), config, ranks)
-    for rank, part in enumerate(work("8B", 8, *options).parts):
+    for rank, part in enumerate(work(flavor, 8, *options, family=family).parts):
         names = [name for stage in cut.of(rank) for name in cut.stages[stage]]
         blocks = sum(name.startswith("layers.") for name in names)
         assert part == (blocks, "tok_embeddings" in names, "output" in names)
