@@ -60,6 +60,8 @@ class Int8:
     """Gather the inputs and gradients of tensor parallelism in int8 (rowwise only)."""
     emulate: bool = False
     """Multiply the quantized values in float32. Without int8 units this is always done."""
+    moe_fqns: list[str] = field(default_factory=list)
+    """Experts to compute in int8, by whole parts of their names, such as experts. Needs the recipe rowwise."""
 
 
 @dataclass

@@ -14,6 +14,13 @@ def check(config: JobConfig) -> None:
     """Refuse options of [int8] that would have no effect, and an optimizer that cannot update int8 weights."""
     if not check_converter(config, config.int8, "int8"):
         return
+    if config.int8.moe_fqns and config.int8.recipe_name not in (None, "rowwise"):
+        refuse(
+            config,
+            "int8.moe_fqns",
+            f'experts compute all three of their matmuls in int8, and int8.recipe_name = "{config.int8.recipe_name}"; '
+            "use rowwise, or leave it out",
+        )
     _check_gathers(config)
     if config.int8.recipe_name != WEIGHTS:
         return

@@ -50,7 +50,9 @@ class Int8Converter(LinearConverter):
         if units != "cpu" and not emulate:
             logger.info("int8 on %s: %s", units, choice(units))
         gathered_by = "int8.enable_fsdp_int8_all_gather" if options.enable_fsdp_int8_all_gather else None
-        super().__init__("int8", recipe, format, options.filter_fqns, emulate, mesh, gathered_by)
+        super().__init__(
+            *("int8", recipe, format, options.filter_fqns, emulate, mesh, gathered_by), moe_fqns=options.moe_fqns
+        )
 
     def too_small(self) -> Callable[[int, int], bool] | None:
         measured = self.units == "cpu" and not MATRIX_UNITS  # with them other sizes gain, if any

@@ -1,5 +1,5 @@
-"""Float8 training and inference of linear layers, with torch alone. Names and modules are those of torchao.float8; the
-implementation is in ``titanlite.quant``."""
+"""Float8 training and inference of linear layers and grouped matmuls, with torch alone. Names and modules are those of
+torchao.float8; the implementation is in ``titanlite.quant``."""
 
 from titanlite.float8.config import (
     CastConfig,
@@ -19,6 +19,7 @@ from titanlite.float8.float8_linear_utils import (
 )
 from titanlite.float8.fsdp_utils import precompute_float8_dynamic_scale_for_fsdp
 from titanlite.float8.inference import Float8MMConfig
+from titanlite.float8.moe import convert_moe_to_float8_training
 from titanlite.float8.types import FP8Granularity
 from titanlite.quant.linear import high_precision
 from titanlite.quant.reuse import share_casts
@@ -36,6 +37,7 @@ __all__ = [
     "ScalingGranularity",
     "ScalingType",
     "_auto_filter_for_recipe",
+    "convert_moe_to_float8_training",
     "convert_to_float8_training",
     "high_precision",
     "precompute_float8_dynamic_scale_for_fsdp",

@@ -21,6 +21,7 @@ from titanlite.quant.convertible import (
     restore_class,
     why_not_changeable,
 )
+from titanlite.quant.experts import QuantExperts
 from titanlite.quant.format import WEIGHT, Format, Operand
 from titanlite.quant.fsdp import plain, wrapped_for_gather
 from titanlite.quant.grouped_mm import QuantGroupedMatmul
@@ -277,8 +278,8 @@ def high_precision(model: nn.Module) -> Iterator[None]:
         ValueError: a weight is gathered in the format, so that no high-precision weight exists.
     """
     layers = quant_layers(model)
-    computing: list[QuantLinear | QuantGroupedMatmul] = [*layers]
-    computing += [module for module in model.modules() if isinstance(module, QuantGroupedMatmul)]
+    computing: list[QuantLinear | QuantGroupedMatmul | QuantExperts] = [*layers]
+    computing += [module for module in model.modules() if isinstance(module, (QuantGroupedMatmul, QuantExperts))]
     for layer in layers:
         if layer.gather_quantized:
             raise ValueError(

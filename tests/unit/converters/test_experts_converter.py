@@ -20,6 +20,7 @@ from titanlite.quant.linear import high_precision
 
 FLOAT8 = {"model.converters": "float8", "float8.recipe_name": "rowwise"}
 MX = {"model.converters": "mx"}
+INT8 = {"model.converters": "int8"}
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +45,7 @@ def in_format(model: nn.Module) -> set[str]:
     return {name for name, experts in experts_in(model).items() if isinstance(experts.multiply, QuantGroupedMatmul)}
 
 
-@pytest.mark.parametrize(("options", "name"), [(FLOAT8, "float8"), (MX, "mxfp8")], ids=["float8", "mx"])
+@pytest.mark.parametrize(("options", "name"), [(FLOAT8, "float8"), (MX, "mxfp8"), (INT8, "int8")], ids=str)
 def test_named_experts_are_converted(
     mesh: Mesh, options: dict[str, Any], name: str, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -92,6 +93,10 @@ def test_others_stay_and_the_table_says_so(mesh: Mesh, caplog: pytest.LogCapture
         (
             {**MX, "mx.recipe_name": "mxfp8_with_gw_hp", "mx.moe_fqns": "experts"},
             *({}, "mx.moe_fqns", "use mxfp8, or leave it out"),
+        ),
+        (
+            {**INT8, "int8.recipe_name": "forward_only", "int8.moe_fqns": "experts"},
+            *({}, "int8.moe_fqns", "use rowwise, or leave it out"),
         ),
         (
             {
