@@ -374,7 +374,8 @@ class Trainer:
         loss = step_loss.mean()
         lr = self.schedule.apply(self.optimizer, self.step)
         self.checkpoints.before_update()
-        record = self.step_guard.step(self.optimizer, loss, scale.loss, scale.norm, scale.divisor, scale.stops)
+        judged = scale.loss, scale.norm, scale.divisor, scale.stops, None if self.encoder is None else scale.scored
+        record = self.step_guard.step(self.optimizer, loss, *judged)
         self.optimizer.zero_grad()
         self.experts.step_done(bad=record[IS_BAD])
         for converter in self.converters.values():

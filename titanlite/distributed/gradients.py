@@ -28,12 +28,14 @@ class GradientScale(NamedTuple):
         loss: the mean loss, float64.
         divisor: what to divide the gradients by; float32.
         stops: the number of ranks that were asked to stop; float64.
+        scored: the number of scored labels of all ranks, once for each rank that has them; float64.
     """
 
     norm: Tensor
     loss: Tensor
     divisor: Tensor
     stops: Tensor
+    scored: Tensor
 
 
 @torch.no_grad()
@@ -71,13 +73,13 @@ def gradient_scale(
     sums = torch.stack((square, total.detach().to(square), scored.to(square), torch.full_like(square, stop)))
     if mesh.world.size() > 1:
         dist.all_reduce(sums)
-    square, loss, count, stops = sums.unbind()
-    count = count.clamp(min=1)
+    square, loss, scored_by_all, stops = sums.unbind()
+    count = scored_by_all.clamp(min=1)
     share = count / (mesh.stage.size() * labels)  # 1 where all labels are scored
     norm = (square.sqrt() / share).float()
     # Like clip_grads_with_norm_, which does not support DTensors of different meshes.
     divisor = share / (max_norm / (norm + 1e-6)).clamp(max=1.0)
-    return GradientScale(norm, loss / count, divisor.float(), stops)
+    return GradientScale(norm, loss / count, divisor.float(), stops, scored_by_all)
 
 
 def _local(grad: Tensor) -> Tensor:

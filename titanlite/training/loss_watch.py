@@ -120,7 +120,7 @@ class LossWatch:
                 arrived.synchronize()
             self._pending.popleft()
             self.latest = StepRecord.of(values)
-            if math.isfinite(self.latest.loss):
+            if math.isfinite(self.latest.loss) and self.latest.scored:
                 self.losses.append(self.latest.loss)
                 self._look_for_divergence(step, self.latest.loss)
             if self.bad is None:
@@ -155,13 +155,16 @@ class LossWatch:
         if not record.is_bad:
             self.last_good = (step, record)
             return
-        if self._training.on_bad_step == "skip":
+        if self._skips(record):
             if self._rank == 0:
                 counts = f"skipped {record.skipped}, {record.in_a_row} in a row"
                 logger.warning("step %d skipped: %s (%s)", step, self._reason(record), counts)
             if record.in_a_row < self._training.max_skipped_in_a_row:
                 return
         self.bad = (step, record)
+
+    def _skips(self, record: StepRecord) -> bool:
+        return self._training.on_bad_step == "skip" or not record.scored
 
     def claim(self) -> int:
         """Return 0 if no step is bad. Else return a positive number; the largest of all ranks belongs to the rank that
@@ -183,7 +186,9 @@ class LossWatch:
             "step"
         )
         leave_out = "--training.on_bad_step=skip leaves out the updates of such steps"
-        if self._training.on_bad_step == "skip":
+        if not record.scored:
+            advice = "Look at the data: where prompts fill whole batches, nothing is learned"
+        if self._skips(record):
             return (
                 f"step {step}: {counted(record.in_a_row, 'skipped step')} in a row, and "
                 f"training.max_skipped_in_a_row = {self._training.max_skipped_in_a_row}; this one for "
@@ -210,6 +215,8 @@ class LossWatch:
         return f"the last good values were loss {good.loss:.4f}, grad_norm {good.grad_norm:.4f} at step {at}"
 
     def _reason(self, record: StepRecord) -> str:
+        if not record.scored:
+            return "none of its labels is scored"
         if not math.isfinite(record.loss):
             return f"loss {record.loss} is not finite"
         if not math.isfinite(record.grad_norm):

@@ -3,6 +3,9 @@
 A step is bad if its loss or its gradient norm is not finite, or if its loss is a spike: more than
 ``training.spike_sigmas`` standard deviations above the mean of the last :data:`WINDOW` good losses. Gradient norms
 have no such limit: in healthy runs they have heavy tails, and clipping bounds their effect.
+
+A step is bad, too, if none of its labels is scored. It is always skipped: an optimizer would move the parameters by its
+momentum and its weight decay.
 """
 
 from __future__ import annotations
@@ -38,6 +41,7 @@ class StepRecord(NamedTuple):
         skipped: the number of steps skipped so far.
         in_a_row: the number of steps skipped since the last step that was not.
         stops: the number of ranks that had been asked to stop.
+        scored: the number of scored labels of all ranks.
     """
 
     local_loss: float
@@ -49,6 +53,7 @@ class StepRecord(NamedTuple):
     skipped: int
     in_a_row: int
     stops: int
+    scored: int
 
     @classmethod
     def of(cls, values: Tensor) -> StepRecord:
@@ -58,6 +63,7 @@ class StepRecord(NamedTuple):
 
 
 IS_BAD = StepRecord._fields.index("is_bad")
+_SCORED = StepRecord._fields.index("scored")
 
 
 class StepGuard:
@@ -85,38 +91,48 @@ class StepGuard:
         grad_norm: Tensor,
         divisor: Tensor,
         stops: Tensor | None = None,
+        scored: Tensor | None = None,
     ) -> Tensor:
         """Update the parameters, unless the step is bad and must be skipped. A skipped step changes no bit of the
         parameters and of the optimizer state.
 
         Args:
-            local_loss, loss, grad_norm, stops: see :class:`StepRecord`; scalars of any floating dtype. None: 0.
+            local_loss, loss, grad_norm, stops, scored: see :class:`StepRecord`; scalars of any floating dtype. None: no
+                rank was asked to stop, and some label is scored, as always in texts.
             divisor: what the gradients are divided by; see :func:`titanlite.optim.update_parameters`.
 
         Returns:
-            float64 [9] on the guard's device: the fields of :class:`StepRecord`.
+            float64 [10] on the guard's device: the fields of :class:`StepRecord`.
         """
-        if not self._skips:
-            update_parameters(optimizer, divisor)
-            return self.judge(local_loss, loss, grad_norm, stops)
-        record = self.judge(local_loss, loss, grad_norm, stops)
-        update_parameters(optimizer, divisor, skip=record[IS_BAD])
+        record = self.judge(local_loss, loss, grad_norm, stops, scored)
+        skip = record[IS_BAD] if self._skips else None if scored is None else record[_SCORED] == 0
+        update_parameters(optimizer, divisor, skip)
         return record
 
     @torch.no_grad()
-    def judge(self, local_loss: Tensor, loss: Tensor, grad_norm: Tensor, stops: Tensor | None = None) -> Tensor:
+    def judge(
+        self,
+        local_loss: Tensor,
+        loss: Tensor,
+        grad_norm: Tensor,
+        stops: Tensor | None = None,
+        scored: Tensor | None = None,
+    ) -> Tensor:
         """Judge a step, without an optimizer; arguments and result are those of :meth:`step`."""
         values = torch.stack([x.detach().to(self._window) for x in (local_loss, loss, grad_norm)])
         loss = values[1]
         deviation, mean = torch.std_mean(self._window)
         deviation = torch.maximum(deviation, SMALLEST_DEVIATION * mean.abs())
-        bad = ~values[1:].isfinite().all() | (loss > mean + self._sigmas * deviation)
+        scored = torch.ones_like(loss) if scored is None else scored.to(loss)
+        empty = scored == 0
+        bad = ~values[1:].isfinite().all() | (loss > mean + self._sigmas * deviation) | empty
         moved = torch.cat((self._window[1:], loss[None]))
         self._window = torch.where(bad, self._window, moved)
-        if self._skips:
-            self._counts = torch.stack((self._counts[0] + bad, (self._counts[1] + 1) * bad))
+        skip = bad if self._skips else empty
+        self._counts = torch.stack((self._counts[0] + skip, (self._counts[1] + 1) * skip))
         stops = torch.zeros_like(loss) if stops is None else stops.to(loss)
-        return torch.cat((values, torch.stack((mean, deviation, bad.double())), self._counts, stops[None]))
+        verdict = torch.stack((mean, deviation, bad.double()))
+        return torch.cat((values, verdict, self._counts, torch.stack((stops, scored))))
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state of the guard, in numbers that JSON keeps exactly; waits for the device."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -10,9 +11,10 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 
 from titanlite.config.parallelism import Degrees
-from titanlite.config.schema import Comm
+from titanlite.config.schema import Comm, Training
 from titanlite.data import Batch
 from titanlite.distributed import runtime
 from titanlite.distributed.gradients import GradientScale, gradient_scale
@@ -21,6 +23,7 @@ from titanlite.distributed.mesh import Mesh, build_mesh
 from titanlite.models.layers import BalanceLoss, Decoder, DecoderArgs, Mixture, MixtureArgs
 from titanlite.optim import IGNORED, cross_entropy_loss, update_parameters
 from titanlite.training.step import StepLoss, StepRunner
+from titanlite.training.step_guard import StepGuard, StepRecord
 
 VOCAB = 11
 
@@ -128,11 +131,36 @@ def test_clipping_is_of_the_corrected_gradients(mesh: Mesh) -> None:
     assert clipped.norm().item() == pytest.approx(0.01, rel=1e-4)
 
 
-def test_a_step_without_scored_labels_changes_nothing(mesh: Mesh) -> None:
-    model, given = Model(), batch([0.0, 0.0])
+@pytest.mark.parametrize("on_bad_step", ["stop", "skip"])
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_step_without_scored_labels_changes_nothing(mesh: Mesh, on_bad_step: Any, fused: bool) -> None:
+    """Neither by the optimizer's momentum nor by its weight decay. It is counted, and no loss for the next ones."""
+    model = Model()
     fully_shard(model, mesh=mesh.data_parallel)
     runner = StepRunner([model], cross_entropy_loss, None, None, torch.device("cpu"))
-    step = runner.forward_backward(given)
-    norm, mean, *_ = clip(model, 1.0, mesh, step)
-    assert (norm, mean, step.mean()) == (0, 0, 0)
-    assert all((p.grad.to_local() == 0).all() for p in model.parameters())  # type: ignore[union-attr]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.5, fused=fused)
+    guard = StepGuard(Training(on_bad_step=on_bad_step), torch.device("cpu"))
+
+    def step(given: Batch) -> StepRecord:
+        loss = runner.forward_backward(given)
+        scale = gradient_scale(model.parameters(), 1.0, mesh, *loss)
+        judged = scale.loss, scale.norm, scale.divisor, scale.stops, scale.scored
+        record = guard.step(optimizer, loss.mean(), *judged)
+        optimizer.zero_grad()
+        return StepRecord.of(record)
+
+    def state() -> list[Tensor]:
+        moments = [value for values in optimizer.state.values() for value in values.values()]
+        values = [*(p.detach() for p in model.parameters()), *moments]
+        return [value.to_local() if isinstance(value, DTensor) else value for value in values]
+
+    assert step(batch([0.5, 0.5])).skipped == 0
+    before, losses = [value.clone() for value in state()], guard.state_dict()["losses"]
+    record = step(batch([0.0, 0.0]))
+    assert (record.loss, record.grad_norm, record.scored, record.is_bad) == (0, 0, 0, True)
+    assert (record.skipped, record.in_a_row) == (1, 1)
+    assert guard.state_dict()["losses"] == losses
+    for value, earlier in zip(state(), before, strict=True):
+        assert torch.equal(value, earlier)
+    record = step(batch([0.5, 0.5]))
+    assert (record.skipped, record.in_a_row, record.is_bad) == (1, 0, False)
