@@ -243,6 +243,20 @@ def document_masks(results: list[dict[str, Any]]) -> list[list[str]]:
     return rows
 
 
+def moe_balance(results: list[dict[str, Any]]) -> list[list[str]]:
+    rows = [["", "largest share, each seed", "at equal load", "final loss, each seed", "against dense", "95% interval"]]
+    for r in results:
+        shares = ", ".join(f"{100 * share:.1f}%" for share in r.get("largest_share", []))
+        equal = f"{100 * r['mean_share']:.2f}%" if "mean_share" in r else ""
+        losses = ", ".join(f"{loss:.4f}" for loss in r["final_loss"])
+        difference = ["", ""]
+        if "difference_from_dense_pct" in r:
+            low, high = r["interval_95_pct"]
+            difference = [f"{r['difference_from_dense_pct']:+.2f}%", f"{low:+.2f}% to {high:+.2f}%"]
+        rows.append([r["config"], shares, equal, losses, *difference])
+    return rows
+
+
 def seconds_of_plans(results: list[dict[str, Any]]) -> list[list[str]]:
     rows = [["ranks", "plan of a first save", "of a later one"]]
     for r in (r for r in results if r["part"] == "plan"):
@@ -289,6 +303,7 @@ TABLES: dict[str, Callable[[list[dict[str, Any]]], list[list[str]]]] = {
     "checkpoint_save": checkpoint_save,
     "cpu_step": cpu_step,
     "moe_speed": cpu_step,
+    "moe_balance": moe_balance,
     "compiled_block": compiled_block,
     "compiled_block_architectures": compiled_block_architectures,
     "int8_cpu/layers": int8_layers,

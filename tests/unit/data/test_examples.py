@@ -17,7 +17,7 @@ from tests.support.chats import QWEN25, byte_level, folder, plain, sentencepiece
 from titanlite.config.schema import Data
 from titanlite.data import Tokenizer, load_tokenizer
 from titanlite.data.encode_chat import ChatEncoder
-from titanlite.data.encode_hellaswag import Choices, HellaSwagEncoder, choices
+from titanlite.data.encode_hellaswag import HellaSwagEncoder
 from titanlite.data.encode_instruct import InstructEncoder
 from titanlite.data.examples import Encoder
 from titanlite.data.readers import LinesReader, ParquetReader, Reader
@@ -72,16 +72,6 @@ def test_hellaswag_trains_on_the_context_as_it_is() -> None:
     assert tokenizer.decode(tokens[scored]) == " pulls up roofing [title] Ends.<|end_of_text|>"
 
 
-def test_the_question_of_hellaswag_is_that_of_the_harness() -> None:
-    assert choices(HELLASWAG) == Choices(
-        "Roof shingle removal: A man is sitting on a roof .  He. then bends",
-        ["is using wrap.", "rips level tiles off.", "holds a cube.", "pulls up roofing. Ends."],
-        3,
-    )
-    own = {"context": " a [b]", "endings": ["c", " [d]"], "label": 0}
-    assert choices(own) == Choices(" a [b]", ["c", " [d]"], 0)
-
-
 FAULTS: dict[str, tuple[dict[str, Any], str]] = {
     "no prompt": ({"answer": "a"}, r'no field "prompt" \(it has: answer\); .*data\.prompt_field'),
     "no answer": ({"prompt": "a"}, r'no field "answer" \(it has: prompt\); .*data\.answer_field'),
@@ -109,13 +99,11 @@ def test_a_record_that_cannot_be_used(fault: str) -> None:
     assert re.search(words, str(error.value)), str(error.value)
 
 
-@pytest.mark.parametrize("field", ["ctx", "endings", "label", "ctx_a", "ctx_b", "activity_label"])
+@pytest.mark.parametrize("field", HellaSwagEncoder.fields)
 def test_what_hellaswag_lacks_is_named(field: str) -> None:
     record = {key: value for key, value in HELLASWAG.items() if key != field}
     with pytest.raises(Corrupt, match=f'no field "{field}" \\(it has: ind') as error:
-        choices(record) if field not in HellaSwagEncoder.fields[:1] else HellaSwagEncoder(load_tokenizer()).encode(
-            record
-        )
+        HellaSwagEncoder(load_tokenizer()).encode(record)
     assert "data." not in str(error.value)  # no option names these fields
 
 
