@@ -138,11 +138,22 @@ class Masked:
         return getattr(self.loader, name)
 
 
-def mean_loss_by_hand(trainer: Trainer) -> float:
-    """Of the first batch of one process, in float64, from its logits."""
+def first_batch(trainer: Trainer) -> Batch:
+    """The one that the trainer will take."""
     state = trainer.loader.state_dict()
     batch = next(trainer.loader)
     trainer.loader.load_state_dict(state)
+    return batch
+
+
+def sequences_with_borders(batch: Batch) -> int:
+    """The number of sequences in which a document begins that is not their first."""
+    return 0 if batch.starts is None else int((batch.starts > 0).any(-1).sum())
+
+
+def mean_loss_by_hand(trainer: Trainer) -> float:
+    """Of the first batch of one process, in float64, from its logits."""
+    batch = first_batch(trainer)
     (model,) = trainer.model_parts
     with torch.no_grad():
         logits = torch.stack([model(tokens) for tokens in batch.inputs]).double()
@@ -169,6 +180,7 @@ def run(name: str, options: dict[str, Any], folder: Path) -> dict[str, Any]:
         trainer.loader = Masked(trainer.loader, modulus)  # type: ignore[assignment]
     moments = folder / f"{name}, rank {trainer.runtime.rank}.pt"
     by_hand = mean_loss_by_hand(trainer) if modulus and trainer.runtime.world_size == 1 else None
+    borders = sequences_with_borders(first_batch(trainer))
     try:
         for step in range(1, config.training.steps + 1):
             if step == 3 and not config.training.compile:
@@ -183,6 +195,7 @@ def run(name: str, options: dict[str, Any], folder: Path) -> dict[str, Any]:
         local = [p.to_local() if isinstance(p, DTensor) else p for p in parameters]
         report = {
             "by hand": by_hand,
+            "sequences_with_borders": borders,
             "moments": str(moments),
             "elements": sum(p.numel() for p in local),
             "model_elements": trainer.size.params,

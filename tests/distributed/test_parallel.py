@@ -4,6 +4,7 @@ the communication that the dimensions imply."""
 from __future__ import annotations
 
 import itertools
+import json
 import re
 import warnings
 from collections import Counter
@@ -49,6 +50,10 @@ class Cluster:
         self.folder = folder
         self.csv = folder / "schedule.csv"
         self.csv.write_text(CSV)
+        # A sequence of 32 tokens has borders in it.
+        self.short_documents = folder / "short.jsonl"
+        lines = (json.dumps({"text": f"Line {n} is not {n * n}." * (1 + n % 4)}) for n in range(400))
+        self.short_documents.write_text("\n".join(lines))
         self.reports: Reports = {}
 
     def run(self, processes: int, cases: dict[str, dict[str, Any]]) -> None:
@@ -57,6 +62,8 @@ class Cluster:
             if options.get("parallelism.pipeline_parallel_schedule") == "PipelineScheduleMulti":
                 options["parallelism.pipeline_parallel_schedule_csv"] = str(self.csv)
                 options["parallelism.pipeline_parallel_microbatch_size"] = 2
+            if "data.document_mask" in options:
+                options |= {"training.dataset": "json", "training.dataset_path": str(self.short_documents)}
         for last_try in (False, True):
             folder = self.folder / f"{processes}-{len(self.reports)}{'-again' if last_try else ''}"
             try:
@@ -360,6 +367,7 @@ def test_variants_are_as_on_one_process(varied: Reports, way: str, variant: str)
 @each([variant for variant in VARIANTS if "document masks" in variant])
 def test_gradients_of_packed_documents_are_those_of_one_process(varied: Reports, way: str, variant: str) -> None:
     """tests/unit/models/test_documents.py has it that those are the gradients of the documents computed alone."""
+    assert varied[f"{ONE}, {variant}"][0]["sequences_with_borders"] >= 2
     check_gradients(varied[f"{ONE}, {variant}"], varied[f"{way}, {variant}"], 1e-5)
 
 
