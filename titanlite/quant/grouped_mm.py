@@ -53,9 +53,9 @@ class _GroupedMatmul(torch.autograd.Function):
         saved = Operand(None, None)  # type: ignore[arg-type]
         if b.requires_grad:
             groups = Groups(offsets, a.shape[0], format.multiple)
-            saved = format.cast_columns(groups.padded(a.detach()), groups, Use("input", 0))
+            saved = format.cast_columns(a.detach(), groups, Use("input", 0))
         ctx.save_for_backward(b, offsets, *saved)
-        w = _cast_matrices(b.transpose(1, 2), WEIGHT, format)
+        w = _cast_matrices(b.detach().transpose(1, 2), format)
         return format.multiply_rows(format.cast_rows(a.detach(), Use("input", 1)), w, offsets, "output", a.dtype)
 
     @staticmethod
@@ -66,21 +66,21 @@ class _GroupedMatmul(torch.autograd.Function):
             refuse_double_backward(format.name)
         grad_a = grad_b = None
         if ctx.needs_input_grad[0]:
-            w = _cast_matrices(b, WEIGHT_FOR_GRAD_INPUT, format)
+            w = format.cast_transposed(b.detach().transpose(1, 2), WEIGHT_FOR_GRAD_INPUT)
             grad_a = format.multiply_rows(
                 format.cast_rows(grad, Use("grad_output", 1)), w, offsets, "grad_input", ctx.dtype
             )
         if ctx.needs_input_grad[1]:
             groups = Groups(offsets, grad.shape[0], format.multiple)
-            g = format.cast_columns(groups.padded(grad), groups, Use("grad_output", 0))
+            g = format.cast_columns(grad, groups, Use("grad_output", 0))
             # As the weight of a linear layer, [groups, m, k]: so a parameter that b is a transpose of gets its layout.
             grad_b = format.multiply_columns(g, Operand(*saved), groups, b.dtype).transpose(1, 2)
         return grad_a, grad_b, None, None
 
 
-def _cast_matrices(w: Tensor, use: Use, format: GroupedFormat) -> Operand:
-    """Cast each row of matrices ``w`` [groups, m, k]."""
-    data, scale = format.cast_rows(w.detach().reshape(-1, w.shape[2]), use)
+def _cast_matrices(w: Tensor, format: GroupedFormat) -> Operand:
+    """Cast each row of the weights ``w`` [groups, m, k]."""
+    data, scale = format.cast_rows(w.reshape(-1, w.shape[2]), WEIGHT)
     return Operand(data.unflatten(0, w.shape[:2]), None if scale is None else scale.unflatten(0, w.shape[:2]))
 
 

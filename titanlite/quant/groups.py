@@ -33,21 +33,41 @@ class Groups:
     Attributes:
         ends: the end of each group in the padded rows, int32 [groups].
         number: the group of each padded row, int64 [padded rows].
+        row_of: the row at each place, int32 [padded rows]; -1 for a zero.
+        group_of: the group of each unit of rows, int32 [padded rows / unit].
+        count: the number of groups, with the one of rows after the last group.
     """
 
     def __init__(self, offsets: Tensor, rows: int, unit: int) -> None:
-        self._count = offsets.shape[0]
+        self.count = offsets.shape[0] + 1
         ends = torch.cat((offsets.long(), offsets.new_full((1,), rows, dtype=torch.int64)))
         sizes = ends.diff(prepend=ends.new_zeros(1))
         padded_ends = ((sizes + unit - 1) // unit * unit).cumsum(0)
         begins = torch.cat((padded_ends.new_zeros(1), padded_ends[:-1]))
         # As much as the sizes can need, and whole units: known without them.
-        self._rows = (rows + (self._count + 1) * (unit - 1) + unit - 1) // unit * unit
+        self._rows = (rows + self.count * (unit - 1) + unit - 1) // unit * unit
         row = torch.arange(rows, device=offsets.device)
         group = torch.searchsorted(ends, row, right=True)
         self._place = row + (begins - (ends - sizes))[group]
         self.ends = padded_ends[:-1].int()
         self.number = torch.searchsorted(self.ends, torch.arange(self._rows, device=offsets.device), right=True)
+        self._source, self._unit = row, unit
+
+    @classmethod
+    def of_matrices(cls, matrices: Tensor, unit: int) -> Groups:
+        """Return the groups that the rows of ``matrices`` [groups, rows, columns] are."""
+        count, rows, _ = matrices.shape
+        ends = torch.arange(rows, count * rows + 1, rows, dtype=torch.int32, device=matrices.device)
+        return cls(ends, count * rows, unit)
+
+    @property
+    def row_of(self) -> Tensor:
+        nowhere = self._place.new_full((self._rows,), -1, dtype=torch.int32)
+        return nowhere.index_copy(0, self._place, self._source.int())
+
+    @property
+    def group_of(self) -> Tensor:
+        return self.number[:: self._unit].int()
 
     def padded(self, x: Tensor) -> Tensor:
         """Return rows ``x`` [rows, n] at their places, [padded rows, n]."""
@@ -58,7 +78,7 @@ class Groups:
         one, 0 in an empty group."""
         magnitudes = padded.abs().float()
         index = self.number[:, None].expand_as(magnitudes)
-        return magnitudes.new_zeros(self._count + 1, padded.shape[1]).scatter_reduce(0, index, magnitudes, "amax")
+        return magnitudes.new_zeros(self.count, padded.shape[1]).scatter_reduce(0, index, magnitudes, "amax")
 
 
 class GroupedFormat(Format):
@@ -96,15 +116,18 @@ class GroupedFormat(Format):
         """Cast each row of ``x``, (m, k), by itself, with the options of ``use``."""
 
     @abstractmethod
-    def cast_columns(self, padded: Tensor, groups: Groups, use: Use) -> Operand:
-        """Cast each column of each group of rows by itself, with the options of ``use``.
-
-        Args:
-            padded: (padded rows, n), as :meth:`Groups.padded` returns it.
+    def cast_columns(self, x: Tensor, groups: Groups, use: Use) -> Operand:
+        """Cast each column of each group of the rows ``x``, (rows, n), by itself, with the options of ``use``.
 
         Returns:
             Data (n, padded rows), contiguous.
         """
+
+    def cast_transposed(self, w: Tensor, use: Use) -> Operand:
+        """Cast each column of the matrices ``w``, [groups, m, k], by itself, with the options of ``use``. Return data
+        [groups, k, m], contiguous."""
+        rows = w.transpose(1, 2).reshape(-1, w.shape[1])
+        return Operand(*(None if x is None else x.unflatten(0, (w.shape[0], -1)) for x in self.cast_rows(rows, use)))  # type: ignore[arg-type]
 
     @abstractmethod
     def values(self, operand: Operand, groups: Groups | None = None) -> Tensor:

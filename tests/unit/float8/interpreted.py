@@ -23,11 +23,13 @@ DTYPES = {
 
 @contextmanager
 def exact_conversions() -> Iterator[None]:
-    """The interpreter's own conversions to narrow floats lose carries, subnormals and NaNs (triton 3.6, 3.9), which
-    GPUs' instructions do not: PyTorch's instead."""
+    """The interpreter's own conversions to narrow floats lose carries, subnormals and NaNs (triton 3.6, 3.9), and those
+    from bfloat16 lose subnormals, which GPUs' instructions do not: PyTorch's instead."""
     own = interpreter._convert_float
 
     def convert(values: Any, source: Any, target: Any, rounding: Any) -> Any:
+        if source == tl.bfloat16 and target == tl.float32:  # the same bits, and zeros
+            return np.ascontiguousarray(values).view(np.uint16).astype(np.uint32) << 16
         if source != tl.float32 or target not in DTYPES:
             return own(values, source, target, rounding)
         narrow = torch.from_numpy(np.ascontiguousarray(values)).to(DTYPES[target])

@@ -16,7 +16,7 @@ def main(name: str) -> None:
     cases = [case for case in cases if case[2] or case[1] == (True, True)]
     for x, (by_rows, by_columns), rceil in cases:
         signature = {"x": f"*{x}", **outs, "M": "i32", "N": "i32", "stride": "i32"}
-        options = {"RCEIL": rceil, "BY_ROWS": by_rows, "BY_COLUMNS": by_columns, "SIZE": kernels.TILE}
+        options = {"RCEIL": rceil, "BY_ROWS": by_rows, "BY_COLUMNS": by_columns, "SWIZZLED": True, "SIZE": kernels.TILE}
         assembly = compile(name, triton_casts.cast_kernel, signature, {**options, "num_warps": kernels.WARPS})
         assert all(wide_accesses(assembly))
     print(f"compiled {len(cases)} kernels for {name}")

@@ -17,6 +17,7 @@ from titanlite.quant.float8.matmul import cast, scaled_grouped_mm, scaled_mm
 from titanlite.quant.float8.numerics import amax_of, amax_to_scale, dequantize, quantize
 from titanlite.quant.format import OPERANDS, Amaxes, Matmul, Operand, OperandName, Use
 from titanlite.quant.groups import GroupedFormat, Groups
+from titanlite.quant.kernels.groups import amaxes_of_groups, cast_columns_of_groups
 
 Kernels = Literal["auto", "triton", "inductor"]
 Casts: TypeAlias = tuple[CastConfig, CastConfig]
@@ -140,15 +141,35 @@ class Float8Format(GroupedFormat):
             return None
         return "its grouped matmuls have scales of rows only; use rowwise"
 
+    def _groups_by_kernels(self, x: Tensor) -> bool:
+        """Return whether the Triton kernels cast ``x`` for grouped matmuls. The number of rows must not decide: under
+        expert parallelism the compiler does not know it."""
+        return kernels.AVAILABLE and self.kernels != "inductor" and not self.emulate and x.dtype in kernels.DTYPES
+
     def cast_rows(self, x: Tensor, use: Use) -> Operand:
         dtype = self._cast(use).dtype
+        if self._groups_by_kernels(x):
+            return kernels.cast_operands(x, dtype, "vector", "none", self.power_of_2)[0]
         scale = amax_to_scale(x.abs().amax(1, keepdim=True), dtype, self.power_of_2)
         return Operand(quantize(x, scale, dtype).contiguous(), scale)
 
-    def cast_columns(self, padded: Tensor, groups: Groups, use: Use) -> Operand:
+    def cast_columns(self, x: Tensor, groups: Groups, use: Use) -> Operand:
         dtype = self._cast(use).dtype
+        if self._groups_by_kernels(x):
+            places = groups.row_of, groups.group_of
+            scale = amax_to_scale(amaxes_of_groups(x, *places, groups.count), dtype, self.power_of_2)
+            return Operand(cast_columns_of_groups(x, *places, scale, dtype), scale)
+        padded = groups.padded(x)
         scale = amax_to_scale(groups.amax(padded), dtype, self.power_of_2)
         return Operand(quantize(padded, scale[groups.number], dtype).t().contiguous(), scale)
+
+    def cast_transposed(self, w: Tensor, use: Use) -> Operand:
+        if not self._groups_by_kernels(w):
+            return super().cast_transposed(w, use)
+        data, scale = self.cast_columns(w.flatten(0, 1), Groups.of_matrices(w, self.multiple), use)
+        assert scale is not None
+        matrices = data[:, : w.shape[0] * w.shape[1]].unflatten(1, w.shape[:2]).transpose(0, 1)
+        return Operand(matrices.contiguous(), scale[:-1, :, None])
 
     def values(self, operand: Operand, groups: Groups | None = None) -> Tensor:
         data, scale = operand

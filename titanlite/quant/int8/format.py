@@ -106,7 +106,8 @@ class Int8Format(Int8Rows, GroupedFormat):
         scale = amax_to_scale(x.abs().amax(1, keepdim=True).float())
         return Operand(quantize(x, scale).contiguous(), scale)
 
-    def cast_columns(self, padded: Tensor, groups: Groups, use: Use) -> Operand:
+    def cast_columns(self, x: Tensor, groups: Groups, use: Use) -> Operand:
+        padded = groups.padded(x)
         scale = amax_to_scale(groups.amax(padded))
         return Operand(quantize(padded, scale[groups.number]).t().contiguous(), scale)
 

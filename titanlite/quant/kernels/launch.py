@@ -40,7 +40,10 @@ class Tile(NamedTuple):
     warps: int
 
     def grid(self, x: Tensor) -> tuple[int]:
-        return (triton.cdiv(x.shape[0], self.rows) * triton.cdiv(x.shape[1], self.columns),)
+        return self.grid_over(*x.shape)
+
+    def grid_over(self, rows: int, columns: int) -> tuple[int]:
+        return (triton.cdiv(rows, self.rows) * triton.cdiv(columns, self.columns),)
 
     def options(self) -> dict[str, int]:
         return {"BLOCK_M": self.rows, "BLOCK_N": self.columns, "num_warps": self.warps}

@@ -58,7 +58,7 @@ def _scale(amax_bits, LARGEST: constexpr, POWER_OF_2: constexpr, DTYPE: constexp
 
 
 @triton.jit
-def _quantize(x, scale, LARGEST: constexpr, DTYPE: constexpr):
+def quantize(x, scale, LARGEST: constexpr, DTYPE: constexpr):
     if DTYPE.is_int8():
         # Clamped before it is rounded: the product may then not be fused with the sum, which would round once.
         inverse = tl.div_rn(tl.full(scale.shape, 1.0, tl.float32), scale)
@@ -164,14 +164,14 @@ def cast_kernel(
         scale = _scale(tl.load(row_amax + rows, mask=rows < M, other=0), LARGEST, POWER_OF_2, DTYPE)
         if across == 0:
             tl.store(row_scale + rows, scale, mask=rows < M)
-        q = _quantize(values, scale[:, None], LARGEST, DTYPE)
+        q = quantize(values, scale[:, None], LARGEST, DTYPE)
     elif BY_ROWS == TENSOR:
-        q = _quantize(values, _scale_of_all(row_amax, row_scale, LARGEST, POWER_OF_2, DTYPE)[:, None], LARGEST, DTYPE)
+        q = quantize(values, _scale_of_all(row_amax, row_scale, LARGEST, POWER_OF_2, DTYPE)[:, None], LARGEST, DTYPE)
     if BY_ROWS != NONE:
         tl.store(by_rows + rows.to(tl.int64)[:, None] * N + columns[None, :], q, mask=inside)
     if BY_COLUMNS == VECTOR or (BY_COLUMNS == TENSOR and BY_ROWS != TENSOR):
         scale = _scale_of_columns(column_amax, column_scale, columns, N, down, BY_COLUMNS, LARGEST, POWER_OF_2, DTYPE)
-        q = _quantize(values, scale[None, :], LARGEST, DTYPE)
+        q = quantize(values, scale[None, :], LARGEST, DTYPE)
     elif BY_COLUMNS == TENSOR:  # q has this scale already
         _scale_of_all(column_amax, column_scale, LARGEST, POWER_OF_2, DTYPE)
     if BY_COLUMNS != NONE:
@@ -225,7 +225,7 @@ def row_cast_kernel(
     inside = columns < N
     values = _values(x, gate, row * stride + columns, inside)
     scale = _scale(tl.max(magnitude_bits(values), 0, keep_dims=True), LARGEST, POWER_OF_2, DTYPE)
-    tl.store(by_rows + row * N + columns, _quantize(values, scale, LARGEST, DTYPE), mask=inside)
+    tl.store(by_rows + row * N + columns, quantize(values, scale, LARGEST, DTYPE), mask=inside)
     tl.store(row_scale + row + tl.zeros([1], tl.int32), scale)
 
 
@@ -271,7 +271,7 @@ def swiglu_backward_kernel(
             scale = _scale_of_columns(
                 column_amax, column_scale, columns, N, down, BY_COLUMNS, LARGEST, POWER_OF_2, DTYPE
             )
-            store_transposed(product, _quantize(values, scale[None, :], LARGEST, DTYPE), rows, columns, M, N)
+            store_transposed(product, quantize(values, scale[None, :], LARGEST, DTYPE), rows, columns, M, N)
 
 
 @triton.jit

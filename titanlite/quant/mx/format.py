@@ -12,6 +12,7 @@ from titanlite.quant.devices import lacks_units, sm
 from titanlite.quant.emulation import multiply_in_float32
 from titanlite.quant.format import Amaxes, Matmul, Operand, OperandName, Use
 from titanlite.quant.groups import GroupedFormat, Groups
+from titanlite.quant.kernels import AVAILABLE, DTYPES
 from titanlite.quant.mx import kernels
 from titanlite.quant.mx.numerics import (
     BLOCK,
@@ -106,11 +107,30 @@ class MXFormat(GroupedFormat):
     def why_not_grouped(self) -> str | None:
         return None if self.grad_weight else "its grouped matmuls are all three in the format; use mxfp8"
 
+    def _by_kernels(self, x: Tensor) -> bool:
+        """Return whether the Triton kernels cast ``x`` for grouped matmuls, which are emulated on GPUs too. The number
+        of rows must not decide: under expert parallelism the compiler does not know it."""
+        return AVAILABLE and x.dtype in DTYPES and not x.is_meta and kernels.can_cast(x.device, self.target)
+
     def cast_rows(self, x: Tensor, use: Use) -> Operand:
+        if self._by_kernels(x):
+            return Operand(*kernels.cast_rows(x.detach(), self.scale_mode))
         return Operand(*quantize(x, self.scale_mode))
 
-    def cast_columns(self, padded: Tensor, groups: Groups, use: Use) -> Operand:
-        return Operand(*quantize(padded.t(), self.scale_mode))  # groups begin at blocks
+    def cast_columns(self, x: Tensor, groups: Groups, use: Use) -> Operand:
+        if self._by_kernels(x):
+            return Operand(*kernels.cast_columns_of_groups(x.detach(), groups.row_of, self.scale_mode))
+        return Operand(*quantize(groups.padded(x).t(), self.scale_mode))  # groups begin at blocks
+
+    def cast_transposed(self, w: Tensor, use: Use) -> Operand:
+        if not self._by_kernels(w):
+            return super().cast_transposed(w, use)
+        groups = Groups.of_matrices(w, BLOCK)
+        data, scale = kernels.cast_columns_of_groups(w.detach().flatten(0, 1), groups.row_of, self.scale_mode)
+        count, rows, _ = w.shape
+        data = data[:, : count * rows].unflatten(1, (count, rows))
+        scale = scale[:, : count * rows // BLOCK].unflatten(1, (count, rows // BLOCK))
+        return Operand(data.transpose(0, 1).contiguous(), scale.transpose(0, 1).contiguous())
 
     def values(self, operand: Operand, groups: Groups | None = None) -> Tensor:
         assert operand.scale is not None

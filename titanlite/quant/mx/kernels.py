@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from titanlite.quant import kernels
-from titanlite.quant.devices import on_device_of
+from titanlite.quant.devices import architecture, on_device_of, sm
+from titanlite.quant.kernels.groups import rows_at
 from titanlite.quant.mx.numerics import BLOCK, quantize, swizzled
 
 TILE = 128
@@ -60,10 +61,81 @@ def cast_by_kernel(x: Tensor, mode: str, by_rows: bool, by_columns: bool) -> tup
     out = outputs_of_cast(x, mode, by_rows, by_columns)
     x = x if x.stride(1) == 1 else x.contiguous()
     m, n = x.shape
-    layouts = {"RCEIL": mode == "rceil", "BY_ROWS": by_rows, "BY_COLUMNS": by_columns}
+    options = {"RCEIL": mode == "rceil", "BY_ROWS": by_rows, "BY_COLUMNS": by_columns, "SWIZZLED": True, "SIZE": TILE}
     with on_device_of(x):
-        kernel[(-(-m // TILE) * -(-n // TILE),)](x, *out, m, n, x.stride(0), **layouts, SIZE=TILE, num_warps=WARPS)
+        kernel[_grid(m, n)](x, None, *out, m, n, x.stride(0), **options, num_warps=WARPS)
     return out
+
+
+def _grid(m: int, n: int) -> tuple[int]:
+    return (-(-m // TILE) * -(-n // TILE),)
+
+
+# ---- rows in groups
+
+
+@torch.library.custom_op("titanlite_mx::cast_rows", mutates_args=())
+def cast_rows(x: Tensor, mode: str) -> tuple[Tensor, Tensor]:
+    """Cast ``x`` (rows, columns), of whole blocks, in blocks along its rows.
+
+    Returns:
+        (rows, columns) e4m3, and its exponents, uint8 (rows, columns / 32).
+    """
+    return quantize(x, mode)  # type: ignore[arg-type]
+
+
+@cast_rows.register_fake
+def _in_blocks(x: Tensor, mode: str) -> tuple[Tensor, Tensor]:
+    m, n = x.shape
+    return x.new_empty(m, n, dtype=torch.float8_e4m3fn), x.new_empty(m, n // BLOCK, dtype=torch.uint8)
+
+
+@torch.library.custom_op("titanlite_mx::cast_columns_of_groups", mutates_args=())
+def cast_columns_of_groups(x: Tensor, row_of: Tensor, mode: str) -> tuple[Tensor, Tensor]:
+    """Cast ``x`` (rows, n) in blocks along its columns, transposed.
+
+    Args:
+        row_of: the row of ``x`` at each place, int32 [places], of whole blocks; -1 for zeros.
+
+    Returns:
+        (n, places) e4m3, and its exponents, uint8 (n, places / 32).
+    """
+    data, exponents = quantize(rows_at(x, row_of).t(), mode)  # type: ignore[arg-type]
+    return data.contiguous(), exponents.contiguous()
+
+
+@cast_columns_of_groups.register_fake
+def _in_blocks_of_groups(x: Tensor, row_of: Tensor, mode: str) -> tuple[Tensor, Tensor]:
+    return _in_blocks(x.new_empty(x.shape[1], row_of.shape[0]), mode)
+
+
+def cast_rows_by_kernel(x: Tensor, mode: str) -> tuple[Tensor, Tensor]:
+    """Compute ``titanlite_mx::cast_rows`` by the Triton kernel."""
+    return _cast_in_order(x, None, mode)
+
+
+def cast_columns_by_kernel(x: Tensor, row_of: Tensor, mode: str) -> tuple[Tensor, Tensor]:
+    """Compute ``titanlite_mx::cast_columns_of_groups`` by the Triton kernel."""
+    return _cast_in_order(x, row_of, mode)
+
+
+def _cast_in_order(x: Tensor, row_of: Tensor | None, mode: str) -> tuple[Tensor, Tensor]:
+    kernel = importlib.import_module("titanlite.quant.mx.triton_casts").cast_kernel
+    by_rows = row_of is None
+    out = _in_blocks(x, mode) if row_of is None else _in_blocks_of_groups(x, row_of, mode)
+    x = x if x.stride(1) == 1 else x.contiguous()
+    m, n = x.shape[0] if row_of is None else row_of.shape[0], x.shape[1]
+    outputs = (*out, None, None) if by_rows else (None, None, *out)
+    options = {"RCEIL": mode == "rceil", "BY_ROWS": by_rows, "BY_COLUMNS": not by_rows, "SWIZZLED": False, "SIZE": TILE}
+    with on_device_of(x):
+        kernel[_grid(m, n)](x, row_of, *outputs, m, n, x.stride(0), **options, num_warps=WARPS)
+    return out
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def can_cast(device: torch.device, target: str | None) -> bool:
+    """Return whether Triton converts to e4m3 on ``device``, or on the architecture ``target``."""
+    return sm(target or architecture(device)) >= 89
 
 
 def choice() -> str:
@@ -74,3 +146,5 @@ def choice() -> str:
 
 if kernels.AVAILABLE:
     cast.register_kernel("cuda")(cast_by_kernel)
+    cast_rows.register_kernel("cuda")(cast_rows_by_kernel)
+    cast_columns_of_groups.register_kernel("cuda")(cast_columns_by_kernel)

@@ -1,7 +1,8 @@
 """The cast to mxfp8 in Triton: along rows, along columns, or both, in one pass.
 
 The numbers are those of :mod:`titanlite.quant.mx.numerics`, to the bit. The exponents of the scales are stored as
-``swizzled`` there has them: a program casts as many rows and columns as one of its tiles covers.
+``swizzled`` there has them: a program casts as many rows and columns as one of its tiles covers. Those of rows in
+groups are stored in the order of the blocks.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import triton
 import triton.language as tl
 from triton.language import constexpr
 
+from titanlite.quant.kernels.triton_groups import rows_at
 from titanlite.quant.kernels.triton_kernels import magnitude_bits, tile_of
 from titanlite.quant.mx import numerics
 
@@ -38,7 +40,20 @@ def _quantize(blocks, exponents):
 
 
 @triton.jit
-def _cast(values, to, exponents_to, rows, columns, M, N, down, across, RCEIL: constexpr, SIZE: constexpr):
+def _cast(
+    values,
+    to,
+    exponents_to,
+    rows,
+    columns,
+    M,
+    N,
+    down,
+    across,
+    RCEIL: constexpr,
+    SWIZZLED: constexpr,
+    SIZE: constexpr,
+):
     """Cast tile (down, across) of a matrix (M, N) in blocks along its rows."""
     blocks = tl.reshape(values, (SIZE, SIZE // _BLOCK, _BLOCK))
     exponents = _exponents(tl.max(magnitude_bits(blocks), 2), RCEIL)
@@ -46,15 +61,21 @@ def _cast(values, to, exponents_to, rows, columns, M, N, down, across, RCEIL: co
     inside = (rows < M)[:, None] & (columns < padded)[None, :]
     q = tl.reshape(_quantize(blocks, exponents[:, :, None]), (SIZE, SIZE))
     tl.store(to + rows.to(tl.int64)[:, None] * padded + columns[None, :], q, mask=inside)
-    # The exponents of 128 rows and 4 blocks are one tile of those that are stored.
-    order = tl.permute(tl.reshape(exponents.to(tl.uint8), (4, 32, 4)), (1, 0, 2))
-    first = (down * tl.cdiv(N, SIZE) + across).to(tl.int64) * 512
-    tl.store(exponents_to + first + tl.arange(0, 512), tl.reshape(order, (512,)))
+    if SWIZZLED:  # the exponents of 128 rows and 4 blocks are one tile of those that are stored
+        order = tl.permute(tl.reshape(exponents.to(tl.uint8), (4, 32, 4)), (1, 0, 2))
+        first = (down * tl.cdiv(N, SIZE) + across).to(tl.int64) * 512
+        tl.store(exponents_to + first + tl.arange(0, 512), tl.reshape(order, (512,)))
+    else:
+        blocks = across * (SIZE // _BLOCK) + tl.arange(0, SIZE // _BLOCK)
+        inside = (rows < M)[:, None] & (blocks < padded // _BLOCK)[None, :]
+        places = rows.to(tl.int64)[:, None] * (padded // _BLOCK) + blocks[None, :]
+        tl.store(exponents_to + places, exponents.to(tl.uint8), mask=inside)
 
 
 @triton.jit
 def cast_kernel(
     x,
+    row_of,
     by_rows,
     row_exponents,
     by_columns,
@@ -65,18 +86,24 @@ def cast_kernel(
     RCEIL: constexpr,
     BY_ROWS: constexpr,
     BY_COLUMNS: constexpr,
+    SWIZZLED: constexpr,
     SIZE: constexpr,
 ):
     """Cast x (M, N), whose rows are contiguous, to by_rows (M, N) in blocks along its rows, and to by_columns (N, M) in
     blocks along its columns. Blocks at the end are filled up with zeros. Reads x once.
 
     Args:
+        row_of: the row of x in the place of each of the M rows, -1 for zeros; None: each is in its own.
         SIZE: of the tile of a program, in rows and columns: 128, as the exponents are stored.
     """
     down, across, rows, columns = tile_of(M, N, SIZE, SIZE, False)
-    inside = (rows < M)[:, None] & (columns < N)[None, :]
-    values = tl.load(x + rows.to(tl.int64)[:, None] * stride + columns[None, :], mask=inside, other=0.0)
+    if row_of is None:
+        inside = (rows < M)[:, None] & (columns < N)[None, :]
+        values = tl.load(x + rows.to(tl.int64)[:, None] * stride + columns[None, :], mask=inside, other=0.0)
+    else:
+        values = rows_at(x, row_of, rows, columns, M, N, stride)
     if BY_ROWS:
-        _cast(values, by_rows, row_exponents, rows, columns, M, N, down, across, RCEIL, SIZE)
+        _cast(values, by_rows, row_exponents, rows, columns, M, N, down, across, RCEIL, SWIZZLED, SIZE)
     if BY_COLUMNS:
-        _cast(tl.trans(values), by_columns, column_exponents, columns, rows, N, M, across, down, RCEIL, SIZE)
+        values = tl.trans(values)
+        _cast(values, by_columns, column_exponents, columns, rows, N, M, across, down, RCEIL, SWIZZLED, SIZE)
