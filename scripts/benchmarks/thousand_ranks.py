@@ -3,6 +3,7 @@
     python scripts/benchmarks/thousand_ranks.py counts --out docs/benchmarks/thousand_ranks.json
     python scripts/benchmarks/thousand_ranks.py seconds --out docs/benchmarks/thousand_ranks_seconds.json
     python scripts/benchmarks/thousand_ranks.py corpus --out docs/benchmarks/thousand_ranks_corpus.json
+    python scripts/benchmarks/thousand_ranks.py weights --out docs/benchmarks/thousand_ranks_weights.json
 
 - counts: bytes that the plans of so many ranks, made as objects, send to rank 0 and back: at a first save, as at each
   save without kept plans, and at a later one; the bytes of names that a rank receives when a checkpoint is opened; the
@@ -11,6 +12,8 @@
   step had one and a step with a log line or a save has.
 - corpus: in which time four processes open a corpus of JSON lines: without an index, with one, and after one of its
   files has changed.
+- weights: bytes of a folder of safetensors that each of some gloo processes copies into its shards, and bytes that the
+  disk delivers to all of them. The system's cache holds none of the files before. The disk must be a real one.
 
 Counts depend on no other load of the machine. Seconds need an idle one: those of the corpus about three minutes.
 """
@@ -32,11 +35,15 @@ from typing import Any
 import results
 import torch
 import torch.distributed as dist
+from safetensors.torch import save_file
 from torch._C._distributed_c10d import FileStore
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
 from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 
+from titanlite.checkpoint.hugging_face import HuggingFaceFolder
 from titanlite.checkpoint.plan_cache import PlanCache
 from titanlite.config.parallelism import Degrees
 from titanlite.config.schema import Comm
@@ -53,6 +60,7 @@ RANKS = (64, 256, 1024, 4096)
 PROCESSES = (2, 4, 8)
 PROCESSES_OF_CORPUS = 4
 FILES = 8  # of the corpus
+WEIGHT_FILES, WEIGHT_SHAPE = 4, (2048, 1024)
 HASH_BYTES = 32
 Result = dict[str, Any]
 
@@ -193,6 +201,55 @@ def _open_corpus(folder: str) -> tuple[float, int]:
     return seconds, source.num_documents
 
 
+def weights(args: argparse.Namespace) -> list[Result]:
+    rows: list[Result] = []
+    with tempfile.TemporaryDirectory(dir=args.folder) as folder:
+        for i in range(WEIGHT_FILES):
+            tensors = {name: torch.ones(WEIGHT_SHAPE) for name in _names_of_file(i)}
+            save_file(tensors, f"{folder}/{i}.safetensors")
+        Path(folder, "config.json").write_text("{}")
+        size = sum(file.stat().st_size for file in Path(folder).glob("*.safetensors"))
+        for shards in ("rows", "columns"):
+            for count in (1, *PROCESSES):
+                _leave_the_cache(Path(folder))
+                read = _in_processes(count, _load_weights, folder, shards == "columns")
+                row = {"part": "weights", "shards": shards, "processes": count, "bytes": size}
+                rows.append({**row, "copied": [copied for copied, _ in read], "of_disk": sum(disk for _, disk in read)})
+    return rows
+
+
+def _names_of_file(number: int) -> list[str]:
+    return [f"layers.{number}.{i}" for i in range(4)]
+
+
+def _leave_the_cache(folder: Path) -> None:
+    """Let the system forget what it holds of the files."""
+    for file in folder.iterdir():
+        with file.open("rb") as stream:
+            os.fsync(stream.fileno())
+            os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def _load_weights(folder: str, columns: bool) -> tuple[int, int]:
+    """Return the bytes that this process has copied into its shards, and those that the disk delivered for it."""
+    mesh = init_device_mesh("cpu", (int(os.environ["WORLD_SIZE"]),))
+    names = [name for i in range(WEIGHT_FILES) for name in _names_of_file(i)]
+    placement = Shard(1 if columns else 0)
+    state = {name: distribute_tensor(torch.zeros(WEIGHT_SHAPE), mesh, [placement]) for name in names}
+    before = _bytes_of_disk()
+    HuggingFaceFolder(Path(folder)).load_into(state, {name: name for name in names})
+    delivered = _bytes_of_disk() - before
+    local = [tensor.to_local() for tensor in state.values()]
+    if not all(bool((tensor == 1).all()) for tensor in local):
+        raise SystemExit("not all weights were loaded")
+    dist.barrier()
+    return sum(tensor.numel() * tensor.element_size() for tensor in local), delivered
+
+
+def _bytes_of_disk() -> int:
+    return int(Path("/proc/self/io").read_text().partition("\nread_bytes: ")[2].split()[0])
+
+
 def _in_processes(count: int, function: Callable[..., Any], *given: Any) -> list[Any]:
     """Return what ``function`` returns in each of ``count`` processes that can make a process group."""
     context = multiprocessing.get_context("spawn")
@@ -207,12 +264,12 @@ def _rank(function: Callable[..., Any], rank: int, count: int, folder: str, give
     store.add("arrived", 1)
     while store.add("arrived", 0) < count:  # else a process that is early would do the work of a late one
         time.sleep(0.001)
-    if not given:
+    if function is not _open_corpus:
         dist.init_process_group("gloo", store=store, rank=rank, world_size=count)
     return function(*given)
 
 
-PARTS = {"counts": counts, "seconds": seconds, "corpus": corpus}
+PARTS = {"counts": counts, "seconds": seconds, "corpus": corpus, "weights": weights}
 
 
 def main() -> None:

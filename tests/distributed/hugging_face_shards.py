@@ -5,6 +5,7 @@ The folder's folders plain, tied, float8, fused and those of families hold weigh
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -138,8 +139,27 @@ def problems(out: Path, kind: str, degrees: dict[str, int]) -> list[str]:
     return found if state else ["there was nothing to load"]
 
 
-def report(folder: Path) -> dict[str, list[str]]:
+def bytes_of_disk(folder: Path) -> int:
+    """What the disk delivers for this process, while all ranks load a folder that the system's cache does not hold."""
+    model = build(ARGS, {"shard": 4}, float8=False)
+    if dist.get_rank() == 0:
+        for file in folder.iterdir():
+            with file.open("rb") as stream:
+                os.fsync(stream.fileno())
+                os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    dist.barrier()
+    before = read_from_disk()
+    HuggingFaceFolder(folder).load_into(dict(model.state_dict()), weights_of("plain"))
+    return read_from_disk() - before
+
+
+def read_from_disk() -> int:
+    return int(Path("/proc/self/io").read_text().partition("\nread_bytes: ")[2].split()[0])
+
+
+def report(folder: Path) -> dict[str, Any]:
     dist.init_process_group("gloo")
-    results = {name: problems(folder, *case) for name, case in CASES.items()}
+    results: dict[str, Any] = {name: problems(folder, *case) for name, case in CASES.items()}
+    results["bytes of disk"] = bytes_of_disk(folder / "plain")
     dist.destroy_process_group()
     return results

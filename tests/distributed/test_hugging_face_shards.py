@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 
@@ -19,15 +23,19 @@ PROCESSES = 4
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, list[str]]]:
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("hugging_face")
+
+
+@pytest.fixture(scope="module")
+def ranks(folders: Path) -> list[dict[str, Any]]:
     """What was wrong on each process, by case."""
-    out = tmp_path_factory.mktemp("hugging_face")
     for name, args in FOLDERS.items():
         model = Decoder(args)
         model.init_weights(WeightInit(model, SEED))
         params = {key: param.detach() for key, param in model.named_parameters()}
         write_hugging_face(
-            out / name,
+            folders / name,
             hugging_face_shards.FORMATS.get(name, HUGGING_FACE).to_config(args),
             {key: param.shape for key, param in params.items()},
             hugging_face_shards.weights_of(name),
@@ -36,9 +44,16 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, list[str]]
             dtype=torch.float32,
             max_shard_bytes=50_000,
         )
-    return on_ranks(PROCESSES, out / "ranks", environment(), hugging_face_shards.report, out)
+    return on_ranks(PROCESSES, folders / "ranks", environment(), hugging_face_shards.report, folders)
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_each_process_reads_its_own_slices(ranks: list[dict[str, list[str]]], name: str) -> None:
+def test_each_process_reads_its_own_slices(ranks: list[dict[str, Any]], name: str) -> None:
     assert [rank[name] for rank in ranks] == [[]] * PROCESSES
+
+
+def test_the_disk_delivers_each_file_once_to_all_processes(ranks: list[dict[str, Any]], folders: Path) -> None:
+    """Where a file system is in memory, it delivers nothing."""
+    page = os.sysconf("SC_PAGE_SIZE")
+    pages = sum(-(-file.stat().st_size // page) for file in (folders / "plain").iterdir())
+    assert sum(rank["bytes of disk"] for rank in ranks) <= pages * page
