@@ -53,6 +53,7 @@ from titanlite.distributed.experts import ExpertBalance
 from titanlite.distributed.gradients import gradient_scale
 from titanlite.distributed.init import WeightInit
 from titanlite.distributed.mesh import build_mesh
+from titanlite.distributed.waiting import MessageWatch
 from titanlite.errors import TrainingError, counted
 from titanlite.launch.stacks import keep_stacks
 from titanlite.metrics.console import ConsoleSink, TerminalSink, init_logging
@@ -350,7 +351,7 @@ class Trainer:
                 self.validator.run(self.step, self.recorder, self.compile_watch, self._asked_to_stop)
             stop = stop or self._should_stop()
         if self.step == self.first_step:
-            runtime.set_train_timeout(self.config.comm, except_for=self.checkpoints.group)
+            self._set_timeouts()
         if save or stop or last:
             self._save(last=last, ends=stop or last)
         if save and not (stop or last) and self._should_stop():  # the request came during the save
@@ -360,6 +361,14 @@ class Trainer:
             self._log_step(loss, lr)
         self.gc.run(self.step)
         return stop
+
+    def _set_timeouts(self) -> None:
+        """Let the ranks wait for each other no longer than a step takes."""
+        comm = self.config.comm
+        runtime.set_train_timeout(comm, except_for=self.checkpoints.group)
+        if self.runner.pipeline is not None and self.runtime.device.type == "cpu":
+            watch = MessageWatch(self.runner.pipeline.messages, comm.train_timeout_seconds, lambda: self.step)
+            self._opened.callback(watch.close)
 
     def train_step(self) -> tuple[Tensor, Tensor, float]:
         """Make one optimizer step. Return this rank's mean loss and the result of :meth:`StepGuard.step`, both on the

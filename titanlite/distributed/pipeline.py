@@ -14,7 +14,6 @@ import torch
 import torch._functorch.config
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining.schedules import (
     PipelineScheduleMulti,
     PipelineScheduleSingle,
@@ -27,6 +26,7 @@ from titanlite.config.schema import Parallelism, Training
 from titanlite.distributed.data_parallel import DTYPES
 from titanlite.distributed.mesh import Mesh
 from titanlite.distributed.pipeline_plan import Plan
+from titanlite.distributed.waiting import Messages, NotedStage
 from titanlite.errors import ConfigError
 from titanlite.models.layers import ModelSize
 
@@ -95,6 +95,9 @@ class Pipeline:
             labels, and returns it.
         stage_type: the class of a stage; an estimate has stages without neighbours.
 
+    Attributes:
+        messages: what this process has asked its neighbours for.
+
     Raises:
         ConfigError: the schedule cannot be built with these stages and microbatches.
     """
@@ -109,8 +112,9 @@ class Pipeline:
         parallelism: Parallelism,
         microbatches: int,
         loss_fn: Callable[[Tensor, Tensor], Tensor] | None,
-        stage_type: type[PipelineStage] = PipelineStage,
+        stage_type: type[NotedStage] = NotedStage,
     ) -> None:
+        self.messages = Messages()
         count, local = len(plan.stages), plan.of(mesh.pp.get_local_rank())
         self.is_first, self.is_last = 0 in local, count - 1 in local
         self.microbatches = microbatches
@@ -130,6 +134,8 @@ class Pipeline:
             )
             for stage, part in self._parts.items()
         ]
+        for stage in stages:
+            stage.messages = self.messages
         # Dividing the loss of each microbatch saves a pass over the gradients.
         total = microbatches * math.prod(boundary.tokens)
         options: dict[str, Any] = {
@@ -172,6 +178,10 @@ class Pipeline:
             starts: the argument of the stages' forward, int64 [sequences, seq_len]. Every process passes its own copy,
                 so that it need not travel.
         """
+        with self.messages:
+            return self._step(inputs, labels, starts)
+
+    def _step(self, inputs: Tensor, labels: Tensor, starts: Tensor | None) -> Tensor:
         losses: list[Tensor] = []
         documents: dict[str, Any] = {} if starts is None else {"starts": starts.to(self._device, non_blocking=True)}
         local_inputs = (inputs.to(self._device, non_blocking=True),) if self.is_first else ()
@@ -192,6 +202,10 @@ class Pipeline:
         (torch 2.11), and rebuilds its buffers at each change between training and evaluation (torch 2.13). Here every
         process runs a microbatch through all its stages before the next one begins. This order excludes deadlocks.
         """
+        with self.messages:
+            return self._evaluate(inputs, labels, starts)
+
+    def _evaluate(self, inputs: Tensor, labels: Tensor, starts: Tensor | None) -> Tensor:
         size, last = self._boundary.tokens[0], len(self._ranks) - 1
         losses: list[Tensor] = []
         sent: list[tuple[Tensor, dist.Work | None]] = []
@@ -203,6 +217,7 @@ class Pipeline:
                     x = tokens.to(self._device, non_blocking=True)
                 elif stage - 1 not in self._parts:
                     x = torch.empty(self._boundary.hidden, dtype=self._boundary.dtype, device=self._device)
+                    self.messages.add(f"receive microbatch {i} of a validation from stage {stage - 1}")
                     dist.recv(x, group=self._group, group_src=self._ranks[stage - 1])
                 if stage == last:
                     losses.append(self._loss(part, x, targets.to(self._device, non_blocking=True), documents))
@@ -210,6 +225,7 @@ class Pipeline:
                 x = part(x, **documents)
                 if stage + 1 not in self._parts:
                     x = x.contiguous()
+                    self.messages.add(f"send microbatch {i} of a validation to stage {stage + 1}")
                     sent.append((x, dist.isend(x, group=self._group, group_dst=self._ranks[stage + 1])))
             _wait(sent, keep=len(self._parts))
         _wait(sent, keep=0)

@@ -71,10 +71,15 @@ def _on_sigterm(signals: int, file: IO[str], show_late: bool) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def show_traceback() -> None:
+def show_traceback(waited: str | None = None) -> None:
     """Show the traceback of the current exception at once, because the clean-up that follows may hang. The process ends
-    after ``CLEAN_UP`` seconds at the latest."""
-    print(f"titanlite: rank {_rank()} failed:\n{traceback.format_exc()}", file=sys.stderr, flush=True)
+    after ``CLEAN_UP`` seconds at the latest.
+
+    Args:
+        waited: the operation that took too long, if that was the error.
+    """
+    text = f"titanlite: rank {_rank()} failed:\n{traceback.format_exc()}"
+    print(f"{text}titanlite: rank {_rank()} {waited}" if waited else text, file=sys.stderr, flush=True)
     folder = os.environ.get(LAUNCH_DIR)
     if folder:
         faulthandler.unregister(signal.SIGTERM)

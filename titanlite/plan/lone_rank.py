@@ -15,8 +15,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.pipelining import PipelineStage
 from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from titanlite.distributed.waiting import NotedStage
 
 START_METHOD = "fork" if sys.platform == "linux" else "spawn"
 
@@ -68,7 +69,7 @@ class _Answer:
         return 1
 
 
-class LoneStage(PipelineStage):
+class LoneStage(NotedStage):
     """A stage whose neighbours do not exist. torch 2.13 sends messages to learn whether all stages know their shapes;
     titanlite's do."""
 

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.pipelining import PipelineStage
 
 from titanlite.config import JobConfig, global_batch_size, pipeline_microbatches
 from titanlite.config.refuse import refuse
@@ -23,6 +22,7 @@ from titanlite.distributed.parallelize import chain, check, parallelize
 from titanlite.distributed.pipeline import Pipeline, boundary_of, part_of
 from titanlite.distributed.pipeline_plan import Plan, plan_pipeline
 from titanlite.distributed.tensor_parallel import VocabParallelCrossEntropy
+from titanlite.distributed.waiting import NotedStage
 from titanlite.models.layers import ModelSize
 from titanlite.models.spec import ModelSpec
 from titanlite.optim import cross_entropy_loss
@@ -125,7 +125,7 @@ def build_pipeline(
     config: JobConfig,
     mesh: Mesh,
     device: torch.device,
-    stage_type: type[PipelineStage] = PipelineStage,
+    stage_type: type[NotedStage] = NotedStage,
 ) -> Pipeline | None:
     """Build the schedule of this process's stages; None without pipeline parallelism."""
     if built.plan is None:

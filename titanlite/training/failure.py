@@ -7,6 +7,7 @@ import os
 from typing import TYPE_CHECKING
 
 from titanlite.config import JobConfig
+from titanlite.distributed.waiting import timed_out
 from titanlite.environment import LAUNCH_DIR
 from titanlite.errors import ConfigError, NothingToDo, TrainingError
 from titanlite.launch.caches import unwritable_cache
@@ -50,5 +51,5 @@ def report_failure(
         return 1  # another rank has reported the error; broken connections only follow from it
     if not is_process:
         raise error
-    show_traceback()
+    show_traceback(timed_out(error))
     return 1
