@@ -22,8 +22,8 @@ _3_1: dict[str, Any] = {"rope_scaling": RopeScaling(8), "max_seq_len": 131072}
 
 FLAVORS = {
     "debugmodel": DecoderArgs(dim=256, n_layers=6, n_heads=16, n_kv_heads=16, ffn_dim=768, vocab_size=0),
-    # For a laptop: 20M and 102M parameters with the tokenizer that titanlite ships. Smaller heads than 64 cost attention
-    # on CPUs more than they compute (docs/internals/cpu-step.md).
+    # For a laptop: 20M and 102M parameters with the tokenizer that titanlite ships. Smaller heads would cost
+    # attention on CPUs more than they compute (docs/internals/cpu-step.md).
     "20M": DecoderArgs(dim=512, n_layers=6, n_heads=8, n_kv_heads=4, ffn_dim=1408, vocab_size=0),
     "100M": DecoderArgs(dim=768, n_layers=14, n_heads=12, n_kv_heads=12, ffn_dim=2048, vocab_size=0),
     "2-7B": _llama2(dim=4096, n_layers=32, n_heads=32, n_kv_heads=32, ffn_dim=11008),
