@@ -275,8 +275,11 @@ def clip(given: dict[str, Any]) -> None:
         assert len(stages) == len({*stages.values()}) == mesh.pp.size()
         expected = torch.tensor([*stages.values()], dtype=torch.float64).norm()
         asked = dist.get_rank() == 2
-        norm, mean_loss, divisor, stops = gradient_scale(model.parameters(), max_norm, mesh, *loss_of(mesh), stop=asked)
-        assert stops == 1
+        loss = loss_of(mesh)
+        scale = gradient_scale(model.parameters(), max_norm, mesh, *loss, stop=asked)
+        norm, mean_loss, divisor = scale.norm, scale.loss, scale.divisor
+        assert scale.stops == 1
+        assert scale.scored == sum(everybody(loss[1].item()))
         assert norm.dtype == torch.float32
         assert norm.ndim == mean_loss.ndim == 0
         assert mean_loss == expected_loss(mesh)
