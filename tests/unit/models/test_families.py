@@ -412,6 +412,57 @@ def test_flavors_are_what_the_published_files_describe(family: str, flavor: str)
     assert (spec.name, args) == (family, spec.flavor(flavor))
 
 
+# Folders of the Llama family that have no flavor, and the parameters that their publishers or transformers count.
+LLAMA_SHAPED: dict[str, tuple[dict[str, Any], int]] = {
+    "TinyLlama 1.1B": (
+        stated(
+            hidden_size=2048, intermediate_size=5632, num_hidden_layers=22, num_attention_heads=32,
+            num_key_value_heads=4, vocab_size=32000, rms_norm_eps=1e-05, rope_theta=10000.0, rope_scaling=None,
+            max_position_embeddings=2048, pretraining_tp=1, attention_bias=False, tie_word_embeddings=False,
+        ),
+        1_100_048_384,
+    ),
+    "SmolLM2 360M": (
+        stated(
+            hidden_size=960, intermediate_size=2560, num_hidden_layers=32, num_attention_heads=15,
+            num_key_value_heads=5, vocab_size=49152, rms_norm_eps=1e-05, rope_theta=100000, rope_scaling=None,
+            max_position_embeddings=8192, is_llama_config=True, rope_interleaved=False, mlp_bias=False,
+            attention_bias=False, tie_word_embeddings=True,
+        ),
+        361_821_120,
+    ),
+    "Falcon3 7B": (
+        stated(
+            hidden_size=3072, intermediate_size=23040, num_hidden_layers=28, num_attention_heads=12, head_dim=256,
+            num_key_value_heads=4, vocab_size=131072, rms_norm_eps=1e-06, rope_theta=1000042, rope_scaling=None,
+            max_position_embeddings=32768, mlp_bias=False, attention_bias=False, tie_word_embeddings=False,
+        ),
+        7_455_550_464,
+    ),
+    "Seed-Coder 8B": (
+        stated(
+            hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32, head_dim=128,
+            num_key_value_heads=8, vocab_size=155136, rms_norm_eps=1e-06, rope_theta=500000.0, rope_scaling=None,
+            max_position_embeddings=32768, pretraining_tp=1, mlp_bias=False, attention_bias=False,
+            tie_word_embeddings=False,
+        ),
+        8_250_462_208,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LLAMA_SHAPED)
+def test_a_folder_that_is_shaped_like_llama_is_a_llama(name: str) -> None:
+    transformers = pytest.importorskip("transformers")
+    config, count = LLAMA_SHAPED[name]
+    spec, args = model_spec_of({"model_type": "llama", **config})
+    assert spec.name == "llama"
+    with torch.device("meta"):
+        theirs = transformers.LlamaForCausalLM(transformers.LlamaConfig(**config))
+        size = Decoder(args.configured(config["vocab_size"], 64)).size()
+    assert size.params == sum(p.numel() for p in theirs.parameters()) == count
+
+
 # ---- what config.json says and a family does not compute
 
 SIZES = {
