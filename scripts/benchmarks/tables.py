@@ -257,6 +257,14 @@ def moe_balance(results: list[dict[str, Any]]) -> list[list[str]]:
     return rows
 
 
+def moe_memory(results: list[dict[str, Any]]) -> list[list[str]]:
+    rows = [["model", "GPUs", "expert parallel", "peak", "with all tokens on one device", "the estimate took"]]
+    for r in results:
+        sizes = [f"{r[key]:.1f} GiB" for key in ("estimated_gib", "worst_gib")]
+        rows.append([r["model"], f"{r['gpus']:,}", f"{r['expert_parallel']}", *sizes, f"{r['seconds']} s"])
+    return rows
+
+
 def seconds_of_plans(results: list[dict[str, Any]]) -> list[list[str]]:
     rows = [["ranks", "plan of a first save", "of a later one"]]
     for r in (r for r in results if r["part"] == "plan"):
@@ -304,6 +312,7 @@ TABLES: dict[str, Callable[[list[dict[str, Any]]], list[list[str]]]] = {
     "cpu_step": cpu_step,
     "moe_speed": cpu_step,
     "moe_balance": moe_balance,
+    "moe_memory": moe_memory,
     "compiled_block": compiled_block,
     "compiled_block_architectures": compiled_block_architectures,
     "int8_cpu/layers": int8_layers,
