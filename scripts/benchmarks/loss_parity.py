@@ -31,14 +31,6 @@ CONFIGS = {
     "float32": ["--training.mixed_precision_param=float32"],
     **{recipe: ["--model.converters=float8", f"--float8.recipe_name={recipe}"] for recipe in harness.RECIPES},
     **{
-        f"{recipe} with output": [
-            "--model.converters=float8",
-            f"--float8.recipe_name={recipe}",
-            "--float8.filter_fqns=",
-        ]
-        for recipe in harness.RECIPES
-    },
-    **{
         f"int8 {recipe}": ["--model.converters=int8", f"--int8.recipe_name={recipe}"]
         for recipe in ("rowwise", "rowwise_with_gw_hp", "forward_only", "weights")
     },
