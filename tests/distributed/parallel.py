@@ -196,6 +196,12 @@ def run(name: str, options: dict[str, Any], folder: Path) -> dict[str, Any]:
         report = {
             "by hand": by_hand,
             "sequences_with_borders": borders,
+            "biases": {
+                name: buffer.tolist()
+                for part in trainer.model_parts
+                for name, buffer in part.named_buffers()
+                if name.endswith("router.bias")
+            },
             "moments": str(moments),
             "elements": sum(p.numel() for p in local),
             "model_elements": trainer.size.params,

@@ -15,7 +15,17 @@ from safetensors.torch import load_file
 
 from tests.distributed.combinations import BATCH, EXPERT_WAYS, EXPERT_WAYS_LONG, SEQ_LEN, VARIANTS
 from tests.distributed.test_launcher import start_in
-from tests.distributed.test_parallel import BOUNDS, DIM, LAYERS, ONE, Cluster, Reports, check_parity, column
+from tests.distributed.test_parallel import (
+    BOUNDS,
+    DIM,
+    LAYERS,
+    ONE,
+    Cluster,
+    Reports,
+    check_gradients,
+    check_parity,
+    column,
+)
 from tests.support.runs import ROOT, Run, checkpoints, run_trainer, saved
 from titanlite.checkpoint.storage import load, saved_shapes
 from titanlite.commands import convert
@@ -83,9 +93,41 @@ WAYS = [
 def test_experts_train_as_on_one_process(runs: Reports, way: str) -> None:
     one, many = runs[ONE], runs[way]
     check_parity(one, many)
+    check_gradients(one, many, 1e-5)
     assert column(many, "expert_tokens") == column(one, "expert_tokens")
     for key in ("balance_loss", "router_entropy"):
         assert column(many, key) == pytest.approx(column(one, key), rel=1e-5)
+
+
+DEEPSEEK = {
+    "model.name": "deepseek_v3",
+    "model.flavor": "tiny",
+    "experts.bias_update_rate": 0.01,
+    "training.local_batch_size": 1,
+    "mask": 16,
+}
+
+
+@pytest.mark.slow
+def test_biases_move_alike(tmp_path: Path) -> None:
+    """Those of the routers of deepseek_v3, which has shared experts, groups and a dense first block, too."""
+    cluster = Cluster(tmp_path)
+    cluster.run(1, {ONE: DEEPSEEK})
+    ways = {name: EXPERT_WAYS[name] for name in ("EP 2", "PP 2 x FSDP 2, EP 2")}
+    for name, way in ways.items():
+        cluster.run(way.processes, {name: {**way.all_options(), **DEEPSEEK}})
+    one = cluster.reports[ONE]
+    expected = one[0]["biases"]
+    assert len(expected) == LAYERS - 1
+    assert all(any(bias) for bias in expected.values())
+    for name in ways:
+        many = cluster.reports[name]
+        check_parity(one, many)
+        check_gradients(one, many, 1e-5)
+        assert column(many, "expert_tokens") == column(one, "expert_tokens")
+        for rank in many:
+            assert rank["biases"] == {layer: expected[layer] for layer in rank["biases"]}
+        assert {layer for rank in many for layer in rank["biases"]} == expected.keys()
 
 
 ROWS = 3 * SEQ_LEN  # of a microbatch: a token for each of its experts

@@ -19,7 +19,7 @@ CASES = {
 
 
 def composes(way: str, case: str) -> bool:
-    """The others are refused."""
+    """The others are refused; mixtures are spread in all ways by test_experts_parallel.py."""
     if CASES[case]["model.name"] in MIXTURES:
         return way == "FSDP 2"
     return not (way.startswith("PP") and "tied" in case)

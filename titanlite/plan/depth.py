@@ -74,8 +74,9 @@ def _first(args: DecoderArgs) -> int:
 
 
 def _names_a_block(config: JobConfig) -> bool:
-    """Return whether a converter leaves out layers of some blocks only."""
-    entries = [entry for format in formats_of(config) for entry in getattr(config, format.name).filter_fqns]
+    """Return whether a converter is for the layers or experts of some blocks only."""
+    sections = [getattr(config, format.name) for format in formats_of(config)]
+    entries = [entry for section in sections for entry in (*section.filter_fqns, *getattr(section, "moe_fqns", ()))]
     return any(part.isdigit() for entry in entries for part in entry.split("."))
 
 

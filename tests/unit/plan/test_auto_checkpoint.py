@@ -106,6 +106,13 @@ def test_dense_blocks_before_those_with_experts_are_in_both(mode: Mode) -> None:
     assert peak_memory(config, 2, None) == pytest.approx(estimate(config, 2).peak, rel=0.01)
 
 
+@pytest.mark.slow
+def test_experts_of_one_block_in_a_format_are_not_taken_for_those_of_all() -> None:
+    experts = ("--model.converters=float8", "--float8.recipe_name=rowwise", "--float8.moe_fqns=layers.8")
+    config = FULL.set_in(read("--model.name=qwen3_moe", "--model.args.n_layers=10", *experts))
+    assert peak_memory(config, 1, None) == pytest.approx(estimate(config, 1).peak, rel=0.01)
+
+
 @pytest.mark.long  # as of the deep models above
 @pytest.mark.parametrize("mode", MODES, ids=str)
 @pytest.mark.parametrize("file", ["llama3_8b", "llama3_8b_fast"])
