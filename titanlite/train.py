@@ -363,7 +363,7 @@ class Trainer:
         return stop
 
     def _set_timeouts(self) -> None:
-        """Let the ranks wait for each other no longer than a step takes."""
+        """From now on, end what waits for other ranks for ``comm.train_timeout_seconds``."""
         comm = self.config.comm
         runtime.set_train_timeout(comm, except_for=self.checkpoints.group)
         if self.runner.pipeline is not None and self.runtime.device.type == "cpu":

@@ -31,7 +31,7 @@ BF16_PEER = "torchtitan"
 
 
 def is_of_default(row: dict[str, Any]) -> bool:
-    """Whether a row of the counts is what its system runs by default."""
+    """Return whether a row of the counts is of the code that its system runs by default."""
     return row["architecture"] == "sm_90" and row["fusion"] == ("block" if row["system"] == "titanlite" else "compiler")
 
 

@@ -280,6 +280,14 @@ def seconds_of_agreement(results: list[dict[str, Any]]) -> list[list[str]]:
     ]
 
 
+def weights(results: list[dict[str, Any]]) -> list[list[str]]:
+    rows = [["shards", "processes", "folder", "a process copies at most", "the disk delivers to all"]]
+    for r in results:
+        sizes = [f"{n / 1e6:,.1f} MB" for n in (r["bytes"], max(r["copied"]), r["of_disk"])]
+        rows.append([r["shards"], f"{r['processes']}", *sizes])
+    return rows
+
+
 def corpus(results: list[dict[str, Any]]) -> list[list[str]]:
     rows = [["start", "processes", "corpus", "documents", "until the slowest has opened it"]]
     for r in results:
@@ -323,6 +331,7 @@ TABLES: dict[str, Callable[[list[dict[str, Any]]], list[list[str]]]] = {
     "thousand_ranks_seconds/plans": seconds_of_plans,
     "thousand_ranks_seconds/agreement": seconds_of_agreement,
     "thousand_ranks_corpus": corpus,
+    "thousand_ranks_weights": weights,
     "time_budget": time_budget,
     "float8_memory": float8_memory,
     "roofline_assumed/linears": predicted_linears,

@@ -152,7 +152,7 @@ def sequences_with_borders(batch: Batch) -> int:
 
 
 def mean_loss_by_hand(trainer: Trainer) -> float:
-    """Of the first batch of one process, in float64, from its logits."""
+    """The mean loss of the first batch of one process, in float64, from its logits."""
     batch = first_batch(trainer)
     (model,) = trainer.model_parts
     with torch.no_grad():

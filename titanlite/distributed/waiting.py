@@ -1,4 +1,4 @@
-"""What a process waits for when it waits too long: the operation, and the ranks.
+"""Name the operation, and the ranks, that a process waits for too long.
 
 gloo ends a collective after ``comm.train_timeout_seconds``. A send or a receive it ends only after the time with which
 its group began, ``comm.init_timeout_seconds``, and says neither which one it was nor of whom. :class:`MessageWatch`

@@ -73,7 +73,8 @@ class QuantExperts(nn.Module):
             return super().forward(*args, **kwargs)
         with _GroupedMatmulsIn(self.format) as matmuls:
             out = super().forward(*args, **kwargs)
-        if not matmuls.count and all(x.numel() for x in args if isinstance(x, Tensor)):
+        given = (x for x in (*args, *kwargs.values()) if isinstance(x, Tensor))
+        if not matmuls.count and all(x.numel() for x in given):
             raise RuntimeError(
                 f"{type(self).__name__} was converted to {self.format.name}, and its forward did not call "
                 "torch.nn.functional.grouped_mm; call it there, or leave the module out of the conversion"

@@ -1,4 +1,4 @@
-"""What a run that an exception ends says, and its exit status."""
+"""The message and the exit status of a run that ends by an exception."""
 
 from __future__ import annotations
 

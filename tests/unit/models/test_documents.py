@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -43,6 +45,15 @@ def model_of(window: int | None) -> Decoder:
     return model
 
 
+def compile_blocks(model: Decoder, mask_of: Any, core: Any, backend: str) -> None:
+    """Compile each block with a way to compute attention within documents."""
+    model.mask_of = mask_of
+    for block in model.layers.values():
+        assert isinstance(block, Block)
+        block.attention.core = core
+        block.run = torch.compile(block.compute, backend=backend, fullgraph=True)
+
+
 @pytest.mark.parametrize("way", ["mask", "apart", "operator"])
 @pytest.mark.parametrize("window", [None, 5])
 @pytest.mark.parametrize("name", ROWS)
@@ -78,7 +89,8 @@ def test_packed_documents_are_as_alone(name: str, window: int | None, way: str) 
 @pytest.mark.parametrize("window", [0, 5])
 @pytest.mark.parametrize("name", ROWS)
 def test_the_operator_keeps_the_rules_of_operators(name: str, window: int) -> None:
-    """Its gradients are those of finite differences; its results without data have the same shapes and strides."""
+    """Its schema, its registration for autograd, and the shapes and strides of results without data. Its numbers are
+    held against documents alone, above."""
     q, k, v = (torch.randn(2, 3, 64, 4, dtype=torch.float64, requires_grad=True) for _ in range(3))
     operator = torch.ops.titanlite.attend_apart.default
     torch.library.opcheck(operator, (q, k, v, starts_of(ROWS[name]), window))
@@ -94,11 +106,8 @@ def test_values_of_another_size_are_attended_to_through_a_mask() -> None:
 @pytest.mark.slow
 def test_the_operator_is_in_one_graph_for_all_steps() -> None:
     model, plain = model_of(5), model_of(5)
-    model.mask_of, core = document_attention.document_attention("cpu", compiling=True)
-    for block in model.layers.values():
-        assert isinstance(block, Block)
-        block.attention.core = core
-        block.run = torch.compile(block.compute, backend="aot_eager_decomp_partition", fullgraph=True)
+    mask_of, core = document_attention.document_attention("cpu", compiling=True)
+    compile_blocks(model, mask_of, core, "aot_eager_decomp_partition")
     counters.clear()
     tokens = torch.randint(64, (2, 64), generator=torch.Generator().manual_seed(1))
     for rows in ROWS.values():
@@ -159,11 +168,7 @@ def test_blocks_for_gpus_are_those_of_the_mask(rows: list[list[int]], window: in
 def test_a_compiled_block_takes_the_masks_of_all_steps_in_one_graph() -> None:
     """As on a GPU, but without gradients, and without code for the machine."""
     model, plain = model_of(5), model_of(5)
-    model.mask_of = block_mask
-    for block in model.layers.values():
-        assert isinstance(block, Block)
-        block.attention.core = attend_in_blocks
-        block.run = torch.compile(block.compute, backend="eager", fullgraph=True)
+    compile_blocks(model, block_mask, attend_in_blocks, "eager")
     counters.clear()
     tokens = torch.randint(64, (2, 64), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
