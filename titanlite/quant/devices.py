@@ -56,3 +56,31 @@ def _lacks_units(format: str, is_native: Callable[[str], bool], architecture: st
     if not native:
         logger.warning("%s is emulated on %s: the same quantized values, multiplied in float32", format, architecture)
     return not native
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def lacks_result(
+    format: str,
+    results: tuple[torch.dtype, ...] | None,
+    dtype: torch.dtype,
+    device: torch.device,
+    target: str | None = None,
+) -> bool:
+    """Return whether the units for ``format`` cannot write ``dtype``, which is logged once.
+
+    Args:
+        results: the dtypes that they can write; None: all.
+        target: the architecture to compute for; None: that of ``device``.
+    """
+    return results is not None and _lacks_result(format, results, dtype, target or architecture(device))
+
+
+@cache
+def _lacks_result(format: str, results: tuple[torch.dtype, ...], dtype: torch.dtype, architecture: str) -> bool:
+    lacks = dtype not in results
+    if lacks:
+        logger.warning(
+            "%s is emulated on %s where its result is in %s: the units write %s only",
+            *(format, architecture, dtype, ", ".join(map(str, results))),
+        )
+    return lacks

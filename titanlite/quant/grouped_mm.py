@@ -7,8 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from titanlite.quant.autograd import refuse_double_backward
+from titanlite.quant.convertible import HIGH_PRECISION
 from titanlite.quant.format import WEIGHT, WEIGHT_FOR_GRAD_INPUT, Operand, Use
 from titanlite.quant.groups import GroupedFormat, Groups
 from titanlite.quant.recipes import grouped_format
@@ -22,26 +24,51 @@ def quantized_grouped_mm(a: Tensor, b: Tensor, offsets: Tensor, recipe: str | Gr
     float32.
 
     Args:
-        a: [rows, k], in high precision; the rows of a group lie one after the other.
-        b: [groups, k, m], in high precision: a matrix for each group, in any memory layout.
-        offsets: the end of each group in the rows, int32 [groups]. A group can be empty, and of any size.
+        a: [rows, k], in bfloat16, float16, float32 or float64; the rows of a group lie one after the other.
+        b: [groups, k, m], in the dtype of ``a``: a matrix for each group, in any memory layout.
+        offsets: the end of each group in the rows, int32 [groups], on the device of the others. A group can be empty,
+            and of any size.
         recipe: a name of :data:`titanlite.quant.recipes.GROUPED_RECIPES`, or a format.
 
     Returns:
         [rows, m], in the dtype of ``a``. Rows after the last group are not defined.
 
     Raises:
-        ValueError: shapes that do not fit together, sizes that the format does not take, or an unknown recipe.
+        ValueError: shapes, dtypes or devices that do not fit together, sizes that the format does not take, an unknown
+            recipe, or ends of groups that fall or are after the last row. The ends are checked on the CPU, and not in
+            compiled code: on a GPU, the host would have to wait for them.
     """
     format = grouped_format(recipe) if isinstance(recipe, str) else recipe
+    _check(a, b, offsets)
+    if reason := format.why_not_grouped() or format.why_not(b.shape[1], b.shape[2]):
+        raise ValueError(f"quantized_grouped_mm: b {tuple(b.shape)} in {format.name}: {reason}")
+    return _GroupedMatmul.apply(a, b, offsets, format.for_groups(a.device, a.dtype))  # type: ignore[no-any-return]
+
+
+def _check(a: Tensor, b: Tensor, offsets: Tensor) -> None:
     if a.ndim != 2 or b.ndim != 3 or a.shape[1] != b.shape[1] or offsets.shape != b.shape[:1]:
         raise ValueError(
             f"quantized_grouped_mm: a {tuple(a.shape)}, b {tuple(b.shape)}, offsets {tuple(offsets.shape)}; they must "
             "be [rows, k], [groups, k, m] and [groups]"
         )
-    if reason := format.why_not_grouped() or format.why_not(b.shape[1], b.shape[2]):
-        raise ValueError(f"quantized_grouped_mm: b {tuple(b.shape)} in {format.name}: {reason}")
-    return _GroupedMatmul.apply(a, b, offsets, format.for_groups(a.device))  # type: ignore[no-any-return]
+    if a.dtype not in HIGH_PRECISION or b.dtype is not a.dtype:
+        known = ", ".join(map(str, HIGH_PRECISION))
+        raise ValueError(f"quantized_grouped_mm: a is {a.dtype} and b {b.dtype}; cast both to one of {known}")
+    if offsets.dtype is not torch.int32:
+        raise ValueError(f"quantized_grouped_mm: offsets are {offsets.dtype}; they must be int32: use offsets.int()")
+    if not a.device == b.device == offsets.device:
+        raise ValueError(
+            f"quantized_grouped_mm: a is on {a.device}, b on {b.device}, offsets on {offsets.device}; move them to one "
+            "device"
+        )
+    if a.device.type != "cpu" or torch.compiler.is_compiling() or isinstance(offsets, FakeTensor):
+        return
+    ends = [0, *offsets.tolist(), a.shape[0]]
+    if ends != sorted(ends):
+        raise ValueError(
+            f"quantized_grouped_mm: offsets = {ends[1:-1]} for {a.shape[0]} rows; they are the ends of the groups, "
+            "none less than the one before, and none more than the rows: use sizes.cumsum(0).int()"
+        )
 
 
 class _GroupedMatmul(torch.autograd.Function):

@@ -13,11 +13,12 @@ Nothing here waits for a device: shapes depend on the number of rows alone, not 
 from __future__ import annotations
 
 from abc import abstractmethod
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from titanlite.quant.devices import lacks_units
+from titanlite.quant.devices import lacks_result, lacks_units
 from titanlite.quant.emulation import multiply_groups_in_float32
 from titanlite.quant.format import Format, Matmul, Operand, Use
 
@@ -90,8 +91,10 @@ class GroupedFormat(Format):
         emulate: multiply the quantized values in float32.
         emulated: the same format with ``emulate``.
         target: the architecture to compute for, in an estimate without that device; None: the device's own.
+        grouped_results: the dtypes in which the units of the format write products of groups; None: in all.
     """
 
+    grouped_results: ClassVar[tuple[torch.dtype, ...] | None] = None
     emulate: bool
     emulated: GroupedFormat
     target: str | None
@@ -101,11 +104,13 @@ class GroupedFormat(Format):
         """Return whether the format has a grouped matmul of its own on this architecture."""
         return False
 
-    def for_groups(self, device: torch.device) -> GroupedFormat:
-        """Return the format as ``device`` computes grouped matmuls in it; as :meth:`Format.on`."""
-        name = f"a grouped matmul in {self.name}"
-        emulate = self.emulate or device.type == "meta"
-        return self.emulated if emulate or lacks_units(name, self.has_grouped_units, device, self.target) else self
+    def for_groups(self, device: torch.device, dtype: torch.dtype) -> GroupedFormat:
+        """Return the format as ``device`` computes grouped matmuls in it, with results in ``dtype``; as
+        :meth:`Format.on`."""
+        name, target = f"a grouped matmul in {self.name}", self.target
+        if self.emulate or device.type == "meta" or lacks_units(name, self.has_grouped_units, device, target):
+            return self.emulated
+        return self.emulated if lacks_result(name, self.grouped_results, dtype, device, target) else self
 
     def why_not_grouped(self) -> str | None:
         """Return why grouped matmuls cannot use these options of the format; None if they can."""

@@ -131,7 +131,7 @@ def test_matmuls_with_kernels_give_the_same(recipe: str, sizes: list[int], monke
     plain = step(a, w, offsets, grad, recipe)
     calls, native = interpreted(monkeypatch), dataclasses.replace(grouped_format(recipe), target="sm_90")  # type: ignore[type-var]
     kind = type(native)
-    monkeypatch.setattr(kind, "for_groups", lambda self, device: self)
+    monkeypatch.setattr(kind, "for_groups", lambda self, device, dtype: self)
     for name in ("multiply_rows", "multiply_columns"):
         monkeypatch.setattr(kind, name, getattr(GroupedFormat, name))
     for mine, other in zip(step(a, w, offsets, grad, native), plain, strict=True):  # type: ignore[arg-type]

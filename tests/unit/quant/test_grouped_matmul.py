@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from tests.unit.float8.test_float8_oracle import sqnr
 from titanlite.float8 import Float8LinearConfig
+from titanlite.quant import devices
 from titanlite.quant.format import Format, Use
 from titanlite.quant.grouped_mm import QuantGroupedMatmul, quantized_grouped_mm
 from titanlite.quant.groups import Groups
@@ -81,19 +83,30 @@ def test_products_are_near_the_exact_ones(recipe: str, bound: float, dtype: torc
 
 @pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
-def test_what_is_not_finite_stays_in_its_group(recipe: str, bad: float) -> None:
-    sizes = SIZES["odd"]
-    a, w, offsets, grad = operands(sizes)
+@pytest.mark.parametrize("place", ["a", "b", "grad"])
+def test_what_is_not_finite_stays_in_its_group(recipe: str, bad: float, place: str) -> None:
+    """One element: all that it is a factor of is NaN, and nothing else changes."""
+    a, w, offsets, grad = operands(SIZES["odd"])
     clean = step(a, w, offsets, grad, recipe)
     with torch.no_grad():
-        a[5] = bad  # in the second group
-    out, grad_a, grad_w = step(a, w, offsets, grad, recipe)
-    others = torch.arange(len(a)) != 5
-    assert out[5].isnan().all()
-    assert torch.equal(out[others], clean[0][others])
-    assert torch.equal(grad_a, clean[1])
-    assert grad_w[1].isnan().all()
-    assert torch.equal(grad_w[[0, 2, 3]], clean[2][[0, 2, 3]])
+        {"a": a[5], "b": w[1, 7], "grad": grad[5]}[place][9] = bad  # of the second group, rows 3 to 19
+    mine = step(a, w, offsets, grad, recipe)
+    second = torch.zeros(len(a), dtype=torch.bool)
+    second[3:20] = True
+    reached = [torch.zeros_like(x, dtype=torch.bool) for x in mine]  # output, gradients of rows and of weights
+    if place == "a":
+        reached[0][5], reached[2][1, :, 9] = True, True
+    elif place == "b":
+        reached[0][second, 7], reached[1][second, 9] = True, True
+    else:
+        reached[1][5], reached[2][1, 9] = True, True
+    for now, before, at in zip(mine, clean, reached, strict=True):
+        assert now[at].isnan().all()
+        # A scale of several elements takes more with it, in the group alone.
+        touched = second if now.ndim == 2 else torch.tensor([False, True, False, False])
+        assert torch.equal(now[~touched], before[~touched])
+        if not at.any():
+            assert torch.equal(now, before)
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -177,6 +190,37 @@ def test_what_does_not_fit_is_refused() -> None:
         quantized_grouped_mm(a[:, :48], w.transpose(1, 2)[:, :48], offsets, "mxfp8")
     with pytest.raises(ValueError, match="no such recipe; known: float8_rowwise"):
         quantized_grouped_mm(a, w.transpose(1, 2), offsets, "float9")
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        (lambda a, b, o: (a.bfloat16(), b, o), "a is torch.bfloat16 and b torch.float32; cast both to one of torch.bf"),
+        (lambda a, b, o: (a.int(), b.int(), o), "a is torch.int32 and b torch.int32; cast both"),
+        (lambda a, b, o: (a, b, o.long()), r"offsets are torch.int64; they must be int32: use offsets.int\(\)"),
+        (lambda a, b, o: (a, b.to("meta"), o), "a is on cpu, b on meta, offsets on cpu; move them to one device"),
+        (lambda a, b, o: (a, b, o.flip(0)), r"offsets = \[85, 84, 20, 3\] for 85 rows.*use sizes.cumsum"),
+        (lambda a, b, o: (a, b, o + 1), r"offsets = \[4, 21, 85, 86\] for 85 rows"),
+        (lambda a, b, o: (a, b, o - 4), r"offsets = \[-1, 16, 80, 81\] for 85 rows"),
+    ],
+)
+def test_operands_of_other_kinds_are_refused(change: Any, why: str) -> None:
+    a, w, offsets, _ = operands(SIZES["odd"])
+    with pytest.raises(ValueError, match=why):
+        quantized_grouped_mm(*change(a, w.transpose(1, 2), offsets), "float8_rowwise")
+
+
+def test_float8_says_once_that_units_write_bfloat16_only(caplog: pytest.LogCaptureFixture) -> None:
+    devices._lacks_result.cache_clear()
+    format, cpu = dataclasses.replace(grouped_format("float8_rowwise"), target="sm_90"), torch.device("cpu")  # type: ignore[type-var]
+    assert format.for_groups(cpu, torch.bfloat16) is format
+    assert caplog.messages == []
+    for _ in range(2):
+        assert format.for_groups(cpu, torch.float32).emulate
+    assert caplog.messages == [
+        "a grouped matmul in float8 is emulated on sm_90 where its result is in torch.float32: the units write "
+        "torch.bfloat16 only"
+    ]
 
 
 def test_a_module_computes_in_the_format_or_as_before() -> None:

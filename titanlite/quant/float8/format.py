@@ -135,6 +135,7 @@ class Float8Format(GroupedFormat):
     # ---- groups of rows
 
     has_grouped_units = staticmethod(has_grouped_matmuls)
+    grouped_results = (torch.bfloat16,)
 
     def why_not_grouped(self) -> str | None:
         if all(config.is_axiswise for config in self.casts):
@@ -177,12 +178,12 @@ class Float8Format(GroupedFormat):
         return dequantize(data, scale if groups is None else scale[groups.number].t())
 
     def multiply_rows(self, x: Operand, w: Operand, offsets: Tensor, matmul: Matmul, dtype: torch.dtype) -> Tensor:
-        if self.emulate or dtype is not torch.bfloat16:
+        if self.emulate:
             return super().multiply_rows(x, w, offsets, matmul, dtype)
         return scaled_grouped_mm(x, w, offsets, matmul in self.fast_accum)
 
     def multiply_columns(self, g: Operand, x: Operand, groups: Groups, dtype: torch.dtype) -> Tensor:
-        if self.emulate or dtype is not torch.bfloat16:
+        if self.emulate:
             return super().multiply_columns(g, x, groups, dtype)
         assert g.scale is not None
         assert x.scale is not None
