@@ -47,6 +47,12 @@ def loss_pairs(
     return curve + batches + noises[0], curve + batches + noises[1] + truth, float(truth)
 
 
+def losses(percent: float, steps: int = 600, rho: float = 0.5, seed: int = 0) -> tuple[Array, Array]:
+    """One pair of :func:`loss_pairs`."""
+    first, second, _ = loss_pairs(np.random.default_rng(seed), 1, steps, rho, percent)
+    return first[0], second[0]
+
+
 def write_run(
     folder: Path,
     losses: Array,

@@ -28,7 +28,6 @@ def main(argv: list[str]) -> int:
     from titanlite.config.difference import differing_options
     from titanlite.config.json_schema import dump_schema, json_schema
     from titanlite.config.reference import option_reference
-    from titanlite.config.run_config import CONFIG
     from titanlite.errors import ConfigError, printable, shown
 
     if args.schema:
@@ -38,10 +37,30 @@ def main(argv: list[str]) -> int:
         print(option_reference(), end="")
         return 0
     try:
-        files = [str(Path(name, CONFIG)) if Path(name, CONFIG).is_file() else name for name in args.diff]
-        for name, (first, second) in differing_options(*files).items():
-            print(printable(f"{name}: {shown(first)} -> {shown(second)}"))
+        differing = differing_options(*map(_file, args.diff))
     except ConfigError as error:
         print(f"titanlite config: {error}", file=sys.stderr)
         return 2
+    for name, (first, second) in differing.items():
+        print(printable(f"{name}: {shown(first)} -> {shown(second)}"))
+    if not differing:
+        print("titanlite config: no option differs", file=sys.stderr)
     return 0
+
+
+def _file(name: str) -> str:
+    """Return ``name``, or the configuration in it if it is a run folder.
+
+    Raises:
+        ConfigError: it is another folder.
+    """
+    from titanlite.config import packaged
+    from titanlite.config.run_config import CONFIG
+    from titanlite.errors import ConfigError
+
+    file = Path(name, CONFIG)
+    if file.is_file():
+        return str(file)
+    if Path(name).is_dir() and packaged.find(name) is None:
+        raise ConfigError(f"{name}: a folder without {CONFIG}; name a run folder, a TOML file, or a packaged name")
+    return name

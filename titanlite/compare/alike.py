@@ -66,6 +66,15 @@ def cautions(run: Run, baseline: Run) -> list[str]:
     return sentences
 
 
+def other_ends(run: Run, baseline: Run) -> list[str]:
+    """Return a sentence if one run is clearly longer than the other: then the difference is not that of their ends."""
+    shorter, longer = sorted((run, baseline), key=lambda r: r.steps)
+    if shorter.steps >= 0.9 * longer.steps:
+        return []
+    ends = f"{shorter.name} ends at step {shorter.steps:,}, and {longer.name} at step {longer.steps:,}"
+    return [f"{ends}: this is about the steps that both have, not about their ends."]
+
+
 def _kind(name: str) -> str:
     if name in ("tokens per step", "tokenizer"):
         return f"other {name}"

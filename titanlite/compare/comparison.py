@@ -10,7 +10,14 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from titanlite.compare.alike import cautions, differing_options, name_apart, other_validation, why_not_comparable
+from titanlite.compare.alike import (
+    cautions,
+    differing_options,
+    name_apart,
+    other_ends,
+    other_validation,
+    why_not_comparable,
+)
 from titanlite.compare.interval import MIN_ROWS, Interval, mean_interval
 from titanlite.compare.rows import Array, Columns
 from titanlite.compare.runs import Run, read_runs
@@ -67,6 +74,9 @@ class Comparison:
         options: those that are not the same in all runs, each with the value in every one.
         verdicts: a sentence for each run that is not the baseline, by its name.
         reasons: why a run and the baseline do not compare, by the name of the run; empty if they do.
+        notes: sentences on runs that were left out, or are not there.
+        last_share: the share of the steps of each run that its final loss is the mean of. It is the same for all runs,
+            so that those that log every step and those that log every tenth are compared over the same steps.
     """
 
     runs: list[Run]
@@ -75,21 +85,23 @@ class Comparison:
     differences: list[Difference]
     reasons: dict[str, list[str]]
     verdicts: dict[str, str]
+    notes: list[str]
+    last_share: float
 
     def difference(self, run: Run, metric: str, at: str = "steps") -> Difference | None:
         return next((d for d in self.differences if (d.run, d.metric, d.at) == (run.name, metric, at)), None)
 
     def json(self) -> str:
         """Return the comparison as one JSON object; unknown numbers are null."""
-        runs = [run_summary(run) | {"baseline": run is self.baseline} for run in self.runs]
+        runs = [run_summary(run, self.last_share) | {"baseline": run is self.baseline} for run in self.runs]
         for number, summary in enumerate(runs):
             summary["options"] = {name: texts[number] for name, texts in self.options.items()}
         differences = [asdict(difference) for difference in self.differences]
-        content = {"runs": runs, "differences": differences, "verdicts": self.verdicts, "not_comparable": self.reasons}
-        return json.dumps(content, indent=2, allow_nan=False)
+        texts = {"verdicts": self.verdicts, "not_comparable": self.reasons, "notes": self.notes}
+        return json.dumps({"runs": runs, "differences": differences, **texts}, indent=2, allow_nan=False)
 
 
-def run_summary(run: Run) -> dict[str, Any]:
+def run_summary(run: Run, last_share: float) -> dict[str, Any]:
     """Return the numbers of one run, by name; None where one is not known."""
     skipped = run.last("skipped_steps")
     return {
@@ -97,7 +109,7 @@ def run_summary(run: Run) -> dict[str, Any]:
         "path": str(run.path),
         "steps": run.steps,
         "tokens": run.last("tokens_seen"),
-        "loss": run.final_loss(),
+        "loss": run.final_loss(last_share),
         "validation_loss": run.last_validation("loss"),
         "bits_per_byte": run.last_validation("bits_per_byte"),
         "tps": run.median("tps"),
@@ -117,12 +129,12 @@ def compare(paths: Sequence[Path], baseline: str | None = None) -> Comparison:
     Raises:
         ConfigError: there is no run at a path, or no such baseline.
     """
-    runs = read_runs(paths)
+    runs, notes = read_runs(paths)
     chosen = runs[0]
     if baseline is not None:
         named = [run for run in runs if baseline in (run.name, str(run.path))]
         if not named and Path(baseline).exists():
-            (*_, before) = read_runs([Path(baseline)])
+            (*_, before), _ = read_runs([Path(baseline)])
             named = [run for run in runs if run.path.samefile(before.path)] or [before]
             runs = runs if named[0] in runs else [before, *runs]
         if len(named) != 1:
@@ -135,7 +147,16 @@ def compare(paths: Sequence[Path], baseline: str | None = None) -> Comparison:
     reasons = {run.name: reason for run in others if (reason := why_not_comparable(run, chosen))}
     differences = [d for run in others for d in _differences(run, chosen, run.name in reasons)]
     verdicts = {run.name: _sentence(run, chosen, differences, reasons.get(run.name, [])) for run in others}
-    return Comparison(runs, chosen, differing_options(runs), differences, reasons, verdicts)
+    last_share = max(run.last_share() for run in runs)
+    notes += _of_one(chosen) if not others else []
+    return Comparison(runs, chosen, differing_options(runs), differences, reasons, verdicts, notes, last_share)
+
+
+def _of_one(run: Run) -> list[str]:
+    """Return what there is to say of a run that is compared with none."""
+    step = run.diverged_at()
+    diverged = [] if step is None else [f"There is no finite loss in {run.name} from step {step:,} on."]
+    return [f"There is one run, {run.name}. Name another one to compare it with.", *diverged]
 
 
 def _differences(run: Run, baseline: Run, refused: bool) -> list[Difference]:
@@ -219,20 +240,26 @@ def _sentence(run: Run, baseline: Run, differences: Sequence[Difference], reason
     pair = f"{run.name} and {baseline.name}"
     if reasons:
         return f"No verdict: {pair} do not compare, because they have {'; '.join(reasons)}."
-    if ends := [f"{r.name} from step {step:,} on" for r in (run, baseline) if (step := r.diverged_at()) is not None]:
-        return f"No verdict: there is no finite loss in {', and none in '.join(ends)}."
+    if diverged := [
+        f"{r.name} from step {step:,} on" for r in (run, baseline) if (step := r.diverged_at()) is not None
+    ]:
+        return f"No verdict: there is no finite loss in {', and none in '.join(diverged)}."
     named = [d for d in differences if (d.run, d.metric, d.at) == (run.name, "loss", "steps")]
     if not named:
         return f"No verdict: {pair} have logged no step in common; set the same metrics.log_freq."
     (d,) = named
     caution = "".join(f" {sentence}" for sentence in cautions(run, baseline))
+    ends = "".join(f" {sentence}" for sentence in other_ends(run, baseline))
     if d.verdict == "too few rows":
         why = f"No verdict: {pair} have fewer than {MIN_ROWS} logged steps in common; train longer, or log more often"
         return f"{why} (metrics.log_freq).{caution}"
     span = f"95% interval {d.low_percent:+.2f}% to {d.high_percent:+.2f}%, steps {d.first:,.0f} to {d.last:,.0f}"
-    if d.verdict == "within the noise":
-        text = f"The losses of {pair} differ by {d.difference_percent:+.2f}%, which is within the noise ({span})."
+    size = f"{abs(d.difference_percent):.2f}%"
+    if d.low == d.high == 0:
+        text = f"{pair} have the same losses, steps {d.first:,.0f} to {d.last:,.0f}."
+    elif d.verdict == "within the noise":
+        lower = run.name if d.difference < 0 else baseline.name
+        text = f"The losses of {pair} differ by {size}, which is within the noise ({lower} has the lower one; {span})."
     else:
-        size = f"{abs(d.difference_percent):.2f}%"
         text = f"{run.name} has a {d.verdict} loss than {baseline.name}, by {size} ({span})."
-    return text + caution
+    return text + ends + caution

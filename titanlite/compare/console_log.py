@@ -13,7 +13,7 @@ import numpy as np
 from titanlite.compare.rows import Array, Columns, in_order
 from titanlite.untrusted.files import open_file
 
-_COLOR = re.compile(rb"\x1b\[[\d;]*m")
+_COLOR = re.compile(rb"\x1b\[[\d;?]*[A-Za-z]")  # and what moves the cursor
 _RANK = re.compile(r"\[rank\d+\]")
 _TIME = re.compile(r"\d{4}-\d\d-\d\d[ T]\d\d:\d\d:\d\d(?:[.,]\d{3})?")
 _STEP = re.compile(r"\b(validate )?step:\s*(\d+)\s+(.*)")

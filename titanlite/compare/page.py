@@ -13,7 +13,7 @@ import numpy as np
 from titanlite.compare.comparison import Comparison
 from titanlite.compare.rows import Array
 from titanlite.compare.runs import Run
-from titanlite.compare.text import difference_cells, metric_title, numbers_of_runs
+from titanlite.compare.text import about_numbers, difference_cells, metric_title, numbers_of_runs
 from titanlite.errors import ConfigError
 
 _TEMPLATE = Path(__file__).with_name("page.html")
@@ -44,7 +44,9 @@ def page(comparison: Comparison) -> str:
         if run.sample
     )
     parts = {
-        "verdicts": "".join(_verdict(comparison, name) for name in comparison.verdicts),
+        "verdicts": "".join(_verdict(comparison, name) for name in comparison.verdicts)
+        + "".join(f"<p>{_text(note)}</p>" for note in comparison.notes),
+        "about": about_numbers(comparison),
         "runs": _runs(comparison),
         "differences": _differences(comparison),
         "options": _options(comparison),
@@ -79,16 +81,20 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
 def _runs(comparison: Comparison) -> str:
     titles, rows = numbers_of_runs(comparison)
     named = [
-        [f"{number + 1} {run.name}" + (" (baseline)" if run is comparison.baseline else ""), *cells, run.path]
+        [f"{number + 1} {run.name}" + (" (baseline)" if _is_baseline(comparison, run) else ""), *cells, run.path]
         for number, (run, cells) in enumerate(zip(comparison.runs, rows, strict=True))
     ]
     return _table(["run", *titles, "path"], named)
 
 
+def _is_baseline(comparison: Comparison, run: Run) -> bool:
+    return run is comparison.baseline and len(comparison.runs) > 1
+
+
 def _differences(comparison: Comparison) -> str:
     head = ["run", "metric", "difference", "%", "95% interval in %", ""]
     rows = [[d.run, metric_title(d), *difference_cells(d), d.verdict] for d in comparison.differences]
-    return _table(head, rows) if rows else "<p>There is one run.</p>"
+    return _table(head, rows) if rows else "<p>They have no step in common.</p>"
 
 
 def _options(comparison: Comparison) -> str:

@@ -86,14 +86,18 @@ class Run:
         first = int(finite[-1]) + 1 if len(finite) else 0
         return int(self.metrics["step"][first]) if first < len(self.metrics["step"]) else None
 
-    def final_loss(self) -> float | None:
-        """Return the mean loss of the last part of the run, see :func:`titanlite.metrics.last_part.last_part`; None if
-        it ended without a finite one."""
-        losses = self.metrics["loss"]
+    def last_share(self) -> float:
+        """Return the share of the rows that is the last part, see :func:`titanlite.metrics.last_part.last_part`."""
+        rows = len(self.metrics["step"])
+        return min(last_part(rows) / rows, 0.5)  # of a single row, too
+
+    def final_loss(self, share: float) -> float | None:
+        """Return the mean loss of the last ``share`` of the steps; None if the run ended without a finite one."""
         if self.diverged_at() is not None:
             return None
-        losses = losses[np.isfinite(losses)]
-        return _known(losses[-last_part(len(losses)) :])
+        step, losses = self.metrics["step"], self.metrics["loss"]
+        losses = losses[(step > step[-1] * (1 - share) + 1e-6) & np.isfinite(losses)]
+        return _known(losses)
 
     def last_validation(self, name: str) -> float | None:
         return _known(self.validation[name][-1:])
@@ -116,12 +120,13 @@ def _known(values: Array) -> float | None:
     return float(values.mean()) if len(values) and np.isfinite(values).all() else None
 
 
-def read_runs(paths: Sequence[Path]) -> list[Run]:
+def read_runs(paths: Sequence[Path]) -> tuple[list[Run], list[str]]:
     """Return the runs that ``paths`` name, each once: a run folder, a folder with runs in it, or a console log. If they
-    name one run folder alone, the earlier runs that it holds come before it.
+    name one run folder alone, the earlier runs that it holds come before it. Of the runs in a folder, those that cannot
+    be read are left out; the second value has a sentence for each.
 
     Raises:
-        ConfigError: there is no run at a path, or it cannot be read.
+        ConfigError: there is no run at a path; a run that is named itself cannot be read.
     """
     places = {os.path.realpath(place): place for path in paths for place in _places(path)}
     if len(places) == 1:
@@ -130,12 +135,29 @@ def read_runs(paths: Sequence[Path]) -> list[Run]:
         places = {os.path.realpath(run): run for run in _below(earlier)} | {real: place}
     if len(places) > _MOST_RUNS:
         raise ConfigError(f"these are {len(places)} runs, and at most {_MOST_RUNS} are compared; name fewer")
-    return [_read(place) for place in places.values()]
+    named = {os.path.realpath(_folder(path)) for path in paths}
+    runs: list[Run] = []
+    left_out: list[ConfigError] = []
+    for real, place in places.items():
+        try:
+            runs.append(_read(place))
+        except ConfigError as e:
+            if real in named:
+                raise
+            left_out.append(e)
+    if not runs:
+        raise left_out[0]
+    return runs, [f"Left out: {e}." for e in left_out]
+
+
+def _folder(path: Path) -> Path:
+    """Return the run folder where ``path`` is one of its files, else ``path``."""
+    is_of_run = path.name in (METRICS, CONFIG, VALIDATION) and (path.parent / METRICS).is_file()
+    return path.parent if is_of_run else path
 
 
 def _places(path: Path) -> list[Path]:
-    if path.name in (METRICS, CONFIG, VALIDATION) and (path.parent / METRICS).is_file():
-        path = path.parent
+    path = _folder(path)
     if not path.exists():
         raise ConfigError(f"{path}: there is no such file or folder; name a run folder, its parent, or a console log")
     runs = [path] if path.is_file() else [*_below(path)]
@@ -162,7 +184,8 @@ def _read(place: Path) -> Run:
     except OSError as e:
         raise ConfigError(f"{place}: cannot be read: {e.strerror or e}") from None
     if not len(run.metrics["step"]):
-        raise ConfigError(f"{place}: there is no logged step in it; wait for the first one, or leave it out")
+        line = "" if place.is_dir() else ' (a line with "step: 10  loss:  3.2100")'
+        raise ConfigError(f"{place}: there is no logged step{line} in it; wait for the first one, or name another run")
     return run
 
 

@@ -45,6 +45,8 @@ _COLUMNS: tuple[tuple[str, str, Callable[[float], str]], ...] = (
 def _parts(comparison: Comparison, console: Console) -> Iterator[RenderableType]:
     for sentence in comparison.verdicts.values():
         yield Text(sentence, style="bold")
+    for sentence in comparison.notes:
+        yield Text(sentence)
     yield _runs(comparison)
     if comparison.differences:
         yield _differences(comparison)
@@ -61,8 +63,13 @@ def _named(comparison: Comparison, number: int) -> tuple[Text, Text]:
     return Text(f"{number + 1}", style=style), Text(f"{run.name}{mark}", style=style)
 
 
-def _table(title: str, *columns: str) -> Table:
-    table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, padding=(0, 1))
+def _titled(title: str, table: Table) -> Group:
+    """Return a table below a title that may be wider than it."""
+    return Group(Text(title, style="bold"), table)
+
+
+def _table(*columns: str) -> Table:
+    table = Table(box=None, pad_edge=False, padding=(0, 1))
     for number, column in enumerate(columns):
         is_name = column == "run"
         table.add_column(column, justify="right" if number > 1 else "left", overflow="fold", no_wrap=not is_name)
@@ -71,29 +78,34 @@ def _table(title: str, *columns: str) -> Table:
 
 def numbers_of_runs(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
     """Return the titles of what is known of any run, and the cells of each run."""
-    summaries = [run_summary(run) for run in comparison.runs]
+    summaries = [run_summary(run, comparison.last_share) for run in comparison.runs]
     columns = [column for column in _COLUMNS if any(summary[column[1]] is not None for summary in summaries)]
     rows = [["" if summary[key] is None else form(summary[key]) for _, key, form in columns] for summary in summaries]
     return [title for title, _, _ in columns], rows
 
 
-def _runs(comparison: Comparison) -> Table:
+def about_numbers(comparison: Comparison) -> str:
+    """Return what the numbers of the runs are."""
+    return f"loss: mean of the last {comparison.last_share:.0%} of the steps; speed: median"
+
+
+def _runs(comparison: Comparison) -> Group:
     titles, rows = numbers_of_runs(comparison)
-    table = _table("runs (loss: mean of the last part; tok/s/device and MFU: median)", "", "run", *titles)
+    table = _table("", "run", *titles)
     for number, cells in enumerate(rows):
         table.add_row(*_named(comparison, number), *cells)
-    return table
+    return _titled(f"runs ({about_numbers(comparison)})", table)
 
 
-def _differences(comparison: Comparison) -> Table:
+def _differences(comparison: Comparison) -> Group:
     title = f"difference to {comparison.baseline.name} at equal steps and tokens, with its 95% interval"
-    table = _table(title, "", "run", "metric", "difference", "%", "interval in %")
+    table = _table("", "run", "metric", "difference", "%", "interval in %")
     for number, run in enumerate(comparison.runs):
         name = _named(comparison, number)
         for d in (d for d in comparison.differences if d.run == run.name):
             table.add_row(*name, metric_title(d), *difference_cells(d))
             name = Text(), Text()
-    return table
+    return _titled(title, table)
 
 
 def metric_title(d: Difference) -> str:
@@ -108,15 +120,15 @@ def difference_cells(d: Difference) -> tuple[str, str, str]:
     return f"{d.difference:+.4f}", f"{d.difference_percent:+.2f}", interval
 
 
-def _options(comparison: Comparison) -> Table:
+def _options(comparison: Comparison) -> Group:
     numbers = [f"{number + 1}" for number in range(len(comparison.runs))]
-    table = Table(title="options that differ", title_justify="left", title_style="bold", box=None, pad_edge=False)
+    table = Table(box=None, pad_edge=False)
     for number, column in enumerate(["option", *numbers]):
         style = COLORS[(number - 1) % len(COLORS)] if number else ""
         table.add_column(column, overflow="fold", header_style=style, min_width=4)
     for name, texts in comparison.options.items():
         table.add_row(Text(name), *map(Text, texts))
-    return table
+    return _titled("options that differ", table)
 
 
 def _curves(comparison: Comparison, console: Console) -> Group:

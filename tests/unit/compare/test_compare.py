@@ -15,15 +15,9 @@ import numpy as np
 import pytest
 
 from tests.support.runs import environment
-from tests.support.synthetic_runs import Array, loss_pairs, write_run
+from tests.support.synthetic_runs import losses, write_run
 from titanlite.commands import compare as command
 from titanlite.compare.comparison import Comparison, compare
-from titanlite.errors import ConfigError
-
-
-def losses(percent: float, steps: int = 600, rho: float = 0.5, seed: int = 0) -> tuple[Array, Array]:
-    first, second, _ = loss_pairs(np.random.default_rng(seed), 1, steps, rho, percent)
-    return first[0], second[0]
 
 
 def two_runs(tmp_path: Path, percent: float = -1.0, **other: Any) -> Comparison:
@@ -169,6 +163,38 @@ def test_a_run_that_ends_without_a_finite_loss_does_not_win(
     assert [name for name, loss in summaries.items() if loss is None] == [diverged]
 
 
+def test_final_losses_are_of_the_same_steps(tmp_path: Path) -> None:
+    """Of a run that logs every step and one that logs every tenth: otherwise the table contradicts the verdict."""
+    first, second = losses(-1)
+    comparison = compare([write_run(tmp_path / "a", first), write_run(tmp_path / "b", second[9::10], log_freq=10)])
+    assert "b has a lower loss" in comparison.verdicts["b"]
+    often, seldom = (run["loss"] for run in json.loads(comparison.json())["runs"])
+    assert often == pytest.approx(first[300:].mean())
+    assert seldom == pytest.approx(second[309::10].mean())
+
+
+def test_the_ends_of_a_short_and_a_long_run_are_not_compared(tmp_path: Path) -> None:
+    first, second = losses(-1)
+    paths = [write_run(tmp_path / "a", first), write_run(tmp_path / "b", second[:100])]
+    assert "b ends at step 100, and a at step 600" in compare(paths).verdicts["b"]
+    assert "ends at" not in two_runs(tmp_path / "of_one_length").verdicts["second"]
+
+
+def test_a_copy_of_a_run_has_the_same_losses(tmp_path: Path) -> None:
+    comparison = compare([write_run(tmp_path / name, losses(0)[0]) for name in "ab"])
+    assert comparison.verdicts["b"] == "b and a have the same losses, steps 451 to 600."
+    assert {d.verdict for d in comparison.differences} == {"within the noise"}
+
+
+def test_one_run_is_called_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Also if it is named twice; and that it diverged is said."""
+    diverged = write_run(tmp_path / "a", np.where(np.arange(60) < 30, 3.0, np.nan))
+    out, _ = run_command(capsys, diverged, diverged)
+    assert "There is one run, a. Name another one" in out
+    assert "no finite loss in a from step 31 on" in out
+    assert "baseline" not in out
+
+
 def test_the_first_step_counts_once(tmp_path: Path) -> None:
     """A run logs its first step, which compiles, and then every tenth."""
     folder = write_run(tmp_path / "a", np.full(5, 3.0), log_freq=10)
@@ -177,138 +203,6 @@ def test_the_first_step_counts_once(tmp_path: Path) -> None:
     (folder / "metrics.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
     (run,) = compare([folder]).runs
     assert run.last("hours") == pytest.approx((60 + 49 * 0.5) / 3600)
-
-
-# ---- finding runs
-
-
-def names(*paths: Path) -> list[str]:
-    return [run.name for run in compare(paths).runs]
-
-
-def test_runs_are_found(tmp_path: Path) -> None:
-    few = losses(0)[0][:20]
-    for name in ("runs/b", "runs/a", "runs/a/earlier/1", "runs/a/earlier/2", "runs/deep/er/c"):
-        write_run(tmp_path / name, few)
-    runs = tmp_path / "runs"
-    assert names(runs) == ["a", "b", "c"]
-    assert names(runs / "a") == ["1", "2", "a"]  # alone: with what it holds
-    assert names(runs / "a", runs / "b") == ["a", "b"]
-    assert names(runs / "a" / "earlier", runs / "b") == ["1", "2", "b"]
-    assert names(runs / "b", runs / "b" / "metrics.jsonl", runs) == ["b", "a", "c"]
-
-
-@pytest.mark.parametrize("place", ["nothing", "empty", "no_rows"])
-def test_no_run_is_an_error_with_the_path(place: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "empty").mkdir()
-    write_run(tmp_path / "no_rows", np.array([]))
-    assert command.main([str(tmp_path / place)]) == 2
-    assert place in capsys.readouterr().err
-
-
-def test_the_baseline(tmp_path: Path) -> None:
-    few = losses(0)[0][:20]
-    paths = [write_run(tmp_path / name, few) for name in "abc"]
-    assert compare(paths).baseline.name == "a"
-    assert compare(paths, "b").baseline.name == "b"
-    assert compare(paths, str(paths[2])).baseline.name == "c"
-    assert names(*paths[:2]) == ["a", "b"]
-    assert [run.name for run in compare(paths[:2], str(paths[2])).runs] == ["c", "a", "b"]
-    with pytest.raises(ConfigError) as error:
-        compare(paths, "d")
-    assert (error.value.key, error.value.value) == ("--baseline", "d")
-
-
-def test_names_tell_runs_apart(tmp_path: Path) -> None:
-    few = losses(0)[0][:20]
-    job = {"job": {"name": "mine"}}
-    write_run(tmp_path / "a", few, job)
-    write_run(tmp_path / "b", few, job | {"optimizer": {"lr": 0.5}})
-    write_run(tmp_path / "c", few, job | {"optimizer": {"lr": 0.5}})
-    write_run(tmp_path / "d", few)
-    first, second, third, fourth = names(tmp_path)
-    assert (first, fourth) == ("mine lr=0.003", "d")
-    assert second == f"mine lr=0.5 ({tmp_path / 'b'})"
-    assert third == f"mine lr=0.5 ({tmp_path / 'c'})"
-
-
-def test_options_that_differ(tmp_path: Path) -> None:
-    comparison = two_runs(tmp_path, options={"model": {"converters": ["x"]}, "job": {"description": "y"}})
-    assert comparison.options == {"model.converters": ["[]", '["x"]']}
-
-
-# ---- reading rows
-
-
-def test_lines_that_are_no_rows_are_left_out(tmp_path: Path) -> None:
-    """A run that is being written, a row of another form, a step that stands there twice, values without a number."""
-    a = write_run(tmp_path / "a", np.arange(20.0) + 2)
-    with (a / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 20, "loss": 5.0}\nnothing\n[1]\n{"step": "x"}\n{"loss": 1}\n{"step": 21, "loss": NaN}\n')
-        file.write('{"step": 22, "loss": null, "skipped_steps": 3}\n{"step": 23, "lo')
-    (run,) = compare([a]).runs
-    assert run.steps == 22
-    assert run.metrics["loss"][-3] == 5.0
-    assert np.isnan(run.metrics["loss"][-2:]).all()
-    assert run.last("skipped_steps") == 3
-
-
-@pytest.mark.parametrize(
-    "line", ["[" * 200_000, '{"a":' * 100_000, '{"step": 1e999, "loss": 1}', '{"step": 1' + "0" * 400 + "}"]
-)
-def test_hostile_rows_are_left_out(line: str, tmp_path: Path) -> None:
-    a = write_run(tmp_path / "a", np.arange(20.0))
-    with (a / "metrics.jsonl").open("a") as file:
-        file.write(f"{line}\n")
-    assert compare([a]).runs[0].steps == 20
-
-
-def log_of(values: Array, torchtitan: bool) -> str:
-    """A console log: torchtitan's of June 2025, with colours, or titanlite's."""
-    when = "2025-06-04 08:{:02}:{:02},557 - root - INFO - "
-    begin = "[rank0]:[titan] " + when.format(0, 0)
-    if torchtitan:
-        lines = [
-            f"{begin}Starting job: Llama 3 8B training",
-            f"{begin}Preparing c4 dataset from allenai/c4",
-            f"{begin}Trainer is initialized with local batch size 1, global batch size 8, "
-            "gradient accumulation steps 1, sequence length 8192, total steps 1000 (warmup 200).",
-        ]
-    else:
-        lines = [f"{begin}my run", "    data             c4", "    tokens per step  65,536 = 8 sequences x 8192"]
-    red, off = ("\x1b[31m", "\x1b[39m") if torchtitan else ("", "")
-    for number, value in enumerate(values, 1):
-        fields = (
-            f"{red}step: {number:2}  \x1b[32mloss: {value:7.4f}  {off}grad_norm:  1.2345  memory: 30.99GiB(32.62%)  "
-            f"tps: 7,034  tflops: 407.35  mfu: {'41.19%' if torchtitan else 'n/a'}"
-        )
-        for rank in (0, 1):
-            lines.append(f"[rank{rank}]:[titan] {when.format(number // 60, number % 60)}{fields}")
-    lines.append(f"{begin}validate step: 10  loss:  3.5000  memory: 30.99GiB(32.62%)")
-    return "\n".join(lines) + "\n"
-
-
-@pytest.mark.parametrize("torchtitan", [True, False], ids=["torchtitan", "titanlite"])
-def test_console_logs(torchtitan: bool, tmp_path: Path) -> None:
-    first, second = losses(-1)
-    log = tmp_path / "torchtitan.log"
-    log.write_text(log_of(second, torchtitan))
-    ours = write_run(tmp_path / "ours", first, {"training": {"dataset": "c4", "seq_len": 8192}}, tokens_per_step=65536)
-    comparison = compare([ours, log])
-    run = comparison.runs[1]
-    assert run.name == ("Llama 3 8B training" if torchtitan else "torchtitan")
-    assert run.steps == 600
-    assert run.metrics["loss"] == pytest.approx(second, abs=6e-5)
-    assert run.last("tokens_seen") == 600 * 65536
-    assert run.last("hours") == pytest.approx(599 / 3600)
-    assert (run.median("tps"), run.peak_memory()) == (7034, 30.99)
-    assert run.median("mfu") == (41.19 if torchtitan else None)
-    assert run.last_validation("loss") == 3.5
-    sentence = comparison.verdicts[run.name]
-    assert "lower loss" in sentence
-    assert "tokenizer" in sentence  # which a log does not have
-    log.write_text(log_of(second, torchtitan).replace("c4", "pile"))
-    assert "other data" in next(iter(compare([ours, log]).verdicts.values()))
 
 
 # ---- what is written

@@ -61,6 +61,18 @@ def colors(browser: Browser, chart: str) -> int:
     return len(np.unique(vivid, axis=0))
 
 
+def test_the_page_of_one_run(tmp_path: Path, browser: Browser) -> None:
+    """It has no empty card."""
+    write_page(compare([write_run(tmp_path / "a", np.linspace(4, 3, 60))]), tmp_path / "page.html")
+    browser.open((tmp_path / "page.html").as_uri(), 1280)
+    shown = browser.evaluate(
+        "[...document.querySelectorAll('.card h2')].filter(h => h.offsetParent).map(h => h.innerText).join()"
+    )
+    assert [title for title in ("Loss minus", "Validation", "Differences", "Options") if title in shown] == []
+    assert "one run" in browser.evaluate("document.querySelector('.verdicts').innerText")
+    assert colors(browser, "loss") >= 1
+
+
 @pytest.mark.parametrize("width", [1280, 400])
 def test_the_page(width: int, page: Path, browser: Browser) -> None:
     """No error and no request, whatever is pressed; and nothing wider than the window."""

@@ -223,6 +223,13 @@ def test_the_difference_in_effect(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert not any(line.startswith("job.dump_folder") for line in lines)
 
 
+def test_no_difference_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command.main(["--diff", "debug_model", "debug_model"]) == 0
+    assert "no option differs" in capsys.readouterr().err
+    assert command.main(["--diff", "debug_model", str(tmp_path)]) == 2
+    assert "a folder without config.toml" in capsys.readouterr().err
+
+
 def test_a_file_that_cannot_be_loaded(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "a.toml").write_text("[training]\nstepz = 1\n")
     assert command.main(["--diff", "debug_model", str(tmp_path / "a.toml")]) == 2

@@ -1,0 +1,156 @@
+"""The runs that ``titanlite compare`` finds, what they are called, and what it reads of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.support.synthetic_runs import Array, losses, write_run
+from titanlite.commands import compare as command
+from titanlite.compare.comparison import compare
+from titanlite.errors import ConfigError
+
+
+def names(*paths: Path) -> list[str]:
+    return [run.name for run in compare(paths).runs]
+
+
+def test_runs_are_found(tmp_path: Path) -> None:
+    few = losses(0)[0][:20]
+    for name in ("runs/b", "runs/a", "runs/a/earlier/1", "runs/a/earlier/2", "runs/deep/er/c"):
+        write_run(tmp_path / name, few)
+    runs = tmp_path / "runs"
+    assert names(runs) == ["a", "b", "c"]
+    assert names(runs / "a") == ["1", "2", "a"]  # alone: with what it holds
+    assert names(runs / "a", runs / "b") == ["a", "b"]
+    assert names(runs / "a" / "earlier", runs / "b") == ["1", "2", "b"]
+    assert names(runs / "b", runs / "b" / "metrics.jsonl", runs) == ["b", "a", "c"]
+
+
+def test_what_cannot_be_read_in_a_folder_is_left_out(tmp_path: Path) -> None:
+    """Such as a run that has no row yet; but not if it is named itself."""
+    for name in "abc":
+        write_run(tmp_path / name, losses(0)[0][: 0 if name == "b" else 20])
+    comparison = compare([tmp_path])
+    assert [run.name for run in comparison.runs] == ["a", "c"]
+    (note,) = comparison.notes
+    assert note.startswith(f"Left out: {tmp_path / 'b'}: ")
+    with pytest.raises(ConfigError):
+        compare([tmp_path, tmp_path / "b"])
+
+
+@pytest.mark.parametrize("place", ["nothing", "empty", "no_rows"])
+def test_no_run_is_an_error_with_the_path(place: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "empty").mkdir()
+    write_run(tmp_path / "no_rows", np.array([]))
+    assert command.main([str(tmp_path / place)]) == 2
+    assert place in capsys.readouterr().err
+
+
+def test_the_baseline(tmp_path: Path) -> None:
+    few = losses(0)[0][:20]
+    paths = [write_run(tmp_path / name, few) for name in "abc"]
+    assert compare(paths).baseline.name == "a"
+    assert compare(paths, "b").baseline.name == "b"
+    assert compare(paths, str(paths[2])).baseline.name == "c"
+    assert names(*paths[:2]) == ["a", "b"]
+    assert [run.name for run in compare(paths[:2], str(paths[2])).runs] == ["c", "a", "b"]
+    with pytest.raises(ConfigError) as error:
+        compare(paths, "d")
+    assert (error.value.key, error.value.value) == ("--baseline", "d")
+
+
+def test_names_tell_runs_apart(tmp_path: Path) -> None:
+    few = losses(0)[0][:20]
+    job = {"job": {"name": "mine"}}
+    write_run(tmp_path / "a", few, job)
+    write_run(tmp_path / "b", few, job | {"optimizer": {"lr": 0.5}})
+    write_run(tmp_path / "c", few, job | {"optimizer": {"lr": 0.5}})
+    write_run(tmp_path / "d", few)
+    first, second, third, fourth = names(tmp_path)
+    assert (first, fourth) == ("mine lr=0.003", "d")
+    assert second == f"mine lr=0.5 ({tmp_path / 'b'})"
+    assert third == f"mine lr=0.5 ({tmp_path / 'c'})"
+
+
+def test_options_that_differ(tmp_path: Path) -> None:
+    few = losses(0)[0][:20]
+    options = {"model": {"converters": ["x"]}, "job": {"description": "y"}}
+    comparison = compare([write_run(tmp_path / "a", few), write_run(tmp_path / "b", few, options)])
+    assert comparison.options == {"model.converters": ["[]", '["x"]']}
+
+
+# ---- reading rows
+
+
+def test_lines_that_are_no_rows_are_left_out(tmp_path: Path) -> None:
+    """A run that is being written, a row of another form, a step that stands there twice, values without a number."""
+    a = write_run(tmp_path / "a", np.arange(20.0) + 2)
+    with (a / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 20, "loss": 5.0}\nnothing\n[1]\n{"step": "x"}\n{"loss": 1}\n{"step": 21, "loss": NaN}\n')
+        file.write('{"step": 22, "loss": null, "skipped_steps": 3}\n{"step": 23, "lo')
+    (run,) = compare([a]).runs
+    assert run.steps == 22
+    assert run.metrics["loss"][-3] == 5.0
+    assert np.isnan(run.metrics["loss"][-2:]).all()
+    assert run.last("skipped_steps") == 3
+
+
+@pytest.mark.parametrize(
+    "line", ["[" * 200_000, '{"a":' * 100_000, '{"step": 1e999, "loss": 1}', '{"step": 1' + "0" * 400 + "}"]
+)
+def test_hostile_rows_are_left_out(line: str, tmp_path: Path) -> None:
+    a = write_run(tmp_path / "a", np.arange(20.0))
+    with (a / "metrics.jsonl").open("a") as file:
+        file.write(f"{line}\n")
+    assert compare([a]).runs[0].steps == 20
+
+
+def log_of(values: Array, torchtitan: bool) -> str:
+    """A console log: torchtitan's of June 2025, with colours, or titanlite's."""
+    when = "2025-06-04 08:{:02}:{:02},557 - root - INFO - "
+    begin = "[rank0]:[titan] " + when.format(0, 0)
+    if torchtitan:
+        lines = [
+            f"{begin}Starting job: Llama 3 8B training",
+            f"{begin}Preparing c4 dataset from allenai/c4",
+            f"{begin}Trainer is initialized with local batch size 1, global batch size 8, "
+            "gradient accumulation steps 1, sequence length 8192, total steps 1000 (warmup 200).",
+        ]
+    else:
+        lines = [f"{begin}my run", "    data             c4", "    tokens per step  65,536 = 8 sequences x 8192"]
+    red, off = ("\x1b[31m", "\x1b[39m") if torchtitan else ("", "")
+    for number, value in enumerate(values, 1):
+        fields = (
+            f"{red}step: {number:2}  \x1b[32mloss: {value:7.4f}  {off}grad_norm:  1.2345  memory: 30.99GiB(32.62%)  "
+            f"tps: 7,034  tflops: 407.35  mfu: {'41.19%' if torchtitan else 'n/a'}"
+        )
+        for rank in (0, 1):
+            lines.append(f"[rank{rank}]:[titan] {when.format(number // 60, number % 60)}{fields}")
+    lines.append(f"{begin}validate step: 10  loss:  3.5000  memory: 30.99GiB(32.62%)")
+    return "\n".join(lines) + "\n"
+
+
+@pytest.mark.parametrize("torchtitan", [True, False], ids=["torchtitan", "titanlite"])
+def test_console_logs(torchtitan: bool, tmp_path: Path) -> None:
+    first, second = losses(-1)
+    log = tmp_path / "torchtitan.log"
+    log.write_text(log_of(second, torchtitan))
+    ours = write_run(tmp_path / "ours", first, {"training": {"dataset": "c4", "seq_len": 8192}}, tokens_per_step=65536)
+    comparison = compare([ours, log])
+    run = comparison.runs[1]
+    assert run.name == ("Llama 3 8B training" if torchtitan else "torchtitan")
+    assert run.steps == 600
+    assert run.metrics["loss"] == pytest.approx(second, abs=6e-5)
+    assert run.last("tokens_seen") == 600 * 65536
+    assert run.last("hours") == pytest.approx(599 / 3600)
+    assert (run.median("tps"), run.peak_memory()) == (7034, 30.99)
+    assert run.median("mfu") == (41.19 if torchtitan else None)
+    assert run.last_validation("loss") == 3.5
+    sentence = comparison.verdicts[run.name]
+    assert "lower loss" in sentence
+    assert "tokenizer" in sentence  # which a log does not have
+    log.write_text(log_of(second, torchtitan).replace("c4", "pile"))
+    assert "other data" in next(iter(compare([ours, log]).verdicts.values()))
