@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch.distributed.checkpoint.metadata import MetadataIndex
+from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING, MetadataIndex
 
 from tests.support.hostile import EMBEDDING, edit_metadata, place_of, point_to, reseal
 from tests.unit.commands.test_generate_command import ARGS, write
@@ -109,6 +109,23 @@ def test_a_path_that_leaves_a_folder_without_sums(folder: Path) -> None:
         edit_metadata(folder, lambda m, name=name: setattr(place_of(m), "relative_path", name))
         with pytest.raises(ConfigError, match=r"is not in that folder|link to .*, outside of"):
             read_metadata(folder)
+
+
+def test_a_checkpoint_of_an_early_python_3_11(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its pickles name the members of an Enum by getattr; what getattr would give is never called."""
+    before = read_metadata(folder)
+
+    def reduced(self: Any, protocol: int) -> Any:
+        return getattr, (type(self), self.name)
+
+    monkeypatch.setattr(_MEM_FORMAT_ENCODING, "__reduce_ex__", reduced)
+    edit_metadata(folder, lambda metadata: None)
+    verify(folder)
+    assert b"getattr" in (folder / ".metadata").read_bytes()
+    assert read_metadata(folder) == before
+    data = b"\x80\x02cbuiltins\ngetattr\nN\x86R)R."  # a call of what it gives
+    with pytest.raises(ConfigError, match="cannot be read"):
+        read_pickle(data, {"builtins.getattr"}, folder)
 
 
 @pytest.mark.parametrize(
