@@ -10,6 +10,7 @@ from rich.text import Text
 
 from titanlite.compare.comparison import Comparison, Difference, at_equal_steps, run_summary
 from titanlite.compare.plot import COLORS, plot
+from titanlite.errors import printable
 
 _WIDEST_PLOT = 120
 
@@ -47,6 +48,7 @@ def _parts(comparison: Comparison, console: Console) -> Iterator[RenderableType]
         yield Text(sentence, style="bold")
     for sentence in comparison.notes:
         yield Text(sentence)
+    yield _names(comparison)
     yield _runs(comparison)
     if comparison.differences:
         yield _differences(comparison)
@@ -55,12 +57,21 @@ def _parts(comparison: Comparison, console: Console) -> Iterator[RenderableType]
     yield _curves(comparison, console)
 
 
-def _named(comparison: Comparison, number: int) -> tuple[Text, Text]:
-    """Return the number and the name of a run."""
-    run = comparison.runs[number]
-    mark = " (baseline)" if run is comparison.baseline and len(comparison.runs) > 1 else ""
-    style = COLORS[number % len(COLORS)]
-    return Text(f"{number + 1}", style=style), Text(f"{run.name}{mark}", style=style)
+def _number(number: int) -> Text:
+    """Return what a run is called in the tables and, without colours, in the curves."""
+    return Text(f"{number + 1}", style=COLORS[number % len(COLORS)])
+
+
+def _names(comparison: Comparison) -> Table:
+    table = Table(box=None, pad_edge=False, padding=(0, 1), show_header=False)
+    table.add_column()
+    table.add_column(overflow="fold", ratio=1)
+    table.add_column(overflow="fold", style="dim")
+    for number, run in enumerate(comparison.runs):
+        is_baseline = run is comparison.baseline and len(comparison.runs) > 1
+        name = Text(run.name, style=COLORS[number % len(COLORS)])
+        table.add_row(_number(number), name, Text(printable(str(run.path))), "baseline" if is_baseline else "")
+    return table
 
 
 def _titled(title: str, table: Table) -> Group:
@@ -71,8 +82,7 @@ def _titled(title: str, table: Table) -> Group:
 def _table(*columns: str) -> Table:
     table = Table(box=None, pad_edge=False, padding=(0, 1))
     for number, column in enumerate(columns):
-        is_name = column == "run"
-        table.add_column(column, justify="right" if number > 1 else "left", overflow="fold", no_wrap=not is_name)
+        table.add_column(column, justify="right" if number else "left", no_wrap=True)
     return table
 
 
@@ -91,20 +101,20 @@ def about_numbers(comparison: Comparison) -> str:
 
 def _runs(comparison: Comparison) -> Group:
     titles, rows = numbers_of_runs(comparison)
-    table = _table("", "run", *titles)
+    table = _table("", *titles)
     for number, cells in enumerate(rows):
-        table.add_row(*_named(comparison, number), *cells)
+        table.add_row(_number(number), *cells)
     return _titled(f"runs ({about_numbers(comparison)})", table)
 
 
 def _differences(comparison: Comparison) -> Group:
     title = f"difference to {comparison.baseline.name} at equal steps and tokens, with its 95% interval"
-    table = _table("", "run", "metric", "difference", "%", "interval in %")
+    table = _table("", "metric", "difference", "%", "interval in %")
     for number, run in enumerate(comparison.runs):
-        name = _named(comparison, number)
+        shown = _number(number)
         for d in (d for d in comparison.differences if d.run == run.name):
-            table.add_row(*name, metric_title(d), *difference_cells(d))
-            name = Text(), Text()
+            table.add_row(shown, metric_title(d), *difference_cells(d))
+            shown = Text()
     return _titled(title, table)
 
 

@@ -250,6 +250,17 @@ def test_the_text_fits_the_terminal(
     assert "lower loss" in " ".join(lines)
 
 
+def test_numbers_name_the_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A name that is longer than a terminal has columns is cut in one place only, and no table is torn by it."""
+    few = losses(0)[0][:40]
+    long = "debug_model-float8-rowwise-" * 4
+    paths = [write_run(tmp_path / "a", few), write_run(tmp_path / "b", few, {"job": {"name": long}})]
+    lines = run_command(capsys, *paths)[0].splitlines()
+    (heads,) = (number for number, line in enumerate(lines) if line.split()[:2] == ["steps", "loss"])
+    assert [line.split()[:2] for line in lines[heads + 1 : heads + 3]] == [["1", "40"], ["2", "40"]]
+    assert any(line.startswith("1") and line.endswith("baseline") for line in lines[:heads])
+
+
 class Outside(HTMLParser):
     """Collects elements, and everything that a browser would fetch."""
 
