@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from titanlite.compare.comparison import Comparison, at_equal_steps
-from titanlite.compare.plot import binned
+from titanlite.compare.plot import binned, highest_loss
 from titanlite.compare.rows import Array
 from titanlite.errors import ConfigError
 
@@ -40,7 +40,9 @@ def write_picture(comparison: Comparison, file: Path) -> None:
         losses.plot(*smoothed(x, y), color=faint[0].get_color(), label=_plain(run.name))
         start.append(y[np.isfinite(y) & (x >= x[0] + 0.05 * (x[-1] - x[0]))])
     if (values := np.concatenate(start)).size:  # the first losses are far above
-        low, high = float(values.min()), float(values.max())
+        highest = highest_loss(run.metrics["loss"] for run in comparison.runs)
+        low, high = float(values.min()), min(float(values.max()), highest)
+        high = max(high, low)  # where all have diverged
         losses.set_ylim(low - 0.05 * (high - low or 1), high + 0.05 * (high - low or 1))
     losses.set_ylabel("loss")
     losses.legend(fontsize="small")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from rich.text import Text
@@ -26,14 +26,28 @@ def binned(x: Array, y: Array, start: float, end: float, bins: int) -> tuple[Arr
     return mean_x, mean_y
 
 
+def highest_loss(losses: Iterable[Array]) -> float:
+    """Return the highest loss to draw of curves of (rows,) losses: one and a half times the highest that a run begins
+    with. A run that diverges leaves the frame there, and the others can still be told apart."""
+    begins = [y[np.isfinite(y)][:1] for y in losses]
+    return 1.5 * max((float(y[0]) for y in begins if len(y)), default=math.inf)
+
+
 def plot(
-    title: str, curves: Sequence[tuple[Array, Array]], width: int, height: int, colored: bool, numbers: Sequence[int]
+    title: str,
+    curves: Sequence[tuple[Array, Array]],
+    width: int,
+    height: int,
+    colored: bool,
+    numbers: Sequence[int],
+    highest: float = math.inf,
 ) -> Text:
     """Draw curves into ``width`` columns and ``height`` lines, with a scale at the left and below.
 
     Args:
         curves: (x, y) of each run, (rows,) each; runs without a finite value are left out.
         numbers: of the runs, from 0, which choose the colour or the sign of each.
+        highest: what lies above is not drawn.
     """
     curves = [(x[np.isfinite(y)], y[np.isfinite(y)]) for x, y in curves]
     filled = [x for x, _ in curves if len(x)]
@@ -43,7 +57,7 @@ def plot(
     columns = width - 11
     per_column = 2 if colored else 1
     means = [binned(x, y, start, end, columns * per_column) for x, y in curves]
-    low, high = _scale(means, start + 0.05 * (end - start))
+    low, high = _scale(means, start + 0.05 * (end - start), highest)
     rows = height * (4 if colored else 1)
     signs = np.zeros((height, columns), dtype=int)
     owners = np.full((height, columns), -1)
@@ -65,10 +79,11 @@ def plot(
     return text
 
 
-def _scale(means: Sequence[tuple[Array, Array]], begin: float) -> tuple[float, float]:
-    """Return the lowest and highest value to draw: all after ``begin``, because the first losses are far above."""
+def _scale(means: Sequence[tuple[Array, Array]], begin: float, highest: float) -> tuple[float, float]:
+    """Return the lowest and highest value to draw: all after ``begin``, because the first losses are far above, up to
+    ``highest``."""
     values = np.concatenate([y[x >= begin] if (x >= begin).any() else y for x, y in means])
-    low, high = float(values.min()), float(values.max())
+    low, high = float(values.min()), min(float(values.max()), highest)
     return (low, high) if high > low else (low - 0.5, high + 0.5)
 
 

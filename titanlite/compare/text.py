@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from titanlite.compare.comparison import Comparison, Difference, at_equal_steps, run_summary
-from titanlite.compare.plot import COLORS, plot
+from titanlite.compare.plot import COLORS, highest_loss, plot
 from titanlite.errors import printable
 
 _WIDEST_PLOT = 120
@@ -146,7 +146,8 @@ def _curves(comparison: Comparison, console: Console) -> Group:
     colored = console.color_system is not None and not console.no_color and "utf" in console.encoding.lower()
     numbers = [*range(len(comparison.runs))]
     losses = [(run.metrics["step"], run.metrics["loss"]) for run in comparison.runs]
-    plots = [plot("loss by step", losses, width, 13, colored, numbers)]
+    highest = highest_loss(y for _, y in losses)
+    plots = [plot("loss by step", losses, width, 13, colored, numbers, highest)]
     others = [number for number in numbers if comparison.runs[number] is not comparison.baseline]
     if others:
         pairs = [

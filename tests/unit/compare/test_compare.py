@@ -18,6 +18,7 @@ from tests.support.runs import environment
 from tests.support.synthetic_runs import losses, write_run
 from titanlite.commands import compare as command
 from titanlite.compare.comparison import Comparison, compare
+from titanlite.compare.plot import highest_loss
 
 
 def two_runs(tmp_path: Path, percent: float = -1.0, **other: Any) -> Comparison:
@@ -248,6 +249,20 @@ def test_the_text_fits_the_terminal(
     assert ("\x1b[" in out) == colored
     assert any("⠒" <= c <= "⣿" for c in out) == colored
     assert "lower loss" in " ".join(lines)
+
+
+def test_a_run_that_blew_up_leaves_the_frame(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """And the others are told apart: the picture's axis and the terminal's end at 1.5 times the first loss."""
+    first, second = losses(-1)
+    blown = np.where(np.arange(600) < 300, second, 1e9)
+    paths = [write_run(tmp_path / name, v) for name, v in (("a", first), ("b", second), ("c", blown))]
+    lines = run_command(capsys, *paths)[0].splitlines()
+    top = float(lines[lines.index("loss by step") + 1].split()[0])
+    assert top == pytest.approx(1.5 * first[0], rel=0.01)
+    assert highest_loss([np.array([np.nan])]) == np.inf
+    assert highest_loss([np.array([np.nan, 2.0, 9.0]), np.array([1.0])]) == 3.0
+    all_blown = [write_run(tmp_path / name, np.append(1.0, np.full(99, 1e9))) for name in "de"]
+    run_command(capsys, *all_blown, "--picture", tmp_path / "p.png")
 
 
 def test_numbers_name_the_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
