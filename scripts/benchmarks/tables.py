@@ -99,6 +99,15 @@ def step_time(results: list[dict[str, Any]]) -> list[list[str]]:
     return rows
 
 
+def plan_rankings(results: list[dict[str, Any]]) -> list[list[str]]:
+    """Return for each published table, how many pairs of its runs are predicted in the published order."""
+    rows = [["table", "runs", "pairs that differ by more than 3%", "predicted in the published order"]]
+    for r in results:
+        if "pairs" in r:
+            rows.append([r["config"], str(len(r["published"])), str(r["pairs"]), str(r["pairs_agree"])])
+    return rows
+
+
 def fast_files(results: list[dict[str, Any]]) -> list[list[str]]:
     """Return the packaged files, each with the fast one after it."""
     rows = [["file", "GPUs", "config", "checkpointing", "estimate, GiB"]]
@@ -316,6 +325,7 @@ TABLES: dict[str, Callable[[list[dict[str, Any]]], list[list[str]]]] = {
     "finetune_memory": finetune_memory,
     "fast_files": fast_files,
     "step_time": step_time,
+    "plan_rankings": plan_rankings,
     "checkpoint_save": checkpoint_save,
     "cpu_step": cpu_step,
     "moe_speed": cpu_step,

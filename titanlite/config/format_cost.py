@@ -24,9 +24,9 @@ class FormatCost:
     recipe: str
     row_scales: bool
     grad_weight: bool
-    input_bytes: int
-    grad_bytes: int
-    weight_bytes: int
+    input_bytes: float
+    grad_bytes: float
+    weight_bytes: float
     casts_shards: bool
     gathers_weights: bool
     filter_fqns: tuple[str, ...]

@@ -11,9 +11,9 @@ from titanlite.plan.work import Work
 _GIB = 1024**3
 _BF16, _FP32 = 2, 4
 # What the allocator reserves of what comes and goes in a step, of what tensors take: it rounds up, and cannot reuse
-# all.
-# From the published runs of docs/benchmarks/step_time.json; state is held for good, and fragments nothing.
+# all. From the published runs of docs/benchmarks/step_time.json; state is held for good, and fragments nothing.
 FRAGMENTATION = 1.17
+ROOM = 0.97  # of a device's memory; the rest is CUDA's context and NCCL's buffers
 
 
 class LayoutMemory(NamedTuple):

@@ -14,12 +14,11 @@ from titanlite.errors import ConfigError
 from titanlite.metrics.flops import flops_per_token
 from titanlite.plan.auto_checkpoint import MODES, Mode
 from titanlite.plan.devices import Device
-from titanlite.plan.layout_memory import LayoutMemory, reserved_gib
+from titanlite.plan.layout_memory import ROOM, LayoutMemory, reserved_gib
 from titanlite.plan.refusals import PlannedModel
 from titanlite.plan.time import Parts, mfu, step_time
 from titanlite.plan.work import Work, work_of
 
-ROOM = 0.97  # of a device's memory; the rest is CUDA's context and NCCL's buffers
 _BATCHES = (1, 2, 4, 8, 16, 32)
 _ROUNDS = (1, 2, 4, 8)  # microbatches for each stage of a pipeline
 _SCHEDULES = ("1F1B", "Interleaved1F1B")

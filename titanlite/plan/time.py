@@ -2,9 +2,8 @@
 
 Counts of FLOPs and bytes are divided by what the device reaches. The step is that of the busiest device, where the
 stages of a pipeline are balanced: its matmuls, attention and memory traffic, one after the other; what of the
-communication
-computing does not hide; and the bubble. :mod:`titanlite.plan.constants` has what counts cannot tell. Each term's source
-is at its function.
+communication computing does not hide; and the bubble. :mod:`titanlite.plan.constants` has what counts cannot tell. Each
+term's source is at its function.
 """
 
 from __future__ import annotations
