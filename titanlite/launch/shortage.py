@@ -23,6 +23,7 @@ class Shortage:
         unused: memory that a GPU's allocator has reserved, but in pieces that are too small.
         native_formats: the converters whose number format the device has units for.
         config: the configuration, as TOML.
+        device_name: the name of a GPU, as torch reports it.
     """
 
     rank: int
@@ -33,6 +34,7 @@ class Shortage:
     unused: int
     native_formats: list[str]
     config: str
+    device_name: str = ""
 
 
 def advise(folder: Path, rank: int) -> None:

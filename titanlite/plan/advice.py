@@ -29,8 +29,10 @@ from titanlite.data import load_tokenizer
 from titanlite.errors import ConfigError, counted
 from titanlite.launch.shortage import Shortage
 from titanlite.metrics.device import GIB
+from titanlite.plan.devices import device_called
 from titanlite.plan.estimate import Estimate, estimate
 from titanlite.plan.lone_rank import START_METHOD
+from titanlite.plan.predicted import reserved_peak
 
 TIME_LIMIT = 180  # seconds for all estimates; the advice names those that are late
 _CHUNKS = 8  # of the loss; what is left of the logits is then a small part of a step
@@ -189,6 +191,35 @@ class Advice:
     missing: list[Knob]
 
 
+class Anchor:
+    """Turns estimates into what ``titanlite plan`` says the allocator reserves, on devices that it knows. A change that
+    its memory model does not see, such as that of an optimizer's implementation, counts as the estimates do, in
+    proportion.
+
+    Attributes:
+        now: the peak of the unchanged configuration, in bytes.
+    """
+
+    def __init__(self, config: JobConfig, shortage: Shortage, vocab_size: int, estimated: int) -> None:
+        self._config, self._vocab_size, self._estimated = config, vocab_size, estimated
+        known = device_called(shortage.device_name) is not None
+        self._planned = reserved_peak(config, shortage.world_size, vocab_size) if known else None
+        self.now = estimated if self._planned is None else self._planned
+
+    def peak(self, knob: Knob, estimated: int) -> int:
+        """Return the peak with a change, in bytes.
+
+        Raises:
+            ConfigError: the change is not possible.
+        """
+        if self._planned is None:
+            return estimated
+        planned = reserved_peak(knob.apply(self._config), knob.world_size, self._vocab_size)
+        if planned is not None and planned != self._planned:
+            return planned
+        return round(estimated * self._planned / self._estimated)
+
+
 def find_advice(config: JobConfig, shortage: Shortage, vocab_size: int, time_limit: float = TIME_LIMIT) -> Advice:
     """Estimate all knobs, in as many processes as there are processors.
 
@@ -209,10 +240,12 @@ def find_advice(config: JobConfig, shortage: Shortage, vocab_size: int, time_lim
     try:
         first, futures = begin(Knob("", {}, shortage.world_size)), [begin(knob) for knob in candidates]
         now = first.result(remaining())
+        anchor = Anchor(config, shortage, vocab_size, now.peak)
+        now = Need(anchor.now, now.movable)
         alone, missing = [], []
         for knob, future in zip(candidates, futures, strict=True):
             try:
-                alone.append((knob, future.result(remaining()).peak))
+                alone.append((knob, anchor.peak(knob, future.result(remaining()).peak)))
             except NotInTime:
                 missing.append(knob)
             except ConfigError:
@@ -224,7 +257,7 @@ def find_advice(config: JobConfig, shortage: Shortage, vocab_size: int, time_lim
             changes = {name: value for knob in chosen for name, value in knob.changes.items()}
             merged = Knob("", changes, shortage.world_size)
             try:
-                together = merged, begin(merged).result(remaining()).peak
+                together = merged, anchor.peak(merged, begin(merged).result(remaining()).peak)
             except ConfigError:
                 chosen.pop()  # they cannot be combined: drop the knob that saves least
             except NotInTime:

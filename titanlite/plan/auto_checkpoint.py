@@ -18,9 +18,13 @@ from titanlite.config import JobConfig, check_config
 from titanlite.config.refuse import refuse
 from titanlite.distributed.runtime import Runtime
 from titanlite.errors import ConfigError
-from titanlite.metrics.device import GIB, host_memory, total_memory
+from titanlite.metrics.device import GIB, device_name, host_memory, total_memory
+from titanlite.plan.devices import device_called
+from titanlite.plan.estimate import ASSUMED_VOCAB_SIZE
+from titanlite.plan.layout_memory import ROOM
 from titanlite.plan.least import least_peak
 from titanlite.plan.lone_rank import in_a_process
+from titanlite.plan.predicted import reserved_peak
 
 logger = logging.getLogger(__name__)
 
@@ -77,24 +81,36 @@ def usable(memory: int) -> int:
 
 
 def choose(
-    config: JobConfig, world_size: int, vocab_size: int | None, memory: int, earlier: Mode | None = None
+    config: JobConfig,
+    world_size: int,
+    vocab_size: int | None,
+    memory: int,
+    earlier: Mode | None = None,
+    known: bool = False,
 ) -> Choice:
-    """Return the first of :data:`MODES` whose estimated peak fits.
+    """Return the first of :data:`MODES` whose estimated peak fits. On a device that ``titanlite plan`` knows, that is
+    the mode of its plan for this layout, if it covers the model and the options.
 
     Args:
         vocab_size: as for :func:`titanlite.plan.estimate.estimate`.
         memory: of the smallest device, in bytes; on the CPU, the share of a process.
         earlier: the choice for the run that goes on here, which it keeps if it fits.
+        known: the device is known to plans.
 
     Raises:
         ConfigError: no mode fits, or training with this configuration would raise it.
     """
     check_config(config, world_size, train=False)
-    room = usable(memory)
+    size = vocab_size or ASSUMED_VOCAB_SIZE
+    planned = known and reserved_peak(MODES[0].set_in(config), world_size, size) is not None
+    room = round(ROOM * memory) if planned else usable(memory)
     device = f"{room / GIB:.2f} GiB ({memory / GIB:.2f} less {(memory - room) / GIB:.2f} in reserve)"
     too_large: list[str] = []
     for mode in (*(mode for mode in MODES if mode == earlier), *(mode for mode in MODES if mode != earlier)):
-        peak, exact = _peak(mode.set_in(config), world_size, vocab_size, room)
+        if planned:
+            peak, exact = reserved_peak(mode.set_in(config), world_size, size) or 0, True
+        else:
+            peak, exact = _peak(mode.set_in(config), world_size, size, room)
         if peak <= room:
             return Choice(mode, "; ".join([f"an estimated {peak / GIB:.2f} GiB of {device}", *too_large]))
         too_large.append(f"{mode} needs {'' if exact else 'at least '}{peak / GIB:.2f}")
@@ -102,13 +118,11 @@ def choose(
     refuse(config, KEY, f"no mode fits into {device}: {', '.join(too_large)} GiB; {more}")
 
 
-def _peak(config: JobConfig, world_size: int, vocab_size: int | None, room: int) -> tuple[int, bool]:
+def _peak(config: JobConfig, world_size: int, vocab_size: int, room: int) -> tuple[int, bool]:
     """Return the estimated peak in bytes, and True; a lower bound that is above ``room``, and False."""
     from titanlite.plan.advice import need  # these import the compiler, which a run without "auto" may not need
     from titanlite.plan.depth import peak_memory
-    from titanlite.plan.estimate import ASSUMED_VOCAB_SIZE
 
-    vocab_size = vocab_size or ASSUMED_VOCAB_SIZE
     least = least_peak(config, world_size, vocab_size)
     if least > room:
         return least, False
@@ -135,6 +149,7 @@ def resolve(config: JobConfig, runtime: Runtime, vocab_size: int, earlier: dict[
     estimated = copy.deepcopy(config)
     if runtime.device.type == "cpu":
         estimated.training.enable_cpu_offload = False  # host memory is all there is
+    known = device_called(device_name(runtime.device)) is not None
     kept = _mode_of(earlier["mode"], earlier["selective_ac_option"]) if earlier.get("chosen") else None
     choice: list[Choice | None] = [None]
 
@@ -142,7 +157,7 @@ def resolve(config: JobConfig, runtime: Runtime, vocab_size: int, earlier: dict[
         logger.info("estimating which activation checkpointing fits into %.2f GiB ...", usable(memory) / GIB)
         try:  # an estimate needs a process group of its own kind
             choice[0] = in_a_process(
-                _choose_without_gpu, estimated, runtime.world_size, vocab_size, memory, kept, method="spawn"
+                _choose_without_gpu, estimated, runtime.world_size, vocab_size, memory, kept, known, method="spawn"
             )
         except ConfigError as e:
             raise ConfigError(e.why, key=e.key, value=e.value, origin=config.origin(e.key)) from None

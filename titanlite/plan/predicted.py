@@ -6,12 +6,14 @@ from typing import Any, NamedTuple
 
 from titanlite.config import JobConfig
 from titanlite.errors import ConfigError
+from titanlite.metrics.device import GIB
 from titanlite.models.layers import DecoderArgs
 from titanlite.plan.devices import device_called
 from titanlite.plan.layout_memory import reserved_gib
 from titanlite.plan.refusals import check_time_is_modelled
 from titanlite.plan.time import step_time
 from titanlite.plan.work import work_of
+from titanlite.training.model_shape import choose_shape
 
 
 class Prediction(NamedTuple):
@@ -56,6 +58,24 @@ def predict(config: JobConfig, args: Any, device_name: str, world_size: int) -> 
         return Prediction(step_time(work, device).seconds, reserved_gib(work).total, work.tokens_per_device)
     except ConfigError:
         return None
+
+
+def reserved_peak(config: JobConfig, world_size: int, vocab_size: int) -> int | None:
+    """Return the bytes that the allocator of the busiest device reserves, by the memory model of ``titanlite plan``;
+    None for models and options that it does not cover. Activation checkpointing is resolved.
+
+    Raises:
+        ConfigError: training with this configuration would raise it.
+    """
+    shape = choose_shape(config)
+    if not isinstance(shape.flavor, DecoderArgs) or config.training.enable_cpu_offload:
+        return None
+    try:
+        check_time_is_modelled(config, shape.flavor)
+    except ConfigError:
+        return None
+    args = shape.spec.configure(shape.flavor, vocab_size, config.training.seq_len)
+    return round(reserved_gib(work_of(config, args, world_size)).total * GIB)
 
 
 def _off(predicted: float, measured: float) -> str:

@@ -88,6 +88,7 @@ def _shortage(error: BaseException, config: JobConfig, rank: int, world_size: in
         unused=torch.cuda.memory_reserved() - torch.cuda.memory_allocated() if on_gpu else 0,
         native_formats=native_formats(torch.device("cuda" if on_gpu else "cpu")),
         config=dump_toml(config),
+        device_name=torch.cuda.get_device_name() if on_gpu else "",
     )
 
 

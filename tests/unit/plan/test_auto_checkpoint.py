@@ -21,8 +21,12 @@ from titanlite.models.spec import get_model_spec
 from titanlite.plan import auto_checkpoint, command
 from titanlite.plan.auto_checkpoint import MODES, Mode, choose, usable
 from titanlite.plan.depth import peak_memory
+from titanlite.plan.devices import DEVICES
 from titanlite.plan.estimate import ASSUMED_VOCAB_SIZE, estimate
+from titanlite.plan.layouts import fixed_plan
 from titanlite.plan.memory import MemoryTracker
+from titanlite.plan.predicted import reserved_peak
+from titanlite.plan.refusals import planned_model
 
 NONE, OP, TWO, FULL = MODES
 SIZES = ["--training.seq_len=256", "--training.local_batch_size=8"]
@@ -82,6 +86,34 @@ def test_where_none_fits_it_is_refused(peaks: dict[Mode, int]) -> None:
         choose(read(), 1, None, memory(0.9 * peaks[FULL]))
     assert (error.value.key, error.value.value) == ("activation_checkpoint.mode", "auto")
     assert re.search(r"full needs [\d.]+ GiB", error.value.why)
+
+
+@pytest.mark.parametrize("options", [[], ["--training.compile=false"], ["--training.seq_len=4096"]], ids=str)
+@pytest.mark.parametrize(("flavor", "devices"), [("8B", 8), ("70B", 256), ("8B", 1)])
+def test_on_a_known_device_auto_is_what_a_plan_of_the_layout_says(
+    flavor: str, devices: int, options: list[str]
+) -> None:
+    """The mode, and that none fits."""
+    sizes = ["--training.seq_len=8192", "--training.local_batch_size=2", "--training.compile"]
+    config = load_config([f"--model.flavor={flavor}", *sizes, "--activation_checkpoint.mode=auto", *options])
+    h100 = DEVICES["h100"]
+    (layout,) = fixed_plan(config, planned_model(config), h100, devices).layouts
+    total = round(h100.memory_gib * GIB)
+    if not layout.fits:
+        with pytest.raises(ConfigError, match="full needs"):
+            choose(config, devices, None, total, known=True)
+        return
+    choice = choose(config, devices, None, total, known=True)
+    planned = layout.apply(config).activation_checkpoint
+    assert choice.mode.mode == planned.mode
+    assert choice.mode.option in ("", planned.selective_ac_option)
+    assert f"an estimated {layout.memory.total:.2f} GiB" in choice.why
+
+
+def test_what_a_plan_does_not_cover_is_estimated_on_a_known_device(peaks: dict[Mode, int]) -> None:
+    config = read("--model.name=deepseek_v3", "--training.local_batch_size=2")
+    assert reserved_peak(NONE.set_in(config), 1, ASSUMED_VOCAB_SIZE) is None
+    assert choose(config, 1, None, 80 * GIB, known=True).mode == NONE
 
 
 def test_the_worst_stage_decides() -> None:

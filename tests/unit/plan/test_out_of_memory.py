@@ -15,7 +15,9 @@ from tests.support.runs import ROOT, faulty
 from titanlite.config import JobConfig, load_config
 from titanlite.launch.shortage import Shortage
 from titanlite.metrics.device import GIB
-from titanlite.plan.advice import Advice, Knob, Need, describe, knobs
+from titanlite.plan.advice import Advice, Knob, Need, describe, find_advice, knobs
+from titanlite.plan.estimate import ASSUMED_VOCAB_SIZE
+from titanlite.plan.predicted import reserved_peak
 
 SHORT = Shortage(
     rank=0, world_size=1, device="cpu", room=4 * GIB, requested=GIB, unused=0, native_formats=[], config=""
@@ -110,6 +112,25 @@ def test_what_would_have_been_enough_says_so() -> None:
     enough = describe(replace(advice, together=(FULL, 2 * GIB)), SHORT)
     assert "enough  together: --activation_checkpoint.mode=full" in enough
     assert "not have been enough" not in enough
+
+
+@pytest.mark.slow
+def test_on_a_gpu_that_plans_know_advice_is_by_their_memory_model() -> None:
+    """What the model does not see, such as the optimizer's implementation, counts as in the estimates."""
+    options = ("training.local_batch_size=2", "optimizer.implementation=foreach", "model.args.n_layers=2")
+    config, gpu = read(*options), replace(GPU, native_formats=[], device_name="NVIDIA H100 80GB HBM3")
+    planned = find_advice(config, gpu, ASSUMED_VOCAB_SIZE)
+    estimated = find_advice(config, replace(gpu, device_name="another"), ASSUMED_VOCAB_SIZE)
+    assert planned.now.peak == reserved_peak(config, 1, ASSUMED_VOCAB_SIZE) != estimated.now.peak
+    peaks = {knob.shown(gpu): (knob, peak) for knob, peak in planned.alone}
+    full, peak = peaks["--activation_checkpoint.mode=full"]
+    assert peak == reserved_peak(full.apply(config), 1, ASSUMED_VOCAB_SIZE)
+    before = {knob.shown(gpu): peak for knob, peak in estimated.alone}
+    ratio = planned.now.peak / estimated.now.peak
+    fused = "--optimizer.implementation=fused"
+    assert (fused in peaks) == (fused in before)
+    if fused in before:
+        assert peaks[fused][1] == pytest.approx(before[fused] * ratio)
 
 
 def test_an_estimate_below_what_there_was_is_no_promise() -> None:
