@@ -1,16 +1,23 @@
 """Predict which layout of a training run is fastest on devices that need not be there, and what it needs.
 
 CONFIG is a TOML file, or the name of a packaged one such as llama3_8b; options of the trainer may follow.
---model=llama3:70B
-takes that model instead, with 8192 tokens per sequence, compiled.
+--model=llama3:70B takes that model instead, with 8192 tokens per sequence, compiled. --device=cpu predicts the
+configured layout alone, on this machine; it takes about half a minute, for which operators are timed.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from titanlite.config import JobConfig
+
+_TOP = 10
 
 
 def parser() -> argparse.ArgumentParser:
@@ -20,11 +27,11 @@ def parser() -> argparse.ArgumentParser:
     add = cli.add_argument
     add("config", nargs="?", metavar="CONFIG")
     add("--model", metavar="FAMILY:FLAVOR", help="a model in place of a file's")
-    add("--device", default="h100", help="its name, by default h100; a wrong one lists all. Or a TOML file")
-    add("--devices", type=int, default=8, help="how many; default: 8")
+    add("--device", default="h100", help="its name, by default h100; a wrong one lists all. Or a TOML file, or cpu")
+    add("--devices", type=int, help="how many; default: 8, of the CPU one process")
     add("--tokens", help="to train on, such as 2T; default: those of training.steps")
     add("--price", type=float, help="of an hour of a device, for the cost")
-    add("--top", type=int, default=10, help="layouts to show; default: 10")
+    add("--top", type=int, help=f"layouts to show; default: {_TOP}")
     add("--fixed", action="store_true", help="predict the configured layout alone")
     add("--explain", type=int, metavar="N", help="show where the time and the memory of layout N go")
     add("--write", type=Path, metavar="FILE", help="write layout 1, or that of --explain, as a TOML file")
@@ -56,7 +63,10 @@ def main(argv: list[str]) -> int:
     from titanlite.plan.report import describe, dump, explain
 
     try:
-        plan = request.plan_for(config, args.device, args.devices, fixed=args.fixed, top=args.top)
+        if args.device == "cpu":
+            return _plan_here(config, args)
+        devices = 8 if args.devices is None else args.devices
+        plan = request.plan_for(config, args.device, devices, fixed=args.fixed, top=args.top or _TOP)
         tokens = request.tokens_of(config, plan, args.tokens)
         print(dump(plan, tokens, args.price) if args.json else describe(plan, tokens, args.price))
         number = args.explain or 1
@@ -68,4 +78,27 @@ def main(argv: list[str]) -> int:
             print(f"{args.write} is written", file=sys.stderr)
     except ConfigError as e:
         return report(e, config)
+    return 0
+
+
+def _plan_here(config: JobConfig, args: argparse.Namespace) -> int:
+    """Predict the configured layout on the CPU of this machine."""
+    from titanlite.doctor.operators import describe, plan_cpu
+    from titanlite.errors import ConfigError
+    from titanlite.plan import request
+
+    for option in ("price", "top", "explain", "write"):
+        if (value := getattr(args, option)) is not None:
+            why = "a plan of this machine's CPU has one layout, the configured one, in parts; leave it out"
+            raise ConfigError(why, key=f"--{option}", value=value)
+    processes = 1 if args.devices is None else args.devices
+    request.check_number(processes)
+    plan = plan_cpu(config, processes)
+    given = args.tokens
+    tokens = request.tokens_in(given) if given else float(config.training.steps * plan.tokens_per_step)
+    if args.json:
+        about = {"device": "cpu", "devices": plan.processes, "tokens": tokens}
+        print(json.dumps({**about, "layouts": [plan.row(tokens)]}, indent=2))
+    else:
+        print(describe(plan, tokens))
     return 0

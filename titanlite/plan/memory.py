@@ -85,7 +85,7 @@ def _tensors(tree: Any) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
-def _traffic(func: Any, args: tuple[Any, ...], out: Any) -> tuple[ProcessGroup, str, int] | None:
+def collective_of(func: Any, args: tuple[Any, ...], out: Any) -> tuple[ProcessGroup, str, int] | None:
     """Return the group, the name and the bytes of a collective; None for an operator that does not communicate."""
     packet = func._schema.name.split("::")[1]
     if packet not in _NAMES:
@@ -291,7 +291,7 @@ class MemoryTracker(TorchDispatchMode):
         return out
 
     def _count(self, func: Any, args: Any, out: Any) -> None:
-        collective = _traffic(func, args, out)
+        collective = collective_of(func, args, out)
         if collective is not None:
             group, name, nbytes = collective
             dimension = self._dimension or self.dimensions.get(group.group_name, "world")

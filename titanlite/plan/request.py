@@ -20,14 +20,19 @@ def plan_for(config: JobConfig, device: str, devices: int, *, fixed: bool, top: 
     Raises:
         ConfigError: there is no such device or model; the trainer would refuse the configured layout.
     """
-    if devices < 1:
-        raise ConfigError("must be at least 1", key="--devices", value=devices)
+    check_number(devices)
     model, target = planned_model(config), find_device(device)
     if not fixed:
         return make_plan(config, model, target, devices, top)
     plan = fixed_plan(config, model, target, devices)
     check_by_building(plan.layouts[0].apply(config), devices)
     return plan
+
+
+def check_number(devices: int) -> None:
+    """Raise :class:`ConfigError` for less than one device."""
+    if devices < 1:
+        raise ConfigError("must be at least 1", key="--devices", value=devices)
 
 
 def tokens_in(text: str) -> float:

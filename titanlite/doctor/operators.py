@@ -1,0 +1,281 @@
+"""The seconds of a training step on the CPU, from those of its operators, each timed alone.
+
+``python -m titanlite.doctor.operators FILE`` is one of the processes, with torchrun's RANK and WORLD_SIZE. FILE has the
+operators (:mod:`titanlite.plan.operators`); all processes time the same one at the same time, as they share the
+machine's memory and processors in training too. The first one prints the result as JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import pickle
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+from titanlite.config import JobConfig, global_batch_size, resolve_degrees
+from titanlite.distributed.runtime import keep_freed_memory
+from titanlite.errors import counted
+from titanlite.metrics.device import GIB, host_memory
+from titanlite.plan.estimate import ASSUMED_VOCAB_SIZE
+from titanlite.plan.operators import Message, Operator, Operators, Shaped, operators_of
+
+_SECONDS, _MOST, _LEAST = 0.05, 30, 3  # of the calls of one operator, and how many
+_CACHE = 64 << 20  # bytes: the arguments of two calls are apart by as much, where an operator has as large ones
+_COPIES = 4  # sets of arguments, at most
+_CHAIN = 100  # layers, of which the host's part is timed
+_MATMULS, _ATTENTION = ("mm", "addmm", "bmm", "_int_mm", "_grouped_mm"), "attention"
+
+
+class CpuTime(NamedTuple):
+    """Seconds of a step on the CPU.
+
+    Attributes:
+        matmuls, attention, others: of the operators.
+        host: Python's and autograd's, between them.
+        communication: of the collectives, of which nothing is hidden: the processors that would compute send.
+        failed: names of operators that could not be timed alone; they count as nothing.
+    """
+
+    matmuls: float
+    attention: float
+    others: float
+    host: float
+    communication: float
+    failed: tuple[str, ...] = ()
+
+    @property
+    def seconds(self) -> float:
+        return self.matmuls + self.attention + self.others + self.host + self.communication
+
+
+class CpuPlan(NamedTuple):
+    """The configured layout on the CPU of this machine.
+
+    Attributes:
+        tokens_per_step: of all processes.
+        peak: bytes of the tensors of one process, at most.
+    """
+
+    time: CpuTime
+    processes: int
+    tokens_per_step: int
+    peak: int
+
+    def row(self, tokens: float) -> dict[str, Any]:
+        """Return the prediction for ``tokens`` in all, with the keys of a layout in :mod:`titanlite.plan.report`."""
+        seconds = self.time.seconds
+        return {
+            "options": {},
+            "fits": self.peak * self.processes <= host_memory(),
+            "tps_per_device": self.tokens_per_step / seconds / self.processes,
+            "mfu_pct": None,  # a CPU's peak is not known
+            "memory_gib": self.peak / GIB,
+            "step_time_s": seconds,
+            "step_parts_s": {name: value for name, value in self.time._asdict().items() if name != "failed"},
+            "not_timed": list(self.time.failed),
+            "tokens_per_step": self.tokens_per_step,
+            "days": tokens / self.tokens_per_step * seconds / 86400,
+            "cost": None,
+        }
+
+
+def describe(plan: CpuPlan, tokens: float) -> str:
+    """Format the prediction for printing."""
+    row = plan.row(tokens)
+    fits = "" if row["fits"] else ", which this machine does not have"
+    lines = [
+        f"predicted on {counted(plan.processes, 'process')} of this machine, not measured: "
+        f"{1e3 * row['step_time_s']:.1f} ms for a step, {row['tps_per_device']:,.0f} tokens/s of each process, "
+        f"{row['days']:.3g} days for {tokens:,.0f} tokens; tensors take {row['memory_gib']:.2f} GiB of each{fits}",
+        *(f"    {name:<14}{1e3 * seconds:9.1f} ms" for name, seconds in row["step_parts_s"].items()),
+    ]
+    if plan.time.failed:
+        lines.append(f"Not timed, and counted as nothing: {', '.join(plan.time.failed)}")
+    return "\n".join(lines)
+
+
+def plan_cpu(config: JobConfig, processes: int, vocab_size: int = ASSUMED_VOCAB_SIZE) -> CpuPlan:
+    """Return the plan of ``config`` on as many processes of this machine, whose operators are timed.
+
+    Raises:
+        ConfigError: training with this configuration would raise it, or it is not modelled.
+        RuntimeError: the operators cannot be timed.
+    """
+    operators = operators_of(config, processes, vocab_size)
+    degrees = resolve_degrees(config.parallelism, processes)
+    tokens = global_batch_size(config, degrees.data_parallel) * config.training.seq_len
+    return CpuPlan(_time_in_processes(operators, processes), processes, tokens, operators.peak)
+
+
+def _time_in_processes(operators: Operators, processes: int) -> CpuTime:
+    """Time the operators in as many new processes at once."""
+    threads = max(1, len(os.sched_getaffinity(0)) // processes)
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "operators")
+        file.write_bytes(pickle.dumps(operators))
+        command = [sys.executable, "-m", "titanlite.doctor.operators", str(file)]
+        common = {"OMP_NUM_THREADS": str(threads), "WORLD_SIZE": str(processes), **os.environ}
+        workers = [
+            subprocess.Popen(command, env={**common, "RANK": str(rank)}, stdout=subprocess.PIPE, text=True)
+            for rank in range(processes)
+        ]
+        outputs = [worker.communicate()[0] for worker in workers]
+    if any(worker.returncode for worker in workers):
+        raise RuntimeError("the operators of a step could not be timed: see the errors above")
+    fields = json.loads(outputs[0].splitlines()[-1])
+    return CpuTime(**{**fields, "failed": tuple(fields["failed"])})
+
+
+class Clock:
+    """Times operators in all processes at once."""
+
+    def __init__(self) -> None:
+        self._ranks = dist.get_world_size()
+
+    def seconds(self, calls: list[Callable[[], object]]) -> float:
+        """Return the median seconds of the calls, which take turns."""
+        begin = time.perf_counter()
+        calls[0]()
+        first = torch.tensor(time.perf_counter() - begin)
+        if self._ranks > 1:
+            dist.all_reduce(first, dist.ReduceOp.MAX)  # all make as many, and begin together
+        count = min(_MOST, max(_LEAST, int(_SECONDS / max(first.item(), 1e-6))))
+        taken = []
+        for i in range(count):
+            call = calls[i % len(calls)]
+            begin = time.perf_counter()
+            call()
+            taken.append(time.perf_counter() - begin)
+        return median(taken)
+
+
+def time_operators(operators: Operators) -> CpuTime:
+    """Return the seconds of a step with these operators, in each of the processes of the default group."""
+    clock, failed = Clock(), set[str]()
+    kinds = {"matmuls": 0.0, "attention": 0.0, "others": 0.0}
+    for operator, count in operators.computed:
+        try:
+            calls = _calls(operator)
+        except (RuntimeError, TypeError, ValueError, IndexError):
+            failed.add(operator.name)
+            continue
+        kinds[_kind(operator.name)] += count * clock.seconds(calls)
+    messages = sum(count * clock.seconds([_send(message)]) for message, count in operators.messages.items())
+    return CpuTime(**kinds, host=operators.calls * host_overhead(), communication=messages, failed=(*sorted(failed),))
+
+
+def _kind(name: str) -> str:
+    base = name.split(".")[1]
+    return "matmuls" if base in _MATMULS else "attention" if _ATTENTION in base else "others"
+
+
+def _calls(operator: Operator) -> list[Callable[[], object]]:
+    """Return calls of the operator with several sets of arguments; one is made to see that it can be."""
+    namespace, packet, overload = operator.name.split(".")
+    function = getattr(getattr(getattr(torch.ops, namespace), packet), overload)
+
+    def call() -> Callable[[], object]:
+        args, kwargs = (tree_map(_filled, tree, is_leaf=_is_shaped) for tree in operator[1:])
+        return lambda: function(*args, **kwargs)
+
+    shaped = [leaf for leaf in tree_leaves(operator[1:], is_leaf=_is_shaped) if _is_shaped(leaf)]
+    nbytes = sum(math.prod(tensor.shape) * tensor.dtype.itemsize for tensor in shaped)
+    first = call()
+    first()
+    copies = max(1, min(_COPIES, _CACHE // max(1, nbytes)))
+    return [first, *(call() for _ in range(copies - 1))]
+
+
+def _is_shaped(leaf: Any) -> bool:
+    return isinstance(leaf, Shaped)
+
+
+def _filled(leaf: Any) -> Any:
+    """Return a tensor with numbers in place of one without."""
+    if not isinstance(leaf, Shaped):
+        return leaf
+    elements = 1 + sum((n - 1) * s for n, s in zip(leaf.shape, leaf.stride)) if math.prod(leaf.shape) else 0
+    if leaf.dtype.is_floating_point:
+        data = torch.rand(elements).add_(0.5).to(leaf.dtype)
+    else:
+        data = torch.zeros(elements, dtype=leaf.dtype)
+    return data.as_strided(leaf.shape, leaf.stride)
+
+
+def _send(message: Message) -> Callable[[], object]:
+    ranks = dist.get_world_size()
+    part = torch.zeros(max(1, message.nbytes // 4 // ranks))
+    whole = torch.zeros(len(part) * ranks)
+    if message.name == "all-gather":
+        return lambda: dist.all_gather_into_tensor(whole, part)
+    if message.name == "reduce-scatter":
+        return lambda: dist.reduce_scatter_tensor(part, whole)
+    return lambda: dist.all_reduce(whole)
+
+
+class _Counted(TorchDispatchMode):
+    calls = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.calls += 1
+        return func(*args, **(kwargs or {}))
+
+
+class _Tiny(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.weight
+
+
+def host_overhead() -> float:
+    """Return what the host needs for each operator of a model in forward and backward, beyond a call of the operator:
+    modules, autograd's graph, and its engine. Layers with 8 numbers have nearly nothing else."""
+    model = nn.Sequential(*(_Tiny() for _ in range(_CHAIN)))
+    x = torch.ones(8)
+
+    def step() -> None:
+        torch.autograd.grad(model(x).sum(), [*model.parameters()])
+
+    with _Counted() as counted:
+        step()
+    one = torch.ones(8)
+    clock = Clock()
+    alone = clock.seconds([lambda: [torch.ops.aten.mul.Tensor(one, one) for _ in range(_CHAIN)]]) / _CHAIN
+    return max(0.0, clock.seconds([step]) / counted.calls - alone)
+
+
+def main() -> int:
+    file, rank, processes = sys.argv[1], int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    warnings.simplefilter("ignore")  # torch renames collectives; both names do the same
+    keep_freed_memory()
+    torch.manual_seed(0)
+    dist.init_process_group("gloo", init_method=f"file://{file}.rendezvous", rank=rank, world_size=processes)
+    operators = pickle.loads(Path(file).read_bytes())  # from the process that started this one
+    result = time_operators(operators)
+    if rank == 0:
+        print(json.dumps(result._asdict()))
+    dist.barrier()
+    dist.destroy_process_group()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
