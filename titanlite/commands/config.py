@@ -52,15 +52,22 @@ def _file(name: str) -> str:
     """Return ``name``, or the configuration in it if it is a run folder.
 
     Raises:
-        ConfigError: it is another folder.
+        ConfigError: it is another folder, or nothing.
     """
     from titanlite.config import packaged
     from titanlite.config.run_config import CONFIG
     from titanlite.errors import ConfigError
+    from titanlite.registry import nearest
 
     file = Path(name, CONFIG)
     if file.is_file():
         return str(file)
-    if Path(name).is_dir() and packaged.find(name) is None:
+    known = packaged.find(name) or (name.endswith(".toml") and packaged.find(Path(name).stem))
+    if known or Path(name).expanduser().is_file():
+        return name
+    if Path(name).is_dir():
         raise ConfigError(f"{name}: a folder without {CONFIG}; name a run folder, a TOML file, or a packaged name")
-    return name
+    raise ConfigError(
+        f"{name}: there is no such file or run folder, and none of this name comes with titanlite"
+        f"{nearest(name, packaged.names())}"
+    )

@@ -52,6 +52,7 @@ def read_console_log(file: Path) -> ConsoleLog:
         OSError: it cannot be read.
     """
     steps: dict[bool, list[dict[str, float]]] = {False: [], True: []}
+    starts: set[int] = set()  # the places in the first of these lists where a run was continued
     said: dict[str, str] = {}
     first_rank = None
     with open_file(file) as lines:
@@ -62,11 +63,12 @@ def read_console_log(file: Path) -> ConsoleLog:
                 first_rank = rank if first_rank is None else first_rank
                 if rank == first_rank:
                     steps[bool(match[1])].append(_row(line, int(match[2]), match[3]))
-            elif not steps[False]:
+            else:
                 for name, pattern in _FACTS.items():
                     if fact := pattern.search(line):
                         said.setdefault(name, next(filter(None, fact.groups())))
-    metrics, validation = (_table(steps[kind]) for kind in (False, True))
+                        starts.add(len(steps[False]))
+    metrics, validation = _table(steps[False], starts), _table(steps[True], set())
     facts = _facts(said)
     if "tokens per step" in facts:
         metrics["tokens_seen"] = metrics["step"] * facts["tokens per step"]
@@ -90,13 +92,16 @@ def _float(text: str) -> float:
         return np.nan
 
 
-def _table(rows: list[dict[str, float]]) -> Columns:
+def _table(rows: list[dict[str, float]], starts: set[int]) -> Columns:
+    """Return the rows as columns. The time before those where a run was continued is left out: it trained nothing."""
     columns: defaultdict[str, Array] = defaultdict(lambda: np.full(len(rows), np.nan))
     for name in ("step", "hours", *_COLUMNS.values()):
         columns[name][:] = [row.get(name, np.nan) for row in rows]
-    table = in_order(columns)
-    table["hours"] = table["hours"] - table["hours"][:1].sum()  # of no row too
-    return table
+    step, hours = columns["step"], columns["hours"]
+    between = np.nan_to_num(np.diff(hours, prepend=hours[:1]))
+    begins = np.isin(np.arange(len(rows)), [*starts]) | (np.diff(step, prepend=-np.inf) <= 0)
+    columns["hours"] = np.where(np.isfinite(hours), np.cumsum(np.where(begins, 0.0, between)), np.nan)
+    return in_order(columns)
 
 
 def _facts(said: dict[str, str]) -> dict[str, Any]:

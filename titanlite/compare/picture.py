@@ -43,7 +43,8 @@ def write_picture(comparison: Comparison, file: Path) -> None:
         highest = highest_loss(run.metrics["loss"] for run in comparison.runs)
         low, high = float(values.min()), min(float(values.max()), highest)
         high = max(high, low)  # where all have diverged
-        losses.set_ylim(low - 0.05 * (high - low or 1), high + 0.05 * (high - low or 1))
+        margin = 0.05 * (high - low or max(1.0, abs(low)))
+        losses.set_ylim(low - margin, high + margin)
     losses.set_ylabel("loss")
     losses.legend(fontsize="small")
     if others:

@@ -84,7 +84,8 @@ def _scale(means: Sequence[tuple[Array, Array]], begin: float, highest: float) -
     ``highest``."""
     values = np.concatenate([y[x >= begin] if (x >= begin).any() else y for x, y in means])
     low, high = float(values.min()), min(float(values.max()), highest)
-    return (low, high) if high > low else (low - 0.5, high + 0.5)
+    around = max(0.5, 0.01 * abs(low))
+    return (low, high) if high > low else (low - around, low + around)
 
 
 def _points(
@@ -97,7 +98,7 @@ def _points(
     places = (x - start) / ((end - start) or 1.0) * (columns - 1)
     inside = (at >= np.floor(places[0])) & (at <= np.ceil(places[-1]))
     values = np.interp(at[inside], places, y)
-    levels = np.round((high - values) / (high - low) * (rows - 1)).astype(int)
+    levels = np.round((high - values) / (high - low) * (rows - 1)).clip(-1, rows).astype(int)
     points = []
     for column, level, before in zip(at[inside], levels, [levels[0], *levels[:-1]], strict=True):
         middle = (level + before) // 2

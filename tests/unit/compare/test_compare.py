@@ -254,14 +254,14 @@ def test_the_text_fits_the_terminal(
 def test_a_run_that_blew_up_leaves_the_frame(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """And the others are told apart: the picture's axis and the terminal's end at 1.5 times the first loss."""
     first, second = losses(-1)
-    blown = np.where(np.arange(600) < 300, second, 1e9)
+    blown = np.where(np.arange(600) < 300, second, 1e30)
     paths = [write_run(tmp_path / name, v) for name, v in (("a", first), ("b", second), ("c", blown))]
     lines = run_command(capsys, *paths)[0].splitlines()
     top = float(lines[lines.index("loss by step") + 1].split()[0])
     assert top == pytest.approx(1.5 * first[0], rel=0.01)
     assert highest_loss([np.array([np.nan])]) == np.inf
     assert highest_loss([np.array([np.nan, 2.0, 9.0]), np.array([1.0])]) == 3.0
-    all_blown = [write_run(tmp_path / name, np.append(1.0, np.full(99, 1e9))) for name in "de"]
+    all_blown = [write_run(tmp_path / name, np.append(1.0, np.full(99, 1e30))) for name in "de"]
     run_command(capsys, *all_blown, "--picture", tmp_path / "p.png")
 
 

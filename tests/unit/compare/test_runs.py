@@ -154,3 +154,18 @@ def test_console_logs(torchtitan: bool, tmp_path: Path) -> None:
     assert "tokenizer" in sentence  # which a log does not have
     log.write_text(log_of(second, torchtitan).replace("c4", "pile"))
     assert "other data" in next(iter(compare([ours, log]).verdicts.values()))
+
+
+@pytest.mark.parametrize("said", ["", "2025-06-04 09:30:00,000 - root - INFO - Starting job: Llama 3 8B training\n"])
+def test_a_log_that_was_continued(said: str, tmp_path: Path) -> None:
+    """With colours and what moves the cursor, steps that stand there twice, a pause of an hour, and a loss of NaN."""
+    begin, color = "[rank0]:[titan] 2025-06-04 ", "\x1b[32m"
+    line = begin + "{:02}:{:02}:00,557 - root - INFO - \x1b[31mstep: {:2}  " + color + "loss: {:>7}\x1b[39m\n"
+    first = [line.format(8, step, step, 9 - step / 10) for step in range(1, 11)]
+    again = [line.format(9, 30 + step, step, "nan" if step > 18 else 5.0) for step in range(11 if said else 9, 21)]
+    (tmp_path / "x.log").write_text("".join([*first, "\x1b[2K\r\n", said, *again]))
+    (run,) = compare([tmp_path / "x.log"]).runs
+    assert list(run.metrics["step"]) == [*range(1, 21)]
+    assert run.metrics["loss"][9] == (8.0 if said else 5.0)
+    assert run.diverged_at() == 19
+    assert run.last("hours") == pytest.approx((9 + 9 if said else 9 + 11) / 60)
