@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 
 from titanlite import __version__
@@ -48,7 +49,17 @@ def main() -> int:
     if name not in SUBCOMMANDS:
         print(f"titanlite: error: {name}: there is no such subcommand{_hint(name)}\n{usage()}", file=sys.stderr)
         return 2
-    status: int = importlib.import_module(f"titanlite.commands.{name}").main(rest)
+    subcommand = importlib.import_module(f"titanlite.commands.{name}")
+    status: int
+    if name == "train":
+        status = subcommand.main(rest)
+        return status
+    try:
+        status = subcommand.main(rest)
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever read the text, such as head, has ended
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains once more at its end
+        status = 1
     return status
 
 

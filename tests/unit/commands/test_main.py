@@ -1,11 +1,14 @@
-"""``titanlite`` itself: what it says of a subcommand that there is not."""
+"""``titanlite`` itself: what it says of a subcommand that there is not, and where nobody reads."""
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
 
 import pytest
 
+from tests.support.runs import environment
 from titanlite.commands import __main__ as command
 
 
@@ -30,3 +33,14 @@ def test_an_unknown_subcommand(
     first = capsys.readouterr().err.splitlines()[0]
     assert first.startswith(f"titanlite: error: {name}: there is no such subcommand")
     assert f'(did you mean "{hint}"?)' in first if hint else "did you mean" not in first
+
+
+@pytest.mark.parametrize("arguments", [["config", "--reference"], ["config", "--diff", "llama3_8b", "debug_model"]])
+def test_a_reader_that_has_ended(arguments: list[str]) -> None:
+    """Such as head: that is no error of titanlite, and needs no traceback."""
+    read, write = os.pipe()
+    os.close(read)
+    words = [sys.executable, "-m", "titanlite.commands", *arguments]
+    done = subprocess.run(words, stdout=write, stderr=subprocess.PIPE, env=environment(), text=True)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (1, "")

@@ -228,6 +228,10 @@ def test_no_difference_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert "no option differs" in capsys.readouterr().err
     assert command.main(["--diff", "debug_model", str(tmp_path)]) == 2
     assert "a folder without config.toml" in capsys.readouterr().err
+    assert command.main(["--diff", "debug_modle", "debug_model"]) == 2
+    said = capsys.readouterr().err
+    assert "debug_modle: there is no such file" in said
+    assert "debug_model" in said.partition("comes with")[2]
 
 
 def test_a_file_that_cannot_be_loaded(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
