@@ -12,6 +12,7 @@ VARIANTS: tuple[dict[str, Any], ...] = (
     {"float8.recipe_name": "tensorwise", "float8.enable_fsdp_float8_all_gather": True},
     {"float8.recipe_name": "rowwise", "float8.enable_fsdp_float8_all_gather": False},
 )
+_WEIGHT_BYTES = 10  # that casts of a weight in both layouts move for each element
 
 
 def check(config: JobConfig) -> None:
@@ -88,8 +89,11 @@ def cost(config: JobConfig) -> FormatCost:
         grad_weight=recipe != "rowwise_with_gw_hp",
         input_bytes=moved,
         grad_bytes=moved,
-        weight_bytes=2 if gathers else 10,  # gathered in the format, it is only copied into the other layout
+        weight_bytes=2 if gathers else _WEIGHT_BYTES,  # gathered in the format, it is only copied
         casts_shards=tensorwise,
         gathers_weights=gathers,
         filter_fqns=tuple(options.filter_fqns),
+        moe_fqns=tuple(options.moe_fqns),
+        expert_weight_bytes=_WEIGHT_BYTES,
+        grouped_on=("sm_90",),
     )

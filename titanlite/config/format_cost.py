@@ -19,6 +19,10 @@ class FormatCost:
         casts_shards: tensor parallelism casts before it gathers, and gathers one byte for each element.
         gathers_weights: FSDP2 gathers one byte for each element of a weight.
         filter_fqns: layers that stay in high precision.
+        moe_fqns: experts that compute in the format, by parts of their names. Their weights are gathered in
+            high precision.
+        expert_weight_bytes: as ``weight_bytes``, of the experts' weights.
+        grouped_on: the architectures that have a grouped matmul in the format; elsewhere it is emulated.
     """
 
     recipe: str
@@ -30,3 +34,6 @@ class FormatCost:
     casts_shards: bool
     gathers_weights: bool
     filter_fqns: tuple[str, ...]
+    moe_fqns: tuple[str, ...]
+    expert_weight_bytes: int
+    grouped_on: tuple[str, ...]

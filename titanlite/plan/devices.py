@@ -27,6 +27,7 @@ class Device:
         bf16_tflops, fp8_tflops: the dense peaks; 0: there are no units for float8.
         matmul_share, fp8_share: the share of them that large matmuls reach.
         bandwidth_tbs: of the memory, in TB/s, reads and writes together.
+        architecture: as compilers spell it; empty: not known.
         processors: streaming multiprocessors, or compute units.
         per_node: devices of one machine.
         link_gbs: GB/s from one device to the others of its machine, in one direction.
@@ -40,13 +41,14 @@ class Device:
     matmul_share: float
     fp8_share: float
     bandwidth_tbs: float
+    architecture: str = ""
     processors: int = 132
     per_node: int = 8
     link_gbs: float = 450.0
     network_gbs: float = 50.0
 
 
-_H100 = Device("h100", 79.1, 989.5, 1979.0, 0.73, 0.65, 3.35)
+_H100 = Device("h100", 79.1, 989.5, 1979.0, 0.73, 0.65, 3.35, "sm_90")
 _AT_500W = math.sqrt(500 / 700)
 DEVICES = {
     device.name: device
@@ -61,11 +63,11 @@ DEVICES = {
             bandwidth_tbs=2.4,
         ),
         replace(_H100, name="h200", memory_gib=139.8, bandwidth_tbs=4.8),
-        Device("a100", 79.1, 312.0, 0.0, 0.80, 0.0, 2.04, processors=108, link_gbs=300.0, network_gbs=25.0),
-        Device("b200", 178.0, 2250.0, 4500.0, 0.70, 0.60, 8.0, processors=148, link_gbs=900.0),
-        Device("mi300x", 191.5, 1307.4, 2614.9, 0.474, 0.379, 5.3, processors=304, link_gbs=448.0),
-        Device("l40s", 44.5, 362.05, 733.0, 0.73, 0.65, 0.864, processors=142, link_gbs=32.0, network_gbs=12.5),
-        Device("4090", 23.6, 165.2, 330.3, 0.90, 0.85, 1.008, processors=128, link_gbs=16.0, network_gbs=3.0),
+        Device("a100", 79.1, 312.0, 0.0, 0.80, 0.0, 2.04, "sm_80", processors=108, link_gbs=300.0, network_gbs=25.0),
+        Device("b200", 178.0, 2250.0, 4500.0, 0.70, 0.60, 8.0, "sm_100", processors=148, link_gbs=900.0),
+        Device("mi300x", 191.5, 1307.4, 2614.9, 0.474, 0.379, 5.3, "gfx942", processors=304, link_gbs=448.0),
+        Device("l40s", 44.5, 362.05, 733.0, 0.73, 0.65, 0.864, "sm_89", processors=142, link_gbs=32, network_gbs=12.5),
+        Device("4090", 23.6, 165.2, 330.3, 0.90, 0.85, 1.008, "sm_89", processors=128, link_gbs=16.0, network_gbs=3.0),
     )
 }
 
@@ -119,7 +121,7 @@ def _described(values: dict[str, object], file: str) -> Device:
             raise ConfigError(f"{key}: no device has such a key{nearest(key, known)}", key="--device", value=file)
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
         zero = key in ("fp8_tflops", "fp8_share")
-        if key != "name" and (not number or value < 0 or (value == 0 and not zero)):  # type: ignore[operator]
+        if key not in ("name", "architecture") and (not number or value < 0 or (value == 0 and not zero)):  # type: ignore[operator]
             raise ConfigError(f"{key} = {value}: must be a number above 0", key="--device", value=file)
     values.setdefault("name", Path(file).stem)
     if base is not None:

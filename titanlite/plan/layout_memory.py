@@ -38,10 +38,15 @@ class LayoutMemory(NamedTuple):
         return sum(self)
 
 
-def reserved_gib(work: Work) -> LayoutMemory:
+def reserved_gib(work: Work, *, worst: bool = False) -> LayoutMemory:
     """Return the memory as torchtitan prints it: the peak that the allocator reserves. The peak is at the loss, or in
-    the backward of a block; of a pipeline, that of the rank that needs most."""
-    forward, again = _activations(work)
+    the backward of a block; of a pipeline, that of the rank that needs most.
+
+    Args:
+        worst: all tokens of the devices of expert parallelism choose experts of this one, in all mixtures. Otherwise
+            all devices have equal load.
+    """
+    forward, again = _activations(work, worst)
     return max((_of_rank(work, rank, forward, again) for rank in range(len(work.parts))), key=lambda it: it.total)
 
 
@@ -83,12 +88,12 @@ def _in_flight(work: Work, rank: int) -> float:
     return min(microbatches * stages, warm_up + 1) / stages
 
 
-def _activations(work: Work) -> tuple[float, float]:
+def _activations(work: Work, worst: bool) -> tuple[float, float]:
     """Return the bytes that a block keeps for the backward of one microbatch, and those of a block whose backward
     runs."""
     a, tp = work.args, work.degrees.tensor_parallel
     per_row = _BF16 * a.dim / tp  # the hidden states of a token, which sequence parallelism shards
-    q, kv, ffn = a.n_heads * a.head_size / tp, a.n_kv_heads * a.head_size / tp, a.active_ffn_dim / tp
+    q, kv, ffn = a.n_heads * a.head_size / tp, a.n_kv_heads * a.head_size / tp, _dense_ffn_dim(work) / tp
     cast = 0.5 if work.cost is not None and work.cost.grad_weight else 1.0  # of what a linear layer keeps of its input
     # Both norms' inputs and outputs; queries, keys and values, rotated, and attention's result; gate, up and product.
     inside = per_row * (2 + 2 * cast) + _BF16 * (2 * q + 2 * kv) + _BF16 * ffn * (2 + cast)
@@ -97,10 +102,33 @@ def _activations(work: Work) -> tuple[float, float]:
     per_op = per_row * (1 if work.compiled else 2) + _BF16 * (2 * q + kv + ffn)
     if not work.compiled:
         inside += 2 * _FP32 * a.dim / tp + _BF16 * ffn  # norms in float32, and silu(gate)
+    inside, per_op = work.rows * inside, work.rows * per_op
+    if a.mixture is not None:
+        of_experts, of_experts_per_op = _of_experts(work, worst)
+        inside, per_op = inside + of_experts, per_op + of_experts_per_op
     none = 1 - work.whole - work.per_op
-    kept = work.whole * per_row + work.per_op * per_op + none * inside
-    again = inside if none == 1 else 2 * inside  # with gradients as large
-    return work.rows * kept, work.rows * again
+    kept = work.whole * work.rows * per_row + work.per_op * per_op + none * inside
+    return kept, inside if none == 1 else 2 * inside  # with gradients as large
+
+
+def _dense_ffn_dim(work: Work) -> float:
+    """Return the features inside the feed-forward of a block that every token uses: the mean over the blocks."""
+    a, m = work.args, work.args.mixture
+    return a.active_ffn_dim if m is None else a.active_ffn_dim - work.mixed * m.experts_per_token * m.expert_dim
+
+
+def _of_experts(work: Work, worst: bool) -> tuple[float, float]:
+    """Return the bytes that the experts of a block keep for backward, and those by operation, the mean over the blocks:
+    of each token that comes to an expert itself, gate, up and product. By operation they are the token, if it has been
+    exchanged, and gate."""
+    a, m = work.args, work.args.mixture
+    assert m is not None
+    rows = work.mixed * (work.most_tokens_of_experts if worst else work.tokens_of_experts)
+    cast = 1 - work.experts_converted / 2  # a byte of each element of an input, which eager code casts twice
+    token = a.dim * (cast if work.compiled else 1)
+    inside = token + m.expert_dim * (2 + cast + (not work.compiled))  # as plain operations, silu(gate) too
+    per_op = m.expert_dim + a.dim * (work.degrees.expert_parallel > 1)
+    return _BF16 * rows * inside, _BF16 * rows * per_op
 
 
 def _logits(work: Work) -> float:

@@ -44,6 +44,11 @@ class Layout:
         self.parts = step_time(self.work, self.device)
 
     @property
+    def worst_gib(self) -> float | None:
+        """The memory if all tokens choose experts of one device; None without expert parallelism."""
+        return reserved_gib(self.work, worst=True).total if self.work.degrees.expert_parallel > 1 else None
+
+    @property
     def fits(self) -> bool:
         return self.memory.total <= ROOM * self.device.memory_gib
 

@@ -10,7 +10,7 @@ from titanlite.metrics.device import GIB
 from titanlite.models.layers import DecoderArgs
 from titanlite.plan.devices import device_called
 from titanlite.plan.layout_memory import reserved_gib
-from titanlite.plan.refusals import check_time_is_modelled
+from titanlite.plan.refusals import check_time_is_modelled, check_units
 from titanlite.plan.time import step_time
 from titanlite.plan.work import work_of
 from titanlite.training.model_shape import choose_shape
@@ -54,6 +54,7 @@ def predict(config: JobConfig, args: Any, device_name: str, world_size: int) -> 
         return None
     try:
         check_time_is_modelled(config, args)
+        check_units(config, args, device)
         work = work_of(config, args, world_size)
         return Prediction(step_time(work, device).seconds, reserved_gib(work).total, work.tokens_per_device)
     except ConfigError:

@@ -16,6 +16,7 @@ from titanlite.distributed.parallelize import chain, check
 from titanlite.distributed.pipeline_plan import plan_pipeline
 from titanlite.models.layers import DecoderArgs
 from titanlite.models.spec import ModelSpec
+from titanlite.plan.devices import Device
 from titanlite.plan.estimate import ASSUMED_VOCAB_SIZE, build, for_memory, lone_mesh
 from titanlite.plan.lone_rank import in_a_process
 from titanlite.training.model_shape import choose_shape
@@ -73,6 +74,26 @@ def check_time_is_modelled(config: JobConfig, args: DecoderArgs) -> None:
     for name in ("split_points", "layers_per_stage", "schedule_csv"):
         if config.value(key := f"parallelism.pipeline_parallel_{name}"):
             refuse(config, key, "the time of stages other than the trainer's own is not modelled; leave it out")
+
+
+def check_units(config: JobConfig, args: DecoderArgs, device: Device) -> None:
+    """Refuse formats that a device emulates: the time of that is not modelled.
+
+    Raises:
+        ConfigError: there is one.
+    """
+    for number_format in formats_of(config):
+        cost = number_format.cost(config) if number_format.cost else None
+        if not device.fp8_tflops:
+            why = f"{device.name} has no units for {number_format.name}, and the time of emulation is not modelled"
+            refuse(config, "model.converters", f"{why}; leave it out")
+        if cost and cost.moe_fqns and args.mixture and device.architecture not in cost.grouped_on:
+            refuse(
+                config,
+                f"{number_format.name}.moe_fqns",
+                f"{device.name} has no grouped matmul in {number_format.name}, and the time of emulation is not "
+                "modelled; leave it out",
+            )
 
 
 def planned_model(config: JobConfig) -> PlannedModel:

@@ -22,6 +22,7 @@ def row(plan: Plan, layout: Layout, tokens: float, price: float | None) -> dict[
         "mfu_pct": layout.mfu_pct(plan.model),
         "memory_gib": layout.memory.total,
         "memory_parts_gib": layout.memory._asdict(),
+        "worst_memory_gib": layout.worst_gib,
         "step_time_s": layout.parts.seconds,
         "step_parts_s": layout.parts._asdict(),
         "exposed_communication_s": layout.parts.exposed,
@@ -50,26 +51,29 @@ def describe(plan: Plan, tokens: float, price: float | None) -> str:
         return "\n".join([*lines, "    the trainer would refuse all of them"])
     if not plan.layouts[0].fits:
         lines.append("    none fits; these need the least memory:")
-    table = [["", "tps/device", "mfu", "memory GiB", "step s", "exposed s", "days", "device-hours", "cost", "options"]]
+    # "worst" is for expert parallelism: if all tokens choose experts of one device.
+    heads = "tps/device", "mfu", "memory GiB", "worst GiB", "step s", "exposed s", "days", "device-hours", "cost"
+    table = [["", *heads, "options"]]
     for number, layout in enumerate(plan.layouts, 1):
         values = row(plan, layout, tokens, price)
-        cost = "" if values["cost"] is None else f"{values['cost']:,.0f}"
+        worst, cost = values["worst_memory_gib"], values["cost"]
         table.append(
             [
-                *(
-                    str(number),
-                    f"{values['tps_per_device']:,.0f}",
-                    f"{values['mfu_pct']:.1f}%",
-                    f"{values['memory_gib']:.1f}",
-                ),
-                *(
-                    f"{values['step_time_s']:.3f}",
-                    f"{values['exposed_communication_s']:.3f}",
-                    f"{values['days']:,.2f}",
-                ),
-                *(f"{values['device_hours']:,.0f}", cost, arguments(layout)),
+                str(number),
+                f"{values['tps_per_device']:,.0f}",
+                f"{values['mfu_pct']:.1f}%",
+                f"{values['memory_gib']:.1f}",
+                "" if worst is None else f"{worst:.1f}",
+                f"{values['step_time_s']:.3f}",
+                f"{values['exposed_communication_s']:.3f}",
+                f"{values['days']:,.2f}",
+                f"{values['device_hours']:,.0f}",
+                "" if cost is None else f"{cost:,.0f}",
+                arguments(layout),
             ]
         )
+    if not any(cells[4] for cells in table[1:]):
+        table = [cells[:4] + cells[5:] for cells in table]
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     for cells in table:
         right = "  ".join(cell.rjust(width) for cell, width in zip(cells[:-1], widths, strict=False))
@@ -87,6 +91,8 @@ def explain(plan: Plan, number: int) -> str:
             lines.append(f"        {name:<14} {seconds * 1e3:12,.1f} ms  {100 * seconds / whole:5.1f}%")
     lines.append(f"    memory: {memory:.2f} GiB")
     lines += [f"        {name:<14} {gib:12.2f} GiB" for name, gib in layout.memory._asdict().items()]
+    if layout.worst_gib is not None:
+        lines.append(f"    memory if all tokens choose experts of one device: {layout.worst_gib:.2f} GiB")
     return "\n".join(lines)
 
 

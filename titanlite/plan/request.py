@@ -9,7 +9,7 @@ from titanlite.config import JobConfig, dump_toml
 from titanlite.errors import ConfigError
 from titanlite.plan.devices import find_device
 from titanlite.plan.layouts import Layout, Plan, fixed_plan, make_plan
-from titanlite.plan.refusals import check_by_building, planned_model
+from titanlite.plan.refusals import check_by_building, check_units, planned_model
 
 _UNITS = {"": 1.0, "K": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}
 
@@ -18,10 +18,12 @@ def plan_for(config: JobConfig, device: str, devices: int, *, fixed: bool, top: 
     """Return the plan of a configuration: of all layouts, or of the configured one.
 
     Raises:
-        ConfigError: there is no such device or model; the trainer would refuse the configured layout.
+        ConfigError: there is no such device or model; the trainer would refuse the configured layout; the device
+            emulates a number format.
     """
     check_number(devices)
     model, target = planned_model(config), find_device(device)
+    check_units(config, model.args, target)
     if not fixed:
         return make_plan(config, model, target, devices, top)
     plan = fixed_plan(config, model, target, devices)

@@ -154,7 +154,11 @@ class Clock:
         every second one (titanlite/distributed/activation_checkpoint.py)."""
         work, total = self.work, 0.0
         for i, linear in enumerate(work.linears):
-            forward, backward = self.linear(linear, not linear.experts)
+            share = work.experts_converted if linear.experts else 1.0
+            forward, backward = self.linear(linear, share > 0)
+            if 0 < share < 1:
+                pairs = zip((forward, backward), self.linear(linear, False), strict=True)
+                forward, backward = (share * mine + (1 - share) * other for mine, other in pairs)
             again = work.whole + (work.per_op if i % 2 else 0.0)
             total += forward * (1 + again) + backward
         return total
@@ -218,12 +222,17 @@ class Clock:
         moved = 0.0
         # What a collective delivers is read once more: no kernel before it could find the largest magnitudes.
         shard, late = (self.tp, 0) if cost.casts_shards else (1, BF16)
-        for linear in (linear for linear in work.linears if not linear.experts):
+        for linear in work.linears:
+            share, rows, weight_bytes = 1.0, float(work.rows), cost.weight_bytes
+            if linear.experts:
+                share, rows = work.experts_converted, work.tokens_of_experts
+                weight_bytes = cost.expert_weight_bytes * linear.experts
+            each = float(weight_bytes * linear.k * linear.n)
             if not linear.shares_input:
                 of_input = (cost.input_bytes + late) / shard if linear.gathered_input else cost.input_bytes
-                moved += of_input * linear.k * work.rows * (1 + work.whole + work.per_op)
+                each += of_input * linear.k * rows * (1 + work.whole + work.per_op)
             of_grad = (cost.grad_bytes + late) / shard if linear.gathered_grad else cost.grad_bytes
-            moved += of_grad * linear.n * work.rows + cost.weight_bytes * linear.k * linear.n
+            moved += share * (each + of_grad * linear.n * rows)
         return moved * self._unfused() / self.bandwidth
 
     def _unfused(self) -> float:

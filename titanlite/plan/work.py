@@ -16,6 +16,7 @@ from titanlite.distributed.pipeline_plan import balanced
 from titanlite.errors import ConfigError
 from titanlite.models.layers import DecoderArgs
 from titanlite.optim.moments import bytes_per_element
+from titanlite.quant.convertible import name_matches
 
 LOOPED = 2  # stages of each process in schedules with several
 
@@ -76,6 +77,7 @@ class Work:
         reshards: FSDP2 gathers weights again for backward.
         reduce_gradients: ``parallelism.fsdp_reduce_gradients``.
         bytes_per_moment: of the optimizer, for each parameter.
+        experts_converted: the share of mixtures whose experts compute in the number format.
     """
 
     args: DecoderArgs
@@ -94,6 +96,7 @@ class Work:
     reshards: bool = True
     reduce_gradients: str = "default"
     bytes_per_moment: float = 4.0
+    experts_converted: float = 0.0
 
     @property
     def devices(self) -> int:
@@ -203,8 +206,18 @@ class Work:
         m = a.mixture
         shared = _feed_forward(a.dim, m.n_shared_experts * m.expert_dim // t, t > 1) if m.n_shared_experts else ()
         each = m.n_experts // self.degrees.expert_parallel
-        experts = (Linear(a.dim, m.expert_dim, experts=each),) * 2 + (Linear(m.expert_dim, a.dim, experts=each),)
+        experts = (
+            Linear(a.dim, m.expert_dim, experts=each),
+            Linear(a.dim, m.expert_dim, experts=each, shares_input=self.compiled),  # eager code casts it twice
+            Linear(m.expert_dim, a.dim, experts=each),
+        )
         return attention + shared + experts
+
+    @property
+    def mixed(self) -> float:
+        """The share of blocks that have experts."""
+        m = self.args.mixture
+        return 0.0 if m is None else 1 - min(m.n_dense_layers, self.args.n_layers) / self.args.n_layers
 
     @property
     def tokens_of_experts(self) -> float:
@@ -212,6 +225,13 @@ class Work:
         experts have as many. Tensor parallelism does not gather them."""
         assert self.args.mixture is not None
         return self.rows / self.degrees.tensor_parallel * self.args.mixture.experts_per_token
+
+    @property
+    def most_tokens_of_experts(self) -> float:
+        """As :attr:`tokens_of_experts`, where all tokens of the devices of expert parallelism choose experts of one."""
+        m, ep = self.args.mixture, self.degrees.expert_parallel
+        assert m is not None
+        return self.tokens_of_experts * ep * min(m.experts_per_token, m.n_experts // ep) / m.experts_per_token
 
     @cached_property
     def expert_parameters(self) -> int:
@@ -254,6 +274,15 @@ def _cuts(blocks: tuple[int, ...], output: int, stages: int) -> list[range]:
     return balanced([0, *blocks, output], stages)
 
 
+def _share_of_experts(args: DecoderArgs, moe_fqns: tuple[str, ...]) -> float:
+    """Return the share of mixtures whose experts an entry names."""
+    if args.mixture is None or not moe_fqns:
+        return 0.0
+    names = [f"layers.{block}.feed_forward.experts" for block in range(args.mixture.n_dense_layers, args.n_layers)]
+    chosen = [name for name in names if any(name_matches(entry, name) for entry in moe_fqns)]
+    return len(chosen) / max(1, len(names))
+
+
 def work_of(config: JobConfig, args: DecoderArgs, world_size: int) -> Work:
     """Return the work of a configuration. ``args`` are the configured arguments of its model; activation checkpointing
     must be resolved."""
@@ -283,6 +312,7 @@ def work_of(config: JobConfig, args: DecoderArgs, world_size: int) -> Work:
         loss_chunks=training.loss_chunks,
         reduce_gradients=p.fsdp_reduce_gradients,
         bytes_per_moment=bytes_per_element(config.optimizer.moments),
+        experts_converted=_share_of_experts(args, costs[0].moe_fqns) if costs else 0.0,
         reshards=p.fsdp_reshard_after_forward == "always"
         or (p.fsdp_reshard_after_forward == "default" and not pipeline and degrees.model_shards > 1),
     )

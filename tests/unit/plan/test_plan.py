@@ -17,6 +17,7 @@ import tomli
 
 from titanlite.commands import plan as command
 from titanlite.config import JobConfig, check_config, load_config, packaged
+from titanlite.config.number_formats import formats_of
 from titanlite.config.parallelism import resolve_degrees
 from titanlite.distributed.parallelize import chain, check
 from titanlite.distributed.pipeline_plan import plan_pipeline
@@ -26,9 +27,11 @@ from titanlite.plan.devices import DEVICES, find_device
 from titanlite.plan.layout_memory import reserved_gib
 from titanlite.plan.layouts import changed, fixed_plan, make_plan, meshes
 from titanlite.plan.refusals import PlannedModel, check_by_building, mesh_of, planned_model
-from titanlite.plan.request import tokens_in, write
+from titanlite.plan.report import describe, dump, explain
+from titanlite.plan.request import plan_for, tokens_in, write
 from titanlite.plan.time import step_time
 from titanlite.plan.work import Work, work_of
+from titanlite.quant.recipes import grouped_format
 
 ROOT = Path(__file__).parents[3]
 RESULT = json.loads((ROOT / "docs" / "benchmarks" / "step_time.json").read_text())
@@ -178,6 +181,83 @@ def test_experts_that_are_spread() -> None:
     assert parts[1].optimizer > parts[8].optimizer  # fewer weights are gathered and copied
     assert reserved_gib(spread[8]).gathered < reserved_gib(spread[1]).gathered
     assert reserved_gib(spread[8]).state == pytest.approx(reserved_gib(spread[1]).state)
+
+
+@pytest.mark.parametrize(("mode", "worst"), [("full", 3.78), ("none", 90.4), ("selective", 59.0)])
+def test_the_memory_if_all_tokens_choose_experts_of_one_device(mode: str, worst: float) -> None:
+    """Beside equal load. ``worst`` is what estimates (COMM_MODE=fake) of 30B-A3B on 8 devices add, in GiB."""
+    checkpointing = f"--activation_checkpoint.mode={mode}", "--activation_checkpoint.selective_ac_option=op"
+    options = ["--training.compile", "--training.seq_len=4096", "--training.local_batch_size=1", *checkpointing]
+    it = work("30B-A3B", 8, *options, "--parallelism.expert_parallel_degree=8", family="qwen3_moe")
+    equal, all_here = reserved_gib(it), reserved_gib(it, worst=True)
+    more = sum(all_here[:-1]) - sum(equal[:-1])  # estimates have no fragmentation
+    # The loss, whose peak is the larger one at equal load, hides as much of a block.
+    assert more == pytest.approx(worst, abs=equal.logits + 0.05 * worst)
+    assert all_here.state == equal.state
+    one = work("30B-A3B", 8, *options, family="qwen3_moe")
+    assert reserved_gib(one, worst=True) == reserved_gib(one)  # all experts are here
+
+
+def test_plans_of_mixtures_have_the_worst_case() -> None:
+    for degree in (1, 8):
+        options = [f"--parallelism.expert_parallel_degree={degree}", *_LONG]
+        config = load_config(["--model.name=qwen3_moe", "--model.flavor=30B-A3B", *options])
+        plan = fixed_plan(config, planned_model(config), DEVICES["b200"], 8)
+        (layout,) = json.loads(dump(plan, 1e9, None))["layouts"]
+        text, worst = describe(plan, 1e9, None), layout["worst_memory_gib"]
+        assert ("worst GiB" in text) == ("experts of one device" in explain(plan, 1)) == (degree > 1)
+        if degree == 1:
+            assert worst is None
+            continue
+        assert worst > layout["memory_gib"]
+        assert f"  {worst:.1f}  " in text
+        assert f"experts of one device: {worst:.2f} GiB" in explain(plan, 1)
+
+
+FLOAT8 = ["--model.converters=float8", "--float8.recipe_name=rowwise", "--training.local_batch_size=8"]
+
+
+def test_experts_in_a_number_format_take_its_time() -> None:
+    """Their matmuls are faster, and their casts take time; half of the blocks, half of it."""
+
+    def of(*options: str) -> tuple[float, float]:
+        it = work("30B-A3B", 8, "--training.compile", *FLOAT8, *options, family="qwen3_moe")
+        parts = step_time(it, DEVICES["h100"])
+        return parts.matmuls, parts.casts
+
+    none, some, every = (
+        of(*(f"--float8.moe_fqns={entry}" for entry in given))
+        for given in ([], [",".join(f"layers.{block}" for block in range(24))], ["experts"])
+    )
+    assert none[0] > some[0] > every[0]
+    assert none[1] < some[1] < every[1]
+    for before, half, after in zip(none, some, every, strict=True):
+        assert half == pytest.approx((before + after) / 2)
+
+
+@pytest.mark.parametrize(
+    ("device", "options", "key"),
+    [
+        ("b200", [*FLOAT8, "--float8.moe_fqns=experts"], "float8.moe_fqns"),
+        ("a100", FLOAT8, "model.converters"),
+    ],
+)
+def test_what_a_device_emulates_is_refused(device: str, options: list[str], key: str) -> None:
+    """It takes other times than units, and none are modelled."""
+    config = load_config(["--model.name=qwen3_moe", "--model.flavor=30B-A3B", *options])
+    for fixed in (True, False):
+        with pytest.raises(ConfigError, match="the time of emulation is not modelled") as refusal:
+            plan_for(config, device, 8, fixed=fixed, top=1)
+        assert refusal.value.key == key
+
+
+def test_devices_with_grouped_matmuls_are_those_of_the_format() -> None:
+    config = load_config(["--model.name=qwen3_moe", *FLOAT8])
+    (number_format,) = formats_of(config)
+    assert number_format.cost is not None
+    cost, format = number_format.cost(config), grouped_format("float8_rowwise")
+    for device in DEVICES.values():
+        assert format.has_grouped_units(device.architecture) == (device.architecture in cost.grouped_on)
 
 
 @pytest.mark.slow
