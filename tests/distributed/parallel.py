@@ -79,8 +79,11 @@ class Traffic(TorchDispatchMode):
         super().__init__()
         meshes = {name: mesh.world[name] for name in ("dp_replicate", "fsdp", "tp", "pp")} | {"cp": mesh.cp}
         ranks = {name: (*m.mesh.tolist(),) for name, m in meshes.items() if m.size() > 1}
+        # Those that FSDP2 shards experts over. (Where they are the ranks of another dimension, they count as it.)
+        if mesh.experts is not None and mesh.experts.fsdp.size() > 1:
+            ranks["expert_fsdp"] = (*mesh.experts.fsdp.mesh.tolist(),)
         self.functional = {ranks[name]: name for name in ("tp", "cp") if name in ranks}
-        self.others = {ranks[name]: name for name in ("dp_replicate", "fsdp", "pp") if name in ranks}
+        self.others = {ranks[n]: n for n in ("expert_fsdp", "dp_replicate", "fsdp", "pp") if n in ranks}
         self.calls: defaultdict[str, int] = defaultdict(int)
         self.bytes: defaultdict[str, int] = defaultdict(int)
 

@@ -31,10 +31,11 @@ from titanlite.checkpoint.storage import load, saved_shapes
 from titanlite.commands import convert
 
 # Few labels are scored, and microbatches accumulate: they, and shares of sequences, have from none to many.
+EXPERTS, EXPERT_DIM = 8, 32
 FAMILY = {
     "model.name": "qwen3_moe",
     "model.flavor": "tiny",
-    "model.args.n_experts": 8,
+    "model.args.n_experts": EXPERTS,
     "model.args.experts_per_token": 3,
     "experts.balance_loss": 0.05,
     "experts.z_loss": 0.01,
@@ -42,19 +43,31 @@ FAMILY = {
     "mask": 16,
 }
 VARIED = ("AC selective op", "compile", "compile, rowwise, AC selective op")
-VARIED_LONG = ("AC full", "compile, AC full")  # they have no mechanism of their own
+VARIED_LONG = ("AC full", "compile, AC full", "compile, inductor")  # they have no mechanism of their own
 QUANT = re.compile("rowwise|mxfp8")
 # Experts in number formats, which are compared with one process as VARIED is with the same recipe.
 QUANTIZED: dict[str, dict[str, Any]] = {
     "rowwise experts": {**VARIANTS["rowwise"], "float8.moe_fqns": "experts"},
     "mxfp8 experts": {**VARIANTS["mxfp8"], "mx.moe_fqns": "experts"},
 }
+# Balance losses of the tokens of a microbatch, on one data-parallel process or on all.
+BALANCED = {f"balance over {over}": {"experts.balance_loss_over": over} for over in ("batch", "global_batch")}
+# To the code for the machine.
+INDUCTOR: dict[str, dict[str, Any]] = {"compile, inductor": {"training.compile": "true"}}
+# What one process computes differently too.
+WITH_ONE = re.compile("rowwise|mxfp8|balance")
 
 
 def as_many_sequences(variant: str, processes: int) -> dict[str, Any]:
-    """The gradient of an expert's weight has scales of its tokens, which are those of a microbatch on all processes of
-    expert parallelism: one process must take as many sequences at a time."""
-    return {"training.local_batch_size": BATCH // processes} if variant in QUANTIZED else {}
+    """How many sequences a process takes at a time, so that one computes what two do.
+
+    The gradient of an expert's weight has scales of its tokens, which are those of a microbatch on all processes of
+    expert parallelism; so is the load of a balance loss over ``global_batch``. Over ``batch``, it is that of each
+    process.
+    """
+    if variant == "balance over batch":
+        return {"training.local_batch_size": BATCH // 2}
+    return {"training.local_batch_size": BATCH // processes} if variant in {**QUANTIZED, **BALANCED} else {}
 
 
 @pytest.fixture(scope="module")
@@ -63,23 +76,20 @@ def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     tests = [i.callspec.params for i in request.session.items if i.path == request.path and hasattr(i, "callspec")]
     ways = {name: EXPERT_WAYS[name] for name in {test["way"]: None for test in tests}}
     cluster = Cluster(tmp_path_factory.mktemp("experts"))
-    variants = {
-        variant: {**VARIANTS, **QUANTIZED}[variant]
-        for variant in {test.get("variant", ""): None for test in tests}
-        if variant
+    options = {**VARIANTS, **QUANTIZED, **BALANCED, **INDUCTOR}
+    varied = {(test["way"], test["variant"]): None for test in tests if "variant" in test}
+    with_one = {
+        f"{ONE}, {v}": {**FAMILY, **options[v], **as_many_sequences(v, 1)} for _, v in varied if WITH_ONE.search(v)
     }
-    in_formats = {
-        f"{ONE}, {v}": {**FAMILY, **o, **as_many_sequences(v, 1)} for v, o in variants.items() if QUANT.search(v)
-    }
-    cluster.run(1, {ONE: FAMILY, **in_formats})
+    cluster.run(1, {ONE: FAMILY, **with_one})
     for processes in sorted({way.processes for way in ways.values()}):
         group = {name: {**way.all_options(), **FAMILY} for name, way in ways.items() if way.processes == processes}
-        varied = {
-            f"EP 2, {v}": {**group["EP 2"], **o, **as_many_sequences(v, 2)}
-            for v, o in variants.items()
-            if "EP 2" in group
+        more = {
+            f"{way}, {v}": {**group[way], **options[v], **as_many_sequences(v, processes)}
+            for way, v in varied
+            if way in group
         }
-        cluster.run(processes, group | varied)
+        cluster.run(processes, group | more)
     return cluster.reports
 
 
@@ -149,14 +159,30 @@ def test_the_exchange_sends_the_rows_of_each_expert_and_their_weights(runs: Repo
             "from_experts": 3 * mixtures,
         }
         assert report["bytes"]["ep/to_experts"] == mixtures * ROWS * (2 * DIM + 1) * 4
+        assert report["bytes"]["ep/exchange_loads"] == mixtures * EXPERTS * 4
+        assert not any(name.startswith("expert_fsdp/") for name in report["calls"])  # each expert is on one process
     sent, returned = (sum(r["bytes"][f"ep/{name}_experts"] for r in runs[way]) for name in ("to", "from"))
     assert sent == returned
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["FSDP 4, EP 2"])
+def test_fsdp_gathers_the_experts_of_a_process_over_those_that_have_the_same(runs: Reports, way: str) -> None:
+    """Half of the experts of each block, over two processes: in forward and backward of each microbatch. Their
+    gradients are reduced once."""
+    shard = 3 * EXPERTS * DIM * EXPERT_DIM * 4 // 4  # bytes, of float32
+    for report in runs[way]:
+        calls, nbytes = ({k: v for k, v in report[key].items() if "expert_fsdp/" in k} for key in ("calls", "bytes"))
+        gathers = 2 * LAYERS * BATCH // 4
+        assert calls == {"expert_fsdp/all_gather": gathers, "expert_fsdp/reduce_scatter": LAYERS}
+        assert nbytes == {"expert_fsdp/all_gather": gathers * shard, "expert_fsdp/reduce_scatter": LAYERS * shard}
 
 
 @pytest.mark.parametrize(
     ("way", "variant"),
     [pytest.param("EP 2", variant, marks=pytest.mark.slow) for variant in (*VARIED, *QUANTIZED)]
-    + [pytest.param("EP 2", variant, marks=pytest.mark.long) for variant in VARIED_LONG],
+    + [pytest.param("EP 2", variant, marks=pytest.mark.long) for variant in VARIED_LONG]
+    + [pytest.param("TP 2, EP 2", "compile", marks=pytest.mark.long)],
 )
 def test_experts_train_with_checkpointing_compiled_and_in_float8(runs: Reports, way: str, variant: str) -> None:
     plain, varied = runs[way], runs[f"{way}, {variant}"]
@@ -178,7 +204,20 @@ def test_experts_train_with_checkpointing_compiled_and_in_float8(runs: Reports, 
             assert report["graphs"] == [report["graphs"][0]] * len(report["graphs"])
 
 
-SHARED = {"training__mixed_precision_param": "float32", "training__global_batch_size": 4, "training__steps": 4} | {
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", BALANCED)
+@pytest.mark.parametrize("way", ["EP 2"])
+def test_balance_losses_over_batches_are_those_of_one_process(runs: Reports, way: str, variant: str) -> None:
+    """Over ``global_batch``, of one that takes the sequences of both at a time; over ``batch``, of one that takes those
+    of one process after the other."""
+    one, many = runs[f"{ONE}, {variant}"], runs[f"{way}, {variant}"]
+    check_parity(one, many)
+    check_gradients(one, many, 1e-5)
+    assert column(many, "balance_loss") == pytest.approx(column(one, "balance_loss"), rel=1e-5)
+    assert column(many, "balance_loss") != pytest.approx(column(runs[ONE], "balance_loss"), rel=1e-3)
+
+
+SHARED = {"training__mixed_precision_param": "float32", "training__global_batch_size": 4, "training__steps": 6} | {
     f"model__args__{name}": size
     for name, size in {
         "dim": 32,
@@ -189,7 +228,12 @@ SHARED = {"training__mixed_precision_param": "float32", "training__global_batch_
         "expert_dim": 16,
     }.items()
 }
-CONTINUED = {"EP 2": (2, 2), "one process": (1, 1), "FSDP 4, EP 2": (4, 2)}
+# A name, its processes and degree, and the run and step that it goes on from: the last two are a chain.
+CONTINUED = (
+    ("EP 2", 2, 2, "straight", 2),
+    ("one process", 1, 1, "straight", 2),
+    ("FSDP 4, EP 2", 4, 2, "one process", 4),
+)
 
 
 @pytest.mark.slow
@@ -201,16 +245,17 @@ def test_experts_continue_to_the_bit_and_under_other_degrees(tmp_path: Path) -> 
         return done
 
     straight = run("straight", 2, 2)
-    before = saved(straight.folder, 4)
-    for name, (processes, degree) in CONTINUED.items():
-        shutil.copytree(straight.folder, tmp_path / name)
-        shutil.rmtree(tmp_path / name / "checkpoint" / "step-4")
+    before = saved(straight.folder, 6)
+    for name, processes, degree, origin, step in CONTINUED:
+        shutil.copytree(tmp_path / origin, tmp_path / name)
+        for later in range(step + 2, 7, 2):
+            shutil.rmtree(tmp_path / name / "checkpoint" / f"step-{later}")
         continued = run(name, processes, degree)
-        assert "resuming from step 2" in continued.output
+        assert f"resuming from step {step}" in continued.output
         assert continued.losses() == pytest.approx(straight.losses(), rel=1e-6)
         if name == "EP 2":
-            assert saved(continued.folder, 4) == before
-    step, exported = straight.folder / "checkpoint" / "step-4", tmp_path / "exported"
+            assert saved(continued.folder, 6) == before
+    step, exported = straight.folder / "checkpoint" / "step-6", tmp_path / "exported"
     assert convert.main([str(step), str(exported), "--dtype=float32"]) == 0
     theirs = {key: value for file in exported.glob("*.safetensors") for key, value in load_file(file).items()}
     mine = {name: torch.empty(shape) for name, shape in saved_shapes(step).items() if name[:6] == "model."}

@@ -34,10 +34,9 @@ def _exchange_loads(loads: Tensor, group: str, ranks: int) -> tuple[Tensor, Tens
         The rows that each process has for the experts of this one, int64 [ranks, experts / ranks]. And on the host,
         int64 [2, ranks, experts / ranks]: the rows that go to each process and expert there, and the first result.
     """
-    loads = loads.long()
     even = [loads.shape[0] // ranks] * ranks
-    coming = _c10d.wait_tensor(_c10d.all_to_all_single(loads, even, even, group))
-    both = torch.stack((loads, coming)).unflatten(1, (ranks, -1)).cpu()  # the host waits here
+    coming = _c10d.wait_tensor(_c10d.all_to_all_single(loads, even, even, group)).long()
+    both = torch.stack((loads.long(), coming)).unflatten(1, (ranks, -1)).cpu()  # the host waits here
     return coming.unflatten(0, (ranks, -1)), both
 
 
@@ -45,6 +44,19 @@ def _exchange_loads(loads: Tensor, group: str, ranks: int) -> tuple[Tensor, Tens
 def _(loads: Tensor, group: str, ranks: int) -> tuple[Tensor, Tensor]:
     shape = ranks, loads.shape[0] // ranks
     return loads.new_empty(shape, dtype=torch.int64), torch.empty(2, *shape, dtype=torch.int64, device="cpu")
+
+
+def _transposed(rows: Tensor, counts: Tensor) -> Tensor:
+    """Return ``rows`` [rows, features], which are in groups of ``counts`` [n, m], row by row of that matrix, column by
+    column. ``counts`` is on the host, which does not wait for the device."""
+    if 1 in counts.shape:
+        return rows
+    starts = (counts.flatten().cumsum(0) - counts.flatten()).view_as(counts).T.flatten()
+    sizes = counts.T.flatten()
+    shifts = starts - (sizes.cumsum(0) - sizes)  # of each group, from where it goes to where it is
+    shifts, sizes = torch.stack((shifts, sizes)).to(rows.device, non_blocking=True)
+    index = torch.arange(rows.shape[0], device=rows.device)
+    return rows[index + shifts.repeat_interleave(sizes, output_size=rows.shape[0])]
 
 
 @torch.library.custom_op("titanlite::to_experts", mutates_args=())
@@ -63,10 +75,7 @@ def _to_experts(rows: Tensor, loads: Tensor, size: int, group: str) -> Tensor:
     going, coming = loads
     splits = coming.sum(1).tolist(), going.sum(1).tolist()
     received = _c10d.wait_tensor(_c10d.all_to_all_single(rows.contiguous(), *splits, group))
-    if coming.shape[1] == 1:
-        return received  # type: ignore[no-any-return]
-    parts = received.split(coming.flatten().tolist())
-    return torch.cat([part for expert in range(coming.shape[1]) for part in parts[expert :: coming.shape[1]]])
+    return _transposed(received, coming)
 
 
 @_to_experts.register_fake
@@ -79,9 +88,7 @@ def _(rows: Tensor, loads: Tensor, size: int, group: str) -> Tensor:
 def _from_experts(rows: Tensor, loads: Tensor, size: int, group: str) -> Tensor:
     """Send rows back: the inverse of ``to_experts``. ``size`` is the number of rows that this process had sent."""
     going, coming = loads
-    if coming.shape[1] > 1:
-        parts = rows.split(coming.T.flatten().tolist())
-        rows = torch.cat([part for rank in range(coming.shape[0]) for part in parts[rank :: coming.shape[0]]])
+    rows = _transposed(rows, coming.T)
     splits = going.sum(1).tolist(), coming.sum(1).tolist()
     return _c10d.wait_tensor(_c10d.all_to_all_single(rows.contiguous(), *splits, group))  # type: ignore[no-any-return]
 

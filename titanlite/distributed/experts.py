@@ -21,16 +21,16 @@ _c10d = torch.ops._c10d_functional
 _RATE = 0.001  # by default: of the bias update, as in DeepSeek-V3, and the coefficient of the balance loss
 
 
-def check_experts(mixture: MixtureArgs | None, mesh: Mesh, config: JobConfig) -> None:
+def check_experts(args: Any, mesh: Mesh, config: JobConfig) -> None:
     """Check the options of experts, and what does not go with them.
 
     Args:
-        mixture: that of the model; None: it has none.
+        args: the arguments of the model.
 
     Raises:
         ConfigError: an option has no effect, or a dimension of parallelism does not know experts.
     """
-    options = config.experts
+    options, mixture = config.experts, getattr(args, "mixture", None)
     if mixture is None:
         for key, value in vars(Experts()).items():
             if getattr(options, key) != value:
@@ -45,7 +45,7 @@ def check_experts(mixture: MixtureArgs | None, mesh: Mesh, config: JobConfig) ->
             value=mesh.tp.size(),
         )
     if mesh.experts is not None and mesh.experts.ep.size() * mesh.tp.size() > 1:
-        _check_spread(mixture, mesh)
+        _check_spread(mixture, args.dim, mesh)
     if options.bias_update_rate and not mixture.bias:
         refuse(
             config,
@@ -57,8 +57,8 @@ def check_experts(mixture: MixtureArgs | None, mesh: Mesh, config: JobConfig) ->
         refuse(config, "experts.balance_loss_over", "has no effect without experts.balance_loss; set that too")
 
 
-def _check_spread(mixture: MixtureArgs, mesh: Mesh) -> None:
-    """Check that experts can be sharded over a mesh of their own."""
+def _check_spread(mixture: MixtureArgs, dim: int, mesh: Mesh) -> None:
+    """Check that experts of tokens with ``dim`` features can be sharded over a mesh of their own."""
     assert mesh.experts is not None
     ep, shards, tp = mesh.experts.ep.size(), mesh.experts.fsdp.size(), mesh.tp.size()
     key, value = ("expert", ep) if ep > 1 else ("tensor", tp)
@@ -77,10 +77,11 @@ def _check_spread(mixture: MixtureArgs, mesh: Mesh) -> None:
             value=value,
         )
     each = mixture.n_experts // ep
-    if ep > 1 and each % shards and mixture.expert_dim % shards:
+    if ep > 1 and each % shards and (mixture.expert_dim % shards or dim % shards):
         raise ConfigError(
-            f"leaves {counted(each, 'expert')} to each process, of {mixture.expert_dim} features, and FSDP can shard "
-            f"neither over the {shards} processes that have the same experts; choose another degree",
+            f"leaves {counted(each, 'expert')} to each process, and the {shards} processes that have the same ones can "
+            f"share neither these evenly nor their features, {mixture.expert_dim} inside and {dim} of a token; choose "
+            "another degree",
             key=key,
             value=value,
         )

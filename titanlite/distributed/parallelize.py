@@ -158,7 +158,7 @@ def check(args: Any, layout: Layout, mesh: Mesh, config: JobConfig) -> None:
         ConfigError: a degree does not divide the model, or checkpointing would select no layer.
     """
     tp, pp, ac = mesh.tp.size(), mesh.pp.size(), config.activation_checkpoint
-    check_experts(getattr(args, "mixture", None), mesh, config)
+    check_experts(args, mesh, config)
     for name, degree in (("tensor", tp), ("context", mesh.cp.size()), ("pipeline", pp)):
         if degree > 1 and name in layout.refused:
             raise ConfigError(

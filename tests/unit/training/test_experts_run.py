@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.torch_version import TorchVersion
 
 from tests.support.runs import TINY, checkpoints, run_trainer
 from titanlite.checkpoint.metadata import read_metadata
@@ -22,6 +24,7 @@ from titanlite.models.layers import LAYOUT, Decoder
 from titanlite.models.spec import get_model_spec
 from titanlite.plan.estimate import estimate
 from titanlite.plan.lone_rank import lone_process_group
+from titanlite.training.build import build_model
 from titanlite.training.model_shape import choose_shape
 
 SIZES = {
@@ -33,7 +36,8 @@ SIZES = {
     "experts_per_token": 2,
     "expert_dim": 16,
 }
-EP = "parallelism.expert_parallel_degree"
+EP, TP, CP = (f"parallelism.{name}_parallel_degree" for name in ("expert", "tensor", "context"))
+DEEPSEEK = {"model.name": "deepseek_v3", "model.flavor": "671B"}
 SMALL = {"model.name": "qwen3_moe"} | {f"model.args.{name}": size for name, size in SIZES.items()}
 
 
@@ -110,16 +114,57 @@ def test_biases_move_and_a_run_goes_on_bit_by_bit(tmp_path: Path) -> None:
         ({"experts.bias_update_rate": 0.1}, "experts.bias_update_rate", "no bias"),
         ({"experts.balance_loss": 0, "experts.balance_loss_over": "batch"}, "experts.balance_loss_over", "no effect"),
         ({"experts.z_loss": 0.1, "model.name": "llama3"}, "experts.z_loss", "no experts"),
+        ({**DEEPSEEK, TP: 2}, TP, "all heads share the latents"),
+        ({**DEEPSEEK, TP: 2, EP: 2}, TP, "all heads share the latents"),
+        ({**DEEPSEEK, CP: 2}, CP, "heads of one size"),
+        ({**DEEPSEEK, CP: 2, EP: 2}, CP, "heads of one size"),
+        # 8 processes; the same experts are on 4 of them.
+        ({EP: 2, "model.args.n_experts": 6, "model.args.expert_dim": 30}, EP, "3 experts to each .* 30 inside"),
+        ({EP: 2, "model.args.n_experts": 6, "model.args.dim": 90, "model.args.head_dim": 32}, EP, "90 of a token"),
     ],
 )
 def test_what_does_not_go_with_experts_is_refused(options: dict[str, Any], key: str, why: str) -> None:
+    """Before anything is built: the largest models take no time and no memory."""
     config = load_config([f"--{name}={value}" for name, value in {"model.name": "qwen3_moe", **options}.items()])
+    shape, world_size = choose_shape(config), 8 if "experts to each" in why or "of a token" in why else 2
+    args = shape.spec.configure(shape.flavor, 2048, 64)
+    begin = memory_now()
+    with lone_process_group(0, world_size):
+        degrees = resolve_degrees(config.parallelism, world_size)
+        mesh = build_mesh(degrees, "cpu", experts=args.mixture is not None)
+        with pytest.raises(ConfigError, match=why) as refusal:
+            build_model(shape.spec, args, config, mesh)
+    assert refusal.value.key == key
+    assert memory_now() - begin < 100 * 2**20
+
+
+def memory_now() -> int:
+    """The bytes of this process."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+@pytest.mark.parametrize("degree", [EP, TP])
+def test_experts_of_their_own_mesh_need_a_later_torch(degree: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = load_config(["--model.name=qwen3_moe", f"--{degree}=2"])
     args = choose_shape(config).flavor.configured(2048, 64)
     with lone_process_group(0, 2):
-        mesh = build_mesh(resolve_degrees(config.parallelism, 2), "cpu", experts=args.mixture is not None)
-        with pytest.raises(ConfigError, match=why) as refusal:
+        mesh = build_mesh(resolve_degrees(config.parallelism, 2), "cpu", experts=True)
+        check(args, LAYOUT, mesh, config)
+        monkeypatch.setattr(torch, "__version__", TorchVersion("2.11.0"))
+        with pytest.raises(ConfigError, match=r"needs torch 2\.12 or later with experts") as refusal:
             check(args, LAYOUT, mesh, config)
-    assert refusal.value.key == key
+    assert refusal.value.key == degree
+
+
+def test_generation_does_not_shard_experts() -> None:
+    """It makes no meshes for them."""
+    config = load_config(["--model.name=qwen3_moe", f"--{TP}=2"])
+    args = choose_shape(config).flavor.configured(2048, 64)
+    with lone_process_group(0, 2):
+        mesh = build_mesh(resolve_degrees(config.parallelism, 2), "cpu")
+        with pytest.raises(ConfigError, match="only training spreads them") as refusal:
+            check(args, LAYOUT, mesh, config)
+    assert refusal.value.key == TP
 
 
 @pytest.mark.parametrize(
