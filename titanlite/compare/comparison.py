@@ -236,6 +236,22 @@ def _verdict(interval: Interval) -> Verdict:
     return "lower" if interval.high < 0 else "higher"
 
 
+def rounded(value: float, places: int, sign: str = "") -> str:
+    """Format a number with ``places`` decimals; a large one, such as the loss of a run that blew up, as 1.23e+09.
+
+    Args:
+        sign: "+" shows that of a positive number, too.
+    """
+    return f"{value:{sign}.{places}f}" if abs(value) < 10_000 else f"{value:{sign}.3g}"
+
+
+def interval_in_percent(d: Difference, unit: str = "") -> str:
+    """Return the interval of a difference that has one: "-0.31% to +0.25%"."""
+    assert d.low_percent is not None
+    assert d.high_percent is not None
+    return f"{rounded(d.low_percent, 2, '+')}{unit} to {rounded(d.high_percent, 2, '+')}{unit}"
+
+
 def _sentence(run: Run, baseline: Run, differences: Sequence[Difference], reasons: Sequence[str]) -> str:
     pair = f"{run.name} and {baseline.name}"
     if reasons:
@@ -253,8 +269,8 @@ def _sentence(run: Run, baseline: Run, differences: Sequence[Difference], reason
     if d.verdict == "too few rows":
         why = f"No verdict: {pair} have fewer than {MIN_ROWS} logged steps in common; train longer, or log more often"
         return f"{why} (metrics.log_freq).{caution}"
-    span = f"95% interval {d.low_percent:+.2f}% to {d.high_percent:+.2f}%, steps {d.first:,.0f} to {d.last:,.0f}"
-    size = f"{abs(d.difference_percent):.2f}%"
+    span = f"95% interval {interval_in_percent(d, '%')}, steps {d.first:,.0f} to {d.last:,.0f}"
+    size = f"{rounded(abs(d.difference_percent), 2)}%"
     if d.low == d.high == 0:
         text = f"{pair} have the same losses, steps {d.first:,.0f} to {d.last:,.0f}."
     elif d.verdict == "within the noise":

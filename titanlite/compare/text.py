@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 
 from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from titanlite.compare.comparison import Comparison, Difference, at_equal_steps, run_summary
+from titanlite.compare.comparison import (
+    Comparison,
+    Difference,
+    at_equal_steps,
+    interval_in_percent,
+    rounded,
+    run_summary,
+)
 from titanlite.compare.plot import COLORS, highest_loss, plot
 from titanlite.errors import printable
 
@@ -33,8 +41,8 @@ def duration(hours: float) -> str:
 # The columns of the table of runs: title, key of run_summary, format.
 _COLUMNS: tuple[tuple[str, str, Callable[[float], str]], ...] = (
     ("steps", "steps", "{:,.0f}".format),
-    ("loss", "loss", "{:.4f}".format),
-    ("val loss", "validation_loss", "{:.4f}".format),
+    ("loss", "loss", partial(rounded, places=4)),
+    ("val loss", "validation_loss", partial(rounded, places=4)),
     ("tok/s/device", "tps", "{:,.0f}".format),
     ("MFU %", "mfu", "{:.1f}".format),
     ("GiB", "memory_gib", "{:.1f}".format),
@@ -126,8 +134,8 @@ def metric_title(d: Difference) -> str:
 
 def difference_cells(d: Difference) -> tuple[str, str, str]:
     """Return the difference, the same in percent, and its interval in percent, as text."""
-    interval = "none: too few rows" if d.low is None else f"{d.low_percent:+.2f} to {d.high_percent:+.2f}"
-    return f"{d.difference:+.4f}", f"{d.difference_percent:+.2f}", interval
+    interval = "none: too few rows" if d.low is None else interval_in_percent(d)
+    return rounded(d.difference, 4, "+"), rounded(d.difference_percent, 2, "+"), interval
 
 
 def _options(comparison: Comparison) -> Group:

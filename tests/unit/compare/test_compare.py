@@ -251,14 +251,19 @@ def test_the_text_fits_the_terminal(
     assert "lower loss" in " ".join(lines)
 
 
-def test_a_run_that_blew_up_leaves_the_frame(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_that_blew_up_leaves_the_frame(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """And the others are told apart: the picture's axis and the terminal's end at 1.5 times the first loss."""
+    monkeypatch.setenv("COLUMNS", "80")
     first, second = losses(-1)
     blown = np.where(np.arange(600) < 300, second, 1e30)
     paths = [write_run(tmp_path / name, v) for name, v in (("a", first), ("b", second), ("c", blown))]
     lines = run_command(capsys, *paths)[0].splitlines()
     top = float(lines[lines.index("loss by step") + 1].split()[0])
     assert top == pytest.approx(1.5 * first[0], rel=0.01)
+    assert max(map(len, lines)) <= 80
+    assert "c has a higher loss than a, by 3.34e+31%" in " ".join(lines)
     assert highest_loss([np.array([np.nan])]) == np.inf
     assert highest_loss([np.array([np.nan, 2.0, 9.0]), np.array([1.0])]) == 3.0
     all_blown = [write_run(tmp_path / name, np.append(1.0, np.full(99, 1e30))) for name in "de"]
