@@ -1,7 +1,7 @@
-"""Make the pictures of docs/tutorial.md from real runs: ``python -m tests.pictures RUNS``.
+"""Make the pictures of docs/tutorial.md: ``python -m tests.pictures``, on an idle machine, with Chromium installed.
 
-RUNS has the runs of the tutorial, ``bf16`` and ``float8``, and another one. Chromium must be installed. One more run is
-made here, on a terminal, to show it.
+The tutorial's commands are run as they are typed, in a clone of what is committed; the first one on a terminal, to show
+it. The pictures are of these runs.
 """
 
 from __future__ import annotations
@@ -12,44 +12,46 @@ import tempfile
 from pathlib import Path
 
 from tests.support.browser import Browser, browser
+from tests.support.docs import typed_on
 from tests.support.forks import free_port
-from tests.support.runs import ROOT, environment, run_module
+from tests.support.installs import User, user_of_clone
+from tests.support.runs import ROOT
 from tests.support.screen import Screen, run_on_terminal
-from titanlite.compare.comparison import compare
-from titanlite.compare.page import write_page
 
 PICTURES = ROOT / "docs" / "pictures"
 # Of a terminal; pyte calls yellow brown.
 COLORS = {"green": "#4cc38a", "brown": "#e2b340", "red": "#ef6a5b", "cyan": "#48b5c9", "default": "#d8dde6"}
 
 
-def main(runs: Path) -> None:
+def main() -> None:
     PICTURES.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory() as name, browser() as chromium:
-        folder = Path(name)
-        terminal(folder, chromium)
-        write_page(compare([runs / "bf16", runs / "float8"]), folder / "compare.html")
+        user = user_of_clone(Path(name), TERM="xterm-256color")
+        first, *others = typed_on(ROOT / "docs" / "tutorial.md")
+        terminal(first, user, chromium)
+        for command in others:
+            print(command, flush=True)
+            user.types(command)
+        page = user.folder / "runs" / "compare.html"
         for width, height in ((1280, 1250), (400, 1400)):
-            chromium.open((folder / "compare.html").as_uri(), width)
+            chromium.open(page.as_uri(), width)
             chromium.screenshot(PICTURES / f"compare-{width}.png", height)
-        tensorboard(runs, chromium)
+        tensorboard(user.folder / "runs", chromium)
 
 
-def terminal(folder: Path, chromium: Browser) -> None:
-    """The screen in the middle of a run."""
+def terminal(command: str, user: User, chromium: Browser) -> None:
+    """Run ``command``, and show the screen in its middle."""
     shown: list[str] = []
 
     def seen(screen: Screen) -> None:
         if any(line.startswith("step 110") for line in screen.visible()) and "tok/s" in screen.visible()[-1]:
             shown[:] = shown or [screen.html(COLORS)]
 
-    options = ["--job.dump_folder=run", "--metrics.log_freq=10", "--training.seq_len=64", "--sample.enable=false"]
-    options += ["--validation.enable", "--validation.interval=50", "--validation.steps=2"]
-    place = environment(TERM="xterm-256color", CONFIG_FILE=str(ROOT / "train_configs" / "debug_model.toml"))
-    status, _ = run_on_terminal(folder, place, 100, run_module, "titanlite.train", options, seen=seen)
-    assert status == 0
+    words = ["bash", "-c", command]
+    status, screen = run_on_terminal(user.folder, user.env, 100, subprocess.check_call, words, seen=seen, timeout=1800)
+    assert status == 0, "\n".join(screen.lines())
     (text,) = shown
-    page = folder / "terminal.html"
+    page = user.folder / "terminal.html"
     style = (
         "background: #181c24; color: #d8dde6; font: 14px/1.35 'DejaVu Sans Mono', monospace; margin: 0; padding: 12px"
     )
@@ -61,7 +63,7 @@ def terminal(folder: Path, chromium: Browser) -> None:
 def tensorboard(runs: Path, chromium: Browser) -> None:
     port = free_port()
     command = [sys.executable, "-m", "tensorboard.main", "--logdir", str(runs), "--port", str(port)]
-    with subprocess.Popen(command, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as server:
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as server:
         try:
             assert server.stderr is not None
             next(line for line in server.stderr if b"http://" in line)
@@ -74,4 +76,4 @@ def tensorboard(runs: Path, chromium: Browser) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]).absolute())
+    main()

@@ -1,5 +1,9 @@
 """An instruction set made of the source of Python's standard library: the part of the library that a function is from.
 
+    python scripts/benchmarks/instruction_set.py FOLDER
+
+writes questions to train on (train.jsonl) and held-out ones (held_out.jsonl, choices.jsonl) into the folder.
+
 A question is the source of a function, and a comment that asks for the part. The answer is the part's name: the package
 or module at the top, such as ``asyncio``. Each part has the same number of questions, so that every answer is equally
 likely. The same Python and seed give the same set.
@@ -14,6 +18,7 @@ likely. The same Python and seed give the same set.
 
 from __future__ import annotations
 
+import argparse
 import ast
 import json
 import random
@@ -155,11 +160,41 @@ def choices(made: InstructionSet, seed: int = 0) -> list[dict[str, Any]]:
 
 
 def write(made: InstructionSet, folder: Path, forms: int, seeds: int) -> None:
-    """Write the text for pre-training (``pretrain.jsonl``), the instructions (``train.jsonl``, ``held_out.jsonl``),
-    those with shuffled answers for each seed from 1 (``shuffled-1.jsonl``, ...) and the choices (``choices.jsonl``)."""
-    sets = {"train": records(made.train), "held_out": records(made.held_out), "choices": choices(made)}
-    sets["pretrain"] = [{"text": text} for text in pretraining_texts(made, forms)]
-    sets |= {f"shuffled-{seed}": shuffled(made.train, f"control {seed}") for seed in range(1, seeds + 1)}
-    for name, lines in sets.items():
-        text = "".join(json.dumps(line) + "\n" for line in lines)
-        (folder / f"{name}.jsonl").write_text(text, encoding="utf-8")
+    """Write the text for pre-training (``pretrain.jsonl``), those with shuffled answers for each seed from 1
+    (``shuffled-1.jsonl``, ...), and what :func:`write_questions` writes."""
+    write_questions(made, folder)
+    _write_lines(folder / "pretrain.jsonl", [{"text": text} for text in pretraining_texts(made, forms)])
+    for seed in range(1, seeds + 1):
+        _write_lines(folder / f"shuffled-{seed}.jsonl", shuffled(made.train, f"control {seed}"))
+
+
+def write_questions(made: InstructionSet, folder: Path) -> None:
+    """Write the instructions (``train.jsonl``, ``held_out.jsonl``) and the choices (``choices.jsonl``)."""
+    _write_lines(folder / "train.jsonl", records(made.train))
+    _write_lines(folder / "held_out.jsonl", records(made.held_out))
+    _write_lines(folder / "choices.jsonl", choices(made))
+
+
+def _write_lines(file: Path, lines: Sequence[dict[str, Any]]) -> None:
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="where to put the files; it is made if it is not there")
+    parser.add_argument("--parts", type=int, default=5, help="parts of the library: the answers that there are")
+    parser.add_argument("--train", type=int, default=120, help="questions of each part to train on")
+    parser.add_argument("--held-out", type=int, default=40, help="held-out questions of each part")
+    args = parser.parse_args()
+    try:
+        made = make(args.parts, args.train, args.held_out)
+    except ValueError as e:
+        parser.error(f"{e}; ask for fewer")
+    args.folder.mkdir(parents=True, exist_ok=True)
+    write_questions(made, args.folder)
+    print(f"{args.folder}: {len(made.train)} questions to train on, {len(made.held_out)} held out, about", end=" ")
+    print(", ".join(made.parts))
+
+
+if __name__ == "__main__":
+    main()

@@ -37,10 +37,11 @@ class User:
 
 
 def clean_environment(home: Path, *programs: Path) -> dict[str, str]:
-    """What a new user has: an empty home, a PATH with the folders ``programs`` in front, and how packages are found on
-    this machine."""
+    """What a new user has: an empty home, a PATH with the folders ``programs`` in front, and what belongs to this
+    machine: how packages are found, and the number of threads."""
     home.mkdir(exist_ok=True)
-    kept = {k: v for k, v in os.environ.items() if k.startswith(("PIP_", "UV_", "SSL_", "https_proxy", "http_proxy"))}
+    of_machine = ("PIP_", "UV_", "SSL_", "https_proxy", "http_proxy", "OMP_")
+    kept = {k: v for k, v in os.environ.items() if k.startswith(of_machine)}
     # Without the environment that runs these tests: it has titanlite installed, a newcomer's has not.
     path = [p for p in os.environ["PATH"].split(":") if Path(p) != Path(sys.executable).parent]
     return {**kept, "HOME": str(home), "PATH": ":".join([*map(str, programs), *path]), "CUDA_VISIBLE_DEVICES": ""}

@@ -12,6 +12,7 @@ from titanlite.config.schema import JobConfig
 # The sections that change neither what a run computes nor how fast.
 OUTSIDE = {"job", "profiling", "metrics", "sample", "checkpoint", "comm", "memory_estimation"}
 _LONGEST = 100  # characters
+_INNER = re.compile(r"model|checkpoint|step-\d+")  # folders in that of a run, whose name says more
 _SPEAKING = ("name", "flavor", "recipe_name", "dataset")  # keys whose values say enough
 
 
@@ -51,7 +52,8 @@ def _part(option: Option, value: Any) -> str:
     if isinstance(value, list):
         return "+".join(map(str, value))
     if option.is_path:
-        return PurePath(value or "").name
+        parts = PurePath(value or "").parts
+        return next((part for part in reversed(parts) if not _INNER.fullmatch(part)), "".join(parts[-1:]))
     return f"{value}" if option.key in _SPEAKING else f"{option.key}={value}"
 
 

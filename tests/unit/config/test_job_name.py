@@ -26,6 +26,8 @@ from titanlite.errors import ConfigError
         (["--activation_checkpoint.mode=none"], "mine-mode=none"),
         (["--training.dataset_path=/my data/notes"], "mine-notes"),
         (["--checkpoint.initial_load_path=/a/b"], "mine-b"),
+        (["--checkpoint.initial_load_path=runs/bf16/model/step-200"], "mine-bf16"),
+        (["--checkpoint.initial_load_path=checkpoint/step-200"], "mine-step-200"),
         (["--job.dump_folder=x", "--metrics.log_freq=1"], "mine"),
         (["--job.name=my own", "--training.steps=50"], "my own"),
         (["--optimizer.name=" + "x" * 300], "mine-" + "x" * 95),
