@@ -48,6 +48,7 @@ from titanlite.plan.lone_rank import LoneStage, fused_norm, in_a_process, lone_p
 from titanlite.plan.memory import (
     ACTIVATIONS,
     GATHERED,
+    GRADIENTS,
     OPTIMIZER,
     PARAMETERS,
     TEMPORARY,
@@ -274,6 +275,8 @@ def measure(
         worst = assume_load(built.parts, worst=False)
         runner = StepRunner(built.parts, loss_fn, pipeline, None, DEVICE, mesh, built.reduce_each)
         loss = runner.forward_backward(_batch(config, mesh))
+        # Those that are on one device alone, as experts can be, pass no reduction that would tell what they are.
+        tracker.name([*_local(p.grad for p in parameters)], GRADIENTS)
         sharded_gradients = _bytes(p.grad for p in parameters)
         tracker.mark("clip")
         with tracker.kind(TEMPORARY, "all ranks"):
@@ -334,13 +337,15 @@ def _batch(config: JobConfig, mesh: Mesh) -> Batch:
 
 def _bytes(tree: Any) -> int:
     """Return the bytes of this rank's storages of the tensors in ``tree``, each once, with padding of uneven shards."""
-    storages = {}
+    storages = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in _local(tree)}
+    return sum(storages.values())
+
+
+def _local(tree: Any) -> Iterator[Tensor]:
+    """Yield this rank's parts of the tensors in ``tree``, as plain tensors."""
     for leaf in tree_leaves(list(tree)):
         if isinstance(leaf, Tensor):
-            local = leaf.to_local() if isinstance(leaf, DTensor) else leaf
-            for part in inner_tensors(local):
-                storages[part.untyped_storage()._cdata] = part.untyped_storage().nbytes()
-    return sum(storages.values())
+            yield from inner_tensors(leaf.to_local() if isinstance(leaf, DTensor) else leaf)
 
 
 def _uneven(parameters: Iterable[nn.Parameter]) -> int:

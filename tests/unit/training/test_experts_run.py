@@ -217,3 +217,12 @@ def test_an_estimate_counts_the_exchange_of_tokens_and_its_worst_case() -> None:
     assert rank.worst_peak is not None
     assert rank.worst_peak > rank.peak
     assert "its peak is" in " ".join(result.notes)
+
+
+def test_an_estimate_names_gradients_that_nothing_reduces() -> None:
+    """Those of experts that are on one process alone. The peak is in the backward, where most of them are there."""
+    options = {**TINY, **SMALL, EP: 2, "model.args.n_layers": 1, "model.args.expert_dim": 256}
+    options |= {"training.seq_len": 8, "training.local_batch_size": 1}
+    (rank,) = estimate(load_config([f"--{key}={value}" for key, value in options.items()]), 2).ranks
+    assert rank.at_peak["gradients"] >= 3 * 3 * 32 * 256 * 4
+    assert rank.activations < 8 * 32 * 2 * 4
