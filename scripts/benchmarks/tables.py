@@ -185,6 +185,15 @@ def counted_step(results: list[dict[str, Any]]) -> list[list[str]]:
     return rows
 
 
+def whole_step(results: list[dict[str, Any]]) -> list[list[str]]:
+    parts = ("blocks", "casts", "fsdp", "ends", "optimizer")
+    rows = [["config", "GPUs", *(f"{part}, GB" for part in parts), "in all, GB", "launches"]]
+    for r in results:
+        moved = [f"{r[f'{part}_mb'] / 1e3:.1f}" for part in parts]
+        rows.append([r["config"], str(r["gpus"]), *moved, f"{r['mb'] / 1e3:.0f}", f"{r['launches']:,}"])
+    return rows
+
+
 def predicted_steps(results: list[dict[str, Any]]) -> list[list[str]]:
     parts = {
         "matmul_s": "matmuls",
@@ -347,6 +356,7 @@ TABLES: dict[str, Callable[[list[dict[str, Any]]], list[list[str]]]] = {
     "roofline_assumed/linears": predicted_linears,
     "roofline_assumed/steps": predicted_steps,
     "counted_step": counted_step,
+    "whole_step": whole_step,
 }
 
 

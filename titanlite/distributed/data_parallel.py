@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 from titanlite.config.schema import Training
 from titanlite.distributed.mesh import Mesh
+from titanlite.distributed.one_shard import OneShard
 from titanlite.errors import ConfigError
 from titanlite.models.layers import Experts
 from titanlite.quant.fsdp import shard_with_offset
@@ -55,6 +56,7 @@ def apply_fsdp(
     keep_all = reshard == "never" or (reshard == "default" and costly)
     groups = list(groups)
     placement = _placements(model, mesh)
+    without_copy = mesh.fsdp.size() == 1 and not _experts_apart(model, mesh)
     for i, modules in enumerate(groups):
         keep = keep_all or (reshard == "default" and i == len(groups) - 1)
         fully_shard(
@@ -65,6 +67,8 @@ def apply_fsdp(
             reshard_after_forward=not keep,
             shard_placement_fn=placement,
         )
+        if without_copy:
+            modules[0].set_custom_reduce_scatter(OneShard())  # type: ignore[operator]
     fully_shard(
         model,
         mesh=mesh.data_parallel,
@@ -100,8 +104,7 @@ def _placements(model: nn.Module, mesh: Mesh) -> Callable[[nn.Parameter], Any]:
     nothing inside a block has hooks, and the compiler still sees the whole block.
     """
     experts = {param for module in model.modules() if isinstance(module, Experts) for param in module.parameters()}
-    apart = experts and mesh.experts is not None and mesh.experts.ep.size() * mesh.tp.size() > 1
-    if not apart:
+    if not _experts_apart(model, mesh):
         return lambda param: _shard_of_experts(param, mesh.fsdp.size()) if param in experts else None
     from torch.distributed.fsdp._fully_shard._fsdp_common import FSDPMeshInfo, HSDPMeshInfo, ShardPlacementResult
 
@@ -111,6 +114,12 @@ def _placements(model: nn.Module, mesh: Mesh) -> Callable[[nn.Parameter], Any]:
     return lambda param: (
         ShardPlacementResult(_shard_of_experts(param, shards) or Shard(0), info) if param in experts else None
     )
+
+
+def _experts_apart(model: nn.Module, mesh: Mesh) -> bool:
+    """Return whether experts are sharded over a mesh of their own."""
+    has_experts = any(isinstance(module, Experts) for module in model.modules())
+    return has_experts and mesh.experts is not None and mesh.experts.ep.size() * mesh.tp.size() > 1
 
 
 def _shard_of_experts(param: nn.Parameter, shards: int) -> Shard | None:

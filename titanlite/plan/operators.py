@@ -105,13 +105,18 @@ class OperatorTracker(MemoryTracker):
             group, name, nbytes = collective
             if group.size() > 1:
                 self.messages[Message(name, nbytes)] += 1
-        elif func.is_view or func.namespace in ("c10d", "_c10d_functional"):
+        elif func.is_view or func.namespace in ("c10d", "_c10d_functional") or copies_to_itself(func, args):
             self.views += 1
         else:
             operator = Operator(str(func), tree_map(_shaped, args), tree_map(_shaped, kwargs or {}))
             key = repr(operator)
             self._operators[key] = operator, self._operators.get(key, (operator, 0))[1] + 1
         return out
+
+
+def copies_to_itself(func: Any, args: Any) -> bool:
+    """Return whether an operator copies a tensor to itself, which does nothing."""
+    return func is torch.ops.aten.copy_.default and args[0] is args[1]
 
 
 def _shaped(leaf: Any) -> Any:

@@ -163,6 +163,11 @@ class _Helpers:
     """Inductor's device functions, without the computation of values where it is slow in the interpreter."""
 
     maximum = minimum = staticmethod(lambda a, b: a)
+    online_softmax_combine = staticmethod(lambda maximum, total, *_: (maximum, total))
+
+    @staticmethod
+    def online_softmax_reduce(maximum: Any, total: Any, dim: int, *_: Any) -> tuple[Any, Any]:
+        return triton_helpers.max2(maximum, dim), triton_helpers.max2(total, dim)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(triton_helpers, name)
