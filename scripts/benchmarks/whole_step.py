@@ -37,8 +37,7 @@ from titanlite.config import load_config, resolve_degrees
 from titanlite.plan.estimate import build as build_model
 from titanlite.plan.estimate import dimensions, for_memory, lone_mesh, measure
 from titanlite.plan.lone_rank import in_a_process
-from titanlite.plan.memory import MemoryTracker, collective_of
-from titanlite.plan.operators import copies_to_itself
+from titanlite.plan.memory import MemoryTracker, collective_of, copies_to_itself
 from titanlite.training.build import build_loss
 
 TOKENS, VOCAB_SIZE = 8192, 128256

@@ -81,6 +81,11 @@ _NAMES = {
 }
 
 
+def copies_to_itself(func: Any, args: Any) -> bool:
+    """Return whether an operator copies a tensor to itself, which does nothing."""
+    return func is torch.ops.aten.copy_.default and args[0] is args[1]
+
+
 def _tensors(tree: Any) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
 
@@ -286,7 +291,7 @@ class MemoryTracker(TorchDispatchMode):
             self._count(func, args, out)
         if not self._paused:
             self.add(out)
-        if namespace == "fsdp" or func is _c10d._reduce_scatter_base_.default:
+        if namespace == "fsdp" or func is _c10d._reduce_scatter_base_.default or copies_to_itself(func, args):
             self._name_fsdp(func, args, kwargs or {}, out)
         return out
 
@@ -308,7 +313,7 @@ class MemoryTracker(TorchDispatchMode):
             self.name(kwargs["out"], GATHERED)
         elif name == "chunk_cat":
             self.name((args[0], kwargs["out"]), UNREDUCED)
-        elif name == "_reduce_scatter_base_":
+        elif name in ("_reduce_scatter_base_", "copy_"):  # of one shard: titanlite/distributed/one_shard.py
             self.name(args[0], GRADIENTS)
 
 

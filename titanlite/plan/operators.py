@@ -19,7 +19,7 @@ from titanlite.config.refuse import refuse
 from titanlite.distributed.mesh import build_mesh
 from titanlite.plan.estimate import DEVICE, build, check_modelled, dimensions, measure
 from titanlite.plan.lone_rank import in_a_process, lone_process_group
-from titanlite.plan.memory import MemoryTracker, collective_of
+from titanlite.plan.memory import MemoryTracker, collective_of, copies_to_itself
 from titanlite.training.build import build_loss
 
 _NO_WORK = ("profiler", "prim")  # marks of a trace; questions about a tensor, of which fakes ask more
@@ -112,11 +112,6 @@ class OperatorTracker(MemoryTracker):
             key = repr(operator)
             self._operators[key] = operator, self._operators.get(key, (operator, 0))[1] + 1
         return out
-
-
-def copies_to_itself(func: Any, args: Any) -> bool:
-    """Return whether an operator copies a tensor to itself, which does nothing."""
-    return func is torch.ops.aten.copy_.default and args[0] is args[1]
 
 
 def _shaped(leaf: Any) -> Any:

@@ -16,6 +16,7 @@ from titanlite.distributed.mesh import build_mesh
 from titanlite.doctor.layers import model_step
 from titanlite.errors import ConfigError
 from titanlite.plan.estimate import ASSUMED_VOCAB_SIZE, estimate
+from titanlite.plan.memory import copies_to_itself
 from titanlite.plan.operators import Operators, operators_of
 
 DEVICE = torch.device("cpu")
@@ -35,7 +36,7 @@ class Calls(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if any(issubclass(t, Tensor) and t not in (Tensor, torch.nn.Parameter) for t in types):
             return NotImplemented
-        if not func.is_view:
+        if not (func.is_view or copies_to_itself(func, args)):
             self.names[str(func)] += 1
         return func(*args, **(kwargs or {}))
 
