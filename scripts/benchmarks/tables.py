@@ -18,7 +18,15 @@ from typing import Any
 ROOT = Path(__file__).parents[2]
 if str(ROOT) not in sys.path:
     sys.path.append(str(ROOT))
-from tests.distributed.combinations import VARIANTS, WAYS, composes, tried  # noqa: E402
+from tests.distributed.combinations import (  # noqa: E402
+    EXPERT_VARIANTS,
+    EXPERT_WAYS,
+    VARIANTS,
+    WAYS,
+    composes,
+    expert_cell,
+    tried,
+)
 
 RESULTS = ROOT / "docs" / "benchmarks"
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
@@ -370,7 +378,16 @@ def composition() -> list[list[str]]:
     return rows + [[way, "yes", *(cell(way, variant) for variant in VARIANTS)] for way in WAYS]
 
 
-FROM_TESTS: dict[str, Callable[[], list[list[str]]]] = {"composition": composition}
+def expert_composition() -> list[list[str]]:
+    """Return the combinations that the tests of models with experts try."""
+    rows = [["", "float32", *EXPERT_VARIANTS]]
+    return rows + [[way, *(expert_cell(way, variant) for variant in ("", *EXPERT_VARIANTS))] for way in EXPERT_WAYS]
+
+
+FROM_TESTS: dict[str, Callable[[], list[list[str]]]] = {
+    "composition": composition,
+    "expert_composition": expert_composition,
+}
 
 
 def filled(text: str) -> str:

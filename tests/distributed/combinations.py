@@ -182,6 +182,29 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "compile, rowwise, AC selective op": {**_COMPILE, **_recipe("rowwise"), **_checkpointing("selective", "op")},
 }
 
+# What models with experts are tried with.
+EXPERT_VARIANTS: dict[str, dict[str, Any]] = {
+    **{name: VARIANTS[name] for name in ("AC full", "AC selective op", "compile", "compile, AC full")},
+    "compile, rowwise, AC selective op": VARIANTS["compile, rowwise, AC selective op"],
+    "compile, inductor": {"training.compile": "true"},  # to the code for the machine
+    # Experts in number formats.
+    "rowwise experts": {**VARIANTS["rowwise"], "float8.moe_fqns": "experts"},
+    "mxfp8 experts": {**VARIANTS["mxfp8"], "mx.moe_fqns": "experts"},
+    # Balance losses of the tokens of a microbatch, on one data-parallel process or on all.
+    **{f"balance over {over}": {"experts.balance_loss_over": over} for over in ("batch", "global_batch")},
+}
+
+
+def expert_cell(way: str, variant: str = "") -> str:
+    """Whether the tests try a model with experts in this combination: "yes"; "(yes)" if scripts/test.sh --long does;
+    "" if none does."""
+    if not variant:
+        return "(yes)" if way in EXPERT_WAYS_LONG else "yes"
+    if way == "EP 2":  # those that have no mechanism of their own are long
+        return "(yes)" if variant in ("AC full", "compile, AC full", "compile, inductor") else "yes"
+    return "(yes)" if (way, variant) == ("TP 2, EP 2", "compile") else ""
+
+
 # The ways whose mechanism a variant touches, with which the tests try it; every other pair that composes is run by
 # scripts/test.sh --long. A way that combines dimensions stands for each of them.
 TOUCHED: dict[str, list[str]] = {

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.distributed.combinations import BATCH, EXPERT_WAYS, EXPERT_WAYS_LONG, SEQ_LEN, VARIANTS
+from tests.distributed.combinations import BATCH, EXPERT_VARIANTS, EXPERT_WAYS, SEQ_LEN, expert_cell
 from tests.distributed.test_launcher import start_in
 from tests.distributed.test_parallel import (
     BOUNDS,
@@ -42,18 +42,7 @@ FAMILY = {
     "training.local_batch_size": 1,
     "mask": 16,
 }
-VARIED = ("AC selective op", "compile", "compile, rowwise, AC selective op")
-VARIED_LONG = ("AC full", "compile, AC full", "compile, inductor")  # they have no mechanism of their own
 QUANT = re.compile("rowwise|mxfp8")
-# Experts in number formats, which are compared with one process as VARIED is with the same recipe.
-QUANTIZED: dict[str, dict[str, Any]] = {
-    "rowwise experts": {**VARIANTS["rowwise"], "float8.moe_fqns": "experts"},
-    "mxfp8 experts": {**VARIANTS["mxfp8"], "mx.moe_fqns": "experts"},
-}
-# Balance losses of the tokens of a microbatch, on one data-parallel process or on all.
-BALANCED = {f"balance over {over}": {"experts.balance_loss_over": over} for over in ("batch", "global_batch")}
-# To the code for the machine.
-INDUCTOR: dict[str, dict[str, Any]] = {"compile, inductor": {"training.compile": "true"}}
 # What one process computes differently too.
 WITH_ONE = re.compile("rowwise|mxfp8|balance")
 
@@ -67,7 +56,8 @@ def as_many_sequences(variant: str, processes: int) -> dict[str, Any]:
     """
     if variant == "balance over batch":
         return {"training.local_batch_size": BATCH // 2}
-    return {"training.local_batch_size": BATCH // processes} if variant in {**QUANTIZED, **BALANCED} else {}
+    same = variant.endswith("experts") or variant == "balance over global_batch"
+    return {"training.local_batch_size": BATCH // processes} if same else {}
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +66,7 @@ def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     tests = [i.callspec.params for i in request.session.items if i.path == request.path and hasattr(i, "callspec")]
     ways = {name: EXPERT_WAYS[name] for name in {test["way"]: None for test in tests}}
     cluster = Cluster(tmp_path_factory.mktemp("experts"))
-    options = {**VARIANTS, **QUANTIZED, **BALANCED, **INDUCTOR}
+    options = EXPERT_VARIANTS
     varied = {(test["way"], test["variant"]): None for test in tests if "variant" in test}
     with_one = {
         f"{ONE}, {v}": {**FAMILY, **options[v], **as_many_sequences(v, 1)} for _, v in varied if WITH_ONE.search(v)
@@ -93,10 +83,9 @@ def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     return cluster.reports
 
 
-WAYS = [
-    pytest.param(way, marks=[pytest.mark.long] if way in EXPERT_WAYS_LONG else [pytest.mark.slow])
-    for way in EXPERT_WAYS
-]
+MARKS = {"yes": pytest.mark.slow, "(yes)": pytest.mark.long}
+WAYS = [pytest.param(way, marks=MARKS[expert_cell(way)]) for way in EXPERT_WAYS]
+BALANCED = [variant for variant in EXPERT_VARIANTS if variant.startswith("balance")]
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -180,9 +169,12 @@ def test_fsdp_gathers_the_experts_of_a_process_over_those_that_have_the_same(run
 
 @pytest.mark.parametrize(
     ("way", "variant"),
-    [pytest.param("EP 2", variant, marks=pytest.mark.slow) for variant in (*VARIED, *QUANTIZED)]
-    + [pytest.param("EP 2", variant, marks=pytest.mark.long) for variant in VARIED_LONG]
-    + [pytest.param("TP 2, EP 2", "compile", marks=pytest.mark.long)],
+    [
+        pytest.param(way, variant, marks=MARKS[cell])
+        for way in EXPERT_WAYS
+        for variant in EXPERT_VARIANTS
+        if variant not in BALANCED and (cell := expert_cell(way, variant))
+    ],
 )
 def test_experts_train_with_checkpointing_compiled_and_in_float8(runs: Reports, way: str, variant: str) -> None:
     plain, varied = runs[way], runs[f"{way}, {variant}"]

@@ -47,8 +47,9 @@ def _(loads: Tensor, group: str, ranks: int) -> tuple[Tensor, Tensor]:
 
 
 def _transposed(rows: Tensor, counts: Tensor) -> Tensor:
-    """Return ``rows`` [rows, features], which are in groups of ``counts`` [n, m], row by row of that matrix, column by
-    column. ``counts`` is on the host, which does not wait for the device."""
+    """Return ``rows`` [rows, features] with their groups in another order. ``counts`` [n, m] are the sizes of groups.
+    They lie row by row of that matrix, and in the result column by column. ``counts`` is on the host, which does not
+    wait for the device."""
     if 1 in counts.shape:
         return rows
     starts = (counts.flatten().cumsum(0) - counts.flatten()).view_as(counts).T.flatten()
@@ -56,7 +57,7 @@ def _transposed(rows: Tensor, counts: Tensor) -> Tensor:
     shifts = starts - (sizes.cumsum(0) - sizes)  # of each group, from where it goes to where it is
     shifts, sizes = torch.stack((shifts, sizes)).to(rows.device, non_blocking=True)
     index = torch.arange(rows.shape[0], device=rows.device)
-    return rows[index + shifts.repeat_interleave(sizes, output_size=rows.shape[0])]
+    return rows.index_select(0, index + shifts.repeat_interleave(sizes, output_size=rows.shape[0]))
 
 
 @torch.library.custom_op("titanlite::to_experts", mutates_args=())
