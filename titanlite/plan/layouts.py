@@ -220,10 +220,10 @@ def _variants(plan: Plan, scratch: JobConfig, options: Options) -> Iterator[Layo
             plan.tried += 1
             try:
                 work = work_of(changed(scratch, every), plan.model.args, plan.devices)
-            except ConfigError:  # a global batch that does not divide
+                layout = Layout(every, work, reserved_gib(work), plan.device)
+            except ConfigError:  # a global batch that does not divide, or more stages than blocks
                 plan.refused += 1
                 continue
-            layout = Layout(every, work, reserved_gib(work), plan.device)
             yield layout
             if layout.fits:
                 break

@@ -313,6 +313,16 @@ def test_meshes_use_all_devices() -> None:
             resolve_degrees(config.parallelism, devices)
 
 
+@pytest.mark.parametrize("device", ["h100", "a100", "mi300x"])
+@pytest.mark.parametrize("model", ["llama3:debugmodel", "qwen3_moe:debugmodel", "llama3:20M"])
+def test_small_models_have_plans(capsys: pytest.CaptureFixture[str], model: str, device: str) -> None:
+    """Layouts with more stages than blocks are refused, and end no plan."""
+    assert command.main([f"--model={model}", "--devices=8", f"--device={device}", "--top=3", "--json"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["refused"] > 0
+    assert len(plan["layouts"]) == 3
+
+
 _DEGREES = ("data_parallel_replicate", "tensor_parallel", "context_parallel", "pipeline_parallel", "expert_parallel")
 
 
@@ -371,7 +381,7 @@ def test_random_layouts_are_refused_if_and_only_if_the_trainer_refuses_them() ->
     assert (fits, refused) == (200, 100)
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_written_files_are_built_by_the_trainer(tmp_path: Path) -> None:
     """As COMM_MODE=fake builds and shards them, with all layouts of a small model that a plan finds for 8 devices."""
     config = load_config(["--model.name=llama3", "--model.flavor=debugmodel", "--training.seq_len=512"])
