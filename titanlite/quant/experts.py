@@ -14,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 from titanlite.quant.convertible import HIGH_PRECISION
 from titanlite.quant.grouped_mm import QuantGroupedMatmul, quantized_grouped_mm
 from titanlite.quant.groups import GroupedFormat
+from titanlite.quant.reuse import share_first_input
 
 # torch.nn.functional.grouped_mm calls the second.
 _GROUPED_MATMULS = (torch.nn.functional.grouped_mm, torch._grouped_mm)
@@ -106,10 +107,12 @@ def why_not_experts(module: nn.Module, format: GroupedFormat) -> str | None:
 
 def convert_grouped_matmuls(module: nn.Module, format: GroupedFormat) -> None:
     """Let ``module`` multiply in ``format``, in place: in its slot ``multiply``, a function ``(a, b, offsets)``, if it
-    has one; else wherever its forward calls ``torch.nn.functional.grouped_mm``."""
+    has one, where matmuls share the casts of its first input; else wherever its forward calls
+    ``torch.nn.functional.grouped_mm``."""
     multiply = getattr(module, "multiply", None)
     if callable(multiply):
         module.multiply = QuantGroupedMatmul(format, multiply)
+        share_first_input(module)
         return
     module.__class__ = _quantized(type(module))  # type: ignore[arg-type]
     module.format = format  # type: ignore[assignment]

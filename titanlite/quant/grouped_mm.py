@@ -14,6 +14,7 @@ from titanlite.quant.convertible import HIGH_PRECISION
 from titanlite.quant.format import WEIGHT, WEIGHT_FOR_GRAD_INPUT, Operand, Use
 from titanlite.quant.groups import GroupedFormat, Groups
 from titanlite.quant.recipes import grouped_format
+from titanlite.quant.reuse import remember, remembered
 
 
 def quantized_grouped_mm(a: Tensor, b: Tensor, offsets: Tensor, recipe: str | GroupedFormat) -> Tensor:
@@ -42,7 +43,29 @@ def quantized_grouped_mm(a: Tensor, b: Tensor, offsets: Tensor, recipe: str | Gr
     _check(a, b, offsets)
     if reason := format.why_not_grouped() or format.why_not(b.shape[1], b.shape[2]):
         raise ValueError(f"quantized_grouped_mm: b {tuple(b.shape)} in {format.name}: {reason}")
-    return _GroupedMatmul.apply(a, b, offsets, format.for_groups(a.device, a.dtype))  # type: ignore[no-any-return]
+    format = format.for_groups(a.device, a.dtype)
+    rows, columns = _cast_input(a, offsets, format, b.requires_grad)
+    return _GroupedMatmul.apply(a, b, offsets, *rows, *columns, format)  # type: ignore[no-any-return]
+
+
+def _cast_input(a: Tensor, offsets: Tensor, format: GroupedFormat, for_weight: bool) -> tuple[Operand, Operand]:
+    """Cast ``a`` for the output and, if ``for_weight``, for grad_weight. Matmuls that take an input of
+    :func:`titanlite.quant.reuse.share_casts` with the same groups share its casts."""
+    options = None if torch.compiler.is_compiling() else format.input_key()
+    key: Any = None
+    if options is not None:
+        key = type(format), options, format.emulate, for_weight, id(offsets)
+        shared = remembered(a, key)
+        if shared is not None:
+            rows, columns, _ = shared
+            return rows, columns
+    with torch.no_grad():
+        rows, columns = format.cast_rows(a.detach(), Use("input", 1)), Operand(None, None)  # type: ignore[arg-type]
+        if for_weight:
+            columns = format.cast_columns(a.detach(), Groups(offsets, a.shape[0], format.multiple), Use("input", 0))
+    if key is not None:
+        remember(a, key, (rows, columns, offsets))  # which keeps the offsets alive, and so their id
+    return rows, columns
 
 
 def _check(a: Tensor, b: Tensor, offsets: Tensor) -> None:
@@ -75,15 +98,21 @@ class _GroupedMatmul(torch.autograd.Function):
     """It saves the cast of ``a`` for grad_weight, a byte per element. To save ``b``, a parameter, costs nothing."""
 
     @staticmethod
-    def forward(ctx: Any, a: Tensor, b: Tensor, offsets: Tensor, format: GroupedFormat) -> Tensor:
+    def forward(
+        ctx: Any,
+        a: Tensor,
+        b: Tensor,
+        offsets: Tensor,
+        rows: Tensor,
+        rows_scale: Tensor | None,
+        columns: Tensor | None,
+        columns_scale: Tensor | None,
+        format: GroupedFormat,
+    ) -> Tensor:
         ctx.format, ctx.dtype = format, a.dtype
-        saved = Operand(None, None)  # type: ignore[arg-type]
-        if b.requires_grad:
-            groups = Groups(offsets, a.shape[0], format.multiple)
-            saved = format.cast_columns(a.detach(), groups, Use("input", 0))
-        ctx.save_for_backward(b, offsets, *saved)
+        ctx.save_for_backward(b, offsets, columns, columns_scale)
         w = _cast_matrices(b.detach().transpose(1, 2), format)
-        return format.multiply_rows(format.cast_rows(a.detach(), Use("input", 1)), w, offsets, "output", a.dtype)
+        return format.multiply_rows(Operand(rows, rows_scale), w, offsets, "output", a.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -102,7 +131,7 @@ class _GroupedMatmul(torch.autograd.Function):
             g = format.cast_columns(grad, groups, Use("grad_output", 0))
             # As the weight of a linear layer, [groups, m, k]: so a parameter that b is a transpose of gets its layout.
             grad_b = format.multiply_columns(g, Operand(*saved), groups, b.dtype).transpose(1, 2)
-        return grad_a, grad_b, None, None
+        return grad_a, grad_b, *[None] * 6
 
 
 def _cast_matrices(w: Tensor, format: GroupedFormat) -> Operand:

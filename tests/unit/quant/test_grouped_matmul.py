@@ -7,11 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tests.unit.float8.test_float8_oracle import sqnr
 from titanlite.float8 import Float8LinearConfig
+from titanlite.models.layers import Experts, MixtureArgs
 from titanlite.quant import devices
+from titanlite.quant.experts import convert_grouped_matmuls
 from titanlite.quant.format import Format, Use
 from titanlite.quant.grouped_mm import QuantGroupedMatmul, quantized_grouped_mm
 from titanlite.quant.groups import Groups
@@ -263,3 +265,32 @@ def test_mxfp8_is_that_of_torchao() -> None:
     wanted = [theirs, *torch.autograd.grad(theirs, (a, w), grad)]
     for mine, other in zip(step(a, w, offsets, grad, "mxfp8"), wanted, strict=True):
         assert sqnr(other.float(), mine.float()) >= 40
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_two_projections_of_one_input_share_its_casts(recipe: str) -> None:
+    """Bits and gradients are as without, and one copy of the input is kept for backward, not two."""
+
+    def run(shared: bool) -> tuple[list[Tensor], int]:
+        torch.manual_seed(0)
+        experts = Experts(K, MixtureArgs(n_experts=4, experts_per_token=1, expert_dim=M))
+        for param in experts.parameters():
+            nn.init.normal_(param)
+        convert_grouped_matmuls(experts, grouped_format(recipe))
+        if not shared:
+            experts._forward_pre_hooks.clear()
+        a, _, offsets, _ = operands(SIZES["odd"])
+        saved: dict[int, int] = {}
+
+        def note(tensor: Tensor) -> Tensor:
+            if tensor.dtype in (torch.float8_e4m3fn, torch.int8) and tensor.shape[0] == K:
+                saved[tensor.untyped_storage()._cdata] = tensor.numel()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            out = experts(a.clone(), torch.ones(len(a)), offsets)
+        return [out, *torch.autograd.grad(out.sum(), (a, *experts.parameters()))], len(saved)
+
+    (together, one), (apart, two) = run(True), run(False)
+    assert all(torch.equal(x, y) for x, y in zip(together, apart, strict=True))
+    assert (one, two) == (1, 2)
