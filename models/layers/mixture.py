@@ -269,6 +269,7 @@ class Mixture(nn.Module):
         weights = routing.weights.flatten()
         routed = _Take.apply(rows, order, inverse, copies), _Take.apply(weights, order, inverse, 1), offsets
         out, count = (self.experts(*routed), offsets[-1]) if self.spread is None else self.spread(self.experts, *routed)
+        del routed  # rows that nothing needs before the backward
         out = _Take.apply(out, inverse, order, 1).unflatten(0, (-1, copies)).sum(1).view_as(x)
         if self.shared is not None:
             out = out + self.shared(x)

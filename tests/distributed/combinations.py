@@ -185,7 +185,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
 # What models with experts are tried with.
 EXPERT_VARIANTS: dict[str, dict[str, Any]] = {
     **{name: VARIANTS[name] for name in ("AC full", "AC selective op", "compile", "compile, AC full")},
-    "compile, rowwise, AC selective op": VARIANTS["compile, rowwise, AC selective op"],
+    "compile, rowwise experts, AC selective op": {
+        **VARIANTS["compile, rowwise, AC selective op"],
+        "float8.moe_fqns": "experts",
+    },
     "compile, inductor": {"training.compile": "true"},  # to the code for the machine
     # Experts in number formats.
     "rowwise experts": {**VARIANTS["rowwise"], "float8.moe_fqns": "experts"},

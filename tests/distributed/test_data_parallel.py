@@ -58,6 +58,18 @@ def test_two_processes_train_as_one_with_double_the_batch(train: Any) -> None:
     two = train(2, name="two", training__local_batch_size=4, **common)
     assert (one.status, two.status) == (0, 0), one.output + two.output
     assert two.losses() == pytest.approx(one.losses(), rel=1e-5)
+
+
+def test_two_replicas_of_one_shard_sum_the_gradients_of_their_microbatches(train: Any) -> None:
+    """Each reduction has one shard, and nothing to copy."""
+    common = {"training__mixed_precision_param": "float32", "training__steps": 4, "training__global_batch_size": 8}
+    one = train(1, name="one", training__local_batch_size=8, **common)
+    replicas = {"parallelism__data_parallel_replicate_degree": 2, "parallelism__data_parallel_shard_degree": 1}
+    for reduce in ("step", "microbatch"):
+        options = {**common, **replicas, "parallelism__fsdp_reduce_gradients": reduce}
+        two = train(2, name=reduce, training__local_batch_size=2, **options)
+        assert two.status == 0, two.output
+        assert two.losses() == pytest.approx(one.losses(), rel=1e-5)
     assert [r["grad_norm"] for r in two.rows()] == pytest.approx([r["grad_norm"] for r in one.rows()], rel=1e-3)
     assert [r["tokens_seen"] for r in two.rows()] == [r["tokens_seen"] for r in one.rows()]
     # It is the mean and the maximum over two different halves.

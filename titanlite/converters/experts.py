@@ -7,6 +7,7 @@ from torch import nn
 from titanlite.errors import ConfigError, counted
 from titanlite.models.layers import Experts
 from titanlite.quant.convertible import name_matches
+from titanlite.quant.experts import convert_grouped_matmuls
 from titanlite.quant.grouped_mm import QuantGroupedMatmul
 from titanlite.quant.groups import GroupedFormat
 from titanlite.registry import nearest
@@ -54,7 +55,7 @@ def convert_experts(model: nn.Module, converter: str, format: GroupedFormat, moe
             )
         if reason := format.why_not_grouped() or format.why_not(*features_of(module)):
             raise ConfigError(f"{name}: {reason}; leave it out", key=key, value=",".join(moe_fqns))
-        module.multiply = QuantGroupedMatmul(format, module.multiply)
+        convert_grouped_matmuls(module, format)
     return f", the experts of {counted(len(chosen), 'layer')}" if chosen else ""
 
 

@@ -47,11 +47,18 @@ TAGS = {
 BY_TOKENS = "loss_by_tokens/global_avg_loss"
 
 
+_MOST_EXPERTS = 1024  # of all layers: with more, TensorBoard has the largest share of each layer, not each expert
+
+
 def scalars_of(row: Row) -> dict[str, float | None]:
     """Return the values of a logged step, by tag."""
     scalars = {tag: row.get(key) for key, tag in TAGS.items()}
-    for layer, tokens in row.get("expert_tokens", {}).items():
-        scalars |= {f"experts/tokens/{layer}/{expert}": count for expert, count in enumerate(tokens)}
+    by_layer: dict[str, list[float]] = row.get("expert_tokens", {})
+    for layer, tokens in by_layer.items():
+        if sum(map(len, by_layer.values())) <= _MOST_EXPERTS:
+            scalars |= {f"experts/tokens/{layer}/{expert}": count for expert, count in enumerate(tokens)}
+        else:
+            scalars[f"experts/largest_share/{layer}"] = max(tokens) / max(1, sum(tokens))
     return scalars
 
 

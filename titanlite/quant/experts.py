@@ -109,7 +109,7 @@ def convert_grouped_matmuls(module: nn.Module, format: GroupedFormat) -> None:
     """Let ``module`` multiply in ``format``, in place: in its slot ``multiply``, a function ``(a, b, offsets)``, if it
     has one, where matmuls share the casts of its first input; else wherever its forward calls
     ``torch.nn.functional.grouped_mm``."""
-    multiply = getattr(module, "multiply", None)
+    multiply = vars(module).get("multiply")  # a slot of the instance, and no method of the class
     if callable(multiply):
         module.multiply = QuantGroupedMatmul(format, multiply)
         share_first_input(module)

@@ -44,7 +44,7 @@ def quantized_grouped_mm(a: Tensor, b: Tensor, offsets: Tensor, recipe: str | Gr
     if reason := format.why_not_grouped() or format.why_not(b.shape[1], b.shape[2]):
         raise ValueError(f"quantized_grouped_mm: b {tuple(b.shape)} in {format.name}: {reason}")
     format = format.for_groups(a.device, a.dtype)
-    rows, columns = _cast_input(a, offsets, format, b.requires_grad)
+    rows, columns = _cast_input(a, offsets, format, b.requires_grad and torch.is_grad_enabled())
     return _GroupedMatmul.apply(a, b, offsets, *rows, *columns, format)  # type: ignore[no-any-return]
 
 
@@ -54,7 +54,7 @@ def _cast_input(a: Tensor, offsets: Tensor, format: GroupedFormat, for_weight: b
     options = None if torch.compiler.is_compiling() else format.input_key()
     key: Any = None
     if options is not None:
-        key = type(format), options, format.emulate, for_weight, id(offsets)
+        key = type(format), options, format.emulate, for_weight, id(offsets), offsets._version
         shared = remembered(a, key)
         if shared is not None:
             rows, columns, _ = shared

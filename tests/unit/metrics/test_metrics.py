@@ -25,7 +25,7 @@ from titanlite.metrics.flops import ModelSize, flops_per_token
 from titanlite.metrics.recorder import Recorder
 from titanlite.metrics.report import end_above, next_command, summary
 from titanlite.metrics.sinks import JsonlSink, Row, Sink
-from titanlite.metrics.tensorboard import BY_TOKENS, TensorBoardSink
+from titanlite.metrics.tensorboard import BY_TOKENS, TensorBoardSink, scalars_of
 
 CPU = torch.device("cpu")
 
@@ -353,6 +353,14 @@ def test_a_tensorboard_folder_that_cannot_be_made_is_one_message(tmp_path: Path)
     with pytest.raises(ConfigError, match="cannot be written: Not a directory") as raised:
         TensorBoardSink(tmp_path / "tb" / "rank_0")
     assert raised.value.key == "metrics.save_tb_folder"
+
+
+def test_tensorboard_has_each_expert_of_a_few_and_each_layer_of_many() -> None:
+    few = scalars_of({"expert_tokens": {"layers.1": [3, 1], "layers.2": [0, 0]}})
+    assert (few["experts/tokens/layers.1/0"], few["experts/tokens/layers.1/1"]) == (3, 1)
+    many = scalars_of({"expert_tokens": {f"layers.{i}": [3] + [1] * 255 for i in range(58)}})
+    assert sum(tag.startswith("experts/") and value is not None for tag, value in many.items()) == 58
+    assert many["experts/largest_share/layers.7"] == pytest.approx(3 / 258)
 
 
 def test_tensorboard_leaves_out_what_is_not_finite(tmp_path: Path) -> None:

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from tests.unit.float8.test_float8_oracle import sqnr
+from titanlite.converters.experts import convert_experts
 from titanlite.float8 import Float8LinearConfig
 from titanlite.models.layers import Experts, MixtureArgs
 from titanlite.quant import devices
-from titanlite.quant.experts import convert_grouped_matmuls
 from titanlite.quant.format import Format, Use
 from titanlite.quant.grouped_mm import QuantGroupedMatmul, quantized_grouped_mm
 from titanlite.quant.groups import Groups
@@ -276,7 +276,7 @@ def test_two_projections_of_one_input_share_its_casts(recipe: str) -> None:
         experts = Experts(K, MixtureArgs(n_experts=4, experts_per_token=1, expert_dim=M))
         for param in experts.parameters():
             nn.init.normal_(param)
-        convert_grouped_matmuls(experts, grouped_format(recipe))
+        convert_experts(nn.ModuleDict({"experts": experts}), "float8", grouped_format(recipe), ["experts"])
         if not shared:
             experts._forward_pre_hooks.clear()
         a, _, offsets, _ = operands(SIZES["odd"])
