@@ -3,7 +3,7 @@
     python scripts/benchmarks/plan_cpu.py --out docs/benchmarks/plan_cpu.json
 
 A round of a case times the operators of its step, each alone and in all processes at once
-(titanlite/doctor/operators.py), and then runs the trainer by the launcher. Rounds alternate the two, so that both see
+(titanlite/doctor/cpu_time.py), and then runs the trainer by the launcher. Rounds alternate the two, so that both see
 the machine in the same state; both figures are medians over the rounds, the trainer's of the medians over its steps.
 The first two steps are left out. On an idle machine of two processors it takes about 15 minutes. Options of the trainer
 may follow.
@@ -24,7 +24,7 @@ import harness
 import results
 
 from titanlite.config import load_config
-from titanlite.doctor.operators import CpuTime, plan_cpu
+from titanlite.doctor.cpu_time import CpuTime, plan_cpu
 
 FLAVORS = ("debugmodel", "20M", "100M")
 PROCESSES = (1, 2)

@@ -4,7 +4,8 @@ Llama 3 70B on 256 devices.
     python scripts/benchmarks/plan_rankings.py --out docs/benchmarks/plan_rankings.json
 
 Nothing is measured but the seconds that the enumeration takes. ``pairs_agree`` counts the pairs of runs of a table
-whose published speeds differ by more than 3%, and which the prediction puts in the published order.
+whose published speeds differ by more than 3%, and which the prediction puts in the published order; ``left_out_agree``
+those by constants that are fitted without the table.
 """
 
 from __future__ import annotations
@@ -17,10 +18,9 @@ from typing import Any
 
 import harness
 import results
-from step_time import read_runs
+from step_time import predictions, read_runs
 
 from titanlite.config import load_config
-from titanlite.plan.constants import FITTED
 from titanlite.plan.devices import find_device
 from titanlite.plan.layouts import make_plan
 from titanlite.plan.refusals import planned_model
@@ -31,22 +31,25 @@ FLAVOR, DEVICE, DEVICES = "70B", "h100-500w", 256  # of the large plan
 
 def tables() -> list[dict[str, Any]]:
     runs: dict[str, list[dict[str, Any]]] = {}
-    for run in read_runs():
-        about = {"name": run.about["name"], "published_tps": run.about["tps"]}
-        runs.setdefault(run.about["table"], []).append({**about, "predicted_tps": round(run.tps(FITTED), 1)})
+    for run in predictions(read_runs())[1]:
+        runs.setdefault(run["table"], []).append(run)
     rows = []
     for table, of_table in runs.items():
         published, predicted = (
-            [run["name"] for run in sorted(of_table, key=lambda run: -run[key])]
-            for key in ("published_tps", "predicted_tps")
+            [run["name"] for run in sorted(of_table, key=lambda run: -run[key])] for key in ("published_tps", "all_tps")
         )
-        pairs = [
-            (one["published_tps"] > other["published_tps"]) == (one["predicted_tps"] > other["predicted_tps"])
+        apart = [
+            (one, other)
             for one, other in itertools.combinations(of_table, 2)
             if abs(one["published_tps"] / other["published_tps"] - 1) > APART
         ]
-        row = {"system": "titanlite", "config": table, "published": published, "predicted": predicted}
-        rows.append({**row, "same": published == predicted, "pairs": len(pairs), "pairs_agree": sum(pairs)})
+        agree = {
+            key: sum((a["published_tps"] > b["published_tps"]) == (a[key] > b[key]) for a, b in apart)
+            for key in ("all_tps", "left_out_tps")
+        }
+        row: dict[str, Any] = {"system": "titanlite", "config": table, "published": published, "predicted": predicted}
+        row |= {"pairs": len(apart), "pairs_agree": agree["all_tps"], "left_out_agree": agree["left_out_tps"]}
+        rows.append({**row, "same": published == predicted})
     return rows
 
 

@@ -109,10 +109,20 @@ def step_time(results: list[dict[str, Any]]) -> list[list[str]]:
 
 def plan_rankings(results: list[dict[str, Any]]) -> list[list[str]]:
     """Return for each published table, how many pairs of its runs are predicted in the published order."""
-    rows = [["table", "runs", "pairs that differ by more than 3%", "predicted in the published order"]]
+    rows = [
+        ["table", "runs", "pairs that differ by more than 3%", "predicted in the published order", "table left out"]
+    ]
     for r in results:
         if "pairs" in r:
-            rows.append([r["config"], str(len(r["published"])), str(r["pairs"]), str(r["pairs_agree"])])
+            rows.append(
+                [
+                    r["config"],
+                    str(len(r["published"])),
+                    str(r["pairs"]),
+                    str(r["pairs_agree"]),
+                    str(r["left_out_agree"]),
+                ]
+            )
     return rows
 
 

@@ -63,14 +63,15 @@ def main(argv: list[str]) -> int:
     from titanlite.plan.report import describe, dump, explain
 
     try:
+        request.check_numbers(args.top, args.price)
         if args.device == "cpu":
             return _plan_here(config, args)
         devices = 8 if args.devices is None else args.devices
         plan = request.plan_for(config, args.device, devices, fixed=args.fixed, top=args.top or _TOP)
         tokens = request.tokens_of(config, plan, args.tokens)
         print(dump(plan, tokens, args.price) if args.json else describe(plan, tokens, args.price))
-        number = args.explain or 1
-        if args.explain:
+        number = 1 if args.explain is None else args.explain
+        if args.explain is not None:
             request.chosen(plan, number)
             print(explain(plan, number), file=sys.stderr if args.json else sys.stdout)
         if args.write:
@@ -83,7 +84,7 @@ def main(argv: list[str]) -> int:
 
 def _plan_here(config: JobConfig, args: argparse.Namespace) -> int:
     """Predict the configured layout on the CPU of this machine."""
-    from titanlite.doctor.operators import describe, plan_cpu
+    from titanlite.doctor.cpu_time import describe, plan_cpu
     from titanlite.errors import ConfigError
     from titanlite.plan import request
 

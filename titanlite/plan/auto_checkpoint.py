@@ -154,7 +154,7 @@ def resolve(config: JobConfig, runtime: Runtime, vocab_size: int, earlier: dict[
     choice: list[Choice | None] = [None]
 
     def ask() -> None:
-        logger.info("estimating which activation checkpointing fits into %.2f GiB ...", usable(memory) / GIB)
+        logger.info("estimating which activation checkpointing fits into %.2f GiB ...", memory / GIB)
         try:  # an estimate needs a process group of its own kind
             choice[0] = in_a_process(
                 _choose_without_gpu, estimated, runtime.world_size, vocab_size, memory, kept, known, method="spawn"

@@ -33,4 +33,4 @@ class Constants(NamedTuple):
 # Before the fit: the shares of large matmuls that steps usually reach; FlashAttention 2 on an H100 at some 330 TFLOP/s
 # in forward and backward (Shah et al., "FlashAttention-3", 2024, figures 5 and 6); a copy's share of the bandwidth.
 PRIOR = Constants(0.85, 0.80, 0.80, 0.45, 0.75, 2.0, 0.20, 0.4)
-FITTED = Constants(0.8037, 0.7797, 0.8421, 0.3918, 0.8027, 2.2451, 0.2053, 0.4061)
+FITTED = Constants(0.8054, 0.7821, 0.841, 0.3918, 0.8036, 2.2479, 0.2053, 0.4058)

@@ -192,9 +192,10 @@ def batches(config: JobConfig, mesh: Options) -> Iterator[Options]:
 
 def recipes(config: JobConfig, device: Device) -> Iterator[Options]:
     """Yield the converters: those that are configured; without a number format among them also each of those whose time
-    is modelled, where the device has units for it."""
+    is modelled, where the device has units for it. Converters on the command line, and none, are kept."""
     yield {"model.converters": config.model.converters}
-    if not formats_of(config) and device.fp8_tflops:
+    kept = config.origin("model.converters").startswith("the argument")
+    if not (kept or formats_of(config)) and device.fp8_tflops:
         for number_format in NUMBER_FORMATS:
             for variant in number_format.variants:
                 left_out = {f"{number_format.name}.filter_fqns": ["output"]}

@@ -1,6 +1,6 @@
 """The operators of a training step on the CPU, counted while the step runs on tensors without data.
 
-They are what a plan for the CPU is made of: :mod:`titanlite.doctor.operators` times each of them alone.
+They are what a plan for the CPU is made of: :mod:`titanlite.doctor.cpu_time` times each of them alone.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Operator(NamedTuple):
 
 
 class Message(NamedTuple):
-    """A collective over all processes.
+    """A collective over all processes, of FSDP2 or of the norm of the gradients.
 
     Attributes:
         name: such as all-gather.
@@ -128,8 +128,15 @@ def operators_of(config: JobConfig, processes: int, vocab_size: int) -> Operator
     check_modelled(config)
     if config.training.compile:
         refuse(config, "training.compile", "the time of compiled code on the CPU is not modelled; leave it out")
-    if config.parallelism.pipeline_parallel_degree > 1:
-        refuse(config, "parallelism.pipeline_parallel_degree", "the bubble on the CPU is not modelled; set 1")
+    for key in (
+        "pipeline_parallel",
+        "tensor_parallel",
+        "context_parallel",
+        "expert_parallel",
+        "data_parallel_replicate",
+    ):
+        if getattr(config.parallelism, f"{key}_degree") > 1:
+            refuse(config, f"parallelism.{key}_degree", "only FSDP is modelled on the CPU; set 1")
     return in_a_process(_count, config, processes, vocab_size)  # type: ignore[no-any-return]
 
 

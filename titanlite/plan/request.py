@@ -37,6 +37,14 @@ def check_number(devices: int) -> None:
         raise ConfigError("must be at least 1", key="--devices", value=devices)
 
 
+def check_numbers(top: int | None, price: float | None) -> None:
+    """Raise :class:`ConfigError` for less than one layout to show, and for a price below 0."""
+    if top is not None and top < 1:
+        raise ConfigError("must be at least 1", key="--top", value=top)
+    if price is not None and not price >= 0:
+        raise ConfigError("must be 0 or more", key="--price", value=price)
+
+
 def tokens_in(text: str) -> float:
     """Return the number of tokens that a text such as "2T", "300B" or "5e9" means.
 

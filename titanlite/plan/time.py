@@ -174,12 +174,13 @@ class Clock:
     # ---- attention
 
     def attention(self) -> float:
-        """Return the seconds of a block's causal attention: two matmuls in forward and five in backward, half of
-        each below the diagonal (Dao 2023, "FlashAttention-2", section 4.1). Per operation, checkpointing keeps its
-        result."""
+        """Return the seconds of a block's causal attention: two matmuls in forward and five in backward, of the pairs
+        below the diagonal and within a sliding window (Dao 2023, "FlashAttention-2", section 4.1). Per operation,
+        checkpointing keeps its result."""
         work, a = self.work, self.work.args
-        pairs = work.batch * work.seq_len * min(work.seq_len, a.sliding_window or work.seq_len) / self.cp
-        one = 2 * pairs * a.n_heads * a.head_size / self.tp / 2
+        window = min(work.seq_len, a.sliding_window or work.seq_len)
+        pairs = work.batch * window * (work.seq_len - window / 2) / self.cp
+        one = 2 * pairs * a.n_heads * a.head_size / self.tp
         rate = self.device.bf16_tflops * 1e12 * self.device.matmul_share * self.constants.attention
         ring = 1 + RING_LOSS * (1 - 1 / self.cp)
         return one * (7 + 2 * work.whole) / rate * ring
@@ -271,10 +272,11 @@ class Clock:
 
     # ---- communication
 
-    def over_ring(self, nbytes: float, ranks: int, stride: int) -> float:
+    def over_ring(self, nbytes: float, ranks: int, stride: int, pieces: float = 1) -> float:
         """Return the seconds of an all-gather or reduce-scatter of ``nbytes`` over ``ranks`` devices, every
-        ``stride``-th of the machines' devices. A ring passes (ranks - 1) / ranks of it over its slowest link; between
-        machines it uses the network of every member (Chan et al. 2007; NCCL's "busbw")."""
+        ``stride``-th of the machines' devices, in so many pieces one after the other. A ring passes
+        (ranks - 1) / ranks of it over its slowest link; between machines it uses the network of every member (Chan et
+        al. 2007; NCCL's "busbw")."""
         if ranks == 1:
             return 0.0
         device = self.device
@@ -283,7 +285,7 @@ class Clock:
         if ranks > members:
             rate = min(rate, members * device.network_gbs * 1e9 * NETWORK_SHARE)
             latency += (ranks / members - 1) * NETWORK_LATENCY
-        return nbytes * (ranks - 1) / ranks / rate + latency
+        return nbytes * (ranks - 1) / ranks / rate + pieces * latency
 
     def tensor_parallel(self) -> float:
         """Return the exposed seconds of a block's gathers and scatters of the sequence: four in forward and in backward
@@ -351,10 +353,10 @@ class Clock:
         replicas = work.degrees.data_parallel_replicate
         gathers = reduction = 0.0
         for group in groups:
-            held, shards, stride, _ = group
-            gathers += self._gathers() * self.over_ring(held * self._gathered(group), shards, stride)
-            reduction += self._reductions() * self.over_ring(held * FP32, shards, stride)
-            reduction += 2 * self.over_ring(held * FP32 / shards, replicas, stride * shards)
+            held, shards, stride, pieces, _ = group
+            gathers += self._gathers() * self.over_ring(held * self._gathered(group), shards, stride, pieces)
+            reduction += self._reductions() * self.over_ring(held * FP32, shards, stride, pieces)
+            reduction += 2 * self.over_ring(held * FP32 / shards, replicas, stride * shards, pieces)
         if self.pp > 1:
             beside = busy / (1 if work.reshards else work.microbatches)
             return reduction + max(0.0, gathers - beside) + self.constants.exposed * min(gathers, beside)

@@ -47,12 +47,14 @@ class Group(NamedTuple):
     Attributes:
         parameters: that a device has before they are sharded.
         shards: the devices that they are sharded over, every ``stride``-th.
+        collectives: how many gathers get them all, one for each block and end of the model.
         experts: they are experts', which no number format gathers.
     """
 
     parameters: float
     shards: int
     stride: int
+    collectives: float
     experts: bool = False
 
 
@@ -177,11 +179,11 @@ class Work:
         parallelism shards, and the experts, which have a mesh of their own (titanlite/distributed/mesh.py)."""
         d, a = self.degrees, self.args
         dense = blocks * (self.block_parameters - self.expert_parameters) + ends * a.vocab_size * a.dim
-        groups = [Group(dense / d.tensor_parallel, self.shards, d.tensor_parallel)]
+        groups = [Group(dense / d.tensor_parallel, self.shards, d.tensor_parallel, blocks + ends)]
         if a.mixture is not None:
             spread = d.expert_parallel
             shards = self.shards * d.tensor_parallel // spread
-            groups.append(Group(blocks * self.expert_parameters / spread, shards, spread, experts=True))
+            groups.append(Group(blocks * self.expert_parameters / spread, shards, spread, blocks, experts=True))
         return tuple(groups)
 
     def groups_of(self, part: Part) -> tuple[Group, ...]:
@@ -208,7 +210,7 @@ class Work:
         each = m.n_experts // self.degrees.expert_parallel
         experts = (
             Linear(a.dim, m.expert_dim, experts=each),
-            Linear(a.dim, m.expert_dim, experts=each, shares_input=self.compiled),  # eager code casts it twice
+            Linear(a.dim, m.expert_dim, experts=each, shares_input=True),
             Linear(m.expert_dim, a.dim, experts=each),
         )
         return attention + shared + experts

@@ -98,6 +98,7 @@ def test_messages_are_those_of_the_estimate() -> None:
     [
         (["--training.compile"], "training.compile"),
         (["--parallelism.pipeline_parallel_degree=2"], "parallelism.pipeline_parallel_degree"),
+        (["--parallelism.tensor_parallel_degree=2"], "parallelism.tensor_parallel_degree"),
     ],
 )
 def test_what_is_not_modelled_is_refused(options: list[str], key: str) -> None:

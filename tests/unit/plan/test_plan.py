@@ -23,13 +23,14 @@ from titanlite.distributed.parallelize import chain, check
 from titanlite.distributed.pipeline_plan import plan_pipeline
 from titanlite.errors import ConfigError
 from titanlite.models.spec import get_model_spec
+from titanlite.plan.constants import FITTED
 from titanlite.plan.devices import DEVICES, find_device
 from titanlite.plan.layout_memory import reserved_gib
 from titanlite.plan.layouts import changed, fixed_plan, make_plan, meshes
 from titanlite.plan.refusals import PlannedModel, check_by_building, mesh_of, planned_model
 from titanlite.plan.report import describe, dump, explain
 from titanlite.plan.request import plan_for, tokens_in, write
-from titanlite.plan.time import step_time
+from titanlite.plan.time import Clock, step_time
 from titanlite.plan.work import Work, work_of
 from titanlite.quant.recipes import grouped_format
 
@@ -104,6 +105,15 @@ def test_the_ranking_inside_each_table_is_the_published_one() -> None:
 def test_more_work_takes_longer(more: list[str], less: list[str]) -> None:
     device = DEVICES["h100"]
     assert step_time(work("8B", 8, *more), device).seconds > step_time(work("8B", 8, *less), device).seconds
+
+
+def test_attention_within_a_window_has_the_pairs_of_the_window() -> None:
+    """Of 8,192 tokens with 4,096 before them, 3/4 of the pairs of causal attention."""
+    whole = work("7B-v0.1", 8, family="mistral")
+    windowed = replace(whole, args=replace(whole.args, sliding_window=4096))
+    whole = replace(whole, args=replace(whole.args, sliding_window=None))
+    of_whole, of_window = (Clock(it, DEVICES["h100"], FITTED).attention() for it in (whole, windowed))
+    assert of_window == pytest.approx(0.75 * of_whole)
 
 
 def test_time_scales() -> None:
@@ -301,6 +311,21 @@ def test_what_the_trainer_refuses_is_refused(capsys: pytest.CaptureFixture[str])
     error = capsys.readouterr().err
     assert "tensor_parallel_degree 3" in error
     assert "h100" in error
+
+
+@pytest.mark.parametrize("option", ["--model.converters=", "--model.converters=fused_norm"])
+def test_converters_on_the_command_line_are_kept(capsys: pytest.CaptureFixture[str], option: str) -> None:
+    assert command.main(["--model=llama3:8B", "--json", "--top=200", option]) == 0
+    layouts = json.loads(capsys.readouterr().out)["layouts"]
+    assert not [layout for layout in layouts if "float8" in str(layout["options"])]
+
+
+@pytest.mark.parametrize(
+    ("option", "key"), [("--explain=0", "--explain"), ("--top=-1", "--top"), ("--price=-3", "--price")]
+)
+def test_numbers_that_mean_nothing_are_refused(capsys: pytest.CaptureFixture[str], option: str, key: str) -> None:
+    assert command.main(["--model=llama3:debugmodel", option]) == 2
+    assert key in capsys.readouterr().err
 
 
 def test_meshes_use_all_devices() -> None:

@@ -1,6 +1,6 @@
 """The seconds of a training step on the CPU, from those of its operators, each timed alone.
 
-``python -m titanlite.doctor.operators FILE`` is one of the processes, with torchrun's RANK and WORLD_SIZE. FILE has the
+``python -m titanlite.doctor.cpu_time FILE`` is one of the processes, with torchrun's RANK and WORLD_SIZE. FILE has the
 operators (:mod:`titanlite.plan.operators`); all processes time the same one at the same time, as they share the
 machine's memory and processors in training too. The first one prints the result as JSON.
 """
@@ -29,7 +29,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from titanlite.config import JobConfig, global_batch_size, resolve_degrees
 from titanlite.distributed.runtime import keep_freed_memory
-from titanlite.errors import counted
+from titanlite.errors import ConfigError, counted
 from titanlite.metrics.device import GIB, host_memory
 from titanlite.plan.estimate import ASSUMED_VOCAB_SIZE
 from titanlite.plan.operators import Message, Operator, Operators, Shaped, operators_of
@@ -37,6 +37,7 @@ from titanlite.plan.operators import Message, Operator, Operators, Shaped, opera
 _SECONDS, _MOST, _LEAST = 0.05, 30, 3  # of the calls of one operator, and how many
 _CACHE = 64 << 20  # bytes: the arguments of two calls are apart by as much, where an operator has as large ones
 _COPIES = 4  # sets of arguments, at most
+_LIMIT = 600  # seconds for all operators
 _CHAIN = 100  # layers, of which the host's part is timed
 _MATMULS, _ATTENTION = ("mm", "addmm", "bmm", "_int_mm", "_grouped_mm"), "attention"
 
@@ -81,7 +82,7 @@ class CpuPlan(NamedTuple):
         seconds = self.time.seconds
         return {
             "options": {},
-            "fits": self.peak * self.processes <= host_memory(),
+            "fits": True,  # else there is no plan
             "tps_per_device": self.tokens_per_step / seconds / self.processes,
             "mfu_pct": None,  # a CPU's peak is not known
             "memory_gib": self.peak / GIB,
@@ -97,11 +98,10 @@ class CpuPlan(NamedTuple):
 def describe(plan: CpuPlan, tokens: float) -> str:
     """Format the prediction for printing."""
     row = plan.row(tokens)
-    fits = "" if row["fits"] else ", which this machine does not have"
     lines = [
         f"predicted on {counted(plan.processes, 'process')} of this machine, not measured: "
         f"{1e3 * row['step_time_s']:.1f} ms for a step, {row['tps_per_device']:,.0f} tokens/s of each process, "
-        f"{row['days']:.3g} days for {tokens:,.0f} tokens; tensors take {row['memory_gib']:.2f} GiB of each{fits}",
+        f"{row['days']:.3g} days for {tokens:,.0f} tokens; tensors take {row['memory_gib']:.2f} GiB of each",
         *(f"    {name:<14}{1e3 * seconds:9.1f} ms" for name, seconds in row["step_parts_s"].items()),
     ]
     if plan.time.failed:
@@ -113,10 +113,14 @@ def plan_cpu(config: JobConfig, processes: int, vocab_size: int = ASSUMED_VOCAB_
     """Return the plan of ``config`` on as many processes of this machine, whose operators are timed.
 
     Raises:
-        ConfigError: training with this configuration would raise it, or it is not modelled.
-        RuntimeError: the operators cannot be timed.
+        ConfigError: training with this configuration would raise it, it is not modelled, the machine has too little
+            memory, or its operators cannot be timed.
     """
     operators = operators_of(config, processes, vocab_size)
+    needed, there = operators.peak * processes / GIB, host_memory() / GIB
+    if needed > there:
+        why = f"the tensors of {counted(processes, 'process')} take {needed:.1f} GiB, and this machine has {there:.1f}"
+        raise ConfigError(f"{why}; plan a smaller model.flavor or batch", key="--device", value="cpu")
     degrees = resolve_degrees(config.parallelism, processes)
     tokens = global_batch_size(config, degrees.data_parallel) * config.training.seq_len
     return CpuPlan(_time_in_processes(operators, processes), processes, tokens, operators.peak)
@@ -128,16 +132,23 @@ def _time_in_processes(operators: Operators, processes: int) -> CpuTime:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "operators")
         file.write_bytes(pickle.dumps(operators))
-        command = [sys.executable, "-m", "titanlite.doctor.operators", str(file)]
+        command = [sys.executable, "-m", "titanlite.doctor.cpu_time", str(file)]
         common = {"OMP_NUM_THREADS": str(threads), "WORLD_SIZE": str(processes), **os.environ}
         workers = [
             subprocess.Popen(command, env={**common, "RANK": str(rank)}, stdout=subprocess.PIPE, text=True)
             for rank in range(processes)
         ]
-        outputs = [worker.communicate()[0] for worker in workers]
+        end = time.monotonic() + _LIMIT
+        while any(worker.poll() is None for worker in workers):
+            if any(worker.poll() for worker in workers) or time.monotonic() > end:
+                for worker in workers:
+                    worker.kill()  # it would wait for the others
+            time.sleep(0.05)
+        output = workers[0].communicate()[0]
     if any(worker.returncode for worker in workers):
-        raise RuntimeError("the operators of a step could not be timed: see the errors above")
-    fields = json.loads(outputs[0].splitlines()[-1])
+        why = f"the operators of a step could not be timed within {_LIMIT} s; what failed stands above"
+        raise ConfigError(why, key="--device", value="cpu")
+    fields = json.loads(output.splitlines()[-1])
     return CpuTime(**{**fields, "failed": tuple(fields["failed"])})
 
 
