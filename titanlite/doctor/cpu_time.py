@@ -1,18 +1,14 @@
 """The seconds of a training step on the CPU, from those of its operators, each timed alone.
 
-``python -m titanlite.doctor.cpu_time FILE`` is one of the processes, with torchrun's RANK and WORLD_SIZE. FILE has the
-operators (:mod:`titanlite.plan.operators`); all processes time the same one at the same time, as they share the
-machine's memory and processors in training too. The first one prints the result as JSON.
+All processes time the same operator (:mod:`titanlite.plan.operators`) at the same time, as they share the machine's
+memory and processors in training too.
 """
 
 from __future__ import annotations
 
-import json
 import math
+import multiprocessing
 import os
-import pickle
-import subprocess
-import sys
 import tempfile
 import time
 import warnings
@@ -128,28 +124,49 @@ def plan_cpu(config: JobConfig, processes: int, vocab_size: int = ASSUMED_VOCAB_
 
 def _time_in_processes(operators: Operators, processes: int) -> CpuTime:
     """Time the operators in as many new processes at once."""
-    threads = max(1, len(os.sched_getaffinity(0)) // processes)
+    context = multiprocessing.get_context("spawn")
+    results, threads = context.SimpleQueue(), max(1, len(os.sched_getaffinity(0)) // processes)
     with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder, "operators")
-        file.write_bytes(pickle.dumps(operators))
-        command = [sys.executable, "-m", "titanlite.doctor.cpu_time", str(file)]
-        common = {"OMP_NUM_THREADS": str(threads), "WORLD_SIZE": str(processes), **os.environ}
+        ranks = Ranks(processes, str(Path(folder, "rendezvous")), threads)
         workers = [
-            subprocess.Popen(command, env={**common, "RANK": str(rank)}, stdout=subprocess.PIPE, text=True)
+            context.Process(target=_work, args=(rank, ranks, operators, results), daemon=True)
             for rank in range(processes)
         ]
+        for worker in workers:
+            worker.start()
         end = time.monotonic() + _LIMIT
-        while any(worker.poll() is None for worker in workers):
-            if any(worker.poll() for worker in workers) or time.monotonic() > end:
+        while any(worker.exitcode is None for worker in workers):
+            if any(worker.exitcode for worker in workers) or time.monotonic() > end:
                 for worker in workers:
                     worker.kill()  # it would wait for the others
             time.sleep(0.05)
-        output = workers[0].communicate()[0]
-    if any(worker.returncode for worker in workers):
+    if any(worker.exitcode for worker in workers):
         why = f"the operators of a step could not be timed within {_LIMIT} s; what failed stands above"
         raise ConfigError(why, key="--device", value="cpu")
-    fields = json.loads(output.splitlines()[-1])
-    return CpuTime(**{**fields, "failed": tuple(fields["failed"])})
+    timed: CpuTime = results.get()
+    return timed
+
+
+class Ranks(NamedTuple):
+    """The processes that time operators: how many, the file by which they find each other, and the threads of each."""
+
+    number: int
+    rendezvous: str
+    threads: int
+
+
+def _work(rank: int, ranks: Ranks, operators: Operators, results: Any) -> None:
+    """Be one of the processes; the first one puts the result into the queue ``results``."""
+    warnings.simplefilter("ignore")  # torch renames collectives; both names do the same
+    keep_freed_memory()
+    torch.manual_seed(0)
+    torch.set_num_threads(ranks.threads)
+    dist.init_process_group("gloo", init_method=f"file://{ranks.rendezvous}", rank=rank, world_size=ranks.number)
+    result = time_operators(operators)
+    if rank == 0:
+        results.put(result)
+    dist.barrier()
+    dist.destroy_process_group()
 
 
 class Clock:
@@ -271,22 +288,3 @@ def host_overhead() -> float:
     clock = Clock()
     alone = clock.seconds([lambda: [torch.ops.aten.mul.Tensor(one, one) for _ in range(_CHAIN)]]) / _CHAIN
     return max(0.0, clock.seconds([step]) / counted.calls - alone)
-
-
-def main() -> int:
-    file, rank, processes = sys.argv[1], int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    warnings.simplefilter("ignore")  # torch renames collectives; both names do the same
-    keep_freed_memory()
-    torch.manual_seed(0)
-    dist.init_process_group("gloo", init_method=f"file://{file}.rendezvous", rank=rank, world_size=processes)
-    operators = pickle.loads(Path(file).read_bytes())  # from the process that started this one
-    result = time_operators(operators)
-    if rank == 0:
-        print(json.dumps(result._asdict()))
-    dist.barrier()
-    dist.destroy_process_group()
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -19,6 +19,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from titanlite.distributed.waiting import NotedStage
 
+_NO_FORK = "autograd's threading in combination with fork"
 START_METHOD = "fork" if sys.platform == "linux" else "spawn"
 
 
@@ -29,10 +30,11 @@ def in_a_process(function: Callable[..., Any], *args: Any, method: str = START_M
     try:
         with ProcessPoolExecutor(1, context, initializer=_end_with, initargs=(os.getpid(),)) as process:
             return process.submit(function, *args).result()
-    except BrokenProcessPool:
-        if method != "fork":
+    except (BrokenProcessPool, RuntimeError) as e:
+        if method != "fork" or not (isinstance(e, BrokenProcessPool) or _NO_FORK in str(e)):
             raise
-        # A fork has no threads of this process, and what waits for one of them can crash. A new process cannot.
+        # A fork has no threads of this process, and what waits for one of them can crash; torch for CUDA refuses to
+        # compute gradients in it. A new process is safe.
         return in_a_process(function, *args, method="spawn")
 
 

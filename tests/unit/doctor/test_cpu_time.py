@@ -34,10 +34,10 @@ def test_a_step_on_this_machine_is_predicted(capsys: pytest.CaptureFixture[str],
         ("--devices=0", "--devices = 0"),
         ("--write=my.toml", "--write"),
         ("--explain=1", "--explain"),
-        ("--parallelism.tensor_parallel_degree=2", "parallelism.tensor_parallel_degree"),
+        ("--devices=2 --parallelism.tensor_parallel_degree=2", "parallelism.tensor_parallel_degree"),
         ("--training.local_batch_size=100000000", "GiB"),
     ],
 )
 def test_what_is_no_plan_of_a_cpu_is_refused(capsys: pytest.CaptureFixture[str], option: str, key: str) -> None:
-    assert command.main([*SIZES, "--device=cpu", option]) == 2
+    assert command.main([*SIZES, "--device=cpu", *option.split()]) == 2
     assert key in capsys.readouterr().err

@@ -272,7 +272,7 @@ def test_devices_with_grouped_matmuls_are_those_of_the_format() -> None:
 
 @pytest.mark.slow
 def test_what_is_chosen_for_8_and_for_256_devices() -> None:
-    """FSDP alone for 8B on 8; tensor parallelism in a machine and FSDP before pipelines for 70B on 256."""
+    """FSDP alone for 8B on 8; FSDP and tensor parallelism in a machine before pipelines for 70B on 256."""
     for flavor, device, devices in (("8B", "h100", 8), ("70B", "h100-500w", 256)):
         config = load_config(["--model.name=llama3", f"--model.flavor={flavor}", *_LONG])
         begin = time.process_time()
@@ -280,7 +280,7 @@ def test_what_is_chosen_for_8_and_for_256_devices() -> None:
         assert time.process_time() - begin < (5 if devices == 8 else 20)
         degrees = [layout.work.degrees for layout in plan.layouts]
         assert degrees[0].data_parallel_shard == devices // degrees[0].tensor_parallel
-        assert (degrees[0].tensor_parallel == 1) == (devices == 8)
+        assert degrees[0].tensor_parallel <= (1 if devices == 8 else 8)
         assert all(each.pipeline_parallel == 1 for each in degrees)
 
 
