@@ -107,6 +107,14 @@ def step_time(results: list[dict[str, Any]]) -> list[list[str]]:
     return rows
 
 
+def plan_cpu(results: list[dict[str, Any]]) -> list[list[str]]:
+    rows = [["flavor", "processes", "predicted", "the trainer's step", ""]]
+    for r in results:
+        times = [f"{r[key]:,.0f} ms" for key in ("predicted_ms", "step_ms")]
+        rows.append([r["flavor"], str(r["processes"]), *times, f"{r['error_pct']:+.1f}%"])
+    return rows
+
+
 def plan_rankings(results: list[dict[str, Any]]) -> list[list[str]]:
     """Return for each published table, how many pairs of its runs are predicted in the published order."""
     rows = [
@@ -353,6 +361,7 @@ TABLES: dict[str, Callable[[list[dict[str, Any]]], list[list[str]]]] = {
     "fast_files": fast_files,
     "step_time": step_time,
     "plan_rankings": plan_rankings,
+    "plan_cpu": plan_cpu,
     "checkpoint_save": checkpoint_save,
     "cpu_step": cpu_step,
     "moe_speed": cpu_step,
