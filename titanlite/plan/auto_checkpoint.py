@@ -20,7 +20,6 @@ from titanlite.distributed.runtime import Runtime
 from titanlite.errors import ConfigError
 from titanlite.metrics.device import GIB, device_name, host_memory, total_memory
 from titanlite.plan.devices import device_called
-from titanlite.plan.estimate import ASSUMED_VOCAB_SIZE
 from titanlite.plan.layout_memory import ROOM
 from titanlite.plan.least import least_peak
 from titanlite.plan.lone_rank import in_a_process
@@ -100,6 +99,8 @@ def choose(
     Raises:
         ConfigError: no mode fits, or training with this configuration would raise it.
     """
+    from titanlite.plan.estimate import ASSUMED_VOCAB_SIZE  # it imports the compiler, which plans do not need
+
     check_config(config, world_size, train=False)
     size = vocab_size or ASSUMED_VOCAB_SIZE
     planned = known and reserved_peak(MODES[0].set_in(config), world_size, size) is not None
