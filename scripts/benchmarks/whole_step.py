@@ -1,4 +1,4 @@
-"""What a whole training step of Llama 3 8B moves on each of several GPUs that are not there, part by part; counted.
+"""Count the bytes that a whole training step of Llama 3 8B moves on each of several GPUs that are not there, in parts.
 
     python scripts/benchmarks/whole_step.py --out docs/benchmarks/whole_step.json
 

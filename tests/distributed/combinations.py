@@ -199,8 +199,8 @@ EXPERT_VARIANTS: dict[str, dict[str, Any]] = {
 
 
 def expert_cell(way: str, variant: str = "") -> str:
-    """Whether the tests try a model with experts in this combination: "yes"; "(yes)" if scripts/test.sh --long does;
-    "" if none does."""
+    """Return "yes" if the tests try a model with experts in this combination, "(yes)" if scripts/test.sh
+    --long does, and "" if none does."""
     if not variant:
         return "(yes)" if way in EXPERT_WAYS_LONG else "yes"
     if way == "EP 2":  # those that have no mechanism of their own are long

@@ -48,7 +48,7 @@ WITH_ONE = re.compile("rowwise|mxfp8|balance")
 
 
 def as_many_sequences(variant: str, processes: int) -> dict[str, Any]:
-    """How many sequences a process takes at a time, so that one computes what two do.
+    """Return the sequences that a process takes at a time, so that one computes what two do.
 
     The gradient of an expert's weight has scales of its tokens, which are those of a microbatch on all processes of
     expert parallelism; so is the load of a balance loss over ``global_batch``. Over ``batch``, it is that of each

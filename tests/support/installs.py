@@ -37,8 +37,8 @@ class User:
 
 
 def clean_environment(home: Path, *programs: Path) -> dict[str, str]:
-    """What a new user has: an empty home, a PATH with the folders ``programs`` in front, and what belongs to this
-    machine: how packages are found, and the number of threads."""
+    """Return the environment of a new user: an empty home, a PATH with the folders ``programs`` in front, and the
+    variables of this machine that say where packages are and how many threads to use."""
     home.mkdir(exist_ok=True)
     of_machine = ("PIP_", "UV_", "SSL_", "https_proxy", "http_proxy", "OMP_")
     kept = {k: v for k, v in os.environ.items() if k.startswith(of_machine)}

@@ -51,7 +51,7 @@ def main() -> int:
         return 2
     subcommand = importlib.import_module(f"titanlite.commands.{name}")
     status: int
-    if name == "train":
+    if name == "train":  # its processes write themselves, and it has a status of its own for each way to end
         status = subcommand.main(rest)
         return status
     try:

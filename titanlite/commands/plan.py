@@ -63,10 +63,11 @@ def main(argv: list[str]) -> int:
     from titanlite.plan.report import describe, dump, explain
 
     try:
-        request.check_numbers(args.top, args.price)
+        default = 1 if args.device == "cpu" else 8
+        devices = default if args.devices is None else args.devices
+        request.check_numbers(devices, args.top, args.price)
         if args.device == "cpu":
-            return _plan_here(config, args)
-        devices = 8 if args.devices is None else args.devices
+            return _plan_here(config, args, devices)
         plan = request.plan_for(config, args.device, devices, fixed=args.fixed, top=args.top or _TOP)
         tokens = request.tokens_of(config, plan, args.tokens)
         print(dump(plan, tokens, args.price) if args.json else describe(plan, tokens, args.price))
@@ -82,7 +83,7 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def _plan_here(config: JobConfig, args: argparse.Namespace) -> int:
+def _plan_here(config: JobConfig, args: argparse.Namespace, processes: int) -> int:
     """Predict the configured layout on the CPU of this machine."""
     from titanlite.doctor.cpu_time import describe, plan_cpu
     from titanlite.errors import ConfigError
@@ -92,8 +93,6 @@ def _plan_here(config: JobConfig, args: argparse.Namespace) -> int:
         if (value := getattr(args, option)) is not None:
             why = "a plan of this machine's CPU has one layout, the configured one, in parts; leave it out"
             raise ConfigError(why, key=f"--{option}", value=value)
-    processes = 1 if args.devices is None else args.devices
-    request.check_number(processes)
     plan = plan_cpu(config, processes)
     given = args.tokens
     tokens = request.tokens_in(given) if given else float(config.training.steps * plan.tokens_per_step)

@@ -169,7 +169,7 @@ def _work(rank: int, ranks: Ranks, operators: Operators, results: Any) -> None:
     dist.destroy_process_group()
 
 
-class Clock:
+class OperatorClock:
     """Times operators in all processes at once."""
 
     def __init__(self) -> None:
@@ -194,7 +194,7 @@ class Clock:
 
 def time_operators(operators: Operators) -> CpuTime:
     """Return the seconds of a step with these operators, in each of the processes of the default group."""
-    clock, failed = Clock(), set[str]()
+    clock, failed = OperatorClock(), set[str]()
     kinds = {"matmuls": 0.0, "attention": 0.0, "others": 0.0}
     for operator, count in operators.computed:
         try:
@@ -285,6 +285,6 @@ def host_overhead() -> float:
     with _Counted() as counted:
         step()
     one = torch.ones(8)
-    clock = Clock()
+    clock = OperatorClock()
     alone = clock.seconds([lambda: [torch.ops.aten.mul.Tensor(one, one) for _ in range(_CHAIN)]]) / _CHAIN
     return max(0.0, clock.seconds([step]) / counted.calls - alone)

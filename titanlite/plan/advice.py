@@ -194,7 +194,7 @@ class Advice:
 class Anchor:
     """Turns estimates into what ``titanlite plan`` says the allocator reserves, on devices that it knows. A change that
     its memory model does not see, such as that of an optimizer's implementation, counts as the estimates do, in
-    proportion.
+    proportion; together with one that it sees, it counts as nothing.
 
     Attributes:
         now: the peak of the unchanged configuration, in bytes.

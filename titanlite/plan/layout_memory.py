@@ -124,9 +124,8 @@ def _of_experts(work: Work, worst: bool) -> tuple[float, float]:
     a, m = work.args, work.args.mixture
     assert m is not None
     rows = work.mixed * (work.most_tokens_of_experts if worst else work.tokens_of_experts)
-    cast = 1 - work.experts_converted / 2  # a byte of each element of an input, which eager code casts twice
-    token = a.dim * (cast if work.compiled else 1)
-    inside = token + m.expert_dim * (2 + cast + (not work.compiled))  # as plain operations, silu(gate) too
+    cast = 1 - work.experts_converted / 2  # a byte of each element of an input, in a number format
+    inside = a.dim * cast + m.expert_dim * (2 + cast + (not work.compiled))  # as plain operations, silu(gate) too
     per_op = m.expert_dim + a.dim * (work.degrees.expert_parallel > 1)
     return _BF16 * rows * inside, _BF16 * rows * per_op
 

@@ -59,7 +59,7 @@ class Message(NamedTuple):
 
 @dataclass
 class Operators:
-    """What one process calls in a step, and how often.
+    """The operators and collectives that one process calls in a step, and their numbers.
 
     Attributes:
         computed: those that read or write data.

@@ -6,6 +6,7 @@ import json
 import shlex
 from typing import Any
 
+from titanlite.plan.layout_memory import ROOM
 from titanlite.plan.layouts import Layout, Plan
 
 _DAY = 86400
@@ -45,7 +46,7 @@ def describe(plan: Plan, tokens: float, price: float | None) -> str:
     """Format the plan for printing."""
     lines = [
         f"{plan.model.about} on {plan.devices} x {plan.device.name}: {plan.tried:,} layouts, {plan.refused:,} refused, "
-        f"{plan.too_large:,} too large for {plan.device.memory_gib:g} GiB; predicted, not measured"
+        f"{plan.too_large:,} too large for {ROOM:.0%} of {plan.device.memory_gib:g} GiB; predicted, not measured"
     ]
     if not plan.layouts:
         return "\n".join([*lines, "    the trainer would refuse all of them"])

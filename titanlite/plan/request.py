@@ -21,7 +21,7 @@ def plan_for(config: JobConfig, device: str, devices: int, *, fixed: bool, top: 
         ConfigError: there is no such device or model; the trainer would refuse the configured layout; the device
             emulates a number format.
     """
-    check_number(devices)
+    check_numbers(devices)
     model, target = planned_model(config), find_device(device)
     check_units(config, model.args, target)
     if not fixed:
@@ -31,16 +31,11 @@ def plan_for(config: JobConfig, device: str, devices: int, *, fixed: bool, top: 
     return plan
 
 
-def check_number(devices: int) -> None:
-    """Raise :class:`ConfigError` for less than one device."""
-    if devices < 1:
-        raise ConfigError("must be at least 1", key="--devices", value=devices)
-
-
-def check_numbers(top: int | None, price: float | None) -> None:
-    """Raise :class:`ConfigError` for less than one layout to show, and for a price below 0."""
-    if top is not None and top < 1:
-        raise ConfigError("must be at least 1", key="--top", value=top)
+def check_numbers(devices: int, top: int | None = None, price: float | None = None) -> None:
+    """Raise :class:`ConfigError` for less than one device or layout to show, and for a price below 0."""
+    for key, value in (("--devices", devices), ("--top", top)):
+        if value is not None and value < 1:
+            raise ConfigError("must be at least 1", key=key, value=value)
     if price is not None and not price >= 0:
         raise ConfigError("must be 0 or more", key="--price", value=price)
 

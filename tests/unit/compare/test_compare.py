@@ -165,7 +165,7 @@ def test_a_run_that_ends_without_a_finite_loss_does_not_win(
 
 
 def test_final_losses_are_of_the_same_steps(tmp_path: Path) -> None:
-    """Of a run that logs every step and one that logs every tenth: otherwise the table contradicts the verdict."""
+    """Compare a run that logs every step with one that logs every tenth: the table must not contradict the verdict."""
     first, second = losses(-1)
     comparison = compare([write_run(tmp_path / "a", first), write_run(tmp_path / "b", second[9::10], log_freq=10)])
     assert "b has a lower loss" in comparison.verdicts["b"]

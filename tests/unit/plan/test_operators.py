@@ -69,7 +69,7 @@ def test_they_are_those_of_a_real_step(counted: Operators) -> None:
 
 
 def test_matmuls_are_those_of_the_arithmetic(counted: Operators) -> None:
-    """Of each linear layer three, but for the embedding, which looks up."""
+    """Each linear layer has three matmuls. The embedding has none: it looks up."""
     flops = sum(
         2 * count * operator.args[0].shape[0] * operator.args[0].shape[1] * operator.args[1].shape[1]
         for operator, count in counted.computed

@@ -83,7 +83,7 @@ def test_memory_of_published_runs() -> None:
 
 
 def test_the_ranking_inside_each_table_is_the_published_one() -> None:
-    """Of each pair of runs that differ by more than 3%, which is more than runs repeat to."""
+    """Compare each pair of runs that differ by more than 3%, which is more than runs repeat to."""
     tables: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for row in RESULT["results"]:
         tables[row["table"]].append(row)
@@ -108,7 +108,7 @@ def test_more_work_takes_longer(more: list[str], less: list[str]) -> None:
 
 
 def test_attention_within_a_window_has_the_pairs_of_the_window() -> None:
-    """Of 8,192 tokens with 4,096 before them, 3/4 of the pairs of causal attention."""
+    """8,192 tokens that see 4,096 each have 3/4 of the pairs of causal attention."""
     whole = work("7B-v0.1", 8, family="mistral")
     windowed = replace(whole, args=replace(whole.args, sliding_window=4096))
     whole = replace(whole, args=replace(whole.args, sliding_window=None))
