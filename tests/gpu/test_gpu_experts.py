@@ -15,6 +15,7 @@ from titanlite.models.layers import Mixture, MixtureArgs, grouped_mm
 from titanlite.quant.devices import architecture
 from titanlite.quant.float8.devices import has_grouped_matmuls
 from titanlite.quant.grouped_mm import QuantGroupedMatmul, quantized_grouped_mm
+from titanlite.quant.mx import grouped
 from titanlite.quant.recipes import GROUPED_RECIPES, grouped_format
 
 ON_GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
@@ -58,7 +59,9 @@ def test_quantized_against_emulated(device: str, sizes: list[int], recipe: str, 
             pytest.skip("the unit tests compile on the CPU")
         torch.compiler.reset()
     format = grouped_format(recipe)
-    native = recipe == "float8_rowwise" and has_grouped_matmuls(architecture(torch.device(device)))
+    units = architecture(torch.device(device))
+    float8, mxfp8 = has_grouped_matmuls(units), grouped.has_grouped_matmuls(units)
+    native = (recipe == "float8_rowwise" and float8) or (recipe == "mxfp8" and mxfp8)
     assert format.for_groups(torch.device(device), torch.bfloat16).emulate == (not native)
     a, w, offsets, grad = operands(sizes, 256, 384, device, torch.bfloat16)
     multiply = torch.compile(quantized_grouped_mm, fullgraph=True) if compiled else quantized_grouped_mm

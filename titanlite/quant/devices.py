@@ -41,20 +41,30 @@ def on_device_of(x: Tensor) -> AbstractContextManager[object]:
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def lacks_units(format: str, is_native: Callable[[str], bool], device: torch.device, target: str | None = None) -> bool:
+def lacks_units(
+    format: str,
+    is_native: Callable[[str], bool],
+    device: torch.device,
+    target: str | None = None,
+    needs: str = "",
+) -> bool:
     """Return whether there are no units for ``format``, which is logged once.
 
     Args:
         target: the architecture to compute for; None: that of ``device``.
+        needs: what the units need, if the name of the architecture does not say it.
     """
-    return device.type != "meta" and _lacks_units(format, is_native, target or architecture(device))
+    return device.type != "meta" and _lacks_units(format, is_native, target or architecture(device), needs)
 
 
 @cache
-def _lacks_units(format: str, is_native: Callable[[str], bool], architecture: str) -> bool:
+def _lacks_units(format: str, is_native: Callable[[str], bool], architecture: str, needs: str) -> bool:
     native = is_native(architecture)
     if not native:
-        logger.warning("%s is emulated on %s: the same quantized values, multiplied in float32", format, architecture)
+        logger.warning(
+            "%s is emulated on %s: the same quantized values, multiplied in float32%s",
+            *(format, architecture, f" (units need {needs})" if needs else ""),
+        )
     return not native
 
 

@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from titanlite.quant.autograd import refuse_double_backward
 from titanlite.quant.convertible import HIGH_PRECISION
 from titanlite.quant.format import WEIGHT, WEIGHT_FOR_GRAD_INPUT, Operand, Use
-from titanlite.quant.groups import GroupedFormat, Groups
+from titanlite.quant.groups import GroupedFormat
 from titanlite.quant.recipes import grouped_format
 from titanlite.quant.reuse import remember, remembered
 
@@ -62,7 +62,7 @@ def _cast_input(a: Tensor, offsets: Tensor, format: GroupedFormat, for_weight: b
     with torch.no_grad():
         rows, columns = format.cast_rows(a.detach(), Use("input", 1)), Operand(None, None)  # type: ignore[arg-type]
         if for_weight:
-            columns = format.cast_columns(a.detach(), Groups(offsets, a.shape[0], format.multiple), Use("input", 0))
+            columns = format.cast_columns(a.detach(), format.groups(offsets, a.shape[0]), Use("input", 0))
     if key is not None:
         remember(a, key, (rows, columns, offsets))  # which keeps the offsets alive, and so their id
     return rows, columns
@@ -127,7 +127,7 @@ class _GroupedMatmul(torch.autograd.Function):
                 format.cast_rows(grad, Use("grad_output", 1)), w, offsets, "grad_input", ctx.dtype
             )
         if ctx.needs_input_grad[1]:
-            groups = Groups(offsets, grad.shape[0], format.multiple)
+            groups = format.groups(offsets, grad.shape[0])
             g = format.cast_columns(grad, groups, Use("grad_output", 0))
             # As the weight of a linear layer, [groups, m, k]: so a parameter that b is a transpose of gets its layout.
             grad_b = format.multiply_columns(g, Operand(*saved), groups, b.dtype).transpose(1, 2)

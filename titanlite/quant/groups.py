@@ -30,6 +30,7 @@ class Groups:
         offsets: the end of each group in the rows, int32 [groups]. Rows after the last group are one more group, which
             takes part in no matmul.
         rows: their number.
+        least: the units that a group has at least: 1 gives an empty one a unit of zeros.
 
     Attributes:
         ends: the end of each group in the padded rows, int32 [groups].
@@ -39,14 +40,14 @@ class Groups:
         count: the number of groups, with the one of rows after the last group.
     """
 
-    def __init__(self, offsets: Tensor, rows: int, unit: int) -> None:
+    def __init__(self, offsets: Tensor, rows: int, unit: int, least: int = 0) -> None:
         self.count = offsets.shape[0] + 1
         ends = torch.cat((offsets.long(), offsets.new_full((1,), rows, dtype=torch.int64)))
         sizes = ends.diff(prepend=ends.new_zeros(1))
-        padded_ends = ((sizes + unit - 1) // unit * unit).cumsum(0)
+        padded_ends = (((sizes + unit - 1) // unit).clamp(min=least) * unit).cumsum(0)
         begins = torch.cat((padded_ends.new_zeros(1), padded_ends[:-1]))
         # As much as the sizes can need, and whole units: known without them.
-        self._rows = (rows + self.count * (unit - 1) + unit - 1) // unit * unit
+        self._rows = (rows + self.count * (unit - 1 + least) + unit - 1) // unit * unit
         row = torch.arange(rows, device=offsets.device)
         group = torch.searchsorted(ends, row, right=True)
         self._place = row + (begins - (ends - sizes))[group]
@@ -91,9 +92,11 @@ class GroupedFormat(Format):
         emulate: multiply the quantized values in float32.
         emulated: the same format with ``emulate``.
         target: the architecture to compute for, in an estimate without that device; None: the device's own.
+        grouped_needs: what the units need, to be said where they are not.
         grouped_results: the dtypes in which the units of the format write products of groups; None: in all.
     """
 
+    grouped_needs: ClassVar[str] = ""
     grouped_results: ClassVar[tuple[torch.dtype, ...] | None] = None
     emulate: bool
     emulated: GroupedFormat
@@ -108,13 +111,19 @@ class GroupedFormat(Format):
         """Return the format as ``device`` computes grouped matmuls in it, with results in ``dtype``; as
         :meth:`Format.on`."""
         name, target = f"a grouped matmul in {self.name}", self.target
-        if self.emulate or device.type == "meta" or lacks_units(name, self.has_grouped_units, device, target):
+        if self.emulate or device.type == "meta":
+            return self.emulated
+        if lacks_units(name, self.has_grouped_units, device, target, self.grouped_needs):
             return self.emulated
         return self.emulated if lacks_result(name, self.grouped_results, dtype, device, target) else self
 
     def why_not_grouped(self) -> str | None:
         """Return why grouped matmuls cannot use these options of the format; None if they can."""
         return None
+
+    def groups(self, offsets: Tensor, rows: int) -> Groups:
+        """Return the groups for :meth:`cast_columns` of ``rows`` rows with these ends."""
+        return Groups(offsets, rows, self.multiple)
 
     @abstractmethod
     def cast_rows(self, x: Tensor, use: Use) -> Operand:

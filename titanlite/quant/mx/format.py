@@ -13,7 +13,7 @@ from titanlite.quant.emulation import multiply_in_float32
 from titanlite.quant.format import Amaxes, Matmul, Operand, OperandName, Use
 from titanlite.quant.groups import GroupedFormat, Groups
 from titanlite.quant.kernels import AVAILABLE, DTYPES
-from titanlite.quant.mx import kernels
+from titanlite.quant.mx import grouped, kernels
 from titanlite.quant.mx.numerics import (
     BLOCK,
     ScaleMode,
@@ -104,8 +104,16 @@ class MXFormat(GroupedFormat):
 
     # ---- groups of rows
 
+    has_grouped_units = staticmethod(grouped.has_grouped_matmuls)
+    grouped_needs = "sm_100, and a PyTorch that was built with MSLK"
+    grouped_results = (torch.bfloat16,)
+
     def why_not_grouped(self) -> str | None:
         return None if self.grad_weight else "its grouped matmuls are all three in the format; use mxfp8"
+
+    def groups(self, offsets: Tensor, rows: int) -> Groups:
+        # The units write nothing for a group without rows.
+        return super().groups(offsets, rows) if self.emulate else Groups(offsets, rows, grouped.UNIT, least=1)
 
     def _by_kernels(self, x: Tensor) -> bool:
         """Return whether the Triton kernels cast ``x`` for grouped matmuls, which are emulated on GPUs too. The number
@@ -135,6 +143,21 @@ class MXFormat(GroupedFormat):
     def values(self, operand: Operand, groups: Groups | None = None) -> Tensor:
         assert operand.scale is not None
         return dequantize(operand.data, operand.scale)
+
+    def multiply_rows(self, x: Operand, w: Operand, offsets: Tensor, matmul: Matmul, dtype: torch.dtype) -> Tensor:
+        if self.emulate:
+            return super().multiply_rows(x, w, offsets, matmul, dtype)
+        assert x.scale is not None
+        assert w.scale is not None
+        return grouped.multiply(x.data, grouped.scales_of_rows(x.scale, offsets), w.data, swizzled(w.scale), offsets)
+
+    def multiply_columns(self, g: Operand, x: Operand, groups: Groups, dtype: torch.dtype) -> Tensor:
+        if self.emulate:
+            return super().multiply_columns(g, x, groups, dtype)
+        assert g.scale is not None
+        assert x.scale is not None
+        g_scale, x_scale = (grouped.scales_of_columns(scale, groups) for scale in (g.scale, x.scale))
+        return grouped.multiply(g.data, g_scale, x.data, x_scale, groups.ends)
 
     # ---- communication
 

@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 BLOCK = 32
+TILE_ROWS, TILE_BLOCKS = 128, 4
+"""The rows and blocks of a tile of scales, as the matmul units of sm_100 read them."""
 LARGEST = 448.0
 """The largest finite value of e4m3."""
 
@@ -84,9 +86,16 @@ def dequantize(data: Tensor, exponents: Tensor) -> Tensor:
 
 
 def swizzled(exponents: Tensor) -> Tensor:
-    """Return exponents in the order in which the matmul units of sm_100 read them: in tiles of 128 rows and 4 blocks,
-    each as 32 rows of 16 bytes (cuBLAS, "1D block scaling factors layout"). Missing rows and blocks are zero bytes."""
-    rows, columns = exponents.shape
-    padded = F.pad(exponents, (0, -columns % 4, 0, -rows % 128))
-    tiles = padded.view(padded.shape[0] // 128, 4, 32, padded.shape[1] // 4, 4)
-    return tiles.permute(0, 3, 2, 1, 4).flatten()
+    """Return exponents (..., rows, blocks) in the order in which the matmul units of sm_100 read them: in tiles of 128
+    rows and 4 blocks, each as 32 rows of 16 bytes (cuBLAS, "1D block scaling factors layout"). Missing rows and blocks
+    are zero bytes. The result is (..., bytes)."""
+    rows, columns = exponents.shape[-2:]
+    padded = F.pad(exponents, (0, -columns % TILE_BLOCKS, 0, -rows % TILE_ROWS))
+    tiles = padded.unflatten(-1, (-1, TILE_BLOCKS)).unflatten(-3, (-1, 4, 32))
+    return tiles.movedim(-2, -4).transpose(-2, -3).flatten(-5)
+
+
+def in_rows(ordered: Tensor, rows: int, blocks: int) -> Tensor:
+    """Return the exponents (rows, blocks) that :func:`swizzled` has put in order, (bytes)."""
+    tiles = ordered.view(-(-rows // TILE_ROWS), -(-blocks // TILE_BLOCKS), 32, 4, TILE_BLOCKS)
+    return tiles.permute(0, 3, 2, 1, 4).flatten(3).flatten(0, 2)[:rows, :blocks]
