@@ -86,6 +86,37 @@ def loss_chunks(results: list[dict[str, Any]]) -> list[list[str]]:
     return rows + [[*names, *numbers] for names, numbers in figures.items()]
 
 
+def accumulation(results: list[dict[str, Any]]) -> list[list[str]]:
+    kinds = ["parameters", "optimizer state", "gradients", "unsharded gradients", "gathered parameters", "activations"]
+    rows = [["microbatches", "reduced after each", "options", "peak, GiB", *kinds]]
+    for r in (r for r in results if r["part"] == "estimate"):
+        parts = [f"{r['at_peak_gib'].get(kind, 0.0):.2f}" for kind in kinds]
+        options = ", ".join(f"`{option}`" for option in r["options"])
+        each = "" if r["microbatches"] == 1 else "yes" if r["reduced"] == "microbatch" else "no"
+        rows.append([str(r["microbatches"]), each, options, f"{r['peak_gib']:.2f}", *parts])
+    return rows
+
+
+def counted_accumulation(results: list[dict[str, Any]]) -> list[list[str]]:
+    """Return what real processes held, and how much more that is than with one microbatch."""
+    rows = [
+        [
+            "microbatches",
+            "reduced after each",
+            "a step allocates at most",
+            "more than for one",
+            "gradients of a process",
+        ]
+    ]
+    counted = [r for r in results if r["part"] == "counted"]
+    for r in counted:
+        each = "" if r["microbatches"] == 1 else "yes" if r["reduced"] == "microbatch" else "no"
+        more = r["peak_bytes"] - counted[0]["peak_bytes"]
+        sizes = [f"{n / 1e6:,.2f} MB" for n in (r["peak_bytes"], more, r["gradients_bytes"])]
+        rows.append([str(r["microbatches"]), each, *sizes])
+    return rows
+
+
 def finetune_memory(results: list[dict[str, Any]]) -> list[list[str]]:
     rows = [["recipe", "microbatches", "checkpointing", "bfloat16, GiB", "float8, GiB"]]
     for bf16, float8 in zip(results[::2], results[1::2], strict=True):
@@ -309,14 +340,15 @@ def moe_memory(results: list[dict[str, Any]]) -> list[list[str]]:
     return rows
 
 
-def seconds_of_plans(results: list[dict[str, Any]]) -> list[list[str]]:
-    rows = [["ranks", "plan of a first save", "of a later one"]]
-    for r in (r for r in results if r["part"] == "plan"):
-        rows.append([f"{r['ranks']:,}", f"{r['first_s']:.2f} s", f"{r['later_s'] * 1e3:.2f} ms"])
+def plans(results: list[dict[str, Any]]) -> list[list[str]]:
+    rows = [["ranks", "plan of a first save", "by DCP's own planner", "plan of a later save", "metadata read"]]
+    for r in results:
+        first, dcp, read = (f"{r[key]:.2f} s" for key in ("first_s", "dcp_s", "read_s"))
+        rows.append([f"{r['ranks']:,}", first, dcp, f"{r['later_s'] * 1e3:.2f} ms", read])
     return rows
 
 
-def seconds_of_agreement(results: list[dict[str, Any]]) -> list[list[str]]:
+def agreement(results: list[dict[str, Any]]) -> list[list[str]]:
     given = [r for r in results if r["part"] == "agreement"]
     return [
         ["processes", *(f"{r['processes']}" for r in given)],
@@ -374,8 +406,10 @@ TABLES: dict[str, Callable[[list[dict[str, Any]]], list[list[str]]]] = {
     "int8_cpu_20M": int8_steps,
     "int8_cpu_narrow": int8_layers,
     "document_masks": document_masks,
-    "thousand_ranks_seconds/plans": seconds_of_plans,
-    "thousand_ranks_seconds/agreement": seconds_of_agreement,
+    "accumulation/estimates": accumulation,
+    "accumulation/counted": counted_accumulation,
+    "thousand_ranks_plans": plans,
+    "thousand_ranks_seconds": agreement,
     "thousand_ranks_corpus": corpus,
     "thousand_ranks_weights": weights,
     "time_budget": time_budget,

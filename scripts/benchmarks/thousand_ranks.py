@@ -1,6 +1,7 @@
 """What grows with the number of ranks, simulated.
 
     python scripts/benchmarks/thousand_ranks.py counts --out docs/benchmarks/thousand_ranks.json
+    python scripts/benchmarks/thousand_ranks.py plans --out docs/benchmarks/thousand_ranks_plans.json
     python scripts/benchmarks/thousand_ranks.py seconds --out docs/benchmarks/thousand_ranks_seconds.json
     python scripts/benchmarks/thousand_ranks.py corpus --out docs/benchmarks/thousand_ranks_corpus.json
     python scripts/benchmarks/thousand_ranks.py weights --out docs/benchmarks/thousand_ranks_weights.json
@@ -8,8 +9,9 @@
 - counts: bytes that the plans of so many ranks, made as objects, send to rank 0 and back: at a first save, as at each
   save without kept plans, and at a later one; the bytes of names that a rank receives when a checkpoint is opened; the
   open files of real gloo processes, and the limit that the launcher sets for more.
-- seconds: what rank 0 plans for a first save and for a later one; one agreement over gloo, of real processes, as each
-  step had one and a step with a log line or a save has.
+- plans: the seconds in which rank 0 plans a first save and a later one, in which DCP's own planner plans the first, and
+  in which each rank reads the metadata of a checkpoint. DCP's takes minutes at 4,096 ranks.
+- seconds: one agreement over gloo, of real processes, as each step had one and a step with a log line or a save has.
 - corpus: in which time four processes open a corpus of JSON lines: without an index, with one, and after one of its
   files has changed.
 - weights: bytes of a folder of safetensors that each of some gloo processes copies into its shards, and bytes that the
@@ -21,6 +23,7 @@ Counts depend on no other load of the machine. Seconds need an idle one: those o
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import multiprocessing
 import os
@@ -38,13 +41,16 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 from torch._C._distributed_c10d import FileStore
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
 from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from titanlite.checkpoint.hugging_face import HuggingFaceFolder
+from titanlite.checkpoint.metadata import METADATA, read_metadata
 from titanlite.checkpoint.plan_cache import PlanCache
+from titanlite.checkpoint.planner import LinearPlanner
 from titanlite.config.parallelism import Degrees
 from titanlite.config.schema import Comm
 from titanlite.data import build_source
@@ -60,6 +66,7 @@ RANKS = (64, 256, 1024, 4096)
 PROCESSES = (2, 4, 8)
 PROCESSES_OF_CORPUS = 4
 FILES = 8  # of the corpus
+COLUMNS = 14336  # of a tensor of a plan
 WEIGHT_FILES, WEIGHT_SHAPE = 4, (2048, 1024)
 HASH_BYTES = 32
 Result = dict[str, Any]
@@ -75,7 +82,7 @@ def counts(args: argparse.Namespace) -> list[Result]:
         row = {"gathered_bytes": ranks * size, "with_hashes_bytes": ranks * HASH_BYTES + size}
         rows.append({"part": "names of 8B", "ranks": ranks, **row})
     for count in PROCESSES:
-        rows.append({"part": "open files", "processes": count, "open": max(_in_processes(count, _open_files))})
+        rows.append({"part": "open files", "processes": count, "open": max(in_processes(count, _open_files))})
     for ranks in args.ranks:
         rows.append({"part": "limit of open files", "ranks": ranks, "limit": descriptors_needed(ranks)})
     return rows
@@ -83,13 +90,21 @@ def counts(args: argparse.Namespace) -> list[Result]:
 
 def seconds(args: argparse.Namespace) -> list[Result]:
     rows: list[Result] = []
+    for count in (*PROCESSES, 16, 24):
+        took = statistics.median(in_processes(count, _agreement_seconds))
+        rows.append({"part": "agreement", "processes": count, "agreement_s": round(took, 6)})
+    return rows
+
+
+def plans(args: argparse.Namespace) -> list[Result]:
+    gc.disable()  # as during training
+    rows: list[Result] = []
     for ranks in args.ranks:
         *_, (first, later) = _saves(ranks, args.tensors)
-        row = {"first_s": round(first, 4), "later_s": round(later, 6)}
+        row = {"first_s": first, "later_s": later, "dcp_s": _seconds_of_dcp(ranks, args.tensors)}
+        row["read_s"] = _seconds_of_metadata(ranks, args.tensors)
+        row = {key: round(took, 6) for key, took in row.items()}
         rows.append({"part": "plan", "ranks": ranks, "tensors": args.tensors, **row})
-    for count in (*PROCESSES, 16, 24):
-        took = statistics.median(_in_processes(count, _agreement_seconds))
-        rows.append({"part": "agreement", "processes": count, "agreement_s": round(took, 6)})
     return rows
 
 
@@ -117,13 +132,41 @@ def _saves(ranks: int, tensors: int) -> tuple[dict[str, int], dict[str, int], tu
     return sent[0], sent[1], (took[0], took[1])
 
 
+def _seconds_of_dcp(ranks: int, tensors: int) -> float:
+    """Return the seconds in which DCP's own planner plans the first save."""
+    plans = [_plan_of(rank, ranks, tensors) for rank in range(ranks)]
+    begin = time.perf_counter()
+    DefaultSavePlanner(flatten_state_dict=False).create_global_plan(plans)
+    return time.perf_counter() - begin
+
+
+def _seconds_of_metadata(ranks: int, tensors: int) -> float:
+    """Return the seconds in which each rank reads where the tensors of a checkpoint are."""
+    planned, metadata = LinearPlanner().create_global_plan([_plan_of(rank, ranks, tensors) for rank in range(ranks)])
+    size = 4 * COLUMNS
+    metadata.storage_data = {
+        item.index: _StorageInfo(f"__{rank}_0.distcp", i * size, size)
+        for rank, plan in enumerate(planned)
+        for i, item in enumerate(plan.items)
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        for rank in range(ranks):
+            with Path(folder, f"__{rank}_0.distcp").open("wb") as file:
+                file.truncate(tensors * size)
+        Path(folder, METADATA).write_bytes(pickle.dumps(metadata))
+        begin = time.perf_counter()
+        if len(read_metadata(Path(folder))) != tensors:
+            raise SystemExit("not all tensors were read")
+        return time.perf_counter() - begin
+
+
 def _plan_of(rank: int, ranks: int, tensors: int) -> SavePlan:
-    """Make the plan of a rank that has a row of each tensor."""
+    """Make the plan of a rank that has a row of each tensor. All have more columns than rows, as ``w2`` has."""
     items, properties = [], TensorProperties(torch.float32)
     for i in range(tensors):
-        offset, sizes = torch.Size((rank, 0)), torch.Size((1, 4096))
+        offset, sizes = torch.Size((rank, 0)), torch.Size((1, COLUMNS))
         chunk = ChunkStorageMetadata(offset, sizes)
-        data = TensorWriteData(chunk, properties, torch.Size((ranks, 4096)))
+        data = TensorWriteData(chunk, properties, torch.Size((ranks, COLUMNS)))
         index = MetadataIndex(f"optimizer.layers.{i}.feed_forward.w1.weight.exp_avg", offset)
         items.append(WriteItem(index, WriteItemType.SHARD, tensor_data=data))
     return SavePlan(items)
@@ -182,7 +225,7 @@ def corpus(args: argparse.Namespace) -> list[Result]:
                 with (data / "0.jsonl").open("a") as file:
                     file.write(line)
                 expected += 1
-            opened = _in_processes(PROCESSES_OF_CORPUS, _open_corpus, str(data))
+            opened = in_processes(PROCESSES_OF_CORPUS, _open_corpus, str(data))
             if {count for _, count in opened} != {expected}:
                 raise SystemExit(f"{start} start: {opened} documents, of {expected}")
             size = sum(file.stat().st_size for file in data.iterdir())
@@ -212,7 +255,7 @@ def weights(args: argparse.Namespace) -> list[Result]:
         for shards in ("rows", "columns"):
             for count in (1, *PROCESSES):
                 _leave_the_cache(Path(folder))
-                read = _in_processes(count, _load_weights, folder, shards == "columns")
+                read = in_processes(count, _load_weights, folder, shards == "columns")
                 row = {"part": "weights", "shards": shards, "processes": count, "bytes": size}
                 rows.append({**row, "copied": [copied for copied, _ in read], "of_disk": sum(disk for _, disk in read)})
     return rows
@@ -250,7 +293,7 @@ def _bytes_of_disk() -> int:
     return int(Path("/proc/self/io").read_text().partition("\nread_bytes: ")[2].split()[0])
 
 
-def _in_processes(count: int, function: Callable[..., Any], *given: Any) -> list[Any]:
+def in_processes(count: int, function: Callable[..., Any], *given: Any) -> list[Any]:
     """Return what ``function`` returns in each of ``count`` processes that can make a process group."""
     context = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as folder, context.Pool(count) as pool:
@@ -269,7 +312,7 @@ def _rank(function: Callable[..., Any], rank: int, count: int, folder: str, give
     return function(*given)
 
 
-PARTS = {"counts": counts, "seconds": seconds, "corpus": corpus, "weights": weights}
+PARTS = {"counts": counts, "plans": plans, "seconds": seconds, "corpus": corpus, "weights": weights}
 
 
 def main() -> None:

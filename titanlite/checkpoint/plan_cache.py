@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.planner import SavePlanner
+
+from titanlite.checkpoint.planner import LinearPlanner
 
 
 class PlanCache:
@@ -23,9 +24,7 @@ class PlanCache:
 
     def planner(self) -> SavePlanner:
         """Return the planner of the next save."""
-        planner = DefaultSavePlanner(flatten_state_dict=False, enable_plan_caching=True)
-        planner._cached_plans_key = self._series
-        return planner
+        return LinearPlanner(self._series)
 
     def clear(self) -> None:
         """Forget the plans. Call it on all ranks after a failed save, of which some may have kept more than others."""

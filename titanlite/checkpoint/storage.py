@@ -21,7 +21,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.filesystem import FileSystem, FileSystemWriter
 from torch.distributed.checkpoint.state_dict_saver import save as save_tensors
 from torch.utils.serialization import config
@@ -45,6 +44,7 @@ from titanlite.checkpoint.folder import (
 )
 from titanlite.checkpoint.metadata import METADATA, Chunk, SavedTensor, read_metadata
 from titanlite.checkpoint.plan_cache import PlanCache
+from titanlite.checkpoint.planner import LinearPlanner
 from titanlite.checkpoint.quantized import as_plain, copy_any
 from titanlite.checkpoint.state import State
 from titanlite.checkpoint.tensors import read_tensor
@@ -170,7 +170,7 @@ def _write_tensors(
     on_device = any(tensor.device.type != "cpu" for tensor in state.values())
     writer = FileSystemWriter(folder, sync_files=True, per_thread_copy_ahead=_COPY_AHEAD if on_device else 0)
     writer.fs = files = _HashingFileSystem()
-    planner = DefaultSavePlanner(flatten_state_dict=False) if plans is None else plans.planner()
+    planner = LinearPlanner() if plans is None else plans.planner()
     try:
         # CRC-32 adds nothing to SHA-256, and PyTorch holds the interpreter lock while it computes a CRC-32.
         with config.patch({"save.compute_crc32": False}):  # type: ignore[attr-defined]
