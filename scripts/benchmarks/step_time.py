@@ -15,7 +15,7 @@ import math
 import statistics
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ import tomli
 from titanlite.config import load_config
 from titanlite.models.spec import get_model_spec
 from titanlite.plan.constants import FITTED, PRIOR, Constants
-from titanlite.plan.devices import find_device
+from titanlite.plan.devices import Device, find_device
 from titanlite.plan.layout_memory import reserved_gib
 from titanlite.plan.time import step_time
 from titanlite.plan.work import Work, work_of
@@ -44,17 +44,22 @@ class Run:
     about: dict[str, Any]
     work: Work
 
+    @property
+    def device(self) -> Device:
+        return replace(find_device(self.about["device"]), **self.about.get("cluster", {}))
+
     def tps(self, constants: Constants) -> float:
-        seconds = step_time(self.work, find_device(self.about["device"]), constants).seconds
+        seconds = step_time(self.work, self.device, constants).seconds
         return self.work.tokens_per_device / seconds
 
 
 def read_runs() -> list[Run]:
     runs = []
     for about in tomli.loads(RUNS.read_text(encoding="utf-8"))["run"]:
-        base = ["--model.name=llama3", f"--model.flavor={about['flavor']}", "--training.seq_len=8192"]
+        family = about.get("model", "llama3")
+        base = [f"--model.name={family}", f"--model.flavor={about['flavor']}", "--training.seq_len=8192"]
         config = load_config([*base, *about["options"]])
-        flavor = get_model_spec("llama3").flavor(about["flavor"])
+        flavor = get_model_spec(family).flavor(about["flavor"])
         args = flavor.configured(0, config.training.seq_len)
         runs.append(Run(about, work_of(config, args, about["gpus"])))
     return runs

@@ -11,6 +11,7 @@ from titanlite.config.schema import JobConfig
 VARIANTS: tuple[dict[str, Any], ...] = (
     {"float8.recipe_name": "tensorwise", "float8.enable_fsdp_float8_all_gather": True},
     {"float8.recipe_name": "rowwise", "float8.enable_fsdp_float8_all_gather": False},
+    {"float8.recipe_name": "rowwise_with_gw_hp", "float8.enable_fsdp_float8_all_gather": False},
 )
 _WEIGHT_BYTES = 10  # that casts of a weight in both layouts move for each element
 
@@ -95,5 +96,7 @@ def cost(config: JobConfig) -> FormatCost:
         filter_fqns=tuple(options.filter_fqns),
         moe_fqns=tuple(options.moe_fqns),
         expert_weight_bytes=_WEIGHT_BYTES,
+        native_on=(),
+        emulated=options.emulate,
         grouped_on=("sm_90",),
     )

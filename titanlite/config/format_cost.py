@@ -22,6 +22,8 @@ class FormatCost:
         moe_fqns: experts that compute in the format, by parts of their names. Their weights are gathered in
             high precision.
         expert_weight_bytes: as ``weight_bytes``, of the experts' weights.
+        native_on: the architectures whose units compute in the format; empty: all with units for 8-bit floating point.
+        emulated: as configured, whatever the device has.
         grouped_on: the architectures that have a grouped matmul in the format; elsewhere it is emulated.
     """
 
@@ -35,5 +37,11 @@ class FormatCost:
     gathers_weights: bool
     filter_fqns: tuple[str, ...]
     moe_fqns: tuple[str, ...]
-    expert_weight_bytes: int
+    expert_weight_bytes: float
+    native_on: tuple[str, ...]
+    emulated: bool
     grouped_on: tuple[str, ...]
+
+    def is_native(self, architecture: str) -> bool:
+        """Return whether an architecture with units for 8-bit floating point computes in the format."""
+        return not self.native_on or architecture in self.native_on

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable, Mapping
 from pathlib import PurePath
 from typing import Any
 
 from titanlite.config.options import Option, options_of
+from titanlite.config.run_config import section_in
 from titanlite.config.schema import JobConfig
 
 # The sections that change neither what a run computes nor how fast.
@@ -16,13 +18,16 @@ _INNER = re.compile(r"model|checkpoint|step-\d+")  # folders in that of a run, w
 _SPEAKING = ("name", "flavor", "recipe_name", "dataset")  # keys whose values say enough
 
 
-def job_name(config: JobConfig, continued: str | None = None) -> str:
-    """Return the name of the run: ``job.name``; else the name of its file, with the options of the command line.
+def job_name(config: JobConfig, continued: str | None = None, earlier: Iterable[Mapping[str, Any]] = ()) -> str:
+    """Return the name of the run: ``job.name``; else the name of its file, with the options of the command line. If an
+    earlier run has that name and other options, as after an edit of the file, those are added too.
 
     A run that begins with the ``config.toml`` of another one, which has a name, adds its own options to that.
 
     Args:
         continued: the name of the run that this continues, if it does.
+        earlier: the configurations of other runs that are looked at together with this one, as of
+            :func:`~titanlite.config.run_config.read_run_config`.
     """
     inherited = config.run_config is not None and config.origin("job.name").startswith(str(config.run_config))
     if config.job.name and not inherited:
@@ -32,16 +37,38 @@ def job_name(config: JobConfig, continued: str | None = None) -> str:
     file = PurePath(config.job.config_file or "").stem
     if file in ("", "config"):  # config.toml of a run without a name
         file = f"{config.model.name}_{config.model.flavor}"
+    named = {option.name: option for option in _of_results(config)}
+    given = [name for name in named if config.origin(name).startswith("the argument")]
+    name = _joined(config, file, (named[name] for name in given))
+    same = [run for run in earlier if section_in(run, "job").get("name") == name]
+    edited = [name for name, option in named.items() if any(_differs(config, option, run) for run in same)]
+    return _joined(config, file, (named[name] for name in named if name in {*given, *edited}))
+
+
+def _of_results(config: JobConfig) -> list[Option]:
+    """Return the options that can change what a run computes, or how fast."""
     options = options_of(type(config))  # type: ignore[arg-type]
-    given = [
-        part
+    return [
+        option
         for section, keys in options.items()
         for option in keys.values()
-        if (section not in OUTSIDE | {"validation"} or option.name == "checkpoint.initial_load_path")
-        and config.origin(option.name).startswith("the argument")
-        and (part := _part(option, config.value(option.name)))
+        if section not in OUTSIDE | {"validation"} or option.name == "checkpoint.initial_load_path"
     ]
-    added = _plain("".join(f"-{part}" for part in given))[:_LONGEST]
+
+
+def _differs(config: JobConfig, option: Option, run: Mapping[str, Any]) -> bool:
+    """Return whether a run has another value of an option. A run's file has what "auto", and no seed, became."""
+    value = config.value(option.name)
+    section = section_in(run, option.section)
+    if not section or value is None or value == "auto":
+        return False
+    before = section.get(option.key, option.default)
+    return before is None or _part(option, before) != _part(option, value)
+
+
+def _joined(config: JobConfig, file: str, options: Iterable[Option]) -> str:
+    parts = [part for option in options if (part := _part(option, config.value(option.name)))]
+    added = _plain("".join(f"-{part}" for part in parts))[:_LONGEST]
     return (_plain(config.job.name or file)[: max(_LONGEST - len(added), 10)] + added)[:_LONGEST].strip("._-") or "run"
 
 

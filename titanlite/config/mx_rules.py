@@ -2,8 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+from titanlite.config.format_cost import FormatCost
 from titanlite.config.refuse import check_converter, refuse
 from titanlite.config.schema import JobConfig
+
+VARIANTS: tuple[dict[str, Any], ...] = ({"mx.recipe_name": "mxfp8"},)
+_NATIVE_ON = ("sm_100",)
+# Bytes that the casts of an element in both layouts move: each reads it in bfloat16 and writes a byte, and a scale for
+# 32 elements. A block of 32 has its own scale, so that no pass for the largest magnitude comes first.
+_CAST_BYTES = 2 * (2 + 1 + 1 / 32)
 
 
 def check(config: JobConfig) -> None:
@@ -34,3 +43,27 @@ def check(config: JobConfig) -> None:
 def gathers_quantized(config: JobConfig) -> bool:
     """Return whether FSDP2 gathers weights in mxfp8, so that they are not there in high precision."""
     return config.mx.enable_fsdp_mxfp8_all_gather
+
+
+def cost(config: JobConfig) -> FormatCost:
+    """Return the work of the converted layers. Their matmuls take the scales of blocks themselves, as fast as one scale
+    for each tensor."""
+    options = config.mx
+    all_three, gathers = options.recipe_name != "mxfp8_with_gw_hp", options.enable_fsdp_mxfp8_all_gather
+    moved = _CAST_BYTES if all_three else _CAST_BYTES / 2
+    return FormatCost(
+        recipe=options.recipe_name,
+        row_scales=False,
+        grad_weight=all_three,
+        input_bytes=moved,
+        grad_bytes=moved,
+        weight_bytes=2 if gathers else _CAST_BYTES,  # gathered in the format, it is only copied
+        casts_shards=options.enable_tensor_parallel_mxfp8_all_gather,
+        gathers_weights=gathers,
+        filter_fqns=tuple(options.filter_fqns),
+        moe_fqns=tuple(options.moe_fqns),
+        expert_weight_bytes=_CAST_BYTES,
+        native_on=_NATIVE_ON,
+        emulated=options.emulate or options.recipe_name == "mxfp8_emulated",
+        grouped_on=(),
+    )

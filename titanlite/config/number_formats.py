@@ -53,7 +53,9 @@ NUMBER_FORMATS = (
         gathers_quantized=int8_rules.gathers_quantized,
         weight_bytes=int8_rules.weight_bytes,
     ),
-    NumberFormat("mx", mx_rules.check, True, mx_rules.gathers_quantized),
+    NumberFormat(
+        "mx", mx_rules.check, True, mx_rules.gathers_quantized, cost=mx_rules.cost, variants=mx_rules.VARIANTS
+    ),
 )
 
 

@@ -32,6 +32,7 @@ HUB = "hub:"  # begins the name of a data set of the Hugging Face hub, where a p
 LOCK = ".lock"
 RUN_FOLDER = "run_folder"  # the key in config.toml
 _MOST_BYTES = 1 << 20  # of a configuration
+_MOST_RUNS = 50  # that are read
 _MADE_HERE = ".made-here"
 # The files and folders of a run folder whose names no option chooses.
 FIXED_NAMES = (CONFIG, METRICS, VALIDATION, TOKENIZER, SAMPLE, MODEL, HF_CONFIG, WANDB, EARLIER, LOCK, _MADE_HERE)
@@ -119,6 +120,12 @@ def read_run_config(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError):
         return {}
     return {section: keys for section, keys in tree.items() if isinstance(keys, dict)}
+
+
+def read_earlier_runs(folder: Path) -> list[dict[str, Any]]:
+    """Return the configurations of the runs in a run folder: the present one, and the latest that were set aside."""
+    aside = sorted((folder / EARLIER).glob(f"*/{CONFIG}"))[-_MOST_RUNS:]
+    return [tree for tree in map(read_run_config, [folder, *(file.parent for file in aside)]) if tree]
 
 
 def section_in(tree: Mapping[str, Any], section: str) -> Mapping[str, Any]:

@@ -20,7 +20,7 @@ from titanlite.environment import LAUNCH_DIR, LOG_RANK
 from titanlite.errors import ConfigError
 from titanlite.metrics.progress import mean_loss, plain_loss
 from titanlite.metrics.sinks import Row, shown_memory
-from titanlite.metrics.terminal import CLEAR, columns_of, fitted, is_terminal, joined, paint
+from titanlite.metrics.terminal import CLEAR, below, columns_of, fitted, is_terminal, joined, paint
 
 # A name in a file from somebody else could move the cursor of a terminal, or write to its clipboard. Colors may pass.
 _CONTROL = re.compile(r"(?!\033\[\d*m)[\x00-\x08\x0b-\x1f\x7f-\x9f]")
@@ -33,8 +33,9 @@ class Console(logging.StreamHandler[TextIO]):
     continues.
 
     On a terminal the prefix is left out, long lines are broken between words, and a status can be shown below them. The
-    cursor rests at the start of the status: what another process writes begins there, and erasing from there to the end
-    of the screen takes the status away, also where a narrower terminal has wrapped it.
+    cursor rests on an empty line above the status: a line that others write stands there, and erasing from there to the
+    end of the screen takes the status away, also where a narrower terminal has wrapped it. (A second line of theirs,
+    before the status is drawn again, is written over it.)
 
     Args:
         stream: stdout.
@@ -82,7 +83,7 @@ class Console(logging.StreamHandler[TextIO]):
             self.handleError(record)
 
     def _drawn(self) -> str:
-        return "" if self._status is None else f"{CLEAR}{self._status(self.width)}\r"
+        return "" if self._status is None else below(self._status(self.width))
 
     def _write(self, text: str) -> None:
         self.stream.write(text)
@@ -215,7 +216,7 @@ class ConsoleSink:
     def lacks(self) -> str:
         return ""
 
-    def close(self) -> None:
+    def close(self, failed: bool = False) -> None:
         pass
 
 

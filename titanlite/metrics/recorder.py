@@ -29,6 +29,7 @@ class Recorder:
         last_step: the step after which the run ends.
         steps_before: the steps that were made before this run continued, or 0.
         tokens_seen: tokens of all devices in these steps.
+        failed: the run has ended with an error.
     """
 
     sinks: Sequence[Sink]
@@ -38,6 +39,7 @@ class Recorder:
     last_step: int
     steps_before: int = 0
     tokens_seen: int = 0
+    failed: bool = False
     first: Row | None = None
     last: Row | None = None
     peak: Row | None = None  # the row of the highest memory
@@ -182,4 +184,4 @@ class Recorder:
 
     def close(self) -> None:
         for sink in self.sinks:
-            sink.close()
+            sink.close(self.failed)

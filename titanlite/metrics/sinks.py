@@ -24,7 +24,13 @@ class Sink(Protocol):
         """Return the rows that could not be written, and the reason; empty if all were written."""
         ...
 
-    def close(self) -> None: ...
+    def close(self, failed: bool = False) -> None:
+        """Close what is open.
+
+        Args:
+            failed: the run has ended with an error.
+        """
+        ...
 
 
 def shown_memory(row: Row) -> tuple[float, float]:
@@ -56,7 +62,7 @@ class JsonlSink:
     def lacks(self) -> str:
         return "; ".join(filter(None, (file.lacks() for file in (self._file, self._validation) if file)))
 
-    def close(self) -> None:
+    def close(self, failed: bool = False) -> None:
         for file in (self._file, self._validation):
             if file is not None:
                 file.close()

@@ -146,7 +146,7 @@ class TensorBoardSink:
     def lacks(self) -> str:
         return self._lacks
 
-    def close(self) -> None:
+    def close(self, failed: bool = False) -> None:
         if self._end is not None and self._losses and self._last:
             losses = self._losses[-last_part(len(self._losses)) :]
             self._add(self._step, {"final/loss": sum(losses) / len(losses), **self._last})

@@ -7,7 +7,10 @@ import re
 from collections.abc import Iterable
 from typing import TextIO
 
+from rich.cells import cell_len
+
 CLEAR = "\r\033[J"  # from the start of the line to the end of the screen
+_CUT, _WRAP, _UP = "\033[?7l", "\033[?7h", "\033[A"  # what is beyond the last column; and a line up
 _CODES = {"bold": 1, "dim": 2, "red": 31, "green": 32, "yellow": 33, "cyan": 36}
 _STYLE = re.compile(r"\033\[\d*m")
 
@@ -30,8 +33,14 @@ def paint(text: str, style: str, colored: bool) -> str:
 
 
 def length(text: str) -> int:
-    """Return the number of columns of ``text``, without its styles."""
-    return len(_STYLE.sub("", text))
+    """Return the number of columns of ``text``, without its styles. Chinese characters have two."""
+    return cell_len(_STYLE.sub("", text))
+
+
+def below(status: str) -> str:
+    """Return what draws ``status`` one line below the cursor, which goes back to the start of its own, empty line: what
+    another process writes there stands on a line of its own."""
+    return f"{CLEAR}\n{_CUT}{status}{_WRAP}{_UP}\r"
 
 
 def joined(fields: Iterable[str], width: int) -> str:
@@ -58,7 +67,7 @@ def fitted(text: str, width: int) -> str:
 
 
 def _fitted(line: str, width: int) -> str:
-    if len(line) <= width or "\033" in line:
+    if length(line) <= width or "\033" in line:
         return line
     named = re.match(r" *(?:\S+ )*\S+ {2,}", line)
     inner = len(line) - len(line.lstrip(" ")) + 4
@@ -70,7 +79,7 @@ def _fitted(line: str, width: int) -> str:
     words, mark = (_WORD.findall(rest), " \\") if is_command else (re.findall(r" *[^ ]+", rest), "")
     lines, current = list[str](), first
     for word in words:
-        if current.strip(" ") and current != first and len(current) + len(word) + len(mark) > width:
+        if current.strip(" ") and current != first and length(current + word + mark) > width:
             lines.append(current + mark)
             current, word = " " * inner, word.lstrip(" ")
         current += word

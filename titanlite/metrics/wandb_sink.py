@@ -19,7 +19,7 @@ logger = logging.getLogger()
 class WandbSink:
     """Writes a run of Weights & Biases. As in torchtitan, ``WANDB_PROJECT``, ``WANDB_TEAM`` and ``WANDB_RUN_NAME`` name
     it, and ``WANDB_MODE=offline`` keeps it in the folder. A run that continues is a run of its own there, in the same
-    group: wandb takes no step a second time.
+    group: wandb takes no step a second time. With ``WANDB_RUN_ID`` and ``WANDB_RESUME`` it is the same run.
 
     Args:
         folder: the run folder; the files are in its folder ``wandb``.
@@ -36,12 +36,16 @@ class WandbSink:
 
         self._errors = (wandb.Error, OSError)
         self._folder, self._lacks = folder, ""
+        online = os.environ.get("WANDB_MODE", "online") in ("online", "shared")
         try:
+            # Without a key wandb would ask for one, below a status that is drawn over the question.
+            if online and not wandb.login(prompt=False):
+                raise wandb.Error("there is no API key")
             self._run: Any = wandb.init(
                 entity=os.environ.get("WANDB_TEAM"),
                 project=os.environ.get("WANDB_PROJECT", "titanlite"),
                 name=os.environ.get("WANDB_RUN_NAME") or (f"{name} after step {step}" if step else name),
-                group=name,
+                group=os.environ.get("WANDB_RUN_GROUP") or name,
                 dir=str(folder),
                 config=dict(options),
                 # The console is ours: it has a status, and no output of other programs between the log lines.
@@ -51,6 +55,8 @@ class WandbSink:
             why = f"wandb cannot be started: {e}; run wandb login, or set WANDB_MODE=offline"
             raise ConfigError(why, key="metrics.enable_wandb", value=True) from None
         logger.info("wandb: %s", self._run.url or f"offline, in {self._run.dir}")
+        if (there := self._run.step) > step + 1:
+            logger.warning("wandb has this run's rows up to step %d, and takes only later ones", there - 1)
 
     def write(self, row: Row) -> None:
         self._log(row["step"], {"tokens_seen": row["tokens_seen"], **scalars_of(row)})
@@ -75,5 +81,5 @@ class WandbSink:
     def lacks(self) -> str:
         return self._lacks
 
-    def close(self) -> None:
-        self._try(0, self._run.finish)
+    def close(self, failed: bool = False) -> None:
+        self._try(0, lambda: self._run.finish(exit_code=int(failed)))

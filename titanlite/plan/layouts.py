@@ -197,6 +197,8 @@ def recipes(config: JobConfig, device: Device) -> Iterator[Options]:
     kept = config.origin("model.converters").startswith("the argument")
     if not (kept or formats_of(config)) and device.fp8_tflops:
         for number_format in NUMBER_FORMATS:
+            if number_format.cost is None or not number_format.cost(config).is_native(device.architecture):
+                continue
             for variant in number_format.variants:
                 left_out = {f"{number_format.name}.filter_fqns": ["output"]}
                 yield {"model.converters": [*config.model.converters, number_format.name], **left_out, **variant}

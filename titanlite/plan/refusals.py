@@ -84,10 +84,12 @@ def check_units(config: JobConfig, args: DecoderArgs, device: Device) -> None:
     """
     for number_format in formats_of(config):
         cost = number_format.cost(config) if number_format.cost else None
-        if not device.fp8_tflops:
+        if not (device.fp8_tflops and cost and cost.is_native(device.architecture)):
             why = f"{device.name} has no units for {number_format.name}, and the time of emulation is not modelled"
             refuse(config, "model.converters", f"{why}; leave it out")
-        if cost and cost.moe_fqns and args.mixture and device.architecture not in cost.grouped_on:
+        if cost.emulated:
+            refuse(config, f"{number_format.name}.emulate", "the time of emulation is not modelled; leave it out")
+        if cost.moe_fqns and args.mixture and device.architecture not in cost.grouped_on:
             refuse(
                 config,
                 f"{number_format.name}.moe_fqns",

@@ -129,10 +129,12 @@ class LossWatch:
                 self._calls = step
 
     def _look_for_divergence(self, step: int, loss: float) -> None:
-        """Warn if the loss rises above where it began: from step 2 on by a fifth, and above the loss of guessing; or
-        five times in a row a tenth above the highest of the first five. Warn again only after it has come back."""
-        high = loss > 1.1 * self._start
-        beyond = high and self._start > 0 and loss > 1.2 * max(self._start, self._uniform)
+        """Warn if the loss rises above where it began: by a fifth, and above the loss of guessing, which the first one
+        is held against; or five times in a row a tenth above the highest of the first five. Warn again only after it
+        has come back."""
+        level = self._start or self._uniform
+        high = loss > 1.1 * level
+        beyond = high and loss > 1.2 * max(level, self._uniform)
         if self._first_losses < _IN_A_ROW:
             self._first_losses += 1
             if not beyond:
@@ -144,11 +146,17 @@ class LossWatch:
         if self._warned or not (beyond or self._high >= _IN_A_ROW):
             return
         self._warned = True
-        if self._rank == 0:
+        if self._rank == 0 and self._start:
             logger.warning(
                 "step %d: THE RUN DIVERGES: loss %.4f is above the %.4f of its first steps; lower optimizer.lr, or "
                 "lengthen lr_scheduler.warmup_steps",
                 *(step, loss, self._start),
+            )
+        elif self._rank == 0:
+            logger.warning(
+                "step %d: loss %.4f is far above the %.4f of guessing; look whether the weights, the tokenizer and the "
+                "data belong together",
+                *(step, loss, self._uniform),
             )
 
     def _see(self, step: int, record: StepRecord) -> None:

@@ -107,15 +107,16 @@ def test_errors_and_requests_would_be_noticed(tmp_path: Path, browser: Browser) 
 
 
 def test_three_runs_in_one_folder_in_tensorboard(tmp_path: Path, browser: Browser) -> None:
-    """They are called by what distinguishes them."""
+    """They are called by what distinguishes them: options of the command line, and what was edited in the file."""
     config: dict[str, dict[str, object]] = {}
     for name, value in {**TINY, "job.dump_folder": str(tmp_path / "outputs")}.items():
         section, _, key = name.partition(".")
         config.setdefault(section, {})[key] = {"false": False}.get(str(value), value)
     del config["metrics"]["enable_tensorboard"]
-    (tmp_path / "tiny.toml").write_text(tomli_w.dumps(config))
     place = environment(CONFIG_FILE=str(tmp_path / "tiny.toml"))
-    for options in ([], ["--model.converters=float8", "--float8.recipe_name=rowwise"], ["--optimizer.lr=1e-3"]):
+    for options in ([], ["--model.converters=float8", "--float8.recipe_name=rowwise"], []):
+        (tmp_path / "tiny.toml").write_text(tomli_w.dumps(config))
+        config.setdefault("optimizer", {})["lr"] = 1e-3 if options else 8e-4
         run = forked_run(options, place, tmp_path, tmp_path / "outputs")
         assert run.status == 0, run.output
     port = free_port()

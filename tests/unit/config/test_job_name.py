@@ -8,6 +8,7 @@ import pytest
 
 from titanlite.config import load_config
 from titanlite.config.job_name import distinguishing_options, job_name
+from titanlite.config.run_config import run_config_of
 from titanlite.errors import ConfigError
 
 
@@ -50,6 +51,20 @@ def test_a_run_that_goes_on_keeps_its_name_and_another_one_adds_to_it(tmp_path: 
     assert job_name(config) == "mine-steps=50"
     (tmp_path / "config.toml").write_text(f'run_folder = "."\n\n[job]\nname = "{"x" * 100}"\n')
     assert job_name(load_config(["--training.steps=50"], str(tmp_path / "config.toml"))) == "x" * 91 + "-steps=50"
+
+
+def test_runs_of_an_edited_file_are_told_apart(tmp_path: Path) -> None:
+    """Its names are made from what the edits changed, since an earlier run has the name of the file alone."""
+    file, runs, names = tmp_path / "my.toml", [], []
+    converted = '[model]\nconverters = ["float8"]\n'
+    for text in ("", "[optimizer]\nlr = 1e-3\n", f"{converted}[optimizer]\nlr = 1e-3\n", converted, ""):
+        file.write_text(f"{text}[training]\nseq_len = 64\n")
+        config = load_config(["--job.dump_folder=x"], str(file))
+        config.job.name = job_name(config, earlier=runs)
+        config.training.seed = len(runs)  # a run has chosen one
+        runs.append(run_config_of(config, tmp_path))
+        names.append(config.job.name)
+    assert names == ["my", "my-lr=0.001", "my-float8-lr=0.001", "my-float8", "my"]
 
 
 @pytest.mark.parametrize("name", ["", "a/b", "..", ".x", " x", "a\nb", "x" * 201, "a\\b"])

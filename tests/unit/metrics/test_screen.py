@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -81,7 +83,7 @@ def test_a_run_on_a_terminal(columns: int, colored: bool, tmp_path: Path) -> Non
     check(screen, watched)
     assert bool(screen.colors()) == colored
     assert (b"\x1b[3" in screen.raw) == colored
-    assert not re.search(rb"\x1b(?!\[\d*m|\[J)", screen.raw)  # nothing else is asked of the terminal
+    assert not re.search(rb"\x1b(?!\[\d*m|\[J|\[\?7[lh]|\[A)", screen.raw)  # nothing else is asked of the terminal
     # What is broken is broken by the run, between words: a full line is one that the terminal has broken.
     paths = [line for line in screen.lines() if len(line) == columns]
     assert all(str(tmp_path)[:10] in line or "/" in line for line in paths)
@@ -95,6 +97,36 @@ def test_a_terminal_that_is_resized(tmp_path: Path) -> None:
     assert watched.resized == {}
     assert watched.most == 1
     check(screen, watched)
+
+
+FOREIGN = "[W1130 12:00:00 ProcessGroup.cpp:1] a warning of C++"
+
+
+def warned(argv: list[str]) -> None:
+    """Train, while lines that do not pass the logger are written too."""
+    ended = threading.Event()
+
+    def warn() -> None:
+        while not ended.wait(0.6):  # the status is drawn four times in a second
+            os.write(1, f"{FOREIGN}\n".encode())
+
+    thread = threading.Thread(target=warn)
+    thread.start()
+    try:
+        run_module("titanlite.train", argv)
+    finally:
+        ended.set()
+        thread.join()
+
+
+def test_lines_of_others_stand_alone(tmp_path: Path) -> None:
+    watched, place = Watched(), environment(TERM="xterm-256color", PYTHONIOENCODING="utf-8")
+    status, screen = run_on_terminal(tmp_path, place, 100, warned, arguments(tmp_path / "run", OPTIONS), seen=watched)
+    assert status == 0
+    check(screen, watched)
+    lines = [line for line in screen.lines() if "warning of C++" in line]
+    assert len(lines) >= 3
+    assert {*lines} == {FOREIGN}
 
 
 def test_an_error_leaves_no_status(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ def test_long_lines_break_between_words() -> None:
         "                 four",
         "    x  " + "y" * 50,  # a word is never broken
     ]
+    assert fitted("这是 一个 描述", 10) == "这是 一个\n    描述"  # of two columns each
     assert fitted("one two three", 9) == "one two\n    three"
     assert fitted(text, 80) == text
 

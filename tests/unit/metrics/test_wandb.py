@@ -15,6 +15,9 @@ from titanlite.config import check_config
 from titanlite.config.schema import JobConfig, Metrics
 from titanlite.errors import ConfigError
 from titanlite.metrics.tensorboard import TAGS
+from titanlite.metrics.wandb_sink import WandbSink
+
+RATES = {"trained": "1e-3", "diverged": "1e38"}
 
 wandb = pytest.importorskip("wandb", reason="wandb is not installed: pip install wandb")
 
@@ -81,6 +84,37 @@ def test_the_offline_store_has_the_values_of_metrics_jsonl(train: Any, tmp_path:
     for row in validations:
         assert rows[row["step"]]["validation_metrics/loss"] == row["loss"]
         assert rows[row["step"]]["validation_metrics/bits_per_byte"] == row["bits_per_byte"]
+
+
+def exit_code(folder: Path) -> int:
+    from wandb.proto import wandb_internal_pb2
+
+    (file,) = folder.glob("wandb/offline-run-*/*.wandb")
+    ends = [record for data in records(file) if (record := wandb_internal_pb2.Record.FromString(data)).HasField("exit")]
+    return ends[-1].exit.exit_code
+
+
+@pytest.mark.slow
+def test_a_run_that_fails_is_stored_as_one(train: Any, tmp_path: Path) -> None:
+    env = {"WANDB_MODE": "offline", "HOME": str(tmp_path)}
+    runs = [train(env=env, name=name, metrics__enable_wandb="true", optimizer__lr=lr) for name, lr in RATES.items()]
+    assert [run.status for run in runs] == [0, 1], runs[1].output
+    assert [exit_code(run.folder) for run in runs] == [0, 1]
+
+
+def test_the_group_is_that_of_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for key, value in {"WANDB_MODE": "offline", "WANDB_RUN_GROUP": "sweep", "HOME": str(tmp_path)}.items():
+        monkeypatch.setenv(key, value)
+    sink = WandbSink(tmp_path, "a_name", 0, {})
+    assert sink._run.group == "sweep"
+    sink.close()
+
+
+def test_without_a_key_it_does_not_ask(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for key, value in {"WANDB_MODE": "online", "HOME": str(tmp_path), "NETRC": str(tmp_path / "netrc")}.items():
+        monkeypatch.setenv(key, value)
+    with pytest.raises(ConfigError, match="run wandb login, or set WANDB_MODE=offline"):
+        WandbSink(tmp_path, "a_name", 0, {})
 
 
 def test_it_must_be_installed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -106,10 +106,14 @@ def assert_same(found: Estimate, real: list[dict[str, Any]]) -> None:
     ("devices", "options"),
     [
         pytest.param(1, {}, marks=pytest.mark.long),
-        (2, {"training__global_batch_size": "8"}),
+        (2, {"training__global_batch_size": "8", "optimizer__moments": "float8_e4m3fn"}),
         pytest.param(
             2,
-            {"training__global_batch_size": "8", "parallelism__fsdp_reduce_gradients": "microbatch"},
+            {
+                "training__global_batch_size": "8",
+                "parallelism__fsdp_reduce_gradients": "microbatch",
+                "optimizer__moments": "bfloat16",
+            },
             marks=pytest.mark.long,
         ),
         (2, {"parallelism__tensor_parallel_degree": "2"}),
@@ -117,7 +121,7 @@ def assert_same(found: Estimate, real: list[dict[str, Any]]) -> None:
         pytest.param(2, {"parallelism__context_parallel_degree": "2"}, marks=pytest.mark.long),
         pytest.param(2, {"parallelism__data_parallel_replicate_degree": "2"}, marks=pytest.mark.long),
     ],
-    ids=["one", "accumulation", "accumulation of shards", "TP", "PP", "CP", "HSDP"],
+    ids=["one", "accumulation, float8 moments", "accumulation of shards, bfloat16 moments", "TP", "PP", "CP", "HSDP"],
 )
 def test_a_real_run_holds_and_sends_as_much(tmp_path: Path, devices: int, options: dict[str, str]) -> None:
     if "parallelism__data_parallel_replicate_degree" in options:

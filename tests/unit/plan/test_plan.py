@@ -49,8 +49,8 @@ def work(flavor: str, gpus: int, *options: str, family: str = "llama3") -> Work:
 @pytest.mark.parametrize("run", RUNS, ids=lambda run: f"{run['table']}, {run['name']}")
 def test_the_result_file_is_what_the_model_predicts(run: dict[str, Any]) -> None:
     (row,) = [row for row in RESULT["results"] if (row["table"], row["name"]) == (run["table"], run["name"])]
-    it = work(run["flavor"], run["gpus"], *run["options"])
-    seconds = step_time(it, find_device(run["device"])).seconds
+    it = work(run["flavor"], run["gpus"], *run["options"], family=run.get("model", "llama3"))
+    seconds = step_time(it, replace(find_device(run["device"]), **run.get("cluster", {}))).seconds
     assert it.tokens_per_device / seconds == pytest.approx(row["all_tps"], rel=2e-3, abs=0.06)  # rounded in the file
     if "memory_gib" in run:
         assert reserved_gib(it).total == pytest.approx(row["gib"], rel=2e-3)
@@ -69,29 +69,42 @@ def test_residuals_of_tables_that_were_left_out() -> None:
 
 
 def test_runs_that_are_never_fitted() -> None:
-    """The pipelines of the 405B, alone and with context parallelism, and the H200s."""
+    """The pipelines of the 405B, alone and with context parallelism, and the H200s; A100s and H100s of other users."""
     rows = [row for row in RESULT["results"] if not row["fitted"]]
-    assert {row["table"] for row in rows} == {"table 5", "table 6", "H200"}
+    limits = {"table 5": 15, "table 6": 15, "H200": 15, "H100, FSDP1": 15, "A100, FSDP1": 25}
+    assert {row["table"] for row in rows} == {*limits, "B200"}
     for row in rows:
-        assert abs(row["all_error_pct"]) <= 15, row["name"]
+        if row["table"] != "B200":
+            assert abs(row["all_error_pct"]) <= limits[row["table"]], row["name"]
+
+
+def test_gains_of_formats_on_b200() -> None:
+    """The published GPUs had limited power, and nobody says how much: what can be held against them is the gain."""
+    rows = {row["name"]: row for row in RESULT["results"] if row["table"] == "B200"}
+    bf16 = rows.pop("8B on 8, bf16")
+    assert len(rows) == 4
+    for name, row in rows.items():
+        gains = [row[key] / bf16[key] for key in ("all_tps", "published_tps")]
+        assert gains[0] == pytest.approx(gains[1], rel=0.06), name
 
 
 def test_memory_of_published_runs() -> None:
     for row in RESULT["results"]:
-        if not row["table"].startswith("async TP"):  # they publish none
-            assert abs(row["memory_error_pct"]) <= 15, row["name"]
+        if "memory_error_pct" in row:
+            assert abs(row["memory_error_pct"]) <= (17 if row["table"] == "B200" else 15), row["name"]
 
 
 def test_the_ranking_inside_each_table_is_the_published_one() -> None:
-    """Compare each pair of runs that differ by more than 3%, which is more than runs repeat to."""
+    """Compare each pair of runs that differ by more than 3%, which is more than runs repeat to. The model has one speed
+    for both scale modes of mxfp8."""
     tables: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for row in RESULT["results"]:
         tables[row["table"]].append(row)
-    assert len(tables) == 11
+    assert len(tables) == 14
     for rows in tables.values():
         for one, other in itertools.combinations(rows, 2):
             ratio = one["published_tps"] / other["published_tps"]
-            if abs(ratio - 1) > 0.03:
+            if abs(ratio - 1) > 0.03 and one["all_tps"] != other["all_tps"]:
                 assert (ratio > 1) == (one["all_tps"] > other["all_tps"]), (one["name"], other["name"])
 
 

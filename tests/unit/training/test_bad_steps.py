@@ -441,6 +441,23 @@ def test_a_run_that_diverges_is_warned_of(losses: list[float], warned: list[int]
     assert all("THE RUN DIVERGES" in message and "lower optimizer.lr" in message for message in caplog.messages)
 
 
+@pytest.mark.parametrize(
+    ("losses", "warned"),
+    [
+        ([40.0, 39.0, 38.0, 38.0, 38.0, 38.0, 37.0], ["step 1: loss 40.0000 is far above the 7.6000 of guessing"]),
+        # It recovers, and diverges later from what it had reached.
+        ([40.0, 7.7, *[5.0] * 5, 9.9], ["step 1: loss 40.0000", "step 8: THE RUN DIVERGES: loss 9.9000"]),
+        ([8.4, 8.3], []),
+    ],
+)
+def test_the_first_loss_is_held_against_guessing(losses: list[float], warned: list[str], caplog: Any) -> None:
+    guard, watch = StepGuard(Training(), CPU), LossWatch(Training(), 0, uniform=7.6)
+    for step, loss in enumerate(losses, 1):
+        watch.add(step, guard.judge(*(torch.tensor(x) for x in (loss, loss, 1.0))))
+    assert len(caplog.messages) == len(warned)
+    assert all(message.startswith(start) for message, start in zip(caplog.messages, warned, strict=True))
+
+
 def test_a_run_that_continued_is_held_against_its_first_losses(caplog: Any) -> None:
     watch = LossWatch(Training(), 0, [3.0, 2.9, 3.1], start=2.0, uniform=7.6)
     guard = StepGuard(Training(), CPU)
