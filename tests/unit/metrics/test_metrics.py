@@ -450,7 +450,7 @@ class Kept(list[Row]):
     def lacks(self) -> str:
         return ""
 
-    def close(self) -> None:
+    def close(self, failed: bool = False) -> None:
         self.clear()
 
 
