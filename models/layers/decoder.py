@@ -200,10 +200,16 @@ LAYOUT = Layout(
 )
 LATENT_LAYOUT = replace(
     LAYOUT,
-    refused={
-        "tensor": "all heads share the latents of latent attention, which are not sharded",
-        "context": "the exchange of keys and values takes heads of one size, and those of latent attention have two",
+    parts={
+        **LAYOUT.parts,
+        "attention": Projections(
+            *(("wq", "wkv"), ("wo",)),
+            arguments=3,
+            narrow=("wq_a", "wkv_a"),
+            narrow_norms=("q_a_norm", "kv_a_norm"),
+        ),
     },
+    divisible=(*LAYOUT.divisible, "latent.q_rank", "latent.kv_features"),
 )
 
 

@@ -39,6 +39,15 @@ class LatentArgs:
         """The features of a head of queries and keys."""
         return self.nope_dim + self.rope_dim
 
+    @property
+    def kv_features(self) -> int:
+        """The features of a latent, with the rotated ones."""
+        return self.kv_rank + self.rope_dim
+
+
+def _unchanged(x: Tensor) -> Tensor:
+    return x
+
 
 class LatentAttention(AttentionSlot):
     """Causal attention whose keys and values are projections of latents.
@@ -52,18 +61,21 @@ class LatentAttention(AttentionSlot):
     Attributes:
         latents: a slot for a cache: a function of the latents of new tokens [batch, 1, seq_len, kv_rank + rope_dim],
             normalized and rotated, that returns those of all tokens so far; None: there are no others.
+        for_heads: a slot for a function that returns what the heads of this process take of features that all heads
+            share.
     """
 
     latents: Callable[[Tensor], Tensor] | None
+    for_heads: Callable[[Tensor], Tensor]
 
     def __init__(self, dim: int, heads: int, args: LatentArgs, *, norm_eps: float, score_factor: float = 1.0) -> None:
         super().__init__()
-        self.args, self.score_factor, self.latents = args, score_factor, None
+        self.args, self.score_factor, self.latents, self.for_heads = args, score_factor, None, _unchanged
         rank = args.q_rank
         self.wq_a = None if rank is None else nn.Linear(dim, rank, bias=False)
         self.q_a_norm = None if rank is None else nn.RMSNorm(rank, eps=norm_eps)
         self.wq = nn.Linear(dim if rank is None else rank, heads * args.head_dim, bias=False)
-        self.wkv_a = nn.Linear(dim, args.kv_rank + args.rope_dim, bias=False)
+        self.wkv_a = nn.Linear(dim, args.kv_features, bias=False)
         self.kv_a_norm = nn.RMSNorm(args.kv_rank, eps=norm_eps)
         self.wkv = nn.Linear(args.kv_rank, heads * (args.nope_dim + args.value_dim), bias=False)
         self.wo = nn.Linear(heads * args.value_dim, dim, bias=False)
@@ -81,12 +93,13 @@ class LatentAttention(AttentionSlot):
         q_nope, q_rope = q.split((args.nope_dim, args.rope_dim), -1)
         q_rope = apply_rope(q_rope, rope, interleaved=True)
         latent, k_rope = self.wkv_a(x).split((args.kv_rank, args.rope_dim), -1)
-        k_rope = apply_rope(k_rope.unsqueeze(2), rope, interleaved=True).squeeze(2)
+        k_rope = apply_rope(self.for_heads(k_rope).unsqueeze(2), rope, interleaved=True).squeeze(2)
         latents = torch.cat((self.kv_a_norm(latent), k_rope), -1)
         if self.latents is not None:
             latents = self.latents(latents.unsqueeze(1)).squeeze(1)
-        # Whose weight is in a number format is called, so that it computes in that format.
-        absorbs = latents.shape[1] > seq_len and type(self.wkv) is nn.Linear
+        # A layer whose weight is in a number format, or is sharded, is called, so that it computes in its way.
+        plain = type(self.wkv) is nn.Linear and type(self.wkv.weight) is nn.Parameter
+        absorbs = latents.shape[1] > seq_len and plain
         attend = self._attend_to_latents if absorbs else self._attend
         parts = {} if documents is None else {"documents": documents}
         out = attend(q_nope, q_rope, latents, parts)

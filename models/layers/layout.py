@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
@@ -11,17 +11,23 @@ class Projections:
     """The linear layers of a part of a block, by the way in which tensor parallelism shards them.
 
     Attributes:
-        columns: the layers that take the part's first argument; their output features can be sharded.
+        columns: the layers that take the part's first argument, or results of the ``narrow`` ones; their output
+            features can be sharded.
         rows: the layers that take results of the columns; their input features can be sharded.
         arguments: the number of positional arguments of the part's forward; the first is the hidden states.
         head_norms: the norms of heads, [batch, seq_len, heads, head_dim], where a model has them. Heads can be sharded;
             the weights are whole on every device, and their gradients are summed.
+        narrow: the layers that take the part's first argument, where a model has them, and whose few output features
+            all heads share. They can be sharded too, and are gathered.
+        narrow_norms: the norms of these features.
     """
 
     columns: tuple[str, ...]
     rows: tuple[str, ...]
     arguments: int = 1
     head_norms: tuple[str, ...] = ()
+    narrow: tuple[str, ...] = ()
+    narrow_norms: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -34,9 +40,8 @@ class Layout:
         norms: the norms in a block that take hidden states.
         embedding, norm, output: the first and last children; in a pipeline stage they may be None.
         blocks: the ``ModuleDict`` of blocks; its keys are the blocks' numbers in the whole model.
-        divisible: the names in the model's arguments of the sizes that tensor parallelism must divide.
-        refused: the dimensions of parallelism ("tensor", "context", "pipeline") that the blocks cannot be spread over,
-            and why.
+        divisible: the names in the model's arguments of the sizes that tensor parallelism must divide, where a model
+            has them; with a dot, of parts of the arguments.
     """
 
     parts: Mapping[str, Projections]
@@ -46,4 +51,3 @@ class Layout:
     norm: str = "norm"
     output: str = "output"
     divisible: tuple[str, ...] = ("n_heads", "n_kv_heads", "ffn_dim", "vocab_size")
-    refused: Mapping[str, str] = field(default_factory=dict)

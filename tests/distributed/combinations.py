@@ -198,6 +198,15 @@ EXPERT_VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
+# What each way is tried with, and with which ways that is not left to scripts/test.sh --long: in eager mode, and with
+# those that compute with DTensors, or repeat or keep collectives of other dimensions.
+EXPERT_PAIRS: dict[str, tuple[str, ...]] = {
+    "AC full": ("CP 2, EP 2",),
+    "AC selective op": ("FSDP 2 x TP 2, EP 2",),
+    "compile": (),
+}
+
+
 def expert_cell(way: str, variant: str = "") -> str:
     """Return "yes" if the tests try a model with experts in this combination, "(yes)" if scripts/test.sh
     --long does, and "" if none does."""
@@ -205,7 +214,9 @@ def expert_cell(way: str, variant: str = "") -> str:
         return "(yes)" if way in EXPERT_WAYS_LONG else "yes"
     if way == "EP 2":  # those that have no mechanism of their own are long
         return "(yes)" if variant in ("AC full", "compile, AC full", "compile, inductor") else "yes"
-    return "(yes)" if (way, variant) == ("TP 2, EP 2", "compile") else ""
+    if variant not in EXPERT_PAIRS:
+        return ""
+    return "yes" if way in EXPERT_PAIRS[variant] else "(yes)"
 
 
 # The ways whose mechanism a variant touches, with which the tests try it; every other pair that composes is run by

@@ -46,7 +46,7 @@ TINY_FAMILIES = {
     "deepseek_v3": replace(
         TINY_MODEL,
         n_kv_heads=4,
-        latent=LatentArgs(kv_rank=24, q_rank=40, nope_dim=16, rope_dim=8, value_dim=20),
+        latent=LatentArgs(kv_rank=16, q_rank=32, nope_dim=16, rope_dim=16, value_dim=24),
         mixture=MixtureArgs(
             8, 2, 32, n_shared_experts=1, n_dense_layers=1, scores="sigmoid", bias=True, n_groups=4, group_limit=2
         ),

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.distributed.combinations import BATCH, EXPERT_VARIANTS, EXPERT_WAYS, SEQ_LEN, expert_cell
+from tests.distributed.combinations import BATCH, EXPERT_VARIANTS, EXPERT_WAYS, SEQ_LEN, VARIANTS, expert_cell
 from tests.distributed.test_launcher import start_in
 from tests.distributed.test_parallel import (
     BOUNDS,
@@ -42,6 +42,16 @@ FAMILY = {
     "training.local_batch_size": 1,
     "mask": 16,
 }
+# It has shared experts, groups, a dense first block, and latent attention, whose heads are of two sizes.
+DEEPSEEK = {
+    "model.name": "deepseek_v3",
+    "model.flavor": "tiny",
+    "experts.bias_update_rate": 0.01,
+    "training.local_batch_size": 1,
+    "mask": 16,
+}
+DEEPSEEK_LONG = ("TP 2", "CP 2", "CP 2 x TP 2, EP 4")
+DEEPSEEK_WAYS = ("EP 2", "TP 2, EP 2", "CP 2, EP 2", "PP 2 x FSDP 2, EP 2", *DEEPSEEK_LONG)
 QUANT = re.compile("rowwise|mxfp8")
 # What one process computes differently too.
 WITH_ONE = re.compile("rowwise|mxfp8|balance")
@@ -60,10 +70,18 @@ def as_many_sequences(variant: str, processes: int) -> dict[str, Any]:
     return {"training.local_batch_size": BATCH // processes} if same else {}
 
 
+def deepseek_case(way: str, variant: str = "") -> tuple[str, dict[str, Any]]:
+    """The name of a run of deepseek_v3, and its options beside those of the way."""
+    name = ", ".join(filter(None, (way, "deepseek_v3", variant)))
+    return name, {**DEEPSEEK, **(VARIANTS[variant] if variant else {})}
+
+
 @pytest.fixture(scope="module")
 def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Reports:
     """The ways that the chosen tests ask for."""
     tests = [i.callspec.params for i in request.session.items if i.path == request.path and hasattr(i, "callspec")]
+    latent = {(test["way"], variant) for test in tests if "deepseek" in test for variant in ("", test["deepseek"])}
+    tests = [test for test in tests if "deepseek" not in test]
     ways = {name: EXPERT_WAYS[name] for name in {test["way"]: None for test in tests}}
     cluster = Cluster(tmp_path_factory.mktemp("experts"))
     options = EXPERT_VARIANTS
@@ -71,14 +89,19 @@ def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     with_one = {
         f"{ONE}, {v}": {**FAMILY, **options[v], **as_many_sequences(v, 1)} for _, v in varied if WITH_ONE.search(v)
     }
+    with_one |= dict(deepseek_case(ONE, v) for _, v in sorted(latent) if v != "compile")
     cluster.run(1, {ONE: FAMILY, **with_one})
-    for processes in sorted({way.processes for way in ways.values()}):
+    for processes in sorted({EXPERT_WAYS[way].processes for way in {*ways, *(way for way, _ in latent)}}):
         group = {name: {**way.all_options(), **FAMILY} for name, way in ways.items() if way.processes == processes}
         more = {
             f"{way}, {v}": {**group[way], **options[v], **as_many_sequences(v, processes)}
             for way, v in varied
             if way in group
         }
+        for way, v in sorted(latent):
+            if EXPERT_WAYS[way].processes == processes:
+                name, given = deepseek_case(way, v)
+                more[name] = {**EXPERT_WAYS[way].all_options(), **given}
         cluster.run(processes, group | more)
     return cluster.reports
 
@@ -98,35 +121,40 @@ def test_experts_train_as_on_one_process(runs: Reports, way: str) -> None:
         assert column(many, key) == pytest.approx(column(one, key), rel=1e-5)
 
 
-DEEPSEEK = {
-    "model.name": "deepseek_v3",
-    "model.flavor": "tiny",
-    "experts.bias_update_rate": 0.01,
-    "training.local_batch_size": 1,
-    "mask": 16,
-}
-
-
-@pytest.mark.slow
-def test_biases_move_alike(tmp_path: Path) -> None:
-    """Those of the routers of deepseek_v3, which has shared experts, groups and a dense first block, too."""
-    cluster = Cluster(tmp_path)
-    cluster.run(1, {ONE: DEEPSEEK})
-    ways = {name: EXPERT_WAYS[name] for name in ("EP 2", "PP 2 x FSDP 2, EP 2")}
-    for name, way in ways.items():
-        cluster.run(way.processes, {name: {**way.all_options(), **DEEPSEEK}})
-    one = cluster.reports[ONE]
+@pytest.mark.parametrize("deepseek", [""])
+@pytest.mark.parametrize(
+    "way", [pytest.param(way, marks=MARKS["(yes)" if way in DEEPSEEK_LONG else "yes"]) for way in DEEPSEEK_WAYS]
+)
+def test_biases_move_alike(runs: Reports, way: str, deepseek: str) -> None:
+    one, many = (runs[deepseek_case(spread)[0]] for spread in (ONE, way))
     expected = one[0]["biases"]
     assert len(expected) == LAYERS - 1
     assert all(any(bias) for bias in expected.values())
-    for name in ways:
-        many = cluster.reports[name]
-        check_parity(one, many)
-        check_gradients(one, many, 1e-5)
-        assert column(many, "expert_tokens") == column(one, "expert_tokens")
-        for rank in many:
-            assert rank["biases"] == {layer: expected[layer] for layer in rank["biases"]}
-        assert {layer for rank in many for layer in rank["biases"]} == expected.keys()
+    check_parity(one, many)
+    check_gradients(one, many, 1e-5)
+    assert column(many, "expert_tokens") == column(one, "expert_tokens")
+    for rank in many:
+        assert rank["biases"] == {layer: expected[layer] for layer in rank["biases"]}
+    assert {layer for rank in many for layer in rank["biases"]} == expected.keys()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("deepseek", ["compile", "rowwise"])
+@pytest.mark.parametrize("way", ["TP 2, EP 2"])
+def test_latent_attention_compiled_and_in_float8_under_tensor_parallelism(
+    runs: Reports, way: str, deepseek: str
+) -> None:
+    varied = runs[deepseek_case(way, deepseek)[0]]
+    if deepseek == "compile":
+        check_parity(runs[deepseek_case(way)[0]], varied)
+        assert all(len({*report["graphs"]}) == 1 for report in varied)  # nothing after the first step
+        return
+    loss, first_norm, norm = BOUNDS["rowwise"]
+    plain, one = (runs[deepseek_case(ONE, variant)[0]] for variant in ("", deepseek))
+    assert column(varied, "loss") == pytest.approx(column(one, "loss"), rel=loss)
+    assert column(varied, "grad_norm")[0] == pytest.approx(column(one, "grad_norm")[0], rel=first_norm)
+    assert column(varied, "grad_norm") == pytest.approx(column(one, "grad_norm"), rel=norm)
+    assert column(varied, "loss") != pytest.approx(column(plain, "loss"), rel=1e-6)
 
 
 ROWS = 3 * SEQ_LEN  # of a microbatch: a token for each of its experts

@@ -12,10 +12,12 @@ or the second half of the queries with all keys of a later rank.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
@@ -46,7 +48,8 @@ class ContextParallel:
         self.grouped = mesh.device_type != "cpu" if grouped is None else grouped
 
     def attention(self, q: Tensor, k: Tensor, v: Tensor, window: int | None = None, documents: None = None) -> Tensor:
-        """Compute the causal attention of this rank's queries to the whole sequence; see :func:`ring_attention`.
+        """Compute the causal attention of this rank's queries to the whole sequence; see :func:`ring_attention`. Heads
+        of values that have another size than those of keys are exchanged in the larger size, filled up with zeros.
 
         Raises:
             ValueError: a ``window`` is shorter than the sequence.
@@ -56,7 +59,12 @@ class ContextParallel:
                 f"context parallelism: a window of {window} positions in a sequence of {q.shape[2] * self.size} is "
                 "not computed; must be None or at least the sequence's length"
             )
-        return ring_attention(
+        size, values = q.shape[-1], v.shape[-1]
+        if size != values:
+            most = max(size, values)
+            q = q * math.sqrt(most / size)  # the kernels take the size that they see for the scale
+            q, k, v = (F.pad(x, (0, most - x.shape[-1])) for x in (q, k, v))
+        out = ring_attention(
             *(q, k, v),
             group_name=self.group_name,
             rank=self.rank,
@@ -64,6 +72,7 @@ class ContextParallel:
             method=self.method,
             grouped=self.grouped,
         )
+        return out[..., :values]
 
     def positions(self, seq_len: int) -> Tensor:
         """Return :func:`load_balanced_positions` of this rank, on the mesh's device."""

@@ -4,7 +4,9 @@ block, FSDP2, in this order. Each function takes the whole model or, under pipel
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import partial
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -26,6 +28,8 @@ from titanlite.distributed.expert_parallel import spread_mixtures
 from titanlite.distributed.experts import balance_loss, check_experts, pool_of
 from titanlite.distributed.mesh import Mesh
 from titanlite.distributed.tensor_parallel import (
+    ReplicatedNorm,
+    SummedGradient,
     VocabParallelEmbedding,
     column_parallel,
     enable_async_tensor_parallel,
@@ -33,7 +37,16 @@ from titanlite.distributed.tensor_parallel import (
     row_parallel,
 )
 from titanlite.errors import ConfigError, counted
-from titanlite.models.layers import AttentionSlot, Core, Experts, FeedForward, Layout, Mixture, causal_attention
+from titanlite.models.layers import (
+    AttentionSlot,
+    Core,
+    Experts,
+    FeedForward,
+    LatentAttention,
+    Layout,
+    Mixture,
+    causal_attention,
+)
 from titanlite.quant.linear import quant_layers
 from titanlite.quant.reuse import share_first_input
 from titanlite.quant.swiglu import swiglu_linear
@@ -159,13 +172,6 @@ def check(args: Any, layout: Layout, mesh: Mesh, config: JobConfig) -> None:
     """
     tp, pp, ac = mesh.tp.size(), mesh.pp.size(), config.activation_checkpoint
     check_experts(args, mesh, config)
-    for name, degree in (("tensor", tp), ("context", mesh.cp.size()), ("pipeline", pp)):
-        if degree > 1 and name in layout.refused:
-            raise ConfigError(
-                f"{layout.refused[name]}; shard with data_parallel_shard_degree",
-                key=f"parallelism.{name}_parallel_degree",
-                value=degree,
-            )
     if ac.mode == "selective" and ac.selective_ac_option != "op" and int(ac.selective_ac_option) > args.n_layers:
         refuse(
             config,
@@ -174,8 +180,8 @@ def check(args: Any, layout: Layout, mesh: Mesh, config: JobConfig) -> None:
             '"op", or activation_checkpoint.mode = "none"',
         )
     for name in layout.divisible:
-        size = getattr(args, name)
-        if size % tp:
+        size = attrgetter(name)(args)
+        if size is not None and size % tp:
             raise ConfigError(
                 f"must divide the model's {name} = {size}; choose another degree or flavor",
                 key="parallelism.tensor_parallel_degree",
@@ -218,6 +224,10 @@ def apply_tensor_parallel(model: nn.Module, layout: Layout, mesh: Mesh, parallel
             parallelize_module(block, tp, _plan_of_block(block, layout))
     except ValueError as e:
         raise ConfigError(str(e), key="parallelism.tensor_parallel_degree", value=tp.size()) from e
+    summed = SummedGradient(tp)
+    for module in model.modules():
+        if isinstance(module, LatentAttention):
+            module.for_heads = summed
     if model.args.tie_embeddings:  # type: ignore[union-attr]
         embedding.weight = output.weight  # both ends shard the vocabulary, each a copy of its own until here
     experts = {param for module in model.modules() if isinstance(module, Experts) for param in module.parameters()}
@@ -245,12 +255,20 @@ def _plan_of_block(block: nn.Module, layout: Layout) -> dict[str, ParallelStyle]
             if mixture.shared is None:
                 continue
             part += ".shared"
-        columns = {f"{part}.{name}": block.get_submodule(f"{part}.{name}") for name in projections.columns}
-        plan[part] = gathered_input(list(columns.values()), arguments=projections.arguments)
+        columns, narrow = (_present(block, part, names) for names in (projections.columns, projections.narrow))
+        plan[part] = gathered_input([*columns.values(), *narrow.values()], arguments=projections.arguments)
         plan |= {name: column_parallel(layer) for name, layer in columns.items()}
+        plan |= {name: column_parallel(layer, output_layouts=Replicate()) for name, layer in narrow.items()}
+        plan |= {name: ReplicatedNorm() for name in _present(block, part, projections.narrow_norms)}
         # The dimension that is sharded is not the sequence here, but the heads.
-        heads = {f"{part}.{n}" for n in projections.head_norms if getattr(block.get_submodule(part), n) is not None}
+        heads = _present(block, part, projections.head_norms)
         plan |= {name: SequenceParallel(sequence_dim=2, use_local_output=True) for name in heads}
-        for name in (f"{part}.{row}" for row in projections.rows):
-            plan[name] = row_parallel(block.get_submodule(name), output_layouts=Shard(1))
+        rows = _present(block, part, projections.rows)
+        plan |= {name: row_parallel(layer, output_layouts=Shard(1)) for name, layer in rows.items()}
     return plan
+
+
+def _present(block: nn.Module, part: str, names: Iterable[str]) -> dict[str, nn.Module]:
+    """Return those children of a part that this model has, by their names in the block."""
+    children = {f"{part}.{name}": getattr(block.get_submodule(part), name) for name in names}
+    return {name: child for name, child in children.items() if child is not None}

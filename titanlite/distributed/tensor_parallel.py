@@ -6,12 +6,13 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import Placement, Replicate, Shard
+from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_module
 from torch.distributed.tensor.parallel import ColwiseParallel, PrepareModuleInput, RowwiseParallel
 from torch.distributed.tensor.parallel.style import ParallelStyle
 
@@ -50,6 +51,36 @@ class VocabParallelEmbedding(RowwiseParallel):
         # (torch 2.13, AOTAutograd). A copy is a plain tensor; it is one of the smallest activations.
         module.register_forward_hook(lambda module, inputs, output: output.clone())
         return module
+
+
+class ReplicatedNorm(ParallelStyle):
+    """A style for a norm that every rank computes, of the same plain features. (``SequenceParallel`` has a part of the
+    sequence on each.)"""
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        whole = partial(DTensor.from_local, device_mesh=device_mesh, placements=(Replicate(),), run_check=False)
+
+        def replicate(name: str, module: nn.Module, mesh: DeviceMesh) -> None:
+            for key, param in module.named_parameters(recurse=False):
+                module.register_parameter(key, nn.Parameter(whole(param)))
+
+        return distribute_module(
+            *(module, device_mesh, replicate),
+            lambda module, inputs, mesh: (whole(inputs[0]),),  # type: ignore[arg-type]
+            lambda module, output, mesh: output.to_local(),
+        )
+
+
+class SummedGradient:
+    """The slot :attr:`LatentAttention.for_heads`: the features themselves, which every rank of ``mesh`` has. Each rank
+    has the gradient of its heads, and the sum is that of all. One object serves all blocks."""
+
+    def __init__(self, mesh: DeviceMesh) -> None:
+        self.mesh = mesh
+
+    def __call__(self, x: Tensor) -> Tensor:
+        whole = DTensor.from_local(x, self.mesh, (Replicate(),), run_check=False)
+        return whole.to_local(grad_placements=(Partial(),))
 
 
 def gathered_input(consumers: Sequence[nn.Module], arguments: int) -> ParallelStyle:
