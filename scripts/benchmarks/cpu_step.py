@@ -17,6 +17,7 @@ import os
 import statistics
 import sys
 from collections.abc import Callable, Sequence
+from itertools import product
 from typing import Any
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch looks
@@ -43,9 +44,11 @@ class PlainLoop(BareLoop):
 
     Attributes:
         fullgraph: compiled, model and loss are one graph.
+        weights: their dtype.
     """
 
     fullgraph = True
+    weights = "float32"
 
     def __init__(self, trainer: Trainer, batches: list[Batch], autocast: bool) -> None:
         self.trainer, self.step, self.autocast = trainer, 0, autocast
@@ -123,6 +126,7 @@ def run_case(
     rows = rows_of(pairs, trainer, precision, "transformers")
     for row, loss in zip(rows, same["first_loss"], strict=True):
         row |= {"first_loss": loss, "transformers": transformers.__version__}
+    rows[1]["weights"] = loop.weights
     rows[0] |= {"ratio_quartiles": [low, high], "loss_difference": same["loss_difference"]}
     return rows
 
@@ -130,11 +134,12 @@ def run_case(
 def main(
     name: str = "cpu_step",
     doc: str | None = __doc__,
-    loop: type[PlainLoop] = PlainLoop,
+    loops: Sequence[type[PlainLoop]] = (PlainLoop,),
     precisions: Sequence[str] = tuple(DTYPES),
     model: Sequence[str] = (),
 ) -> int:
-    """Measure, print and write the result ``name``; ``model`` are options of the trainer before those of the user."""
+    """Measure against each of ``loops``, print and write the result ``name``. ``model`` are options of the trainer
+    before those of the user."""
     parser = harness.parser(doc)
     parser.add_argument("--pairs", type=int, default=15, help="pairs of blocks")
     parser.add_argument("--block", type=int, default=3, help="steps in a block")
@@ -144,13 +149,13 @@ def main(
     args, options = parser.parse_known_args()
     rows: list[dict[str, Any]] = []
     for mode in args.mode:
-        for precision in args.precision:
+        for precision, loop in product(args.precision, loops):
             ours, theirs = run_case(precision, mode == "compile", args, [*model, *options], loop)
             low, high = ours["ratio_quartiles"]
             print(
                 f"{precision:8} {mode:8} titanlite {ours['step_ms']:6.1f} ms, transformers {theirs['step_ms']:6.1f} ms "
-                f"per step; median ratio {ours['ratio_to_transformers']:.3f} ({low:.3f} to {high:.3f}), first losses "
-                f"{ours['first_loss']:.5f} and {theirs['first_loss']:.5f}",
+                f"per step (its weights in {loop.weights}); median ratio {ours['ratio_to_transformers']:.3f} "
+                f"({low:.3f} to {high:.3f}), first losses {ours['first_loss']:.5f} and {theirs['first_loss']:.5f}",
                 flush=True,
             )
             rows += [ours, theirs]
