@@ -15,7 +15,9 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from tests.support.forks import on_ranks
 from tests.support.runs import ROOT, environment
+from tests.unit.plan import real_step
 from titanlite.config import load_config, packaged
 from titanlite.data import load_tokenizer
 from titanlite.plan.estimate import ASSUMED_VOCAB_SIZE, Estimate, estimate
@@ -40,54 +42,10 @@ def estimated(devices: int, file: str = "debug_model", **options: str) -> Estima
     return estimate(load_config(arguments(given), str(ROOT / "train_configs" / f"{file}.toml")), devices)
 
 
-# What a real step leaves: one process of it, run as a script.
-REAL = """
-import json, os, sys
-import torch
-import torch.distributed as dist
-from titanlite.config import load_config, packaged
-from titanlite.data import load_tokenizer
-from titanlite.plan.estimate import _bytes, dimensions
-from titanlite.plan.memory import MemoryTracker
-from titanlite.train import Trainer
-
-trainer = Trainer(load_config(sys.argv[2:], "train_configs/debug_model.toml"))
-batch = next(trainer.loader)
-trainer.runner.forward_backward(batch)  # in the first step, pipeline stages also agree about what they will send
-trainer.optimizer.zero_grad()
-with MemoryTracker(dimensions(trainer.mesh)) as tracker:
-    trainer.runner.forward_backward(batch)
-parameters = [p for part in trainer.model_parts for p in part.parameters()]
-buffers = [b for part in trainer.model_parts for b in part.buffers()]
-gradients = _bytes(p.grad for p in parameters)
-trainer.optimizer.step()
-found = {
-    "parameters": _bytes([*parameters, *buffers]),
-    "gradients": gradients,
-    "optimizer": _bytes(trainer.optimizer.state.values()),
-    "traffic": sorted([*c, t.calls, t.nbytes, t.sent] for c, t in tracker.traffic.items()),
-}
-with open(f"{sys.argv[1]}/{os.environ.get('RANK', 0)}.json", "w") as file:
-    json.dump(found, file)
-trainer.close()
-dist.destroy_process_group()
-"""
-
-
 def really(folder: Path, devices: int, **options: str) -> list[dict[str, Any]]:
     given = {**DEBUG, **{key.replace("__", "."): value for key, value in options.items()}}
-    script = folder / "real.py"
-    script.write_text(REAL)
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={devices}"]
     shown = arguments({**given, "job.dump_folder": folder / "run"})
-    subprocess.run(
-        [sys.executable, *(torchrun if devices > 1 else []), str(script), str(folder), *shown],
-        env=environment(OMP_NUM_THREADS="1"),
-        cwd=ROOT,
-        check=True,
-        timeout=300,
-    )
-    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(devices)]
+    return on_ranks(devices, folder / "ranks", environment(), real_step.report, shown)
 
 
 def assert_same(found: Estimate, real: list[dict[str, Any]]) -> None:
