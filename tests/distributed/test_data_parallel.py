@@ -10,7 +10,7 @@ import pytest
 
 from tests.distributed import report_start
 from tests.support.forks import on_ranks
-from tests.support.runs import environment
+from tests.support.runs import LITTLE, dotted, environment
 
 BATCHES = 50
 GLOBAL_BATCH = 8
@@ -24,6 +24,7 @@ def start(folder: Path, world: int) -> list[dict[str, Any]]:
         "training.local_batch_size": GLOBAL_BATCH // world,
         "training.seed": 7,
         "metrics.enable_tensorboard": "false",
+        **dotted(LITTLE),
     }
     return on_ranks(world, folder / f"ranks-{world}", environment(), report_start.report, BATCHES, options)
 
@@ -53,7 +54,12 @@ def test_global_batches_do_not_depend_on_the_number_of_processes(starts: Any, wo
 
 
 def test_two_processes_train_as_one_with_double_the_batch(train: Any) -> None:
-    common = {"training__mixed_precision_param": "float32", "training__steps": 10, "training__global_batch_size": 8}
+    common = {
+        **LITTLE,
+        "training__mixed_precision_param": "float32",
+        "training__steps": 10,
+        "training__global_batch_size": 8,
+    }
     one = train(1, name="one", training__local_batch_size=8, **common)
     two = train(2, name="two", training__local_batch_size=4, **common)
     assert (one.status, two.status) == (0, 0), one.output + two.output
@@ -62,7 +68,12 @@ def test_two_processes_train_as_one_with_double_the_batch(train: Any) -> None:
 
 def test_two_replicas_of_one_shard_sum_the_gradients_of_their_microbatches(train: Any) -> None:
     """Each reduction has one shard, and nothing to copy."""
-    common = {"training__mixed_precision_param": "float32", "training__steps": 4, "training__global_batch_size": 8}
+    common = {
+        **LITTLE,
+        "training__mixed_precision_param": "float32",
+        "training__steps": 4,
+        "training__global_batch_size": 8,
+    }
     one = train(1, name="one", training__local_batch_size=8, **common)
     replicas = {"parallelism__data_parallel_replicate_degree": 2, "parallelism__data_parallel_shard_degree": 1}
     for reduce in ("step", "microbatch"):
@@ -78,7 +89,12 @@ def test_two_replicas_of_one_shard_sum_the_gradients_of_their_microbatches(train
 
 
 def test_accumulated_microbatches_train_as_one_batch(train: Any) -> None:
-    common = {"training__mixed_precision_param": "float32", "training__steps": 5, "training__global_batch_size": 8}
+    common = {
+        **LITTLE,
+        "training__mixed_precision_param": "float32",
+        "training__steps": 5,
+        "training__global_batch_size": 8,
+    }
     whole = train(1, name="whole", training__local_batch_size=8, **common)
     parts = train(1, name="parts", training__local_batch_size=2, **common)
     assert parts.status == 0, parts.output
@@ -87,7 +103,7 @@ def test_accumulated_microbatches_train_as_one_batch(train: Any) -> None:
 
 @pytest.mark.parametrize("reshard", ["always", "never"])
 def test_resharding_after_forward_changes_no_loss(train: Any, reshard: str) -> None:
-    default = train(2, name="default")
-    other = train(2, name=reshard, parallelism__fsdp_reshard_after_forward=reshard)
+    default = train(2, name="default", **LITTLE)
+    other = train(2, name=reshard, **LITTLE, parallelism__fsdp_reshard_after_forward=reshard)
     assert other.status == 0, other.output
     assert other.losses() == default.losses()

@@ -7,14 +7,15 @@ import random
 import shutil
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.distributed.test_launcher import start_in
-from tests.support.runs import TINY, Run, checkpoints, faulty, run_trainer, saved
+from tests.support.runs import LITTLE, TINY, Run, checkpoints, faulty, run_trainer, saved
 
 pytestmark = pytest.mark.slow
 
@@ -57,7 +58,8 @@ TRIED = (
     "float32-eager-disabled-1",
     "rowwise-eager-async-2",
     "float8-moments-eager-disabled-2",
-    "delayed-compile-async-2",
+    "float32-compile-async-2",
+    "delayed-eager-disabled-1",
 )
 
 
@@ -75,6 +77,7 @@ def results(run: Run) -> list[list[Any]]:
 def test_a_killed_run_ends_as_a_straight_one(tmp_path: Path, case: tuple[str, str, str, int]) -> None:
     precision, how, mode, ngpu = case
     options = {
+        **LITTLE,
         **PRECISIONS[precision],
         **checkpoints(3, async_mode=mode),
         "training__compile": str(how == "compile").lower(),
@@ -113,10 +116,16 @@ SMALL = {
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Run]:
-    runs = {n: run_trainer(tmp_path_factory.mktemp("undisturbed"), n, **chain(n)) for n in (1, 2)}
-    assert [run.status for run in runs.values()] == [0, 0]
-    return runs
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Run]:
+    """Returns the run of a number of processes that nothing disturbs."""
+
+    @cache
+    def run(ngpu: int) -> Run:
+        found = run_trainer(tmp_path_factory.mktemp("undisturbed"), ngpu, **chain(ngpu))
+        assert found.status == 0, found.output
+        return found
+
+    return run
 
 
 def chain(ngpu: int) -> dict[str, Any]:
@@ -135,7 +144,7 @@ def started(tmp_path: Path) -> Iterator[Any]:
     ("ngpu", "kills"), [(1, 2), pytest.param(1, 15, marks=pytest.mark.long), pytest.param(2, 8, marks=pytest.mark.long)]
 )
 def test_killed_at_random_moments(
-    started: Any, undisturbed: dict[int, Run], tmp_path: Path, ngpu: int, kills: int
+    started: Any, undisturbed: Callable[[int], Run], tmp_path: Path, ngpu: int, kills: int
 ) -> None:
     """Each life saves after each step, slowly, so that most are killed while they save; the last one is left alone."""
     moments = random.Random(kills)
@@ -170,8 +179,8 @@ def test_killed_at_random_moments(
             assert "resuming" not in output
     last = run_trainer(tmp_path, ngpu, **options)
     assert last.status == 0, last.output
-    assert results(last) == results(undisturbed[ngpu])
-    assert saved(last.folder, LAST) == saved(undisturbed[ngpu].folder, LAST)
+    assert results(last) == results(undisturbed(ngpu))
+    assert saved(last.folder, LAST) == saved(undisturbed(ngpu).folder, LAST)
     assert not list(root.glob(".*"))
     assert during_save >= kills // 2, f"{during_save} of {kills} were killed during a save"
 
@@ -185,7 +194,7 @@ def steps_in(root: Path) -> list[int]:
     ("ngpu", "kills"), [(2, (3,)), *(pytest.param(ngpu, (3, 7), marks=pytest.mark.long) for ngpu in (1, 2))]
 )
 def test_torchrun_starts_it_again_and_it_resumes(
-    started: Any, undisturbed: dict[int, Run], ngpu: int, kills: tuple[int, ...]
+    started: Any, undisturbed: Callable[[int], Run], ngpu: int, kills: tuple[int, ...]
 ) -> None:
     torchrun = ["--standalone", f"--nproc-per-node={ngpu}", "--max-restarts=3"]
     run = started(ngpu, torchrun=torchrun, **SMALL, **chain(ngpu))
@@ -194,8 +203,8 @@ def test_torchrun_starts_it_again_and_it_resumes(
         os.kill(random.Random(step).choice(list(run.ranks().values())), signal.SIGKILL)
     assert run.process.wait(timeout=240) == 0, run.output()
     assert run.output().count("resuming from step") == len(kills)
-    assert results(Run(0, "", run.folder)) == results(undisturbed[ngpu])
-    assert saved(run.folder, LAST) == saved(undisturbed[ngpu].folder, LAST)
+    assert results(Run(0, "", run.folder)) == results(undisturbed(ngpu))
+    assert saved(run.folder, LAST) == saved(undisturbed(ngpu).folder, LAST)
 
 
 # ---- under another parallelism
@@ -206,7 +215,12 @@ WAYS: dict[str, tuple[int, dict[str, Any]]] = {
     "TP 2": (2, {"parallelism__tensor_parallel_degree": 2}),
     "PP 2": (
         2,
-        {"parallelism__pipeline_parallel_degree": 2, "training__local_batch_size": 2, "training__global_batch_size": 4},
+        {
+            "parallelism__pipeline_parallel_degree": 2,
+            "parallelism__pipeline_parallel_split_points": "layers.1",
+            "training__local_batch_size": 2,
+            "training__global_batch_size": 4,
+        },
     ),
     "FSDP 4": (4, {"training__local_batch_size": 1}),
     "HSDP 2 x 2": (4, {"parallelism__data_parallel_replicate_degree": 2, "training__local_batch_size": 1}),
@@ -229,6 +243,7 @@ def test_a_run_goes_on_under_another_parallelism(tmp_path: Path, names: list[str
     """Two steps under each, from the checkpoint of the one before, in the same run folder."""
     last = 2 * len(names)
     common = {
+        **LITTLE,
         **checkpoints(2),
         "training__mixed_precision_param": "float32",
         "lr_scheduler__decay_ratio": 0.0,

@@ -53,6 +53,14 @@ TINY = {
     "lr_scheduler.warmup_steps": 2,
     "sample.enable": "false",
 }
+# A smaller model for runs of which the model is no matter: with it, most of a run is its start.
+LITTLE: dict[str, Any] = {
+    "model__args__dim": 64,
+    "model__args__n_layers": 2,
+    "model__args__n_heads": 4,
+    "model__args__n_kv_heads": 2,
+    "model__args__ffn_dim": 128,
+}
 
 
 def environment(**extra: str) -> dict[str, str]:
