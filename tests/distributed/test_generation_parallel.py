@@ -9,7 +9,7 @@ import pytest
 from tests.distributed import generation
 from tests.distributed.generation import CASES, VOCAB_SIZE
 from tests.support.forks import on_ranks
-from tests.support.runs import environment
+from tests.support.runs import LITTLE, environment
 
 pytestmark = pytest.mark.slow
 
@@ -49,7 +49,7 @@ def test_training_goes_on_as_if_nothing_had_been(reports: list[dict[str, Any]], 
 
 def test_a_run_on_two_processes_ends_with_one_sample(train: Any) -> None:
     options = {"parallelism__tensor_parallel_degree": 2, "training__compile": "true", "compile__backend": "eager"}
-    run = train(2, sample__enable="true", **options)
+    run = train(2, sample__enable="true", **LITTLE, **options)
     assert run.status == 0, run.output
     assert run.output.count("a sample of what it learned, from 'import' on:\n    import") == 1
     assert "compiled" not in run.output.split("a sample of")[1]

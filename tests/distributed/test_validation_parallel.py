@@ -84,9 +84,9 @@ def test_training_does_not_notice(reports: Reports, way: str) -> None:
 @pytest.mark.parametrize(
     ("way", "recipe"),
     [
-        ("FSDP 2", "rowwise"),
         ("TP 2", "rowwise"),
-        pytest.param("FSDP 2", "float8 delayed", marks=pytest.mark.slow),
+        ("FSDP 2", "float8 delayed"),
+        pytest.param("FSDP 2", "rowwise", marks=pytest.mark.long),
         pytest.param("FSDP 2", "compile, tensorwise, AC selective 2", marks=pytest.mark.long),
         pytest.param("TP 2", "float8 delayed", marks=pytest.mark.long),
         pytest.param("TP 2", "compile, tensorwise, AC selective 2", marks=pytest.mark.long),
@@ -105,15 +105,13 @@ def test_bfloat16_is_the_model_without_float8_to_the_bit(tmp_path: Path, way: st
 
 
 @pytest.mark.parametrize(
-    "ways",
-    [["PP 2 x TP 2"], pytest.param(["HSDP 2 x 2", "PP 2 x TP 2", "FSDP 2 x CP 2"], marks=pytest.mark.long)],
-    ids=len,
+    "ways", [[], pytest.param(["HSDP 2 x 2", "PP 2 x TP 2", "FSDP 2 x CP 2"], marks=pytest.mark.long)], ids=len
 )
 def test_the_same_numbers_in_two_dimensions(tmp_path: Path, ways: list[str]) -> None:
     cluster, common = Cluster(tmp_path), {**SMALL, **STEPS, **VALIDATION}
     cluster.run(1, {ONE: common})
     cases = {way: {**common, **WAYS[way].all_options()} for way in ways}
-    cases["PP 2 x TP 2, chunks"] = {**cases["PP 2 x TP 2"], **VARIANTS["loss chunks"]}
+    cases["PP 2 x TP 2, chunks"] = {**common, **WAYS["PP 2 x TP 2"].all_options(), **VARIANTS["loss chunks"]}
     cluster.run(4, cases)
     for way in cases:
         for key in ("loss", "bits_per_byte", "tokens"):
