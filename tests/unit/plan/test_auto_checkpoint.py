@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 import tomli
 import torch
 
-from tests.support.runs import run_trainer
+from tests.support.runs import LITTLE, run_trainer
 from titanlite.config import JobConfig, load_config
 from titanlite.config.options import options_of
 from titanlite.distributed.activation_checkpoint import apply_activation_checkpoint
@@ -32,8 +33,9 @@ NONE, OP, TWO, FULL = MODES
 SIZES = ["--training.seq_len=256", "--training.local_batch_size=8"]
 
 
-def read(*arguments: str) -> JobConfig:
-    return load_config([*SIZES, "--activation_checkpoint.mode=auto", *arguments])
+def read(*arguments: str, layers: int = 2) -> JobConfig:
+    shape = f"--model.args.n_layers={layers}"
+    return load_config([*SIZES, shape, "--activation_checkpoint.mode=auto", *arguments])
 
 
 def memory(room: float) -> int:
@@ -64,7 +66,8 @@ def test_of_the_modes_that_fit_the_one_that_recomputes_least_is_chosen(peaks: di
 def allocated(mode: Mode) -> int:
     """The peak in bytes of a step on real tensors of the CPU."""
     spec = get_model_spec("llama3")
-    model: Any = spec.build(spec.configure(spec.flavor("debugmodel"), ASSUMED_VOCAB_SIZE, 256))
+    flavor = replace(spec.flavor("debugmodel"), n_layers=2)
+    model: Any = spec.build(spec.configure(flavor, ASSUMED_VOCAB_SIZE, 256))
     apply_activation_checkpoint(model.layers, mode.set_in(read()).activation_checkpoint)
     with MemoryTracker() as tracker:
         model(torch.zeros(8, 256, dtype=torch.int64)).sum().backward()
@@ -126,22 +129,22 @@ def test_the_worst_stage_decides() -> None:
 )
 def test_two_depths_give_the_estimate_of_a_deep_model(mode: Mode) -> None:
     """At this size, the peak of "full" is in the loss at few layers, and in the optimizer at many."""
-    for depth in (9, 12):
-        config = mode.set_in(read(f"--model.args.n_layers={depth}", "--training.local_batch_size=4"))
+    for depth in (9, 12) if mode == FULL else (9,):
+        config = mode.set_in(read("--training.local_batch_size=4", layers=depth))
         assert peak_memory(config, 2, None) == pytest.approx(estimate(config, 2).peak, rel=0.01)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", [NONE, FULL], ids=str)
+@pytest.mark.parametrize("mode", [pytest.param(NONE, marks=pytest.mark.long), FULL], ids=str)
 def test_dense_blocks_before_those_with_experts_are_in_both(mode: Mode) -> None:
-    config = mode.set_in(read("--model.name=deepseek_v3", "--model.args.n_layers=10", "--training.local_batch_size=4"))
+    config = mode.set_in(read("--model.name=deepseek_v3", "--training.local_batch_size=4", layers=10))
     assert peak_memory(config, 2, None) == pytest.approx(estimate(config, 2).peak, rel=0.01)
 
 
 @pytest.mark.slow
 def test_experts_of_one_block_in_a_format_are_not_taken_for_those_of_all() -> None:
     experts = ("--model.converters=float8", "--float8.recipe_name=rowwise", "--float8.moe_fqns=layers.8")
-    config = FULL.set_in(read("--model.name=qwen3_moe", "--model.args.n_layers=10", *experts))
+    config = FULL.set_in(read("--model.name=qwen3_moe", *experts, layers=10))
     assert peak_memory(config, 1, None) == pytest.approx(estimate(config, 1).peak, rel=0.01)
 
 
@@ -170,7 +173,7 @@ def chosen(folder: Path) -> dict[str, Any]:
 
 
 def test_a_run_chooses_once_says_so_and_keeps_it(tmp_path: Path) -> None:
-    common = {"activation_checkpoint__mode": "auto", "checkpoint__enable_checkpoint": "true"}
+    common = {**LITTLE, "activation_checkpoint__mode": "auto", "checkpoint__enable_checkpoint": "true"}
     run = run_trainer(tmp_path, 2, training__steps=1, **common)
     assert run.status == 0, run.output
     kept = chosen(run.folder)

@@ -17,7 +17,7 @@ from titanlite.plan.estimate import estimate
 from titanlite.plan.least import Least, check_memory, least_memory
 from titanlite.training.model_shape import choose_shape
 
-SMALL = ["--training.seq_len=128", "--training.local_batch_size=8"]
+SMALL = ["--training.seq_len=128", "--training.local_batch_size=8", "--model.args.n_layers=2"]
 
 
 def configured(*options: str) -> JobConfig:

@@ -153,6 +153,7 @@ def out_of_memory(at: int, rank: int = 0) -> dict[str, Any]:
     """Options for a run whose step ``at`` is its last; of what could be on, little is off: each estimate takes time."""
     on = {"activation_checkpoint__mode": "full", "parallelism__fsdp_reshard_after_forward": "always"}
     large = {"training__seq_len": 1024, "training__local_batch_size": 2, "training__steps": at + 1}
+    large |= {"model__args__n_layers": 2}
     return {**faulty(OOM_AT=at, OOM_RANK=rank), "model__converters": "fault", **large, **on}
 
 
@@ -218,7 +219,7 @@ class Broken:
         pass
 """
     )
-    options = out_of_memory(at=1)
+    options = out_of_memory(at=2)
     options["env"] |= {"TMPDIR": str(tmp_path)}  # where the advice is told of the shortage
     run = train(**{**options, "experimental__custom_import": "broken", "model__converters": "fault,broken"})
     assert run.status == 1
