@@ -612,13 +612,17 @@ def test_selective_checkpointing_of_a_region_that_begins_in_float8(recipe: str) 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "recipe", [r if r == "rowwise" else pytest.param(r, marks=pytest.mark.long) for r in (*RECIPES, "delayed")]
+    ("recipe", "backend"),
+    [
+        ("rowwise", "aot_eager_decomp_partition"),  # all but the code for the machine
+        *(pytest.param(r, "inductor", marks=pytest.mark.long) for r in (*RECIPES, "delayed")),
+    ],
 )
-def test_compiled_blocks(recipe: str) -> None:
+def test_compiled_blocks(recipe: str, backend: str) -> None:
     """One graph for a whole block, compiled once, and the losses of eager mode."""
     eager, compiled = block_model(recipe), block_model(recipe)
     torch._dynamo.reset()
-    counter = torch._dynamo.testing.CompileCounterWithBackend("inductor")
+    counter = torch._dynamo.testing.CompileCounterWithBackend(backend)
     frames = []
     for layer in compiled.layers.values():
         layer.forward = torch.compile(layer.forward, fullgraph=True, backend=counter)
