@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-import subprocess
+import runpy
 import sys
+import tempfile
 from pathlib import Path
 
+from tests.support import forks
 from tests.support.runs import environment
 
 
@@ -16,7 +18,14 @@ def compiles(script: Path, target: str) -> None:
     Raises:
         AssertionError: it failed.
     """
-    command = [sys.executable, "-W", "ignore", script, target]
-    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "compiled" in done.stdout
+    with tempfile.TemporaryDirectory(prefix="titanlite-test-") as scratch:
+        output = Path(scratch, "output.txt")
+        process = forks.start(forks.Place(environment(), forks.ROOT, output), _run, str(script), target)
+        statuses, said = forks.join([process], timeout=300), output.read_text()
+    assert statuses == [0], said
+    assert "compiled" in said
+
+
+def _run(script: str, target: str) -> None:
+    sys.argv = [script, target]
+    runpy.run_path(script, run_name="__main__")

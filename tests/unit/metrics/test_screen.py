@@ -74,8 +74,10 @@ def check(screen: Screen, watched: Watched) -> None:
     assert screen.visible()[screen.cursor[0]] == ""
 
 
-@pytest.mark.parametrize("columns", [80, 120])
-@pytest.mark.parametrize("colored", [True, False])
+@pytest.mark.parametrize(
+    ("columns", "colored"),
+    [(80, True), (120, False), *(pytest.param(*case, marks=pytest.mark.long) for case in ((80, False), (120, True)))],
+)
 def test_a_run_on_a_terminal(columns: int, colored: bool, tmp_path: Path) -> None:
     env: dict[str, str] = {} if colored else {"NO_COLOR": "1"}
     watched = Watched()

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.support.runs import Run, checkpoints, run_trainer
+from tests.support.runs import LITTLE, Run, checkpoints, run_trainer
 
 FIELDS: dict[str, Any] = {
     "instruct": lambda x, y: {"prompt": f"{x} + {y} = ", "answer": str(x + y)},
@@ -38,6 +38,7 @@ def losses(run: Run) -> list[float]:
 @pytest.mark.parametrize("dataset", FIELDS)
 def test_a_resumed_run_equals_an_undisturbed_one(tmp_path: Path, data: dict[str, Path], dataset: str) -> None:
     options: dict[str, Any] = {
+        **LITTLE,
         **checkpoints(2),
         "training__dataset": dataset,
         "training__dataset_path": data[dataset],

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.runs import environment, run_trainer
+from tests.support.runs import LITTLE, environment, run_trainer
 from titanlite.checkpoint.folder import latest_checkpoint
 
 
@@ -28,7 +28,7 @@ def test_a_run_without_checkpoints_keeps_its_model_and_the_next_one_moves_it(tmp
 @pytest.mark.slow
 def test_the_commands_at_the_end_work_as_printed(tmp_path: Path) -> None:
     """Also after a run on two processes, of which a comparison would notice if the next ones had one."""
-    run = run_trainer(tmp_path, 2, name="a run", training__steps=16, checkpoint__keep_model="true")
+    run = run_trainer(tmp_path, 2, name="a run", **LITTLE, training__steps=16, checkpoint__keep_model="true")
     assert run.status == 0, run.output
     commands = re.findall(r"^    (\d)\. .*:\n        (.*)$", run.output.partition("what to do next:")[2], re.MULTILINE)
     assert [number for number, _ in commands] == ["1", "2", "3", "4"]
