@@ -267,9 +267,9 @@ def test_states_are_plain(four: Any, recipe: str) -> None:
             assert found["moments"] == 2 * len(found["weights"])
 
 
-@pytest.mark.slow
-def test_compiled_with_fsdp(four: Any) -> None:
-    for rank in four:
+@pytest.mark.long  # test_parallel compiles rowwise under tensor parallelism, and test_float8_fsdp with its gathers
+def test_compiled_with_fsdp(tmp_path: Path) -> None:
+    for rank in on_ranks(4, tmp_path, environment(), float8_tp.report, True, timeout=500):
         eager, compiled = rank["rowwise/on"], rank["rowwise/compiled"]
         assert compiled["losses"] == pytest.approx(eager["losses"], rel=1e-5)  # measured: the same
         assert compiled["norms"] == pytest.approx(eager["norms"], rel=1e-4)
