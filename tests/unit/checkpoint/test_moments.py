@@ -7,9 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.runs import Run, checkpoints, run_trainer
+from tests.support.runs import LITTLE, Run, checkpoints, run_trainer
 
-COMMON = {**checkpoints(2), "optimizer__implementation": "for-loop", "training__mixed_precision_param": "float32"}
+COMMON = {
+    **LITTLE,
+    **checkpoints(2),
+    "optimizer__implementation": "for-loop",
+    "training__mixed_precision_param": "float32",
+}
 MOMENTS = ("float32", "bfloat16", "float8_e4m3fn")
 
 

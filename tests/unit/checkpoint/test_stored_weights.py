@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
-from tests.support.runs import Run, checkpoints, run_trainer
+from tests.support.runs import LITTLE, Run, checkpoints, run_trainer
 from titanlite.inference.load import opened
 from titanlite.quant.int8.numerics import amax_of, amax_to_scale, quantize
 
 INT8 = {
+    **LITTLE,
     "model__converters": "int8",
     "int8__recipe_name": "weights",
     "int8__filter_fqns": "output",
@@ -57,7 +58,7 @@ def test_a_model_in_high_precision_dequantizes_it(int8: Run, tmp_path: Path) -> 
 @pytest.mark.parametrize("ngpu", [1, 2])
 def test_runs_begin_with_weights_of_another_precision(int8: Run, tmp_path: Path, ngpu: int) -> None:
     """Int8 to float32 and back, also where two ranks have parts of each row: the bytes are those of the whole rows."""
-    options = {"checkpoint__create_seed_checkpoint": "true", **checkpoints(1), "training__steps": 1}
+    options = {**LITTLE, "checkpoint__create_seed_checkpoint": "true", **checkpoints(1), "training__steps": 1}
     source = {"checkpoint__initial_load_path": int8.folder / "checkpoint" / "step-2"}
     wide = run_trainer(tmp_path, 1, "wide", **options, **source)
     assert wide.status == 0, wide.output
@@ -65,7 +66,7 @@ def test_runs_begin_with_weights_of_another_precision(int8: Run, tmp_path: Path,
     assert torch.equal(floats[LAYER], state[LAYER].float() * state[f"{LAYER}_scale"])
     source = {"checkpoint__initial_load_path": wide.folder / "checkpoint" / "step-0"}
     narrow = run_trainer(
-        tmp_path, ngpu, "narrow", **options, **source, **INT8, parallelism__tensor_parallel_degree=ngpu
+        tmp_path, ngpu, "narrow", **{**options, **source, **INT8}, parallelism__tensor_parallel_degree=ngpu
     )
     assert narrow.status == 0, narrow.output
     again = tensors(narrow.folder, 0, tmp_path / "c.pt")
