@@ -53,6 +53,15 @@ def causal_attention(
     Args:
         documents: a :func:`document_mask` with the same window; None: each sequence is one document.
     """
+    features = v.shape[-1]
+    if features < q.shape[-1] and q.device.type == "cpu" and q.shape[1] == k.shape[1]:
+        # Its kernel takes one size. Without it all scores are stored, which takes twice the time of long sequences.
+        v = F.pad(v, (0, q.shape[-1] - features))
+    out = _attend(q, k, v, window, documents)
+    return out if out.shape[-1] == features else out[..., :features]
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, window: int | None, documents: Tensor | None) -> Tensor:
     if documents is None and (window is None or window >= q.shape[2]):
         if v.shape[-1] != q.shape[-1]:  # of the kernels of GPUs that take this, few take enable_gqa
             return F.scaled_dot_product_attention(q, k, v, is_causal=True)

@@ -93,13 +93,12 @@ def _activations(work: Work, worst: bool) -> tuple[float, float]:
     runs."""
     a, tp = work.args, work.degrees.tensor_parallel
     per_row = _BF16 * a.dim / tp  # the hidden states of a token, which sequence parallelism shards
-    q, kv, ffn = a.n_heads * a.head_size / tp, a.n_kv_heads * a.head_size / tp, _dense_ffn_dim(work) / tp
+    attention, ffn = work.attention, _dense_ffn_dim(work) / tp
     cast = 0.5 if work.cost is not None and work.cost.grad_weight else 1.0  # of what a linear layer keeps of its input
-    # Both norms' inputs and outputs; queries, keys and values, rotated, and attention's result; gate, up and product.
-    inside = per_row * (2 + 2 * cast) + _BF16 * (2 * q + 2 * kv) + _BF16 * ffn * (2 + cast)
-    # Per operation, checkpointing keeps every second matmul's result (wq, wv and w1; w2 where nothing is compiled) and
-    # attention's.
-    per_op = per_row * (1 if work.compiled else 2) + _BF16 * (2 * q + kv + ffn)
+    # Both norms' inputs and outputs; what attention keeps; gate, up and product.
+    inside = per_row * (2 + 2 * cast) + _BF16 * attention.kept + _BF16 * ffn * (2 + cast)
+    # Per operation, checkpointing keeps every second matmul's result (w1 too; w2 where nothing is compiled).
+    per_op = per_row * (1 if work.compiled else 2) + _BF16 * (attention.kept_per_op + ffn)
     if not work.compiled:
         inside += 2 * _FP32 * a.dim / tp + _BF16 * ffn  # norms in float32, and silu(gate)
     inside, per_op = work.rows * inside, work.rows * per_op

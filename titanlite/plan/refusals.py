@@ -66,8 +66,6 @@ def check_time_is_modelled(config: JobConfig, args: DecoderArgs) -> None:
     Raises:
         ConfigError: there is some of it.
     """
-    if args.latent is not None:
-        refuse(config, "model.name", "the time of latent attention is not modelled")
     for number_format in formats_of(config):
         if number_format.cost is None:
             refuse(config, "model.converters", f"the time of {number_format.name} is not modelled")

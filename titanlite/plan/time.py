@@ -13,9 +13,10 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from titanlite.config.parallelism import SPLIT_BACKWARD_SCHEDULES
+from titanlite.plan.attention import Linear
 from titanlite.plan.constants import FITTED, Constants
 from titanlite.plan.devices import Device
-from titanlite.plan.work import Group, Linear, Part, Work
+from titanlite.plan.work import Group, Part, Work
 
 BF16, FP32 = 2, 4  # bytes
 LINK_SHARE, NETWORK_SHARE = 0.8, 0.85  # of the data sheet's speed that NCCL's large rings reach (nccl-tests)
@@ -175,15 +176,16 @@ class Clock:
 
     def attention(self) -> float:
         """Return the seconds of a block's causal attention: two matmuls in forward and five in backward, of the pairs
-        below the diagonal and within a sliding window (Dao 2023, "FlashAttention-2", section 4.1). Per operation,
-        checkpointing keeps its result."""
+        below the diagonal and within a sliding window (Dao 2023, "FlashAttention-2", section 4.1): four of the features
+        of queries and keys, and three of those of values. Per operation, checkpointing keeps its result."""
         work, a = self.work, self.work.args
         window = min(work.seq_len, a.sliding_window or work.seq_len)
         pairs = work.batch * window * (work.seq_len - window / 2) / self.cp
-        one = 2 * pairs * a.n_heads * a.head_size / self.tp
+        keys, values = work.attention.keys, work.attention.values
         rate = self.device.bf16_tflops * 1e12 * self.device.matmul_share * self.constants.attention
         ring = 1 + RING_LOSS * (1 - 1 / self.cp)
-        return one * (7 + 2 * work.whole) / rate * ring
+        flops = 2 * pairs * (4 * keys + 3 * values + work.whole * (keys + values))
+        return flops / rate * ring
 
     # ---- memory
 
@@ -192,9 +194,9 @@ class Clock:
         scripts/benchmarks/step_floor.py, each operation fused with its neighbours. Checkpointing computes them
         again."""
         work, a = self.work, self.work.args
-        heads = (a.n_heads + a.n_kv_heads) * a.head_size
-        forward = BF16 * (2 * 4 * a.dim + 2 * heads) + 3 * BF16 * a.active_ffn_dim
-        backward = BF16 * (2 * 4 * a.dim + 2 * heads) + 5 * BF16 * a.active_ffn_dim
+        rotated = work.attention.rotated * self.tp
+        forward = BF16 * (2 * 4 * a.dim + 2 * rotated) + 3 * BF16 * a.active_ffn_dim
+        backward = BF16 * (2 * 4 * a.dim + 2 * rotated) + 5 * BF16 * a.active_ffn_dim
         again = (work.whole + work.per_op) * forward
         if a.mixture is not None:  # tokens on their way to the experts and back
             forward += 4 * BF16 * a.mixture.experts_per_token * a.dim

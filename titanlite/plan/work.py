@@ -16,29 +16,10 @@ from titanlite.distributed.pipeline_plan import balanced
 from titanlite.errors import ConfigError
 from titanlite.models.layers import DecoderArgs
 from titanlite.optim.moments import bytes_per_element
+from titanlite.plan.attention import Attention, Linear, attention_of
 from titanlite.quant.convertible import name_matches
 
 LOOPED = 2  # stages of each process in schedules with several
-
-
-@dataclass(frozen=True)
-class Linear:
-    """A linear layer of a block on one device.
-
-    Attributes:
-        k, n: the features in and out that this device has.
-        gathered_input, gathered_grad: tensor parallelism gathers the rows of the input, or of the gradient.
-        shares_input: an earlier layer of the block takes the same input, and casts it.
-        experts: the experts that have such a matrix each, and share the tokens evenly; 0: it is a linear layer, which
-            converters to number formats take.
-    """
-
-    k: int
-    n: int
-    gathered_input: bool = False
-    gathered_grad: bool = False
-    shares_input: bool = False
-    experts: int = 0
 
 
 class Group(NamedTuple):
@@ -166,7 +147,7 @@ class Work:
     def _block_matmuls(self) -> tuple[int, ...]:
         """The elements that a token is multiplied with in each block: of experts, those of the ones that it chooses."""
         a, m = self.args, self.args.mixture
-        attention = a.dim * a.head_size * 2 * (a.n_heads + a.n_kv_heads)
+        attention = attention_of(a).elements
         dense = attention + 3 * a.dim * a.ffn_dim
         if m is None:
             return (dense,) * a.n_layers
@@ -192,17 +173,15 @@ class Work:
         return self.groups(part.blocks, 1 if ends == 2 and self.args.tie_embeddings else ends)
 
     @cached_property
+    def attention(self) -> Attention:
+        """The attention of a block on one device."""
+        return attention_of(self.args, self.degrees.tensor_parallel)
+
+    @cached_property
     def linears(self) -> tuple[Linear, ...]:
         """The linear layers of a block, in the order of the forward, and the matrices of experts. Where the first
         blocks have no experts, they are taken to have some."""
-        a, t = self.args, self.degrees.tensor_parallel
-        heads, kv = a.n_heads * a.head_size // t, a.n_kv_heads * a.head_size // t
-        attention = (
-            Linear(a.dim, heads, t > 1),
-            Linear(a.dim, kv, t > 1, shares_input=True),
-            Linear(a.dim, kv, t > 1, shares_input=True),
-            Linear(heads, a.dim, gathered_grad=t > 1),
-        )
+        a, t, attention = self.args, self.degrees.tensor_parallel, self.attention.linears
         if a.mixture is None:
             return attention + _feed_forward(a.dim, a.ffn_dim // t, t > 1)
         m = a.mixture
@@ -248,7 +227,7 @@ class Work:
     def block_parameters(self) -> int:
         """The parameters of a whole block, all experts included: the mean over the blocks."""
         a = self.args
-        attention = a.dim * a.head_size * 2 * (a.n_heads + a.n_kv_heads)
+        attention = attention_of(a).elements
         if a.mixture is None:
             return attention + 3 * a.dim * a.ffn_dim + 2 * a.dim
         m, dense = a.mixture, min(a.mixture.n_dense_layers, a.n_layers)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.profiler import profile
 
 pytest.importorskip("transformers")
 
@@ -23,6 +25,7 @@ from titanlite.errors import ConfigError
 from titanlite.inference.generate import generate
 from titanlite.inference.sampling import Sampling, TokenSampler
 from titanlite.models.layers import Decoder, RopeScaling
+from titanlite.models.layers.attention import causal_attention
 from titanlite.models.spec import ModelSpec, get_model_spec, model_spec_of
 from titanlite.models.weight_map import buffers_of
 from titanlite.optim import cross_entropy_loss
@@ -572,3 +575,14 @@ def test_missing_keys_mean_what_transformers_takes_them_for() -> None:
         assert format is not None
         theirs = transformers.AutoConfig.for_model(**config, pad_token_id=None)
         assert format.from_config(config) == format.from_config(theirs.to_dict()), family
+
+
+def test_heads_of_two_sizes_take_the_kernel_that_stores_no_scores() -> None:
+    q, k = (torch.randn(1, 2, 16, 24, requires_grad=True) for _ in range(2))
+    v = torch.randn(1, 2, 16, 16, requires_grad=True)
+    with profile() as profiled:
+        out = causal_attention(q, k, v)
+        out.sum().backward()
+    assert "aten::_scaled_dot_product_flash_attention_for_cpu" in {event.key for event in profiled.key_averages()}
+    scores = (q @ k.transpose(-2, -1) / math.sqrt(24)).masked_fill(torch.ones(16, 16).triu(1).bool(), -torch.inf)
+    torch.testing.assert_close(out, scores.softmax(-1) @ v)

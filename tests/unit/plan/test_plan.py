@@ -221,6 +221,25 @@ def test_the_memory_if_all_tokens_choose_experts_of_one_device(mode: str, worst:
     assert reserved_gib(one, worst=True) == reserved_gib(one)  # all experts are here
 
 
+@pytest.mark.parametrize(("family", "flavor"), [("deepseek_v3", "671B"), ("qwen3_moe", "235B-A22B"), ("llama3", "70B")])
+def test_parameters_are_those_of_the_model(family: str, flavor: str) -> None:
+    """But for norms: of latent attention, of experts, and of dense blocks before those with experts."""
+    model = planned_model(load_config([f"--model.name={family}", f"--model.flavor={flavor}"]))
+    it = work_of(load_config([f"--model.name={family}", f"--model.flavor={flavor}"]), model.args, 64)
+    assert it.parameters == pytest.approx(model.meta.size().params, rel=1e-6)
+
+
+def test_latent_attention_takes_the_time_of_its_sizes() -> None:
+    """Against grouped attention with as many heads of 192 features, of values too: less is multiplied, and the narrow
+    projections have fewer elements."""
+    it = work("671B", 64, "--activation_checkpoint.mode=none", family="deepseek_v3")
+    grouped = replace(it, args=replace(it.args, latent=None, head_dim=192))
+    mine, other = (Clock(w, DEVICES["h100"], FITTED) for w in (it, grouped))
+    assert mine.attention() == pytest.approx(other.attention() * (4 * 192 + 3 * 128) / (7 * 192))
+    assert it.attention.elements < grouped.attention.elements
+    assert mine.matmuls() < other.matmuls()
+
+
 def test_plans_of_mixtures_have_the_worst_case() -> None:
     for degree in (1, 8):
         options = [f"--parallelism.expert_parallel_degree={degree}", *_LONG]
