@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Check everything: style, types, tests. Sets up on first use. On 2 idle cores:
 #   scripts/test.sh          6 minutes: without the tests marked slow or long
-#   scripts/test.sh --all    30 minutes: with the slow ones
+#   scripts/test.sh --all    25 minutes: with the slow ones
 #   scripts/test.sh --long   hours: what is left, and mutation testing (tests/mutants.py)
 # Other arguments go to pytest: scripts/test.sh tests/unit/config/test_config.py -k base
 set -euo pipefail
@@ -11,7 +11,7 @@ set_up "$root" dev
 cd "$root"
 select="not (slow or long)" takes="6 minutes"
 case "${1:-}" in
-    --all) select="not long" takes="30 minutes" && shift ;;
+    --all) select="not long" takes="25 minutes" && shift ;;
     --long) select="long" takes="some hours" && shift ;;
 esac
 if [ $# -gt 0 ]; then

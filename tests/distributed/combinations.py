@@ -207,13 +207,20 @@ EXPERT_PAIRS: dict[str, tuple[str, ...]] = {
 }
 
 
+# Of EP 2: those whose parts others have.
+EXPERT_VARIANTS_LONG = (
+    *("AC full", "compile, AC full", "compile, inductor"),
+    "compile, rowwise experts, AC selective op",
+)
+
+
 def expert_cell(way: str, variant: str = "") -> str:
     """Return "yes" if the tests try a model with experts in this combination, "(yes)" if scripts/test.sh
     --long does, and "" if none does."""
     if not variant:
         return "(yes)" if way in EXPERT_WAYS_LONG else "yes"
-    if way == "EP 2":  # those that have no mechanism of their own are long
-        return "(yes)" if variant in ("AC full", "compile, AC full", "compile, inductor") else "yes"
+    if way == "EP 2":
+        return "(yes)" if variant in EXPERT_VARIANTS_LONG else "yes"
     if variant not in EXPERT_PAIRS:
         return ""
     return "yes" if way in EXPERT_PAIRS[variant] else "(yes)"
