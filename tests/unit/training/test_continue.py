@@ -10,10 +10,12 @@ from typing import Any
 
 import pytest
 
-from tests.support.runs import Run, checkpoints, environment, forked_run, run_trainer
+from tests.support import runs
+from tests.support.runs import LITTLE, Run, checkpoints, environment, forked_run
 from titanlite.commands import convert, generate
 from titanlite.config.run_config import mark_as_made_here
 
+run_trainer = partial(runs.run_trainer, **LITTLE)
 ON = checkpoints(2)
 NONE_FOUND = "starting at step 1"
 
