@@ -448,6 +448,11 @@ def test_written_files_are_built_by_the_trainer(tmp_path: Path) -> None:
         check_by_building(load_config([], str(tmp_path / "mine.toml")), 8)
 
 
+def _build(config: JobConfig, devices: int) -> None:
+    check_config(config, devices, train=False)
+    check_by_building(config, devices)
+
+
 @pytest.mark.long  # the two before it, with small models and the trainer's own building instead of its checks
 def test_layouts_are_built_if_and_only_if_a_plan_takes_them() -> None:
     draw, fits, refused = random.Random(22), 0, 0
@@ -457,8 +462,7 @@ def test_layouts_are_built_if_and_only_if_a_plan_takes_them() -> None:
         model = planned_model(config)
         for layout in draw.sample(make_plan(config, model, DEVICES["h100"], devices, top=400).layouts, 100):
             chosen = layout.apply(config)
-            check_config(chosen, devices, train=False)
-            check_by_building(chosen, devices)
+            _build(chosen, devices)
             fits += 1
         while refused < (50 if family == "llama3" else 100):
             drawn = load_config([*given, *_drawn(draw, devices)])
@@ -466,8 +470,7 @@ def test_layouts_are_built_if_and_only_if_a_plan_takes_them() -> None:
                 fixed_plan(drawn, model, DEVICES["h100"], devices)
             except ConfigError:
                 with pytest.raises(ConfigError):
-                    check_config(drawn, devices, train=False)
-                    check_by_building(drawn, devices)
+                    _build(drawn, devices)
                 refused += 1
     assert (fits, refused) == (200, 100)
 
