@@ -37,6 +37,7 @@ from titanlite.distributed.context_parallel import (
     load_balanced_positions,
     ring_attention,
 )
+from titanlite.models.layers import causal_attention
 
 
 @pytest.fixture(scope="module")
@@ -171,6 +172,23 @@ def mesh() -> Iterator[DeviceMesh]:
     dist.init_process_group("fake", rank=2, world_size=4, store=FakeStore())
     yield init_device_mesh("cpu", (4,))
     dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("size", [8, 24])
+def test_heads_of_values_have_a_size_of_their_own(size: int) -> None:
+    """As in latent attention, smaller or larger than those of keys; on one process, which has the whole sequence."""
+    dist.init_process_group("fake", rank=0, world_size=1, store=FakeStore())
+    try:
+        torch.manual_seed(0)
+        q, k, v = (shard(heads=4, head_dim=features) for features in (16, 16, size))
+        results = []
+        for attention in (ContextParallel(init_device_mesh("cpu", (1,))).attention, causal_attention):
+            out = attention(q, k, v)
+            results.append([out, *torch.autograd.grad(out.square().sum(), (q, k, v))])
+        for mine, other in zip(*results, strict=True):
+            torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-5)
+    finally:
+        dist.destroy_process_group()
 
 
 def shard(dtype: torch.dtype = torch.float32, heads: int = HEADS, head_dim: int = HEAD_DIM, device: str = "cpu") -> Any:

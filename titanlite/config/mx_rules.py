@@ -65,5 +65,5 @@ def cost(config: JobConfig) -> FormatCost:
         expert_weight_bytes=_CAST_BYTES,
         native_on=_NATIVE_ON,
         emulated=options.emulate or options.recipe_name == "mxfp8_emulated",
-        grouped_on=(),
+        grouped_on=_NATIVE_ON,
     )

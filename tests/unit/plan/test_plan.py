@@ -293,11 +293,14 @@ def test_what_a_device_emulates_is_refused(device: str, options: list[str], key:
         assert refusal.value.key == key
 
 
-def test_devices_with_grouped_matmuls_are_those_of_the_format() -> None:
-    config = load_config(["--model.name=qwen3_moe", *FLOAT8])
+@pytest.mark.parametrize(
+    ("options", "recipe"), [(FLOAT8, "float8_rowwise"), (["--model.converters=mx"], "mxfp8")], ids=["float8", "mx"]
+)
+def test_devices_with_grouped_matmuls_are_those_of_the_format(options: list[str], recipe: str) -> None:
+    config = load_config(["--model.name=qwen3_moe", *options])
     (number_format,) = formats_of(config)
     assert number_format.cost is not None
-    cost, format = number_format.cost(config), grouped_format("float8_rowwise")
+    cost, format = number_format.cost(config), grouped_format(recipe)
     for device in DEVICES.values():
         assert format.has_grouped_units(device.architecture) == (device.architecture in cost.grouped_on)
 
