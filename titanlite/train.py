@@ -277,6 +277,8 @@ class Trainer:
         else:
             self.run_folder.begin(self.config, self.shape.config_json)
         self.run_folder.keep_tokenizer(self.tokenizer)
+        validation = {"validation": self.validator.data.identity} if self.validator is not None else {}
+        self.run_folder.keep_data_identity({"training": self.loader.identity, **validation})
         self.sinks += open_outputs(self.config, self.run_path, self.step)
 
     def _build_recorder(self) -> None:

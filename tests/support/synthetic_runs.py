@@ -62,8 +62,14 @@ def write_run(
     tokens_per_step: int = 1024,
     tokenizer: str = "a" * 64,
     validation: Array | None = None,
+    validation_tokens: int = 4096,
+    content: str | None = "c" * 32,
+    validation_content: str = "v" * 32,
 ) -> Path:
-    """A run folder with the losses (rows,) of each ``log_freq``-th step; ``options`` are added to OPTIONS."""
+    """A run folder with the losses (rows,) of each ``log_freq``-th step; ``options`` are added to OPTIONS.
+
+    ``content`` is the digest of the files of the data; None: the folder is of a titanlite that did not write it.
+    """
     folder.mkdir(parents=True)
     with (folder / "metrics.jsonl").open("w") as file:
         for number, loss in enumerate(losses, 1):
@@ -88,13 +94,19 @@ def write_run(
             file.write(json.dumps(row) + "\n")
     if validation is not None:
         rows = (
-            {"step": 10 * (i + 1), "loss": float(v), "bits_per_byte": float(v) / 3} for i, v in enumerate(validation)
+            {"step": 10 * (i + 1), "loss": float(v), "bits_per_byte": float(v) / 3, "tokens": validation_tokens}
+            for i, v in enumerate(validation)
         )
         (folder / "validation.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     sections = {
         name: dict(OPTIONS.get(name, {})) | dict((options or {}).get(name, {})) for name in {*OPTIONS, *(options or {})}
     }
     (folder / "config.toml").write_text(f'run_folder = "."\n{tomli_w.dumps(sections)}')
+    if content is not None:
+        step = {"seed": 0, "num_shards": 1, "global_batch_size": 4, "seq_len": 256, "vocab_size": 9}
+        identity = {"dataset": "pystdlib", "content": content, "documents": 3, **step}
+        identities = {"training": identity, "validation": identity | {"content": validation_content}}
+        (folder / "data_identity.json").write_text(json.dumps(identities))
     (folder / "tokenizer").mkdir()
     (folder / "tokenizer" / "tokenizer_identity.json").write_text(json.dumps({"sha256": tokenizer, "tokenizers": "x"}))
     return folder

@@ -1,69 +1,123 @@
-"""The options that differ between runs, and whether their losses may be compared at all."""
+"""If two runs may be compared: by the facts on which each metric depends."""
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping
+from typing import Any
 
-from titanlite.compare.runs import HELD_OUT, Run, value_of
+from titanlite.compare.facts import DIGEST, HELD_OUT, Text, value_of
+from titanlite.compare.runs import Run
 from titanlite.errors import printable, shown
 
-# Options that change neither what a run computes nor how fast; they say where it wrote, and what about.
-_OUTSIDE = ("job.", "metrics.", "profiling.", "sample.", "checkpoint.folder")
-UNKNOWN = "not known"
+_TOKENIZER = ("tokenizer", "model.tokenizer_path")
+# Text that is read once may end within a batch, so that other batches or tokenizers leave out another rest of it.
+_SAME_AMOUNT = 0.05
 
 
-def differing_options(runs: Sequence[Run]) -> dict[str, list[str]]:
-    """Return the options that are not the same in all ``runs``, each with its value in every one, as in TOML."""
-    names = sorted({name for run in runs for name in run.options if not name.startswith(_OUTSIDE)})
-    values = {name: [_shown(run, name) for run in runs] for name in names}
-    return {printable(name): texts for name, texts in values.items() if len({*texts} - {UNKNOWN}) > 1}
+def why_not_comparable(run: Run, baseline: Run, metric: str = "loss") -> list[str]:
+    """Return the reasons why a difference of ``metric`` does not say which run is better.
+
+    Training losses need the same text to predict, in the same units and sequences, and as many tokens in a step.
+    Validation losses need the same text to validate on, and the same tokenizer; bits per byte need the text alone.
+    """
+    tokenizer = [_other(name, run, baseline) for name in _differing(run.facts, baseline.facts) if name in _TOKENIZER]
+    if metric == "loss":
+        others = [name for name in _differing(run.facts, baseline.facts) if name not in _TOKENIZER]
+        text = [f"other data: {difference}" for difference in _other_text(run.text, baseline.text)]
+        return [*text, *(_other(name, run, baseline) for name in others), *tokenizer]
+    texts = run.validation_text, baseline.validation_text
+    text = [f"other validation text: {difference}" for difference in _other_text(*texts)]
+    text = text or _other_amount(run, baseline, metric)
+    seq_len = "training.seq_len"  # what a token is predicted from
+    sequences = [_other(seq_len, run, baseline)] if seq_len in _differing(run.facts, baseline.facts) else []
+    return [*text, *sequences, *(tokenizer if metric == "validation_loss" else [])]
 
 
-def _shown(run: Run, name: str) -> str:
-    return printable(shown(value_of(run.options, name))) if run.options else UNKNOWN
-
-
-def name_apart(runs: Sequence[Run]) -> None:
-    """Give runs of the same name other ones: the options that tell them apart, else the paths, are added."""
-    differing = differing_options(runs)
-    counts = Counter(run.name for run in runs)
-    for number, run in enumerate(runs):
-        if counts[run.name] > 1 and run.options:
-            told = [f"{name.rpartition('.')[2]}={texts[number].strip(chr(34))}" for name, texts in differing.items()]
-            run.name = " ".join([run.name, *told[:4]])
-    counts = Counter(run.name for run in runs)
-    for run in runs:
-        if counts[run.name] > 1:
-            run.name = f"{run.name} ({run.path})"
-
-
-def why_not_comparable(run: Run, baseline: Run) -> list[str]:
-    """Return the reasons why a difference of the losses does not say which run is better: other text to predict, other
-    units that it is cut into, or another number of tokens in a step."""
-    differing = [name for name in baseline.facts if name in run.facts and run.facts[name] != baseline.facts[name]]
-    if "training.dataset" in differing:  # then all else about the data may differ
-        differing = [name for name in differing if not name.startswith(("training.dataset_", "data."))]
-    return [f"{_kind(name)} ({_fact(run, name)}, not {_fact(baseline, name)})" for name in differing]
-
-
-def other_validation(run: Run, baseline: Run) -> list[str]:
-    """Return the options by which the validation losses of two runs are of different text."""
-    ours, theirs = run.validation_facts, baseline.validation_facts
+def _differing(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
     return [name for name in theirs if name in ours and ours[name] != theirs[name]]
 
 
+def _other(name: str, run: Run, baseline: Run) -> str:
+    ours, theirs = (
+        f"{facts[name]:,}" if name == "tokens per step" else printable(shown(facts[name]))
+        for facts in (run.facts, baseline.facts)
+    )
+    kind = {"training.seq_len": "sequences: ", "model.tokenizer_path": "tokenizer: "}.get(name, "")
+    return f"other {kind}{name} ({ours}, not {theirs})"
+
+
+def _content_is_known(ours: Text, theirs: Text) -> bool:
+    return bool(ours.content and theirs.content) and (DIGEST in ours.content) == (DIGEST in theirs.content)
+
+
+def _other_text(ours: Text, theirs: Text) -> list[str]:
+    """Return what makes two texts different ones: their content, wherever they lie; where that is not known, the names
+    and places in the configuration."""
+    known = _content_is_known(ours, theirs)
+    a, b = (ours.content, theirs.content) if known else (ours.options, theirs.options)
+    names = [name for name in {**b, **a} if a.get(name) != b.get(name)] if known else _differing(a, b)
+    for whole in (DIGEST, "training.dataset", "validation.dataset"):  # then all else may differ
+        names = [whole] if whole in names else names
+    note = "" if known or not (ours.of_files() or theirs.of_files()) else "; if their content differs, is not known"
+    return [f"{name} ({printable(shown(a.get(name)))}, not {printable(shown(b.get(name)))}{note})" for name in names]
+
+
+def _other_amount(run: Run, baseline: Run, metric: str) -> list[str]:
+    """Return a reason if one validation reads clearly more of the text than the other."""
+    unit = "tokens" if metric == "validation_loss" else "bytes"
+    ours, theirs = (_amount(r, unit) for r in (run, baseline))
+    if ours is None or theirs is None:
+        name = "validation.steps"
+        values = [value_of(r.options, name) for r in (run, baseline) if r.options]
+        if len(values) < 2 or values[0] == values[1]:
+            return []
+        return [f"other amounts of validation text: {name} ({values[0]}, not {values[1]})"]
+    if abs(ours - theirs) <= _SAME_AMOUNT * max(ours, theirs):
+        return []
+    advice = "set validation.steps so that they are equal"
+    return [f"other amounts of validation text ({ours:,.0f} {unit}, not {theirs:,.0f}; {advice})"]
+
+
+def _amount(run: Run, unit: str) -> float | None:
+    """Return the tokens or bytes of a validation of a run."""
+    tokens = run.last_validation("tokens")
+    if unit == "tokens" or tokens is None:
+        return tokens
+    loss, bits = (run.last_validation(name) for name in ("loss", "bits_per_byte"))
+    return tokens * loss / math.log(2) / bits if loss is not None and bits else None
+
+
 def cautions(run: Run, baseline: Run) -> list[str]:
-    """Return sentences on what makes a comparison of two runs less exact, or leaves it open."""
+    """Return sentences on what makes a comparison of the training losses of two runs less exact, or leaves it open."""
     sentences = []
     if unknown := not_known(run, baseline):
         sentences.append(f"It is not known if they have the same {', '.join(unknown)}.")
-    ours, theirs = (r.validation_facts.get(HELD_OUT) for r in (run, baseline))
+    ours, theirs = (r.validation_text.options.get(HELD_OUT) for r in (run, baseline))
     if None not in (ours, theirs) and ours != theirs:
         sentences.append("They hold out other documents for validation, so their batches differ.")
-    if (names := other_validation(run, baseline)) and len(run.validation["step"]) and len(baseline.validation["step"]):
-        sentences.append(f"Their validation losses do not compare: other {', '.join(names)}.")
     return sentences
+
+
+def not_known(run: Run, baseline: Run) -> list[str]:
+    """Return what decides whether two runs compare, and one of them does not say."""
+    unknown = []
+    if any("training.dataset" not in r.text.options for r in (run, baseline)):
+        unknown.append("data")
+    elif not _content_is_known(run.text, baseline.text) and (run.text.of_files() or baseline.text.of_files()):
+        unknown.append("content in the files of their data")
+    names = ["tokens per step", "tokenizer"]
+    if all("model.tokenizer_path" in facts for facts in (run.facts, baseline.facts)):
+        names.remove("tokenizer")
+    return unknown + [name for name in names if any(name not in r.facts for r in (run, baseline))]
+
+
+def last_rows_without_loss(run: Run) -> list[str]:
+    """Return a sentence if the last logged steps of a run have no finite loss, and are too few to call it diverged."""
+    rows = run.rows_without_loss_at_the_end()
+    if not rows or run.diverged_at() is not None:
+        return []
+    return [f"The last {'logged step' if rows == 1 else f'{rows} logged steps'} of {run.name} had no finite loss."]
 
 
 def other_ends(run: Run, baseline: Run) -> list[str]:
@@ -73,24 +127,3 @@ def other_ends(run: Run, baseline: Run) -> list[str]:
         return []
     ends = f"{shorter.name} ends at step {shorter.steps:,}, and {longer.name} at step {longer.steps:,}"
     return [f"{ends}: this is about the steps that both have, not about their ends."]
-
-
-def _kind(name: str) -> str:
-    if name in ("tokens per step", "tokenizer"):
-        return f"other {name}"
-    if name == "model.tokenizer_path":
-        return f"other tokenizer: {name}"
-    return f"other sequences: {name}" if name == "training.seq_len" else f"other data: {name}"
-
-
-def _fact(run: Run, name: str) -> str:
-    value = run.facts[name]
-    return f"{value:,}" if name == "tokens per step" else printable(shown(value))
-
-
-def not_known(run: Run, baseline: Run) -> list[str]:
-    """Return what decides whether two runs compare, and one of them does not say."""
-    names = {"training.dataset": "data", "tokens per step": "tokens per step", "tokenizer": "tokenizer"}
-    same = all("model.tokenizer_path" in facts for facts in (run.facts, baseline.facts))
-    unknown = [word for name, word in names.items() if name not in run.facts or name not in baseline.facts]
-    return [word for word in unknown if not (word == "tokenizer" and same)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from titanlite.compare.rows import Array, Columns, in_order
+from titanlite.errors import ConfigError
 from titanlite.untrusted.files import open_file
 
 _COLOR = re.compile(rb"\x1b\[[\d;?]*[A-Za-z]")  # and what moves the cursor
@@ -18,17 +20,21 @@ _RANK = re.compile(r"\[rank\d+\]")
 _TIME = re.compile(r"\d{4}-\d\d-\d\d[ T]\d\d:\d\d:\d\d(?:[.,]\d{3})?")
 _STEP = re.compile(r"\b(validate )?step:\s*(\d+)\s+(.*)")
 _FIELD = re.compile(r"(\w+):\s*([-\d.,]+(?:[eE][-+]?\d+)?|nan|inf)")
-# What the lines before the first step say of the run. The first form of each is torchtitan's.
+# What the lines before the first step say of the run: in torchtitan's words of 2025, of 2026, and in titanlite's.
 _FACTS = {
     "batch": re.compile(r"global batch size (\d+)"),
-    "seq_len": re.compile(r"sequence length (\d+)|sequences? x (\d+)$"),
-    "tokens": re.compile(r"^\s+tokens per step\s+([\d,]+) ="),
+    "seq_len": re.compile(r"sequence length (\d+)|maximum context length (\d+)|sequences? x (\d+)$"),
+    "tokens": re.compile(r"\b([\d,]+) tokens per train step|^\s+tokens per step\s+([\d,]+) ="),
     "dataset": re.compile(r"Preparing (\w+) (?:validation )?dataset|^\s+data\s+(\S+)"),
+    "path": re.compile(r"^\s+data\s+\S+ \((.+)\)$"),
     "tokenizer": re.compile(r"^\s+tokenizer\s.*sha256 (\w+)"),
     "name": re.compile(r"Starting job: (.+)"),
 }
 _COLUMNS = {"loss": "loss", "grad_norm": "grad_norm", "tps": "tps", "mfu": "mfu", "memory": "reserved_gib"}
 _LONGEST_LINE = 1 << 16  # bytes
+
+
+Rows = list[dict[str, float]]
 
 
 class ConsoleLog(NamedTuple):
@@ -45,34 +51,48 @@ class ConsoleLog(NamedTuple):
 
 
 def read_console_log(file: Path) -> ConsoleLog:
-    """Read the lines of the first rank in the log. A log of several runs, one after the other, is read as one that was
-    continued.
+    """Read the lines of the first rank in the log that has losses. A log of several runs, one after the other, is read
+    as one that was continued.
 
     Raises:
         OSError: it cannot be read.
+        ConfigError: the ranks in it have no loss.
     """
     steps: dict[bool, list[dict[str, float]]] = {False: [], True: []}
-    starts: set[int] = set()  # the places in the first of these lists where a run was continued
+    starts: list[int] = []  # the lines that a run begins with
     said: dict[str, str] = {}
-    first_rank = None
+    ranks: dict[str, float] = {}  # the number of each rank, by its name
     with open_file(file) as lines:
-        while raw := lines.readline(_LONGEST_LINE):
+        for number, raw in enumerate(iter(lambda: lines.readline(_LONGEST_LINE), b"")):
             line = _COLOR.sub(b"", raw).decode("utf-8", "replace").rstrip()
             if match := _STEP.search(line):
-                rank = (_RANK.search(line) or [""])[0]
-                first_rank = rank if first_rank is None else first_rank
-                if rank == first_rank:
-                    steps[bool(match[1])].append(_row(line, int(match[2]), match[3]))
+                rank = ranks.setdefault((_RANK.search(line) or [""])[0], len(ranks))
+                steps[bool(match[1])].append(_row(line, int(match[2]), match[3]) | {"rank": rank, "line": number})
             else:
                 for name, pattern in _FACTS.items():
                     if fact := pattern.search(line):
                         said.setdefault(name, next(filter(None, fact.groups())))
-                        starts.add(len(steps[False]))
-    metrics, validation = _table(steps[False], starts), _table(steps[True], set())
+                        starts.append(number)
+    metrics, validation = (_table(rows, starts) for rows in _of_one_rank(steps[False], steps[True], file, ranks))
     facts = _facts(said)
     if "tokens per step" in facts:
         metrics["tokens_seen"] = metrics["step"] * facts["tokens per step"]
     return ConsoleLog(metrics, validation, facts, said.get("name", ""))
+
+
+def _of_one_rank(steps: Rows, validations: Rows, file: Path, ranks: Mapping[str, float]) -> tuple[Rows, Rows]:
+    """Return the rows of the first rank that has losses. Stages of a pipeline other than the last log -1 as theirs."""
+    with_loss = [row for row in steps if not row.get("loss", np.nan) < 0]
+    if steps and not with_loss:
+        names = ", ".join(name.strip("[]") for name in ranks if name) or "the rank"
+        raise ConfigError(
+            f"{file}: {names} in it has no loss, as a stage of a pipeline before the last has none (loss: -1); "
+            "log a rank of the last stage (LOG_RANK=..., as run_train.sh takes it), and name that log"
+        )
+    rank = with_loss[0]["rank"] if with_loss else None
+    return [row for row in with_loss if row["rank"] == rank], [
+        row for row in validations if rank in (None, row["rank"])
+    ]
 
 
 def _row(line: str, step: int, fields: str) -> dict[str, float]:
@@ -92,14 +112,19 @@ def _float(text: str) -> float:
         return np.nan
 
 
-def _table(rows: list[dict[str, float]], starts: set[int]) -> Columns:
-    """Return the rows as columns. The time before those where a run was continued is left out: it trained nothing."""
+def _table(rows: Rows, starts: Sequence[int]) -> Columns:
+    """Return the rows as columns. The time before those where a run was continued is left out: it trained nothing.
+
+    Args:
+        starts: the lines that a run begins with, ascending.
+    """
     columns: defaultdict[str, Array] = defaultdict(lambda: np.full(len(rows), np.nan))
     for name in ("step", "hours", *_COLUMNS.values()):
         columns[name][:] = [row.get(name, np.nan) for row in rows]
     step, hours = columns["step"], columns["hours"]
     between = np.nan_to_num(np.diff(hours, prepend=hours[:1]))
-    begins = np.isin(np.arange(len(rows)), [*starts]) | (np.diff(step, prepend=-np.inf) <= 0)
+    run = np.searchsorted(starts, [row["line"] for row in rows])
+    begins = (np.diff(run, prepend=-1) != 0) | (np.diff(step, prepend=-np.inf) <= 0)
     columns["hours"] = np.where(np.isfinite(hours), np.cumsum(np.where(begins, 0.0, between)), np.nan)
     return in_order(columns)
 
@@ -108,6 +133,8 @@ def _facts(said: dict[str, str]) -> dict[str, Any]:
     facts: dict[str, Any] = {}
     if "dataset" in said:
         facts["training.dataset"] = said["dataset"]
+    if "path" in said:
+        facts["training.dataset_path"] = said["path"]
     if "seq_len" in said:
         facts["training.seq_len"] = int(said["seq_len"])
     if "tokens" in said:

@@ -4,6 +4,11 @@ The losses of neighbouring steps are alike, so n differences say less than n ind
 last part of two runs are cut into blocks that are long compared with the correlation time. The means of the blocks are
 nearly independent, and Student's t gives the interval of their mean (method of batch means, Law and Carson 1979). What
 correlation is left between blocks is corrected as an AR(1) process of the same correlation time has it.
+
+A short series cannot tell a long correlation time, above all below the noise of single batches: its estimate is too
+short then. So the correlation time is taken as at least :func:`_shortest_time`, which widens the interval. With that,
+tests/unit/compare/test_interval.py finds the true mean in at least 93% of the intervals for 40 to 5,000 rows, for AR(1)
+noise with a correlation of neighbours up to 0.95, and for such noise below white noise twice as large.
 """
 
 from __future__ import annotations
@@ -41,7 +46,8 @@ def mean_interval(differences: Array) -> Interval | None:
         return None
     part = differences[-last_part(rows) :]
     mean = float(part.mean())
-    time = _correlation_time(differences[-(rows // 2) :])  # of twice as many rows, where there are few
+    # Of the last half: the last part alone, a quarter of a long run, would be fewer rows than there are.
+    time = max(_correlation_time(differences[-(rows // 2) :]), _shortest_time(rows))
     blocks = max(_MIN_BLOCKS, min(_MAX_BLOCKS, int(len(part) / (_TIMES_PER_BLOCK * time))))
     length = len(part) // blocks
     means = part[-blocks * length :].reshape(blocks, length).mean(axis=1)
@@ -51,6 +57,12 @@ def mean_interval(differences: Array) -> Interval | None:
     variance = means.var(ddof=1) * of_part * (blocks - 1) / ((of_block - of_part) * blocks)
     half = _T[blocks] * math.sqrt(variance)
     return Interval(mean, mean - half, mean + half)
+
+
+def _shortest_time(rows: int) -> float:
+    """Return the correlation time, in rows, that is assumed at least. The numbers are fitted to simulations: between
+    coverage where the noise is correlated, and intervals that are not too wide where it is not."""
+    return min(max(22 * math.sqrt(500 / rows), 12), 50)
 
 
 def _correlation_time(series: Array) -> float:

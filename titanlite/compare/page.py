@@ -13,7 +13,14 @@ import numpy as np
 from titanlite.compare.comparison import Comparison
 from titanlite.compare.rows import Array
 from titanlite.compare.runs import Run
-from titanlite.compare.text import about_numbers, difference_cells, metric_title, numbers_of_runs
+from titanlite.compare.text import (
+    about_numbers,
+    difference_cells,
+    main_sentences,
+    metric_title,
+    numbers_of_runs,
+    options_as_text,
+)
 from titanlite.errors import ConfigError
 
 _TEMPLATE = Path(__file__).with_name("page.html")
@@ -35,7 +42,8 @@ def write_page(comparison: Comparison, file: Path) -> None:
 def page(comparison: Comparison) -> str:
     """Return the page. What comes from the runs, such as names and samples, is text in it, never code or a link."""
     runs = [_curves(run) for run in comparison.runs]
-    data = {"runs": runs, "baseline": comparison.runs.index(comparison.baseline)}
+    base = comparison.runs.index(comparison.baseline)
+    data = {"runs": runs, "baseline": base, "drawn": comparison.drawn()}
     # "<" could end the script element.
     script = json.dumps(data, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
     samples = "".join(
@@ -44,8 +52,7 @@ def page(comparison: Comparison) -> str:
         if run.sample
     )
     parts = {
-        "verdicts": "".join(_verdict(comparison, name) for name in comparison.verdicts)
-        + "".join(f"<p>{_text(note)}</p>" for note in comparison.notes),
+        "verdicts": _verdicts(comparison) + "".join(f"<p>{_text(note)}</p>" for note in comparison.notes),
         "about": about_numbers(comparison),
         "runs": _runs(comparison),
         "differences": _differences(comparison),
@@ -57,6 +64,15 @@ def page(comparison: Comparison) -> str:
     before, *rest = text.split("{{")
     pieces = (piece.split("}}", 1) for piece in rest)
     return before + "".join(parts[name] + after for name, after in pieces)
+
+
+def _verdicts(comparison: Comparison) -> str:
+    """Return the verdicts; of many runs the main ones, and all on a click."""
+    every = "".join(_verdict(comparison, name) for name in comparison.verdicts)
+    if not comparison.is_of_many:
+        return every
+    main = "".join(f'<p class="no">{_text(sentence)}</p>' for sentence in main_sentences(comparison))
+    return f"{main}<details><summary>The verdict on each run</summary>{every}</details>"
 
 
 def _verdict(comparison: Comparison, name: str) -> str:
@@ -93,13 +109,14 @@ def _is_baseline(comparison: Comparison, run: Run) -> bool:
 
 def _differences(comparison: Comparison) -> str:
     head = ["run", "metric", "difference", "%", "95% interval in %", ""]
-    rows = [[d.run, metric_title(d), *difference_cells(d), d.verdict] for d in comparison.differences]
+    shown = (d for run in comparison.runs for d in comparison.shown_differences(run))
+    rows = [[d.run, metric_title(d), *difference_cells(d), d.verdict] for d in shown]
     return _table(head, rows) if rows else "<p>They have no step in common.</p>"
 
 
 def _options(comparison: Comparison) -> str:
     head = ["option", *(f"{number + 1} {run.name}" for number, run in enumerate(comparison.runs))]
-    rows = [[name, *texts] for name, texts in comparison.options.items()]
+    rows = [[name, *texts] for name, texts in options_as_text(comparison).items()]
     return _table(head, rows) if rows else "<p>None, as far as it is known.</p>"
 
 

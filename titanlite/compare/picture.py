@@ -6,7 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from titanlite.compare.comparison import Comparison, at_equal_steps
+from titanlite.compare.comparison import Comparison
+from titanlite.compare.difference import at_equal_steps
 from titanlite.compare.plot import binned, highest_loss
 from titanlite.compare.rows import Array
 from titanlite.errors import ConfigError
@@ -21,7 +22,7 @@ def check_picture(file: Path) -> None:
 
 
 def write_picture(comparison: Comparison, file: Path) -> None:
-    """Write the losses by step, and below them their differences to the baseline.
+    """Write the losses by step, and below them their differences to the baseline; of many runs, the lowest ones.
 
     Raises:
         ConfigError: the file cannot be written.
@@ -29,18 +30,19 @@ def write_picture(comparison: Comparison, file: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    others = [run for run in comparison.runs if run is not comparison.baseline]
+    runs = [(number, comparison.runs[number]) for number in comparison.drawn()]
+    others = [(number, run) for number, run in runs if run is not comparison.baseline]
     figure = Figure(figsize=(9, 7 if others else 4.5), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(2 if others else 1, sharex=True, height_ratios=[2, 1] if others else None, squeeze=False)
     losses, start = axes[0, 0], []
-    for number, run in enumerate(comparison.runs):
+    for number, run in runs:
         x, y = run.metrics["step"], run.metrics["loss"]
         faint = losses.plot(*_thinned(x, y), linewidth=0.6, alpha=0.25, color=f"C{number}")
         losses.plot(*smoothed(x, y), color=faint[0].get_color(), label=_plain(run.name))
         start.append(y[np.isfinite(y) & (x >= x[0] + 0.05 * (x[-1] - x[0]))])
     if (values := np.concatenate(start)).size:  # the first losses are far above
-        highest = highest_loss(run.metrics["loss"] for run in comparison.runs)
+        highest = highest_loss(run.metrics["loss"] for _, run in runs)
         low, high = float(values.min()), min(float(values.max()), highest)
         high = max(high, low)  # where all have diverged
         margin = 0.05 * (high - low or max(1.0, abs(low)))
@@ -48,9 +50,8 @@ def write_picture(comparison: Comparison, file: Path) -> None:
     losses.set_ylabel("loss")
     losses.legend(fontsize="small")
     if others:
-        for run in others:
+        for number, run in others:
             pairs = at_equal_steps(run.metrics, comparison.baseline.metrics, "loss")
-            number = comparison.runs.index(run)
             axes[1, 0].plot(*smoothed(pairs.places, pairs.ours - pairs.theirs), color=f"C{number}")
         axes[1, 0].axhline(0, color="gray", linewidth=0.8)
         axes[1, 0].set_ylabel(f"loss minus that of\n{_plain(comparison.baseline.name)}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 from rich.text import Text
@@ -13,6 +14,19 @@ from titanlite.compare.rows import Array
 # In the order of the runs; each can be read on a dark and on a light background.
 COLORS = ("cyan", "magenta", "yellow", "green", "red", "blue")
 _DOTS = ((0x01, 0x08), (0x02, 0x10), (0x04, 0x20), (0x40, 0x80))  # of a character, by row and column
+
+
+class Curve(NamedTuple):
+    """Attributes:
+    x, y: (rows,) each.
+    sign: the character that draws it without colours.
+    color: of :data:`COLORS`.
+    """
+
+    x: Array
+    y: Array
+    sign: str
+    color: str
 
 
 def binned(x: Array, y: Array, start: float, end: float, bins: int) -> tuple[Array, Array]:
@@ -34,34 +48,29 @@ def highest_loss(losses: Iterable[Array]) -> float:
 
 
 def plot(
-    title: str,
-    curves: Sequence[tuple[Array, Array]],
-    width: int,
-    height: int,
-    colored: bool,
-    numbers: Sequence[int],
-    highest: float = math.inf,
+    title: str, curves: Sequence[Curve], width: int, height: int, colored: bool, highest: float = math.inf
 ) -> Text:
     """Draw curves into ``width`` columns and ``height`` lines, with a scale at the left and below.
 
     Args:
-        curves: (x, y) of each run, (rows,) each; runs without a finite value are left out.
-        numbers: of the runs, from 0, which choose the colour or the sign of each.
+        curves: those without a finite value are left out.
         highest: what lies above is not drawn.
     """
-    curves = [(x[np.isfinite(y)], y[np.isfinite(y)]) for x, y in curves]
-    filled = [x for x, _ in curves if len(x)]
+    curves = [
+        curve._replace(x=curve.x[known], y=curve.y[known]) for curve in curves for known in [np.isfinite(curve.y)]
+    ]
+    filled = [curve.x for curve in curves if len(curve.x)]
     if not filled:
         return Text(f"{title}: no values")
     start, end = min(x[0] for x in filled), max(x[-1] for x in filled)
     columns = width - 11
     per_column = 2 if colored else 1
-    means = [binned(x, y, start, end, columns * per_column) for x, y in curves]
+    means = [binned(curve.x, curve.y, start, end, columns * per_column) for curve in curves]
     low, high = _scale(means, start + 0.05 * (end - start), highest)
     rows = height * (4 if colored else 1)
     signs = np.zeros((height, columns), dtype=int)
     owners = np.full((height, columns), -1)
-    for number, (x, y) in zip(numbers, means, strict=True):
+    for number, (x, y) in enumerate(means):
         for column, row in _points(x, y, start, end, columns * per_column, low, high, rows):
             cell = (row // 4, column // 2) if colored else (row, column)
             signs[cell] |= _DOTS[row % 4][column % 2] if colored else 1
@@ -72,8 +81,10 @@ def plot(
         mark = high - (high - low) * line / max(height - 1, 1)
         text.append(f"{mark:>9.{decimals}f} " if line % 3 == 0 or line == height - 1 else " " * 10, style="dim")
         for sign, owner in zip(signs[line], owners[line], strict=True):
-            shown = chr(0x2800 + sign) if colored else f"{owner + 1}"[-1]
-            text.append(shown if owner >= 0 else " ", style=COLORS[owner % len(COLORS)] if owner >= 0 else "")
+            if owner < 0:
+                text.append(" ")
+            else:
+                text.append(chr(0x2800 + sign) if colored else curves[owner].sign, style=curves[owner].color)
         text.append("\n")
     text.append(f"{' ' * 10}{f'{start:,.0f}':<{columns // 2}}{f'{end:,.0f}':>{columns - columns // 2}}", style="dim")
     return text

@@ -18,6 +18,7 @@ Columns = dict[str, Array]  # by name, (rows,) each; NaN where a value is unknow
 _MOST_BYTES = 1 << 32
 _LONGEST_ROW = 1 << 20  # bytes; a longer line is no row
 _READ_AT_ONCE = 1 << 22  # bytes
+_READ_BY_LINE = 1 << 14  # bytes
 
 
 def read_columns(file: Path, names: Iterable[str]) -> Columns:
@@ -30,7 +31,20 @@ def read_columns(file: Path, names: Iterable[str]) -> Columns:
     """
     text = files.read_bytes(file, _MOST_BYTES)
     wanted = ["step", *names]
-    return in_order(_parsed(text, wanted) or _parsed_by_line(text, wanted))
+    parts = _parts(text, wanted)
+    return in_order({name: np.concatenate([part[name] for part in parts]) for name in wanted})
+
+
+def _parts(text: bytes, names: list[str]) -> list[Columns]:
+    """Return the columns of ``text`` in parts. Only a small part around a line that is no row is read by Python."""
+    if (parsed := _parsed(text, names)) is not None:
+        return [parsed]
+    half = len(text) // 2
+    middle = text.find(b"\n", half) + 1
+    middle = middle if 0 < middle < len(text) else text.rfind(b"\n", 0, half) + 1
+    if len(text) <= _READ_BY_LINE or not 0 < middle < len(text):
+        return [_parsed_by_line(text, names)]
+    return _parts(text[:middle], names) + _parts(text[middle:], names)
 
 
 def _parsed(text: bytes, names: list[str]) -> Columns | None:

@@ -12,20 +12,16 @@ from typing import Any
 import numpy as np
 
 from titanlite.compare.console_log import read_console_log
+from titanlite.compare.facts import Text, facts_of, texts_of
 from titanlite.compare.rows import Array, Columns, read_columns
-from titanlite.config.options import options_of
 from titanlite.config.run_config import (
     CONFIG,
     EARLIER,
-    HUB,
     METRICS,
     SAMPLE,
-    TOKENIZER,
     VALIDATION,
-    located,
     read_run_config,
 )
-from titanlite.config.schema import JobConfig
 from titanlite.errors import ConfigError, printable
 from titanlite.metrics.last_part import last_part
 from titanlite.untrusted import files
@@ -41,8 +37,8 @@ _COLUMNS = (
     "tokens_seen",
     "skipped_steps",
 )
-_VALIDATION_COLUMNS = ("loss", "bits_per_byte", "accuracy")
-HELD_OUT = "validation.held_out_percent"
+_VALIDATION_COLUMNS = ("loss", "bits_per_byte", "accuracy", "tokens")
+_SEVERAL = 3  # rows or skipped steps without a finite loss at the end, from which on a run has diverged
 _DEEPEST = 4  # folders between a parent and its runs
 _MOST_RUNS = 100
 _MOST_SAMPLE = 1 << 20  # bytes
@@ -57,9 +53,8 @@ class Run:
         name: what it is called; no two runs of a comparison have the same name.
         metrics, validation: their rows, by ascending step.
         options: its configuration by ``section.key``, without options that are unset; empty for a console log.
-        facts: what decides which text it was trained on, by name: data, tokens per step, tokenizer. Only what is known.
-        validation_facts: what decides which text its validation losses are of, and which of the training data is held
-            out for them. Only what is known.
+        facts: what decides if its training losses compare, by name: tokens per step, tokenizer. Only what is known.
+        text, validation_text: what decides which text it was trained on, and which text its validation losses are of.
         sample: what its model wrote at the end; empty if it is not there.
     """
 
@@ -69,7 +64,8 @@ class Run:
     validation: Columns
     options: dict[str, Any] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)
-    validation_facts: dict[str, Any] = field(default_factory=dict)
+    text: Text = field(default_factory=Text)
+    validation_text: Text = field(default_factory=Text)
     sample: str = ""
 
     @property
@@ -80,11 +76,19 @@ class Run:
         """Return the last value of a column; None if it is not known."""
         return _known(self.metrics[name][-1:])
 
-    def diverged_at(self) -> int | None:
-        """Return the first logged step from which on no loss is finite; None if the last one is."""
+    def rows_without_loss_at_the_end(self) -> int:
         finite = np.flatnonzero(np.isfinite(self.metrics["loss"]))
-        first = int(finite[-1]) + 1 if len(finite) else 0
-        return int(self.metrics["step"][first]) if first < len(self.metrics["step"]) else None
+        return len(self.metrics["step"]) - (int(finite[-1]) + 1 if len(finite) else 0)
+
+    def diverged_at(self) -> int | None:
+        """Return the first logged step from which on no loss is finite; None if there is no such step, or only so few
+        rows, and skipped steps in them, that the run goes on."""
+        rows = self.rows_without_loss_at_the_end()
+        skipped = self.metrics["skipped_steps"][-rows - 1 :]
+        in_them = float(skipped[-1] - (skipped[0] if len(skipped) > rows else 0)) if rows else 0.0
+        if rows >= min(_SEVERAL, len(self.metrics["step"])) or in_them >= _SEVERAL:
+            return int(self.metrics["step"][-rows]) if rows else None
+        return None
 
     def last_share(self) -> float:
         """Return the share of the rows that is the last part, see :func:`titanlite.metrics.last_part.last_part`."""
@@ -201,15 +205,28 @@ def _read_folder(folder: Path) -> Run:
     options = flat(read_run_config(folder))
     name = options.pop("job.name", None)
     name = printable(name) if isinstance(name, str) and name else folder.resolve().name
-    facts, validation_facts = _facts(folder, options, metrics), _validation_facts(folder, options)
-    return Run(folder, name, metrics, validation, options, facts, validation_facts, _sample(folder))
+    validation["tokens_seen"] = _tokens_at(validation["step"], metrics)
+    facts, texts = facts_of(folder, options, metrics), texts_of(folder, options)
+    return Run(folder, name, metrics, validation, options, facts, *texts, _sample(folder))
+
+
+def _tokens_at(steps: Array, metrics: Columns) -> Array:
+    """Return the tokens seen at ``steps`` (rows,), between the logged ones; NaN outside of them."""
+    known = np.isfinite(metrics["tokens_seen"])
+    if not known.any():
+        return np.full(len(steps), np.nan)
+    seen = metrics["tokens_seen"][known]
+    return np.interp(steps, metrics["step"][known], seen, left=np.nan, right=np.nan)
 
 
 def _read_log(file: Path) -> Run:
     log = read_console_log(file)
     metrics = _empty(len(log.metrics["step"]), _COLUMNS) | log.metrics
     validation = _empty(len(log.validation["step"]), _VALIDATION_COLUMNS) | log.validation
-    return Run(file, printable(log.name) or file.stem, metrics, validation, facts=log.facts)
+    validation["tokens_seen"] = _tokens_at(validation["step"], metrics)
+    text = Text({name: value for name, value in log.facts.items() if name.startswith("training.dataset")})
+    facts = {name: value for name, value in log.facts.items() if name not in text.options}
+    return Run(file, printable(log.name) or file.stem, metrics, validation, facts=facts, text=text)
 
 
 def _empty(rows: int, names: Sequence[str]) -> Columns:
@@ -217,7 +234,7 @@ def _empty(rows: int, names: Sequence[str]) -> Columns:
 
 
 def no_rows() -> Columns:
-    return _empty(0, ("step", *_VALIDATION_COLUMNS))
+    return _empty(0, ("step", *_VALIDATION_COLUMNS, "tokens_seen"))
 
 
 def flat(tree: dict[str, Any], outer: str = "") -> dict[str, Any]:
@@ -226,56 +243,6 @@ def flat(tree: dict[str, Any], outer: str = "") -> dict[str, Any]:
     for name, value in tree.items():
         values |= flat(value, f"{outer}{name}.") if isinstance(value, dict) else {f"{outer}{name}": value}
     return values
-
-
-def value_of(options: dict[str, Any], name: str) -> Any:
-    """Return an option of a run, its default where it is unset; None if the schema does not have it."""
-    section, _, key = name.rpartition(".")
-    option = options_of(JobConfig).get(section, {}).get(key)
-    return options.get(name, option.default if option else None)
-
-
-def _facts(folder: Path, options: dict[str, Any], metrics: Columns) -> dict[str, Any]:
-    facts: dict[str, Any] = {}
-    if options:
-        facts |= {name: value_of(options, name) for name in ("training.dataset", "training.seq_len")}
-        facts["training.dataset_path"] = _place(folder, value_of(options, "training.dataset_path"))
-        keys = [key for key in options_of(JobConfig)["data"] if key != "on_corrupt"]  # the good documents are the same
-        facts |= {f"data.{key}": value_of(options, f"data.{key}") for key in keys}
-    step, tokens = metrics["step"], metrics["tokens_seen"]
-    known = np.isfinite(tokens)
-    if known.any():
-        steps, seen = step[known], tokens[known]
-        per_step = np.median(np.diff(seen) / np.diff(steps)) if len(seen) > 1 else seen[0] / steps[0]
-        facts["tokens per step"] = round(float(per_step))
-    try:
-        identity = files.read_json(folder / TOKENIZER / "tokenizer_identity.json", most=1 << 20)
-    except ConfigError:
-        if options:
-            facts["model.tokenizer_path"] = value_of(options, "model.tokenizer_path")
-        return facts
-    if isinstance(identity.get("sha256"), str):
-        facts["tokenizer"] = printable(identity["sha256"])[:12]
-    return facts
-
-
-def _validation_facts(folder: Path, options: dict[str, Any]) -> dict[str, Any]:
-    if not options:
-        return {}
-    if not value_of(options, "validation.enable"):
-        return {HELD_OUT: 0}
-    facts = {name: value_of(options, name) for name in ("validation.dataset", "validation.steps")}
-    facts["validation.dataset_path"] = _place(folder, value_of(options, "validation.dataset_path"))
-    facts["validation.seq_len"] = value_of(options, "validation.seq_len") or value_of(options, "training.seq_len")
-    held_out = not facts["validation.dataset"] and facts["validation.dataset_path"] is None
-    return facts | {HELD_OUT: value_of(options, HELD_OUT) if held_out else 0}
-
-
-def _place(folder: Path, path: Any) -> Any:
-    """Return a path of a run's configuration as it compares with those of other runs."""
-    if not isinstance(path, str) or path.startswith(HUB):
-        return path
-    return os.path.realpath(located(path, folder))
 
 
 def _sample(folder: Path) -> str:

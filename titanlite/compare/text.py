@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from titanlite.compare.comparison import (
-    Comparison,
-    Difference,
-    at_equal_steps,
-    interval_in_percent,
-    rounded,
-    run_summary,
-)
-from titanlite.compare.plot import COLORS, highest_loss, plot
+from titanlite.compare.comparison import Comparison, run_summary
+from titanlite.compare.difference import Difference, at_equal_steps, interval_in_percent, rounded
+from titanlite.compare.options import as_text
+from titanlite.compare.plot import COLORS, Curve, highest_loss, plot
 from titanlite.errors import printable
 
 _WIDEST_PLOT = 120
@@ -52,22 +47,48 @@ _COLUMNS: tuple[tuple[str, str, Callable[[float], str]], ...] = (
 
 
 def _parts(comparison: Comparison, console: Console) -> Iterator[RenderableType]:
-    for sentence in comparison.verdicts.values():
+    for sentence in main_sentences(comparison):
         yield Text(sentence, style="bold")
     for sentence in comparison.notes:
         yield Text(sentence)
     yield _names(comparison)
-    yield _runs(comparison)
-    if comparison.differences:
+    if comparison.is_of_many:
+        yield _ranking(comparison)
+    yield _runs(comparison, console.width)
+    if comparison.differences and not comparison.is_of_many:
         yield _differences(comparison)
     if comparison.options:
-        yield _options(comparison)
+        yield _changes(comparison) if comparison.is_of_many else _options(comparison)
     yield _curves(comparison, console)
 
 
-def _number(number: int) -> Text:
+def main_sentences(comparison: Comparison) -> list[str]:
+    """Return the verdicts. Of many runs: that on the lowest loss, those that the table of all does not have, and each
+    caution once, with the numbers of the runs."""
+    if not comparison.is_of_many:
+        return [*comparison.verdicts.values()]
+    numbers = {run.name: number + 1 for number, run in enumerate(comparison.runs)}
+    cautions: dict[str, list[int]] = {}
+    texts: list[str] = []
+    for name, sentences in comparison.sentences.items():
+        if sentences.is_verdict and (sentences.contradicts or not texts):
+            texts.append(" ".join(filter(None, (sentences.training, sentences.validation))))
+        for caution in [] if sentences.is_verdict else [sentences.training]:
+            cautions.setdefault(caution, []).append(numbers[name])
+        for caution in sentences.cautions:
+            cautions.setdefault(caution, []).append(numbers[name])
+    return texts + [f"{caution} (Run {', '.join(map(str, which))}.)" for caution, which in cautions.items()]
+
+
+def _styles(comparison: Comparison) -> list[str]:
+    """Return the colour of each run: of many, only of those whose curves are drawn."""
+    drawn = comparison.drawn()
+    return [COLORS[drawn.index(n) % len(COLORS)] if n in drawn else "" for n in range(len(comparison.runs))]
+
+
+def _number(comparison: Comparison, number: int) -> Text:
     """Return what a run is called in the tables and, without colours, in the curves."""
-    return Text(f"{number + 1}", style=COLORS[number % len(COLORS)])
+    return Text(f"{number + 1}", style=_styles(comparison)[number])
 
 
 def _names(comparison: Comparison) -> Table:
@@ -75,22 +96,33 @@ def _names(comparison: Comparison) -> Table:
     table.add_column()
     table.add_column(overflow="fold", ratio=1)
     table.add_column(overflow="fold", style="dim")
+    styles = _styles(comparison)
     for number, run in enumerate(comparison.runs):
         is_baseline = run is comparison.baseline and len(comparison.runs) > 1
-        name = Text(run.name, style=COLORS[number % len(COLORS)])
-        table.add_row(_number(number), name, Text(printable(str(run.path))), "baseline" if is_baseline else "")
+        path = Text(printable(str(run.path)))
+        table.add_row(
+            _number(comparison, number), Text(run.name, style=styles[number]), path, "baseline" if is_baseline else ""
+        )
     return table
 
 
-def _titled(title: str, table: Table) -> Group:
-    """Return a table below a title that may be wider than it."""
-    return Group(Text(title, style="bold"), table)
+def _titled(title: str, *tables: Table) -> Group:
+    """Return tables below a title that may be wider than they are."""
+    return Group(Text(title, style="bold"), *tables)
 
 
-def _table(*columns: str) -> Table:
+def _table(*columns: str, wrapped: Sequence[str] = ()) -> Table:
+    """Return a table without rows.
+
+    Args:
+        wrapped: the columns of words, which go on in the next line of a narrow terminal; numbers are never cut.
+    """
     table = Table(box=None, pad_edge=False, padding=(0, 1))
     for number, column in enumerate(columns):
-        table.add_column(column, justify="right" if number else "left", no_wrap=True)
+        if column in wrapped:
+            table.add_column(column, overflow="fold")
+        else:
+            table.add_column(column, justify="right" if number else "left", no_wrap=True, overflow="fold", min_width=1)
     return table
 
 
@@ -107,21 +139,46 @@ def about_numbers(comparison: Comparison) -> str:
     return f"loss: mean of the last {comparison.last_share:.0%} of the steps; speed: median"
 
 
-def _runs(comparison: Comparison) -> Group:
+def _runs(comparison: Comparison, width: int) -> Group:
+    """Return the numbers of the runs, in as many tables as a narrow terminal needs."""
     titles, rows = numbers_of_runs(comparison)
-    table = _table("", *titles)
-    for number, cells in enumerate(rows):
-        table.add_row(_number(number), *cells)
-    return _titled(f"runs ({about_numbers(comparison)})", table)
+    widths = [max(map(len, column)) + 2 for column in zip(titles, *rows, strict=True)]
+    tables: list[list[int]] = [[]]
+    for column, size in enumerate(widths):
+        if tables[-1] and 2 + sum(widths[other] for other in tables[-1]) + size > width:
+            tables.append([])
+        tables[-1].append(column)
+    shown = []
+    for columns in tables:
+        table = _table("", *(titles[column] for column in columns))
+        for number, cells in enumerate(rows):
+            table.add_row(_number(comparison, number), *(cells[column] for column in columns))
+        shown.append(table)
+    return _titled(f"runs ({about_numbers(comparison)})", *shown)
+
+
+def _ranking(comparison: Comparison) -> Group:
+    """Return many runs with their losses and verdicts, the lowest loss first."""
+    table = _table("", "loss", "%", "interval in %", "verdict", wrapped=["verdict"])
+    for number, run in enumerate(comparison.runs):
+        loss = run.final_loss(comparison.last_share)
+        d = comparison.difference(run, "loss")
+        if run is comparison.baseline:
+            cells = ["", "", "baseline"]
+        else:
+            cells = [*difference_cells(d)[1:], d.verdict] if d else ["", "", "no step in common"]
+        table.add_row(_number(comparison, number), "" if loss is None else rounded(loss, 4), *cells)
+    title = f"by loss; difference to {comparison.baseline.name} at equal steps, with its 95% interval"
+    return _titled(title, table)
 
 
 def _differences(comparison: Comparison) -> Group:
-    title = f"difference to {comparison.baseline.name} at equal steps and tokens, with its 95% interval"
-    table = _table("", "metric", "difference", "%", "interval in %")
+    title = f"difference to {comparison.baseline.name}, with its 95% interval"
+    table = _table("", "metric", "difference", "%", "interval in %", "verdict", wrapped=["metric", "verdict"])
     for number, run in enumerate(comparison.runs):
-        shown = _number(number)
-        for d in (d for d in comparison.differences if d.run == run.name):
-            table.add_row(shown, metric_title(d), *difference_cells(d))
+        shown = _number(comparison, number)
+        for d in comparison.shown_differences(run):
+            table.add_row(shown, metric_title(d), *difference_cells(d), d.verdict)
             shown = Text()
     return _titled(title, table)
 
@@ -134,34 +191,61 @@ def metric_title(d: Difference) -> str:
 
 def difference_cells(d: Difference) -> tuple[str, str, str]:
     """Return the difference, the same in percent, and its interval in percent, as text."""
-    interval = "none: too few rows" if d.low is None else interval_in_percent(d)
+    interval = "none" if d.low is None else interval_in_percent(d)
     return rounded(d.difference, 4, "+"), rounded(d.difference_percent, 2, "+"), interval
+
+
+def options_as_text(comparison: Comparison) -> dict[str, list[str]]:
+    """Return the options that differ, each with its value in every run, as in TOML."""
+    return {
+        printable(name): [as_text(run, value) for run, value in zip(comparison.runs, values, strict=True)]
+        for name, values in comparison.options.items()
+    }
 
 
 def _options(comparison: Comparison) -> Group:
     numbers = [f"{number + 1}" for number in range(len(comparison.runs))]
     table = Table(box=None, pad_edge=False)
-    for number, column in enumerate(["option", *numbers]):
-        style = COLORS[(number - 1) % len(COLORS)] if number else ""
+    styles = ["", *_styles(comparison)]
+    for column, style in zip(["option", *numbers], styles, strict=True):
         table.add_column(column, overflow="fold", header_style=style, min_width=4)
-    for name, texts in comparison.options.items():
+    for name, texts in options_as_text(comparison).items():
         table.add_row(Text(name), *map(Text, texts))
     return _titled("options that differ", table)
+
+
+def _changes(comparison: Comparison) -> Group:
+    """Return for each of many runs the options that are not those of the baseline."""
+    table = Table(box=None, pad_edge=False, padding=(0, 1), show_header=False)
+    table.add_column()
+    table.add_column(overflow="fold")
+    base = comparison.runs.index(comparison.baseline)
+    options = options_as_text(comparison)
+    for number, run in enumerate(comparison.runs):
+        changed = [f"{name}={texts[number]}" for name, texts in options.items() if texts[number] != texts[base]]
+        if changed and run.options:
+            table.add_row(_number(comparison, number), Text("  ".join(changed)))
+    return _titled("options that are not those of the baseline", table)
 
 
 def _curves(comparison: Comparison, console: Console) -> Group:
     width = min(console.width, _WIDEST_PLOT)
     colored = console.color_system is not None and not console.no_color and "utf" in console.encoding.lower()
-    numbers = [*range(len(comparison.runs))]
-    losses = [(run.metrics["step"], run.metrics["loss"]) for run in comparison.runs]
-    highest = highest_loss(y for _, y in losses)
-    plots = [plot("loss by step", losses, width, 13, colored, numbers, highest)]
-    others = [number for number in numbers if comparison.runs[number] is not comparison.baseline]
-    if others:
-        pairs = [
-            at_equal_steps(comparison.runs[number].metrics, comparison.baseline.metrics, "loss") for number in others
-        ]
-        curves = [(pair.places, pair.ours - pair.theirs) for pair in pairs]
-        title = f"loss minus that of {comparison.baseline.name}, by step"
-        plots += [Text(), plot(title, curves, width, 9, colored, others)]
+    styles, base = _styles(comparison), comparison.baseline
+    runs = [(number, comparison.runs[number]) for number in comparison.drawn()]
+    highest = highest_loss(run.metrics["loss"] for _, run in runs)
+
+    def sign(number: int) -> str:
+        return "b" if comparison.is_of_many and comparison.runs[number] is base else f"{number + 1}"
+
+    losses = [Curve(run.metrics["step"], run.metrics["loss"], sign(n), styles[n]) for n, run in runs]
+    of_many = f" (the lowest losses, and the baseline, {base.name}: b)" if comparison.is_of_many else ""
+    plots = [plot(f"loss by step{of_many}", losses, width, 13, colored, highest)]
+    curves = []
+    for n, run in runs:
+        if run is not base:
+            pairs = at_equal_steps(run.metrics, base.metrics, "loss")
+            curves.append(Curve(pairs.places, pairs.ours - pairs.theirs, sign(n), styles[n]))
+    if curves:
+        plots += [Text(), plot(f"loss minus that of {base.name}, by step", curves, width, 9, colored)]
     return Group(*plots)

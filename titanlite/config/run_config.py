@@ -23,6 +23,7 @@ CONFIG = "config.toml"
 METRICS = "metrics.jsonl"
 VALIDATION = "validation.jsonl"
 TOKENIZER = "tokenizer"
+DATA_IDENTITY = "data_identity.json"  # which text the run reads, for training and for validation
 SAMPLE = "sample.json"
 MODEL = "model"  # the weights after the last step of a run without checkpoints
 HF_CONFIG = "hf_config"
@@ -35,7 +36,10 @@ _MOST_BYTES = 1 << 20  # of a configuration
 _MOST_RUNS = 50  # that are read
 _MADE_HERE = ".made-here"
 # The files and folders of a run folder whose names no option chooses.
-FIXED_NAMES = (CONFIG, METRICS, VALIDATION, TOKENIZER, SAMPLE, MODEL, HF_CONFIG, WANDB, EARLIER, LOCK, _MADE_HERE)
+FIXED_NAMES = (
+    *(CONFIG, METRICS, VALIDATION, TOKENIZER, DATA_IDENTITY, SAMPLE, MODEL, HF_CONFIG, WANDB, EARLIER, LOCK),
+    _MADE_HERE,
+)
 # The options that choose the names of others.
 FOLDERS = (
     ("checkpoint", "folder"),

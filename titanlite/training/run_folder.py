@@ -10,7 +10,7 @@ import math
 import os
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -21,6 +21,7 @@ from titanlite.config.options import options_of
 from titanlite.config.refuse import refuse
 from titanlite.config.run_config import (
     CONFIG,
+    DATA_IDENTITY,
     EARLIER,
     FOLDERS,
     HF_CONFIG,
@@ -162,7 +163,7 @@ class RunFolder:
         """
         trees = run_config_of(config, self.path), self.earlier
         folders = dict.fromkeys(inner_folder(tree, *option) for tree in trees for option in FOLDERS)
-        fixed = (CONFIG, METRICS, VALIDATION, TOKENIZER, SAMPLE, MODEL, HF_CONFIG, WANDB)
+        fixed = (CONFIG, METRICS, VALIDATION, TOKENIZER, DATA_IDENTITY, SAMPLE, MODEL, HF_CONFIG, WANDB)
         self.set_earlier_aside([*fixed, *filter(None, folders)])
         mark_as_made_here(self.path)
         self._keep_shape(config, shape)
@@ -238,6 +239,11 @@ class RunFolder:
         folder = self.path / TOKENIZER
         folder.mkdir(exist_ok=True)
         tokenizer.save(folder)
+
+    def keep_data_identity(self, identities: Mapping[str, Mapping[str, str | int]]) -> None:
+        """Write what the loaders of "training" and "validation" say of the text that they read: a digest of the files
+        among it. ``titanlite compare`` tells by it if two runs have the same data, wherever these lie."""
+        (self.path / DATA_IDENTITY).write_text(json.dumps(identities, indent=2) + "\n", encoding="utf-8")
 
 
 def _refuse_links_out(run_folder: Path) -> None:

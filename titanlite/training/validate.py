@@ -50,12 +50,14 @@ class ValidationData:
         tokens: the number of tokens whose prediction is scored, over all ranks.
         nbytes: the bytes of text that these tokens represent; None if the tokenizer does not know them.
         about: a description, for the log.
+        identity: that of the loader; see :class:`titanlite.data.DataLoader`.
     """
 
     batches: list[Batch]
     tokens: int
     nbytes: int | None
     about: str
+    identity: dict[str, str | int]
 
 
 def read_validation_data(
@@ -99,7 +101,7 @@ def read_validation_data(
     precision = ", in bfloat16" if config.validation.precision == "bfloat16" else ""
     left_out = f", without {counted(skipped, 'unreadable document')}" if skipped else ""
     every = f"every {counted(config.validation.interval, 'step')}, {count} x {batch_size}{precision}"
-    return ValidationData(batches, tokens, nbytes, f"{every}: {data}{left_out}")
+    return ValidationData(batches, tokens, nbytes, f"{every}: {data}{left_out}", loader.identity)
 
 
 def _source(training_source: Source, config: JobConfig, encoder: Encoder | None) -> Source:

@@ -43,12 +43,19 @@ def test_the_verdict(percent: float, verdict: str, tmp_path: Path) -> None:
     assert {"lower": "lower loss", "higher": "higher loss"}.get(verdict, verdict) in comparison.verdicts["second"]
 
 
+KNOWN = "if their content differs, is not known"
+
+
 @pytest.mark.parametrize(
     ("other", "words"),
     [
-        ({"options": {"training": {"dataset": "c4"}}}, ["other data", "training.dataset", '"c4"']),
-        ({"options": {"training": {"dataset_path": "/notes"}}}, ["other data", "training.dataset_path"]),
-        ({"options": {"data": {"packing": "examples"}}}, ["other data", "data.packing"]),
+        ({"content": "d" * 32}, ["other data", "content of the files", "cccccccc", "dddddddd"]),
+        ({"options": {"training": {"dataset": "c4"}}, "content": None}, ["other data", "training.dataset", '"c4"']),
+        (
+            {"options": {"training": {"dataset_path": "/x"}}, "content": None},
+            ["other data: training.dataset_path", KNOWN],
+        ),
+        ({"options": {"data": {"packing": "examples"}}, "content": None}, ["other data", "data.packing"]),
         ({"options": {"training": {"seq_len": 512}}}, ["training.seq_len"]),
         ({"tokens_per_step": 2048}, ["other tokens per step", "2,048", "1,024"]),
         ({"tokenizer": "b" * 64}, ["other tokenizer"]),
@@ -62,6 +69,16 @@ def test_runs_that_do_not_compare_get_no_verdict(other: dict[str, Any], words: l
     assert all(word in sentence for word in words)
     assert {d.verdict for d in comparison.differences} == {"not comparable"}
     assert all(d.low is not None for d in comparison.differences)  # but how far they are apart is shown
+
+
+def test_the_data_are_their_content(tmp_path: Path) -> None:
+    """Not their place: a copy elsewhere is the same; an edited file under the same path was refused above."""
+    elsewhere = two_runs(tmp_path / "1", options={"training": {"dataset": "text", "dataset_path": "/copy"}})
+    assert elsewhere.verdicts["second"].startswith("second has a lower loss")
+    assert "not known" not in elsewhere.verdicts["second"]
+    unknown = two_runs(tmp_path / "2", content=None).verdicts["second"]
+    assert "second has a lower loss" in unknown
+    assert "It is not known if they have the same content in the files of their data" in unknown
 
 
 def test_without_its_copy_the_path_of_the_tokenizer_counts(tmp_path: Path) -> None:
@@ -109,39 +126,90 @@ def test_equal_tokens_pair_other_steps(tmp_path: Path) -> None:
     assert (tokens.first, tokens.last) == (2048 * 751, 2048 * 1000)
 
 
-def test_validation_is_compared(tmp_path: Path) -> None:
-    first, second = losses(0)
-    rising = np.linspace(4, 3, 40)
-    paths = [
-        write_run(tmp_path / "a", first, validation=rising),
-        write_run(tmp_path / "b", second, validation=rising + 0.1),
-    ]
-    comparison = compare(paths)
-    d = comparison.difference(comparison.runs[1], "validation_loss")
-    assert d is not None
-    assert (d.difference, d.verdict) == (pytest.approx(0.1), "higher")
+VALIDATION = {"validation": {"enable": True, "dataset": "text", "dataset_path": "/x"}}
+ONE_CURVE = np.linspace(4, 3, 60)
 
 
-def validating(tmp_path: Path, **second: Any) -> Comparison:
-    curve = np.linspace(4, 3, 40)
-    first, other = losses(0)
-    options = {"validation": {"enable": True, "dataset": "text", "dataset_path": "/x"}}
+def validating(tmp_path: Path, percent: float = 0.0, above: float = 0.1, count: int = 60, **second: Any) -> Comparison:
+    """Two runs, the second of which is ``above`` the first in validation."""
+    first, other = losses(percent)
+    own = {"options": VALIDATION, "validation": ONE_CURVE[:count] + above} | second
     paths = [
-        write_run(tmp_path / "a", first, options, validation=curve),
-        write_run(tmp_path / "b", other, {"validation": options["validation"] | second}, validation=curve + 0.1),
+        write_run(tmp_path / "a", first, VALIDATION, validation=ONE_CURVE[:count]),
+        write_run(tmp_path / "b", other, **own),
     ]
     return compare(paths)
 
 
+def verdicts_on(comparison: Comparison, at: str = "steps") -> dict[str, str]:
+    return {d.metric: d.verdict for d in comparison.differences if d.at == at}
+
+
+def test_validation_is_compared(tmp_path: Path) -> None:
+    comparison = validating(tmp_path)
+    for at in ("steps", "tokens"):
+        d = comparison.difference(comparison.runs[1], "validation_loss", at)
+        assert d is not None
+        assert (d.difference, d.verdict) == (pytest.approx(0.1), "higher")
+    assert "The validation loss of b is higher, by 3." in comparison.verdicts["b"]
+
+
 def test_validation_on_other_text_has_no_verdict(tmp_path: Path) -> None:
-    comparison = validating(tmp_path, dataset_path="/y")
-    assert {d.metric: d.verdict for d in comparison.differences} == {
+    other = validating(tmp_path / "1", validation_content="w" * 32)
+    assert verdicts_on(other) == {
         "loss": "within the noise",
         "validation_loss": "not comparable",
         "bits_per_byte": "not comparable",
     }
-    assert "do not compare: other validation.dataset_path" in comparison.verdicts["b"]
-    assert "hold out" not in comparison.verdicts["b"]
+    assert "Their validation losses do not compare: other validation text: content of the files" in other.verdicts["b"]
+    assert "hold out" not in other.verdicts["b"]
+    elsewhere = {"validation": {"enable": True, "dataset": "text", "dataset_path": "/y"}}
+    by_path = validating(tmp_path / "2", options=elsewhere, content=None).verdicts["b"]
+    assert "validation.dataset_path" in by_path
+    assert KNOWN in by_path
+    assert verdicts_on(validating(tmp_path / "3", options=elsewhere))["validation_loss"] == "higher"
+    more = validating(tmp_path / "4", validation_tokens=8192)
+    assert verdicts_on(more)["validation_loss"] == "not comparable"
+    assert "(8,192 tokens, not 4,096; set validation.steps" in more.verdicts["b"]
+
+
+def test_each_metric_is_judged_by_its_own_facts(tmp_path: Path) -> None:
+    """Validation losses compare after training on other text, or with other batches; with another tokenizer, bits per
+    byte do."""
+    loss, validation, bits = "loss", "validation_loss", "bits_per_byte"
+    text = validating(tmp_path / "1", content="d" * 32)
+    assert verdicts_on(text) == {loss: "not comparable", validation: "higher", bits: "higher"}
+    assert "The validation loss of b is higher" in text.verdicts["b"]
+    tokenizer = validating(tmp_path / "2", tokenizer="b" * 64)
+    assert verdicts_on(tokenizer) == {loss: "not comparable", validation: "not comparable", bits: "higher"}
+    assert "The bits per byte of validation of b is higher" in tokenizer.verdicts["b"]
+    batches = validating(tmp_path / "3", tokens_per_step=2048)
+    assert verdicts_on(batches) == {loss: "not comparable", validation: "higher", bits: "higher"}
+    assert verdicts_on(batches, "tokens")[validation] != "not comparable"
+    assert batches.verdicts["b"].startswith("No verdict")
+    assert "tokens 327,680 to 614,400" in batches.verdicts["b"]  # not at equal steps
+
+
+def test_validation_at_equal_tokens_pairs_other_steps(tmp_path: Path) -> None:
+    """A run with twice the tokens in a step, whose validation loss is the same function of tokens."""
+    curve = 2 + 8 * np.arange(1, 2001) ** -0.5
+    of_tokens = 2 + 8 * np.arange(10, 2001, 10) ** -0.5
+    paths = [
+        write_run(tmp_path / "a", curve, VALIDATION, validation=of_tokens),
+        write_run(tmp_path / "b", curve[1::2], VALIDATION, tokens_per_step=2048, validation=of_tokens[1::2]),
+    ]
+    d = compare(paths).difference(compare(paths).runs[1], "validation_loss", "tokens")
+    assert d is not None
+    assert (d.difference, d.verdict) == (pytest.approx(0, abs=1e-9), "within the noise")
+
+
+@pytest.mark.parametrize(("count", "words"), [(60, "95% interval"), (8, "fewer than")])
+def test_a_validation_that_contradicts_is_named(count: int, words: str, tmp_path: Path) -> None:
+    """As where a run has learned its training text by heart; also with too few validations for an interval."""
+    sentence = validating(tmp_path, percent=-2.0, above=0.5, count=count).verdicts["b"]
+    assert sentence.startswith("b has a lower loss than a")
+    assert re.search(r"But the (last )?validation loss of b is higher", sentence)
+    assert words in sentence
 
 
 def test_documents_that_one_run_holds_out_are_said(tmp_path: Path) -> None:
@@ -164,9 +232,24 @@ def test_a_run_that_ends_without_a_finite_loss_does_not_win(
     assert [name for name, loss in summaries.items() if loss is None] == [diverged]
 
 
+def test_a_skipped_step_at_the_end_is_no_divergence(tmp_path: Path) -> None:
+    first, second = losses(-1)
+    one, logged_seldom = second.copy(), second.copy()
+    one[-1] = logged_seldom[-1] = np.nan
+    paths = [write_run(tmp_path / name, v) for name, v in (("a", first), ("b", one), ("c", logged_seldom))]
+    rows = [json.loads(line) for line in (paths[2] / "metrics.jsonl").read_text().splitlines()]
+    rows[-1]["skipped_steps"] = 10  # of the steps since the row before
+    (paths[2] / "metrics.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    comparison = compare(paths)
+    assert comparison.verdicts["b"].startswith("b has a lower loss than a")
+    assert "The last logged step of b had no finite loss." in comparison.verdicts["b"]
+    assert comparison.runs[1].final_loss(comparison.last_share) is not None
+    assert comparison.verdicts["c"] == "No verdict: there is no finite loss in c from step 600 on."
+
+
 def test_final_losses_are_of_the_same_steps(tmp_path: Path) -> None:
     """Compare a run that logs every step with one that logs every tenth: the table must not contradict the verdict."""
-    first, second = losses(-1)
+    first, second = losses(-3)
     comparison = compare([write_run(tmp_path / "a", first), write_run(tmp_path / "b", second[9::10], log_freq=10)])
     assert "b has a lower loss" in comparison.verdicts["b"]
     often, seldom = (run["loss"] for run in json.loads(comparison.json())["runs"])
@@ -224,15 +307,42 @@ def folders(tmp_path: Path) -> list[Path]:
     return paths
 
 
-def test_json_is_one_object(folders: list[Path], capsys: pytest.CaptureFixture[str]) -> None:
-    content = json.loads(run_command(capsys, *folders, "--json")[0])
-    first, second = content["runs"]
+NUMBER, TEXT = (int, float), str
+RUN_KEYS: dict[str, Any] = {
+    **dict.fromkeys(("run", "path"), TEXT),
+    **dict.fromkeys(("steps", "tokens", "skipped_steps"), int),
+    **dict.fromkeys(("loss", "tps", "memory_gib", "hours"), float),
+    **dict.fromkeys(("validation_loss", "bits_per_byte", "mfu"), (float, type(None))),
+    "baseline": bool,
+    "options": dict,
+}
+DIFFERENCE_KEYS: dict[str, Any] = {
+    **dict.fromkeys(("run", "baseline", "metric", "at", "verdict"), TEXT),
+    **dict.fromkeys(("difference", "difference_percent", "first", "last"), float),
+    **dict.fromkeys(("low", "high", "low_percent", "high_percent"), (float, type(None))),
+    "rows": int,
+}
+
+
+def test_json_is_one_object(folders: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its keys and types are a contract."""
+    options = {"optimizer": {"lr": 0.5}, "model": {"converters": ["float8"]}, "training": {"compile": True}}
+    third = write_run(tmp_path / "c", losses(-1)[1], options)
+    content = json.loads(run_command(capsys, *folders, third, "--json")[0])
+    types = {"runs": list, "differences": list, "verdicts": dict, "not_comparable": dict, "notes": list}
+    assert {key: type(value) for key, value in content.items()} == types | {"last_share": float}
+    for entries, keys in (("runs", RUN_KEYS), ("differences", DIFFERENCE_KEYS)):
+        for entry in content[entries]:
+            assert entry.keys() == keys.keys()
+            assert [key for key, value in entry.items() if not isinstance(value, keys[key])] == []
+    first, second, changed = content["runs"]
     assert (first["run"], first["baseline"], second["baseline"]) == ("a", True, False)
     assert first["loss"] == pytest.approx(2.98, abs=0.02)
-    assert {"steps", "tokens", "tps", "mfu", "memory_gib", "skipped_steps", "hours", "validation_loss"} <= {*first}
+    assert content["last_share"] == 0.25
     d = content["differences"][0]
-    assert {"run", "baseline", "metric", "difference", "low", "high", "verdict"} <= {*d}
     assert (d["baseline"], d["metric"], d["at"], d["verdict"]) == ("a", "loss", "steps", "lower")
+    values = {"optimizer.lr": 0.5, "model.converters": ["float8"], "training.compile": True, "optimizer.name": "AdamW"}
+    assert changed["options"] == values
 
 
 @pytest.mark.parametrize("width", [80, 120])

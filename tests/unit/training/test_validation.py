@@ -10,6 +10,7 @@ import json
 import logging
 import math
 import re
+import shutil
 import signal
 import threading
 import time
@@ -26,6 +27,7 @@ from torch.distributed.tensor import DTensor
 
 from tests.support.runs import TINY
 from titanlite import train
+from titanlite.compare.comparison import compare
 from titanlite.config import JobConfig, check_config, load_config
 from titanlite.data import START, Batch, is_held_out, load_tokenizer
 from titanlite.distributed import runtime
@@ -247,6 +249,30 @@ def test_the_training_data_by_name_are_the_training_data(trainer: Any, tmp_path:
     assert by_name.loader.identity == plain.loader.identity
     assert by_name.loader.identity["held_out_percent"] == "20.0"
     assert torch.equal(by_name.validator.data.batches[0].inputs, plain.validator.data.batches[0].inputs)
+
+
+def test_the_run_folder_tells_which_text_is_read(trainer: Any, text: Path, tmp_path: Path) -> None:
+    """By its content: a copy elsewhere is the same data, and an edited file under the same path is another one."""
+    corpus, copy = json_lines(tmp_path / "corpus.jsonl", documents(40)), tmp_path / "copy.jsonl"
+    shutil.copy(corpus, copy)
+
+    def run(file: Path) -> Path:
+        data = {"training.dataset": "json", "training.dataset_path": file, "training.steps": 3}
+        validation = {"validation.dataset": "text", "validation.dataset_path": text, "validation.interval": 1}
+        done = trainer(**data, **validation, **{"metrics.log_freq": 1})
+        advance(done, 3)
+        return Path(done.run_path)
+
+    first, elsewhere = run(corpus), run(copy)
+    json_lines(corpus, documents(41))
+    text.write_text("other text for validation\n" * 300)
+    comparison = compare([first, elsewhere, run(corpus)])
+    ((name, (reason,)),) = comparison.reasons.items()
+    assert name == comparison.runs[2].name
+    assert "other data: content of the files" in reason
+    shown = {d.run: d.verdict for d in comparison.differences if d.metric == "validation_loss"}
+    assert [*shown.values()] == ["too few rows", "not comparable"]
+    assert "not known" not in " ".join(comparison.verdicts.values())
 
 
 def test_text_is_read_once(trainer: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
