@@ -345,20 +345,86 @@ def test_json_is_one_object(folders: list[Path], tmp_path: Path, capsys: pytest.
     assert changed["options"] == values
 
 
-@pytest.mark.parametrize("width", [80, 120])
-@pytest.mark.parametrize("colored", [True, False])
+COLORED = re.compile(r"\x1b\[(?:\d;)*(?:3|4|9|10)\d")
+
+
+@pytest.mark.parametrize("width", [60, 80, 120])
+@pytest.mark.parametrize("kind", ["colored", "no color", "no terminal"])
 def test_the_text_fits_the_terminal(
-    width: int, colored: bool, folders: list[Path], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    width: int, kind: str, folders: list[Path], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a terminal, with NO_COLOR too, and where there is none."""
+    monkeypatch.setenv("COLUMNS", f"{width}")
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    if kind != "no terminal":
+        monkeypatch.setenv("FORCE_COLOR", "1")  # as on a terminal
+    if kind == "no color":
+        monkeypatch.setenv("NO_COLOR", "1")
+    out, _ = run_command(capsys, *folders)
+    text = re.sub(r"\x1b\[[\d;]*m", "", out)
+    lines = text.splitlines()
+    assert max(map(len, lines)) <= width
+    assert "\x1b" not in text
+    assert "…" not in text
+    assert ("\x1b[" in out) == (kind != "no terminal")  # bold is no colour
+    assert bool(COLORED.search(out)) == (kind == "colored")
+    assert any("⠒" <= c <= "⣿" for c in out) == (kind == "colored")
+    assert "lower loss" in " ".join(lines)
+    assert "5m00s" in text  # the last column of the runs
+
+
+@pytest.fixture(scope="module")
+def twenty(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Of which the tenth, the baseline, is neither among the best nor the worst, and the last is on other data."""
+    folder = tmp_path_factory.mktemp("twenty")
+    first, _ = losses(0, steps=300)
+    runs = []
+    for number in range(20):
+        higher = first + 0.05 * ((7 * number) % 20)
+        options = {"optimizer": {"lr": number / 100}}
+        runs.append(write_run(folder / f"run_{number}", higher, options, content=("d" if number == 19 else "c") * 32))
+    return runs
+
+
+@pytest.mark.parametrize("width", [60, 100])
+def test_many_runs_are_one_table_by_loss(
+    width: int, twenty: list[Path], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", f"{width}")
-    monkeypatch.setenv("FORCE_COLOR" if colored else "NO_COLOR", "1")
-    out, _ = run_command(capsys, *folders)
-    lines = re.sub(r"\x1b\[[\d;]*m", "", out).splitlines()
+    out, _ = run_command(capsys, *twenty, "--baseline", twenty[10])
+    lines = out.splitlines()
+    assert "…" not in out
     assert max(map(len, lines)) <= width
-    assert "\x1b" not in re.sub(r"\x1b\[[\d;]*m", "", out)
-    assert ("\x1b[" in out) == colored
-    assert any("⠒" <= c <= "⣿" for c in out) == colored
-    assert "lower loss" in " ".join(lines)
+    head = next(number for number, line in enumerate(lines) if line.split()[:3] == ["loss", "%", "interval"])
+    table = [line.split() for line in lines[head + 1 :] if line.strip()]
+    rows = [cells for cells in table if cells[0].isdigit()][:20]
+    assert [int(cells[0]) for cells in rows] == [*range(1, 21)]
+    values = [float(cells[1]) for cells in rows]
+    assert values == sorted(values)
+    assert "loss, tokens" not in out
+    ours = [line for line in lines if "has a lower loss than" in line or "has a higher loss than" in line]
+    assert len(ours) == 1
+    assert "No verdict: run_19 and run_10 do not compare" in " ".join(lines)
+    curves = out[out.index("loss by step") :].partition("loss minus")[0].partition("\n")[2]
+    assert {*re.sub(r"[\d,.]+ *$|^ *[\d.]+ ", "", curves, flags=re.M).split()[0]} <= {*"12345b"}
+
+
+def test_many_runs_in_a_picture_and_in_json(
+    twenty: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The drawn ones are the best and the baseline; the page has them all."""
+    comparison = compare(twenty, str(twenty[10]))
+    drawn = comparison.drawn()
+    assert drawn[:5] == [0, 1, 2, 3, 4]
+    assert comparison.runs[drawn[5]].name == "run_10"
+    out, _ = run_command(capsys, *twenty, "--json", "--html", tmp_path / "p.html", "--picture", tmp_path / "p.png")
+    content = json.loads(out)
+    values = [run["loss"] for run in content["runs"]]
+    assert values == sorted(values)
+    page = (tmp_path / "p.html").read_text()
+    assert page.count("<p class=") >= 19
+    assert "<details>" in page
 
 
 def test_a_run_that_blew_up_leaves_the_frame(

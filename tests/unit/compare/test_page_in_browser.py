@@ -73,6 +73,25 @@ def test_the_page_of_one_run(tmp_path: Path, browser: Browser) -> None:
     assert colors(browser, "loss") >= 1
 
 
+def test_the_frame_holds_the_curve_that_is_not_smoothed(tmp_path: Path, browser: Browser) -> None:
+    """But a few losses far out do not press the rest flat."""
+    noise = np.random.default_rng(0).standard_normal(600)
+    quiet = 3 + 0.1 * noise
+    spiked = quiet.copy()
+    spiked[[200, 400]] = 3.9
+    lows, highs = [], []
+    for number, values in enumerate((quiet, spiked)):
+        write_page(compare([write_run(tmp_path / f"{number}", values)]), tmp_path / "page.html")
+        browser.open((tmp_path / "page.html").as_uri(), 1280)
+        low, high = browser.evaluate("frame(curves(run => points(run, 'loss')), -Infinity, true).join()").split(",")
+        lows.append(float(low))
+        highs.append(float(high))
+    assert lows[0] <= quiet.min()
+    assert highs[0] >= quiet.max()
+    assert highs[0] == pytest.approx(highs[1], abs=0.35)
+    assert highs[1] < 3.8
+
+
 @pytest.mark.parametrize("width", [1280, 400])
 def test_the_page(width: int, page: Path, browser: Browser) -> None:
     """No error and no request, whatever is pressed; and nothing wider than the window."""
