@@ -510,8 +510,10 @@ def test_files_that_cannot_be_written(
 @pytest.mark.slow
 @pytest.mark.alone
 def test_twenty_runs_of_100000_rows_take_seconds(tmp_path: Path) -> None:
-    """10 s and 1 GB, with the page and the picture."""
+    """10 s and 1 GB, with the page and the picture; also while the last line is being written."""
     first = write_run(tmp_path / "runs" / "run_0", losses(0, steps=100_000)[0])
+    with (first / "metrics.jsonl").open("a") as rows:
+        rows.write('{"step": 100001, "lo')
     for number in range(1, 20):
         copy = tmp_path / "runs" / f"run_{number}"
         copy.mkdir()
