@@ -239,7 +239,7 @@ def _curves(comparison: Comparison, console: Console) -> Group:
         return "b" if comparison.is_of_many and comparison.runs[number] is base else f"{number + 1}"
 
     losses = [Curve(run.metrics["step"], run.metrics["loss"], sign(n), styles[n]) for n, run in runs]
-    of_many = f" (the lowest losses, and the baseline, {base.name}: b)" if comparison.is_of_many else ""
+    of_many = " (the lowest, and the baseline: b)" if comparison.is_of_many else ""
     plots = [plot(f"loss by step{of_many}", losses, width, 13, colored, highest)]
     curves = []
     for n, run in runs:

@@ -86,8 +86,8 @@ def test_the_frame_holds_the_curve_that_is_not_smoothed(tmp_path: Path, browser:
         low, high = browser.evaluate("frame(curves(run => points(run, 'loss')), -Infinity, true).join()").split(",")
         lows.append(float(low))
         highs.append(float(high))
-    assert lows[0] <= quiet.min()
-    assert highs[0] >= quiet.max()
+    assert lows[0] <= quiet.min() + 1e-5  # the page has seven digits
+    assert highs[0] >= quiet.max() - 1e-5
     assert highs[0] == pytest.approx(highs[1], abs=0.35)
     assert highs[1] < 3.8
 
