@@ -229,6 +229,22 @@ def test_parameters_are_those_of_the_model(family: str, flavor: str) -> None:
     assert it.parameters == pytest.approx(model.meta.size().params, rel=1e-6)
 
 
+def test_memory_of_mixtures_is_near_that_of_estimates() -> None:
+    """The recipes of docs/moe.md, at equal load and in the worst case, without what the allocator takes beyond."""
+    rows = json.loads((ROOT / "docs" / "benchmarks" / "moe_memory.json").read_text())["results"]
+    assert len(rows) == 3
+    for row in rows:
+        family = "deepseek_v3" if row["model"] == "671B" else "qwen3_moe"
+        options = ["--training.compile", "--training.local_batch_size=1", f"--training.seq_len={row['seq_len']}"]
+        options += [
+            "--activation_checkpoint.mode=full",
+            f"--parallelism.expert_parallel_degree={row['expert_parallel']}",
+        ]
+        it = work(row["model"], row["gpus"], *options, family=family)
+        for worst, key in ((False, "estimated_gib"), (True, "worst_gib")):
+            assert sum(reserved_gib(it, worst=worst)[:-1]) == pytest.approx(row[key], rel=0.16), (row["model"], key)
+
+
 def test_latent_attention_takes_the_time_of_its_sizes() -> None:
     """Against grouped attention with as many heads of 192 features, of values too: less is multiplied, and the narrow
     projections have fewer elements."""
