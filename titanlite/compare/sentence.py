@@ -10,7 +10,7 @@ from titanlite.compare.difference import Difference, interval_in_percent, rounde
 from titanlite.compare.interval import MIN_ROWS
 from titanlite.compare.runs import Run
 
-_NOUNS = {"validation_loss": "validation loss", "bits_per_byte": "bits per byte of validation"}
+_NOUNS = {"validation_loss": "validation loss", "bits_per_byte": "validation in bits per byte"}
 
 
 @dataclass(frozen=True)

@@ -182,7 +182,7 @@ def test_each_metric_is_judged_by_its_own_facts(tmp_path: Path) -> None:
     assert "The validation loss of b is higher" in text.verdicts["b"]
     tokenizer = validating(tmp_path / "2", tokenizer="b" * 64)
     assert verdicts_on(tokenizer) == {loss: "not comparable", validation: "not comparable", bits: "higher"}
-    assert "The bits per byte of validation of b is higher" in tokenizer.verdicts["b"]
+    assert "The validation in bits per byte of b is higher" in tokenizer.verdicts["b"]
     batches = validating(tmp_path / "3", tokens_per_step=2048)
     assert verdicts_on(batches) == {loss: "not comparable", validation: "higher", bits: "higher"}
     assert verdicts_on(batches, "tokens")[validation] != "not comparable"
