@@ -12,7 +12,8 @@ import os
 import tempfile
 import time
 import warnings
-from collections.abc import Callable
+from collections import Counter, deque
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
@@ -20,6 +21,8 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -34,7 +37,7 @@ _SECONDS, _MOST, _LEAST = 0.05, 30, 3  # of the calls of one operator, and how m
 _CACHE = 64 << 20  # bytes: the arguments of two calls are apart by as much, where an operator has as large ones
 _COPIES = 4  # sets of arguments, at most
 _LIMIT = 600  # seconds for all operators
-_CHAIN = 100  # layers, of which the host's part is timed
+_CHAIN, _SHARDED = 100, 16  # layers, of which the host's part is timed, and of which FSDP2's
 _MATMULS, _ATTENTION = ("mm", "addmm", "bmm", "_int_mm", "_grouped_mm"), "attention"
 
 
@@ -43,7 +46,7 @@ class CpuTime(NamedTuple):
 
     Attributes:
         matmuls, attention, others: of the operators.
-        host: Python's and autograd's, between them.
+        host: Python's, autograd's and FSDP2's, between them.
         communication: of the collectives, of which nothing is hidden: the processors that would compute send.
         failed: names of operators that could not be timed alone; they count as nothing.
     """
@@ -175,11 +178,13 @@ class OperatorClock:
     def __init__(self) -> None:
         self._ranks = dist.get_world_size()
 
-    def seconds(self, calls: list[Callable[[], object]]) -> float:
-        """Return the median seconds of the calls, which take turns."""
+    def seconds(self, calls: Sequence[Callable[[], object]]) -> float:
+        """Return the median seconds of the calls, which take turns. Their results are kept for a while, as a step keeps
+        them for backward: those of a later call are written to memory that no cache has."""
         begin = time.perf_counter()
-        calls[0]()
+        result = calls[0]()
         first = torch.tensor(time.perf_counter() - begin)
+        kept = deque[object](maxlen=min(_MOST, _CACHE // max(1, _nbytes(result))))
         if self._ranks > 1:
             dist.all_reduce(first, dist.ReduceOp.MAX)  # all make as many, and begin together
         count = min(_MOST, max(_LEAST, int(_SECONDS / max(first.item(), 1e-6))))
@@ -187,8 +192,9 @@ class OperatorClock:
         for i in range(count):
             call = calls[i % len(calls)]
             begin = time.perf_counter()
-            call()
+            result = call()
             taken.append(time.perf_counter() - begin)
+            kept.append(result)
         return median(taken)
 
 
@@ -203,8 +209,12 @@ def time_operators(operators: Operators) -> CpuTime:
             failed.add(operator.name)
             continue
         kinds[_kind(operator.name)] += count * clock.seconds(calls)
-    messages = sum(count * clock.seconds([_send(message)]) for message, count in operators.messages.items())
-    return CpuTime(**kinds, host=operators.calls * host_overhead(), communication=messages, failed=(*sorted(failed),))
+    host = operators.calls * host_overhead() + operators.groups * sharding_overhead()
+    return CpuTime(**kinds, host=host, communication=_seconds_of(operators.messages), failed=(*sorted(failed),))
+
+
+def _nbytes(result: object) -> int:
+    return sum(leaf.nbytes for leaf in tree_leaves(result) if isinstance(leaf, Tensor))
 
 
 def _kind(name: str) -> str:
@@ -273,18 +283,61 @@ class _Tiny(nn.Module):
         return x * self.weight
 
 
-def host_overhead() -> float:
-    """Return what the host needs for each operator of a model in forward and backward, beyond a call of the operator:
-    modules, autograd's graph, and its engine. Layers with 8 numbers have nearly nothing else."""
-    model = nn.Sequential(*(_Tiny() for _ in range(_CHAIN)))
+class _Chain(NamedTuple):
+    """A model of many layers with 8 numbers each, which has nearly nothing but the host's part.
+
+    Attributes:
+        seconds: of its forward and backward.
+        calls: the operators that they call.
+    """
+
+    seconds: float
+    calls: int
+
+
+def _time_chain(layers: int, *, sharded: bool) -> _Chain:
+    model = nn.Sequential(*(_Tiny() for _ in range(layers)))
+    if sharded:
+        mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+        for layer in (*model, model):
+            fully_shard(layer, mesh=mesh)
     x = torch.ones(8)
 
     def step() -> None:
-        torch.autograd.grad(model(x).sum(), [*model.parameters()])
+        model(x).sum().backward()
+        model.zero_grad()
 
+    step()
     with _Counted() as counted:
         step()
+    return _Chain(OperatorClock().seconds([step]), counted.calls)
+
+
+def _seconds_of_one() -> float:
+    """Return those of a call of an operator on 8 numbers."""
     one = torch.ones(8)
+    calls = [lambda: [torch.ops.aten.mul.Tensor(one, one) for _ in range(_CHAIN)]]
+    return OperatorClock().seconds(calls) / _CHAIN
+
+
+def host_overhead() -> float:
+    """Return the seconds that the host needs for each operator of a model in forward and backward, beyond a call of the
+    operator: modules, autograd's graph, and its engine."""
+    chain = _time_chain(_CHAIN, sharded=False)
+    return max(0.0, chain.seconds / chain.calls - _seconds_of_one())
+
+
+def sharding_overhead() -> float:
+    """Return the seconds of a step that the host needs for each module that FSDP2 shards, beyond the operators and
+    collectives that it calls."""
+    plain, sharded = _time_chain(_SHARDED, sharded=False), _time_chain(_SHARDED, sharded=True)
+    seconds = sharded.seconds - plain.seconds - (sharded.calls - plain.calls) * _seconds_of_one()
+    if dist.get_world_size() > 1:
+        messages = Counter({Message("all-gather", 32): 2 * _SHARDED, Message("reduce-scatter", 32): _SHARDED})
+        seconds -= _seconds_of(messages)
+    return max(0.0, seconds / _SHARDED)
+
+
+def _seconds_of(messages: Counter[Message]) -> float:
     clock = OperatorClock()
-    alone = clock.seconds([lambda: [torch.ops.aten.mul.Tensor(one, one) for _ in range(_CHAIN)]]) / _CHAIN
-    return max(0.0, clock.seconds([step]) / counted.calls - alone)
+    return sum(count * clock.seconds([_send(message)]) for message, count in messages.items())

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 from torch.utils._pytree import tree_map
 
 from titanlite.config import JobConfig, check_config, import_custom, resolve_degrees
@@ -65,12 +66,14 @@ class Operators:
         computed: those that read or write data.
         views: how many change nothing but shapes.
         messages: the collectives.
+        groups: the modules whose parameters FSDP2 gathers together.
         peak: bytes of the tensors that exist at once, at most.
     """
 
     computed: list[tuple[Operator, int]] = field(default_factory=list)
     views: int = 0
     messages: Counter[Message] = field(default_factory=Counter)
+    groups: int = 0
     peak: int = 0
 
     @property
@@ -148,4 +151,5 @@ def _count(config: JobConfig, processes: int, vocab_size: int) -> Operators:
         built, _ = build(config, mesh, vocab_size)
         tracker = OperatorTracker(dimensions(mesh))
         estimated = measure(built, build_loss(config, mesh), config, mesh, tracker)
-        return replace(tracker.operators(), peak=estimated.peak)
+        groups = sum(isinstance(module, FSDPModule) for part in built.parts for module in part.modules())
+        return replace(tracker.operators(), groups=groups, peak=estimated.peak)
