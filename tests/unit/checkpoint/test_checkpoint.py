@@ -215,7 +215,13 @@ def test_parts_can_be_left_out(again: Any, tmp_path: Path) -> None:
     assert run.rows()[0]["tokens_seen"] == 128
     assert sorted(path.name for path in (run.folder / "checkpoint").iterdir()) == ["step-2", "step-4"]
     (aside,) = run.folder.glob("earlier/*")
-    assert sorted(path.name for path in aside.iterdir()) == ["checkpoint", "config.toml", "metrics.jsonl", "tokenizer"]
+    assert sorted(path.name for path in aside.iterdir()) == [
+        "checkpoint",
+        "config.toml",
+        "data_identity.json",
+        "metrics.jsonl",
+        "tokenizer",
+    ]
     assert len((aside / "metrics.jsonl").read_text().splitlines()) == 4
 
 
