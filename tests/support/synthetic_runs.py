@@ -65,6 +65,7 @@ def write_run(
     validation_tokens: int = 4096,
     content: str | None = "c" * 32,
     validation_content: str = "v" * 32,
+    num_shards: int = 1,
 ) -> Path:
     """A run folder with the losses (rows,) of each ``log_freq``-th step; ``options`` are added to OPTIONS.
 
@@ -103,7 +104,13 @@ def write_run(
     }
     (folder / "config.toml").write_text(f'run_folder = "."\n{tomli_w.dumps(sections)}')
     if content is not None:
-        step = {"seed": 0, "num_shards": 1, "global_batch_size": 4, "seq_len": 256, "vocab_size": 9}
+        step = {
+            "seed": 0,
+            "num_shards": num_shards,
+            "global_batch_size": tokens_per_step // 256,
+            "seq_len": 256,
+            "vocab_size": 9,
+        }
         identity = {"dataset": "pystdlib", "content": content, "documents": 3, **step}
         identities = {"training": identity, "validation": identity | {"content": validation_content}}
         (folder / "data_identity.json").write_text(json.dumps(identities))

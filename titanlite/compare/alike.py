@@ -6,20 +6,22 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from titanlite.compare.facts import DIGEST, HELD_OUT, Text, value_of
+from titanlite.compare.facts import DIGEST, GLOBAL_BATCH, HELD_OUT, SHARDS, Text, value_of
 from titanlite.compare.runs import Run
 from titanlite.errors import printable, shown
 
 _TOKENIZER = ("tokenizer", "model.tokenizer_path")
-# Text that is read once may end within a batch, so that other batches or tokenizers leave out another rest of it.
+# Text that is read once may end within a batch, so that other tokenizers leave out another rest of it.
 _SAME_AMOUNT = 0.05
+_DIGITS = 8  # of a digest, which are shown
 
 
 def why_not_comparable(run: Run, baseline: Run, metric: str = "loss") -> list[str]:
     """Return the reasons why a difference of ``metric`` does not say which run is better.
 
     Training losses need the same text to predict, in the same units and sequences, and as many tokens in a step.
-    Validation losses need the same text to validate on, and the same tokenizer; bits per byte need the text alone.
+    Validation losses need the same text to validate on, in the same batches, since these decide which documents are
+    read, and the same tokenizer; bits per byte do not need the tokenizer.
     """
     tokenizer = [_other(name, run, baseline) for name in _differing(run.facts, baseline.facts) if name in _TOKENIZER]
     if metric == "loss":
@@ -29,8 +31,10 @@ def why_not_comparable(run: Run, baseline: Run, metric: str = "loss") -> list[st
     texts = run.validation_text, baseline.validation_text
     text = [f"other validation text: {difference}" for difference in _other_text(*texts)]
     text = text or _other_amount(run, baseline, metric)
-    seq_len = "training.seq_len"  # what a token is predicted from
-    sequences = [_other(seq_len, run, baseline)] if seq_len in _differing(run.facts, baseline.facts) else []
+    names = ["training.seq_len"]  # what a token is predicted from
+    if not _content_is_known(*texts):  # which has the batch
+        names.append("tokens per step")
+    sequences = [_other(name, run, baseline) for name in _differing(run.facts, baseline.facts) if name in names]
     return [*text, *sequences, *(tokenizer if metric == "validation_loss" else [])]
 
 
@@ -59,8 +63,19 @@ def _other_text(ours: Text, theirs: Text) -> list[str]:
     names = [name for name in {**b, **a} if a.get(name) != b.get(name)] if known else _differing(a, b)
     for whole in (DIGEST, "training.dataset", "validation.dataset"):  # then all else may differ
         names = [whole] if whole in names else names
-    note = "" if known or not (ours.of_files() or theirs.of_files()) else "; if their content differs, is not known"
-    return [f"{name} ({printable(shown(a.get(name)))}, not {printable(shown(b.get(name)))}{note})" for name in names]
+    if GLOBAL_BATCH in names:
+        names = [name for name in names if name != SHARDS]  # follows from it
+    unknown = "" if known or not (ours.of_files() or theirs.of_files()) else "; if their content differs, is not known"
+    notes = {GLOBAL_BATCH: f"; other batches read other documents: set the same training.{GLOBAL_BATCH}"}
+    differences = []
+    for name in names:
+        values = a.get(name), b.get(name)
+        if name == DIGEST:
+            begins = [f"{value}"[:_DIGITS] for value in values]
+            values = (begins[0], begins[1]) if begins[0] != begins[1] else values
+        first, second = (printable(shown(value)) for value in values)
+        differences.append(f"{name} ({first}, not {second}{notes.get(name, unknown)})")
+    return differences
 
 
 def _other_amount(run: Run, baseline: Run, metric: str) -> list[str]:
@@ -75,7 +90,7 @@ def _other_amount(run: Run, baseline: Run, metric: str) -> list[str]:
         return [f"other amounts of validation text: {name} ({values[0]}, not {values[1]})"]
     if abs(ours - theirs) <= _SAME_AMOUNT * max(ours, theirs):
         return []
-    advice = "set validation.steps so that they are equal"
+    advice = "raise validation.steps until both read the whole text"
     return [f"other amounts of validation text ({ours:,.0f} {unit}, not {theirs:,.0f}; {advice})"]
 
 

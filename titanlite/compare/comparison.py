@@ -155,13 +155,13 @@ def _with_baseline(runs: list[Run], baseline: str | None) -> tuple[list[Run], Ru
 
 def _only_run(baseline: str) -> Run:
     """Return the run at a path; that in the folder itself, not the earlier ones in it."""
-    found, _ = read_runs([Path(baseline)])
+    runs, _ = read_runs([Path(baseline)])
     places = [Path(baseline), *([Path(baseline).parent] if Path(baseline).is_file() else [])]
-    itself = [run for run in found if any(run.path.samefile(place) for place in places)]
-    if len(itself or found) != 1:
-        paths = ", ".join(str(run.path) for run in found)
-        raise ConfigError(f"holds {len(found)} runs, and one must be named: {paths}", key="--baseline", value=baseline)
-    return (itself or found)[0]
+    itself = [run for run in runs if any(run.path.samefile(place) for place in places)]
+    if len(itself or runs) != 1:
+        paths = ", ".join(str(run.path) for run in runs)
+        raise ConfigError(f"holds {len(runs)} runs, and one must be named: {paths}", key="--baseline", value=baseline)
+    return (itself or runs)[0]
 
 
 def _of_one(run: Run) -> list[str]:

@@ -18,9 +18,10 @@ from titanlite.untrusted import files
 
 HELD_OUT = "validation.held_out_percent"
 DIGEST = "content of the files"
-# Entries of a loader's identity that do not say which text it reads: its name (the files count), the order, the size of
-# a step, and the tokenizer's.
-_NOT_TEXT = {"dataset", "seed", "num_shards", "global_batch_size", "seq_len", "vocab_size"}
+GLOBAL_BATCH, SHARDS = "global_batch_size", "num_shards"
+# Entries of a loader's identity that do not say which text it reads: its name (the files count), the order, and the
+# tokenizer's.
+_NOT_TEXT = {"dataset", "seed", "seq_len", "vocab_size"}
 _MOST_BYTES = 1 << 20
 
 
@@ -79,7 +80,10 @@ def texts_of(folder: Path, options: dict[str, Any]) -> tuple[Text, Text]:
         },
     }
     text = Text(training, _content(identities.get("training"), training))
-    text.content.pop("held_out_percent", None)  # it leaves out few documents; cautions() says so
+    # Few documents are held out; cautions() says so. Tokens per step stand for the batch of training, which goes on to
+    # all documents. A validation reads only the first ones of each shard: other batches or shards make these others.
+    for name in ("held_out_percent", GLOBAL_BATCH, SHARDS):
+        text.content.pop(name, None)
     if not value_of(options, "validation.enable"):
         return text, Text({HELD_OUT: 0})
     dataset, path = (value_of(options, f"validation.{key}") for key in ("dataset", "dataset_path"))
@@ -105,7 +109,7 @@ def _content(identity: Any, options: dict[str, Any]) -> dict[str, Any]:
         content["data.document_mask"] = options.get("data.document_mask")
     digest = content.pop("content", None)
     if digest is not None:
-        return {DIGEST: printable(f"{digest}")[:8], **content}
+        return {DIGEST: printable(f"{digest}"), **content}
     # A set of the hub has no files here: its name counts.
     places = {name: value for name, value in options.items() if name.endswith((".dataset", ".dataset_path"))}
     return places | content

@@ -89,11 +89,9 @@ def _validation(
     opposite of the training loss."""
     if not len(run.validation["step"]) or not len(baseline.validation["step"]):
         return "", False
-    # At equal steps; at equal tokens where a step of one run has other tokens than that of the other.
-    per_step = {r.facts.get("tokens per step") for r in (run, baseline)}
-    at = "steps" if len(per_step) == 1 else "tokens"
-    found = [d for d in differences if d.metric in _NOUNS and d.verdict != "not comparable"]
-    d = next(iter(sorted(found, key=lambda d: (d.metric != "validation_loss", d.at != at))), None)
+    # At equal steps; at equal tokens where no step is in common.
+    comparable = [d for d in differences if d.metric in _NOUNS and d.verdict != "not comparable"]
+    d = next(iter(sorted(comparable, key=lambda d: (d.metric != "validation_loss", d.at != "steps"))), None)
     if d is None:
         reasons = why_not_comparable(run, baseline, "validation_loss")
         return (f"Their validation losses do not compare: {'; '.join(reasons)}." if reasons else ""), False
