@@ -37,7 +37,7 @@ class Difference:
         difference_percent: the same in percent of the baseline's mean, with its interval.
         rows: the pairs that the mean is over; ``first`` and ``last`` are their places.
         verdict: "lower" and "higher" if the interval excludes 0; "diverged" if one of the runs ended without a finite
-            loss, and the difference is of the time before.
+            loss, and the difference is of the time before, also if they do not compare.
     """
 
     run: str
@@ -66,8 +66,8 @@ def differences_of(run: Run, baseline: Run) -> list[Difference]:
     )
     differences = []
     for metric, ours, theirs, column in metrics:
-        no_verdict: Verdict | None = "diverged" if diverged else None
-        no_verdict = "not comparable" if why_not_comparable(run, baseline, metric) else no_verdict
+        no_verdict: Verdict | None = "not comparable" if why_not_comparable(run, baseline, metric) else None
+        no_verdict = "diverged" if diverged else no_verdict
         for at in _PLACES:
             pairs = at_equal_steps(ours, theirs, column) if at == "steps" else at_equal_tokens(ours, theirs, column)
             if len(pairs.places):

@@ -20,19 +20,17 @@ class Sentences:
     validation: that on the validation; empty if a run has none.
     contradicts: the validation says the opposite of the training loss.
     cautions: what makes them less exact, or leaves them open.
+    is_verdict: the sentence on the training loss says which is lower, or that they are alike; not why it cannot.
     """
 
     training: str
     validation: str = ""
     contradicts: bool = False
     cautions: list[str] = field(default_factory=list)
+    is_verdict: bool = False
 
     def __str__(self) -> str:
         return " ".join(filter(None, (self.training, self.validation, *self.cautions)))
-
-    @property
-    def is_verdict(self) -> bool:
-        return not self.training.startswith("No verdict")
 
 
 def sentences_on(run: Run, baseline: Run, differences: Sequence[Difference], reasons: Sequence[str]) -> Sentences:
@@ -46,12 +44,13 @@ def sentences_on(run: Run, baseline: Run, differences: Sequence[Difference], rea
     d = next((d for d in differences if (d.metric, d.at) == ("loss", "steps")), None)
     diverged = [f"{r.name} from step {step:,} on" for r in (run, baseline) if (step := r.diverged_at()) is not None]
     validation, contradicts = ("", False) if diverged else _validation(run, baseline, differences, d)
+    ends = [*last_rows_without_loss(run), *last_rows_without_loss(baseline)]
+    no_loss = f"there is no finite loss in {', and none in '.join(diverged)}."
     if reasons:
         text = f"No verdict: {pair} do not compare, because they have {'; '.join(reasons)}."
-        return Sentences(text, validation)
+        return Sentences(text, validation, cautions=[*([f"Also, {no_loss}"] if diverged else []), *ends])
     if diverged:
-        return Sentences(f"No verdict: there is no finite loss in {', and none in '.join(diverged)}.")
-    ends = [*last_rows_without_loss(run), *last_rows_without_loss(baseline)]
+        return Sentences(f"No verdict: {no_loss}", cautions=ends)
     if d is None:
         text = f"No verdict: {pair} have logged no step in common; set the same metrics.log_freq."
         return Sentences(text, validation, cautions=ends)
@@ -59,7 +58,8 @@ def sentences_on(run: Run, baseline: Run, differences: Sequence[Difference], rea
     if d.verdict == "too few rows":
         why = f"No verdict: {pair} have fewer than {MIN_ROWS} logged steps in common; train longer, or log more often"
         return Sentences(f"{why} (metrics.log_freq).", validation, contradicts, ends)
-    return Sentences(_on_training(run, baseline, d), validation, contradicts, other_ends(run, baseline) + ends)
+    ends = other_ends(run, baseline) + ends
+    return Sentences(_on_training(run, baseline, d), validation, contradicts, ends, is_verdict=True)
 
 
 def _on_training(run: Run, baseline: Run, d: Difference) -> str:
@@ -99,6 +99,7 @@ def _validation(
     side = "lower" if d.difference < 0 else "higher"
     trained = training.verdict if training is not None else ""
     contradicts = trained in ("lower", "higher") and trained != side and d.verdict != "within the noise"
+    contradicts = contradicts and d.difference != 0
     but = "But the" if contradicts else "The"
     if d.verdict == "within the noise":
         same = d.low == d.high == 0

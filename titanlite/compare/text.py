@@ -63,8 +63,8 @@ def _parts(comparison: Comparison, console: Console) -> Iterator[RenderableType]
 
 
 def main_sentences(comparison: Comparison) -> list[str]:
-    """Return the verdicts. Of many runs: that on the lowest loss, those that the table of all does not have, and each
-    caution once, with the numbers of the runs."""
+    """Return the verdicts. Of many runs: that on the lowest loss, those that the table of all does not have, such as on
+    the validation of a run without a verdict on training, and each caution once, with the numbers of the runs."""
     if not comparison.is_of_many:
         return [*comparison.verdicts.values()]
     numbers = {run.name: number + 1 for number, run in enumerate(comparison.runs)}
@@ -73,9 +73,8 @@ def main_sentences(comparison: Comparison) -> list[str]:
     for name, sentences in comparison.sentences.items():
         if sentences.is_verdict and (sentences.contradicts or not texts):
             texts.append(" ".join(filter(None, (sentences.training, sentences.validation))))
-        for caution in [] if sentences.is_verdict else [sentences.training]:
-            cautions.setdefault(caution, []).append(numbers[name])
-        for caution in sentences.cautions:
+        no_verdict = [] if sentences.is_verdict else [sentences.training, sentences.validation]
+        for caution in filter(None, [*no_verdict, *sentences.cautions]):
             cautions.setdefault(caution, []).append(numbers[name])
     return texts + [f"{caution} (Run {', '.join(map(str, which))}.)" for caution, which in cautions.items()]
 

@@ -19,6 +19,7 @@ from tests.support.synthetic_runs import losses, write_run
 from titanlite.commands import compare as command
 from titanlite.compare.comparison import Comparison, compare
 from titanlite.compare.plot import highest_loss
+from titanlite.compare.text import main_sentences
 
 
 def two_runs(tmp_path: Path, percent: float = -1.0, **other: Any) -> Comparison:
@@ -245,6 +246,27 @@ def test_a_run_that_ends_without_a_finite_loss_does_not_win(
     assert [name for name, loss in summaries.items() if loss is None] == [diverged]
 
 
+@pytest.mark.parametrize("rows", [1, 100])
+def test_the_end_of_a_run_that_does_not_compare_is_said(rows: int, tmp_path: Path) -> None:
+    first, second = losses(-2)
+    second[-rows:] = np.nan
+    paths = [write_run(tmp_path / "a", first), write_run(tmp_path / "b", second, content="d" * 32)]
+    comparison = compare(paths)
+    sentence = comparison.verdicts["b"]
+    assert sentence.startswith("No verdict: b and a do not compare")
+    ends = "Also, there is no finite loss in b from step 501 on." if rows > 1 else "step of b had no finite loss."
+    assert sentence.endswith(ends)
+    assert {d.verdict for d in comparison.differences} == {"diverged" if rows > 1 else "not comparable"}
+
+
+def test_equal_validations_contradict_nothing(tmp_path: Path) -> None:
+    comparison = validating(tmp_path, percent=-2.0, above=0.0, count=8)
+    sentences = comparison.sentences["b"]
+    assert sentences.training.startswith("b has a lower loss than a")
+    assert sentences.validation.startswith("The last validation loss is the same")
+    assert not sentences.contradicts
+
+
 def test_a_skipped_step_at_the_end_is_no_divergence(tmp_path: Path) -> None:
     first, second = losses(-1)
     one, logged_seldom = second.copy(), second.copy()
@@ -398,6 +420,18 @@ def twenty(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
         options = {"optimizer": {"lr": number / 100}}
         runs.append(write_run(folder / f"run_{number}", higher, options, content=("d" if number == 19 else "c") * 32))
     return runs
+
+
+def test_the_validations_of_many_runs_without_a_verdict_on_training_are_said(tmp_path: Path) -> None:
+    first, _ = losses(0)
+    paths = [
+        write_run(tmp_path / name, first + 0.1 * i, VALIDATION, content=name * 32, validation=ONE_CURVE + 0.1 * i)
+        for i, name in enumerate("abcde")
+    ]
+    sentences = main_sentences(compare(paths))
+    for number, name in enumerate("bcde", 2):
+        (sentence,) = (s for s in sentences if s.startswith(f"The validation loss of {name} is higher, by"))
+        assert sentence.endswith(f"(Run {number}.)")
 
 
 @pytest.mark.parametrize("width", [60, 100])
