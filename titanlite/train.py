@@ -42,7 +42,7 @@ from titanlite.config.data_rules import packing_of
 from titanlite.config.job_name import job_name
 from titanlite.config.number_formats import stored_as
 from titanlite.config.run_config import CONFIG as CONFIG_TOML
-from titanlite.config.run_config import METRICS, MODEL, read_earlier_runs, section_in
+from titanlite.config.run_config import METRICS, MODEL, read_earlier_runs, read_run_config, section_in
 from titanlite.data import merge_states
 from titanlite.distributed import runtime
 from titanlite.distributed.attention_kernel import preferred_kernels
@@ -158,9 +158,9 @@ class Trainer:
             self.runtime.on_rank_zero(lambda: self.run_folder.refuse_to_retire(config))
             if config.checkpoint.enable_checkpoint:
                 logger.info("no checkpoint found in %s, starting at step %d", root, self.start.step + 1)
-        runs = read_earlier_runs(self.run_path)
-        before = section_in(runs[0], "job").get("name") if runs and self.start.continues else None
-        config.job.name = job_name(config, before, runs)
+        present = read_run_config(self.run_path)
+        before = section_in(present, "job").get("name") if self.start.continues else None
+        config.job.name = job_name(config, before, [present, *read_earlier_runs(self.run_path)])
         seed = self.start.seed if training.seed is None else training.seed
         self.seed = training.seed = runtime.set_seed(seed, training.deterministic, self.runtime)
         self.about["seed"] = f"{self.seed}" + (", deterministic" if training.deterministic else "")

@@ -205,8 +205,9 @@ LATENT_LAYOUT = replace(
         "attention": Projections(
             *(("wq", "wkv"), ("wo",)),
             arguments=3,
-            narrow=("wq_a", "wkv_a"),
-            narrow_norms=("q_a_norm", "kv_a_norm"),
+            latents={"wq": "wq_a", "wkv": "wkv_a"},
+            latent_norms=("q_a_norm", "kv_a_norm"),
+            shared_by_heads="for_heads",
         ),
     },
     divisible=(*LAYOUT.divisible, "latent.q_rank", "latent.kv_features"),

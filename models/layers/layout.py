@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
@@ -11,23 +11,26 @@ class Projections:
     """The linear layers of a part of a block, by the way in which tensor parallelism shards them.
 
     Attributes:
-        columns: the layers that take the part's first argument, or results of the ``narrow`` ones; their output
-            features can be sharded.
+        columns: the layers that take the part's first argument, or a latent; their output features can be sharded.
         rows: the layers that take results of the columns; their input features can be sharded.
         arguments: the number of positional arguments of the part's forward; the first is the hidden states.
         head_norms: the norms of heads, [batch, seq_len, heads, head_dim], where a model has them. Heads can be sharded;
             the weights are whole on every device, and their gradients are summed.
-        narrow: the layers that take the part's first argument, where a model has them, and whose few output features
-            all heads share. They can be sharded too, and are gathered.
-        narrow_norms: the norms of these features.
+        latents: for each column that takes a latent, the layer that makes it from the part's first argument; where a
+            model has no such layer, the column takes the argument itself. All heads share the few features of a latent:
+            they are computed in parts, and gathered.
+        latent_norms: the norms of latents.
+        shared_by_heads: the slot of the part for a function that features pass which heads take without a column
+            between; "": there are none. The function sums their gradients over the heads.
     """
 
     columns: tuple[str, ...]
     rows: tuple[str, ...]
     arguments: int = 1
     head_norms: tuple[str, ...] = ()
-    narrow: tuple[str, ...] = ()
-    narrow_norms: tuple[str, ...] = ()
+    latents: Mapping[str, str] = field(default_factory=dict)
+    latent_norms: tuple[str, ...] = ()
+    shared_by_heads: str = ""
 
 
 @dataclass(frozen=True)

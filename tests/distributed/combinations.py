@@ -252,7 +252,7 @@ TOUCHED: dict[str, list[str]] = {
     "compile, AC full": ["TP 2"],  # compiled before it is checkpointed
     "compile, loss chunks": ["TP 2"],
     "compile, tensorwise, AC selective 2": ["FSDP 2"],
-    "compile, rowwise, AC selective op": ["TP 2"],
+    "compile, rowwise, AC selective op": ["FSDP 2 x TP 2"],
 }
 # Schedules and rotations differ from each other as on the smallest model.
 DEBUG_WAYS = ["FSDP 2", "TP 2", "CP 2 alltoall", "PP 2 1F1B", "FSDP 2 x TP 2"]

@@ -265,9 +265,10 @@ def test_no_code_is_repeated() -> None:
 
 def test_one_loop_over_microbatches() -> None:
     """Benchmarks of titanlite run its own step. Two of them compare it with another loop: a bare one, torchtitan's. A
-    third compiles a block alone, a fourth the loss alone, a fifth counts the memory of the loss alone."""
+    third compiles a block alone, a fourth the loss alone, a fifth counts the memory of the loss alone. The doctor times
+    layers of 8 numbers."""
     benchmarks = ("loops", "peer_torchtitan", "absent_gpu.block", "absent_gpu.loss", "memory_estimates")
-    others = {f"scripts.benchmarks.{name}" for name in benchmarks}
+    others = {"titanlite.doctor.cpu_time", *(f"scripts.benchmarks.{name}" for name in benchmarks)}
     calls = {
         name
         for name, path in PRODUCT.items()

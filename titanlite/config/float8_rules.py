@@ -91,6 +91,8 @@ def cost(config: JobConfig) -> FormatCost:
         input_bytes=moved,
         grad_bytes=moved,
         weight_bytes=2 if gathers else _WEIGHT_BYTES,  # gathered in the format, it is only copied
+        recast_bytes=0,
+        agrees=tensorwise,
         casts_shards=tensorwise,
         gathers_weights=gathers,
         filter_fqns=tuple(options.filter_fqns),

@@ -16,6 +16,9 @@ class FormatCost:
         input_bytes, grad_bytes, weight_bytes: the bytes that the casts of an input, of a gradient of an output, and of
             a weight in a whole step move, for each element: passes for the largest magnitudes, and copies in both
             layouts.
+        recast_bytes: the bytes that are moved for each element of what was gathered in the format, to cast it again
+            along its other dimension; 0: one cast has both layouts.
+        agrees: ranks that share a tensor agree on its scale.
         casts_shards: tensor parallelism casts before it gathers, and gathers one byte for each element.
         gathers_weights: FSDP2 gathers one byte for each element of a weight.
         filter_fqns: layers that stay in high precision.
@@ -33,6 +36,8 @@ class FormatCost:
     input_bytes: float
     grad_bytes: float
     weight_bytes: float
+    recast_bytes: float
+    agrees: bool
     casts_shards: bool
     gathers_weights: bool
     filter_fqns: tuple[str, ...]

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from pathlib import PurePath
+from pathlib import Path, PurePath
 from typing import Any
 
 from titanlite.config.options import Option, options_of
-from titanlite.config.run_config import section_in
+from titanlite.config.run_config import run_config_of, section_in
 from titanlite.config.schema import JobConfig
 
 # The sections that change neither what a run computes nor how fast.
@@ -37,12 +37,33 @@ def job_name(config: JobConfig, continued: str | None = None, earlier: Iterable[
     file = PurePath(config.job.config_file or "").stem
     if file in ("", "config"):  # config.toml of a run without a name
         file = f"{config.model.name}_{config.model.flavor}"
-    named = {option.name: option for option in _of_results(config)}
-    given = [name for name in named if config.origin(name).startswith("the argument")]
-    name = _joined(config, file, (named[name] for name in given))
-    same = [run for run in earlier if section_in(run, "job").get("name") == name]
-    edited = [name for name, option in named.items() if any(_differs(config, option, run) for run in same)]
-    return _joined(config, file, (named[name] for name in named if name in {*given, *edited}))
+    options = {option.name: option for option in _of_results(config)}
+    given = [name for name in options if config.origin(name).startswith("the argument")]
+    name = _joined(config, file, [_part(options[key], config.value(key)) for key in given])
+    current, others = run_config_of(config, Path(config.job.dump_folder).expanduser()), [*earlier]
+    same = [run for run in others if _name_in(run) == name]
+    edited = [key for key, option in options.items() if any(_differs(current, option, run) for run in same)]
+    parts = [
+        _part(option, config.value(key)) or (_changed_part(option, config.value(key)) if key in edited else "")
+        for key, option in options.items()
+        if key in {*given, *edited}
+    ]
+    name, number = _joined(config, file, parts), 1
+    # An earlier edit can have left another run of this name.
+    while any(
+        _name_in(run) == _numbered(name, number) and any(_differs(current, option, run) for option in options.values())
+        for run in others
+    ):
+        number += 1
+    return _numbered(name, number)
+
+
+def _name_in(run: Mapping[str, Any]) -> Any:
+    return section_in(run, "job").get("name")
+
+
+def _numbered(name: str, number: int) -> str:
+    return name if number == 1 else f"{name[: _LONGEST - 4]}-{number}"
 
 
 def _of_results(config: JobConfig) -> list[Option]:
@@ -56,24 +77,31 @@ def _of_results(config: JobConfig) -> list[Option]:
     ]
 
 
-def _differs(config: JobConfig, option: Option, run: Mapping[str, Any]) -> bool:
-    """Return whether a run has another value of an option. A run's file has what "auto", and no seed, became."""
-    value = config.value(option.name)
-    section = section_in(run, option.section)
-    if not section or value is None or value == "auto":
+def _differs(current: Mapping[str, Any], option: Option, run: Mapping[str, Any]) -> bool:
+    """Return whether a run has another value of an option than ``current``, as their files have them. The file of a run
+    has the seed that was drawn where none was given, and the mode that "auto" chose."""
+    if not (before := section_in(run, option.section)):
         return False
-    before = section.get(option.key, option.default)
-    return before is None or _part(option, before) != _part(option, value)
+    value = section_in(current, option.section).get(option.key)
+    if value == "auto" or (value is None and option.key == "seed"):
+        return False
+    return bool(before.get(option.key) != value)
 
 
-def _joined(config: JobConfig, file: str, options: Iterable[Option]) -> str:
-    parts = [part for option in options if (part := _part(option, config.value(option.name)))]
-    added = _plain("".join(f"-{part}" for part in parts))[:_LONGEST]
+def _joined(config: JobConfig, file: str, parts: Iterable[str]) -> str:
+    added = _plain("".join(f"-{part}" for part in parts if part))[:_LONGEST]
     return (_plain(config.job.name or file)[: max(_LONGEST - len(added), 10)] + added)[:_LONGEST].strip("._-") or "run"
+
+
+def _changed_part(option: Option, value: Any) -> str:
+    """Return an option for a name that has no value any more."""
+    return f"{option.key}=default" if value is None else f"no_{option.key}"
 
 
 def _part(option: Option, value: Any) -> str:
     """Return an option for a name: ``lr=0.001``, ``compile``, or the value alone where it says enough."""
+    if value is None:
+        return ""
     if isinstance(value, bool):
         return option.key if value else f"no_{option.key}"
     if isinstance(value, list):

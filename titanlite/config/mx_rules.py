@@ -13,6 +13,7 @@ _NATIVE_ON = ("sm_100",)
 # Bytes that the casts of an element in both layouts move: each reads it in bfloat16 and writes a byte, and a scale for
 # 32 elements. A block of 32 has its own scale, so that no pass for the largest magnitude comes first.
 _CAST_BYTES = 2 * (2 + 1 + 1 / 32)
+_RECAST_BYTES = 2 * (1 + 1 / 32)  # what was gathered is read, and written again in blocks along the other dimension
 
 
 def check(config: JobConfig) -> None:
@@ -58,6 +59,8 @@ def cost(config: JobConfig) -> FormatCost:
         input_bytes=moved,
         grad_bytes=moved,
         weight_bytes=2 if gathers else _CAST_BYTES,  # gathered in the format, it is only copied
+        recast_bytes=_RECAST_BYTES,
+        agrees=False,
         casts_shards=options.enable_tensor_parallel_mxfp8_all_gather,
         gathers_weights=gathers,
         filter_fqns=tuple(options.filter_fqns),

@@ -127,9 +127,9 @@ def read_run_config(folder: Path) -> dict[str, Any]:
 
 
 def read_earlier_runs(folder: Path) -> list[dict[str, Any]]:
-    """Return the configurations of the runs in a run folder: the present one, and the latest that were set aside."""
+    """Return the configurations of the latest runs that were set aside in a run folder."""
     aside = sorted((folder / EARLIER).glob(f"*/{CONFIG}"))[-_MOST_RUNS:]
-    return [tree for tree in map(read_run_config, [folder, *(file.parent for file in aside)]) if tree]
+    return [tree for tree in (read_run_config(file.parent) for file in aside) if tree]
 
 
 def section_in(tree: Mapping[str, Any], section: str) -> Mapping[str, Any]:

@@ -49,7 +49,8 @@ class ContextParallel:
 
     def attention(self, q: Tensor, k: Tensor, v: Tensor, window: int | None = None, documents: None = None) -> Tensor:
         """Compute the causal attention of this rank's queries to the whole sequence; see :func:`ring_attention`. Heads
-        of values that have another size than those of keys are exchanged in the larger size, filled up with zeros.
+        of values that have another size than those of keys are exchanged in the larger size, filled up with zeros: for
+        DeepSeek-V3's 192 and 128 a fifth more bytes.
 
         Raises:
             ValueError: a ``window`` is shorter than the sequence.
@@ -62,7 +63,8 @@ class ContextParallel:
         size, values = q.shape[-1], v.shape[-1]
         if size != values:
             most = max(size, values)
-            q = q * math.sqrt(most / size)  # the kernels take the size that they see for the scale
+            if most != size:
+                q = q * math.sqrt(most / size)  # the kernels take the size that they see for the scale
             q, k, v = (F.pad(x, (0, most - x.shape[-1])) for x in (q, k, v))
         out = ring_attention(
             *(q, k, v),

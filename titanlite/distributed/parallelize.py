@@ -4,6 +4,7 @@ block, FSDP2, in this order. Each function takes the whole model or, under pipel
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable
 from functools import partial
 from operator import attrgetter
@@ -42,7 +43,6 @@ from titanlite.models.layers import (
     Core,
     Experts,
     FeedForward,
-    LatentAttention,
     Layout,
     Mixture,
     causal_attention,
@@ -224,10 +224,9 @@ def apply_tensor_parallel(model: nn.Module, layout: Layout, mesh: Mesh, parallel
             parallelize_module(block, tp, _plan_of_block(block, layout))
     except ValueError as e:
         raise ConfigError(str(e), key="parallelism.tensor_parallel_degree", value=tp.size()) from e
-    summed = SummedGradient(tp)
-    for module in model.modules():
-        if isinstance(module, LatentAttention):
-            module.for_heads = summed
+    for block, (name, projections) in itertools.product(getattr(model, layout.blocks).values(), layout.parts.items()):
+        if projections.shared_by_heads:
+            setattr(block.get_submodule(name), projections.shared_by_heads, SummedGradient(tp))
     if model.args.tie_embeddings:  # type: ignore[union-attr]
         embedding.weight = output.weight  # both ends shard the vocabulary, each a copy of its own until here
     experts = {param for module in model.modules() if isinstance(module, Experts) for param in module.parameters()}
@@ -255,11 +254,14 @@ def _plan_of_block(block: nn.Module, layout: Layout) -> dict[str, ParallelStyle]
             if mixture.shared is None:
                 continue
             part += ".shared"
-        columns, narrow = (_present(block, part, names) for names in (projections.columns, projections.narrow))
-        plan[part] = gathered_input([*columns.values(), *narrow.values()], arguments=projections.arguments)
+        columns = _present(block, part, projections.columns)
+        latents = _present(block, part, projections.latents.values())
+        of_latents = {f"{part}.{column}" for column, name in projections.latents.items() if f"{part}.{name}" in latents}
+        takers = [*latents.values(), *(layer for name, layer in columns.items() if name not in of_latents)]
+        plan[part] = gathered_input(takers, arguments=projections.arguments)
         plan |= {name: column_parallel(layer) for name, layer in columns.items()}
-        plan |= {name: column_parallel(layer, output_layouts=Replicate()) for name, layer in narrow.items()}
-        plan |= {name: ReplicatedNorm() for name in _present(block, part, projections.narrow_norms)}
+        plan |= {name: column_parallel(layer, output_layouts=Replicate()) for name, layer in latents.items()}
+        plan |= {name: ReplicatedNorm() for name in _present(block, part, projections.latent_norms)}
         # The dimension that is sharded is not the sequence here, but the heads.
         heads = _present(block, part, projections.head_norms)
         plan |= {name: SequenceParallel(sequence_dim=2, use_local_output=True) for name in heads}

@@ -36,10 +36,10 @@ class WandbSink:
 
         self._errors = (wandb.Error, OSError)
         self._folder, self._lacks = folder, ""
-        online = os.environ.get("WANDB_MODE", "online") in ("online", "shared")
         try:
+            mode = os.environ.get("WANDB_MODE") or wandb.setup().settings.mode  # of wandb's own files
             # Without a key wandb would ask for one, below a status that is drawn over the question.
-            if online and not wandb.login(prompt=False):
+            if mode in ("online", "shared") and not wandb.login(prompt=False):
                 raise wandb.Error("there is no API key")
             self._run: Any = wandb.init(
                 entity=os.environ.get("WANDB_TEAM"),

@@ -2,56 +2,41 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import NamedTuple
 
 from titanlite.models.layers import DecoderArgs
-
-
-@dataclass(frozen=True)
-class Linear:
-    """A linear layer of a block on one device.
-
-    Attributes:
-        k, n: the features in and out that this device has.
-        gathered_input, gathered_grad: tensor parallelism gathers the rows of the input, or of the gradient.
-        shares_input: an earlier layer of the block takes the same input, and casts it.
-        experts: the experts that have such a matrix each, and share the tokens evenly; 0: it is a linear layer, which
-            converters to number formats take.
-    """
-
-    k: int
-    n: int
-    gathered_input: bool = False
-    gathered_grad: bool = False
-    shares_input: bool = False
-    experts: int = 0
+from titanlite.plan.linear import Linear
 
 
 class Attention(NamedTuple):
-    """The attention of a block.
+    """The attention of a block on one device. Sizes are features of a token, of all heads that the device has.
 
     Attributes:
         linears: its projections, in the order of the forward.
-        keys, values: the features of all heads of queries, and of as many heads of values: of the two sides that its
-            matmuls multiply.
-        rotated: the features of a token that are read and written beside the projections: rotated, or put together.
-        kept: the features of a token that are kept for backward, without the hidden states.
-        kept_per_op: those with checkpointing by operation, which keeps every second projection's result, and
-            attention's.
+        qk_features: of queries; keys are repeated to as many.
+        v_features: of values, repeated likewise, and of the results.
+        rotated: those that are read and written beside the projections: rotated, or put together.
+        kept: those that are kept for backward, without the hidden states.
+        latents: those of the latents, which tensor parallelism gathers.
     """
 
     linears: tuple[Linear, ...]
-    keys: float
-    values: float
+    qk_features: float
+    v_features: float
     rotated: float
     kept: float
-    kept_per_op: float
+    latents: float = 0.0
 
     @property
     def elements(self) -> int:
         """The elements of its projections."""
         return sum(linear.k * linear.n for linear in self.linears)
+
+    @property
+    def kept_per_op(self) -> float:
+        """The features that are kept with checkpointing by operation: every second projection's result, from the first
+        on (titanlite/distributed/activation_checkpoint.py), and attention's."""
+        return sum(linear.n for linear in self.linears[::2]) + self.v_features
 
 
 def attention_of(args: DecoderArgs, tensor_parallel: int = 1) -> Attention:
@@ -65,21 +50,19 @@ def attention_of(args: DecoderArgs, tensor_parallel: int = 1) -> Attention:
             Linear(args.dim, kv, split, shares_input=True),
             Linear(q, args.dim, gathered_grad=split),
         )
-        return Attention(grouped, q, q, rotated=q + kv, kept=2 * q + 2 * kv, kept_per_op=2 * q + kv)
+        return Attention(grouped, q, q, rotated=q + kv, kept=2 * q + 2 * kv)
     latent, values = args.latent, args.n_heads * args.latent.value_dim // t
-    down = latent.kv_rank + latent.rope_dim  # computed in parts, and gathered
-    expanded = args.n_heads * (latent.nope_dim + latent.value_dim) // t
-    if latent.q_rank is None:
-        queries: tuple[Linear, ...] = (Linear(args.dim, q, split),)
-    else:
-        queries = Linear(args.dim, latent.q_rank // t, split), Linear(latent.q_rank, q)
+    of_keys_and_values = args.n_heads * (latent.nope_dim + latent.value_dim) // t
+    of_latents, of_queries = latent.kv_rank + latent.rope_dim, latent.q_rank or 0
+    queries: tuple[Linear, ...] = (Linear(args.dim, q, split),)
+    if of_queries:
+        queries = Linear(args.dim, of_queries // t, split), Linear(of_queries, q)
     linears = (
         *queries,
-        Linear(args.dim, down // t, split, shares_input=True),
-        Linear(latent.kv_rank, expanded),
+        Linear(args.dim, of_latents // t, split, shares_input=True),  # computed in parts, and gathered
+        Linear(latent.kv_rank, of_keys_and_values),
         Linear(values, args.dim, gathered_grad=split),
     )
-    # Latents before and after their norms; queries, keys and values of all heads, and attention's result.
-    latents = 2 * (down + (latent.q_rank or 0))
-    kept = latents + 2 * q + 2 * values
-    return Attention(linears, q, values, rotated=2 * q, kept=kept, kept_per_op=latents / 2 + q + values)
+    # Latents before and after their norms; queries and keys, put together; what values are a part of; the results.
+    kept = 2 * (of_latents + of_queries) + 2 * q + of_keys_and_values + values
+    return Attention(linears, q, values, rotated=2 * q, kept=kept, latents=of_latents + of_queries)

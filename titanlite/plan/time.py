@@ -13,9 +13,9 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from titanlite.config.parallelism import SPLIT_BACKWARD_SCHEDULES
-from titanlite.plan.attention import Linear
 from titanlite.plan.constants import FITTED, Constants
 from titanlite.plan.devices import Device
+from titanlite.plan.linear import Linear
 from titanlite.plan.work import Group, Part, Work
 
 BF16, FP32 = 2, 4  # bytes
@@ -181,10 +181,12 @@ class Clock:
         work, a = self.work, self.work.args
         window = min(work.seq_len, a.sliding_window or work.seq_len)
         pairs = work.batch * window * (work.seq_len - window / 2) / self.cp
-        keys, values = work.attention.keys, work.attention.values
+        qk, v = work.attention.qk_features, work.attention.v_features
+        if self.cp > 1:
+            v = qk  # values travel, and are multiplied, in the size of keys
         rate = self.device.bf16_tflops * 1e12 * self.device.matmul_share * self.constants.attention
         ring = 1 + RING_LOSS * (1 - 1 / self.cp)
-        flops = 2 * pairs * (4 * keys + 3 * values + work.whole * (keys + values))
+        flops = 2 * pairs * (4 * qk + 3 * v + work.whole * (qk + v))
         return flops / rate * ring
 
     # ---- memory
@@ -230,11 +232,14 @@ class Clock:
             if linear.experts:
                 share, rows = work.experts_converted, work.tokens_of_experts
                 weight_bytes = cost.expert_weight_bytes * linear.experts
+            if cost.gathers_weights and not linear.experts:
+                weight_bytes += cost.recast_bytes
             each = float(weight_bytes * linear.k * linear.n)
+            again = cost.recast_bytes if shard > 1 else 0.0
             if not linear.shares_input:
-                of_input = (cost.input_bytes + late) / shard if linear.gathered_input else cost.input_bytes
+                of_input = (cost.input_bytes + late) / shard + again if linear.gathered_input else cost.input_bytes
                 each += of_input * linear.k * rows * (1 + work.whole + work.per_op)
-            of_grad = (cost.grad_bytes + late) / shard if linear.gathered_grad else cost.grad_bytes
+            of_grad = (cost.grad_bytes + late) / shard + again if linear.gathered_grad else cost.grad_bytes
             moved += share * (each + of_grad * linear.n * rows)
         return moved * self._unfused() / self.bandwidth
 
@@ -306,10 +311,15 @@ class Clock:
         layers = 2 if work.args.mixture is None or work.args.mixture.n_shared_experts else 1
         both = 2 * layers * (gather + scatter)
         again = work.whole * (layers * gather + (layers - 1) * scatter) + work.per_op * layers * gather
+        # Latents are gathered too, and their gradients, of which each rank has a part, are summed.
+        latents = (
+            self.over_ring(work.rows * work.attention.latents * BF16, self.tp, 1) if work.attention.latents else 0.0
+        )
+        both, again = both + 3 * latents, again + (work.whole + work.per_op) * latents
         hidden_share = self.constants.asynchronous if work.asynchronous else 0.0
         agreements = (
             sum(not linear.experts for linear in work.linears) * (2 + work.whole + work.per_op) * self.agreement()
-            if in_format
+            if in_format and work.cost is not None and work.cost.agrees
             else 0.0
         )
         return (both + again) * (1 - hidden_share) + agreements

@@ -16,7 +16,8 @@ from titanlite.distributed.pipeline_plan import balanced
 from titanlite.errors import ConfigError
 from titanlite.models.layers import DecoderArgs
 from titanlite.optim.moments import bytes_per_element
-from titanlite.plan.attention import Attention, Linear, attention_of
+from titanlite.plan.attention import Attention, attention_of
+from titanlite.plan.linear import Linear
 from titanlite.quant.convertible import name_matches
 
 LOOPED = 2  # stages of each process in schedules with several

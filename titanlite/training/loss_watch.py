@@ -74,6 +74,8 @@ class LossWatch:
         self._delay = 0
         self._uniform = uniform
         self._start = 0.0 if start is None else max([start, *losses])  # the highest of the first losses
+        if losses and min(losses) <= uniform:
+            self._start = min(self._start, uniform)
         self._first_losses = 0 if start is None else _IN_A_ROW  # how many of them were seen
         self._high = 0  # losses in a row above that
         self._warned = False
@@ -129,12 +131,15 @@ class LossWatch:
                 self._calls = step
 
     def _look_for_divergence(self, step: int, loss: float) -> None:
-        """Warn if the loss rises above where it began: by a fifth, and above the loss of guessing, which the first one
-        is held against; or five times in a row a tenth above the highest of the first five. Warn again only after it
-        has come back."""
-        level = self._start or self._uniform
-        high = loss > 1.1 * level
-        beyond = high and loss > 1.2 * max(level, self._uniform)
+        """Warn if the loss rises above where it began. From step 2 on a rise by a fifth counts, if the loss is above
+        that of guessing too; so do five losses in a row that are a tenth above the highest of the first five. Warn
+        again only after it has come back."""
+        if not self._first_losses:
+            self._compare_with_guessing(step, loss)
+        if self._start > self._uniform >= loss:  # it began above guessing, and has learned since
+            self._start = self._uniform
+        high = loss > 1.1 * self._start
+        beyond = high and self._start > 0 and loss > 1.2 * max(self._start, self._uniform)
         if self._first_losses < _IN_A_ROW:
             self._first_losses += 1
             if not beyond:
@@ -146,13 +151,16 @@ class LossWatch:
         if self._warned or not (beyond or self._high >= _IN_A_ROW):
             return
         self._warned = True
-        if self._rank == 0 and self._start:
+        if self._rank == 0:
             logger.warning(
                 "step %d: THE RUN DIVERGES: loss %.4f is above the %.4f of its first steps; lower optimizer.lr, or "
                 "lengthen lr_scheduler.warmup_steps",
                 *(step, loss, self._start),
             )
-        elif self._rank == 0:
+
+    def _compare_with_guessing(self, step: int, loss: float) -> None:
+        """Warn if the first loss of a run is far above that of guessing: a model without training is near it."""
+        if self._rank == 0 and loss > 1.2 * self._uniform:
             logger.warning(
                 "step %d: loss %.4f is far above the %.4f of guessing; look whether the weights, the tokenizer and the "
                 "data belong together",

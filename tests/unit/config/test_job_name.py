@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -53,18 +54,31 @@ def test_a_run_that_goes_on_keeps_its_name_and_another_one_adds_to_it(tmp_path: 
     assert job_name(load_config(["--training.steps=50"], str(tmp_path / "config.toml"))) == "x" * 91 + "-steps=50"
 
 
-def test_runs_of_an_edited_file_are_told_apart(tmp_path: Path) -> None:
-    """Its names are made from what the edits changed, since an earlier run has the name of the file alone."""
-    file, runs, names = tmp_path / "my.toml", [], []
-    converted = '[model]\nconverters = ["float8"]\n'
-    for text in ("", "[optimizer]\nlr = 1e-3\n", f"{converted}[optimizer]\nlr = 1e-3\n", converted, ""):
-        file.write_text(f"{text}[training]\nseq_len = 64\n")
-        config = load_config(["--job.dump_folder=x"], str(file))
+LR, FLOAT8 = "[optimizer]\nlr = 1e-3\n", '[model]\nconverters = ["float8"]\n'
+ROWWISE = f'{FLOAT8}[float8]\nrecipe_name = "rowwise"\n'
+
+
+@pytest.mark.parametrize(
+    ("texts", "names"),
+    [
+        (["", LR, f"{FLOAT8}{LR}", FLOAT8, ""], ["my", "my-lr=0.001", "my-float8-lr=0.001", "my-float8", "my"]),
+        ([FLOAT8, ""], ["my", "my-no_converters"]),
+        ([ROWWISE, FLOAT8], ["my", "my-recipe_name=default"]),
+        (['[training]\ndataset_path = "/a/x.txt"\n', '[training]\ndataset_path = "/b/x.txt"\n'], ["my", "my-x.txt"]),
+        # The third is edited from the first as the second was, but for the folder.
+        ([f'[training]\ndataset_path = "/{f}/x.txt"\n' for f in "abc"], ["my", "my-x.txt", "my-x.txt-2"]),
+    ],
+)
+def test_runs_of_an_edited_file_are_told_apart(texts: list[str], names: list[str], tmp_path: Path) -> None:
+    """Their names say what the edits changed, since an earlier run has the name of the file alone."""
+    file, runs = tmp_path / "my.toml", list[dict[str, Any]]()
+    for text in texts:
+        file.write_text(text)
+        config = load_config([f"--job.dump_folder={tmp_path}"], str(file))
         config.job.name = job_name(config, earlier=runs)
         config.training.seed = len(runs)  # a run has chosen one
         runs.append(run_config_of(config, tmp_path))
-        names.append(config.job.name)
-    assert names == ["my", "my-lr=0.001", "my-float8-lr=0.001", "my-float8", "my"]
+    assert [run["job"]["name"] for run in runs] == names
 
 
 @pytest.mark.parametrize("name", ["", "a/b", "..", ".x", " x", "a\nb", "x" * 201, "a\\b"])

@@ -615,6 +615,7 @@ def test_selective_checkpointing_of_a_region_that_begins_in_float8(recipe: str) 
     ("recipe", "backend"),
     [
         ("rowwise", "aot_eager_decomp_partition"),  # all but the code for the machine
+        ("delayed", "aot_eager_decomp_partition"),
         *(pytest.param(r, "inductor", marks=pytest.mark.long) for r in (*RECIPES, "delayed")),
     ],
 )

@@ -447,6 +447,8 @@ def test_a_run_that_diverges_is_warned_of(losses: list[float], warned: list[int]
         ([40.0, 39.0, 38.0, 38.0, 38.0, 38.0, 37.0], ["step 1: loss 40.0000 is far above the 7.6000 of guessing"]),
         # It recovers, and diverges later from what it had reached.
         ([40.0, 7.7, *[5.0] * 5, 9.9], ["step 1: loss 40.0000", "step 8: THE RUN DIVERGES: loss 9.9000"]),
+        ([12, 11.5, 11, 10.5, 10, *[5.0] * 5, 9.9], ["step 1: loss 12.0000", "step 11: THE RUN DIVERGES: loss 9.9000"]),
+        ([9.5, 50.0, 200.0, 1e3], ["step 1: loss 9.5000", "step 2: THE RUN DIVERGES: loss 50.0000"]),
         ([8.4, 8.3], []),
     ],
 )
@@ -463,5 +465,8 @@ def test_a_run_that_continued_is_held_against_its_first_losses(caplog: Any) -> N
     guard = StepGuard(Training(), CPU)
     for step, loss in enumerate([3.0, *[3.5] * 5], 101):
         watch.add(step, guard.judge(*(torch.tensor(x) for x in (loss, loss, 1.0))))
-    (message,) = caplog.messages
-    assert message.startswith("step 106: THE RUN DIVERGES: loss 3.5000 is above the 3.1000 of its first steps")
+    watch = LossWatch(Training(), 0, [5.0, 4.9], start=12.0, uniform=7.6)  # it began above guessing
+    watch.add(201, guard.judge(*(torch.tensor(x) for x in (9.9, 9.9, 1.0))))
+    first, second = caplog.messages
+    assert first.startswith("step 106: THE RUN DIVERGES: loss 3.5000 is above the 3.1000 of its first steps")
+    assert second.startswith("step 201: THE RUN DIVERGES: loss 9.9000 is above the 7.6000 of its first steps")
