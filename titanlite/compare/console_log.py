@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -50,6 +50,40 @@ class ConsoleLog(NamedTuple):
     name: str
 
 
+class _RowsOfOneRank:
+    """The rows of the first rank that has losses. Those of other ranks are dropped as they come: a log can have
+    hundreds of ranks. Stages of a pipeline other than the last log -1 as their loss.
+
+    Attributes:
+        rank: the name of that rank in the log; None before its first row.
+        ranks_without_loss: the names of the ranks that logged a step without a loss.
+        steps: its rows of steps, in the order of the log.
+    """
+
+    def __init__(self) -> None:
+        self.rank: str | None = None
+        self.ranks_without_loss: dict[str, None] = {}  # in the order of the log
+        self.steps: Rows = []
+        self._validations: dict[str, Rows] = {}  # by rank: a validation can come before the first step
+
+    def add(self, rank: str, row: dict[str, float], *, is_validation: bool) -> None:
+        if self.rank not in (None, rank):
+            return
+        if is_validation:
+            self._validations.setdefault(rank, []).append(row)
+        elif row.get("loss", np.nan) < 0:
+            self.ranks_without_loss[rank] = None
+        else:
+            if self.rank is None:
+                self.rank = rank
+                self._validations = {rank: self._validations.get(rank, [])}
+            self.steps.append(row)
+
+    def validations(self) -> Rows:
+        """Return its rows of validations; those of all ranks if none has logged a step."""
+        return [row for rows in self._validations.values() for row in rows]
+
+
 def read_console_log(file: Path) -> ConsoleLog:
     """Read the lines of the first rank in the log that has losses. A log of several runs, one after the other, is read
     as one that was continued.
@@ -58,41 +92,31 @@ def read_console_log(file: Path) -> ConsoleLog:
         OSError: it cannot be read.
         ConfigError: the ranks in it have no loss.
     """
-    steps: dict[bool, list[dict[str, float]]] = {False: [], True: []}
+    rows = _RowsOfOneRank()
     starts: list[int] = []  # the lines that a run begins with
     said: dict[str, str] = {}
-    ranks: dict[str, float] = {}  # the number of each rank, by its name
     with open_file(file) as lines:
         for number, raw in enumerate(iter(lambda: lines.readline(_LONGEST_LINE), b"")):
             line = _COLOR.sub(b"", raw).decode("utf-8", "replace").rstrip()
             if match := _STEP.search(line):
-                rank = ranks.setdefault((_RANK.search(line) or [""])[0], len(ranks))
-                steps[bool(match[1])].append(_row(line, int(match[2]), match[3]) | {"rank": rank, "line": number})
+                row = _row(line, int(match[2]), match[3]) | {"line": number}
+                rows.add((_RANK.search(line) or [""])[0], row, is_validation=bool(match[1]))
             else:
                 for name, pattern in _FACTS.items():
                     if fact := pattern.search(line):
                         said.setdefault(name, next(filter(None, fact.groups())))
                         starts.append(number)
-    metrics, validation = (_table(rows, starts) for rows in _of_one_rank(steps[False], steps[True], file, ranks))
-    facts = _facts(said)
-    if "tokens per step" in facts:
-        metrics["tokens_seen"] = metrics["step"] * facts["tokens per step"]
-    return ConsoleLog(metrics, validation, facts, said.get("name", ""))
-
-
-def _of_one_rank(steps: Rows, validations: Rows, file: Path, ranks: Mapping[str, float]) -> tuple[Rows, Rows]:
-    """Return the rows of the first rank that has losses. Stages of a pipeline other than the last log -1 as theirs."""
-    with_loss = [row for row in steps if not row.get("loss", np.nan) < 0]
-    if steps and not with_loss:
-        names = ", ".join(name.strip("[]") for name in ranks if name) or "the rank"
+    if rows.ranks_without_loss and rows.rank is None:
+        names = ", ".join(name.strip("[]") for name in rows.ranks_without_loss if name) or "the rank"
         raise ConfigError(
             f"{file}: {names} in it has no loss, as a stage of a pipeline before the last has none (loss: -1); "
             "log a rank of the last stage (LOG_RANK=..., as run_train.sh takes it), and name that log"
         )
-    rank = with_loss[0]["rank"] if with_loss else None
-    return [row for row in with_loss if row["rank"] == rank], [
-        row for row in validations if rank in (None, row["rank"])
-    ]
+    metrics, validation = _table(rows.steps, starts), _table(rows.validations(), starts)
+    facts = _facts(said)
+    if "tokens per step" in facts:
+        metrics["tokens_seen"] = metrics["step"] * facts["tokens per step"]
+    return ConsoleLog(metrics, validation, facts, said.get("name", ""))
 
 
 def _row(line: str, step: int, fields: str) -> dict[str, float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from tests.support.synthetic_runs import Array, losses, write_run
 from titanlite.commands import compare as command
 from titanlite.compare import rows
 from titanlite.compare.comparison import compare
+from titanlite.compare.console_log import read_console_log
 from titanlite.errors import ConfigError
 
 
@@ -243,6 +245,22 @@ def test_a_stage_of_a_pipeline_without_loss_does_not_win(tmp_path: Path, capsys:
     said = capsys.readouterr().err
     assert "rank0 in it has no loss" in said
     assert "LOG_RANK" in said
+
+
+def test_rows_of_other_ranks_are_not_kept(tmp_path: Path) -> None:
+    """Of a log of many ranks: 32 of a first stage, and 32 of the last."""
+    values = losses(0)[0][:100]
+    ranks = [log_of_rank(rank, values if rank >= 32 else np.full(100, -1.0)) for rank in range(64)]
+    validation = ["[rank0]:validate step: 0  loss: -1.0000", "[rank32]:validate step: 0  loss:  9.5000"]
+    lines = [*validation, *(line for step in zip(*ranks, strict=True) for line in step)]
+    (tmp_path / "x.log").write_text("\n".join(lines))
+    tracemalloc.start()
+    log = read_console_log(tmp_path / "x.log")
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert log.metrics["loss"] == pytest.approx(values, abs=6e-5)
+    assert list(log.validation["loss"]) == [9.5]
+    assert peak < 500_000  # with the rows of all ranks 2.9 MB
 
 
 def test_a_log_of_torchtitan_of_2026(tmp_path: Path) -> None:
