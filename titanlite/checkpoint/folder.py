@@ -162,12 +162,18 @@ def flush(path: Path) -> None:
 
 
 class HashingFile(io.RawIOBase):
-    """A new file that computes the SHA-256 of its contents during writing; ``digest`` is set by ``close()``."""
+    """A new file that computes the SHA-256 of its contents during writing.
+
+    Attributes:
+        digest: the SHA-256; ``close()`` sets it.
+        error: the first error of a write. PyTorch's writer of archives hides it behind one of its own.
+    """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self._file = open(path, "wb", buffering=_PART // 4)  # noqa: SIM115  (closed by close)
         self._hash = hashlib.sha256()
         self.digest = ""
+        self.error: OSError | None = None
 
     def writable(self) -> bool:
         return True
@@ -177,7 +183,11 @@ class HashingFile(io.RawIOBase):
         for begin in range(0, len(content), _PART):
             part = content[begin : begin + _PART]
             self._hash.update(part)
-            self._file.write(part)
+            try:
+                self._file.write(part)
+            except OSError as e:
+                self.error = self.error or e
+                raise
         return len(content)
 
     def tell(self) -> int:

@@ -102,6 +102,10 @@ class _HashingFileSystem(FileSystem):
         file = HashingFile(path)
         try:
             yield file  # type: ignore[misc]
+        except RuntimeError as e:
+            if file.error is None:
+                raise
+            raise file.error from e
         finally:
             file.close()
         self.sums[Path(path).name] = file.digest
