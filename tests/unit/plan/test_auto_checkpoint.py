@@ -114,7 +114,7 @@ def test_on_a_known_device_auto_is_what_a_plan_of_the_layout_says(
 
 
 def test_what_a_plan_does_not_cover_is_estimated_on_a_known_device(peaks: dict[Mode, int]) -> None:
-    config = read("--model.name=deepseek_v3", "--training.local_batch_size=2")
+    config = read("--model.converters=int8", "--training.local_batch_size=2")
     assert reserved_peak(NONE.set_in(config), 1, ASSUMED_VOCAB_SIZE) is None
     assert choose(config, 1, None, 80 * GIB, known=True).mode == NONE
 
