@@ -55,8 +55,7 @@ def causal_attention(
     """
     features = v.shape[-1]
     if features < q.shape[-1] and q.device.type == "cpu" and q.shape[1] == k.shape[1]:
-        # The CPU's flash kernel needs heads of values as wide as those of queries. Otherwise torch stores all scores,
-        # which takes twice the time of long sequences.
+        # The CPU's flash kernel needs heads of values as wide as those of queries. Otherwise torch stores all scores.
         v = F.pad(v, (0, q.shape[-1] - features))
     out = _attend(q, k, v, window, documents)
     return out if out.shape[-1] == features else out[..., :features]

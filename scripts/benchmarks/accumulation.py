@@ -50,8 +50,8 @@ REAL = (Case(1, "step"), Case(4, "step"), Case(4, "microbatch"))
 def estimated(case: Case) -> dict[str, Any]:
     options = ["--training.local_batch_size=1", f"--training.global_batch_size={GPUS * case.microbatches}"]
     options += [f"--parallelism.fsdp_reduce_gradients={case.reduced}", *case.options]
-    found = estimate(load_config(options, str(harness.ROOT / "train_configs" / "llama3_8b.toml")), GPUS)
-    (rank,) = found.ranks
+    config = load_config(options, str(harness.ROOT / "train_configs" / "llama3_8b.toml"))
+    (rank,) = estimate(config, GPUS).ranks
     parts = {kind: round(n / GIB, 2) for kind, n in rank.at_peak.items()}
     row = {"part": "estimate", "model": "8B", "gpus": GPUS, **_named(case)}
     return {**row, "peak_gib": round(rank.peak / GIB, 2), "at_peak_gib": parts}

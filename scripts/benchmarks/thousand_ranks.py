@@ -50,7 +50,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from titanlite.checkpoint.hugging_face import HuggingFaceFolder
 from titanlite.checkpoint.metadata import METADATA, read_metadata
 from titanlite.checkpoint.plan_cache import PlanCache
-from titanlite.checkpoint.planner import LinearPlanner
+from titanlite.checkpoint.planner import FlatPlanner
 from titanlite.config.parallelism import Degrees
 from titanlite.config.schema import Comm
 from titanlite.data import build_source
@@ -142,7 +142,7 @@ def _seconds_of_dcp(ranks: int, tensors: int) -> float:
 
 def _seconds_of_metadata(ranks: int, tensors: int) -> float:
     """Return the seconds in which each rank reads where the tensors of a checkpoint are."""
-    planned, metadata = LinearPlanner().create_global_plan([_plan_of(rank, ranks, tensors) for rank in range(ranks)])
+    planned, metadata = FlatPlanner().create_global_plan([_plan_of(rank, ranks, tensors) for rank in range(ranks)])
     size = 4 * COLUMNS
     metadata.storage_data = {
         item.index: _StorageInfo(f"__{rank}_0.distcp", i * size, size)

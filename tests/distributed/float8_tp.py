@@ -618,7 +618,7 @@ def four_processes(compiled: bool) -> dict[str, Any]:
 
 
 def report(compiled: bool = False) -> dict[str, Any]:
-    """What this rank of 2, or of 4, found; of 4, ``compiled`` asks for compiled blocks beside eager ones alone."""
+    """Return the results of this rank of 2 or 4. With 4, ``compiled`` adds those of compiled blocks."""
     dist.init_process_group("gloo")
     results = two_processes() if dist.get_world_size() == 2 else four_processes(compiled)
     dist.destroy_process_group()

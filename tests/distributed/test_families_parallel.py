@@ -44,7 +44,7 @@ def families(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
 
 
 def tried(way: str, case: str) -> bool:
-    """Whether the tests try this pair without being asked for every one. Dimensions together, and float8 in each way,
+    """Return whether the tests try this pair outside of long runs. Dimensions together, and float8 in each way,
     are test_parallel's."""
     if CASES[case]["model.name"] in MIXTURES:
         return True

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch.distributed.checkpoint.planner import SavePlanner
 
-from titanlite.checkpoint.planner import LinearPlanner
+from titanlite.checkpoint.planner import FlatPlanner
 
 
 class PlanCache:
@@ -24,7 +24,7 @@ class PlanCache:
 
     def planner(self) -> SavePlanner:
         """Return the planner of the next save."""
-        return LinearPlanner(self._series)
+        return FlatPlanner(self._series)
 
     def clear(self) -> None:
         """Forget the plans. Call it on all ranks after a failed save, of which some may have kept more than others."""

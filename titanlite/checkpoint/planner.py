@@ -1,4 +1,4 @@
-"""The planner of saves: DCP's, with a check of the whole plan that takes time linear in the number of chunks."""
+"""The planner of saves: DCP's, with a check of the whole plan that does not compare each pair of shards."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _MOST_LISTED = 5
 Boxes = np.ndarray[tuple[int, int], np.dtype[np.int64]]
 
 
-class LinearPlanner(DefaultSavePlanner):
+class FlatPlanner(DefaultSavePlanner):
     """DCP's planner for a flat state, with another check that the chunks of each tensor make up the tensor.
 
     DCP sorts the chunks along the longest dimension, and compares each with all that share a place there (torch 2.13).
@@ -40,8 +40,8 @@ class LinearPlanner(DefaultSavePlanner):
 def problems_of_plan(metadata: Metadata) -> list[str]:
     """Return a line for each tensor whose chunks do not make it up: each element once."""
     tensors = {n: t for n, t in metadata.state_dict_metadata.items() if isinstance(t, TensorStorageMetadata)}
-    found = ((name, _problem(tensor.size, tensor.chunks)) for name, tensor in tensors.items() if len(tensor.size))
-    return [f"{name}: {problem}" for name, problem in found if problem]
+    problems = {name: _problem(tensor.size, tensor.chunks) for name, tensor in tensors.items() if len(tensor.size)}
+    return [f"{name}: {problem}" for name, problem in problems.items() if problem]
 
 
 def _problem(shape: Sequence[int], chunks: Sequence[ChunkStorageMetadata]) -> str | None:

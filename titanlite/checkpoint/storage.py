@@ -44,7 +44,7 @@ from titanlite.checkpoint.folder import (
 )
 from titanlite.checkpoint.metadata import METADATA, Chunk, SavedTensor, read_metadata
 from titanlite.checkpoint.plan_cache import PlanCache
-from titanlite.checkpoint.planner import LinearPlanner
+from titanlite.checkpoint.planner import FlatPlanner
 from titanlite.checkpoint.quantized import as_plain, copy_any
 from titanlite.checkpoint.state import State
 from titanlite.checkpoint.tensors import read_tensor
@@ -174,7 +174,7 @@ def _write_tensors(
     on_device = any(tensor.device.type != "cpu" for tensor in state.values())
     writer = FileSystemWriter(folder, sync_files=True, per_thread_copy_ahead=_COPY_AHEAD if on_device else 0)
     writer.fs = files = _HashingFileSystem()
-    planner = LinearPlanner() if plans is None else plans.planner()
+    planner = FlatPlanner() if plans is None else plans.planner()
     try:
         # CRC-32 adds nothing to SHA-256, and PyTorch holds the interpreter lock while it computes a CRC-32.
         with config.patch({"save.compute_crc32": False}):  # type: ignore[attr-defined]

@@ -1,4 +1,4 @@
-"""What decides which text a run was trained on, and which text its validation losses are of."""
+"""The facts by which runs compare: the text that a run was trained on, and the text of its validation."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _MOST_BYTES = 1 << 20
 
 @dataclass
 class Text:
-    """What decides which text is read.
+    """The identity of a text that a run reads.
 
     Attributes:
         options: by the names of the configuration, with the place of the files.
@@ -53,7 +53,7 @@ def value_of(options: dict[str, Any], name: str) -> Any:
 
 
 def facts_of(folder: Path, options: dict[str, Any], metrics: Columns) -> dict[str, Any]:
-    """Return what else decides if training losses compare, by name: only what is known."""
+    """Return the other facts that training losses must share to compare, by name: only those that are known."""
     facts = {"training.seq_len": value_of(options, "training.seq_len")} if options else {}
     if (tokens := _tokens_per_step(metrics)) is not None:
         facts["tokens per step"] = tokens
@@ -66,7 +66,7 @@ def facts_of(folder: Path, options: dict[str, Any], metrics: Columns) -> dict[st
 
 
 def texts_of(folder: Path, options: dict[str, Any]) -> tuple[Text, Text]:
-    """Return what decides the text of training, and of validation: nothing of that without a configuration."""
+    """Return the text of training, and that of validation; both empty without a configuration."""
     identities = _json(folder / DATA_IDENTITY)
     if not options:
         return Text(), Text()

@@ -85,7 +85,7 @@ def _differs(current: Mapping[str, Any], option: Option, run: Mapping[str, Any])
     value = section_in(current, option.section).get(option.key)
     if value == "auto" or (value is None and option.key == "seed"):
         return False
-    return bool(before.get(option.key) != value)
+    return bool(before.get(option.key, option.default) != value)
 
 
 def _joined(config: JobConfig, file: str, parts: Iterable[str]) -> str:

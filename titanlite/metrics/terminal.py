@@ -38,8 +38,8 @@ def length(text: str) -> int:
 
 
 def below(status: str) -> str:
-    """Return what draws ``status`` one line below the cursor, which goes back to the start of its own, empty line: what
-    another process writes there stands on a line of its own."""
+    """Return the codes that draw ``status`` one line below the cursor. The cursor goes back to the start of its own,
+    empty line, so that a line of another process stands alone."""
     return f"{CLEAR}\n{_CUT}{status}{_WRAP}{_UP}\r"
 
 

@@ -53,7 +53,7 @@ def attention_of(args: DecoderArgs, tensor_parallel: int = 1) -> Attention:
         return Attention(grouped, q, q, rotated=q + kv, kept=2 * q + 2 * kv)
     latent, values = args.latent, args.n_heads * args.latent.value_dim // t
     of_keys_and_values = args.n_heads * (latent.nope_dim + latent.value_dim) // t
-    of_latents, of_queries = latent.kv_rank + latent.rope_dim, latent.q_rank or 0
+    of_latents, of_queries = latent.kv_features, latent.q_rank or 0
     queries: tuple[Linear, ...] = (Linear(args.dim, q, split),)
     if of_queries:
         queries = Linear(args.dim, of_queries // t, split), Linear(of_queries, q)

@@ -17,7 +17,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
 
-from titanlite.checkpoint.planner import LinearPlanner, problems_of_plan
+from titanlite.checkpoint.planner import FlatPlanner, problems_of_plan
 
 Box = tuple[list[int], list[int]]  # offset, sizes
 TWO_RANKS = [SavePlan([]), SavePlan([])]
@@ -84,11 +84,11 @@ def plans_of(shape: list[int], ranks: int, tensors: int = 1) -> list[SavePlan]:
 
 def test_the_planner_refuses_a_wrong_plan_by_name() -> None:
     good, broken = plans_of([8, 4], 4), plans_of([8, 4], 4)[:3]
-    plans, metadata = LinearPlanner().create_global_plan(good)
+    plans, metadata = FlatPlanner().create_global_plan(good)
     assert len(plans) == 4
     assert problems_of_plan(metadata) == []
     with pytest.raises(ValueError, match="w0: its chunks have 24 elements, and it has 32"):
-        LinearPlanner().create_global_plan(broken)
+        FlatPlanner().create_global_plan(broken)
 
 
 def test_many_shards_of_rows_of_a_wide_tensor_take_no_time() -> None:

@@ -411,7 +411,7 @@ def test_the_text_fits_the_terminal(
 
 @pytest.fixture(scope="module")
 def twenty(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """Of which the tenth, the baseline, is neither among the best nor the worst, and the last is on other data."""
+    """The tenth run, the baseline, is neither among the best nor the worst; the last is on other data."""
     folder = tmp_path_factory.mktemp("twenty")
     first, _ = losses(0, steps=300)
     runs = []

@@ -35,7 +35,7 @@ def test_it_covers_the_truth_in_95_percent(steps: int, rho: float, percent: floa
 @pytest.mark.parametrize("percent", [0.0, 0.5], ids=["no difference", "0.5%"])
 @pytest.mark.parametrize("white", [0.0, 2.0])
 def test_the_command_gives_these_verdicts(white: float, percent: float, tmp_path: Path) -> None:
-    """Of 40 of the pairs, written as run folders: at equal steps, and at equal tokens."""
+    """40 of the pairs are written as run folders; the verdicts at equal steps and at equal tokens are counted."""
     pairs, counts = 40, {"steps": Counter[str](), "tokens": Counter[str]()}
     first, second, truth = loss_pairs(np.random.default_rng(3), pairs, 500, 0.8, percent, white)
     for number in range(pairs):

@@ -248,7 +248,7 @@ def test_a_stage_of_a_pipeline_without_loss_does_not_win(tmp_path: Path, capsys:
 
 
 def test_rows_of_other_ranks_are_not_kept(tmp_path: Path) -> None:
-    """Of a log of many ranks: 32 of a first stage, and 32 of the last."""
+    """A log of many ranks has 32 of a first stage, and 32 of the last."""
     values = losses(0)[0][:100]
     ranks = [log_of_rank(rank, values if rank >= 32 else np.full(100, -1.0)) for rank in range(64)]
     validation = ["[rank0]:validate step: 0  loss: -1.0000", "[rank32]:validate step: 0  loss:  9.5000"]
