@@ -3,10 +3,11 @@
     python scripts/benchmarks/checkpoint_save.py --output docs/benchmarks/checkpoint_save.json
 
 Blocks of steps of one trainer alternate: without a save, with one that it waits for, with one in the background, which
-ends within its block, and with a process beside it that hashes for as long as a save takes. The delay is the block's
-time less that of the block without in the same round; part of it is that trainer and save share the processors, which
-the last kind shows. What a save itself holds up is timed, too: the call, and what the optimizer waits for the copy. The
-figures are medians over the rounds. Options of the trainer may follow.
+ends within its block, and with another process that copies, hashes and writes as many bytes. The delay is the block's
+time less that of the block without in the same round. Part of it is that trainer and save share memory and processors:
+the last kind shows what that alone costs, where no code of the save runs in the trainer's process. What a save itself
+holds up is timed, too: the call, and what the optimizer waits for the copy. The figures are medians over the rounds.
+Options of the trainer may follow.
 """
 
 from __future__ import annotations
@@ -31,14 +32,21 @@ from titanlite.train import Trainer
 
 # Tensors of 1 to 11 MB: what a save costs beyond its bytes, it costs for each tensor.
 FLAVORS["bench"] = DecoderArgs(dim=1024, n_layers=6, n_heads=16, n_kv_heads=8, ffn_dim=2816, vocab_size=0)
-HOW = ("none", "waited for", "background", "a process beside it")
-HASHING = """
-import hashlib, sys, time
-block = bytes(1 << 20)
-for seconds in sys.stdin:
-    end = time.perf_counter() + float(seconds)
-    while time.perf_counter() < end:
-        hashlib.sha256(block)
+HOW = ("none", "waited for", "background", "another process")
+WRITING = """
+import hashlib, os, sys
+size, place = int(sys.argv[1]), sys.argv[2]
+state, copied = memoryview(bytearray(size)), memoryview(bytearray(size))
+for _ in sys.stdin:
+    copied[:] = state
+    digest = hashlib.sha256()
+    with open(place, "wb", buffering=0) as file:
+        for begin in range(0, size, 1 << 18):
+            part = copied[begin : begin + (1 << 18)]
+            digest.update(part)
+            file.write(part)
+        os.fsync(file.fileno())
+    os.remove(place)
 """
 
 
@@ -57,24 +65,23 @@ class TimedCheckpoints(CheckpointManager):
 
 
 class Bench:
-    """One trainer, and a process that hashes when told to; ``save_s``, the seconds of a save alone, is how long."""
+    """One trainer with a state of ``size`` bytes, and a process that copies, hashes and writes as many when told to."""
 
     def __init__(self, trainer: Trainer, steps: int) -> None:
-        self.trainer, self.steps, self.save_s = trainer, steps, 0.0
-        self.hashing = subprocess.Popen([sys.executable, "-c", HASHING], stdin=subprocess.PIPE, text=True)
+        self.trainer, self.steps = trainer, steps
         given, root = trainer.config, trainer.checkpoints.root
         trainer.checkpoints.close()
         timeout = given.comm.init_timeout_seconds
         self.checkpoints = TimedCheckpoints(given.checkpoint, root, trainer.runtime.device, timeout)
         trainer.checkpoints = self.checkpoints
-
-    def warm_up(self) -> None:
-        """The buffers of the copy are made once."""
-        for how in HOW:
+        for how in ("none", "waited for", "background"):  # moments, and the buffers of the copy, are made once
             self.block(how)
-        start = time.perf_counter()
-        self.trainer._save(ends=True)
-        self.save_s = time.perf_counter() - start
+        self.size = local_bytes(
+            model_state(trainer.model_parts) | optimizer_state(trainer.optimizer, trainer.model_parts)
+        )
+        command = [sys.executable, "-c", WRITING, str(self.size), str(root.parent / "written")]
+        self.other = subprocess.Popen(command, stdin=subprocess.PIPE, text=True)
+        self.block("another process")
 
     def block(self, how: str) -> tuple[float, float]:
         """Seconds of the steps, the first of them followed by a save; and for how long that held them up."""
@@ -85,7 +92,7 @@ class Bench:
             if i == 0 and how in ("waited for", "background"):
                 self.checkpoints.hold(lambda: self.trainer._save(ends=how == "waited for"))
             elif i == 0 and how != "none":
-                print(self.save_s, file=self.hashing.stdin, flush=True)
+                print(file=self.other.stdin, flush=True)
         harness.synchronize()
         took = time.perf_counter() - start
         waited = time.perf_counter()
@@ -95,7 +102,7 @@ class Bench:
         return took, self.checkpoints.held
 
     def close(self) -> None:
-        self.hashing.communicate()
+        self.other.communicate()
 
 
 def outputs() -> Path:
@@ -107,34 +114,31 @@ def outputs() -> Path:
 
 def main() -> int:
     parser = harness.parser(__doc__)
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--block", type=int, default=12, help="steps in a block")
+    parser.add_argument("--rounds", type=int, default=27)
+    parser.add_argument("--block", type=int, default=8, help="steps in a block")
     args, options = parser.parse_known_args()
     given = ["--model.flavor=bench", "--training.seq_len=64", "--training.local_batch_size=1"]
     given += ["--checkpoint.enable_checkpoint", "--checkpoint.async_mode=async_with_pinned_mem"]
     given += ["--checkpoint.interval=1000000", "--checkpoint.keep_latest_k=1", *options]
     with quiet_trainer(given, outputs()) as trainer:
         bench = Bench(trainer, args.block)
-        bench.warm_up()
         times: dict[str, list[tuple[float, float]]] = {how: [] for how in HOW}
         for i in range(args.rounds):
             for how in HOW[i % len(HOW) :] + HOW[: i % len(HOW)]:
                 times[how].append(bench.block(how))
-        state = model_state(trainer.model_parts) | optimizer_state(trainer.optimizer, trainer.model_parts)
-        size = local_bytes(state)
         bench.close()
     rows: list[dict[str, Any]] = []
     for how in HOW[1:]:
         delay = statistics.median(t - none for (t, _), (none, _) in zip(times[how], times["none"], strict=True))
         held = statistics.median(held for _, held in times[how])
-        rows.append({"system": "titanlite", "config": how, "delay_s": delay, "held_s": held, "bytes": size})
+        rows.append({"system": "titanlite", "config": how, "delay_s": delay, "held_s": held, "bytes": bench.size})
     for row in rows:
         row["delay_pct"] = 100 * row["delay_s"] / rows[0]["delay_s"]
         row["held_pct"] = 100 * row["held_s"] / rows[0]["held_s"]
         print(
             f"{row['config']}: training is delayed by {row['delay_s'] * 1e3:.0f} ms "
             f"({row['delay_pct']:.1f}% of a save that it waits for), of which it is held up for "
-            f"{row['held_s'] * 1e3:.1f} ms ({row['held_pct']:.1f}%), {size / 1e6:.0f} MB"
+            f"{row['held_s'] * 1e3:.1f} ms ({row['held_pct']:.1f}%), {bench.size / 1e6:.0f} MB"
         )
     step = statistics.median(t for t, _ in times["none"]) / args.block
     results.save("checkpoint_save", [{**row, "step_s": step, "block": args.block} for row in rows], args)

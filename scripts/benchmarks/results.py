@@ -24,15 +24,20 @@ def device(kind: str = "cuda") -> str:
 
 
 def commit() -> str | None:
-    """The commit that is measured: TITANLITE_COMMIT, for copies without .git, or git's answer; None without either."""
+    """The commit that is measured: TITANLITE_COMMIT, for copies without .git, or git's answer; None without either.
+    "-dirty" follows where a file was changed since, other than in docs/, where results of other benchmarks are."""
     if given := os.environ.get("TITANLITE_COMMIT"):
         return given
-    command = ["git", "describe", "--always", "--dirty"]
     try:
-        found = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
-    except FileNotFoundError:  # no git
+        name = _git("rev-parse", "--short=8", "HEAD")
+        return f"{name}-dirty" if _git("diff", "HEAD", "--name-only", "--", ":/", ":(top,exclude)docs") else name
+    except (FileNotFoundError, subprocess.CalledProcessError):  # no git, or no repository
         return None
-    return found.stdout.strip() or None
+
+
+def _git(*command: str) -> str:
+    done = subprocess.run(["git", *command], cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
+    return done.stdout.strip()
 
 
 def version(package: str) -> str | None:
