@@ -94,9 +94,14 @@ EXPERT_WAYS = {
     "CP 2 x TP 2, EP 4": Way(cp=2, tp=2, options=_experts(4)),
     "PP 2": Way(pp=2, options=_pipeline()),
     "PP 2 x FSDP 2, EP 2": Way(pp=2, shard=2, options=_experts(2, **_pipeline("Interleaved1F1B"))),
+    "PP 2 x TP 2, EP 2": Way(pp=2, tp=2, options=_experts(2, **_pipeline())),
+    "PP 2 x CP 2, EP 2": Way(pp=2, cp=2, options=_experts(2, **_pipeline())),
 }
 # The others have their mechanisms.
-EXPERT_WAYS_LONG = ("HSDP 2 x 2, EP 2", "TP 2", "TP 2, EP 2", "CP 2", "CP 2 x TP 2, EP 4", "PP 2")
+EXPERT_WAYS_LONG = (
+    *("HSDP 2 x 2, EP 2", "TP 2", "TP 2, EP 2", "CP 2", "CP 2 x TP 2, EP 4", "PP 2"),
+    *("PP 2 x TP 2, EP 2", "PP 2 x CP 2, EP 2"),
+)
 
 _FLOAT8 = {"training.mixed_precision_param": "bfloat16", "model.converters": "float8"}
 

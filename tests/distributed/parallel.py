@@ -56,6 +56,13 @@ TINY_FAMILIES = {
     "phi3": replace(TINY_MODEL, sliding_window=12, partial_rotary_factor=0.5),
 }
 
+# Latent attention whose queries are made of hidden states, and a router without groups, as Moonlight has them.
+TINY_MOONLIGHT = replace(
+    TINY_FAMILIES["deepseek_v3"],
+    latent=LatentArgs(kv_rank=16, nope_dim=16, rope_dim=16, value_dim=24),
+    mixture=MixtureArgs(8, 3, 32, n_shared_experts=2, n_dense_layers=1, scores="sigmoid", bias=True, scale=2.446),
+)
+
 # The cases whose eager casts are compiled, as users have them.
 COMPILED_CASTS = ("FSDP 2, int8 all-gather",)
 
@@ -239,6 +246,7 @@ def report(cases: dict[str, dict[str, Any]], folder: Path) -> dict[str, Any]:
     FLAVORS["tiny"] = TINY_MODEL
     for family, args in TINY_FAMILIES.items():
         get_model_spec(family).flavors["tiny"] = args  # type: ignore[index]
+    get_model_spec("deepseek_v3").flavors["tiny_moonlight"] = TINY_MOONLIGHT  # type: ignore[index]
     share_meshes()
     reports = {}
     for name, options in cases.items():

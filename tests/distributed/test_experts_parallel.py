@@ -50,8 +50,24 @@ DEEPSEEK = {
     "training.local_batch_size": 1,
     "mask": 16,
 }
-DEEPSEEK_LONG = ("TP 2", "CP 2", "CP 2 x TP 2, EP 4")
-DEEPSEEK_WAYS = ("EP 2", "TP 2, EP 2", "CP 2, EP 2", "PP 2 x FSDP 2, EP 2", *DEEPSEEK_LONG)
+# Its other form, whose queries are made of hidden states.
+MOONLIGHT = {"model.flavor": "tiny_moonlight"}
+# Ways that it is tried with, and whether scripts/test.sh --long alone does. The parts of EP 2 are in the others.
+DEEPSEEK_WAYS = {
+    ("EP 2", ""): "(yes)",
+    ("TP 2, EP 2", ""): "yes",
+    ("CP 2, EP 2", ""): "yes",
+    ("PP 2 x FSDP 2, EP 2", ""): "yes",
+    ("TP 2", ""): "(yes)",
+    ("CP 2", ""): "(yes)",
+    ("CP 2 x TP 2, EP 4", ""): "(yes)",
+    ("PP 2 x TP 2, EP 2", ""): "(yes)",
+    ("PP 2 x CP 2, EP 2", ""): "(yes)",
+    ("TP 2, EP 2", "moonlight"): "yes",
+    ("CP 2, EP 2", "moonlight"): "(yes)",
+    ("PP 2 x TP 2, EP 2", "moonlight"): "(yes)",
+    ("PP 2 x CP 2, EP 2", "moonlight"): "(yes)",
+}
 QUANT = re.compile("rowwise|mxfp8")
 # What one process computes differently too.
 WITH_ONE = re.compile("rowwise|mxfp8|balance")
@@ -73,14 +89,15 @@ def as_many_sequences(variant: str, processes: int) -> dict[str, Any]:
 def deepseek_case(way: str, variant: str = "") -> tuple[str, dict[str, Any]]:
     """The name of a run of deepseek_v3, and its options beside those of the way."""
     name = ", ".join(filter(None, (way, "deepseek_v3", variant)))
-    return name, {**DEEPSEEK, **(VARIANTS[variant] if variant else {})}
+    return name, {**DEEPSEEK, **{"": {}, "moonlight": MOONLIGHT, **VARIANTS}[variant]}
 
 
 @pytest.fixture(scope="module")
 def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Reports:
     """The ways that the chosen tests ask for."""
     tests = [i.callspec.params for i in request.session.items if i.path == request.path and hasattr(i, "callspec")]
-    latent = {(test["way"], variant) for test in tests if "deepseek" in test for variant in ("", test["deepseek"])}
+    latent = {(test["way"], test["deepseek"]) for test in tests if "deepseek" in test}
+    latent |= {(way, "") for way, variant in latent if variant in VARIANTS}  # which they are compared with
     tests = [test for test in tests if "deepseek" not in test]
     ways = {name: EXPERT_WAYS[name] for name in {test["way"]: None for test in tests}}
     cluster = Cluster(tmp_path_factory.mktemp("experts"))
@@ -121,12 +138,11 @@ def test_experts_train_as_on_one_process(runs: Reports, way: str) -> None:
         assert column(many, key) == pytest.approx(column(one, key), rel=1e-5)
 
 
-@pytest.mark.parametrize("deepseek", [""])
 @pytest.mark.parametrize(
-    "way", [pytest.param(way, marks=MARKS["(yes)" if way in DEEPSEEK_LONG else "yes"]) for way in DEEPSEEK_WAYS]
+    ("way", "deepseek"), [pytest.param(*case, marks=MARKS[when]) for case, when in DEEPSEEK_WAYS.items()]
 )
 def test_biases_move_alike(runs: Reports, way: str, deepseek: str) -> None:
-    one, many = (runs[deepseek_case(spread)[0]] for spread in (ONE, way))
+    one, many = (runs[deepseek_case(spread, deepseek)[0]] for spread in (ONE, way))
     expected = one[0]["biases"]
     assert len(expected) == LAYERS - 1
     assert all(any(bias) for bias in expected.values())
