@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import json
 
+import pytest
 import tables
+
+from titanlite.models.spec import get_model_spec
+from titanlite.plan.devices import DEVICES
 
 
 def test_the_docs_quote_what_was_measured() -> None:
@@ -44,3 +48,45 @@ def test_float8_learns_what_bf16_learns() -> None:
         low, high = by_config[recipe]["interval_95_pct"]
         assert -0.5 < low < high < 0.5
     assert all(r["steps"] == 200 and len(r["final_loss"]) == 3 for r in results)
+
+
+def test_biases_balance_the_experts_in_each_seed() -> None:
+    """The claim of docs/moe.md, held against its file: three seeds, 300 steps."""
+    results = json.loads((tables.RESULTS / "moe_balance.json").read_text(encoding="utf-8"))["results"]
+    with_bias, without = (next(r for r in results if r["config"] == config) for config in ("bias", "no bias"))
+    assert (with_bias["steps"], len(with_bias["largest_share"])) == (300, 3)
+    for share, other in zip(with_bias["largest_share"], without["largest_share"], strict=True):
+        assert share < other
+        assert share < 2 * with_bias["mean_share"]
+
+
+def test_experts_are_no_slower_than_those_of_transformers() -> None:
+    results = json.loads((tables.RESULTS / "moe_speed.json").read_text(encoding="utf-8"))["results"]
+    ratios = {r["compile"]: r["ratio_to_transformers"] for r in results if r["system"] == "titanlite"}
+    assert ratios.keys() == {False, True}
+    assert max(ratios.values()) <= 1
+
+
+@pytest.mark.parametrize(
+    ("way", "family", "flavor", "shared_by"),
+    [
+        ("30B-A3B, 8 GPUs, FSDP alone", "qwen3_moe", "30B-A3B", 1),
+        ("30B-A3B, 8 GPUs, `ep` = 8", "qwen3_moe", "30B-A3B", 8),
+        ("235B-A22B, `ep` = 8", "qwen3_moe", "235B-A22B", 8),
+        ("671B, `ep` = 64", "deepseek_v3", "671B", 64),
+    ],
+)
+def test_what_casts_of_experts_take_is_calculated(way: str, family: str, flavor: str, shared_by: int) -> None:
+    """The table in docs/moe.md."""
+    args, device = get_model_spec(family).flavor(flavor), DEVICES["h100"]
+    mixture, layers = args.mixture, args.n_layers - args.mixture.n_dense_layers
+    expert = 3 * args.dim * mixture.expert_dim
+    here = layers * expert * mixture.n_experts // shared_by
+    flops = 6 * 4096 * mixture.experts_per_token * layers * expert
+    ms = 1e3 * 6 * here / (device.bandwidth_tbs * 1e12)
+    cells = (
+        *(way, f"{here / 1e9:.1f} billion", f"{2 * here / 2**30:.1f} GiB"),
+        f"{6 * here / 1e9:.0f} GB, {ms:.2g} ms",
+        f"{flops / 1e12:.0f} TFLOP, {flops / device.fp8_tflops / 1e9:.0f} ms",
+    )
+    assert f"| {' | '.join(cells)} |" in (tables.ROOT / "docs" / "moe.md").read_text(encoding="utf-8")

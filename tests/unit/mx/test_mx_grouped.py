@@ -4,10 +4,12 @@ checks, and its results, computed on the CPU from what the units would read, aga
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -171,14 +173,17 @@ def test_the_operator_is_known_without_data() -> None:
         torch.library.opcheck(torch.ops.titanlite_mx.multiply_groups.default, args, test_utils="test_faketensor")
 
 
-def test_nothing_is_compiled_again_as_the_groups_change() -> None:
+@pytest.mark.slow
+def test_nothing_is_compiled_again_as_tokens_come_and_go() -> None:
+    """As under expert parallelism, the number of rows changes too, and the compiler does not know it."""
     from torch._dynamo.utils import counters
 
     torch._dynamo.reset()
     counters.clear()
     compiled = torch.compile(quantized_grouped_mm, backend="aot_eager", fullgraph=True)
-    for sizes in ([3, 17, 300, 1], [0, 321, 0, 0], [80, 80, 80, 81]):
+    for sizes in SIZES.values():
         a, w, offsets, grad = operands(sizes, 64, 96)
+        torch._dynamo.decorators.mark_unbacked(a, 0)
         out = compiled(a, w.transpose(1, 2), offsets, NATIVE)
         mine = [out[: sum(sizes)], *torch.autograd.grad(out, (a, w), grad)]
         mine[1] = mine[1][: sum(sizes)]
@@ -186,6 +191,83 @@ def test_nothing_is_compiled_again_as_the_groups_change() -> None:
             torch.testing.assert_close(one, other)
     assert counters["stats"]["unique_graphs"] == 1
     torch._dynamo.reset()
+
+
+# ---- what GPUs are given
+
+
+def exponents_at(scales: Tensor, begin: int, rows: int, blocks: int) -> Tensor:
+    """The exponents of a matrix whose tiles begin at a byte: tiles of 128 rows and 4 blocks one after the other, and in
+    a tile, row r of block c at byte 16 * (r % 32) + 4 * (r // 32) + c (the layout of cuBLAS for scales of 1x32)."""
+    row, block = torch.arange(rows)[:, None], torch.arange(blocks)
+    tile = row // 128 * -(-blocks // 4) + block // 4
+    return scales.flatten()[begin + 512 * tile + 16 * (row % 32) + 4 * (row % 128 // 32) + block % 4]
+
+
+def as_units_read(
+    a: Tensor,
+    b: Tensor,
+    a_scales: list[Tensor],
+    a_recipes: list[int],
+    a_orders: list[int],
+    b_scales: list[Tensor],
+    b_recipes: list[int],
+    b_orders: list[int],
+    offs: Tensor,
+    bias: None = None,
+    out_dtype: torch.dtype | None = None,
+    contraction_dim: tuple[int, ...] = (),
+    use_fast_accum: bool = False,
+) -> Tensor:
+    """``aten::_scaled_grouped_mm_v2`` of mxfp8 operands, from the bytes alone."""
+    assert a_recipes == b_recipes == [F.ScalingType.BlockWise1x32.value]
+    assert a_orders == b_orders == [F.SwizzleType.SWIZZLE_32_4_4.value]
+    assert (bias, out_dtype, tuple(contraction_dim), use_fast_accum) == (None, torch.bfloat16, (), False)
+    ((a_scale,), (b_scale,)) = a_scales, b_scales
+    meta = (torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta") for x in (a, b, a_scale, b_scale))
+    result = torch._scaled_grouped_mm(*meta, offs=offs.to("meta"), out_dtype=out_dtype)
+    out = torch.full(result.shape, torch.nan, dtype=torch.bfloat16)  # what is not written is not defined
+
+    def values(data: Tensor, scale: Tensor, begin: int) -> Tensor:
+        exponents = exponents_at(scale.view(torch.uint8), begin, data.shape[0], -(-data.shape[1] // 32))
+        return data.float() * (exponents.double() - 127).exp2().float().repeat_interleave(32, 1)[:, : data.shape[1]]
+
+    start, a_begin, b_begin = 0, 0, 0
+    for group, stop in enumerate(offs.tolist()):
+        size = stop - start
+        if b.ndim == 3:
+            right = values(b[group].t(), b_scale[group], 0)
+            out[start:stop] = values(a[start:stop], a_scale, a_begin) @ right.t()
+            a_begin += -(-size // 128) * 128 * (-(-a.shape[1] // 128) * 4)
+        elif size:
+            left, right = values(a[:, start:stop], a_scale, a_begin), values(b[start:stop].t(), b_scale, b_begin)
+            out[group] = left @ right.t()
+            blocks = -(-size // 128) * 4
+            a_begin += -(-a.shape[0] // 128) * 128 * blocks
+            b_begin += -(-b.shape[1] // 128) * 128 * blocks
+        start = stop
+    return out
+
+
+@pytest.fixture
+def units() -> Iterator[None]:
+    with torch.library._scoped_library("aten", "IMPL") as library:
+        library.impl("_scaled_grouped_mm_v2", as_units_read, "CPU")
+        yield
+
+
+@each_size
+def test_units_are_given_what_the_operator_computes_from(sizes: list[int], units: None) -> None:
+    """The kernel of the operator for GPUs, with PyTorch's function in it, and the one for the CPU."""
+    with Calls() as calls:
+        step(sizes, 160, 288, NATIVE)
+    assert len(calls.operands) == 3
+    for args in calls.operands:
+        mine, other = grouped.multiply_by_units(*args), grouped.multiply(*args)
+        if mine.shape[0] == sum(sizes) + 2:
+            mine, other = mine[:-2], other[:-2]
+        assert not mine.isnan().any()
+        torch.testing.assert_close(mine, other, rtol=2**-7, atol=1e-5)  # sums are rounded in another order
 
 
 # ---- which devices have it

@@ -294,3 +294,21 @@ def test_two_projections_of_one_input_share_its_casts(recipe: str) -> None:
     (together, one), (apart, two) = run(True), run(False)
     assert all(torch.equal(x, y) for x, y in zip(together, apart, strict=True))
     assert (one, two) == (1, 2)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_each_microbatch_casts_a_weight_twice(recipe: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As docs/moe.md says: for the output, and for the gradient of the rows."""
+    format = grouped_format(recipe).emulated
+    weights, cast = {K: 0, M: 0}, type(format).cast_rows
+
+    def counted(self: Any, x: Tensor, use: Use) -> Any:
+        if use.operand == "weight":
+            weights[x.shape[1]] += 1
+        return cast(self, x, use)
+
+    monkeypatch.setattr(type(format), "cast_rows", counted)
+    a, w, offsets, grad = operands(SIZES["odd"])
+    for _ in range(3):
+        quantized_grouped_mm(a, w.transpose(1, 2), offsets, format).backward(grad)
+    assert weights == {K: 3, M: 3}

@@ -142,6 +142,10 @@ class Float8Format(GroupedFormat):
             return None
         return "its grouped matmuls have scales of rows only; use rowwise"
 
+    def groups(self, offsets: Tensor, rows: int) -> Groups:
+        # The units end the process at a sum over no rows (PyTorch's aten/src/ATen/native/cuda/GroupMMCommon.cuh).
+        return Groups(offsets, rows, self.multiple, least=0 if self.emulate else 1)
+
     def _groups_by_kernels(self, x: Tensor) -> bool:
         """Return whether the Triton kernels cast ``x`` for grouped matmuls. The number of rows must not decide: under
         expert parallelism the compiler does not know it."""
