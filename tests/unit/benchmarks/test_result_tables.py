@@ -61,10 +61,11 @@ def test_biases_balance_the_experts_in_each_seed() -> None:
 
 
 def test_experts_are_no_slower_than_those_of_transformers() -> None:
+    """The claim of docs/moe.md, held against its file: eager and compiled, whatever the other's weights."""
     results = json.loads((tables.RESULTS / "moe_speed.json").read_text(encoding="utf-8"))["results"]
-    ratios = {r["compile"]: r["ratio_to_transformers"] for r in results if r["system"] == "titanlite"}
-    assert ratios.keys() == {False, True}
-    assert max(ratios.values()) <= 1
+    mine = [r for r in results if r["system"] == "titanlite"]
+    assert {r["compile"] for r in mine} == {False, True}
+    assert all(r["ratio_to_transformers"] <= 1 for r in mine)
 
 
 @pytest.mark.parametrize(
