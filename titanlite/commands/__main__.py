@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import os
+import signal
 import sys
 
 from titanlite import __version__
@@ -57,10 +59,23 @@ def main() -> int:
     try:
         status = subcommand.main(rest)
         sys.stdout.flush()
+    except KeyboardInterrupt:
+        status = 128 + signal.SIGINT
     except BrokenPipeError:  # whoever read the text, such as head, has ended
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains once more at its end
+        _drop_output()
+        status = 1
+    except OSError as e:
+        if e.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        _drop_output()
+        print(f"titanlite {name}: {e.filename or 'the output'} cannot be written: {e.strerror}", file=sys.stderr)
         status = 1
     return status
+
+
+def _drop_output() -> None:
+    """Write nowhere what is left of the output: else Python complains once more at its end."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ def parser() -> argparse.ArgumentParser:
     add("runs", nargs="+", type=Path, metavar="RUN")
     add("--baseline", metavar="RUN", help="the run that others are compared with: its path or its name; default: the "
         "first")  # fmt: skip
-    add("--html", type=Path, metavar="FILE", help="write a page that opens without a network")
+    add("--html", type=Path, metavar="FILE", help="write a page that opens without a network: .html")
     add("--picture", type=Path, metavar="FILE", help="write the curves as a picture: .png or .svg")
     add("--json", action="store_true", help="print one JSON object, not tables")
     return cli
@@ -49,12 +49,13 @@ def compare_runs(args: argparse.Namespace) -> None:
     from rich.console import Console
 
     from titanlite.compare.comparison import compare
-    from titanlite.compare.page import write_page
+    from titanlite.compare.page import check_page, write_page
     from titanlite.compare.picture import check_picture, write_picture
     from titanlite.compare.text import print_comparison
 
-    if args.picture:
-        check_picture(args.picture)
+    for file, check in ((args.html, check_page), (args.picture, check_picture)):
+        if file:
+            check(file)
     comparison = compare(args.runs, args.baseline)
     if args.json:
         print(comparison.json())

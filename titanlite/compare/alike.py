@@ -14,6 +14,7 @@ _TOKENIZER = ("tokenizer", "model.tokenizer_path")
 # Text that is read once may end within a batch, so that other tokenizers leave out another rest of it.
 _SAME_AMOUNT = 0.05
 _DIGITS = 8  # of a digest, which are shown
+_SPANS = 3  # of steps with other options, which are told one by one
 
 
 def why_not_comparable(run: Run, baseline: Run, metric: str = "loss") -> list[str]:
@@ -105,12 +106,24 @@ def _amount(run: Run, unit: str) -> float | None:
 
 def cautions(run: Run, baseline: Run) -> list[str]:
     """Return sentences on what makes a comparison of the training losses of two runs less exact, or leaves it open."""
-    sentences = []
+    sentences = [*_other_options_before(run), *_other_options_before(baseline)]
     if unknown := not_known(run, baseline):
         sentences.append(f"It is not known if they have the same {', '.join(unknown)}.")
     ours, theirs = (r.validation_text.options.get(HELD_OUT) for r in (run, baseline))
     if None not in (ours, theirs) and ours != theirs:
         sentences.append("They hold out other documents for validation, so their batches differ.")
+    return sentences
+
+
+def _other_options_before(run: Run) -> list[str]:
+    """Return sentences on the options that a run had before it went on with other ones."""
+    if len(run.options_before) > _SPANS:
+        last = max(last for _, last in run.options_before)
+        return [f"{run.name} went on several times with other options, the last time after step {last:,}."]
+    sentences = []
+    for (first, last), options in sorted(run.options_before.items()):
+        values = ", ".join(printable(f"{name} = {value}") for name, value in options.items())
+        sentences.append(f"In steps {first:,} to {last:,}, {run.name} had {values}.")
     return sentences
 
 

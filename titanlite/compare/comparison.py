@@ -13,7 +13,8 @@ from titanlite.compare.difference import Difference, differences_of
 from titanlite.compare.options import as_json, differing_options, name_apart
 from titanlite.compare.runs import Run, read_runs
 from titanlite.compare.sentence import Sentences, sentences_on
-from titanlite.errors import ConfigError
+from titanlite.config.run_config import CONFIG
+from titanlite.errors import ConfigError, printable
 from titanlite.registry import nearest
 
 MANY = 5  # runs, from which on they are sorted by their loss, and not all are drawn
@@ -124,6 +125,7 @@ def compare(paths: Sequence[Path], baseline: str | None = None) -> Comparison:
     reasons = {run.name: reason for run in others if (reason := why_not_comparable(run, chosen))}
     by_run = {run.name: differences_of(run, chosen) for run in others}
     sentences = {run.name: sentences_on(run, chosen, by_run[run.name], reasons.get(run.name, [])) for run in others}
+    notes += _without_options(runs)
     notes += _of_one(chosen) if not others else []
     differences = [d for of_run in by_run.values() for d in of_run]
     return Comparison(runs, chosen, differing_options(runs), differences, reasons, sentences, notes, last_share)
@@ -162,6 +164,15 @@ def _only_run(baseline: str) -> Run:
         paths = ", ".join(str(run.path) for run in runs)
         raise ConfigError(f"holds {len(runs)} runs, and one must be named: {paths}", key="--baseline", value=baseline)
     return (itself or runs)[0]
+
+
+def _without_options(runs: Sequence[Run]) -> list[str]:
+    """Return a sentence for each run folder whose configuration is lost: its options are missing in the tables."""
+    lost = [run for run in runs if run.path.is_dir() and not run.options]
+    return [
+        f"The options of {run.name} are not known: {printable(str(run.path / CONFIG))} is not there, or is no TOML."
+        for run in lost
+    ]
 
 
 def _of_one(run: Run) -> list[str]:

@@ -123,7 +123,7 @@ def _row(line: str, step: int, fields: str) -> dict[str, float]:
     row = {"step": float(step)}
     for name, number in _FIELD.findall(fields):
         if name in _COLUMNS:
-            row[_COLUMNS[name]] = _float(number)
+            row.setdefault(_COLUMNS[name], _float(number))  # a line of another rank can follow without a line break
     if time := _TIME.search(line):
         row["hours"] = datetime.fromisoformat(time[0].replace(",", ".")).timestamp() / 3600
     return row

@@ -27,6 +27,13 @@ _TEMPLATE = Path(__file__).with_name("page.html")
 _POINTS = 2000  # of a run; a longer one is shown by the means of that many parts
 
 
+def check_page(file: Path) -> None:
+    """Raise ConfigError if the name of ``file`` does not end in .html: it may be a run or a log, where the name of the
+    page was forgotten."""
+    if file.suffix.lower() not in (".html", ".htm"):
+        raise ConfigError("must end in .html", key="--html", value=file)
+
+
 def write_page(comparison: Comparison, file: Path) -> None:
     """Write the page.
 

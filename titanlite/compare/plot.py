@@ -13,6 +13,7 @@ from titanlite.compare.rows import Array
 
 # In the order of the runs; each can be read on a dark and on a light background.
 COLORS = ("cyan", "magenta", "yellow", "green", "red", "blue")
+_FEWEST_COLUMNS = 8  # of a curve; a line of a narrower terminal is broken
 _DOTS = ((0x01, 0x08), (0x02, 0x10), (0x04, 0x20), (0x40, 0x80))  # of a character, by row and column
 
 
@@ -63,7 +64,7 @@ def plot(
     if not filled:
         return Text(f"{title}: no values")
     start, end = min(x[0] for x in filled), max(x[-1] for x in filled)
-    columns = width - 11
+    columns = max(width - 11, _FEWEST_COLUMNS)
     per_column = 2 if colored else 1
     means = [binned(curve.x, curve.y, start, end, columns * per_column) for curve in curves]
     low, high = _scale(means, start + 0.05 * (end - start), highest)
@@ -76,7 +77,7 @@ def plot(
             signs[cell] |= _DOTS[row % 4][column % 2] if colored else 1
             owners[cell] = number
     decimals = max(0, min(6, 2 - math.floor(math.log10(high - low))))
-    text = Text(f"{title}\n", style="bold")
+    text = Text.assemble((f"{title}\n", "bold"))
     for line in range(height):
         mark = high - (high - low) * line / max(height - 1, 1)
         text.append(f"{mark:>9.{decimals}f} " if line % 3 == 0 or line == height - 1 else " " * 10, style="dim")

@@ -14,6 +14,7 @@ import numpy as np
 from titanlite.compare.console_log import read_console_log
 from titanlite.compare.facts import Text, facts_of, texts_of
 from titanlite.compare.rows import Array, Columns, read_columns
+from titanlite.config.run_changes import options_before, read_changes
 from titanlite.config.run_config import (
     CONFIG,
     EARLIER,
@@ -53,6 +54,8 @@ class Run:
         name: what it is called; no two runs of a comparison have the same name.
         metrics, validation: their rows, by ascending step.
         options: its configuration by ``section.key``, without options that are unset; empty for a console log.
+        options_before: those of earlier steps that are not those of the end, by the first and last of these steps; of a
+            run that went on with other ones.
         facts: what decides if its training losses compare, by name: tokens per step, tokenizer. Only what is known.
         text, validation_text: what decides which text it was trained on, and which text its validation losses are of.
         sample: what its model wrote at the end; empty if it is not there.
@@ -63,6 +66,7 @@ class Run:
     metrics: Columns
     validation: Columns
     options: dict[str, Any] = field(default_factory=dict)
+    options_before: dict[tuple[int, int], dict[str, str]] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)
     text: Text = field(default_factory=Text)
     validation_text: Text = field(default_factory=Text)
@@ -207,7 +211,8 @@ def _read_folder(folder: Path) -> Run:
     name = printable(name) if isinstance(name, str) and name else folder.resolve().name
     validation["tokens_seen"] = _tokens_at(validation["step"], metrics)
     facts, texts = facts_of(folder, options, metrics), texts_of(folder, options)
-    return Run(folder, name, metrics, validation, options, facts, *texts, _sample(folder))
+    other_options = options_before(read_changes(folder))
+    return Run(folder, name, metrics, validation, options, other_options, facts, *texts, _sample(folder))
 
 
 def _tokens_at(steps: Array, metrics: Columns) -> Array:

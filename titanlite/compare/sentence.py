@@ -12,6 +12,8 @@ from titanlite.compare.runs import Run
 
 _NOUNS = {"validation_loss": "validation loss", "bits_per_byte": "validation in bits per byte"}
 
+_FEW = 50  # rows, with fewer of which the interval is several times as wide as it need be
+
 
 @dataclass(frozen=True)
 class Sentences:
@@ -58,8 +60,17 @@ def sentences_on(run: Run, baseline: Run, differences: Sequence[Difference], rea
     if d.verdict == "too few rows":
         why = f"No verdict: {pair} have fewer than {MIN_ROWS} logged steps in common; train longer, or log more often"
         return Sentences(f"{why} (metrics.log_freq).", validation, contradicts, ends)
-    ends = other_ends(run, baseline) + ends
+    ends = [*other_ends(run, baseline), *_few_rows(d), *ends]
     return Sentences(_on_training(run, baseline, d), validation, contradicts, ends, is_verdict=True)
+
+
+def _few_rows(d: Difference) -> list[str]:
+    """Return a sentence if the runs are called alike, and so few rows would hardly show a difference."""
+    if d.verdict != "within the noise" or d.low == d.high == 0 or d.rows >= _FEW:
+        return []
+    logs_every_step = d.last - d.first < d.rows
+    advice = "train longer" if logs_every_step else "train longer, or log every step (metrics.log_freq=1)"
+    return [f"The interval is wide because it is of {d.rows} logged steps alone; {advice} to see smaller differences."]
 
 
 def _on_training(run: Run, baseline: Run, d: Difference) -> str:

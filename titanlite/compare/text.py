@@ -53,10 +53,10 @@ def _parts(comparison: Comparison, console: Console) -> Iterator[RenderableType]
         yield Text(sentence)
     yield _names(comparison)
     if comparison.is_of_many:
-        yield _ranking(comparison)
+        yield _ranking(comparison, console.width)
     yield _runs(comparison, console.width)
     if comparison.differences and not comparison.is_of_many:
-        yield _differences(comparison)
+        yield _differences(comparison, console.width)
     if comparison.options:
         yield _changes(comparison) if comparison.is_of_many else _options(comparison)
     yield _curves(comparison, console)
@@ -139,26 +139,42 @@ def about_numbers(comparison: Comparison) -> str:
 
 
 def _runs(comparison: Comparison, width: int) -> Group:
-    """Return the numbers of the runs, in as many tables as a narrow terminal needs."""
-    titles, rows = numbers_of_runs(comparison)
-    widths = [max(map(len, column)) + 2 for column in zip(titles, *rows, strict=True)]
+    titles, cells = numbers_of_runs(comparison)
+    rows = [(_number(comparison, number), of_run) for number, of_run in enumerate(cells)]
+    return _titled(f"runs ({about_numbers(comparison)})", *_stacked(titles, rows, width))
+
+
+def _stacked(
+    titles: Sequence[str], rows: Sequence[tuple[Text, Sequence[str]]], width: int, wrapped: Sequence[str] = ()
+) -> list[Table]:
+    """Return one table, or as many as a narrow terminal of ``width`` columns needs.
+
+    Args:
+        rows: the title of each row, which every table has, and its cells.
+        wrapped: see :func:`_table`.
+    """
+    shortest = [
+        max(len(part) for cell in column for part in (cell.split() if column[0] in wrapped else [cell, ""]))
+        for column in zip(titles, *(cells for _, cells in rows), strict=True)
+    ]
+    room = width - max(2, *(len(title) for title, _ in rows))
     tables: list[list[int]] = [[]]
-    for column, size in enumerate(widths):
-        if tables[-1] and 2 + sum(widths[other] for other in tables[-1]) + size > width:
+    for column, size in enumerate(shortest):
+        if tables[-1] and sum(shortest[other] + 2 for other in tables[-1]) + size + 2 > room:
             tables.append([])
         tables[-1].append(column)
     shown = []
     for columns in tables:
-        table = _table("", *(titles[column] for column in columns))
-        for number, cells in enumerate(rows):
-            table.add_row(_number(comparison, number), *(cells[column] for column in columns))
+        table = _table("", *(titles[column] for column in columns), wrapped=wrapped)
+        for title, cells in rows:
+            table.add_row(title, *(cells[column] for column in columns))
         shown.append(table)
-    return _titled(f"runs ({about_numbers(comparison)})", *shown)
+    return shown
 
 
-def _ranking(comparison: Comparison) -> Group:
+def _ranking(comparison: Comparison, width: int) -> Group:
     """Return many runs with their losses and verdicts, the lowest loss first."""
-    table = _table("", "loss", "%", "interval in %", "verdict", wrapped=["verdict"])
+    rows = []
     for number, run in enumerate(comparison.runs):
         loss = run.final_loss(comparison.last_share)
         d = comparison.difference(run, "loss")
@@ -166,20 +182,21 @@ def _ranking(comparison: Comparison) -> Group:
             cells = ["", "", "baseline"]
         else:
             cells = [*difference_cells(d)[1:], d.verdict] if d else ["", "", "no step in common"]
-        table.add_row(_number(comparison, number), "" if loss is None else rounded(loss, 4), *cells)
+        rows.append((_number(comparison, number), ["" if loss is None else rounded(loss, 4), *cells]))
     title = f"by loss; difference to {comparison.baseline.name} at equal steps, with its 95% interval"
-    return _titled(title, table)
+    return _titled(title, *_stacked(["loss", "%", "interval in %", "verdict"], rows, width, ["verdict"]))
 
 
-def _differences(comparison: Comparison) -> Group:
-    title = f"difference to {comparison.baseline.name}, with its 95% interval"
-    table = _table("", "metric", "difference", "%", "interval in %", "verdict", wrapped=["metric", "verdict"])
+def _differences(comparison: Comparison, width: int) -> Group:
+    rows = []
     for number, run in enumerate(comparison.runs):
         shown = _number(comparison, number)
         for d in comparison.shown_differences(run):
-            table.add_row(shown, metric_title(d), *difference_cells(d), d.verdict)
+            metric = Text.assemble(shown, " " * (3 - len(shown)), metric_title(d))
+            rows.append((metric, [*difference_cells(d), d.verdict]))
             shown = Text()
-    return _titled(title, table)
+    title = f"difference to {comparison.baseline.name}, with its 95% interval"
+    return _titled(title, *_stacked(["difference", "%", "interval in %", "verdict"], rows, width, ["verdict"]))
 
 
 def metric_title(d: Difference) -> str:

@@ -24,6 +24,7 @@ METRICS = "metrics.jsonl"
 VALIDATION = "validation.jsonl"
 TOKENIZER = "tokenizer"
 DATA_IDENTITY = "data_identity.json"  # which text the run reads, for training and for validation
+CHANGES = "changes.jsonl"  # which options were others in earlier steps of a run that went on
 SAMPLE = "sample.json"
 MODEL = "model"  # the weights after the last step of a run without checkpoints
 HF_CONFIG = "hf_config"
@@ -37,7 +38,7 @@ _MOST_RUNS = 50  # that are read
 _MADE_HERE = ".made-here"
 # The files and folders of a run folder whose names no option chooses.
 FIXED_NAMES = (
-    *(CONFIG, METRICS, VALIDATION, TOKENIZER, DATA_IDENTITY, SAMPLE, MODEL, HF_CONFIG, WANDB, EARLIER, LOCK),
+    *(CONFIG, METRICS, VALIDATION, CHANGES, TOKENIZER, DATA_IDENTITY, SAMPLE, MODEL, HF_CONFIG, WANDB, EARLIER, LOCK),
     _MADE_HERE,
 )
 # The options that choose the names of others.

@@ -19,7 +19,9 @@ from titanlite.config import JobConfig
 from titanlite.config.job_name import OUTSIDE
 from titanlite.config.options import options_of
 from titanlite.config.refuse import refuse
+from titanlite.config.run_changes import Changes, keep_changes
 from titanlite.config.run_config import (
+    CHANGES,
     CONFIG,
     DATA_IDENTITY,
     EARLIER,
@@ -163,7 +165,7 @@ class RunFolder:
         """
         trees = run_config_of(config, self.path), self.earlier
         folders = dict.fromkeys(inner_folder(tree, *option) for tree in trees for option in FOLDERS)
-        fixed = (CONFIG, METRICS, VALIDATION, TOKENIZER, DATA_IDENTITY, SAMPLE, MODEL, HF_CONFIG, WANDB)
+        fixed = (CONFIG, METRICS, VALIDATION, CHANGES, TOKENIZER, DATA_IDENTITY, SAMPLE, MODEL, HF_CONFIG, WANDB)
         self.set_earlier_aside([*fixed, *filter(None, folders)])
         mark_as_made_here(self.path)
         self._keep_shape(config, shape)
@@ -195,11 +197,13 @@ class RunFolder:
         self.set_earlier_aside(later)
         for file in (METRICS, VALIDATION):
             drop_rows_after(self.path / file, step)
-        changes = _changes(self.earlier, config, self.path) if self.earlier else []
+        changes = _changes(self.earlier, config, self.path) if self.earlier else {}
         if processes[0] != processes[1]:
-            changes.append("processes: {} -> {}".format(*processes))
+            changes["processes"] = (f"{processes[0]}", f"{processes[1]}")
         if changes:
-            logger.info("the run goes on with other options than before: %s", ", ".join(changes))
+            told = ", ".join(f"{name}: {old} -> {new}" for name, (old, new) in changes.items())
+            logger.info("the run goes on with other options than before: %s", told)
+        keep_changes(self.path, step, changes)
         write_run_config(config, self.path)
 
     def set_earlier_aside(self, names: list[str]) -> None:
@@ -313,10 +317,10 @@ def loss_of_first_step(folder: Path) -> float | None:
     return loss if _number(first, "step") == 1 and math.isfinite(loss) else None
 
 
-def _changes(earlier: dict[str, Any], config: JobConfig, folder: Path) -> list[str]:
-    """Return the options of a run that are not those of ``earlier``, each with its old and new value."""
+def _changes(earlier: dict[str, Any], config: JobConfig, folder: Path) -> Changes:
+    """Return the options of a run that are not those of ``earlier``, each with its old and new value, as in TOML."""
     current = run_config_of(config, folder)
-    changes = []
+    changes: Changes = {}
     for section, options in options_of(type(config)).items():  # type: ignore[arg-type]
         for option in options.values() if section not in OUTSIDE else ():
             old, new = (
@@ -324,5 +328,5 @@ def _changes(earlier: dict[str, Any], config: JobConfig, folder: Path) -> list[s
                 for tree, unset in ((earlier, option.default), (current, None))
             )
             if old != new:
-                changes.append(f"{option.name}: {shown(old)} -> {shown(new)}")
+                changes[option.name] = (shown(old), shown(new))
     return changes

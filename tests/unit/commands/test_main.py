@@ -44,3 +44,21 @@ def test_a_reader_that_has_ended(arguments: list[str]) -> None:
     done = subprocess.run(words, stdout=write, stderr=subprocess.PIPE, env=environment(), text=True)
     os.close(write)
     assert (done.returncode, done.stderr) == (1, "")
+
+
+def test_a_full_disk_and_an_interrupt_need_no_traceback(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [sys.executable, "-m", "titanlite.commands", "config", "--reference"]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(words, stdout=full, stderr=subprocess.PIPE, env=environment(), text=True)
+    said = "titanlite config: the output cannot be written: No space left on device\n"
+    assert (done.returncode, done.stderr) == (1, said)
+
+    def interrupted(_: list[str]) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("titanlite.commands.config.main", interrupted)
+    monkeypatch.setattr(sys, "argv", ["titanlite", "config", "--reference"])
+    assert command.main() == 130
+    assert capsys.readouterr() == ("", "")

@@ -21,6 +21,7 @@ from titanlite.commands import compare as command
 from titanlite.compare.comparison import Comparison, compare
 from titanlite.compare.plot import highest_loss
 from titanlite.compare.text import main_sentences
+from titanlite.config.run_changes import keep_changes
 
 
 def two_runs(tmp_path: Path, percent: float = -1.0, **other: Any) -> Comparison:
@@ -105,6 +106,43 @@ def test_too_few_rows_get_no_verdict(tmp_path: Path) -> None:
     comparison = compare([write_run(tmp_path / name, np.full(6, 3.0 + i)) for i, name in enumerate("ab")])
     assert comparison.verdicts["b"].startswith("No verdict")
     assert {(d.verdict, d.low, d.difference) for d in comparison.differences} == {("too few rows", None, 1.0)}
+
+
+def test_few_rows_that_show_no_difference_are_said(tmp_path: Path) -> None:
+    """A first run logs 21 steps: the interval of so few is too wide to call a difference of some percent one."""
+    (first, second), (long_first, long_second) = losses(0, steps=21), losses(0)
+    pairs = ("few", first, second), ("many", long_first, long_second), ("apart", first, 9 * second)
+    runs = {n: [write_run(tmp_path / n / x, y) for x, y in zip("ab", pair, strict=True)] for n, *pair in pairs}
+    verdicts = {name: compare(folders).verdicts["b"] for name, folders in runs.items()}
+    advice = "The interval is wide because it is of 10 logged steps alone"
+    assert [name for name, verdict in verdicts.items() if advice in verdict] == ["few"]
+    assert "metrics.log_freq" not in verdicts["few"]
+    seldom = [write_run(tmp_path / f"seldom {x}", y, log_freq=10) for x, y in zip("ab", (first, second), strict=True)]
+    assert "or log every step (metrics.log_freq=1)" in compare(seldom).verdicts["seldom b"]
+
+
+def test_options_that_a_run_had_before_are_said(tmp_path: Path) -> None:
+    """Else its name and the table would explain all of its steps by the options of the last ones."""
+    first, second = losses(0)
+    a, b = (write_run(tmp_path / name, values) for name, values in (("a", first), ("b", second)))
+    keep_changes(b, 300, {"optimizer.lr": ("0.003", "0.001"), "training.steps": ("300", "600")})
+    sentence = "In steps 1 to 300, b had optimizer.lr = 0.003, training.steps = 300."
+    assert sentence in compare([a, b]).verdicts["b"]
+    assert sentence in compare([b, a]).verdicts["a"]
+    for step in range(1, 5):
+        keep_changes(b, 300 + step, {"optimizer.lr": (f"{step}", f"{step + 1}")})
+    verdict = compare([a, b]).verdicts["b"]
+    assert "b went on several times with other options, the last time after step 304." in verdict
+    assert "In steps" not in verdict
+
+
+@pytest.mark.parametrize("damage", [lambda file: file.unlink(), lambda file: file.write_text("[training")])
+def test_a_lost_configuration_is_said(damage: Any, tmp_path: Path) -> None:
+    first, second = losses(0)
+    a, b = (write_run(tmp_path / name, values) for name, values in (("a", first), ("b", second)))
+    damage(b / "config.toml")
+    file = b / "config.toml"
+    assert compare([a, b]).notes == [f"The options of b are not known: {file} is not there, or is no TOML."]
 
 
 def test_no_step_in_common(tmp_path: Path) -> None:
@@ -384,7 +422,7 @@ def test_json_is_one_object(folders: list[Path], tmp_path: Path, capsys: pytest.
 COLORED = re.compile(r"\x1b\[(?:\d;)*(?:3|4|9|10)\d")
 
 
-@pytest.mark.parametrize("width", [60, 80, 120])
+@pytest.mark.parametrize("width", [40, 60, 80, 120])
 @pytest.mark.parametrize("kind", ["colored", "no color", "no terminal"])
 def test_the_text_fits_the_terminal(
     width: int, kind: str, folders: list[Path], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
@@ -406,8 +444,18 @@ def test_the_text_fits_the_terminal(
     assert ("\x1b[" in out) == (kind != "no terminal")  # bold is no colour
     assert bool(COLORED.search(out)) == (kind == "colored")
     assert any("⠒" <= c <= "⣿" for c in out) == (kind == "colored")
-    assert "lower loss" in " ".join(lines)
+    assert "lower loss" in " ".join(text.split())
     assert "5m00s" in text  # the last column of the runs
+    verdicts = text.partition("interval in %")[2].partition("options that differ")[0]
+    assert re.search(r"\blower\b", verdicts)  # whole, however narrow its column
+    assert "loss, steps" in verdicts or width >= 80
+
+
+def test_a_terminal_that_is_too_narrow_ends_nothing(
+    folders: list[Path], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "5")
+    run_command(capsys, *folders)
 
 
 @pytest.fixture(scope="module")
@@ -453,7 +501,7 @@ def test_many_runs_are_one_table_by_loss(
     assert "loss, tokens" not in out
     ours = [line for line in lines if "has a lower loss than" in line or "has a higher loss than" in line]
     assert len(ours) == 1
-    assert "No verdict: run_19 and run_10 do not compare" in " ".join(lines)
+    assert "No verdict: run_19 and run_10 do not compare" in " ".join(out.split())
     curves = out[out.index("loss by step") :].partition("loss minus")[0].partition("\n")[2]
     assert {*re.sub(r"[\d,.]+ *$|^ *[\d.]+ ", "", curves, flags=re.M).split()[0]} <= {*"12345b"}
 
@@ -546,13 +594,16 @@ def test_pictures(
     assert (tmp_path / name).read_bytes().startswith(begin)
 
 
-@pytest.mark.parametrize("option", [["--picture", "x.gif"], ["--picture", "no/x.png"], ["--html", "no/x.html"]])
+@pytest.mark.parametrize(
+    "option", [["--picture", "x.gif"], ["--picture", "no/x.png"], ["--html", "no/x.html"], ["--html", "torchtitan.log"]]
+)
 def test_files_that_cannot_be_written(
     option: list[str], folders: list[Path], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(folders[0])
     assert command.main([*map(str, folders), *option]) == 2
     assert option[0] in capsys.readouterr().err
+    assert not Path(option[1]).exists()
 
 
 @pytest.mark.slow

@@ -237,6 +237,8 @@ def test_a_stage_of_a_pipeline_without_loss_does_not_win(tmp_path: Path, capsys:
     ours = write_run(tmp_path / "ours", first)
     stage, last = log_of_rank(0, np.full(600, -1.0)), log_of_rank(7, second)
     (tmp_path / "both.log").write_text("\n".join(line for pair in zip(stage, last, strict=True) for line in pair))
+    (tmp_path / "glued.log").write_text("\n".join(f"{line}{line.replace('loss: ', 'loss: 9')}" for line in last))
+    assert compare([tmp_path / "glued.log"]).runs[0].metrics["loss"] == pytest.approx(second, abs=6e-5)
     (tmp_path / "stage.log").write_text("\n".join(stage))
     run = compare([ours, tmp_path / "both.log"]).runs[1]
     assert run.metrics["loss"] == pytest.approx(second, abs=6e-5)

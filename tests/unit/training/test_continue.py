@@ -13,6 +13,7 @@ import pytest
 from tests.support import runs
 from tests.support.runs import LITTLE, Run, checkpoints, environment, forked_run
 from titanlite.commands import convert, generate
+from titanlite.config.run_changes import options_before, read_changes
 from titanlite.config.run_config import mark_as_made_here
 
 run_trainer = partial(runs.run_trainer, **LITTLE)
@@ -184,6 +185,10 @@ def test_one_notice_has_the_old_and_new_options(again: Any) -> None:
         "training.steps: 3 -> 5",
         "processes: 1 -> 2",
     ]
+    before = options_before(read_changes(run.folder))
+    assert before.keys() == {(1, 3)}
+    assert before[1, 3]["optimizer.lr"] == "0.0008"
+    assert before[1, 3]["processes"] == "1"
 
 
 def test_the_same_options_are_no_notice(again: Any, tmp_path: Path) -> None:
@@ -191,6 +196,7 @@ def test_the_same_options_are_no_notice(again: Any, tmp_path: Path) -> None:
     run = again(**ON)
     goes_on(run, after=2)
     assert "other options than before" not in run.output
+    assert read_changes(run.folder) == {}
 
 
 def test_strays_neither_stop_a_run_nor_are_continued(again: Any, tmp_path: Path) -> None:
