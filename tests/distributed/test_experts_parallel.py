@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import Tensor
 
 from tests.distributed.combinations import BATCH, EXPERT_VARIANTS, EXPERT_WAYS, SEQ_LEN, VARIANTS, expert_cell
 from tests.distributed.test_launcher import start_in
@@ -272,11 +273,23 @@ CONTINUED = (
 )
 
 
+def bias_of(run: Run) -> Tensor:
+    """The bias of the router of the mixture of ``SHARED``, after its last step."""
+    name = "model.layers.1.feed_forward.router.bias"
+    bias = {name: torch.empty(8)}
+    load(run.folder / "checkpoint" / "step-6", bias)
+    return bias[name]
+
+
 @pytest.mark.slow
 def test_experts_continue_to_the_bit_and_under_other_degrees(tmp_path: Path) -> None:
+    """With the biases of routers, which move at each step by the loads of all processes."""
+
     def run(name: str, processes: int, degree: int) -> Run:
         options = {"parallelism__expert_parallel_degree": degree, "training__local_batch_size": 1}
-        done = run_trainer(*(tmp_path, processes, name), model__name="qwen3_moe", **checkpoints(2), **SHARED, **options)
+        done = run_trainer(
+            *(tmp_path, processes, name), model__name="deepseek_v3", **checkpoints(2), **SHARED, **options
+        )
         assert done.status == 0, done.output
         return done
 
@@ -289,8 +302,10 @@ def test_experts_continue_to_the_bit_and_under_other_degrees(tmp_path: Path) -> 
         continued = run(name, processes, degree)
         assert f"resuming from step {step}" in continued.output
         assert continued.losses() == pytest.approx(straight.losses(), rel=1e-6)
+        assert torch.equal(bias_of(continued), bias_of(straight))
         if name == "EP 2":
             assert saved(continued.folder, 6) == before
+    assert bias_of(straight).any()
     step, exported = straight.folder / "checkpoint" / "step-6", tmp_path / "exported"
     assert convert.main([str(step), str(exported), "--dtype=float32"]) == 0
     theirs = {key: value for file in exported.glob("*.safetensors") for key, value in load_file(file).items()}
