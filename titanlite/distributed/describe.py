@@ -61,7 +61,8 @@ def describe(args: Any, mesh: Mesh, config: JobConfig) -> dict[str, str]:
 def _where(mesh: Mesh) -> str:
     if mesh.experts is None or mesh.experts.ep.size() == 1:
         return ""
-    return f", spread over {counted(mesh.experts.ep.size(), 'process')}, {mesh.experts.fsdp.size()} shards of each"
+    shards = f", {mesh.experts.fsdp.size()} shards of each" if mesh.experts.fsdp.size() > 1 else ""
+    return f", spread over {counted(mesh.experts.ep.size(), 'process')}{shards}"
 
 
 def _kernel(args: Any, mesh: Mesh, config: JobConfig, masked: bool) -> str:
