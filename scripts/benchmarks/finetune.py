@@ -29,7 +29,7 @@ import instruction_set
 import results
 from loss_parity import paired_difference
 
-from titanlite.config.schema import Data
+from titanlite.config.data_sections import Data
 from titanlite.data.encode_instruct import InstructEncoder
 from titanlite.inference.evaluate import evaluate
 from titanlite.inference.load import opened

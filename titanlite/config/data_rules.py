@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from titanlite.config.data_sections import Data
 from titanlite.config.refuse import refuse
-from titanlite.config.schema import Data, JobConfig
+from titanlite.config.schema import JobConfig
 
 INSTRUCT, CHAT, HELLASWAG = "instruct", "chat", "hellaswag"
 EXAMPLES = (INSTRUCT, CHAT, HELLASWAG)  # the data sets of examples, of which a part is scored

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from titanlite.config.data_sections import Validation
 from titanlite.config.number_formats import NUMBER_FORMATS, formats_of, gathers_quantized
 from titanlite.config.refuse import refuse
-from titanlite.config.schema import JobConfig, Validation
+from titanlite.config.schema import JobConfig
 
 
 def holds_out(config: JobConfig) -> bool:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from titanlite.config.schema import Data
+from titanlite.config.data_sections import Data
 from titanlite.data.chat_template import MOST_TEXT, SECONDS, ChatTemplate
 from titanlite.data.examples import Encoder, Example
 from titanlite.data.records import Corrupt, has_surrogate, no_field

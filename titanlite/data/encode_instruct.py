@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from titanlite.config.schema import Data
+from titanlite.config.data_sections import Data
 from titanlite.data.examples import Encoder, Example, completion, labelled
 from titanlite.data.records import text_of_record
 from titanlite.data.tokenizer import Tokenizer

@@ -10,7 +10,7 @@ from contextlib import closing, contextmanager, nullcontext, suppress
 from functools import partial
 from typing import TextIO
 
-from titanlite.config.schema import Data
+from titanlite.config.data_sections import Data
 from titanlite.data.encode_chat import ChatEncoder
 from titanlite.data.records import Corrupt, decode_text
 from titanlite.errors import ConfigError

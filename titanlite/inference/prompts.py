@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from titanlite.config.schema import Data
+from titanlite.config.data_sections import Data
 from titanlite.data import Tokenizer
 from titanlite.data.encode_chat import ChatEncoder
 from titanlite.data.files import JSON_SUFFIXES

@@ -29,7 +29,7 @@ from tests.support.families import their_model
 from tests.support.runs import ROOT, environment
 from tests.unit.models.test_families import ours_of
 from titanlite.commands import generate
-from titanlite.config.schema import Data
+from titanlite.config.data_sections import Data
 from titanlite.data import load_tokenizer
 from titanlite.data.encode_chat import ChatEncoder
 from titanlite.data.records import Corrupt

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from tests.support.chats import LLAMA3, MISTRAL, QWEN25, TEMPLATES, byte_level, folder, marked, plain, sentencepiece
-from titanlite.config.schema import Data
+from titanlite.config.data_sections import Data
 from titanlite.data import load_tokenizer
 from titanlite.data.chat_template import template_of
 from titanlite.data.encode_chat import ChatEncoder

@@ -14,7 +14,7 @@ import pytest
 from pyarrow import parquet
 
 from tests.support.chats import QWEN25, byte_level, folder, plain, sentencepiece
-from titanlite.config.schema import Data
+from titanlite.config.data_sections import Data
 from titanlite.data import Tokenizer, load_tokenizer
 from titanlite.data.encode_chat import ChatEncoder
 from titanlite.data.encode_hellaswag import HellaSwagEncoder
