@@ -15,6 +15,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import counted_tables
+
 ROOT = Path(__file__).parents[2]
 if str(ROOT) not in sys.path:
     sys.path.append(str(ROOT))
@@ -165,15 +167,6 @@ def plan_rankings(results: list[dict[str, Any]]) -> list[list[str]]:
     return rows
 
 
-def fast_files(results: list[dict[str, Any]]) -> list[list[str]]:
-    """Return the packaged files, each with the fast one after it."""
-    rows = [["file", "GPUs", "config", "checkpointing", "estimate, GiB"]]
-    for r in results:
-        mode = r["activation_checkpoint"] + (" (auto)" if r["auto"] else "")
-        rows.append([f"`{r['file']}`", str(r["gpus"]), r["config"], mode, f"{r['estimated_gib']:.2f}"])
-    return rows
-
-
 def checkpoint_save(results: list[dict[str, Any]]) -> list[list[str]]:
     rows = [["", "training is delayed by", "", "and held up for", ""]]
     for r in results:
@@ -195,93 +188,6 @@ def cpu_step(results: list[dict[str, Any]]) -> list[list[str]]:
         ratio = f"{ours['ratio_to_transformers']:.3f}"
         rows.append([ours["config"], how, *cells, ratio, f"{low:.3f} to {high:.3f}"])
         rows[-1] += [theirs["weights"]] if several else []
-    return rows
-
-
-def compiled_block(results: list[dict[str, Any]]) -> list[list[str]]:
-    heads = ("tokens", "recomputed", "config", "system", "casts by", "fused by")
-    counts = ("launches", "mb", "sectors_mb", "kept_mib")
-    rows = [[*heads, "launches", "MB", "in sectors", "MiB kept", "of its peer's MB"]]
-    peers = {(row["tokens"], row["ac"], row["config"]): row["mb"] for row in results if row["system"] != "titanlite"}
-    for row in results:
-        casts = {"triton": "own kernels", "inductor": "the compiler"}.get(row["kernels"], "")
-        fusion = "block rules" if row["fusion"] == "block" else "the compiler"
-        figures = [f"{row[key]:,.0f}" for key in counts]
-        peer = peers.get((row["tokens"], row["ac"], row["config"])) if row["system"] == "titanlite" else None
-        ratio = "" if peer is None else f"{row['mb'] / peer:.2f}"
-        rows.append([f"{row['tokens']:,}", row["ac"], row["config"], row["system"], casts, fusion, *figures, ratio])
-    return rows
-
-
-def compiled_block_architectures(results: list[dict[str, Any]]) -> list[list[str]]:
-    rows = [["GPU", "recomputed", "config", "launches", "MB", "in sectors", "of torchao's MB", "of its launches"]]
-    peers = {(r["architecture"], r["ac"], r["config"]): r for r in results if r["system"] != "titanlite"}
-    for r in (r for r in results if r["system"] == "titanlite"):
-        peer = peers.get((r["architecture"], r["ac"], r["config"]))
-        figures = [f"{r[key]:,.0f}" for key in ("launches", "mb", "sectors_mb")]
-        ratios = ["", ""] if peer is None else [f"{r[key] / peer[key]:.2f}" for key in ("mb", "launches")]
-        rows.append([r["architecture"], r["ac"], r["config"], *figures, *ratios])
-    return rows
-
-
-def predicted_linears(results: list[dict[str, Any]]) -> list[list[str]]:
-    rows = [["M", "K", "N", "config", "bf16", "float8", "of that casts", "speed over bf16"]]
-    for r in results:
-        if "predicted_speedup" in r:
-            times = [f"{r[key]:.0f} us" for key in ("bf16_us", "float8_us", "casts_us")]
-            size = [str(r[key]) for key in ("m", "k", "n")]
-            rows.append([*size, r["config"], *times, f"{r['predicted_speedup']:.2f}"])
-    return rows
-
-
-def counted_step(results: list[dict[str, Any]]) -> list[list[str]]:
-    parts = {"matmul_s": "matmuls", "attention_s": "attention", "block_s": "other kernels of blocks", "ends_s": "ends"}
-    head = ["tokens", "recomputed", "config", *parts.values(), "step", "speed over the peer", "over bf16"]
-    rows = [head]
-    for r in (r for r in results if r["system"] == "titanlite"):
-        times = [f"{1e3 * r[key]:.0f} ms" for key in (*parts, "step_s")]
-        over = [f"{r[key]:.2f}" if r.get(key) else "" for key in ("over_peer", "over_bf16")]
-        rows.append([f"{r['tokens']:,}", r["ac"], r["config"], *times, *over])
-    return rows
-
-
-def whole_step(results: list[dict[str, Any]]) -> list[list[str]]:
-    parts = ("blocks", "casts", "fsdp", "ends", "optimizer")
-    rows = [["config", "GPUs", *(f"{part}, GB" for part in parts), "in all, GB", "launches"]]
-    for r in results:
-        moved = [f"{r[f'{part}_mb'] / 1e3:.1f}" for part in parts]
-        rows.append([r["config"], str(r["gpus"]), *moved, f"{r['mb'] / 1e3:.0f}", f"{r['launches']:,}"])
-    return rows
-
-
-def predicted_steps(results: list[dict[str, Any]]) -> list[list[str]]:
-    parts = {
-        "matmul_s": "matmuls",
-        "attention_s": "attention",
-        "memory_s": "memory",
-        "casts_s": "casts",
-        "floor_s": "step",
-    }
-    rows = [["batch", "config", *parts.values(), "of that again", "tokens/s", "speed over bf16"]]
-    for r in results:
-        if "floor_s" in r:
-            again = {key: r.get(key.replace("_s", "_again_s"), 0.0) for key in parts}
-            times = [f"{1e3 * (r[key] + again[key]):.0f} ms" for key in parts] + [f"{1e3 * sum(again.values()):.0f} ms"]
-            rows.append(
-                [str(r["batch"]), r["config"], *times, f"{r['floor_tps']:,.0f}", f"{r['speedup_over_bf16']:.2f}"]
-            )
-    return rows
-
-
-def float8_memory(results: list[dict[str, Any]]) -> list[list[str]]:
-    rows = [["", "checkpointing", "config", "kept per layer", "of bf16's", "peak of the step", "of bf16's"]]
-    for r in results:
-        kept = ["", ""]
-        if "kept_per_layer_mib" in r:
-            kept = [f"{r['kept_per_layer_mib']:.0f} MiB", f"{r['kept_over_bf16']:.3f}"]
-        peak = [f"{r['estimated_peak_gib']:.2f} GiB", f"{r['peak_over_bf16']:.3f}"]
-        how = "compiled" if r["compile"] else "eager"
-        rows.append([how, r["activation_checkpoint"], r["config"], *kept, *peak])
     return rows
 
 
@@ -393,7 +299,7 @@ TABLES: dict[str, Callable[[list[dict[str, Any]]], list[list[str]]]] = {
     "memory_estimates": memory_estimates,
     "memory_estimates/loss_chunks": loss_chunks,
     "finetune_memory": finetune_memory,
-    "fast_files": fast_files,
+    "fast_files": counted_tables.fast_files,
     "step_time": step_time,
     "plan_rankings": plan_rankings,
     "plan_cpu": plan_cpu,
@@ -402,8 +308,8 @@ TABLES: dict[str, Callable[[list[dict[str, Any]]], list[list[str]]]] = {
     "moe_speed": cpu_step,
     "moe_balance": moe_balance,
     "moe_memory": moe_memory,
-    "compiled_block": compiled_block,
-    "compiled_block_architectures": compiled_block_architectures,
+    "compiled_block": counted_tables.compiled_block,
+    "compiled_block_architectures": counted_tables.compiled_block_architectures,
     "int8_cpu/layers": int8_layers,
     "int8_cpu/steps": int8_steps,
     "int8_cpu_20M": int8_steps,
@@ -416,11 +322,11 @@ TABLES: dict[str, Callable[[list[dict[str, Any]]], list[list[str]]]] = {
     "thousand_ranks_corpus": corpus,
     "thousand_ranks_weights": weights,
     "time_budget": time_budget,
-    "float8_memory": float8_memory,
-    "roofline_assumed/linears": predicted_linears,
-    "roofline_assumed/steps": predicted_steps,
-    "counted_step": counted_step,
-    "whole_step": whole_step,
+    "float8_memory": counted_tables.float8_memory,
+    "roofline_assumed/linears": counted_tables.predicted_linears,
+    "roofline_assumed/steps": counted_tables.predicted_steps,
+    "counted_step": counted_tables.counted_step,
+    "whole_step": counted_tables.whole_step,
 }
 
 
