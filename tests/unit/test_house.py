@@ -25,6 +25,7 @@ PACKAGE = REPOSITORY / "titanlite"
 FLOORS = (
     ("commands",),
     ("train",),
+    ("prepared_run",),
     ("doctor",),
     ("plan", "compare"),
     ("training",),
@@ -39,7 +40,7 @@ FLOORS = (
     ("errors", "environment"),
 )
 # At the root lie these modules; everything else is in a room.
-ROOT_MODULES = {"__init__", "train", "errors", "registry", "environment"}
+ROOT_MODULES = {"__init__", "train", "prepared_run", "errors", "registry", "environment"}
 
 
 def name_of(path: Path) -> str:
