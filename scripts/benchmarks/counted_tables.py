@@ -61,6 +61,14 @@ def whole_step(results: list[dict[str, Any]]) -> list[list[str]]:
     return rows
 
 
+def gather_casts(results: list[dict[str, Any]]) -> list[list[str]]:
+    rows = [["config", "ideal", "counted", "by plain operations", "launches", "plain launches"]]
+    for r in results:
+        figures = [f"{r[key]:.2f}" for key in ("ideal", "counted", "plain")]
+        rows.append([r["config"], *figures, str(r["launches"]), str(r["plain_launches"])])
+    return rows
+
+
 def predicted_steps(results: list[dict[str, Any]]) -> list[list[str]]:
     parts = {
         "matmul_s": "matmuls",

@@ -327,6 +327,7 @@ TABLES: dict[str, Callable[[list[dict[str, Any]]], list[list[str]]]] = {
     "roofline_assumed/steps": counted_tables.predicted_steps,
     "counted_step": counted_tables.counted_step,
     "whole_step": counted_tables.whole_step,
+    "gather_casts": counted_tables.gather_casts,
 }
 
 

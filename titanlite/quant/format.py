@@ -80,6 +80,11 @@ class Format(ABC):
             ValueError: the device can do neither.
         """
 
+    def eager(self) -> Format:
+        """Return the format as code that is not compiled computes it, FSDP2's hooks for example: with kernels of its
+        own, where plain operations would not be fused. The results are the same."""
+        return self
+
     # ---- casts
 
     @abstractmethod
@@ -138,10 +143,11 @@ class Format(ABC):
         """Cast ``x``, of any shape, with the scales of ``amax``; the data is contiguous, one byte per element."""
         raise NotImplementedError
 
-    def cast_to_gather(self, shard: Tensor, amax: Tensor | None) -> Operand:
-        """Cast this rank's rows of a weight, (rows, in_features), for a gather. ``amax`` are the amaxes that ranks
-        agreed on; None: those of the shard."""
-        return self.cast(shard, WEIGHT, amax=amax)
+    def cast_to_gather(self, shard: Tensor, dtype: torch.dtype, amax: Tensor | None) -> Operand:
+        """Round this rank's rows of a weight, (rows, in_features), to ``dtype``, and cast them for a gather. ``amax``
+        are the amaxes before rounding that ranks agreed on; None: those of the shard."""
+        # Rounding is monotonic, so the rounded amax is the amax of the rounded shard.
+        return self.cast(shard.to(dtype), WEIGHT, amax=None if amax is None else amax.to(dtype).float())
 
     def arrived(self, gathered: Operand) -> Operand:
         """Return an operand that was gathered as :meth:`multiply` takes it, for the matmul that contracts its

@@ -136,19 +136,22 @@ class ShardedWeight(GathersQuantized, Tensor):
         """The amax of the whole weight, float32, (), all-reduced over the shards."""
         if self._amax is None or self._amax[0] != self._state:
             assert self.sharded_over is not None
-            amax = self.format.on(self.shard.device).amaxes(self.shard, (WEIGHT,))[WEIGHT]
+            amax = self._format().amaxes(self.shard, (WEIGHT,))[WEIGHT]
             for mesh in (self.sharded_over, self.tensor_parallel):
                 if mesh is not None:
                     dist.all_reduce(amax, op=dist.ReduceOp.MAX, group=mesh.get_group())
             self._amax = self._state, amax
         return self._amax[1]
 
-    def _amax_of_rows(self, shard: Tensor) -> Tensor | None:
+    def _format(self) -> Format:
+        return self.format.on(self.shard.device).eager()
+
+    def _amax_of_rows(self) -> Tensor | None:
         """Return the amaxes of the whole rows where tensor parallelism splits them and the format has to agree; None:
         those of the shard."""
         if self.tensor_parallel is None or not self.format.agrees(WEIGHT, 1):
             return None
-        amax = self.format.amax(shard, "weight")
+        amax = self.format.amax(self.shard, "weight")
         dist.all_reduce(amax, op=dist.ReduceOp.MAX, group=self.tensor_parallel.get_group())
         return amax
 
@@ -156,12 +159,8 @@ class ShardedWeight(GathersQuantized, Tensor):
         """Return the shard rounded to ``dtype`` and cast; cached until the weight changes."""
         state = (*self._state, dtype)
         if self._quantized is None or self._quantized[0] != state:
-            # Rounding is monotonic, so the rounded amax is the amax of the rounded shard.
-            shard, format = self.shard.to(dtype), self.format.on(self.shard.device)
-            amax = (
-                self._amax_of_rows(shard) if format.has_scales_of_rows("weight") else self.scale_amax.to(dtype).float()
-            )
-            self._quantized = state, format.cast_to_gather(shard, amax)
+            amax = self._amax_of_rows() if self.format.has_scales_of_rows("weight") else self.scale_amax
+            self._quantized = state, self._format().cast_to_gather(self.shard, dtype, amax)
         return self._quantized[1]
 
     def operand_to_gather(self, mesh: DeviceMesh, dtype: torch.dtype) -> Operand:

@@ -25,8 +25,8 @@ _ENDS = 2 * 4096 * 128256 + 4096
         # A cast of a shard, its copy into the buffer, and a copy out of what is gathered, twice but for the output and
         # the last norm, which stay; and a cast of the gradients.
         ("bf16", 8, 2 * ((6 + 4) / 8 + 4) + 6, 1.5 * ((6 + 4) / 8 + 4) + 6, 0),
-        # The shard in bfloat16 and its largest magnitude once; then one byte for each element.
-        ("tensorwise", 8, 2 * (2 / 8 + 2) + 6, 1.5 * ((6 + 4) / 8 + 4) + 6, (6 + 4 + 3) / 8),
+        # The shard is read twice, for its largest magnitude and for the cast; then one byte for each element.
+        ("tensorwise", 8, 2 * (2 / 8 + 2) + 6, 1.5 * ((6 + 4) / 8 + 4) + 6, (4 + 4 + 1) / 8),
     ],
 )
 def test_bytes_of_each_parameter(config: str, gpus: int, fsdp_block: float, fsdp_ends: float, casts: float) -> None:

@@ -7,7 +7,7 @@ import sys
 
 import torch
 
-from tests.support.ahead_of_time import compile
+from tests.support.ahead_of_time import compile, wide_accesses
 from titanlite.quant.float8.devices import native_dtypes
 from titanlite.quant.kernels import launch, outputs
 from titanlite.quant.kernels import triton_kernels as kernels
@@ -48,6 +48,15 @@ def main(name: str) -> None:
             options = {"POWER_OF_2": True, "BLOCK_N": block, "num_warps": warps}
             compile(name, kernels.row_cast_kernel, signature, {**numbers, **options})
             compile(name, kernels.row_cast_kernel, {**signature, "gate": f"*{x}"}, {**numbers, **options})
+            count += 2
+        if x == "fp32":  # a shard that FSDP2 gathers
+            rounded = {**numbers, "ROUNDED": launch.tl.bfloat16}
+            of_rows = {**rounded, "POWER_OF_2": True, "BLOCK_N": 4096, "num_warps": 4}
+            assert all(wide_accesses(compile(name, kernels.row_cast_kernel, signature, of_rows)))
+            how = {"BY_ROWS": launch.LAYOUTS["tensor"], "BY_COLUMNS": launch.LAYOUTS["none"], "POWER_OF_2": False}
+            of_tensor = {**signature, "row_amax": "*i32", **sizes}
+            options = {**rounded, **how, **launch.CAST_TILE.options()}
+            assert all(wide_accesses(compile(name, kernels.cast_kernel, of_tensor, options)))
             count += 2
         like_up = dict.fromkeys(("grad", "gate", "up", "grad_gate"), f"*{x}") | sizes
         scales = {"column_amax": "*i32", "column_scale": "*fp32", "product": out}

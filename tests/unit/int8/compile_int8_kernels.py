@@ -40,6 +40,9 @@ def main(name: str) -> None:
         options = {**NUMBERS, "BLOCK_N": block, "num_warps": warps}
         assert_wide("row cast", compile(name, kernels.row_cast_kernel, signature, options))
         count += 1
+    options = {**NUMBERS, "BLOCK_N": 4096, "num_warps": 4, "ROUNDED": launch.tl.bfloat16}
+    assert_wide("cast of a shard", compile(name, kernels.row_cast_kernel, {**signature, "x": "*fp32"}, options))
+    count += 1
     operands = {"a": "*i8", "b": "*i8", "a_scale": "*fp32", "b_scale": "*fp32"}
     operands |= dict.fromkeys(("M", "N", "K", "a_stride", "b_stride"), "i32")
     if gpu.has_kernel(name):

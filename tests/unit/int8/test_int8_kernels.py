@@ -83,6 +83,21 @@ def test_scales_are_divided_exactly() -> None:
     check(amaxes[:, None].expand(-1, 8).contiguous(), torch.int8, VECTOR, NONE, False)
 
 
+def test_a_shard_is_rounded_as_a_copy_would_be() -> None:
+    """As FSDP2 gathers it: the kernel reads float32 once."""
+    torch.manual_seed(0)
+    x = matrix(40, 48, torch.float32)
+    x[3], x[4], x[7, 11], x[9, 1], x[11, 2] = 0, 1e-40, math.nan, math.inf, torch.finfo(torch.float32).max
+    empty = torch.empty(0, dtype=torch.int32)
+    with Traffic() as traffic:
+        data, scale, *_ = launch.cast_with(x.to(DEVICE), empty, torch.int8, VECTOR, NONE, False, None, torch.bfloat16)
+    plain, plain_scale, *_ = reference.cast(x.bfloat16(), torch.int8, VECTOR, NONE, False)
+    assert torch.equal(scale.cpu().nan_to_num(-1), plain_scale.nan_to_num(-1))
+    finite = plain_scale.isfinite().expand_as(plain)
+    assert torch.equal(data.cpu()[finite], plain[finite])
+    assert DEVICE == "cuda" or traffic.read == 4 * x.numel()
+
+
 @pytest.mark.parametrize("by_rows", [VECTOR, NONE])
 def test_casts_with_agreed_amaxes(by_rows: str) -> None:
     torch.manual_seed(0)

@@ -6,6 +6,7 @@ import itertools
 import sys
 
 from tests.support.ahead_of_time import compile, wide_accesses
+from titanlite.quant.kernels import launch
 from titanlite.quant.mx import kernels, triton_casts
 
 
@@ -19,7 +20,11 @@ def main(name: str) -> None:
         options = {"RCEIL": rceil, "BY_ROWS": by_rows, "BY_COLUMNS": by_columns, "SWIZZLED": True, "SIZE": kernels.TILE}
         assembly = compile(name, triton_casts.cast_kernel, signature, {**options, "num_warps": kernels.WARPS})
         assert all(wide_accesses(assembly))
-    print(f"compiled {len(cases)} kernels for {name}")
+    signature = {"x": "*fp32", "by_rows": "*fp8e4nv", "row_exponents": "*u8", "M": "i32", "N": "i32", "stride": "i32"}
+    options = {"RCEIL": True, "BY_ROWS": True, "BY_COLUMNS": False, "SWIZZLED": False, "SIZE": kernels.TILE}
+    options |= {"ROUNDED": launch.tl.bfloat16, "num_warps": kernels.WARPS}  # the cast of a shard that ranks gather
+    assert all(wide_accesses(compile(name, triton_casts.cast_kernel, signature, options)))
+    print(f"compiled {len(cases) + 1} kernels for {name}")
 
 
 main(sys.argv[1])

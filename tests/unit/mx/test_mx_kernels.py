@@ -38,7 +38,11 @@ def as_on_a_gpu() -> Iterator[None]:
 
 def check(x: Tensor, mode: ScaleMode, by_rows: bool, by_columns: bool) -> None:
     result = kernels.cast_by_kernel(x.to(DEVICE), mode, by_rows, by_columns)
-    for a, b in zip((t.cpu() for t in result), kernels.cast(x, mode, by_rows, by_columns), strict=True):
+    compare(result, kernels.cast(x, mode, by_rows, by_columns))
+
+
+def compare(result: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> None:
+    for a, b in zip((t.cpu() for t in result), expected, strict=True):
         assert (a.shape, a.dtype, a.is_contiguous()) == (b.shape, b.dtype, True)
         same = (a.view(torch.uint8) == b.view(torch.uint8)) | (a.float().isnan() & b.float().isnan())
         assert same.all(), f"{(~same).sum()} of {same.numel()} differ"
@@ -62,6 +66,8 @@ def test_casts_of_extremes(mode: ScaleMode) -> None:
     x[3], x[:, 5], x[11], x[12] = 0, -0.0, 3.4e38, 1e-40
     x[33, 40], x[65, 1], x[2, 95] = math.nan, math.inf, -math.inf
     check(x, mode, True, True)
+    rounded = kernels.cast_rows_by_kernel(x.to(DEVICE), mode, torch.bfloat16)
+    compare(rounded, kernels.cast_rows(x.bfloat16(), mode))
 
 
 @each_mode
@@ -153,7 +159,7 @@ def test_gathered_operands(mode: ScaleMode, monkeypatch: pytest.MonkeyPatch) -> 
     x, w = values("outliers", 40, 64), values("outliers", 96, 64)
     x[3, 5] = math.nan
     format = MXFormat(mode, target="sm_100")
-    parts = [format.cast_to_gather(part, None) for part in w.split([32, 64])]
+    parts = [format.cast_to_gather(part, torch.float32, None) for part in w.split([32, 64])]
     weight = Operand(*map(torch.cat, zip(*parts, strict=True)))  # type: ignore[arg-type]
     tokens = format.quantize(x.view(2, 20, 64), format.amax(x.view(2, 20, 64), "input"), "input")
     left = Operand(*(part.flatten(0, 1) for part in tokens))  # type: ignore[union-attr]
@@ -209,6 +215,9 @@ def test_bytes_moved(by_rows: bool, by_columns: bool) -> None:
         kernels.cast_by_kernel(x, "rceil", by_rows, by_columns)
     assert traffic.read == 2 * x.numel()
     assert traffic.written == (by_rows + by_columns) * x.numel() * 33 / 32
+    with Traffic() as of_shard:  # as FSDP2 gathers it
+        kernels.cast_rows_by_kernel(x.float(), "rceil", torch.bfloat16)
+    assert (of_shard.read, of_shard.written) == (4 * x.numel(), x.numel() * 33 / 32)
 
 
 @pytest.mark.slow

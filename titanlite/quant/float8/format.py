@@ -15,7 +15,7 @@ from titanlite.quant.float8.casts import CastConfig, ScalingType
 from titanlite.quant.float8.devices import has_grouped_matmuls, must_emulate
 from titanlite.quant.float8.matmul import cast, scaled_grouped_mm, scaled_mm
 from titanlite.quant.float8.numerics import amax_of, amax_to_scale, dequantize, quantize
-from titanlite.quant.format import OPERANDS, Amaxes, Matmul, Operand, OperandName, Use
+from titanlite.quant.format import OPERANDS, WEIGHT, Amaxes, Matmul, Operand, OperandName, Use
 from titanlite.quant.groups import GroupedFormat, Groups
 from titanlite.quant.kernels.groups import amaxes_of_groups, cast_columns_of_groups
 
@@ -66,6 +66,9 @@ class Float8Format(GroupedFormat):
         emulate = must_emulate(device, self.target, self.dtypes, self.emulate, torch.compiler.is_compiling())
         return self.emulated if emulate else self  # type: ignore[return-value]
 
+    def eager(self) -> Float8Format:
+        return replace(self, kernels="triton") if self.kernels == "inductor" and kernels.AVAILABLE else self
+
     # ---- casts
 
     def _casts(self, operand: OperandName) -> Casts:
@@ -112,6 +115,13 @@ class Float8Format(GroupedFormat):
             layouts = by_features.layout, by_rows.layout
             return kernels.cast_operands(x, by_features.dtype, *layouts, self.power_of_2, amax)
         return super().cast_both(x, operand, scale, amaxes)
+
+    def cast_to_gather(self, shard: Tensor, dtype: torch.dtype, amax: Tensor | None) -> Operand:
+        if not self._by_kernels(shard) or dtype not in kernels.DTYPES:
+            return super().cast_to_gather(shard, dtype, amax)
+        config = self._cast(WEIGHT)
+        rounded_to = None if dtype is shard.dtype else dtype
+        return kernels.cast_operands(shard, config.dtype, config.layout, "none", self.power_of_2, amax, rounded_to)[0]
 
     def recast(self, arrived: Operand, operand: OperandName) -> Operand:
         if arrived.scale is not None and not arrived.scale.ndim and not self._casts(operand)[1].is_axiswise:

@@ -121,6 +121,12 @@ class Int8Format(Int8Rows, GroupedFormat):
     def travels(self, operand: OperandName) -> bool:
         return operand in self.gathered and all(self._is_cast(Use(operand, contracted)) for contracted in (0, 1))
 
+    def cast_to_gather(self, shard: Tensor, dtype: torch.dtype, amax: Tensor | None) -> Operand:
+        if not self._by_kernels(shard) or dtype not in kernels.DTYPES:
+            return super().cast_to_gather(shard, dtype, amax)
+        rounded_to = None if dtype is shard.dtype else dtype
+        return kernels.cast_operands(shard, torch.int8, "vector", "none", False, amax, rounded_to)[0]
+
     def recast(self, arrived: Operand, operand: OperandName) -> Operand:
         return self.cast(dequantize(*arrived), Use(operand, 0))  # type: ignore[arg-type]
 

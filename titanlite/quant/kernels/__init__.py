@@ -33,8 +33,8 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _library = torch.library.Library("titanlite_quant", "DEF")
 _library.define("amaxes(Tensor x, str by_rows, str by_columns, Tensor? gate=None) -> Tensor")
 _library.define(
-    "cast(Tensor x, Tensor amaxes, ScalarType dtype, str by_rows, str by_columns, bool power_of_2, Tensor? gate=None) "
-    "-> (Tensor, Tensor, Tensor, Tensor)"
+    "cast(Tensor x, Tensor amaxes, ScalarType dtype, str by_rows, str by_columns, bool power_of_2, Tensor? gate=None, "
+    "ScalarType? rounded_to=None) -> (Tensor, Tensor, Tensor, Tensor)"
 )
 _library.define(
     "swiglu_backward(Tensor(a!) grad, Tensor gate, Tensor up, Tensor amaxes, ScalarType dtype, str by_columns, "
@@ -55,6 +55,7 @@ def cast(
     by_columns: Layout,
     power_of_2: bool,
     amax: Tensor | None = None,
+    rounded_to: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Cast ``x`` to float8 or int8 with dynamic scales, in up to two layouts. Reads ``x`` twice, or once for scales of
     rows alone.
@@ -65,6 +66,7 @@ def cast(
         by_columns: the transposed copy; "vector": one scale per column.
         amax: float32, in place of the amaxes of ``x``: () for tensor scales; for one layout with vector scales, one for
             each.
+        rounded_to: cast what ``x.to(rounded_to)`` would be, without writing it; ``amax`` is that of ``x`` still.
 
     Returns:
         (rows, columns) of ``dtype``; its float32 scales, () or (rows, 1); (columns, rows) of ``dtype``; its scales, ()
@@ -75,7 +77,13 @@ def cast(
         amaxes = torch.ops.titanlite_quant.amaxes(x, by_rows, by_columns)
     else:
         amaxes = amax.flatten().view(torch.int32).expand(sum(counts(x, by_rows, by_columns))).contiguous()
-    return torch.ops.titanlite_quant.cast(x, amaxes, dtype, by_rows, by_columns, power_of_2)  # type: ignore[no-any-return]
+    if rounded_to is None:
+        return torch.ops.titanlite_quant.cast(x, amaxes, dtype, by_rows, by_columns, power_of_2)  # type: ignore[no-any-return]
+    if amaxes.numel():  # rounding is monotonic: the rounded amax is the amax of what is rounded
+        amaxes = amaxes.view(torch.float32).to(rounded_to).float().view(torch.int32)
+    return torch.ops.titanlite_quant.cast(  # type: ignore[no-any-return]
+        x, amaxes, dtype, by_rows, by_columns, power_of_2, rounded_to=rounded_to
+    )
 
 
 def cast_operands(
@@ -85,11 +93,14 @@ def cast_operands(
     by_rows: Layout,
     power_of_2: bool,
     amax: Tensor | None = None,
+    rounded_to: torch.dtype | None = None,
 ) -> tuple[Operand, Operand]:
     """Cast ``x`` (rows, features) for a matmul that sums over its features, for one that sums over its rows, or for
     both, in the fewest reads and in the memory layouts that the units need. The arguments are those of :func:`cast`. An
     operand whose layout is "none" is empty."""
-    data, scale, transposed, transposed_scale = cast(x.detach(), dtype, by_features, by_rows, power_of_2, amax)
+    data, scale, transposed, transposed_scale = cast(
+        x.detach(), dtype, by_features, by_rows, power_of_2, amax, rounded_to
+    )
     return Operand(data, scale), Operand(transposed.t(), transposed_scale)
 
 

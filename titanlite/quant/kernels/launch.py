@@ -30,6 +30,7 @@ DTYPES = {
     torch.float8_e5m2fnuz: tl.float8e5b16,
     torch.int8: tl.int8,
 }
+ROUNDED = {None: None, torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
 class Tile(NamedTuple):
@@ -81,12 +82,13 @@ def cast_with(
     by_columns: str,
     power_of_2: bool,
     gate: Tensor | None = None,
+    rounded_to: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Compute ``titanlite_quant::cast`` from the ``amaxes`` of the same layouts."""
     out = outputs_of_cast(x, amaxes, dtype, by_rows, by_columns, power_of_2)
     x, gate = _same_strides(x, gate)
     m, n = x.shape
-    numbers = _constants(dtype, power_of_2)
+    numbers = {**_constants(dtype, power_of_2), "ROUNDED": ROUNDED[rounded_to]}
     with on_device_of(x):
         if computes_amaxes(amaxes):
             block = triton.next_power_of_2(n)

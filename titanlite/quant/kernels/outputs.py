@@ -44,6 +44,7 @@ def outputs_of_cast(
     by_columns: str,
     power_of_2: bool,
     gate: Tensor | None = None,
+    rounded_to: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     m, n = x.shape
 

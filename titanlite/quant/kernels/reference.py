@@ -40,7 +40,9 @@ def cast_with(
     by_columns: str,
     power_of_2: bool,
     gate: Tensor | None = None,
+    rounded_to: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    x = x if rounded_to is None else x.to(rounded_to)
     x = x if gate is None else swiglu(gate, x)
     data, scale, transposed, column_scale = outputs_of_cast(x, amaxes, dtype, by_rows, by_columns, power_of_2)
     if computes_amaxes(amaxes):

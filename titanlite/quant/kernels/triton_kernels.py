@@ -70,9 +70,12 @@ def quantize(x, scale, LARGEST: constexpr, DTYPE: constexpr):
 
 
 @triton.jit
-def _values(x, gate, offsets, inside):
-    """Load the values to cast: x, or silu(gate) * x rounded to the dtype of x, as if it had been written."""
+def _values(x, gate, offsets, inside, ROUNDED: constexpr = None):
+    """Load the values to cast: x, or silu(gate) * x rounded to the dtype of x, as if it had been written. ``ROUNDED``
+    is a dtype that x is rounded to before, without a copy of it."""
     values = tl.load(x + offsets, mask=inside, other=0.0)
+    if ROUNDED is not None:
+        values = values.to(ROUNDED)
     if gate is not None:
         silu = _silu(tl.load(gate + offsets, mask=inside, other=0.0).to(tl.float32))
         values = (silu * values.to(tl.float32)).to(x.dtype.element_ty)
@@ -154,12 +157,13 @@ def cast_kernel(
     BY_COLUMNS: constexpr,
     BLOCK_M: constexpr,
     BLOCK_N: constexpr,
+    ROUNDED: constexpr = None,
 ):
     """Cast x to float8, to by_rows (M, N) and by_columns (N, M), each with scales from the bits of the amaxes. Reads x
     once, the last tiles first: amax_kernel has left them in the cache."""
     down, across, rows, columns = tile_of(M, N, BLOCK_M, BLOCK_N, True)
     inside = (rows < M)[:, None] & (columns < N)[None, :]
-    values = _values(x, gate, rows.to(tl.int64)[:, None] * stride + columns[None, :], inside)
+    values = _values(x, gate, rows.to(tl.int64)[:, None] * stride + columns[None, :], inside, ROUNDED)
     if BY_ROWS == VECTOR:
         scale = _scale(tl.load(row_amax + rows, mask=rows < M, other=0), LARGEST, POWER_OF_2, DTYPE)
         if across == 0:
@@ -218,12 +222,13 @@ def row_cast_kernel(
     POWER_OF_2: constexpr,
     DTYPE: constexpr,
     BLOCK_N: constexpr,
+    ROUNDED: constexpr = None,
 ):
     """Cast one row, of at most BLOCK_N columns, by rows. Reads x once: the amax is computed here."""
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK_N)
     inside = columns < N
-    values = _values(x, gate, row * stride + columns, inside)
+    values = _values(x, gate, row * stride + columns, inside, ROUNDED)
     scale = _scale(tl.max(magnitude_bits(values), 0, keep_dims=True), LARGEST, POWER_OF_2, DTYPE)
     tl.store(by_rows + row * N + columns, quantize(values, scale, LARGEST, DTYPE), mask=inside)
     tl.store(row_scale + row + tl.zeros([1], tl.int32), scale)

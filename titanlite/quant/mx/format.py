@@ -173,7 +173,11 @@ class MXFormat(GroupedFormat):
     def quantize(self, x: Tensor, amax: Tensor, operand: OperandName) -> Operand:
         return Operand(*quantize_blocks(x, amax, self.scale_mode))
 
-    def cast_to_gather(self, shard: Tensor, amax: Tensor | None) -> Operand:
+    def cast_to_gather(self, shard: Tensor, dtype: torch.dtype, amax: Tensor | None) -> Operand:
+        if self._by_kernels(shard) and shard.numel() and dtype in DTYPES:
+            rounded_to = None if dtype is shard.dtype else dtype
+            return Operand(*kernels.cast_rows(shard.detach(), self.scale_mode, rounded_to))
+        shard = shard.to(dtype)
         return self.quantize(shard, self.amax(shard, "weight"), "weight")
 
     def arrived(self, gathered: Operand) -> Operand:

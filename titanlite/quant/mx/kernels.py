@@ -75,17 +75,20 @@ def _grid(m: int, n: int) -> tuple[int]:
 
 
 @torch.library.custom_op("titanlite_mx::cast_rows", mutates_args=())
-def cast_rows(x: Tensor, mode: str) -> tuple[Tensor, Tensor]:
+def cast_rows(x: Tensor, mode: str, rounded_to: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
     """Cast ``x`` (rows, columns), of whole blocks, in blocks along its rows.
+
+    Args:
+        rounded_to: cast what ``x.to(rounded_to)`` would be.
 
     Returns:
         (rows, columns) e4m3, and its exponents, uint8 (rows, columns / 32).
     """
-    return quantize(x, mode)  # type: ignore[arg-type]
+    return quantize(x if rounded_to is None else x.to(rounded_to), mode)  # type: ignore[arg-type]
 
 
 @cast_rows.register_fake
-def _in_blocks(x: Tensor, mode: str) -> tuple[Tensor, Tensor]:
+def _in_blocks(x: Tensor, mode: str, rounded_to: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
     m, n = x.shape
     return x.new_empty(m, n, dtype=torch.float8_e4m3fn), x.new_empty(m, n // BLOCK, dtype=torch.uint8)
 
@@ -109,9 +112,9 @@ def _in_blocks_of_groups(x: Tensor, row_of: Tensor, mode: str) -> tuple[Tensor, 
     return _in_blocks(x.new_empty(x.shape[1], row_of.shape[0]), mode)
 
 
-def cast_rows_by_kernel(x: Tensor, mode: str) -> tuple[Tensor, Tensor]:
+def cast_rows_by_kernel(x: Tensor, mode: str, rounded_to: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
     """Compute ``titanlite_mx::cast_rows`` by the Triton kernel."""
-    return _cast_in_order(x, None, mode)
+    return _cast_in_order(x, None, mode, rounded_to)
 
 
 def cast_columns_by_kernel(x: Tensor, row_of: Tensor, mode: str) -> tuple[Tensor, Tensor]:
@@ -119,7 +122,9 @@ def cast_columns_by_kernel(x: Tensor, row_of: Tensor, mode: str) -> tuple[Tensor
     return _cast_in_order(x, row_of, mode)
 
 
-def _cast_in_order(x: Tensor, row_of: Tensor | None, mode: str) -> tuple[Tensor, Tensor]:
+def _cast_in_order(
+    x: Tensor, row_of: Tensor | None, mode: str, rounded_to: torch.dtype | None = None
+) -> tuple[Tensor, Tensor]:
     kernel = importlib.import_module("titanlite.quant.mx.triton_casts").cast_kernel
     by_rows = row_of is None
     out = _in_blocks(x, mode) if row_of is None else _in_blocks_of_groups(x, row_of, mode)
@@ -127,6 +132,7 @@ def _cast_in_order(x: Tensor, row_of: Tensor | None, mode: str) -> tuple[Tensor,
     m, n = x.shape[0] if row_of is None else row_of.shape[0], x.shape[1]
     outputs = (*out, None, None) if by_rows else (None, None, *out)
     options = {"RCEIL": mode == "rceil", "BY_ROWS": by_rows, "BY_COLUMNS": not by_rows, "SWIZZLED": False, "SIZE": TILE}
+    options["ROUNDED"] = importlib.import_module("titanlite.quant.kernels.launch").ROUNDED[rounded_to]
     with on_device_of(x):
         kernel[_grid(m, n)](x, row_of, *outputs, m, n, x.stride(0), **options, num_warps=WARPS)
     return out

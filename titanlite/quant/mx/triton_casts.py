@@ -88,6 +88,7 @@ def cast_kernel(
     BY_COLUMNS: constexpr,
     SWIZZLED: constexpr,
     SIZE: constexpr,
+    ROUNDED: constexpr = None,
 ):
     """Cast x (M, N), whose rows are contiguous, to by_rows (M, N) in blocks along its rows, and to by_columns (N, M) in
     blocks along its columns. Blocks at the end are filled up with zeros. Reads x once.
@@ -95,6 +96,7 @@ def cast_kernel(
     Args:
         row_of: the row of x in the place of each of the M rows, -1 for zeros; None: each is in its own.
         SIZE: of the tile of a program, in rows and columns: 128, as the exponents are stored.
+        ROUNDED: a dtype that x is rounded to before, without a copy of it.
     """
     down, across, rows, columns = tile_of(M, N, SIZE, SIZE, False)
     if row_of is None:
@@ -102,6 +104,8 @@ def cast_kernel(
         values = tl.load(x + rows.to(tl.int64)[:, None] * stride + columns[None, :], mask=inside, other=0.0)
     else:
         values = rows_at(x, row_of, rows, columns, M, N, stride)
+    if ROUNDED is not None:
+        values = values.to(ROUNDED)
     if BY_ROWS:
         _cast(values, by_rows, row_exponents, rows, columns, M, N, down, across, RCEIL, SWIZZLED, SIZE)
     if BY_COLUMNS:

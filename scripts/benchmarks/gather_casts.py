@@ -1,0 +1,147 @@
+"""Count the bytes of the cast of a shard that FSDP2 gathers in a number format, for a GPU that is not there.
+
+    python scripts/benchmarks/gather_casts.py --out docs/benchmarks/gather_casts.json
+
+A shard of float32 weights, as one of 8 ranks has it, is cast for a gather of what bfloat16 weights would be. The bytes
+of titanlite's kernels are the loads and stores that Triton's interpreter executes, those of other operators the sizes
+of their tensors. ``ideal``: the shard is read once for the cast, and once before that for the largest magnitude if all
+ranks have to agree on it; a byte per element is written, and the scales. ``plain``: the same cast by PyTorch's
+operators. tests/unit/float8/test_float8_gather.py compares the results. It needs no GPU; nothing is timed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+os.environ["TRITON_INTERPRET"] = "1"  # before triton looks
+
+import harness
+import results
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode
+from triton.runtime import interpreter
+from whole_step import bytes_of
+
+from titanlite.float8 import Float8LinearConfig
+from titanlite.quant.format import Format
+from titanlite.quant.fsdp import ShardedWeight
+from titanlite.quant.int8.format import Int8Format
+from titanlite.quant.kernels import launch
+from titanlite.quant.mx import kernels as mx_kernels
+from titanlite.quant.mx.format import MXFormat
+
+ROWS, COLUMNS, RANKS = 512, 4096, 8  # of Llama 3 8B's wq
+KERNELS: dict[str, Callable[..., Any]] = {
+    "titanlite_quant::amaxes": launch.amaxes,
+    "titanlite_quant::cast": launch.cast_with,
+    "titanlite_mx::cast_rows": mx_kernels.cast_rows_by_kernel,
+}
+# Bytes per element of what is written beside a byte for each: the scales.
+_SCALES = {"tensorwise": 0.0, "mxfp8": 1 / 32}
+
+
+class Counter(TorchDispatchMode):
+    """Counts operators that are no views, and their bytes; titanlite's run as Triton kernels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.launches, self.moved = 0, 0.0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if kernel := KERNELS.get(func._schema.name):
+            before = self.moved
+            with counted_accesses(self):
+                out = kernel(*args, **kwargs)
+            if self.moved > before:  # else the cast computes its own largest magnitudes
+                self.launches += 1 + (kernel is launch.amaxes)  # that memory is zeroed first
+            return out
+        out = func(*args, **kwargs)
+        if not func.is_view and func.namespace != "c10d" and not func._opname.startswith(("empty", "new_empty")):
+            self.launches += 1
+            self.moved += bytes_of(func, args, kwargs, out)
+        return out
+
+
+@contextmanager
+def counted_accesses(counter: Counter) -> Iterator[None]:
+    """Count the bytes that interpreted kernels load, store, and change by atomic operations."""
+    builder = interpreter.InterpreterBuilder
+    places = {"create_masked_load": (0, 1), "create_masked_store": (0, 2), "create_atomic_rmw": (1, 3)}
+    before = {name: getattr(builder, name) for name in places}
+
+    def counted(name: str, pointers: int, mask: int) -> Callable[..., Any]:
+        def access(this: Any, *args: Any) -> Any:
+            itemsize = args[pointers].get_element_ty().primitive_bitwidth // 8
+            counter.moved += int(args[mask].data.sum()) * itemsize
+            return before[name](this, *args)
+
+        return access
+
+    try:
+        for name, at in places.items():
+            setattr(builder, name, counted(name, *at))
+        yield
+    finally:
+        for name, access in before.items():
+            setattr(builder, name, access)
+
+
+def formats() -> dict[str, Format]:
+    recipes = ("tensorwise", "rowwise", "rowwise_with_gw_hp")
+    float8 = {
+        recipe: dataclasses.replace(
+            Float8LinearConfig.from_recipe_name(recipe), target="sm_90", kernels="inductor"
+        ).format
+        for recipe in recipes
+    }
+    int8 = Int8Format(target="sm_90", gathered=("weight",))
+    return {**float8, "int8": int8, "mxfp8": MXFormat(target="sm_100", gathered=("weight",))}
+
+
+def cast(shard: Tensor, format: Format, mesh: DeviceMesh) -> Counter:
+    weight, whole = ShardedWeight(shard, format), torch.Size((RANKS * ROWS, COLUMNS))
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
+    with Counter() as counter:
+        weight.fsdp_pre_all_gather(mesh, whole, (COLUMNS, 1), nn.Module(), policy)
+    return counter
+
+
+def count(name: str, format: Format, shard: Tensor, mesh: DeviceMesh) -> dict[str, Any]:
+    plain_format: Any = format.emulated  # type: ignore[attr-defined]
+    counter = cast(shard, format, mesh)
+    plain = cast(shard, dataclasses.replace(plain_format, target="cpu"), mesh)
+    reads = 1 if format.has_scales_of_rows("weight") else 2
+    ideal = reads * 4 + 1 + _SCALES.get(name, 4 / COLUMNS)
+    bytes_per_element = {"ideal": ideal, "counted": counter.moved / shard.numel(), "plain": plain.moved / shard.numel()}
+    row: dict[str, Any] = {"system": "titanlite", "config": name, "rows": ROWS, "columns": COLUMNS}
+    row |= {key: round(value, 4) for key, value in bytes_per_element.items()}
+    return {**row, "launches": counter.launches, "plain_launches": plain.launches}
+
+
+def main() -> int:
+    args = harness.parser(__doc__).parse_args()
+    torch.manual_seed(0)
+    shard = torch.randn(ROWS, COLUMNS)
+    dist.init_process_group("fake", rank=0, world_size=RANKS, store=FakeStore())
+    mesh = init_device_mesh("cpu", (RANKS,))
+    rows = [count(name, format, shard, mesh) for name, format in formats().items()]
+    for row in rows:
+        print(row)
+    dist.destroy_process_group()
+    results.save("gather_casts", rows, args, "cpu")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
