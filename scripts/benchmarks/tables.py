@@ -250,10 +250,21 @@ def moe_memory(results: list[dict[str, Any]]) -> list[list[str]]:
 
 
 def plans(results: list[dict[str, Any]]) -> list[list[str]]:
-    rows = [["ranks", "plan of a first save", "by DCP's own planner", "plan of a later save", "metadata read"]]
+    rows = [["ranks", "plan of a first save", "by DCP's own planner", "plan of a later save"]]
     for r in results:
-        first, dcp, read = (f"{r[key]:.2f} s" for key in ("first_s", "dcp_s", "read_s"))
-        rows.append([f"{r['ranks']:,}", first, dcp, f"{r['later_s'] * 1e3:.2f} ms", read])
+        first, dcp = (f"{r[key]:.2f} s" for key in ("first_s", "dcp_s"))
+        rows.append([f"{r['ranks']:,}", first, dcp, f"{r['later_s'] * 1e3:.2f} ms"])
+    return rows
+
+
+def opening(results: list[dict[str, Any]]) -> list[list[str]]:
+    rows = [
+        ["ranks", "tensors", "read", "memory", "by DCP's reader", "its memory", "sent to each rank", "chosen by it"]
+    ]
+    for r in results:
+        sizes = [f"{r[key] / 1e6:.0f} MB" for key in ("peak_bytes", "dcp_peak_bytes", "sent_bytes")]
+        read, dcp, chosen = f"{r['read_s']:.2f} s", f"{r['dcp_s']:.2f} s", f"{r['chosen_s'] * 1e3:.0f} ms"
+        rows.append([f"{r['ranks']:,}", f"{r['tensors']}", read, sizes[0], dcp, sizes[1], sizes[2], chosen])
     return rows
 
 
@@ -318,6 +329,7 @@ TABLES: dict[str, Callable[[list[dict[str, Any]]], list[list[str]]]] = {
     "accumulation/estimates": accumulation,
     "accumulation/counted": counted_accumulation,
     "thousand_ranks_plans": plans,
+    "thousand_ranks_opening": opening,
     "thousand_ranks_seconds": agreement,
     "thousand_ranks_corpus": corpus,
     "thousand_ranks_weights": weights,

@@ -2,6 +2,7 @@
 
     python scripts/benchmarks/thousand_ranks.py counts --out docs/benchmarks/thousand_ranks.json
     python scripts/benchmarks/thousand_ranks.py plans --out docs/benchmarks/thousand_ranks_plans.json
+    python scripts/benchmarks/thousand_ranks.py opening --out docs/benchmarks/thousand_ranks_opening.json
     python scripts/benchmarks/thousand_ranks.py seconds --out docs/benchmarks/thousand_ranks_seconds.json
     python scripts/benchmarks/thousand_ranks.py corpus --out docs/benchmarks/thousand_ranks_corpus.json
     python scripts/benchmarks/thousand_ranks.py weights --out docs/benchmarks/thousand_ranks_weights.json
@@ -9,8 +10,11 @@
 - counts: bytes that the plans of so many ranks, made as objects, send to rank 0 and back: at a first save, as at each
   save without kept plans, and at a later one; the bytes of names that a rank receives when a checkpoint is opened; the
   open files of real gloo processes, and the limit that the launcher sets for more.
-- plans: the seconds in which rank 0 plans a first save and a later one, in which DCP's own planner plans the first, and
-  in which each rank reads the metadata of a checkpoint. DCP's takes minutes at 4,096 ranks.
+- plans: the seconds in which rank 0 plans a first save and a later one, and in which DCP's own planner plans the first.
+  DCP's takes minutes at 4,096 ranks.
+- opening: the seconds and the memory in which rank 0 reads the metadata of a checkpoint, and in which DCP's own reader
+  does; the bytes that each other rank gets of it; the seconds in which a rank then chooses its chunks. The last case is
+  near a real model.
 - seconds: one agreement over gloo, of real processes, as each step had one and a step with a log line or a save has.
 - corpus: in which time four processes open a corpus of JSON lines: without an index, with one, and after one of its
   files has changed.
@@ -41,7 +45,7 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 from torch._C._distributed_c10d import FileStore
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
-from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.filesystem import FileSystemReader, _StorageInfo
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
 from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
 from torch.distributed.device_mesh import init_device_mesh
@@ -63,6 +67,7 @@ from titanlite.models.llama3.spec import FLAVORS
 from titanlite.models.spec import get_model_spec
 
 RANKS = (64, 256, 1024, 4096)
+REAL = (1024, 300)  # ranks and tensors
 PROCESSES = (2, 4, 8)
 PROCESSES_OF_CORPUS = 4
 FILES = 8  # of the corpus
@@ -102,7 +107,6 @@ def plans(args: argparse.Namespace) -> list[Result]:
     for ranks in args.ranks:
         *_, (first, later) = _saves(ranks, args.tensors)
         row = {"first_s": first, "later_s": later, "dcp_s": _seconds_of_dcp(ranks, args.tensors)}
-        row["read_s"] = _seconds_of_metadata(ranks, args.tensors)
         row = {key: round(took, 6) for key, took in row.items()}
         rows.append({"part": "plan", "ranks": ranks, "tensors": args.tensors, **row})
     return rows
@@ -140,24 +144,62 @@ def _seconds_of_dcp(ranks: int, tensors: int) -> float:
     return time.perf_counter() - begin
 
 
-def _seconds_of_metadata(ranks: int, tensors: int) -> float:
-    """Return the seconds in which each rank reads where the tensors of a checkpoint are."""
-    planned, metadata = FlatPlanner().create_global_plan([_plan_of(rank, ranks, tensors) for rank in range(ranks)])
+def opening(args: argparse.Namespace) -> list[Result]:
+    rows: list[Result] = []
+    for ranks, tensors in [*((ranks, args.tensors) for ranks in args.ranks), REAL]:
+        with tempfile.TemporaryDirectory() as folder:
+            _write_metadata(Path(folder), ranks, tensors)
+            row = {"part": "opening", "ranks": ranks, "tensors": tensors, "chunks": ranks * tensors}
+            row["metadata_bytes"] = Path(folder, METADATA).stat().st_size
+            for read in (_open_metadata, _open_by_dcp):
+                (measured,) = in_processes(1, read, folder)
+                row |= measured
+            rows.append(row)
+    return rows
+
+
+def _write_metadata(folder: Path, ranks: int, tensors: int) -> None:
+    """Write the metadata of a first save as rank 0 does, and files of the sizes that it states."""
+    plans = [pickle.loads(pickle.dumps(_plan_of(rank, ranks, tensors))) for rank in range(ranks)]  # they were gathered
+    planned, metadata = FlatPlanner().create_global_plan(plans)
     size = 4 * COLUMNS
-    metadata.storage_data = {
-        item.index: _StorageInfo(f"__{rank}_0.distcp", i * size, size)
-        for rank, plan in enumerate(planned)
-        for i, item in enumerate(plan.items)
-    }
-    with tempfile.TemporaryDirectory() as folder:
-        for rank in range(ranks):
-            with Path(folder, f"__{rank}_0.distcp").open("wb") as file:
-                file.truncate(tensors * size)
-        Path(folder, METADATA).write_bytes(pickle.dumps(metadata))
-        begin = time.perf_counter()
-        if len(read_metadata(Path(folder))) != tensors:
-            raise SystemExit("not all tensors were read")
-        return time.perf_counter() - begin
+    metadata.storage_data = {}
+    for rank, plan in enumerate(planned):
+        file = folder / f"__{rank}_0.distcp"
+        with file.open("wb") as stream:
+            stream.truncate(len(plan.items) * size)
+        places = {item.index: _StorageInfo(file.name, i * size, size) for i, item in enumerate(plan.items)}
+        metadata.storage_data |= pickle.loads(pickle.dumps(places))  # they too
+    (folder / METADATA).write_bytes(pickle.dumps(metadata))
+
+
+def _open_metadata(folder: str) -> Result:
+    """Read the metadata, and choose the chunks of one rank. The process has done nothing else."""
+    saved, took, peak = _with_peak(lambda: read_metadata(Path(folder)))
+    begin = time.perf_counter()
+    chosen = [next(tensor.chunks.within((1, 0), (1, COLUMNS))) for tensor in saved.values()]
+    chosen_s = time.perf_counter() - begin
+    if {chunk.file for chunk, _, _ in chosen} != {"__1_0.distcp"}:
+        raise SystemExit("a rank did not find its chunks")
+    return {"read_s": took, "peak_bytes": peak, "sent_bytes": len(pickle.dumps(saved)), "chosen_s": round(chosen_s, 6)}
+
+
+def _open_by_dcp(folder: str) -> Result:
+    _, took, peak = _with_peak(FileSystemReader(folder).read_metadata)
+    return {"dcp_s": took, "dcp_peak_bytes": peak}
+
+
+def _with_peak(read: Callable[[], Any]) -> tuple[Any, float, int]:
+    """Return what ``read`` returns, its seconds, and the bytes of memory that it took at most."""
+    gc.disable()  # as during training
+    before, begin = _peak_of_memory(), time.perf_counter()
+    result = read()
+    took = time.perf_counter() - begin
+    return result, round(took, 4), _peak_of_memory() - before
+
+
+def _peak_of_memory() -> int:
+    return int(Path("/proc/self/status").read_text().partition("\nVmHWM:")[2].split()[0]) * 1024
 
 
 def _plan_of(rank: int, ranks: int, tensors: int) -> SavePlan:
@@ -312,7 +354,7 @@ def _rank(function: Callable[..., Any], rank: int, count: int, folder: str, give
     return function(*given)
 
 
-PARTS = {"counts": counts, "plans": plans, "seconds": seconds, "corpus": corpus, "weights": weights}
+PARTS = {"counts": counts, "plans": plans, "opening": opening, "seconds": seconds, "corpus": corpus, "weights": weights}
 
 
 def main() -> None:

@@ -74,7 +74,7 @@ def difference(local: State, saved: Mapping[str, SavedTensor]) -> str | None:
     if not names:
         return None
     largest = max(names, key=lambda name: prod(saved[name].shape))
-    per_element = sum(chunk.length for chunk in saved[largest].chunks) / max(1, prod(saved[largest].shape))
+    per_element = saved[largest].chunks.num_bytes / max(1, prod(saved[largest].shape))
     before = max((size for size in (1, 2, 4) if size <= per_element), default=1)
     now = local[largest].element_size()
     return None if before == now else f"{8 * before} bits to {8 * now}"

@@ -318,16 +318,15 @@ def _parts(
 ) -> Iterator[tuple[Tensor, Tensor, str]]:
     """Yield views of the local tensors of ``state``, what the files hold for each of them, and its name."""
     requests = [
-        (chunk, name, box)
+        (chunk, name, offset, sizes)
         for name, tensor in state.items()
-        for chunk in _fitting(folder, name, tensor, saved).chunks
-        if (box := _overlap(chunk, tensor)) is not None
+        for chunk, offset, sizes in _chunks_of(folder, name, tensor, saved)
     ]
     requests.sort(key=lambda request: (request[0].file, request[0].start))
     try:
         for file, parts in groupby(requests, key=lambda request: request[0].file):
             with open_file(contained(folder, file)) as stream:
-                for chunk, name, (offset, sizes) in parts:
+                for chunk, name, offset, sizes in parts:
                     target, begin = shard_with_offset(state[name])
                     place = tuple(slice(o - b, o - b + n) for o, b, n in zip(offset, begin, sizes))
                     inner = [o - c for o, c in zip(offset, chunk.offset)]
@@ -337,21 +336,16 @@ def _parts(
         raise DamagedCheckpoint(folder, [str(e)]) from None
 
 
-def _fitting(folder: Path, name: str, tensor: Tensor, saved: Mapping[str, SavedTensor]) -> SavedTensor:
+def _chunks_of(
+    folder: Path, name: str, tensor: Tensor, saved: Mapping[str, SavedTensor]
+) -> Iterator[tuple[Chunk, list[int], list[int]]]:
+    """Return the saved chunks that share elements with the local part of ``tensor``; see :meth:`Chunks.within`."""
     if name not in saved:
         raise DamagedCheckpoint(folder, [f"{name} is not among its tensors"])
     if saved[name].shape != tensor.shape:
         raise DamagedCheckpoint(folder, [f"{name} has the shape {tuple(saved[name].shape)}, not {tuple(tensor.shape)}"])
-    return saved[name]
-
-
-def _overlap(chunk: Chunk, tensor: Tensor) -> tuple[list[int], list[int]] | None:
-    """Return the offset and the sizes, in the whole tensor, of what a chunk and the local part of ``tensor`` share."""
     local, begin = shard_with_offset(tensor)
-    offset = [max(pair) for pair in zip(chunk.offset, begin)]
-    ends = (min(c + n, b + m) for c, n, b, m in zip(chunk.offset, chunk.shape, begin, local.shape))
-    sizes = [end - start for end, start in zip(ends, offset)]
-    return None if any(size <= 0 for size in sizes) else (offset, sizes)
+    return saved[name].chunks.within(begin, local.shape)
 
 
 __all__ = ["INFO", "SUMS", "Info", "load", "read_info", "save", "saved_shapes", "verify"]
