@@ -1,5 +1,6 @@
-"""The environment variables that titanlite reads or sets, beside torchrun's own."""
+"""The environment variables that titanlite reads or sets, beside torchrun's own; and what is installed."""
 
+import importlib.util
 import os
 import sys
 import zlib
@@ -28,3 +29,13 @@ def say_once(text: str) -> None:
     if number not in said and os.environ.get("RANK", "0") == "0":
         print(text, file=sys.stderr, flush=True)
         os.environ[SAID] = ",".join([*filter(None, said), number])
+
+
+def is_installed(package: str) -> bool:
+    """Return whether a package can be imported. A folder of that name without Python files is none: wandb leaves its
+    runs in ``./wandb``, which Python would import."""
+    try:
+        spec = importlib.util.find_spec(package)
+    except (ImportError, ValueError):
+        return False
+    return spec is not None and spec.origin is not None

@@ -40,7 +40,7 @@ from titanlite.training.data import build_encoder, build_loader, describe_packin
 from titanlite.training.loss_watch import LossWatch
 from titanlite.training.model_shape import choose_shape
 from titanlite.training.origin import find_start
-from titanlite.training.outputs import open_outputs, open_tensorboard
+from titanlite.training.outputs import check_outputs, open_outputs, open_tensorboard
 from titanlite.training.run_folder import RunFolder, loss_of_first_step
 from titanlite.training.sample import check_prompt
 from titanlite.training.step import StepRunner
@@ -232,6 +232,7 @@ class PreparedRun:
         self.run_folder = RunFolder(self.run_path)
 
     def _fill_run_folder(self) -> None:
+        check_outputs(self.config)
         checkpoint = self.start.checkpoint
         if self.start.continues and checkpoint is not None:
             processes = checkpoint.info.world_size, self.runtime.world_size

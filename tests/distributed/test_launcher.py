@@ -183,6 +183,8 @@ def test_a_second_signal_ends_even_a_rank_that_hangs(started: Any) -> None:
     os.kill(max(run.workers()), signal.SIGSTOP)  # the other one now waits in a collective
     run.process.send_signal(signal.SIGTERM)
     run.wait_for("send it again")
+    (notice,) = [line for line in run.output().splitlines() if "send it again" in line]
+    assert len(notice) < 80  # columns of a terminal
     run.process.send_signal(signal.SIGTERM)
     assert run.process.wait(timeout=10) == 128 + signal.SIGKILL
     assert run.workers() == []

@@ -116,15 +116,15 @@ def cautions(run: Run, baseline: Run) -> list[str]:
 
 
 def _other_options_before(run: Run) -> list[str]:
-    """Return sentences on the options that a run had before it went on with other ones."""
+    """Return a sentence on the options that a run had before it went on with other ones; none: it did not."""
     if len(run.options_before) > _SPANS:
         last = max(last for _, last in run.options_before)
         return [f"{run.name} went on several times with other options, the last time after step {last:,}."]
-    sentences = []
+    parts = []
     for (first, last), options in sorted(run.options_before.items()):
         values = ", ".join(printable(f"{name} = {value}") for name, value in options.items())
-        sentences.append(f"In steps {first:,} to {last:,}, {run.name} had {values}.")
-    return sentences
+        parts.append(f"{values} in steps {first:,} to {last:,}")
+    return [f"{run.name} had {'; '.join(parts)}."] if parts else []
 
 
 def not_known(run: Run, baseline: Run) -> list[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 from pathlib import Path, PurePath
 
@@ -14,6 +13,7 @@ from titanlite.config.run_config import FIXED_NAMES, FOLDERS
 from titanlite.config.schema import Checkpoint, JobConfig
 from titanlite.config.unsupported import check_unsupported
 from titanlite.config.validation import check_validation
+from titanlite.environment import is_installed
 
 MOST_TOKENS = 1 << 40  # of a step
 
@@ -32,7 +32,7 @@ def check_config(config: JobConfig, world_size: int, *, train: bool = True) -> N
                 "memory_estimation.enabled",
                 "the trainer makes no estimates; start run_train.sh, or titanlite train",
             )
-        if config.metrics.enable_wandb and importlib.util.find_spec("wandb") is None:
+        if config.metrics.enable_wandb and not is_installed("wandb"):
             refuse(config, "metrics.enable_wandb", "needs the package wandb; install it with: pip install wandb")
     _check_sizes(config)
     _check_folders(config)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import shutil
 from collections.abc import Callable
 from typing import NamedTuple
@@ -13,6 +12,7 @@ import torch.distributed as dist
 from titanlite.converters import formats_with_units
 from titanlite.distributed.attention_kernel import AttentionInputs, describe_kernel, preferred_kernels
 from titanlite.doctor.machine import read_fact
+from titanlite.environment import is_installed
 from titanlite.quant import kernels
 from titanlite.quant.devices import architecture, sm
 
@@ -36,7 +36,7 @@ def features(device: torch.device, converters: list[str]) -> list[Feature]:
     """Return the features that need more than torch. ``converters`` are the names of those to number formats."""
     units, gpu = architecture(device), device.type == "cuda"
     native = formats_with_units(units)
-    compiler = ("triton", _has("triton")) if gpu else ("a C++ compiler (g++ or clang++)", _cxx())
+    compiler = ("triton", is_installed("triton")) if gpu else ("a C++ compiler (g++ or clang++)", _cxx())
     features = [Feature("compiled blocks", "training.compile", compiler[0], compiler[1])]
     features += [
         Feature(f"{name} in its own units", f"model.converters={name}", "units for it; else emulated", name in native)
@@ -48,7 +48,7 @@ def features(device: torch.device, converters: list[str]) -> list[Feature]:
             "FlashAttention 3",
             "chosen by itself",
             "a Hopper GPU, the package flash_attn_interface",
-            sm(units) == 90 and _has("flash_attn_interface"),
+            sm(units) == 90 and is_installed("flash_attn_interface"),
         ),
         Feature("several processes", "NGPU", "NCCL on GPUs, gloo on CPUs", _communicates(gpu)),
         Feature(
@@ -58,11 +58,18 @@ def features(device: torch.device, converters: list[str]) -> list[Feature]:
             gpu and _peers(),
         ),
         Feature("checkpoints through pinned memory", "checkpoint.async_mode=async_with_pinned_mem", "a GPU", gpu),
-        Feature("TensorBoard", "metrics.enable_tensorboard", "the package tensorboard", _has("tensorboard")),
-        Feature("Weights & Biases", "metrics.enable_wandb", "the package wandb", _has("wandb")),
-        Feature("lm-eval's tasks", "lm_eval --model hf, on an exported folder", "the package lm_eval", _has("lm_eval")),
-        Feature("data sets of the hub", "training.dataset=c4", "the package datasets, a network", _has("datasets")),
-        Feature("pictures", "titanlite compare --picture", "the package matplotlib", _has("matplotlib")),
+        Feature("TensorBoard", "metrics.enable_tensorboard", "the package tensorboard", is_installed("tensorboard")),
+        Feature("Weights & Biases", "metrics.enable_wandb", "the package wandb", is_installed("wandb")),
+        Feature(
+            "lm-eval's tasks",
+            "lm_eval --model hf, on an exported folder",
+            "the package lm_eval",
+            is_installed("lm_eval"),
+        ),
+        Feature(
+            "data sets of the hub", "training.dataset=c4", "the package datasets, a network", is_installed("datasets")
+        ),
+        Feature("pictures", "titanlite compare --picture", "the package matplotlib", is_installed("matplotlib")),
     ]
     return features
 
@@ -77,13 +84,6 @@ def attention(device: torch.device, heads: int, kv_heads: int, head_dim: int, dt
             return describe_kernel(AttentionInputs(heads, kv_heads, head_dim, dtype), device, ring=False)
 
     return read_fact(choice)
-
-
-def _has(package: str) -> bool:
-    try:
-        return importlib.util.find_spec(package) is not None
-    except (ImportError, ValueError):
-        return False
 
 
 def _cxx() -> bool:

@@ -299,11 +299,10 @@ def _stop_in_order(stop_file: Path) -> None:
             raise SignalException(f"second signal {number}", signal.SIGKILL)
         stop_file.touch()
         name = signal.Signals(number).name
-        clear = "\r\033[J" if sys.stderr.isatty() else ""  # the status of the run, which a worker draws again
-        print(
-            f"{clear}titanlite: {name}: the workers stop after this step; send it again to end them now",
-            file=sys.stderr,
-        )
+        has_status = sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
+        clear = "\r\033[J" if has_status else ""  # a worker draws it again
+        # Short enough for 80 columns.
+        print(f"{clear}titanlite: {name}: the run stops after this step; send it again to end it now", file=sys.stderr)
 
     for number in STOP_SIGNALS:
         if signal.getsignal(number) is not signal.SIG_IGN:  # nohup

@@ -16,10 +16,32 @@ from titanlite.metrics.tensorboard import scalars_of, validation_scalars_of
 logger = logging.getLogger()
 
 
+def check_login() -> None:
+    """Check that wandb needs no key, or has one.
+
+    Raises:
+        ConfigError: it would ask for a key, below a status that is drawn over the question.
+    """
+    import wandb
+
+    try:
+        mode = os.environ.get("WANDB_MODE") or wandb.setup().settings.mode  # of wandb's own files
+        if mode in ("online", "shared") and not wandb.login(prompt=False):
+            raise _refused("there is no API key")
+    except (wandb.Error, OSError) as e:
+        raise _refused(e) from None
+
+
+def _refused(why: object) -> ConfigError:
+    why = f"wandb cannot be started: {why}; run wandb login, or set WANDB_MODE=offline"
+    return ConfigError(why, key="metrics.enable_wandb", value=True)
+
+
 class WandbSink:
     """Writes a run of Weights & Biases. As in torchtitan, ``WANDB_PROJECT``, ``WANDB_TEAM`` and ``WANDB_RUN_NAME`` name
     it, and ``WANDB_MODE=offline`` keeps it in the folder. A run that continues is a run of its own there, in the same
     group: wandb takes no step a second time. With ``WANDB_RUN_ID`` and ``WANDB_RESUME`` it is the same run.
+    :func:`check_login` comes first.
 
     Args:
         folder: the run folder; the files are in its folder ``wandb``.
@@ -37,10 +59,6 @@ class WandbSink:
         self._errors = (wandb.Error, OSError)
         self._folder, self._lacks = folder, ""
         try:
-            mode = os.environ.get("WANDB_MODE") or wandb.setup().settings.mode  # of wandb's own files
-            # Without a key wandb would ask for one, below a status that is drawn over the question.
-            if mode in ("online", "shared") and not wandb.login(prompt=False):
-                raise wandb.Error("there is no API key")
             self._run: Any = wandb.init(
                 entity=os.environ.get("WANDB_TEAM"),
                 project=os.environ.get("WANDB_PROJECT", "titanlite"),
@@ -52,8 +70,7 @@ class WandbSink:
                 settings=wandb.Settings(silent=True, console="off"),
             )
         except self._errors as e:
-            why = f"wandb cannot be started: {e}; run wandb login, or set WANDB_MODE=offline"
-            raise ConfigError(why, key="metrics.enable_wandb", value=True) from None
+            raise _refused(e) from None
         logger.info("wandb: %s", self._run.url or f"offline, in {self._run.dir}")
         if (there := self._run.step) > step + 1:
             logger.warning("wandb has this run's rows up to step %d, and takes only later ones", there - 1)

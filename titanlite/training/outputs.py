@@ -11,8 +11,18 @@ from titanlite.config.job_name import distinguishing_options
 from titanlite.config.run_config import METRICS, VALIDATION
 from titanlite.metrics.sinks import JsonlSink, Sink
 from titanlite.metrics.tensorboard import TensorBoardSink
-from titanlite.metrics.wandb_sink import WandbSink
+from titanlite.metrics.wandb_sink import WandbSink, check_login
 from titanlite.training.run_folder import logged_rows
+
+
+def check_outputs(config: JobConfig) -> None:
+    """Check that the services that a run writes to let it in.
+
+    Raises:
+        ConfigError: one does not.
+    """
+    if config.metrics.enable_wandb:
+        check_login()
 
 
 def open_outputs(config: JobConfig, run_path: Path, step: int) -> list[Sink]:

@@ -126,14 +126,16 @@ def test_options_that_a_run_had_before_are_said(tmp_path: Path) -> None:
     first, second = losses(0)
     a, b = (write_run(tmp_path / name, values) for name, values in (("a", first), ("b", second)))
     keep_changes(b, 300, {"optimizer.lr": ("0.003", "0.001"), "training.steps": ("300", "600")})
-    sentence = "In steps 1 to 300, b had optimizer.lr = 0.003, training.steps = 300."
+    sentence = "b had optimizer.lr = 0.003, training.steps = 300 in steps 1 to 300."
     assert sentence in compare([a, b]).verdicts["b"]
     assert sentence in compare([b, a]).verdicts["a"]
+    keep_changes(b, 400, {"optimizer.lr": ("0.001", "0.01")})
+    assert " in steps 1 to 300; optimizer.lr = 0.001 in steps 301 to 400." in compare([a, b]).verdicts["b"]
     for step in range(1, 5):
         keep_changes(b, 300 + step, {"optimizer.lr": (f"{step}", f"{step + 1}")})
     verdict = compare([a, b]).verdicts["b"]
     assert "b went on several times with other options, the last time after step 304." in verdict
-    assert "In steps" not in verdict
+    assert "in steps" not in verdict
 
 
 @pytest.mark.parametrize("damage", [lambda file: file.unlink(), lambda file: file.write_text("[training")])

@@ -6,6 +6,7 @@ import json
 import math
 import struct
 from collections.abc import Iterator
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from typing import Any
 
@@ -110,17 +111,21 @@ def test_the_group_is_that_of_the_environment(monkeypatch: pytest.MonkeyPatch, t
     sink.close()
 
 
-def test_without_a_key_it_does_not_ask(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    for key, value in {"WANDB_MODE": "online", "HOME": str(tmp_path), "NETRC": str(tmp_path / "netrc")}.items():
-        monkeypatch.setenv(key, value)
-    with pytest.raises(ConfigError, match="run wandb login, or set WANDB_MODE=offline"):
-        WandbSink(tmp_path, "a_name", 0, {})
+def test_without_a_key_it_does_not_ask(train: Any, tmp_path: Path) -> None:
+    """Nor is a run that was in the folder set aside."""
+    env = {"WANDB_MODE": "online", "HOME": str(tmp_path), "NETRC": str(tmp_path / "netrc")}
+    run = train(env=env, metrics__enable_wandb="true")
+    assert run.status == 2, run.output
+    assert "there is no API key; run wandb login, or set WANDB_MODE=offline" in run.output
+    assert not run.folder.exists()
 
 
 def test_it_must_be_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     config = JobConfig(metrics=Metrics(enable_wandb=True))
     check_config(config, 1)
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match="pip install wandb") as refused:
-        check_config(config, 1)
-    assert refused.value.key == "metrics.enable_wandb"
+    folder = ModuleSpec("wandb", None, is_package=True)  # such as ./wandb, where runs lie
+    for spec in (None, folder):
+        monkeypatch.setattr("importlib.util.find_spec", lambda name, spec=spec: spec)
+        with pytest.raises(ConfigError, match="pip install wandb") as refused:
+            check_config(config, 1)
+        assert refused.value.key == "metrics.enable_wandb"
