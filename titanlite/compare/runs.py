@@ -168,6 +168,8 @@ def _places(path: Path) -> list[Path]:
     path = _folder(path)
     if not path.exists():
         raise ConfigError(f"{path}: there is no such file or folder; name a run folder, its parent, or a console log")
+    if not path.is_file() and not path.is_dir():
+        raise ConfigError(f"{path}: it is a pipe, a socket or a device; write its text to a file, and name that")
     runs = [path] if path.is_file() else [*_below(path)]
     if not runs:
         raise ConfigError(f"{path}: there is no run in it: no {METRICS}. A run writes it after its first step")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tracemalloc
 from pathlib import Path
 
@@ -50,6 +51,13 @@ def test_no_run_is_an_error_with_the_path(place: str, tmp_path: Path, capsys: py
     write_run(tmp_path / "no_rows", np.array([]))
     assert command.main([str(tmp_path / place)]) == 2
     assert place in capsys.readouterr().err
+
+
+def test_a_pipe_is_no_log(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Such as ``<(ssh host cat torchtitan.log)``."""
+    os.mkfifo(tmp_path / "pipe")
+    assert command.main([str(tmp_path / "pipe")]) == 2
+    assert "pipe: it is a pipe, a socket or a device; write its text to a file" in capsys.readouterr().err
 
 
 def test_the_baseline(tmp_path: Path) -> None:
