@@ -18,10 +18,11 @@ from titanlite.distributed import runtime
 from titanlite.distributed.attention_kernel import preferred_kernels
 from titanlite.distributed.compile import CompileWatch
 from titanlite.distributed.context_parallel import ContextParallel
-from titanlite.distributed.data_parallel import allocate
+from titanlite.distributed.data_parallel import DTYPES, allocate
 from titanlite.distributed.experts import ExpertBalance
 from titanlite.distributed.init import WeightInit
 from titanlite.distributed.mesh import build_mesh
+from titanlite.distributed.one_shard import gather_in_place
 from titanlite.errors import counted
 from titanlite.launch.stop_request import StopRequest
 from titanlite.metrics.console import ConsoleSink, TerminalSink, init_logging
@@ -186,6 +187,9 @@ class PreparedRun:
         self.about.update(built.about)
         for part in self.model_parts:  # nothing was allocated before
             allocate(part, device, config.training.enable_cpu_offload)
+            if self.runtime.world_size == 1 and not config.training.enable_cpu_offload:
+                dtypes = config.training.mixed_precision_param, config.training.mixed_precision_reduce
+                self.runner.in_place = gather_in_place(part, *(DTYPES[dtype] for dtype in dtypes))
             part.init_weights(WeightInit(part, self.seed))  # type: ignore[operator]
             part.train()
         self.flops_per_token = flops_per_token(self.size, config.training.seq_len)

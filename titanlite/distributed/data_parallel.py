@@ -159,15 +159,17 @@ def reduces_each_microbatch(option: str, extra: int) -> bool:
     return option == "microbatch" or (option == "default" and extra > _LARGE)
 
 
-def reduce_gradients_after(model: nn.Module, last: bool, each: bool) -> None:
+def reduce_gradients_after(model: nn.Module, last: bool, each: bool, in_place: bool = False) -> None:
     """Set whether the next backward reduces gradients to this rank's shards, and adds them to those of the microbatches
     before.
 
     Args:
+        in_place: no backward reduces them, or reshards the weights; ``one_shard.take_gradients`` does both.
         last: it is the last backward of a step.
         each: every backward reduces. Otherwise only the last does, and until then each device holds whole gradients.
             The replicas of HSDP are summed in the last one in both cases: until then each has its own shards.
     """
     assert isinstance(model, FSDPModule)
-    model.set_requires_gradient_sync(last or each)
+    model.set_requires_gradient_sync((last or each) and not in_place)
     model.set_requires_all_reduce(last)
+    model.set_reshard_after_backward(not in_place)

@@ -1,4 +1,4 @@
-"""The reduction of gradients where there is one shard, without FSDP2's copy."""
+"""FSDP2 where there is one shard: without its copies of weights and gradients, where that is exact."""
 
 from __future__ import annotations
 
@@ -7,8 +7,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.distributed.fsdp._fully_shard._fsdp_api import ReduceScatter
+from torch.distributed.fsdp._fully_shard._fsdp_common import _from_local_no_grad
+from torch.distributed.tensor import DTensor
 
 
 class OneShard(ReduceScatter):
@@ -40,3 +44,70 @@ class OneShard(ReduceScatter):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         raise AssertionError("FSDP2 reduces nothing over one process")
+
+
+class WholeShard(Tensor):
+    """A shard that is the whole weight, in the dtype that FSDP2 gathers. The gathered weight is in the same memory, and
+    nothing is copied. All operations see a plain tensor, and return plain ones."""
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    def fsdp_pre_all_gather(
+        self,
+        mesh: DeviceMesh,
+        outer_size: torch.Size,
+        outer_stride: tuple[int, ...],
+        module: nn.Module,
+        mp_policy: MixedPrecisionPolicy,
+    ) -> tuple[tuple[Tensor], None]:
+        """Return nothing to gather, as FSDP2's extension for tensor subclasses wants it."""
+        return (self.new_empty(0),), None
+
+    def fsdp_post_all_gather(
+        self, outputs: tuple[Tensor, ...], metadata: None, param_dtype: torch.dtype, *, out: Tensor | None = None
+    ) -> tuple[Tensor, tuple[Tensor, ...]] | None:
+        """Return the gathered weight, and no memory of its own that FSDP2 could free."""
+        if out is None:
+            return self.detach(), ()
+        local = out.to_local() if isinstance(out, DTensor) else out
+        assert local.data_ptr() == self.data_ptr(), "the memory of a weight was replaced after the first step"
+        return None
+
+
+def gather_in_place(model: nn.Module, gathered: torch.dtype, reduced: torch.dtype) -> bool:
+    """Let FSDP2 compute with the weights of ``model`` themselves. Weights that it would cast, or that are gathered in a
+    number format, are gathered as before.
+
+    Args:
+        model: sharded by FSDP2 over one process, with memory, before the first forward.
+        gathered, reduced: the dtypes of the gathered weights, and of the reduction of their gradients.
+
+    Returns:
+        Whether all weights are in place, so that :func:`take_gradients` can take their gradients.
+    """
+    in_place = True
+    for param in model.parameters():
+        assert isinstance(param, DTensor)
+        local = param._local_tensor
+        # (Tensors without data, of an estimate, are of another type.)
+        if type(local) is Tensor and local.dtype == gathered == reduced:
+            param._local_tensor = local.as_subclass(WholeShard)
+        else:
+            in_place = False
+    return in_place
+
+
+def take_gradients(model: nn.Module) -> None:
+    """Give the gradients of the gathered weights to the shards, after backwards that FSDP2 did not reduce, and that
+    left the weights gathered."""
+    gradients = {}
+    for name, param in model.named_parameters():
+        gradients[name], param.grad = param.grad, None
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+    for name, param in model.named_parameters():
+        gradient = gradients[name]
+        if gradient is not None:
+            assert isinstance(param, DTensor)
+            param.grad = _from_local_no_grad(gradient, param._spec)

@@ -14,6 +14,7 @@ from titanlite.data import Batch
 from titanlite.distributed.context_parallel import ContextParallel
 from titanlite.distributed.data_parallel import reduce_gradients_after
 from titanlite.distributed.mesh import Mesh
+from titanlite.distributed.one_shard import take_gradients
 from titanlite.distributed.pipeline import Pipeline
 from titanlite.models.layers import Mixture
 from titanlite.optim.loss import IGNORED
@@ -49,6 +50,9 @@ class StepRunner:
         context: cuts sequences under context parallelism.
         mesh: the processes of the run; None: this one alone.
         reduce_each: reduce gradients after each microbatch, not after the last one only. A pipeline reduces them once.
+
+    Attributes:
+        in_place: the weights are in place (``one_shard.gather_in_place``), so FSDP2 reduces no gradients.
     """
 
     def __init__(
@@ -62,7 +66,7 @@ class StepRunner:
         reduce_each: bool = False,
     ) -> None:
         self.parts, self.pipeline = parts, pipeline
-        self._reduce_each = reduce_each
+        self._reduce_each, self.in_place = reduce_each, False
         self._loss_fn, self._context, self._device, self._mesh = loss_fn, context, device, mesh
         mixtures = [module for part in parts for module in part.modules() if isinstance(module, Mixture)]
         self._all_mixtures = mixtures
@@ -88,10 +92,12 @@ class StepRunner:
         for i in range(count):
             for mixture in self._all_mixtures:
                 mixture.real = None if real is None else real[i].to(self._device, non_blocking=True)
-            reduce_gradients_after(model, last=i == count - 1, each=self._reduce_each)
+            reduce_gradients_after(model, last=i == count - 1, each=self._reduce_each, in_place=self.in_place)
             loss = self._loss(model, inputs[i], labels[i], batch.starts, i)
             (loss / labels.numel()).backward()
             losses.append(loss.detach())
+        if self.in_place:
+            take_gradients(model)
         for mixture in self._all_mixtures:
             mixture.real = None
         return self._step_loss(torch.stack(losses).sum(), labels)
