@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.distributed.parallel import share_meshes
-from titanlite import prepared_run
+from titanlite import train
 from titanlite.config import load_config
 from titanlite.errors import TrainingError
 from titanlite.models.layers import DecoderArgs
@@ -30,7 +30,7 @@ from titanlite.train import Trainer
 
 FACTORS = {"nan": float("nan"), "inf": float("inf"), "spike": 50.0}
 
-build_loss = prepared_run.build_loss
+build_loss = train.build_loss
 
 
 class Waits(TorchDispatchMode):
@@ -58,7 +58,7 @@ class Run:
     def __init__(self, folder: Path, case: dict[str, Any]) -> None:
         self.bad = {int(step): how for step, how in case["bad"].items()}
         self.only = case["rank"]
-        prepared_run.build_loss = lambda *args: self.poisoned(build_loss(*args))
+        train.build_loss = lambda *args: self.poisoned(build_loss(*args))
         options = {**case["options"], "job.dump_folder": folder}
         self.trainer = Trainer(load_config([f"--{key}={value}" for key, value in options.items()]))
         self.parameters = self.trainer.parameters()

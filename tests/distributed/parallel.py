@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
-from titanlite import prepared_run
+from titanlite import train
 from titanlite.config import load_config
 from titanlite.config.schema import Comm
 from titanlite.data import Batch, DataLoader
@@ -134,7 +134,7 @@ def is_checkpointed(block: Any) -> bool:
 
 def share_meshes() -> None:
     """One mesh, and one group beside it, for all runs of the same degrees: each group has threads of its own."""
-    prepared_run.build_mesh = functools.cache(prepared_run.build_mesh)
+    train.build_mesh = functools.cache(train.build_mesh)
     here = runtime.start_runtime(Comm())
     runtime.start_runtime = lambda comm: here
 

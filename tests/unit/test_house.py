@@ -25,7 +25,6 @@ PACKAGE = REPOSITORY / "titanlite"
 FLOORS = (
     ("commands",),
     ("train",),
-    ("prepared_run",),
     ("doctor",),
     ("plan", "compare"),
     ("training",),
@@ -40,7 +39,7 @@ FLOORS = (
     ("errors", "environment"),
 )
 # At the root lie these modules; everything else is in a room.
-ROOT_MODULES = {"__init__", "train", "prepared_run", "errors", "registry", "environment"}
+ROOT_MODULES = {"__init__", "train", "errors", "registry", "environment"}
 
 
 def name_of(path: Path) -> str:

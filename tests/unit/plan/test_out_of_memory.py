@@ -183,12 +183,12 @@ def assert_advised(output: str, *options: str) -> None:
 def test_without_memory_for_the_model_there_is_an_answer_too(train: Any, tmp_path: Path) -> None:
     (tmp_path / "greedy.py").write_text(
         """
-from titanlite import prepared_run
+import sys
 
 def allocate(*_):
     raise MemoryError
 
-prepared_run.allocate = allocate
+sys.modules["__main__"].allocate = allocate
 """
     )
     options = {**out_of_memory(at=1), "training__local_batch_size": 1, "training__compile": "true"}

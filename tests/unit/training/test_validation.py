@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from tests.support.runs import TINY
-from titanlite import prepared_run
+from titanlite import train
 from titanlite.compare.comparison import compare
 from titanlite.config import JobConfig, check_config, load_config
 from titanlite.data import START, Batch, is_held_out, load_tokenizer
@@ -52,7 +52,7 @@ def one_process() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         started = functools.cache(functools.partial(runtime.start_runtime, JobConfig().comm))
         patch.setattr(runtime, "start_runtime", lambda comm: started())
-        patch.setattr(prepared_run, "build_mesh", functools.cache(prepared_run.build_mesh))
+        patch.setattr(train, "build_mesh", functools.cache(train.build_mesh))
         yield
     dist.destroy_process_group()
 
