@@ -191,7 +191,7 @@ def steps_in(root: Path) -> list[int]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("ngpu", "kills"), [(2, (3,)), *(pytest.param(ngpu, (3, 7), marks=pytest.mark.long) for ngpu in (1, 2))]
+    ("ngpu", "kills"), [(1, (3,)), *(pytest.param(ngpu, (3, 7), marks=pytest.mark.long) for ngpu in (1, 2))]
 )
 def test_torchrun_starts_it_again_and_it_resumes(
     started: Any, undisturbed: Callable[[int], Run], ngpu: int, kills: tuple[int, ...]
