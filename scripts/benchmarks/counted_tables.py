@@ -95,8 +95,8 @@ def float8_memory(results: list[dict[str, Any]]) -> list[list[str]]:
         if "kept_per_layer_mib" in r:
             kept = [f"{r['kept_per_layer_mib']:.0f} MiB", f"{r['kept_over_bf16']:.3f}"]
         peak = [f"{r['estimated_peak_gib']:.2f} GiB", f"{r['peak_over_bf16']:.3f}"]
-        how = "compiled" if r["compile"] else "eager"
-        rows.append([how, r["activation_checkpoint"], r["config"], *kept, *peak])
+        mode = "compiled" if r["compile"] else "eager"
+        rows.append([mode, r["activation_checkpoint"], r["config"], *kept, *peak])
     return rows
 
 

@@ -164,10 +164,11 @@ def reduce_gradients_after(model: nn.Module, last: bool, each: bool, in_place: b
     before.
 
     Args:
-        in_place: no backward reduces them, or reshards the weights; ``one_shard.take_gradients`` does both.
         last: it is the last backward of a step.
         each: every backward reduces. Otherwise only the last does, and until then each device holds whole gradients.
             The replicas of HSDP are summed in the last one in both cases: until then each has its own shards.
+        in_place: there is one shard, and its gradients need no reduction. No backward reduces, and weights stay
+            gathered until ``one_shard.take_gradients``.
     """
     assert isinstance(model, FSDPModule)
     model.set_requires_gradient_sync((last or each) and not in_place)

@@ -31,7 +31,7 @@ _REST = rb"|(.+)"
 
 
 class Kept(NamedTuple):
-    """What is kept of the state of a kind of object.
+    """The part of the state that is kept of a kind of object.
 
     Attributes:
         fields: the attributes that are looked at; those of a row in the order in which they are written.
@@ -95,26 +95,26 @@ class Rows:
             self._limit = self._fetched.find(b"\1", count) % (len(self._fetched) + 1)
         while self._rows and self._limit - count >= _FEW:
             end = min(at + self._window, len(self._data))
-            found = self._pattern.findall(self._data, at, end)
-            rest = found.pop()[-1] if found and found[-1][-1] else b""
-            taken, count = self._take(found, stack, count)
-            if taken < len(found):
+            matches = self._pattern.findall(self._data, at, end)
+            rest = matches.pop()[-1] if matches and matches[-1][-1] else b""
+            taken, count = self._take(matches, stack, count)
+            if taken < len(matches):
                 at = next(islice(self._pattern.finditer(self._data, at, end), taken, None)).start()
             else:
                 at = end - len(rest)
-            if taken < len(found) or not found:
+            if taken < len(matches) or not matches:
                 self._window = _LEAST  # so that what is not taken is not looked at again and again
                 break
             self._window = min(2 * self._window, _MOST)
         return at, count
 
-    def _take(self, found: list[Any], stack: list[Any], count: int) -> tuple[int, int]:
+    def _take(self, matches: list[Any], stack: list[Any], count: int) -> tuple[int, int]:
         """Put rows on the stack, up to one that has an object that is asked for again, or a text of another length than
         it says. Return how many, and the number of the next object."""
         rows, decoded = self._rows, self._decoded
         if len(decoded) > _MOST_DECODED:
             decoded.clear()
-        for taken, groups in enumerate(found):
+        for taken, groups in enumerate(matches):
             for row in rows:
                 if groups[row[0]]:
                     break
@@ -133,7 +133,7 @@ class Rows:
             record.args, record.state = (), keep(*values)
             stack.append(record)
             count = behind
-        return len(found), count
+        return len(matches), count
 
 
 class _AnotherLength(ValueError):

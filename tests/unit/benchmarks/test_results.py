@@ -1,4 +1,4 @@
-"""What the result files of the benchmarks say of themselves."""
+"""The commit that the result files of the benchmarks name."""
 
 from __future__ import annotations
 

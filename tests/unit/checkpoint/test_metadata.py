@@ -1,4 +1,4 @@
-"""What is read of ``.metadata`` is what DCP's own reader returns, on random layouts; and files made to mislead."""
+"""The reader of ``.metadata`` against DCP's own on random layouts, and on files that are made to mislead."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ KINDS = {"torch.Size"}
 
 
 class Made:
-    """What Python's own reader makes of an object."""
+    """An object as Python's own reader makes it."""
 
     args: tuple[Any, ...]
     state: Any = None

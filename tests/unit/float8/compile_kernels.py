@@ -23,7 +23,7 @@ def main(name: str) -> None:
         numbers = {"LARGEST": outputs.largest(dtype), "DTYPE": launch.DTYPES[dtype]}
         out = f"*{NAMES[dtype]}"
         for by_rows, by_columns in itertools.product(launch.LAYOUTS.values(), repeat=2):
-            how = {"BY_ROWS": by_rows, "BY_COLUMNS": by_columns}
+            layouts = {"BY_ROWS": by_rows, "BY_COLUMNS": by_columns}
             # Every combination for the most usual GPU; for the others, of which each takes as long, both layouts alike.
             if by_rows == by_columns == launch.LAYOUTS["none"] or (
                 by_rows != by_columns and (x == "fp32" or name != "sm_90")
@@ -33,15 +33,15 @@ def main(name: str) -> None:
             signature |= {"by_columns": out, "column_scale": "*fp32", **sizes}
             tensorwise = launch.LAYOUTS["tensor"] in (by_rows, by_columns)
             rounded = {"POWER_OF_2": not tensorwise}  # as the recipes have it
-            options = {**numbers, **rounded, **how, **launch.CAST_TILE.options()}
+            options = {**numbers, **rounded, **layouts, **launch.CAST_TILE.options()}
             compile(name, kernels.cast_kernel, signature, options)
             of_amaxes = {"x": f"*{x}", "row_amax": "*i32", "column_amax": "*i32", **sizes}
-            compile(name, kernels.amax_kernel, of_amaxes, {**how, **launch.AMAX_TILE.options()})
+            compile(name, kernels.amax_kernel, of_amaxes, {**layouts, **launch.AMAX_TILE.options()})
             count += 2
             if launch.LAYOUTS["none"] in (by_rows, by_columns):  # as SwiGLU has them cast
                 gate = {"gate": f"*{x}"}
                 compile(name, kernels.cast_kernel, {**signature, **gate}, options)
-                compile(name, kernels.amax_kernel, {**of_amaxes, **gate}, {**how, **launch.AMAX_TILE.options()})
+                compile(name, kernels.amax_kernel, {**of_amaxes, **gate}, {**layouts, **launch.AMAX_TILE.options()})
                 count += 2
         signature = {"x": f"*{x}", "by_rows": out, "row_scale": "*fp32", "N": "i32", "stride": "i32"}
         for block, warps in ((4096, 4), (32768, 16)):
@@ -53,9 +53,9 @@ def main(name: str) -> None:
             rounded = {**numbers, "ROUNDED": launch.tl.bfloat16}
             of_rows = {**rounded, "POWER_OF_2": True, "BLOCK_N": 4096, "num_warps": 4}
             assert all(wide_accesses(compile(name, kernels.row_cast_kernel, signature, of_rows)))
-            how = {"BY_ROWS": launch.LAYOUTS["tensor"], "BY_COLUMNS": launch.LAYOUTS["none"], "POWER_OF_2": False}
+            layouts = {"BY_ROWS": launch.LAYOUTS["tensor"], "BY_COLUMNS": launch.LAYOUTS["none"], "POWER_OF_2": False}
             of_tensor = {**signature, "row_amax": "*i32", **sizes}
-            options = {**rounded, **how, **launch.CAST_TILE.options()}
+            options = {**rounded, **layouts, **launch.CAST_TILE.options()}
             assert all(wide_accesses(compile(name, kernels.cast_kernel, of_tensor, options)))
             count += 2
         like_up = dict.fromkeys(("grad", "gate", "up", "grad_gate"), f"*{x}") | sizes
