@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from tests.support.forks import on_ranks
-from tests.support.runs import environment
-from tests.unit.commands.test_generate_command import ARGS, TORCHRUN, run, write
+from tests.support.runs import environment, run_command
+from tests.unit.commands.test_generate_command import ARGS, run_by_torchrun, write
 from titanlite.commands import evaluate as evaluate_command
 from titanlite.inference import score
 from titanlite.inference.evaluate import evaluate
@@ -74,7 +74,7 @@ def test_both_end_with_the_error_of_one(checkpoint: Path, tmp_path: Path) -> Non
 def test_torchrun_prints_once(checkpoint: Path, tmp_path: Path) -> None:
     options = [f"--{key}={value}" for key, value in inputs(tmp_path).items()]
     given = ("evaluate", f"--checkpoint={checkpoint}", *options, "--json")
-    one, two = (run(tmp_path, *given, launcher=launcher) for launcher in ((), TORCHRUN))
+    one, two = (run(tmp_path, *given) for run in (run_command, run_by_torchrun))
     assert one.returncode == two.returncode == 0, two.stderr
     assert two.stdout == one.stdout
     assert len(two.stdout.splitlines()) == 1

@@ -34,11 +34,13 @@ class Place:
     Attributes:
         env: its whole environment.
         output: the file that takes its stdout and stderr.
+        errors: the file that takes its stderr, if that is another.
     """
 
     env: Mapping[str, str]
     folder: Path
     output: Path
+    errors: Path | None = None
 
 
 def start(place: Place, function: Callable[..., Any], *args: Any) -> ForkServerProcess:
@@ -75,9 +77,8 @@ def _run(place: Place, function: Callable[..., Any], args: Sequence[Any]) -> Non
     if sys.platform == "linux":
         PR_SET_PDEATHSIG = 1
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    out = os.open(place.output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    for stream in (1, 2):
-        os.dup2(out, stream)
+    for stream, file in ((1, place.output), (2, place.errors or place.output)):
+        os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
     sys.stdout = open(1, "w", buffering=1, closefd=False)  # noqa: SIM115  (for as long as the process lives)
     sys.stderr = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115
     os.environ.clear()

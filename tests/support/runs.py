@@ -145,6 +145,20 @@ def forked_run(
         return Run(status, output.read_text(), folder)
 
 
+def run_command(folder: Path, *given: str, timeout: float = 300, **env: str) -> subprocess.CompletedProcess[str]:
+    """What ``titanlite`` with the arguments ``given``, the name of a subcommand first, does in ``folder``. ``train``
+    becomes other processes: :func:`forked_run` is that."""
+    place, words = environment(**{"OMP_NUM_THREADS": "1", **env}), ["-m", "titanlite.commands", *given]
+    if not FORKS:
+        real = [sys.executable, *words]
+        return subprocess.run(real, cwd=folder, env=place, capture_output=True, text=True, timeout=timeout)
+    with tempfile.TemporaryDirectory(prefix="titanlite-test-") as scratch:
+        out, err = Path(scratch, "out"), Path(scratch, "err")
+        process = forks.start(forks.Place(place, folder, out, err), run_module, "titanlite.commands", list(given))
+        (status,) = forks.join([process], timeout)
+        return subprocess.CompletedProcess(words, status, out.read_text(), err.read_text())
+
+
 _NEEDS_WORKERS = 77
 
 

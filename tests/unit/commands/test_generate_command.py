@@ -15,7 +15,7 @@ import tokenizers
 import torch
 import torch.distributed as dist
 
-from tests.support.runs import ROOT, environment
+from tests.support.runs import ROOT, environment, run_command
 from tests.unit.models.test_llama3 import GQA, TIED, build
 from titanlite.checkpoint.hugging_face import is_hugging_face
 from titanlite.checkpoint.state import model_state
@@ -158,13 +158,11 @@ def test_folders_that_are_no_checkpoints(checkpoint: Path, tmp_path: Path) -> No
 # ---- the commands
 
 
-TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
-
-
-def run(folder: Path, *given: str, launcher: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
-    """``titanlite`` with its arguments, run in ``folder``."""
+def run_by_torchrun(folder: Path, *given: str) -> subprocess.CompletedProcess[str]:
+    """``titanlite`` with its arguments on two processes, run in ``folder``."""
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
     return subprocess.run(
-        [sys.executable, *launcher, "-m", "titanlite.commands", *given],
+        [sys.executable, *torchrun, "-m", "titanlite.commands", *given],
         cwd=folder,
         env=environment(OMP_NUM_THREADS="1"),
         capture_output=True,
@@ -176,14 +174,14 @@ def run(folder: Path, *given: str, launcher: tuple[str, ...] = ()) -> subprocess
 def test_the_text_goes_to_stdout_with_a_cache_and_without(checkpoint: Path) -> None:
     given = ("generate", "--checkpoint", str(checkpoint), "--prompt", "import os", "--max_new_tokens", "20")
     given += ("--top_k", "50", "--top_p", "0.95", "--seed", "4")
-    done = run(checkpoint, *given)
+    done = run_command(checkpoint, *given)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("import os")
     assert len(load_tokenizer().encode(done.stdout)) > 15
     assert "float32 on cpu, 1 process: prefill 3 tokens, " in done.stderr
     assert "; decode 19 tokens, " in done.stderr
     assert done.stderr.count("tokens/s") == 2
-    assert run(checkpoint, *given, "--no-cache").stdout == done.stdout
+    assert run_command(checkpoint, *given, "--no-cache").stdout == done.stdout
 
 
 @pytest.mark.slow
@@ -194,12 +192,12 @@ def test_the_command_of_the_readme_writes_the_same_on_two_processes(tmp_path: Pa
     seq_len = load_config(["--job.config_file", str(ROOT / "train_configs" / "debug_model.toml")]).training.seq_len
     args = FLAVORS["debugmodel"].configured(load_tokenizer().vocab_size, seq_len)
     write(tmp_path / given[given.index("--checkpoint") + 1] / "checkpoint" / "step-10", args)
-    done = run(tmp_path, *given)
+    done = run_command(tmp_path, *given)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("import")
     assert "float32 on cpu, 1 process: prefill 2 tokens, " in done.stderr
     assert "; decode 253 tokens, " in done.stderr  # what 256 positions have room for
-    parallel = run(tmp_path, *given, "--max_new_tokens=32", launcher=TORCHRUN)
+    parallel = run_by_torchrun(tmp_path, *given, "--max_new_tokens=32")
     begun = parallel.stdout.rstrip("\n\ufffd")  # it may end within a character
     assert len(begun) > 32, parallel.stderr
     assert done.stdout.startswith(begun)
@@ -218,9 +216,9 @@ def test_a_model_of_ones_own(tmp_path: Path) -> None:
     """Of a flavor that its module has no longer."""
     (tmp_path / "mine.py").write_text(OWN)
     write(tmp_path / "step-1", ARGS["gqa"], name="own", flavor="large")
-    text = run(tmp_path, "generate", "--checkpoint=step-1", "--prompt=import", "--custom_import=mine")
+    text = run_command(tmp_path, "generate", "--checkpoint=step-1", "--prompt=import", "--custom_import=mine")
     assert text.stdout.startswith("import"), text.stderr
-    done = run(tmp_path, "convert", "step-1", "converted", "--custom_import=mine")
+    done = run_command(tmp_path, "convert", "step-1", "converted", "--custom_import=mine")
     assert done.returncode == 0, done.stderr
     assert is_hugging_face(tmp_path / "converted")
 

@@ -195,7 +195,7 @@ def test_all_reduce_among_processes() -> None:
 def test_a_small_model_is_measured_in_less_than_a_minute(tmp_path: Path) -> None:
     """The whole command, on a model so small that int8 has nothing to gain in eager mode."""
     sizes = ["--model.args.n_layers=1", "--model.args.dim=64", "--model.args.n_heads=2", "--model.args.n_kv_heads=2"]
-    options = [*sizes, "--model.args.ffn_dim=128", "--training.seq_len=64", "--training.local_batch_size=2"]
+    options = [*sizes, "--model.args.ffn_dim=64", "--training.seq_len=64", "--training.local_batch_size=2"]
     command = [sys.executable, "-m", "titanlite.commands", "doctor", "--json", "--processes=1", *options]
     begin = time.monotonic()
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment(OMP_NUM_THREADS="1"))

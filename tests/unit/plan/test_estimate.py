@@ -15,7 +15,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tests.support.forks import on_ranks
-from tests.support.runs import ROOT, environment
+from tests.support.runs import ROOT, Run, environment, forked_run
 from tests.unit.plan import real_step
 from titanlite.config import load_config, packaged
 from titanlite.data import load_tokenizer
@@ -160,15 +160,8 @@ def test_pipeline_ranks_have_a_row_each() -> None:
     }
 
 
-def run(ngpu: int, *options: str, **extra: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "titanlite.commands", "train", *options],
-        env=environment(NGPU=str(ngpu), **extra),
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+def run(folder: Path, ngpu: int, *options: str, **extra: str) -> Run:
+    return forked_run([*options], environment(NGPU=str(ngpu), **extra), ROOT, folder)
 
 
 @pytest.mark.parametrize(
@@ -188,12 +181,12 @@ def run(ngpu: int, *options: str, **extra: str) -> subprocess.CompletedProcess[s
         (("--training.enable_cpu_offload",), "fake", "is not modelled"),
     ],
 )
-def test_bad_input_ends_as_in_training(options: tuple[str, ...], mode: str, message: str) -> None:
-    ended = run(512, *options, COMM_MODE=mode)
-    assert ended.returncode == 2, ended.stderr
-    assert message in ended.stderr
-    assert "Traceback" not in ended.stderr
-    assert len(ended.stderr.strip().splitlines()) == 1
+def test_bad_input_ends_as_in_training(tmp_path: Path, options: tuple[str, ...], mode: str, message: str) -> None:
+    ended = run(tmp_path, 512, *options, COMM_MODE=mode)
+    assert ended.status == 2, ended.output
+    assert message in ended.output
+    assert "Traceback" not in ended.output
+    assert len(ended.output.strip().splitlines()) == 1
 
 
 @pytest.mark.slow
@@ -235,11 +228,13 @@ def test_renamed_options_are_among_the_notes() -> None:
     assert any(note.endswith("is called training.compile here") for note in estimate(config, 1).notes)
 
 
-def test_the_key_does_what_the_variable_does() -> None:
-    by_key = run(2, "--memory_estimation.enabled", "--training.seq_len=64")
-    by_variable = run(2, "--training.seq_len=64", COMM_MODE="fake")
-    assert by_key.returncode == by_variable.returncode == 0, by_key.stderr
-    assert by_key.stdout == by_variable.stdout
+def test_the_key_does_what_the_variable_does(tmp_path: Path) -> None:
+    """Once with the real command."""
+    command = [sys.executable, "-m", "titanlite.commands", "--memory_estimation.enabled", "--training.seq_len=64"]
+    by_key = subprocess.run(command, env=environment(NGPU="2"), cwd=ROOT, capture_output=True, text=True)
+    by_variable = run(tmp_path, 2, "--training.seq_len=64", COMM_MODE="fake")
+    assert by_key.returncode == by_variable.status == 0, by_key.stderr
+    assert by_key.stderr + by_key.stdout == by_variable.output
     assert f"{ASSUMED_VOCAB_SIZE} tokens are assumed" in by_key.stdout
 
 

@@ -4,42 +4,40 @@ from __future__ import annotations
 
 import errno
 import os
-import signal
-import subprocess
-import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
 
-from tests.support.forks import ROOT
+from tests.support.forks import Place, start
+from tests.support.runs import environment
 from titanlite.config.run_config import CONFIG, LOCK, METRICS
 from titanlite.errors import ConfigError
 from titanlite.training.run_folder import RunFolder
 
-HOLD = """
-import sys, time
-from pathlib import Path
-from titanlite.training.run_folder import RunFolder
-folder = RunFolder(Path(sys.argv[1]))
-print("locked", flush=True)
-time.sleep(60)
-"""
+
+def hold(path: Path) -> None:
+    folder = RunFolder(path)
+    print("locked", flush=True)
+    time.sleep(60)
+    del folder
 
 
 def test_a_second_process_is_refused_until_the_first_has_ended(tmp_path: Path) -> None:
-    holder = subprocess.Popen(
-        [sys.executable, "-c", HOLD, str(tmp_path / "run")], cwd=ROOT, stdout=subprocess.PIPE, text=True
-    )
+    output = tmp_path / "output.txt"
+    holder = start(Place(environment(), tmp_path, output), hold, tmp_path / "run")
     try:
-        assert holder.stdout is not None
-        assert holder.stdout.readline() == "locked\n"
+        give_up = time.monotonic() + 60
+        while not (output.exists() and output.read_text() == "locked\n"):
+            assert time.monotonic() < give_up
+            time.sleep(0.02)
         with pytest.raises(ConfigError, match=rf"job.dump_folder = .*another run \(process {holder.pid}\)"):
             RunFolder(tmp_path / "run")
         RunFolder(tmp_path / "another")
     finally:
-        holder.send_signal(signal.SIGKILL)
-        holder.communicate()
+        holder.kill()
+        holder.join()
     RunFolder(tmp_path / "run")
     assert (tmp_path / "run" / ".lock").read_text() == f"{os.getpid()}\n"
 
