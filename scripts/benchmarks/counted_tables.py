@@ -62,10 +62,13 @@ def whole_step(results: list[dict[str, Any]]) -> list[list[str]]:
 
 
 def gather_casts(results: list[dict[str, Any]]) -> list[list[str]]:
-    rows = [["config", "ideal", "counted", "by plain operations", "launches", "plain launches"]]
+    casts = {"shard": "a shard", "again": "a gathered weight"}
+    kinds = {"": "by the kernels", "plain_": "by plain operations", "compiled_": "compiled"}
+    rows = [["cast", "config", "ideal", *kinds.values(), *(f"launches {kind}" for kind in kinds.values())]]
     for r in results:
-        figures = [f"{r[key]:.2f}" for key in ("ideal", "counted", "plain")]
-        rows.append([r["config"], *figures, str(r["launches"]), str(r["plain_launches"])])
+        moved = [f"{r[key]:.2f}" if key in r else "" for key in ("ideal", "counted", "plain", "compiled")]
+        launches = [str(r.get(f"{kind}launches", "")) for kind in kinds]
+        rows.append([casts[r["cast"]], r["config"], *moved, *launches])
     return rows
 
 

@@ -1,29 +1,44 @@
-"""Count the bytes of the cast of a shard that FSDP2 gathers in a number format, for a GPU that is not there.
+"""Count the bytes of the casts of weights that FSDP2 gathers in a number format, for a GPU that is not there.
 
     python scripts/benchmarks/gather_casts.py --out docs/benchmarks/gather_casts.json
 
-A shard of float32 weights, as one of 8 ranks has it, is cast for a gather of what bfloat16 weights would be. The bytes
-of titanlite's kernels are the loads and stores that Triton's interpreter executes, those of other operators the sizes
-of their tensors. ``ideal``: the shard is read once for the cast, and once before that for the largest magnitude if all
-ranks have to agree on it; a byte per element is written, and the scales. ``plain``: the same cast by PyTorch's
-operators. tests/unit/float8/test_float8_gather.py compares the results. It needs no GPU; nothing is timed.
+Two casts are counted:
+
+- ``shard``: a shard of float32 weights, as one of 8 ranks has it, is cast for a gather of what bfloat16 weights would
+  be. ``ideal``: it is read once for the cast, and once before that for the largest magnitude if all ranks have to agree
+  on it; a byte per element is written, and the scales.
+- ``again``: a weight that was gathered with scales of rows, or of blocks, is cast again along its other dimension, for
+  the gradient of the input. ``ideal``: its bytes are read once for the largest magnitudes and once for the cast, or
+  once for both where they are those of blocks; a byte per element is written, and the scales.
+
+The bytes of titanlite's kernels are the loads and stores that Triton's interpreter executes, those of other operators
+the sizes of their tensors. ``plain``: the same cast by PyTorch's operators, one after the other; ``compiled``: by the
+code that PyTorch's compiler makes of these for sm_90 (:mod:`absent_gpu`), as in a compiled block, with whole sectors of
+32 bytes counted where it stores less.
+tests/unit/float8/test_float8_gather.py and test_float8_recast.py compare the results. It needs a C++ compiler, and no
+GPU; nothing is timed.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 os.environ["TRITON_INTERPRET"] = "1"  # before triton looks
 
+import compiled_block
 import harness
 import results
 import torch
 import torch.distributed as dist
+from absent_gpu import device
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy
@@ -33,7 +48,7 @@ from triton.runtime import interpreter
 from whole_step import bytes_of
 
 from titanlite.float8 import Float8LinearConfig
-from titanlite.quant.format import Format
+from titanlite.quant.format import Format, Operand
 from titanlite.quant.fsdp import ShardedWeight
 from titanlite.quant.int8.format import Int8Format
 from titanlite.quant.kernels import launch
@@ -44,8 +59,11 @@ ROWS, COLUMNS, RANKS = 512, 4096, 8  # of Llama 3 8B's wq
 KERNELS: dict[str, Callable[..., Any]] = {
     "titanlite_quant::amaxes": launch.amaxes,
     "titanlite_quant::cast": launch.cast_with,
+    "titanlite_quant::recast": launch.recast,
     "titanlite_mx::cast_rows": mx_kernels.cast_rows_by_kernel,
+    "titanlite_mx::recast": mx_kernels.recast_by_kernel,
 }
+LAUNCHES = {launch.amaxes: 2, launch.recast: 3}  # of other kernels than casts: memory for amaxes is zeroed first
 # Bytes per element of what is written beside a byte for each: the scales.
 _SCALES = {"tensorwise": 0.0, "mxfp8": 1 / 32}
 
@@ -64,7 +82,7 @@ class Counter(TorchDispatchMode):
             with counted_accesses(self):
                 out = kernel(*args, **kwargs)
             if self.moved > before:  # else the cast computes its own largest magnitudes
-                self.launches += 1 + (kernel is launch.amaxes)  # that memory is zeroed first
+                self.launches += LAUNCHES.get(kernel, 1)
             return out
         out = func(*args, **kwargs)
         if not func.is_view and func.namespace != "c10d" and not func._opname.startswith(("empty", "new_empty")):
@@ -117,16 +135,48 @@ def cast(shard: Tensor, format: Format, mesh: DeviceMesh) -> Counter:
     return counter
 
 
+def cast_again(weight: Operand, format: Format) -> Counter:
+    with Counter() as counter:
+        format.recast(weight, "weight")
+    return counter
+
+
+def plain_of(format: Any) -> Format:
+    return dataclasses.replace(format.emulated, target="cpu")
+
+
 def count(name: str, format: Format, shard: Tensor, mesh: DeviceMesh) -> dict[str, Any]:
-    plain_format: Any = format.emulated  # type: ignore[attr-defined]
-    counter = cast(shard, format, mesh)
-    plain = cast(shard, dataclasses.replace(plain_format, target="cpu"), mesh)
     reads = 1 if format.has_scales_of_rows("weight") else 2
     ideal = reads * 4 + 1 + _SCALES.get(name, 4 / COLUMNS)
-    bytes_per_element = {"ideal": ideal, "counted": counter.moved / shard.numel(), "plain": plain.moved / shard.numel()}
-    row: dict[str, Any] = {"system": "titanlite", "config": name, "rows": ROWS, "columns": COLUMNS}
-    row |= {key: round(value, 4) for key, value in bytes_per_element.items()}
+    return _row(name, "shard", shard, ideal, cast(shard, format, mesh), cast(shard, plain_of(format), mesh))
+
+
+def count_again(name: str, format: Format, weight: Tensor) -> dict[str, Any]:
+    arrived = format.cast_to_gather(weight, torch.bfloat16, None)
+    if name == "mxfp8":
+        ideal = 2 * (1 + _SCALES[name])
+    else:
+        ideal = 3 + 2 * 4 / COLUMNS + (0 if name == "rowwise_with_gw_hp" else 4 / len(weight))
+    by_kernels = cast_again(arrived, format.eager())
+    return _row(name, "again", weight, ideal, by_kernels, cast_again(arrived, plain_of(format)))
+
+
+def _row(name: str, cast: str, weight: Tensor, ideal: float, counter: Counter, plain: Counter) -> dict[str, Any]:
+    moved = {"ideal": ideal, "counted": counter.moved / weight.numel(), "plain": plain.moved / weight.numel()}
+    row = {"system": "titanlite", "config": name, "cast": cast, "rows": len(weight), "columns": COLUMNS}
+    row |= {key: round(value, 4) for key, value in moved.items()}
     return {**row, "launches": counter.launches, "plain_launches": plain.launches}
+
+
+def compiled(rows: int, columns: int) -> dict[str, dict[str, float]]:
+    """Return the launches and the bytes of the compiled cast of a gathered weight, by recipe of float8."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-m", "absent_gpu.recast", f"--rows={rows}", f"--columns={columns}"]
+        child = harness.run(command, compiled_block.LIMIT, device.environment(Path(folder)))
+    if child.status:
+        raise SystemExit(child.why())
+    counts: dict[str, dict[str, float]] = json.loads(child.output.splitlines()[-1])
+    return counts
 
 
 def main() -> int:
@@ -136,7 +186,18 @@ def main() -> int:
     dist.init_process_group("fake", rank=0, world_size=RANKS, store=FakeStore())
     mesh = init_device_mesh("cpu", (RANKS,))
     rows = [count(name, format, shard, mesh) for name, format in formats().items()]
+    weight = torch.randn(RANKS * ROWS, COLUMNS)
+    rows += [
+        count_again(name, format, weight)
+        for name, format in formats().items()
+        if format.has_scales_of_rows("weight")  # the others arrive as both matmuls take them
+    ]
+    by_compiler = compiled(*weight.shape)
     for row in rows:
+        if row["cast"] == "again" and row["config"] in by_compiler:
+            of_recipe = by_compiler[row["config"]]
+            row["compiled"] = round(of_recipe["bytes"] / weight.numel(), 4)
+            row["compiled_launches"] = of_recipe["launches"]
         print(row)
     dist.destroy_process_group()
     results.save("gather_casts", rows, args, "cpu")

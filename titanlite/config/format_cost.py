@@ -15,7 +15,7 @@ class FormatCost:
         grad_weight: the gradient of the weight is computed in the format too.
         input_bytes, grad_bytes, weight_bytes: the bytes that the casts of an input, of a gradient of an output, and of
             a weight in a whole step move, for each element: passes for the largest magnitudes, and copies in both
-            layouts.
+            layouts. Of a gathered weight, without ``recast_bytes``.
         recast_bytes: the bytes that are moved for each element of what was gathered in the format, to cast it again
             along its other dimension; 0: one cast has both layouts.
         agrees: ranks that share a tensor agree on its scale.

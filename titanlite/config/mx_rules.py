@@ -58,7 +58,7 @@ def cost(config: JobConfig) -> FormatCost:
         grad_weight=all_three,
         input_bytes=moved,
         grad_bytes=moved,
-        weight_bytes=2 if gathers else _CAST_BYTES,  # gathered in the format, it is only copied
+        weight_bytes=0 if gathers else _CAST_BYTES,  # gathered in the format, it is only cast again
         recast_bytes=_RECAST_BYTES,
         agrees=False,
         casts_shards=options.enable_tensor_parallel_mxfp8_all_gather,

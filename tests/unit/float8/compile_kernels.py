@@ -70,6 +70,17 @@ def main(name: str) -> None:
             given = {**options, "POWER_OF_2": by_columns != "tensor", "BY_COLUMNS": launch.LAYOUTS[by_columns]}
             compile(name, kernels.swiglu_backward_kernel, signature, given)
             count += 1
+    recasts = [(dtype, layout, True) for dtype in native_dtypes(name) for layout in ("tensor", "vector")]
+    for dtype, layout, power_of_2 in (*recasts, (native_dtypes(name)[0], "vector", False)):
+        x = f"*{NAMES[dtype]}"
+        signature = {"x": x, "column_amax": "*i32", **sizes, "x_scale": "*fp32"}
+        options = {"BY_ROWS": launch.LAYOUTS["none"], "BY_COLUMNS": launch.LAYOUTS[layout], "POWER_OF_2": power_of_2}
+        amaxes = compile(name, kernels.amax_kernel, signature, {**options, **launch.AMAX_TILE.options()})
+        assert wide_accesses(amaxes)[0]
+        options |= {"LARGEST": outputs.largest(dtype), "DTYPE": launch.DTYPES[dtype], **launch.CAST_TILE.options()}
+        signature |= {"by_columns": x, "column_scale": "*fp32"}
+        assert all(wide_accesses(compile(name, kernels.cast_kernel, signature, options)))
+        count += 2
     for x in ("bf16", "fp32"):
         signature = {"product": f"*{x}", "row_scale": "*fp32", "column_scale": "*fp32", "out": f"*{x}"}
         steps = {"ROW_STEP": 1, "COLUMN_STEP": 1}

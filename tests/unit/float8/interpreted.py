@@ -24,12 +24,15 @@ DTYPES = {
 @contextmanager
 def exact_conversions() -> Iterator[None]:
     """The interpreter's own conversions to narrow floats lose carries, subnormals and NaNs (triton 3.6, 3.9), and those
-    from bfloat16 lose subnormals, which GPUs' instructions do not: PyTorch's instead."""
+    from float8 and bfloat16 lose subnormals, which GPUs' instructions do not: PyTorch's instead."""
     own = interpreter._convert_float
 
     def convert(values: Any, source: Any, target: Any, rounding: Any) -> Any:
         if source == tl.bfloat16 and target == tl.float32:  # the same bits, and zeros
             return np.ascontiguousarray(values).view(np.uint16).astype(np.uint32) << 16
+        if source in DTYPES and target == tl.float32:
+            narrow = torch.from_numpy(np.ascontiguousarray(values).view(np.uint8)).view(DTYPES[source])
+            return narrow.float().numpy().view(np.uint32)
         if source != tl.float32 or target not in DTYPES:
             return own(values, source, target, rounding)
         narrow = torch.from_numpy(np.ascontiguousarray(values)).to(DTYPES[target])

@@ -35,6 +35,14 @@ def main(name: str) -> None:
         options = {**NUMBERS, **layouts, **launch.CAST_TILE.options()}
         assert_wide("cast", compile(name, kernels.cast_kernel, {**amaxes, **outs}, options))
         count += 2
+    signature = {"x": "*i8", "x_scale": "*fp32", "column_amax": "*i32", **SIZES}
+    options = {"BY_ROWS": NONE, "BY_COLUMNS": VECTOR, "POWER_OF_2": False}
+    amaxes_kernel = compile(name, kernels.amax_kernel, signature, {**options, **launch.AMAX_TILE.options()})
+    assert_wide("amaxes of what was gathered", amaxes_kernel, False)
+    signature |= {"by_columns": "*i8", "column_scale": "*fp32"}
+    options |= {**NUMBERS, **launch.CAST_TILE.options()}
+    assert_wide("cast of what was gathered", compile(name, kernels.cast_kernel, signature, options))
+    count += 2
     signature = {"x": "*bf16", "by_rows": "*i8", "row_scale": "*fp32", "N": "i32", "stride": "i32"}
     for block, warps in ((4096, 4), (32768, 16)):
         options = {**NUMBERS, "BLOCK_N": block, "num_warps": warps}

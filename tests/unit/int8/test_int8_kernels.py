@@ -19,6 +19,7 @@ from tests.unit.float8.interpreted import exact_conversions
 from tests.unit.float8.test_float8_kernels import DEVICE, NONE, VECTOR, Traffic, check, matrix
 from tests.unit.float8.test_float8_oracle import step, values
 from titanlite.converters.int8 import RECIPES
+from titanlite.quant.format import Use
 from titanlite.quant.int8 import gpu
 from titanlite.quant.int8.cpu import MULTIPLY
 from titanlite.quant.int8.format import Int8Format
@@ -96,6 +97,27 @@ def test_a_shard_is_rounded_as_a_copy_would_be() -> None:
     finite = plain_scale.isfinite().expand_as(plain)
     assert torch.equal(data.cpu()[finite], plain[finite])
     assert DEVICE == "cuda" or traffic.read == 4 * x.numel()
+
+
+def test_what_was_gathered_is_cast_again_as_a_copy_would_be() -> None:
+    """Along the other dimension, from a byte per element: by the kernels, the bits of the cast of a float32 copy. A row
+    without a meaning, whose scale is NaN, takes that from all columns."""
+    torch.manual_seed(0)
+    format = Int8Format(target="sm_90", gathered=("weight",))
+    for bad in (1.0, math.nan, math.inf):
+        x = matrix(67, 131, torch.float32)
+        x[3], x[:, 5], x[4], x[9] = 0, -0.0, 1e-40, 3e38
+        x[7, 11] *= bad
+        arrived = format.cast(x, Use("weight", 1))
+        assert arrived.scale is not None
+        expected = format.emulated.recast(arrived, "weight")  # type: ignore[attr-defined]
+        on_device = arrived.data.to(DEVICE), arrived.scale.to(DEVICE)
+        by_kernel = launch.recast(*on_device, torch.int8, VECTOR, False)
+        for data, scale in ((by_kernel[0].t().cpu(), by_kernel[1].cpu()), format.recast(arrived, "weight")):
+            assert data.t().is_contiguous()
+            assert torch.equal(scale.nan_to_num(-1), expected.scale.nan_to_num(-1))
+            assert math.isfinite(bad) == scale.isfinite().all()
+            assert torch.equal(data, expected.data) or not math.isfinite(bad)
 
 
 @pytest.mark.parametrize("by_rows", [VECTOR, NONE])
@@ -237,6 +259,10 @@ def test_bytes_moved_by_casts(by_rows: str, by_columns: str, read: int, written:
     x = matrix(256, 512)
     with Traffic() as traffic:
         launch.cast(x, torch.int8, by_rows, by_columns, False)
+    with Traffic() as again:
+        launch.recast(x.char(), torch.ones(256, 1), torch.int8, VECTOR, False)
+    assert 2 <= again.read / x.numel() <= 2.12
+    assert 1 <= again.written / x.numel() <= 1.02
     assert read <= traffic.read / x.numel() <= read * 1.05
     assert written <= traffic.written / x.numel() <= written * 1.05
 

@@ -24,7 +24,12 @@ def main(name: str) -> None:
     options = {"RCEIL": True, "BY_ROWS": True, "BY_COLUMNS": False, "SWIZZLED": False, "SIZE": kernels.TILE}
     options |= {"ROUNDED": launch.tl.bfloat16, "num_warps": kernels.WARPS}  # the cast of a shard that ranks gather
     assert all(wide_accesses(compile(name, triton_casts.cast_kernel, signature, options)))
-    print(f"compiled {len(cases) + 1} kernels for {name}")
+    signature = {"x": "*fp8e4nv", "x_exponents": "*u8", "M": "i32", "N": "i32", "stride": "i32"}
+    signature |= {"by_columns": "*fp8e4nv", "column_exponents": "*u8"}
+    options = {"RCEIL": True, "BY_ROWS": False, "BY_COLUMNS": True, "SWIZZLED": True, "SIZE": kernels.TILE}
+    recast = compile(name, triton_casts.cast_kernel, signature, {**options, "num_warps": kernels.WARPS})
+    assert all(wide_accesses(recast))
+    print(f"compiled {len(cases) + 2} kernels for {name}")
 
 
 main(sys.argv[1])

@@ -71,6 +71,21 @@ def test_casts_of_extremes(mode: ScaleMode) -> None:
 
 
 @each_mode
+def test_what_was_gathered_is_cast_again_as_a_copy_would_be(mode: ScaleMode) -> None:
+    """From any bytes, with exponents of all values: the bits of the cast of a float32 copy."""
+    torch.manual_seed(0)
+    for m, n in ((256, 96), (70, 160), (1, 32)):
+        data = torch.randint(0, 256, (m, n), dtype=torch.uint8).view(torch.float8_e4m3fn)
+        data = torch.where(torch.rand(m, n) < 0.01, data.float(), data.float().nan_to_num()).to(data.dtype)
+        exponents = torch.arange(m * n // BLOCK).view(m, n // BLOCK).remainder(256).to(torch.uint8)
+        for operand in ((data, exponents), kernels.cast_rows(matrix(m, n), mode)):
+            on_device = (t.to(DEVICE) for t in operand)
+            expected = kernels.cast(dequantize(*operand), mode, False, True)[2:]
+            compare(kernels.recast_by_kernel(*on_device, mode), expected)
+            compare(kernels.recast(*operand, mode), expected)
+
+
+@each_mode
 def test_scales_of_all_exponents(mode: ScaleMode) -> None:
     """Just below, at, and just above each power of two, subnormals included, and each 1.75 times that."""
     powers = torch.ldexp(torch.ones(276, dtype=torch.float64), torch.arange(-149, 127)).float()
@@ -184,6 +199,13 @@ def test_few_tokens(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_shapes_are_known_without_data(mode: ScaleMode) -> None:
     for by_rows, by_columns in LAYOUTS:
         torch.library.opcheck(torch.ops.titanlite_mx.cast.default, (torch.randn(33, 64), mode, by_rows, by_columns))
+    gathered = kernels.cast_rows(torch.randn(33, 64), mode)
+    without_schema = (
+        "test_faketensor",
+        "test_autograd_registration",
+        "test_aot_dispatch_dynamic",
+    )  # needs sums of float8
+    torch.library.opcheck(torch.ops.titanlite_mx.recast.default, (*gathered, mode), test_utils=without_schema)
 
 
 def test_compiled_without_breaks() -> None:
@@ -218,6 +240,10 @@ def test_bytes_moved(by_rows: bool, by_columns: bool) -> None:
     with Traffic() as of_shard:  # as FSDP2 gathers it
         kernels.cast_rows_by_kernel(x.float(), "rceil", torch.bfloat16)
     assert (of_shard.read, of_shard.written) == (4 * x.numel(), x.numel() * 33 / 32)
+    gathered = kernels.cast_rows(x, "rceil")
+    with Traffic() as again:  # along the other dimension
+        kernels.recast_by_kernel(*gathered, "rceil")
+    assert again.read == again.written == x.numel() * 33 / 32
 
 
 @pytest.mark.slow

@@ -17,6 +17,7 @@ from titanlite.quant.float8.matmul import cast, scaled_grouped_mm, scaled_mm
 from titanlite.quant.float8.numerics import amax_of, amax_to_scale, dequantize, quantize
 from titanlite.quant.format import OPERANDS, WEIGHT, Amaxes, Matmul, Operand, OperandName, Use
 from titanlite.quant.groups import GroupedFormat, Groups
+from titanlite.quant.kernels import DTYPES
 from titanlite.quant.kernels.groups import amaxes_of_groups, cast_columns_of_groups
 
 Kernels = Literal["auto", "triton", "inductor"]
@@ -77,10 +78,10 @@ class Float8Format(GroupedFormat):
     def _cast(self, use: Use) -> CastConfig:
         return self._casts(use.operand)[1 - use.contracted]
 
-    def _by_kernels(self, x: Tensor) -> bool:
+    def _by_kernels(self, x: Tensor, dtypes: tuple[torch.dtype, ...] = DTYPES) -> bool:
         """Return whether the Triton kernels cast ``x``, if its scale is dynamic; else plain operations do."""
         enabled = kernels.AVAILABLE and self.kernels != "inductor" and not self.emulate
-        return enabled and x.dtype in kernels.DTYPES and x.numel() > 0
+        return enabled and x.dtype in dtypes and x.numel() > 0
 
     def cast(self, x: Tensor, use: Use, scale: Tensor | None = None, amax: Tensor | None = None) -> Operand:
         config = self._cast(use)
@@ -124,8 +125,11 @@ class Float8Format(GroupedFormat):
         return kernels.cast_operands(shard, config.dtype, config.layout, "none", self.power_of_2, amax, rounded_to)[0]
 
     def recast(self, arrived: Operand, operand: OperandName) -> Operand:
-        if arrived.scale is not None and not arrived.scale.ndim and not self._casts(operand)[1].is_axiswise:
+        config = self._casts(operand)[1]
+        if arrived.scale is not None and not arrived.scale.ndim and not config.is_axiswise:
             return arrived
+        if self._by_kernels(arrived.data, kernels.QUANTIZED):
+            return kernels.recast(arrived, config.dtype, config.layout, self.power_of_2)
         return self.cast(dequantize(*arrived), Use(operand, 0))  # type: ignore[arg-type]
 
     def input_key(self) -> Hashable:

@@ -59,10 +59,10 @@ class Int8Format(Int8Rows, GroupedFormat):
 
     # ---- casts
 
-    def _by_kernels(self, x: Tensor) -> bool:
+    def _by_kernels(self, x: Tensor, dtypes: tuple[torch.dtype, ...] = kernels.DTYPES) -> bool:
         """Return whether the Triton kernels cast ``x``."""
         on_gpu = x.is_cuda if self.target is None else self.target != "cpu"
-        return on_gpu and not self.emulate and kernels.AVAILABLE and x.dtype in kernels.DTYPES and x.numel() > 0
+        return on_gpu and not self.emulate and kernels.AVAILABLE and x.dtype in dtypes and x.numel() > 0
 
     def cast(self, x: Tensor, use: Use, scale: Tensor | None = None, amax: Tensor | None = None) -> Operand:
         if not self._is_cast(use):
@@ -128,6 +128,8 @@ class Int8Format(Int8Rows, GroupedFormat):
         return kernels.cast_operands(shard, torch.int8, "vector", "none", False, amax, rounded_to)[0]
 
     def recast(self, arrived: Operand, operand: OperandName) -> Operand:
+        if self._by_kernels(arrived.data, kernels.QUANTIZED):
+            return kernels.recast(arrived, torch.int8, "vector", False)
         return self.cast(dequantize(*arrived), Use(operand, 0))  # type: ignore[arg-type]
 
     def agrees(self, use: Use, sharded: int) -> bool:

@@ -1,7 +1,7 @@
 """Quantization in one or two passes over memory, as PyTorch operators that work with torch.compile.
 
-``titanlite_quant::amaxes``, ``::cast``, ``::swiglu_backward`` and ``::rescale`` are Triton kernels on GPUs and plain
-operations on the CPU. Both give the same bits, except for the exponential and the division in SwiGLU.
+``titanlite_quant::amaxes``, ``::cast``, ``::recast``, ``::swiglu_backward`` and ``::rescale`` are Triton kernels on
+GPUs and plain operations on the CPU. Both give the same bits, except for the exponential and the division in SwiGLU.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from titanlite.quant.kernels.outputs import (
     output_of_amaxes,
     output_of_rescale,
     outputs_of_cast,
+    outputs_of_recast,
     outputs_of_swiglu_backward,
 )
 
@@ -29,12 +30,17 @@ Layout = Literal["none", "tensor", "vector"]
 AVAILABLE = importlib.util.find_spec("triton") is not None
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 """The dtypes that can be cast."""
+QUANTIZED = (torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz, torch.int8)
+"""The dtypes that a cast gives, and that can be cast again."""
 
 _library = torch.library.Library("titanlite_quant", "DEF")
 _library.define("amaxes(Tensor x, str by_rows, str by_columns, Tensor? gate=None) -> Tensor")
 _library.define(
     "cast(Tensor x, Tensor amaxes, ScalarType dtype, str by_rows, str by_columns, bool power_of_2, Tensor? gate=None, "
     "ScalarType? rounded_to=None) -> (Tensor, Tensor, Tensor, Tensor)"
+)
+_library.define(
+    "recast(Tensor data, Tensor scale, ScalarType dtype, str by_columns, bool power_of_2) -> (Tensor, Tensor)"
 )
 _library.define(
     "swiglu_backward(Tensor(a!) grad, Tensor gate, Tensor up, Tensor amaxes, ScalarType dtype, str by_columns, "
@@ -104,6 +110,23 @@ def cast_operands(
     return Operand(data, scale), Operand(transposed.t(), transposed_scale)
 
 
+def recast(arrived: Operand, dtype: torch.dtype, by_columns: Layout, power_of_2: bool) -> Operand:
+    """Cast a quantized operand again, for a matmul that sums over its rows, as if its float32 values were there. Reads
+    it twice, a byte per element, and writes a byte.
+
+    Args:
+        arrived: (rows, columns) of one of :data:`QUANTIZED`, not empty; its float32 scales, (rows, 1) or (): in float8
+            powers of two if ``power_of_2``.
+        dtype: int8 if the data is, else float8.
+        by_columns: "tensor": one scale; "vector": one scale per column.
+
+    Returns:
+        (rows, columns) of ``dtype``, whose columns are contiguous; its scales, () or (1, columns).
+    """
+    transposed, scale = torch.ops.titanlite_quant.recast(*arrived, dtype, by_columns, power_of_2)
+    return Operand(transposed.t(), scale)
+
+
 def swiglu_cast(
     gate: Tensor, up: Tensor, dtype: torch.dtype, by_rows: Layout, by_columns: Layout, power_of_2: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -160,11 +183,13 @@ def rescale(product: Tensor, row_scale: Tensor, column_scale: Tensor, dtype: tor
 
 _library.impl("amaxes", reference.amaxes, "CPU")
 _library.impl("cast", reference.cast_with, "CPU")
+_library.impl("recast", reference.recast, "CPU")
 _library.impl("swiglu_backward", reference.swiglu_backward, "CPU")
 _library.impl("rescale", reference.rescale, "CPU")
 AMAXES = torch.ops.titanlite_quant.amaxes.default
 torch.library.register_fake("titanlite_quant::amaxes", output_of_amaxes)
 torch.library.register_fake("titanlite_quant::cast", outputs_of_cast)
+torch.library.register_fake("titanlite_quant::recast", outputs_of_recast)
 torch.library.register_fake("titanlite_quant::swiglu_backward", outputs_of_swiglu_backward)
 torch.library.register_fake("titanlite_quant::rescale", output_of_rescale)
 
@@ -181,5 +206,6 @@ def _launched(function: str) -> Callable[..., Any]:
 
 _library.impl("amaxes", _launched("amaxes"), "CUDA")
 _library.impl("cast", _launched("cast_with"), "CUDA")
+_library.impl("recast", _launched("recast"), "CUDA")
 _library.impl("swiglu_backward", _launched("swiglu_backward"), "CUDA")
 _library.impl("rescale", _launched("rescale"), "CUDA")

@@ -19,6 +19,7 @@ from titanlite.quant.kernels.outputs import (
     output_of_amaxes,
     output_of_rescale,
     outputs_of_cast,
+    outputs_of_recast,
     outputs_of_swiglu_backward,
 )
 
@@ -110,6 +111,30 @@ def cast(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Compute :func:`titanlite.quant.kernels.cast` without the dispatcher."""
     return cast_with(x, amaxes(x, by_rows, by_columns), dtype, by_rows, by_columns, power_of_2)
+
+
+def recast(data: Tensor, scale: Tensor, dtype: torch.dtype, by_columns: str, power_of_2: bool) -> tuple[Tensor, Tensor]:
+    """Compute ``titanlite_quant::recast``, by the kernels that cast high precision."""
+    out = outputs_of_recast(data, scale, dtype, by_columns, power_of_2)
+    data, _ = _same_strides(data, None)
+    m, n = data.shape
+    scale = scale.expand(m, 1).contiguous()
+    amax = torch.zeros(sum(counts(data, "none", by_columns)), dtype=torch.int32, device=data.device)
+    options = {"BY_ROWS": LAYOUTS["none"], "BY_COLUMNS": LAYOUTS[by_columns], "x_scale": scale}
+    with on_device_of(data):
+        kernels.amax_kernel[AMAX_TILE.grid(data)](
+            *(data, None, None, amax, m, n, data.stride(0)),
+            POWER_OF_2=power_of_2,
+            **options,
+            **AMAX_TILE.options(),
+        )
+        kernels.cast_kernel[CAST_TILE.grid(data)](
+            *(data, None, None, amax, None, None, *out, m, n, data.stride(0)),
+            **options,
+            **_constants(dtype, power_of_2),
+            **CAST_TILE.options(),
+        )
+    return out
 
 
 def swiglu_backward(

@@ -55,6 +55,13 @@ def outputs_of_cast(
     return *outputs(by_rows, (m, n), (m, 1)), *outputs(by_columns, (n, m), (1, n))
 
 
+def outputs_of_recast(
+    data: Tensor, scale: Tensor, dtype: torch.dtype, by_columns: str, power_of_2: bool
+) -> tuple[Tensor, Tensor]:
+    *_, transposed, column_scale = outputs_of_cast(data, data, dtype, "none", by_columns, power_of_2)
+    return transposed, column_scale
+
+
 def outputs_of_swiglu_backward(
     grad: Tensor, gate: Tensor, up: Tensor, amaxes: Tensor, dtype: torch.dtype, by_columns: str, power_of_2: bool
 ) -> tuple[Tensor, Tensor, Tensor]:

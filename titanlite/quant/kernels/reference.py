@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from titanlite.quant.float8.numerics import amax_of, amax_to_scale, quantize
+from titanlite.quant.float8.numerics import amax_of, amax_to_scale, dequantize, quantize
 from titanlite.quant.int8 import numerics as int8
 from titanlite.quant.kernels.outputs import (
     computes_amaxes,
@@ -69,6 +69,12 @@ def cast(
     x: Tensor, dtype: torch.dtype, by_rows: str, by_columns: str, power_of_2: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return cast_with(x, amaxes(x, by_rows, by_columns), dtype, by_rows, by_columns, power_of_2)
+
+
+def recast(data: Tensor, scale: Tensor, dtype: torch.dtype, by_columns: str, power_of_2: bool) -> tuple[Tensor, Tensor]:
+    values = int8.dequantize(data, scale) if data.dtype is torch.int8 else dequantize(data, scale)
+    *_, transposed, column_scale = cast(values, dtype, "none", by_columns, power_of_2)
+    return transposed, column_scale
 
 
 def swiglu_backward(

@@ -83,6 +83,22 @@ def _values(x, gate, offsets, inside, ROUNDED: constexpr = None):
 
 
 @triton.jit
+def _dequantized(values, x_scale, rows, M, inside, POWER_OF_2: constexpr):
+    """Return the float32 values of rows that were quantized with ``x_scale``, and zeros outside; if it is None, the
+    values as they are."""
+    if x_scale is not None:
+        scale = tl.load(x_scale + rows, mask=rows < M, other=1.0)[:, None]
+        if values.dtype.is_int8():
+            values = values.to(tl.float32) * scale
+        elif POWER_OF_2:  # the reciprocal is exact then, and a division of each element would take longer than the read
+            values = values.to(tl.float32) * tl.div_rn(tl.full(scale.shape, 1.0, tl.float32), scale)
+        else:
+            values = tl.div_rn(values.to(tl.float32), tl.broadcast_to(scale, values.shape))
+        values = tl.where(inside, values, 0.0)  # of a row whose scale is zero or NaN, zeros became NaN
+    return values
+
+
+@triton.jit
 def _silu(gate):
     return gate / (1.0 + tl.exp(-gate))
 
@@ -120,13 +136,20 @@ def amax_kernel(
     BY_COLUMNS: constexpr,
     BLOCK_M: constexpr,
     BLOCK_N: constexpr,
+    x_scale=None,
+    POWER_OF_2: constexpr = False,
 ):
     """Compute the bits of the amaxes of the two layouts, into int32 zeros. Where both layouts have one scale for the
-    tensor, only row_amax is written. Reads x once."""
+    tensor, only row_amax is written. Reads x once.
+
+    Args:
+        x_scale: the scales of the rows of x, where x is quantized already; the amaxes are those of its values.
+        POWER_OF_2: these scales are powers of two.
+    """
     _, _, rows, columns = tile_of(M, N, BLOCK_M, BLOCK_N, False)
     inside = (rows < M)[:, None] & (columns < N)[None, :]
     values = _values(x, gate, rows.to(tl.int64)[:, None] * stride + columns[None, :], inside)
-    bits = magnitude_bits(values)
+    bits = magnitude_bits(_dequantized(values, x_scale, rows, M, inside, POWER_OF_2))
     if BY_ROWS == VECTOR:
         tl.atomic_max(row_amax + rows, tl.max(bits, 1), mask=rows < M, sem="relaxed")
     elif BY_ROWS == TENSOR:
@@ -158,12 +181,15 @@ def cast_kernel(
     BLOCK_M: constexpr,
     BLOCK_N: constexpr,
     ROUNDED: constexpr = None,
+    x_scale=None,
 ):
     """Cast x to float8, to by_rows (M, N) and by_columns (N, M), each with scales from the bits of the amaxes. Reads x
-    once, the last tiles first: amax_kernel has left them in the cache."""
+    once, the last tiles first: amax_kernel has left them in the cache. ``x_scale`` is as for amax_kernel: its values
+    are cast."""
     down, across, rows, columns = tile_of(M, N, BLOCK_M, BLOCK_N, True)
     inside = (rows < M)[:, None] & (columns < N)[None, :]
     values = _values(x, gate, rows.to(tl.int64)[:, None] * stride + columns[None, :], inside, ROUNDED)
+    values = _dequantized(values, x_scale, rows, M, inside, POWER_OF_2)
     if BY_ROWS == VECTOR:
         scale = _scale(tl.load(row_amax + rows, mask=rows < M, other=0), LARGEST, POWER_OF_2, DTYPE)
         if across == 0:

@@ -186,7 +186,12 @@ class MXFormat(GroupedFormat):
         return gathered if self.emulate else Operand(data, swizzled(exponents))
 
     def recast(self, arrived: Operand, operand: OperandName) -> Operand:
-        return self.cast(dequantize(*arrived), Use(operand, 0))  # type: ignore[arg-type]
+        data, exponents = arrived
+        assert exponents is not None
+        if self.emulate or not data.numel():
+            return self.cast(dequantize(data, exponents), Use(operand, 0))
+        transposed, its_scale = kernels.recast(data, exponents, self.scale_mode)
+        return Operand(transposed.t(), its_scale)
 
     def describe(self) -> dict[str, str]:
         return {"mxfp8": self.scale_mode if self.grad_weight else f"{self.scale_mode}, grad_weight in high precision"}

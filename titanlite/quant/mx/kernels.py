@@ -11,7 +11,7 @@ from torch import Tensor
 from titanlite.quant import kernels
 from titanlite.quant.devices import architecture, on_device_of, sm
 from titanlite.quant.kernels.groups import rows_at
-from titanlite.quant.mx.numerics import BLOCK, quantize, swizzled
+from titanlite.quant.mx.numerics import BLOCK, dequantize, quantize, swizzled
 
 TILE = 128
 """Rows and columns of one program, which are those of one tile of exponents."""
@@ -55,16 +55,46 @@ def outputs_of_cast(x: Tensor, mode: str, by_rows: bool, by_columns: bool) -> tu
     return *_empty(x, by_rows, m, n), *_empty(x, by_columns, n, m)
 
 
-def cast_by_kernel(x: Tensor, mode: str, by_rows: bool, by_columns: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Compute ``titanlite_mx::cast`` by the Triton kernel."""
+def cast_by_kernel(
+    x: Tensor, mode: str, by_rows: bool, by_columns: bool, x_exponents: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Compute ``titanlite_mx::cast`` by the Triton kernel; of the values of a cast in blocks along its rows, whose
+    exponents are given."""
     kernel = importlib.import_module("titanlite.quant.mx.triton_casts").cast_kernel  # triton may not be installed
     out = outputs_of_cast(x, mode, by_rows, by_columns)
     x = x if x.stride(1) == 1 else x.contiguous()
     m, n = x.shape
     options = {"RCEIL": mode == "rceil", "BY_ROWS": by_rows, "BY_COLUMNS": by_columns, "SWIZZLED": True, "SIZE": TILE}
     with on_device_of(x):
-        kernel[_grid(m, n)](x, None, *out, m, n, x.stride(0), **options, num_warps=WARPS)
+        kernel[_grid(m, n)](x, None, *out, m, n, x.stride(0), x_exponents=x_exponents, **options, num_warps=WARPS)
     return out
+
+
+@torch.library.custom_op("titanlite_mx::recast", mutates_args=())
+def recast(data: Tensor, exponents: Tensor, mode: str) -> tuple[Tensor, Tensor]:
+    """Cast a matrix that is in blocks along its rows in blocks along its columns, as if its float32 values were there.
+    Reads it once.
+
+    Args:
+        data: (rows, columns) e4m3, of whole blocks, not empty.
+        exponents: uint8, (rows, columns / 32).
+        mode: of the scales.
+
+    Returns:
+        (columns, rows) e4m3 and its exponents, as of :func:`cast`.
+    """
+    _, _, *out = cast(dequantize(data, exponents), mode, False, True)
+    return out[0], out[1]
+
+
+@recast.register_fake
+def _outputs_of_recast(data: Tensor, exponents: Tensor, mode: str) -> tuple[Tensor, Tensor]:
+    return outputs_of_cast(data, mode, False, True)[2:]
+
+
+def recast_by_kernel(data: Tensor, exponents: Tensor, mode: str) -> tuple[Tensor, Tensor]:
+    """Compute ``titanlite_mx::recast`` by the Triton kernel."""
+    return cast_by_kernel(data, mode, False, True, exponents.contiguous())[2:]
 
 
 def _grid(m: int, n: int) -> tuple[int]:
@@ -152,5 +182,6 @@ def choice() -> str:
 
 if kernels.AVAILABLE:
     cast.register_kernel("cuda")(cast_by_kernel)
+    recast.register_kernel("cuda")(recast_by_kernel)
     cast_rows.register_kernel("cuda")(cast_rows_by_kernel)
     cast_columns_of_groups.register_kernel("cuda")(cast_columns_by_kernel)

@@ -21,6 +21,7 @@ _MANTISSA_BITS, _MANTISSA = constexpr(numerics.MANTISSA_BITS), constexpr(numeric
 _EXPONENT_OF_LARGEST = constexpr(numerics.EXPONENT_OF_LARGEST)
 _MANTISSA_OF_LARGEST = constexpr(numerics.MANTISSA_OF_LARGEST)
 _TWICE_BIAS = constexpr(2 * numerics.BIAS)
+_SMALLEST, _NAN_BITS = constexpr(0x00400000), constexpr(0x7FC00000)  # bits of a float32: 2**-127, NaN
 
 
 @triton.jit
@@ -37,6 +38,18 @@ def _quantize(blocks, exponents):
     inverse = tl.where(exponents == _NAN, float("nan"), inverse)
     scaled = blocks.to(tl.float32) * inverse
     return tl.clamp(scaled, -_LARGEST, _LARGEST, propagate_nan=tl.PropagateNan.ALL).to(tl.float8e4nv)
+
+
+@triton.jit
+def _dequantized(values, exponents, rows, across, M, N, SIZE: constexpr):
+    """Return the float32 values of a tile whose blocks along rows have these exponents, (M, N / 32)."""
+    blocks = across * (SIZE // _BLOCK) + tl.arange(0, SIZE // _BLOCK)
+    inside = (rows < M)[:, None] & (blocks < N // _BLOCK)[None, :]
+    exponent = tl.load(exponents + rows.to(tl.int64)[:, None] * (N // _BLOCK) + blocks[None, :], mask=inside, other=0)
+    bits = exponent.to(tl.int32) << _MANTISSA_BITS
+    bits = tl.where(exponent == 0, _SMALLEST, tl.where(exponent == _NAN, _NAN_BITS, bits))
+    scaled = tl.reshape(values.to(tl.float32), (SIZE, SIZE // _BLOCK, _BLOCK))
+    return tl.reshape(scaled * bits.to(tl.float32, bitcast=True)[:, :, None], (SIZE, SIZE))
 
 
 @triton.jit
@@ -89,6 +102,7 @@ def cast_kernel(
     SWIZZLED: constexpr,
     SIZE: constexpr,
     ROUNDED: constexpr = None,
+    x_exponents=None,
 ):
     """Cast x (M, N), whose rows are contiguous, to by_rows (M, N) in blocks along its rows, and to by_columns (N, M) in
     blocks along its columns. Blocks at the end are filled up with zeros. Reads x once.
@@ -97,6 +111,7 @@ def cast_kernel(
         row_of: the row of x in the place of each of the M rows, -1 for zeros; None: each is in its own.
         SIZE: of the tile of a program, in rows and columns: 128, as the exponents are stored.
         ROUNDED: a dtype that x is rounded to before, without a copy of it.
+        x_exponents: (M, N / 32), where x is in blocks along its rows already: its values are cast.
     """
     down, across, rows, columns = tile_of(M, N, SIZE, SIZE, False)
     if row_of is None:
@@ -106,6 +121,8 @@ def cast_kernel(
         values = rows_at(x, row_of, rows, columns, M, N, stride)
     if ROUNDED is not None:
         values = values.to(ROUNDED)
+    if x_exponents is not None:
+        values = _dequantized(values, x_exponents, rows, across, M, N, SIZE)
     if BY_ROWS:
         _cast(values, by_rows, row_exponents, rows, columns, M, N, down, across, RCEIL, SWIZZLED, SIZE)
     if BY_COLUMNS:
