@@ -214,7 +214,7 @@ EXPERT_PAIRS: dict[str, tuple[str, ...]] = {
 
 # Of EP 2: those whose parts others have.
 EXPERT_VARIANTS_LONG = (
-    *("AC full", "compile, AC full", "compile, inductor"),
+    *("AC full", "compile", "compile, AC full", "compile, inductor"),
     "compile, rowwise experts, AC selective op",
 )
 
@@ -255,9 +255,9 @@ TOUCHED: dict[str, list[str]] = {
     "loss chunks": ["PP 2 ZBVZeroBubble", "FSDP 2 x TP 2"],
     "compile": ["FSDP 2", "TP 2", "CP 2 alltoall", "PP 2 InterleavedZeroBubble"],
     "compile, AC full": ["TP 2"],  # compiled before it is checkpointed
-    "compile, loss chunks": ["TP 2"],
+    "compile, loss chunks": ["FSDP 2 x TP 2"],  # compiled blocks under both
     "compile, tensorwise, AC selective 2": ["FSDP 2"],
-    "compile, rowwise, AC selective op": ["FSDP 2 x TP 2"],
+    "compile, rowwise, AC selective op": ["TP 2"],
 }
 # Schedules and rotations differ from each other as on the smallest model.
 DEBUG_WAYS = ["FSDP 2", "TP 2", "CP 2 alltoall", "PP 2 1F1B", "FSDP 2 x TP 2"]

@@ -31,7 +31,8 @@ from tests.support.runs import ROOT, Run, checkpoints, run_trainer, saved
 from titanlite.checkpoint.storage import load, saved_shapes
 from titanlite.commands import convert
 
-# Few labels are scored, and microbatches accumulate: they, and shares of sequences, have from none to many.
+# Microbatches accumulate, and few labels are scored: microbatches, and shares of sequences, have from none to many.
+SEQUENCES = {1: 2, 2: 2, 4: 1}  # of a microbatch, by the degree of data parallelism
 EXPERTS, EXPERT_DIM = 8, 32
 FAMILY = {
     "model.name": "qwen3_moe",
@@ -40,16 +41,16 @@ FAMILY = {
     "model.args.experts_per_token": 3,
     "experts.balance_loss": 0.05,
     "experts.z_loss": 0.01,
-    "training.local_batch_size": 1,
-    "mask": 16,
+    "training.local_batch_size": SEQUENCES[1],
+    "mask": 32,
 }
 # It has shared experts, groups, a dense first block, and latent attention, whose heads are of two sizes.
 DEEPSEEK = {
     "model.name": "deepseek_v3",
     "model.flavor": "tiny",
     "experts.bias_update_rate": 0.01,
-    "training.local_batch_size": 1,
-    "mask": 16,
+    "training.local_batch_size": SEQUENCES[1],
+    "mask": 32,
 }
 # Its other form, whose queries are made of hidden states.
 MOONLIGHT = {"model.flavor": "tiny_moonlight"}
@@ -72,6 +73,12 @@ DEEPSEEK_WAYS = {
 QUANT = re.compile("rowwise|mxfp8")
 # What one process computes differently too.
 WITH_ONE = re.compile("rowwise|mxfp8|balance")
+
+
+def spread(options: dict[str, Any], name: str) -> dict[str, Any]:
+    """The options of a run on one process, spread in a way."""
+    way = EXPERT_WAYS[name]
+    return {**way.all_options(), **options, "training.local_batch_size": SEQUENCES[way.replicate * way.shard]}
 
 
 def as_many_sequences(variant: str, processes: int) -> dict[str, Any]:
@@ -110,7 +117,7 @@ def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     with_one |= dict(deepseek_case(ONE, v) for _, v in sorted(latent) if v != "compile")
     cluster.run(1, {ONE: FAMILY, **with_one})
     for processes in sorted({EXPERT_WAYS[way].processes for way in {*ways, *(way for way, _ in latent)}}):
-        group = {name: {**way.all_options(), **FAMILY} for name, way in ways.items() if way.processes == processes}
+        group = {name: spread(FAMILY, name) for name, way in ways.items() if way.processes == processes}
         more = {
             f"{way}, {v}": {**group[way], **options[v], **as_many_sequences(v, processes)}
             for way, v in varied
@@ -119,7 +126,7 @@ def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
         for way, v in sorted(latent):
             if EXPERT_WAYS[way].processes == processes:
                 name, given = deepseek_case(way, v)
-                more[name] = {**EXPERT_WAYS[way].all_options(), **given}
+                more[name] = spread(given, way)
         cluster.run(processes, group | more)
     return cluster.reports
 
@@ -174,7 +181,7 @@ def test_latent_attention_compiled_and_in_float8_under_tensor_parallelism(
     assert column(varied, "loss") != pytest.approx(column(plain, "loss"), rel=1e-6)
 
 
-ROWS = 3 * SEQ_LEN  # of a microbatch: a token for each of its experts
+ROWS = 3 * SEQUENCES[2] * SEQ_LEN  # of a microbatch: a token for each of its experts
 
 
 def exchanges(report: dict[str, Any]) -> dict[str, int]:
@@ -185,7 +192,7 @@ def exchanges(report: dict[str, Any]) -> dict[str, int]:
 @pytest.mark.parametrize("way", ["EP 2"])
 def test_the_exchange_sends_the_rows_of_each_expert_and_their_weights(runs: Reports, way: str) -> None:
     """Of each mixture: the loads; in forward the rows, their weights, and the results; in backward as much back."""
-    mixtures = LAYERS * BATCH // 2
+    mixtures = LAYERS * BATCH // 2 // SEQUENCES[2]
     for report in runs[way]:
         assert exchanges(report) == {
             "exchange_loads": mixtures,
@@ -207,7 +214,7 @@ def test_fsdp_gathers_the_experts_of_a_process_over_those_that_have_the_same(run
     shard = 3 * EXPERTS * DIM * EXPERT_DIM * 4 // 4  # bytes, of float32
     for report in runs[way]:
         calls, nbytes = ({k: v for k, v in report[key].items() if "expert_fsdp/" in k} for key in ("calls", "bytes"))
-        gathers = 2 * LAYERS * BATCH // 4
+        gathers = 2 * LAYERS * BATCH // 4 // SEQUENCES[4]
         assert calls == {"expert_fsdp/all_gather": gathers, "expert_fsdp/reduce_scatter": LAYERS}
         assert nbytes == {"expert_fsdp/all_gather": gathers * shard, "expert_fsdp/reduce_scatter": LAYERS * shard}
 

@@ -20,7 +20,7 @@ from tests.distributed.combinations import BATCH, DEBUG_WAYS, SEQ_LEN, VARIANTS,
 from tests.support.forks import on_ranks
 from tests.support.runs import TINY, environment
 
-STEPS = 4
+STEPS = 3
 ONE = "one process"
 COMMON = {
     **TINY,
