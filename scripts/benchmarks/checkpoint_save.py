@@ -5,7 +5,8 @@
 Blocks of steps of one trainer alternate: without a save, with one that it waits for, with one in the background, which
 ends within its block, and with another process that copies, hashes and writes as many bytes. The delay is the block's
 time less that of the block without in the same round. Part of it is that trainer and save share memory and processors:
-the last kind shows what that alone costs, where no code of the save runs in the trainer's process. What a save itself
+the last kind shows what that alone costs, where no code of the save runs in the trainer's process. There the thread that
+trains takes more processor time for the same steps; the rest of a delay is time in which it waits. What a save itself
 holds up is timed, too: the call, and what the optimizer waits for the copy. The figures are medians over the rounds.
 Options of the trainer may follow.
 """
@@ -83,10 +84,11 @@ class Bench:
         self.other = subprocess.Popen(command, stdin=subprocess.PIPE, text=True)
         self.block("another process")
 
-    def block(self, how: str) -> tuple[float, float]:
-        """Seconds of the steps, the first of them followed by a save; and for how long that held them up."""
+    def block(self, how: str) -> tuple[float, float, float]:
+        """Seconds of the steps, the first of them followed by a save; for how long that held them up; and how much of
+        the seconds the thread that trains was not on a processor."""
         harness.synchronize()
-        start, self.checkpoints.held = time.perf_counter(), 0.0
+        start, started, self.checkpoints.held = time.perf_counter(), time.thread_time(), 0.0
         for i in range(self.steps):
             self.trainer.advance()
             if i == 0 and how in ("waited for", "background"):
@@ -95,11 +97,12 @@ class Bench:
                 print(file=self.other.stdin, flush=True)
         harness.synchronize()
         took = time.perf_counter() - start
+        idle = took - (time.thread_time() - started)
         waited = time.perf_counter()
         self.trainer.checkpoints.wait()
         if time.perf_counter() - waited > 0.01:
             raise SystemExit("the save in the background took longer than its block: raise --block")
-        return took, self.checkpoints.held
+        return took, self.checkpoints.held, idle
 
     def close(self) -> None:
         self.other.communicate()
@@ -122,25 +125,30 @@ def main() -> int:
     given += ["--checkpoint.interval=1000000", "--checkpoint.keep_latest_k=1", *options]
     with quiet_trainer(given, outputs()) as trainer:
         bench = Bench(trainer, args.block)
-        times: dict[str, list[tuple[float, float]]] = {how: [] for how in HOW}
+        times: dict[str, list[tuple[float, float, float]]] = {how: [] for how in HOW}
         for i in range(args.rounds):
             for how in HOW[i % len(HOW) :] + HOW[: i % len(HOW)]:
                 times[how].append(bench.block(how))
         bench.close()
     rows: list[dict[str, Any]] = []
     for how in HOW[1:]:
-        delay = statistics.median(t - none for (t, _), (none, _) in zip(times[how], times["none"], strict=True))
-        held = statistics.median(held for _, held in times[how])
-        rows.append({"system": "titanlite", "config": how, "delay_s": delay, "held_s": held, "bytes": bench.size})
+        pairs = [*zip(times[how], times["none"], strict=True)]
+        row = {
+            "delay_s": statistics.median(block[0] - none[0] for block, none in pairs),
+            "wait_s": statistics.median(block[2] - none[2] for block, none in pairs),
+            "held_s": statistics.median(held for _, held, _ in times[how]),
+        }
+        rows.append({"system": "titanlite", "config": how, **row, "bytes": bench.size})
     for row in rows:
-        row["delay_pct"] = 100 * row["delay_s"] / rows[0]["delay_s"]
-        row["held_pct"] = 100 * row["held_s"] / rows[0]["held_s"]
+        for key in ("delay", "wait", "held"):
+            row[f"{key}_pct"] = 100 * row[f"{key}_s"] / rows[0][f"{key}_s"]
         print(
             f"{row['config']}: training is delayed by {row['delay_s'] * 1e3:.0f} ms "
-            f"({row['delay_pct']:.1f}% of a save that it waits for), of which it is held up for "
-            f"{row['held_s'] * 1e3:.1f} ms ({row['held_pct']:.1f}%), {bench.size / 1e6:.0f} MB"
+            f"({row['delay_pct']:.1f}% of a save that it waits for), of which it waits for {row['wait_s'] * 1e3:.0f} ms "
+            f"({row['wait_pct']:.1f}%) and is held up for {row['held_s'] * 1e3:.1f} ms ({row['held_pct']:.1f}%), "
+            f"{bench.size / 1e6:.0f} MB"
         )
-    step = statistics.median(t for t, _ in times["none"]) / args.block
+    step = statistics.median(t for t, *_ in times["none"]) / args.block
     results.save("checkpoint_save", [{**row, "step_s": step, "block": args.block} for row in rows], args)
     return 0
 

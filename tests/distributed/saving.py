@@ -10,14 +10,16 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.checkpoint.planner import SavePlanner
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from titanlite.checkpoint.background import BackgroundSaver
 from titanlite.checkpoint.collectives import SaveError, union_on_all
 from titanlite.checkpoint.folder import step_folder
+from titanlite.checkpoint.hashing_file import HashingFile
 from titanlite.checkpoint.plan_cache import PlanCache
 from titanlite.checkpoint.storage import Info, load, save
+from titanlite.checkpoint.writer import Writer
 from titanlite.config.schema import Comm
 from titanlite.distributed.runtime import Runtime, start_runtime, stop_runtime
 
@@ -32,7 +34,9 @@ class Copied(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         if func._schema.name in ("aten::copy_", "aten::clone", "aten::_to_copy"):
-            self.nbytes += out.numel() * out.element_size()
+            self.nbytes += out.nbytes
+        if func._schema.name == "aten::_foreach_copy_":
+            self.nbytes += sum(copy.nbytes for copy in args[0])
         return out
 
 
@@ -87,9 +91,9 @@ def report(folder: str) -> dict[str, Any]:
         kept = [id(m) for key, m in SavePlanner._cached_metadata.items() if "test" in key]
         return kept[0] if kept else 0
 
-    def attempt(step: int, tensors: dict[str, Tensor]) -> None:
+    def attempt(step: int, tensors: dict[str, Tensor], new_file: Any = HashingFile) -> None:
         before = metadata()
-        save(root, tensors, Info(step, MODEL), runtime.control, plans=plans)
+        save(root, tensors, Info(step, MODEL), runtime.control, plans=plans, new_file=new_file)
         read = {name: torch.zeros_like(tensor) for name, tensor in tensors.items()}
         load(step_folder(root, step), read, runtime.control)
         full = [
@@ -111,6 +115,14 @@ def report(folder: str) -> dict[str, Any]:
     found["kept after a failure"] = len(plans)
     attempt(6, state(6.0))
     attempt(7, state(7.0))
+    writer = Writer({name: tensor.to_local() for name, tensor in state(8.0).items() if isinstance(tensor, DTensor)})
+    try:
+        new_file = writer.open if runtime.rank != 1 else lambda path: writer.open("/dev/full")
+        save(root, state(8.0), Info(8, MODEL), runtime.control, plans=plans, new_file=new_file)
+    except SaveError as e:
+        found["full"] = str(e)
+    attempt(8, state(8.0), writer.open)
+    writer.close()
     plans.clear()
     found["unions"] = unions(runtime)
 

@@ -151,7 +151,7 @@ def test_killed_at_random_moments(
     folder, during_save = tmp_path / "run", 0
     root = folder / "checkpoint"
     options = chain(ngpu)
-    slow = faulty(SLOW_WRITES=0.002)
+    slow = faulty(SLOW_WRITES=0.02)
     environment = {**slow.pop("env"), "CONFIG_FILE": ""}
     for life in range(kills):
         before = steps_in(root)

@@ -19,7 +19,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 
 def test_a_plan_is_made_once_for_the_same_tensors(ranks: list[dict[str, Any]]) -> None:
     steps = [step for step in ranks[0] if step.startswith("step")]
-    assert [step for step in steps if ranks[0][step]["planned"]] == ["step 1", "step 3", "step 6"]
+    assert [step for step in steps if ranks[0][step]["planned"]] == ["step 1", "step 3", "step 6", "step 8"]
     assert [step for step in steps if not all(rank[step]["same"] for rank in ranks)] == []
 
 
@@ -28,6 +28,11 @@ def test_a_save_that_fails_leaves_no_plan(ranks: list[dict[str, Any]]) -> None:
         assert "step 5" not in rank
         assert rank["failed"] == ranks[0]["failed"]
         assert rank["kept after a failure"] == 0
+
+
+def test_an_error_of_the_writing_process_is_that_of_the_save(ranks: list[dict[str, Any]]) -> None:
+    for rank in ranks:
+        assert rank["full"] == "rank 1: [Errno 28] No space left on device: '/dev/full'"
 
 
 def test_names_are_sent_once_for_each_different_part(ranks: list[dict[str, Any]]) -> None:

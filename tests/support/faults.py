@@ -18,19 +18,22 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from titanlite.checkpoint.folder import HashingFile
+from titanlite.checkpoint.hashing_file import HashingFile
+from titanlite.checkpoint.writer import SentFile
 from titanlite.converters import register_converter
 
-_write = HashingFile.write
 
+def _slow(write: Any) -> Any:
+    def slow_write(self: object, data: Any) -> Any:
+        time.sleep(float(os.environ["SLOW_WRITES"]))
+        return write(self, data)
 
-def _slow_write(self: HashingFile, data: Any) -> int:
-    time.sleep(float(os.environ["SLOW_WRITES"]))
-    return _write(self, data)
+    return slow_write
 
 
 if "SLOW_WRITES" in os.environ:
-    HashingFile.write = _slow_write  # type: ignore[method-assign]
+    for file in (HashingFile, SentFile):
+        file.write = _slow(file.write)  # type: ignore[method-assign]
 
 
 @register_converter("fault")

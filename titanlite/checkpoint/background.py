@@ -1,8 +1,13 @@
-"""Asynchronous saving: the state is copied to host memory, and a thread writes the copy while training continues."""
+"""Asynchronous saving: the state is copied to host memory, and the copy is written while training continues.
+
+A thread makes the copy and plans the files. Another process hashes and writes them, where it can share the memory: a
+thread that did would ask for the interpreter's lock, which training needs.
+"""
 
 from __future__ import annotations
 
 import logging
+import os
 import threading
 import time
 from collections.abc import Callable
@@ -10,10 +15,11 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
 from torch import Tensor
-from torch.distributed._state_dict_utils import _copy_state_dict
 from torch.distributed.tensor import DTensor
 
+from titanlite.checkpoint.hashing_file import HashingFile
 from titanlite.checkpoint.state import State
+from titanlite.checkpoint.writer import SentFile, Writer
 
 logger = logging.getLogger()
 
@@ -36,6 +42,9 @@ class BackgroundSaver:
         initializer = (torch.cuda.set_device, (device,)) if device.type == "cuda" else (None, ())
         self._pool = ThreadPoolExecutor(1, "checkpoint", *initializer)
         self._buffers: State = {}
+        # Page-locked memory is not shared; other systems than Linux cannot share memory without a name.
+        self._shares = not self._pin and hasattr(os, "memfd_create")
+        self._writer: Writer | None = None
         self._copied = threading.Event()
         self._copied.set()
         self._saving: Future[None] | None = None
@@ -66,14 +75,50 @@ class BackgroundSaver:
 
     def _copy(self, state: State, ready: torch.cuda.Event | None) -> State:
         if self._buffers.keys() != state.keys():
-            self._buffers = {name: _host_buffer(tensor, self._pin) for name, tensor in state.items()}
+            self._allocate(state)
+        copies, tensors = [*map(_local, self._buffers.values())], [*map(_local, state.values())]
+        # One call for all tensors, which asks for the interpreter's lock once.
         if self._stream is None or ready is None:
-            return _copy_state_dict(state, self._buffers)
-        with torch.cuda.stream(self._stream):
-            ready.wait()
-            copies: State = _copy_state_dict(state, self._buffers, non_blocking=True)
-        self._stream.synchronize()
-        return copies
+            torch._foreach_copy_(copies, tensors)
+        else:
+            with torch.cuda.stream(self._stream):
+                ready.wait()
+                torch._foreach_copy_(copies, tensors, non_blocking=True)
+            self._stream.synchronize()
+        return self._buffers
+
+    def _allocate(self, state: State) -> None:
+        """Replace the buffers on the host by uninitialized ones for the local parts of ``state``."""
+        self._end_writer()
+        self._buffers = {}
+        tensors = {name: _local(tensor) for name, tensor in state.items()}
+        if self._shares:
+            try:
+                self._writer = Writer(tensors)
+            except OSError as e:
+                self._shares = False
+                logger.warning(
+                    "checkpoint.async_mode: a thread of this process writes the checkpoints, because it can share no "
+                    "memory with another process (%s)",
+                    e,
+                )
+        if self._writer is not None:
+            buffers = self._writer.tensors
+        else:
+            buffers = {
+                name: torch.empty(t.shape, dtype=t.dtype, pin_memory=self._pin and t.numel() > 0)
+                for name, t in tensors.items()
+            }
+        self._buffers = {
+            name: DTensor(buffers[name], tensor._spec, requires_grad=False)
+            if isinstance(tensor, DTensor)
+            else buffers[name]
+            for name, tensor in state.items()
+        }
+
+    def new_file(self, path: str | os.PathLike[str]) -> HashingFile | SentFile:
+        """Create a file for a part of the copies."""
+        return HashingFile(path) if self._writer is None else self._writer.open(path)
 
     def wait_for_copy(self) -> None:
         """Wait until the copy is complete; after that the state may change again."""
@@ -90,11 +135,14 @@ class BackgroundSaver:
 
     def close(self) -> None:
         self._pool.shutdown()
+        self._end_writer()
+
+    def _end_writer(self) -> None:
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
 
 
-def _host_buffer(tensor: Tensor, pin: bool) -> Tensor:
-    """Return uninitialized host memory for a copy of the local part of ``tensor``. (torch's own function copies a
-    DTensor, from the device too, before it allocates the buffer.)"""
-    local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-    buffer = torch.empty(local.shape, dtype=local.dtype, pin_memory=pin and local.numel() > 0)
-    return DTensor(buffer, tensor._spec, requires_grad=False) if isinstance(tensor, DTensor) else buffer
+def _local(tensor: Tensor) -> Tensor:
+    data = tensor.detach()
+    return data.to_local() if isinstance(data, DTensor) else data

@@ -8,14 +8,13 @@ a dot; they are deleted at the next start.
 from __future__ import annotations
 
 import hashlib
-import io
 import os
 import re
 import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
+from titanlite.checkpoint.hashing_file import HashingFile
 from titanlite.config.run_config import MODEL, inner_folder, read_run_config
 from titanlite.config.value_rules import PATH
 from titanlite.errors import ConfigError
@@ -26,7 +25,6 @@ SUMS = "SHA256SUMS"
 _SELF = "# of the lines above: "  # sha256sum reads this line as a comment
 _PARTIAL, _DELETING = ".partial-", ".deleting-"
 _BLOCK = 1 << 22
-_PART = 1 << 18  # bytes: in the cache of a processor, so that hashing and writing read the memory once
 _MOST_SUMS = 1 << 26  # bytes: half a million files
 
 
@@ -135,7 +133,6 @@ def write_file(path: Path, text: str) -> str:
     """Write ``text`` to a new file and flush it to disk; return its SHA-256 (hexadecimal)."""
     with HashingFile(path) as file:
         file.write(text.encode())
-        os.fsync(file.fileno())
     return file.digest
 
 
@@ -159,53 +156,6 @@ def flush(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-class HashingFile(io.RawIOBase):
-    """A new file that computes the SHA-256 of its contents during writing.
-
-    Attributes:
-        digest: the SHA-256; ``close()`` sets it.
-        error: the first error of a write. PyTorch's writer of archives hides it behind one of its own.
-    """
-
-    def __init__(self, path: str | os.PathLike[str]) -> None:
-        self._file = open(path, "wb", buffering=_PART // 4)  # noqa: SIM115  (closed by close)
-        self._hash = hashlib.sha256()
-        self.digest = ""
-        self.error: OSError | None = None
-
-    def writable(self) -> bool:
-        return True
-
-    def write(self, data: Any) -> int:
-        content = memoryview(data).cast("B")
-        for begin in range(0, len(content), _PART):
-            part = content[begin : begin + _PART]
-            self._hash.update(part)
-            try:
-                self._file.write(part)
-            except OSError as e:
-                self.error = self.error or e
-                raise
-        return len(content)
-
-    def tell(self) -> int:
-        return self._file.tell()
-
-    def flush(self) -> None:
-        if not self._file.closed:
-            self._file.flush()
-
-    def fileno(self) -> int:
-        self._file.flush()  # callers use the descriptor for fsync
-        return self._file.fileno()
-
-    def close(self) -> None:
-        if not self.closed:
-            self._file.close()
-            self.digest = self._hash.hexdigest()
-        super().close()
 
 
 def read_sums(folder: Path) -> dict[str, str]:

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from titanlite.checkpoint.background import BackgroundSaver
 from titanlite.checkpoint.collectives import SaveError, on_all
 from titanlite.checkpoint.folder import delete, saved_steps, step_folder
+from titanlite.checkpoint.hashing_file import HashingFile
 from titanlite.checkpoint.plan_cache import PlanCache
 from titanlite.checkpoint.quantized import as_plain
 from titanlite.checkpoint.reader import CheckpointReader
@@ -28,6 +29,7 @@ from titanlite.checkpoint.state import (
     size_text,
 )
 from titanlite.checkpoint.storage import Info, save
+from titanlite.checkpoint.tensor_writer import NewFile
 from titanlite.config.schema import Checkpoint
 from titanlite.errors import TrainingError
 from titanlite.quant.stored import stored_weight
@@ -91,8 +93,9 @@ class CheckpointManager:
         else:
             state |= optimizer_state(process.optimizer, process.parts) | random_state(process.rank, process.device)
         state = as_plain(state)
-        if self._background is not None and not ends:
-            self._background.start(info.step, state, lambda copies, failure: self._write_copies(copies, failure, info))
+        saver = self._background
+        if saver is not None and not ends:
+            saver.start(info.step, state, lambda copies, error: self._write_copies(copies, error, info, saver.new_file))
             return
         try:
             self._write(state, info)
@@ -119,7 +122,7 @@ class CheckpointManager:
         info.world_size, info.model = dist.get_world_size(), process.model
         info.buffers = process.buffers_on_all(self.group)
 
-    def _write_copies(self, copies: State, failure: Exception | None, info: Info) -> None:
+    def _write_copies(self, copies: State, failure: Exception | None, info: Info, new_file: NewFile) -> None:
         """Write the copies, in the background thread; log a failure at once, not at the next save."""
 
         def raise_failure() -> None:
@@ -128,14 +131,14 @@ class CheckpointManager:
 
         try:
             on_all(self.group, raise_failure)
-            self._write(copies, info)
+            self._write(copies, info, new_file)
         except Exception as e:
             self._log_failed(e, info.step)
             raise
 
-    def _write(self, state: State, info: Info) -> None:
+    def _write(self, state: State, info: Info, new_file: NewFile = HashingFile) -> None:
         start = time.perf_counter()
-        folder = save(self.root, state, info, self.group, self.files, self._plans)
+        folder = save(self.root, state, info, self.group, self.files, self._plans, new_file)
         self.last_saved = info.step
         logger.info(
             "step %d: checkpoint %s saved in %.2f s (%s of this process)",

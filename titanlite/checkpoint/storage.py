@@ -8,22 +8,18 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from itertools import groupby
 from pathlib import Path
-from typing import IO, Any, get_type_hints
+from typing import Any, get_type_hints
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.filesystem import FileSystem, FileSystemWriter
 from torch.distributed.checkpoint.state_dict_saver import save as save_tensors
-from torch.utils.serialization import config
 
 from titanlite.checkpoint.collectives import SaveError, from_rank_zero, message_of, on_all
 from titanlite.checkpoint.diagnosis import why_no_weights
@@ -31,7 +27,6 @@ from titanlite.checkpoint.folder import (
     INFO,
     SUMS,
     DamagedCheckpoint,
-    HashingFile,
     commit,
     is_checkpoint,
     make_folder,
@@ -42,11 +37,13 @@ from titanlite.checkpoint.folder import (
     step_folder,
     write_file,
 )
+from titanlite.checkpoint.hashing_file import HashingFile
 from titanlite.checkpoint.metadata import METADATA, Chunk, SavedTensor, read_metadata
 from titanlite.checkpoint.plan_cache import PlanCache
 from titanlite.checkpoint.planner import FlatPlanner
 from titanlite.checkpoint.quantized import as_plain, copy_any
 from titanlite.checkpoint.state import State
+from titanlite.checkpoint.tensor_writer import DeviceTensorWriter, HashingFileSystem, HostTensorWriter, NewFile
 from titanlite.checkpoint.tensors import read_tensor
 from titanlite.errors import ConfigError
 from titanlite.quant.fsdp import shard_with_offset
@@ -54,7 +51,6 @@ from titanlite.untrusted.files import MOST_JSON, Untrusted, contained, is_of, js
 
 _FORMAT = 1
 _MODEL = {"name": str, "flavor": str, "args": dict}  # the keys of Info.model
-_COPY_AHEAD = 10_000_000  # bytes
 
 
 @dataclass
@@ -91,30 +87,6 @@ class Info:
 # ---- writing
 
 
-class _HashingFileSystem(FileSystem):
-    """DCP's file system, which also computes the SHA-256 of each file during writing."""
-
-    def __init__(self) -> None:
-        self.sums: dict[str, str] = {}
-
-    @contextmanager
-    def create_stream(self, path: str | os.PathLike[str], mode: str) -> Iterator[IO[bytes]]:  # type: ignore[override]
-        file = HashingFile(path)
-        try:
-            yield file  # type: ignore[misc]
-        except RuntimeError as e:
-            if file.error is None:
-                raise
-            raise file.error from e
-        finally:
-            file.close()
-        self.sums[Path(path).name] = file.digest
-
-    def rename(self, path: str | os.PathLike[str], new_path: str | os.PathLike[str]) -> None:
-        super().rename(path, new_path)
-        self.sums[Path(new_path).name] = self.sums.pop(Path(path).name)
-
-
 def save(
     root: Path,
     state: State,
@@ -122,12 +94,14 @@ def save(
     group: dist.ProcessGroup | None,
     files: Mapping[str, str] | None = None,
     plans: PlanCache | None = None,
+    new_file: NewFile = HashingFile,
 ) -> Path:
     """Write the checkpoint ``root/step-N``, where N is ``info.step``, atomically; return its folder.
 
     Args:
         files: the names and contents of text files that belong to it, such as those of the tokenizer.
         plans: the plans of earlier saves of the run, the same series on all processes.
+        new_file: creates a file for tensors, by its path.
 
     Raises:
         SaveError: writing failed on any process. Then no new checkpoint exists.
@@ -150,7 +124,7 @@ def save(
     is_first = dist.get_rank() == 0
     try:
         on_all(group, begin if is_first else _nothing)
-        sums = _write_tensors(partial, as_plain(state), group, plans)
+        sums = _write_tensors(partial, as_plain(state), group, plans, new_file)
         on_all(group, (lambda: end(sums)) if is_first else _nothing)
     except SaveError:
         if plans is not None:
@@ -166,19 +140,15 @@ def _nothing() -> None:
 
 
 def _write_tensors(
-    folder: Path, state: State, group: dist.ProcessGroup | None, plans: PlanCache | None
+    folder: Path, state: State, group: dist.ProcessGroup | None, plans: PlanCache | None, new_file: NewFile
 ) -> dict[str, str]:
     """Write the tensors; return file name -> SHA-256 for the files of all processes."""
-    # By default the writer copies tensors ahead, to overlap with writing, and for that waits for the training stream.
-    # Copy ahead only if there are tensors on a GPU.
-    on_device = any(tensor.device.type != "cpu" for tensor in state.values())
-    writer = FileSystemWriter(folder, sync_files=True, per_thread_copy_ahead=_COPY_AHEAD if on_device else 0)
-    writer.fs = files = _HashingFileSystem()
+    files = HashingFileSystem(new_file)
+    on_host = all(tensor.device.type == "cpu" for tensor in state.values())
+    writer = HostTensorWriter(folder, files) if on_host else DeviceTensorWriter(folder, files)
     planner = FlatPlanner() if plans is None else plans.planner()
     try:
-        # CRC-32 adds nothing to SHA-256, and PyTorch holds the interpreter lock while it computes a CRC-32.
-        with config.patch({"save.compute_crc32": False}):  # type: ignore[attr-defined]
-            save_tensors(state, storage_writer=writer, planner=planner, process_group=group)
+        save_tensors(state, storage_writer=writer, planner=planner, process_group=group)
     except CheckpointException as e:
         raise SaveError(
             "; ".join(f"rank {rank}: {message_of(failure[0])}" for rank, failure in sorted(e.failures.items()))

@@ -381,7 +381,7 @@ def test_a_signal_saves_and_ends_with_0(started: Any, tmp_path: Path, ngpu: int,
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["disabled", "async"])
 def test_a_signal_during_a_save_ends_with_that_one(started: Any, tmp_path: Path, mode: str) -> None:
-    slow = faulty(SLOW_WRITES=0.0005)
+    slow = faulty(SLOW_WRITES=0.005)
     run = started(1, env=slow.pop("env"), **LITTLE, **checkpoints(3, async_mode=mode), **slow)
     folder = run.folder / "checkpoint"
     while not list(folder.glob(".partial-*")):
@@ -472,7 +472,7 @@ def test_a_full_disk(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_slow_saves_in_the_background_do_not_pile_up(tmp_path: Path) -> None:
-    options = {**checkpoints(1, async_mode="async"), **faulty(SLOW_WRITES=0.0003), "training__steps": 4}
+    options = {**checkpoints(1, async_mode="async"), **faulty(SLOW_WRITES=0.006), "training__steps": 4}
     run = run_trainer(tmp_path, **options)
     assert run.status == 0, run.output
     assert "for the checkpoint before; raise checkpoint.interval" in run.output
