@@ -117,7 +117,8 @@ def test_what_would_have_been_enough_says_so() -> None:
 @pytest.mark.slow
 def test_on_a_gpu_that_plans_know_advice_is_by_their_memory_model() -> None:
     """Options that the model does not see, such as the optimizer's implementation, count as in the estimates."""
-    options = ("training.local_batch_size=2", "optimizer.implementation=foreach", "model.args.n_layers=2")
+    options = ("training.local_batch_size=1", "optimizer.implementation=foreach", "model.args.n_layers=2")
+    options += ("training.loss_chunks=2", "parallelism.fsdp_reshard_after_forward=always")  # fewer estimates
     config, gpu = read(*options), replace(GPU, native_formats=[], device_name="NVIDIA H100 80GB HBM3")
     planned = find_advice(config, gpu, ASSUMED_VOCAB_SIZE)
     estimated = find_advice(config, replace(gpu, device_name="another"), ASSUMED_VOCAB_SIZE)
