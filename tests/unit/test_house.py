@@ -8,6 +8,7 @@ import inspect
 import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping
+from functools import cache
 from graphlib import TopologicalSorter
 from pathlib import Path
 from typing import NamedTuple
@@ -90,10 +91,13 @@ def imports_in(tree: ast.AST, module: str, is_package: bool, known: Iterable[str
     return imports
 
 
-IMPORTS = {
-    name: imports_in(ast.parse(path.read_text()), name, path.name == "__init__.py", SOURCES)
-    for name, path in SOURCES.items()
-}
+@cache
+def imports_of() -> dict[str, set[Import]]:
+    """Those of each module."""
+    return {
+        name: imports_in(ast.parse(path.read_text()), name, path.name == "__init__.py", SOURCES)
+        for name, path in SOURCES.items()
+    }
 
 
 def within(module: str, *packages: str) -> bool:
@@ -109,7 +113,7 @@ def breaches(importers: Iterable[str], *forbidden: str) -> list[str]:
         f"{module} imports {imported.module}"
         for module in SOURCES
         if within(module, *importers)
-        for imported in IMPORTS[module]
+        for imported in imports_of()[module]
         if within(imported.module, *forbidden)
     ]
 
@@ -138,7 +142,7 @@ def test_every_module_lies_in_a_room() -> None:
     assert {path.stem for path in PACKAGE.glob("*.py")} == ROOT_MODULES
     folders = {path.name for path in PACKAGE.iterdir() if path.is_dir() and any(path.glob("*.py"))}
     assert folders | ROOT_MODULES - {"__init__"} == rooms
-    assert any(Import("titanlite.config", True) in imports for imports in IMPORTS.values())
+    assert any(Import("titanlite.config", True) in imports for imports in imports_of().values())
 
 
 @pytest.mark.parametrize("floor", range(len(FLOORS)), ids=[" ".join(floor) for floor in FLOORS])
@@ -161,7 +165,9 @@ def test_no_room_knows_a_family_by_name() -> None:
 def test_number_formats_stand_alone(room: str, others: tuple[str, ...]) -> None:
     inside = [name for name in SOURCES if within(name, f"titanlite.{room}")]
     allowed = (*sys.stdlib_module_names, "torch", "triton", *titanlite(room, *others))
-    assert [f"{name}: {i.module}" for name in inside for i in IMPORTS[name] if not within(i.module, *allowed)] == []
+    assert [
+        f"{name}: {i.module}" for name in inside for i in imports_of()[name] if not within(i.module, *allowed)
+    ] == []
 
 
 @pytest.mark.parametrize("number_format", ["float8", "int8", "mx"])
@@ -196,7 +202,9 @@ def test_nothing_imports_torchao_at_run_time() -> None:
 def test_layers_know_torch_and_each_other() -> None:
     inside = [name for name in SOURCES if within(name, "titanlite.models.layers")]
     allowed = (*sys.stdlib_module_names, "torch", "titanlite.models.layers")
-    assert [f"{name}: {i.module}" for name in inside for i in IMPORTS[name] if not within(i.module, *allowed)] == []
+    assert [
+        f"{name}: {i.module}" for name in inside for i in imports_of()[name] if not within(i.module, *allowed)
+    ] == []
     assert breaches(inside, "torch.distributed") == []
 
 
@@ -207,7 +215,7 @@ def test_the_configuration_is_read_without_torch() -> None:
         f"{name} imports {i.module}"
         for name in SOURCES
         if within(name, *light)
-        for i in IMPORTS[name]
+        for i in imports_of()[name]
         if i.at_start and within(i.module, *slow)
     ]
     assert at_start == []
@@ -221,7 +229,7 @@ def test_no_import_cycles() -> None:
         return {".".join(parts[:i]) for i in range(1, len(parts) + 1)}
 
     graph: dict[str, set[str]] = {}
-    for name, imports in IMPORTS.items():
+    for name, imports in imports_of().items():
         loaded = set().union(*(parents(i.module) for i in imports)) & SOURCES.keys()
         # A package is loaded before what is in it, and may import that: not a cycle by itself.
         graph[name] = loaded - parents(name)
