@@ -217,9 +217,10 @@ class Trainer:
         self.about.update(built.about)
         for part in self.model_parts:  # nothing was allocated before
             allocate(part, device, config.training.enable_cpu_offload)
-            if self.runtime.world_size == 1 and not config.training.enable_cpu_offload:
-                dtypes = config.training.mixed_precision_param, config.training.mixed_precision_reduce
-                self.runner.in_place = gather_in_place(part, *(DTYPES[dtype] for dtype in dtypes))
+            if self.runtime.world_size == 1 and not (config.training.enable_cpu_offload and device.type != "cpu"):
+                training = config.training
+                dtypes = DTYPES[training.mixed_precision_param], DTYPES[training.mixed_precision_reduce]
+                self.runner.in_place = gather_in_place(part, *dtypes)
             part.init_weights(WeightInit(part, self.seed))  # type: ignore[operator]
             part.train()
         self.flops_per_token = flops_per_token(self.size, config.training.seq_len)

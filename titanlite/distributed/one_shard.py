@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -46,11 +46,13 @@ class OneShard(ReduceScatter):
         raise AssertionError("FSDP2 reduces nothing over one process")
 
 
-class WholeShard(Tensor):
-    """A shard that is the whole weight, in the dtype that FSDP2 gathers. The gathered weight is in the same memory, and
-    nothing is copied. All operations see a plain tensor, and return plain ones."""
+class InPlace:
+    """The hooks by which FSDP2 gathers a shard that is the whole weight, in the dtype of the gather: the gathered
+    weight is in the same memory, and nothing is copied. A base of subclasses of ``Tensor``."""
 
-    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+    detach: Callable[[], Tensor]
+    new_empty: Callable[..., Tensor]
+    data_ptr: Callable[[], int]
 
     def fsdp_pre_all_gather(
         self,
@@ -74,13 +76,31 @@ class WholeShard(Tensor):
         return None
 
 
-def gather_in_place(model: nn.Module, gathered: torch.dtype, reduced: torch.dtype) -> bool:
+class WholeShard(InPlace, Tensor):
+    """A shard that is gathered in place. All operations see a plain tensor, and return plain ones."""
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+
+def whole_shard(local: Tensor) -> Tensor | None:
+    """Return a plain tensor as a :class:`WholeShard`; None for others, such as those that are gathered in a number
+    format."""
+    return local.as_subclass(WholeShard) if type(local) is Tensor else None
+
+
+def gather_in_place(
+    model: nn.Module,
+    gathered: torch.dtype,
+    reduced: torch.dtype,
+    whole_shard: Callable[[Tensor], Tensor | None] = whole_shard,
+) -> bool:
     """Let FSDP2 compute with the weights of ``model`` themselves. Weights that it would cast, or that are gathered in a
     number format, are gathered as before.
 
     Args:
         model: sharded by FSDP2 over one process, with memory, before the first forward.
         gathered, reduced: the dtypes of the gathered weights, and of the reduction of their gradients.
+        whole_shard: returns a shard as an :class:`InPlace`, or None; an estimate has its own kind.
 
     Returns:
         Whether all weights are in place, so that :func:`take_gradients` can take their gradients.
@@ -89,11 +109,11 @@ def gather_in_place(model: nn.Module, gathered: torch.dtype, reduced: torch.dtyp
     for param in model.parameters():
         assert isinstance(param, DTensor)
         local = param._local_tensor
-        # (Tensors without data, of an estimate, are of another type.)
-        if type(local) is Tensor and local.dtype == gathered == reduced:
-            param._local_tensor = local.as_subclass(WholeShard)
-        else:
+        whole = whole_shard(local) if local.dtype == gathered == reduced else None
+        if whole is None:
             in_place = False
+        else:
+            param._local_tensor = whole
     return in_place
 
 

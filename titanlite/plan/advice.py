@@ -170,8 +170,7 @@ def need(config: JobConfig, world_size: int, vocab_size: int) -> Need:
     modelled.training.enable_cpu_offload = False
     result: Estimate = estimate(modelled, world_size, vocab_size)
     largest = max(result.ranks, key=lambda rank: rank.peak)
-    movable = largest.parameters + largest.optimizer
-    return Need(largest.peak - movable, 0) if offload else Need(largest.peak, movable)
+    return Need(largest.peak - largest.movable, 0) if offload else Need(largest.peak, largest.movable)
 
 
 @dataclass

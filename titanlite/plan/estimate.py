@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_leaves
 
@@ -33,11 +33,12 @@ from titanlite.config import (
 from titanlite.config.number_formats import formats_of
 from titanlite.config.refuse import refuse
 from titanlite.data import Batch
-from titanlite.distributed.data_parallel import allocate
+from titanlite.distributed.data_parallel import DTYPES, allocate
 from titanlite.distributed.expert_parallel import ExpertParallel
 from titanlite.distributed.experts import ExpertBalance
 from titanlite.distributed.gradients import gradient_scale
 from titanlite.distributed.mesh import Mesh, build_mesh
+from titanlite.distributed.one_shard import InPlace, gather_in_place
 from titanlite.distributed.target import H100
 from titanlite.metrics.device import GIB
 from titanlite.metrics.flops import flops_per_token
@@ -90,6 +91,7 @@ class RankEstimate:
         peak: the largest memory during a step.
         at_peak: the memory at the peak, by kind.
         traffic: the collectives of one step.
+        in_place: one process computes with its parameters themselves (titanlite/distributed/one_shard.py).
         worst_peak: the peak if all tokens choose experts of this rank; None without expert parallelism.
     """
 
@@ -100,12 +102,19 @@ class RankEstimate:
     peak: int
     at_peak: dict[str, int]
     traffic: dict[Collective, Traffic]
+    in_place: bool
     worst_peak: int | None = None
 
     @property
     def activations(self) -> int:
         """Activations that forward keeps for backward, and temporaries, at the peak."""
         return self.at_peak.get(ACTIVATIONS, 0) + self.at_peak.get(TEMPORARY, 0)
+
+    @property
+    def movable(self) -> int:
+        """The state that training.enable_cpu_offload moves to host memory, without the parameters that are in place:
+        with offload they are copied to the device."""
+        return self.optimizer + (0 if self.in_place else self.parameters)
 
     @property
     def gathered(self) -> int:
@@ -257,6 +266,17 @@ def dimensions(mesh: Mesh) -> dict[str, str]:
     return {m.get_group().group_name: name for name, m in meshes.items() if m.ndim == 1 and m.size() > 1}
 
 
+class WholeShardWithoutData(InPlace, FakeTensor):
+    """A shard without data that is gathered in place."""
+
+
+def _whole_shard(local: Tensor) -> Tensor | None:
+    if type(local) is not FakeTensor:
+        return None
+    local.__class__ = WholeShardWithoutData  # torch cannot view a tensor without data as a subclass
+    return local
+
+
 def measure(
     built: BuiltModel, loss_fn: LossFunction | None, config: JobConfig, mesh: Mesh, tracker: MemoryTracker
 ) -> RankEstimate:
@@ -268,12 +288,17 @@ def measure(
             for part in built.parts:
                 allocate(part, DEVICE, config.training.enable_cpu_offload)
                 part.train()
+        training, in_place = config.training, False
+        if mesh.world.size() == 1:  # as the trainer does
+            dtypes = DTYPES[training.mixed_precision_param], DTYPES[training.mixed_precision_reduce]
+            in_place = gather_in_place(built.parts[0], *dtypes, _whole_shard)
         optimizer = build_optimizer(built.named_parameters(), config.optimizer)
         with tracker.kind(OPTIMIZER):
             _make_state(optimizer)
         tracker.restart_peak()
         worst = assume_load(built.parts, worst=False)
         runner = StepRunner(built.parts, loss_fn, pipeline, None, DEVICE, mesh, built.reduce_each)
+        runner.in_place = in_place
         loss = runner.forward_backward(_batch(config, mesh))
         # Those that are on one device alone, as experts can be, pass no reduction that would tell what they are.
         tracker.name([*_local(p.grad for p in parameters)], GRADIENTS)
@@ -297,6 +322,7 @@ def measure(
             peak=tracker.peak,
             at_peak=dict(tracker.at_peak()),
             traffic=dict(tracker.traffic),
+            in_place=in_place,
         )
         if worst:
             assume_load(built.parts, worst=True)

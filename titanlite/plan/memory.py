@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed import ProcessGroup
 from torch.distributed.distributed_c10d import _resolve_process_group  # type: ignore[attr-defined]
 from torch.distributed.tensor._sharding_prop import ShardingPropagator
@@ -283,7 +284,7 @@ class MemoryTracker(TorchDispatchMode):
             watch.detach()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if any(issubclass(t, Tensor) and t not in _PLAIN for t in types):
+        if any(issubclass(t, Tensor) and t not in _PLAIN and not issubclass(t, FakeTensor) for t in types):
             return NotImplemented  # a subclass: its inner operations arrive here one by one
         out = func(*args, **(kwargs or {}))
         namespace = func.namespace
@@ -318,7 +319,7 @@ class MemoryTracker(TorchDispatchMode):
 
 
 _active: list[MemoryTracker] = []
-_PLAIN = {Tensor, torch.nn.Parameter, torch._subclasses.fake_tensor.FakeTensor}
+_PLAIN = {Tensor, torch.nn.Parameter}
 
 
 def active_tracker() -> MemoryTracker | None:

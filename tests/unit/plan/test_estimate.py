@@ -19,6 +19,7 @@ from tests.support.runs import ROOT, Run, environment, forked_run
 from tests.unit.plan import real_step
 from titanlite.config import load_config, packaged
 from titanlite.data import load_tokenizer
+from titanlite.plan.depth import peak_memory
 from titanlite.plan.estimate import ASSUMED_VOCAB_SIZE, Estimate, estimate
 from titanlite.plan.memory import MemoryTracker
 
@@ -97,6 +98,25 @@ def test_a_real_run_with_shards_that_are_uneven_holds_and_sends_as_much(tmp_path
     assert real[2]["optimizer"] < rank.optimizer
     assert any("do not divide into shards" in note for note in found.notes)
     assert not any("do not divide" in note for note in estimated(2).notes)
+
+
+@pytest.mark.slow
+def test_one_process_in_float32_holds_as_much_as_a_real_run(tmp_path: Path) -> None:
+    """Its weights and gradients are not copied: the peak is that of the real run, to the byte. In bfloat16 they are."""
+    options = {"training__mixed_precision_param": "float32"}
+    found, real = estimated(1, **options), really(tmp_path, 1, **options)
+    assert_same(found, real)
+    (rank,) = found.ranks
+    assert rank.peak == real[0]["peak"] + real[0]["optimizer"]
+    assert rank.gathered == 0
+    assert rank.movable == rank.optimizer  # with CPU offload the weights are copied to the device
+    given = {**DEBUG, "training.mixed_precision_param": "float32"}
+    config = load_config(arguments(given), str(ROOT / "train_configs" / "debug_model.toml"))
+    assert peak_memory(config, 1, None) == rank.peak
+    assert estimated(1, **options, training__compile="true").ranks[0].gathered == 0
+    (cast,) = estimated(1).ranks
+    assert cast.gathered > 0
+    assert cast.movable == cast.optimizer + cast.parameters
 
 
 @pytest.mark.parametrize("mode", ["none", "selective 2", "selective op", "full"])
