@@ -31,8 +31,9 @@ fi
 OMP_NUM_THREADS=$threads "$PYTHON" -m pytest -m "($select) and not (alone or gpu)" -n "$workers" --dist loadfile \
     --no-loadscope-reorder || failed=$?
 # Their files alone: to read all others takes a while.
-mapfile -t files < <(grep -rlE 'mark\.(alone|gpu)\b' tests --include='test_*.py')
-"$PYTHON" -m pytest -m "($select) and (alone or gpu)" "${files[@]}" || failed=$?
+files=$(grep -rlE 'mark\.(alone|gpu)' tests --include='test_*.py')
+# shellcheck disable=SC2086  # a word for each
+"$PYTHON" -m pytest -m "($select) and (alone or gpu)" $files || failed=$?
 if [ "$select" = long ]; then
     "$PYTHON" -m tests.mutants mutants.json || failed=$?
 fi
