@@ -5,9 +5,9 @@
 Blocks of steps of one trainer alternate: without a save, with one that it waits for, with one in the background, which
 ends within its block, and with another process that copies, hashes and writes as many bytes. The delay is the block's
 time less that of the block without in the same round. Part of it is that trainer and save share memory and processors:
-the last kind shows what that alone costs, where no code of the save runs in the trainer's process. There the thread that
-trains takes more processor time for the same steps; the rest of a delay is time in which it waits. What a save itself
-holds up is timed, too: the call, and what the optimizer waits for the copy. The figures are medians over the rounds.
+the thread that trains takes more processor time for the same steps. The last kind shows what that alone costs, where no
+code of the save runs in the trainer's process. The rest of a delay is time in which the thread waits. What a save holds
+up is timed, too: the call, and what the optimizer waits for the copy. The figures are medians over the rounds.
 Options of the trainer may follow.
 """
 
@@ -144,7 +144,7 @@ def main() -> int:
             row[f"{key}_pct"] = 100 * row[f"{key}_s"] / rows[0][f"{key}_s"]
         print(
             f"{row['config']}: training is delayed by {row['delay_s'] * 1e3:.0f} ms "
-            f"({row['delay_pct']:.1f}% of a save that it waits for), of which it waits for {row['wait_s'] * 1e3:.0f} ms "
+            f"({row['delay_pct']:.1f}% of a save that it waits for), of which it waits {row['wait_s'] * 1e3:.0f} ms "
             f"({row['wait_pct']:.1f}%) and is held up for {row['held_s'] * 1e3:.1f} ms ({row['held_pct']:.1f}%), "
             f"{bench.size / 1e6:.0f} MB"
         )

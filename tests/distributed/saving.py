@@ -8,9 +8,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.planner import SavePlanner
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from titanlite.checkpoint.background import BackgroundSaver
@@ -19,7 +21,6 @@ from titanlite.checkpoint.folder import step_folder
 from titanlite.checkpoint.hashing_file import HashingFile
 from titanlite.checkpoint.plan_cache import PlanCache
 from titanlite.checkpoint.storage import Info, load, save
-from titanlite.checkpoint.writer import Writer
 from titanlite.config.schema import Comm
 from titanlite.distributed.runtime import Runtime, start_runtime, stop_runtime
 
@@ -72,6 +73,30 @@ def unions(runtime: Runtime) -> dict[str, Any]:
     return found
 
 
+def sent_to_writer(root: Path, saver: BackgroundSaver, runtime: Runtime, mesh: DeviceMesh) -> dict[str, Any]:
+    """Save tensors of more than a page in the background; return the sizes of the contents that went through the pipe,
+    and whether the file is that of DCP's own writer."""
+    whole = torch.arange(64.0 * 4096)
+    shapes = [(64, 4096), (4096, 64), (64, 4096)]
+    tensors = {f"model.{i}": distribute_tensor(whole.view(s) * i, mesh, [Shard(0)]) for i, s in enumerate(shapes)}
+    copies, sizes = saver._copy(tensors, None), []
+    assert saver._writer is not None
+    send = saver._writer.send
+
+    def recorded(kind: bytes, begin: int = 0, end: int = 0, content: Any = b"") -> None:
+        sizes.append(len(content))
+        send(kind, begin, end, content)
+
+    saver._writer.send = recorded  # type: ignore[method-assign]
+    folder = save(root, copies, Info(9, MODEL), runtime.control, new_file=saver.new_file)
+    del saver._writer.send
+    theirs = root.parent / "dcp"
+    with torch.utils.serialization.config.patch({"save.compute_crc32": False}):
+        dcp_save(copies, storage_writer=FileSystemWriter(theirs), process_group=runtime.control)
+    name = f"__{runtime.rank}_0.distcp"
+    return {"largest": max(sizes), "is DCP's": (folder / name).read_bytes() == (theirs / name).read_bytes()}
+
+
 def report(folder: str) -> dict[str, Any]:
     """What was planned and read back after each save, by its name."""
     runtime = start_runtime(Comm())
@@ -115,18 +140,18 @@ def report(folder: str) -> dict[str, Any]:
     found["kept after a failure"] = len(plans)
     attempt(6, state(6.0))
     attempt(7, state(7.0))
-    writer = Writer({name: tensor.to_local() for name, tensor in state(8.0).items() if isinstance(tensor, DTensor)})
+    saver = BackgroundSaver(torch.device("cpu"), pin=False)
+    copies = saver._copy(state(8.0), None)
     try:
-        new_file = writer.open if runtime.rank != 1 else lambda path: writer.open("/dev/full")
-        save(root, state(8.0), Info(8, MODEL), runtime.control, plans=plans, new_file=new_file)
+        new_file = saver.new_file if runtime.rank != 1 else lambda path: saver.new_file("/dev/full")
+        save(root, copies, Info(8, MODEL), runtime.control, plans=plans, new_file=new_file)
     except SaveError as e:
         found["full"] = str(e)
-    attempt(8, state(8.0), writer.open)
-    writer.close()
+    attempt(8, copies, saver.new_file)
     plans.clear()
     found["unions"] = unions(runtime)
 
-    saver = BackgroundSaver(torch.device("cpu"), pin=False)
+    found["sent"] = sent_to_writer(root, saver, runtime, mesh)
     tensors, copied = {k: t for k, t in state(1.0).items() if k.startswith("model")}, []
     for _ in range(2):
         with Copied() as mode:

@@ -35,6 +35,12 @@ def test_an_error_of_the_writing_process_is_that_of_the_save(ranks: list[dict[st
         assert rank["full"] == "rank 1: [Errno 28] No space left on device: '/dev/full'"
 
 
+def test_the_writing_process_gets_places_and_writes_the_files_of_dcp(ranks: list[dict[str, Any]]) -> None:
+    for rank in ranks:
+        assert rank["sent"]["is DCP's"]
+        assert rank["sent"]["largest"] <= 4096
+
+
 def test_names_are_sent_once_for_each_different_part(ranks: list[dict[str, Any]]) -> None:
     expected = {
         "same": [["a", "b"], [0]],

@@ -19,7 +19,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from titanlite.checkpoint.hashing_file import HashingFile
-from titanlite.checkpoint.writer import SentFile
+from titanlite.checkpoint.writer_process import SentFile
 from titanlite.converters import register_converter
 
 

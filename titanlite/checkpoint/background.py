@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor
 
 from titanlite.checkpoint.hashing_file import HashingFile
 from titanlite.checkpoint.state import State
-from titanlite.checkpoint.writer import SentFile, Writer
+from titanlite.checkpoint.writer_process import SentFile, WriterProcess
 
 logger = logging.getLogger()
 
@@ -42,9 +42,10 @@ class BackgroundSaver:
         initializer = (torch.cuda.set_device, (device,)) if device.type == "cuda" else (None, ())
         self._pool = ThreadPoolExecutor(1, "checkpoint", *initializer)
         self._buffers: State = {}
-        # Page-locked memory is not shared; other systems than Linux cannot share memory without a name.
+        # Page-locked memory would have to be registered with CUDA, which no GPU has tried. Only Linux shares memory
+        # that has no name, and so no limit of a file system.
         self._shares = not self._pin and hasattr(os, "memfd_create")
-        self._writer: Writer | None = None
+        self._writer: WriterProcess | None = None
         self._copied = threading.Event()
         self._copied.set()
         self._saving: Future[None] | None = None
@@ -74,9 +75,10 @@ class BackgroundSaver:
         self._saving = self._pool.submit(save)
 
     def _copy(self, state: State, ready: torch.cuda.Event | None) -> State:
-        if self._buffers.keys() != state.keys():
+        if _layout(self._buffers) != _layout(state):
             self._allocate(state)
-        copies, tensors = [*map(_local, self._buffers.values())], [*map(_local, state.values())]
+        copies = [_local(self._buffers[name]) for name in state]
+        tensors = [_local(tensor) for tensor in state.values()]
         # One call for all tensors, which asks for the interpreter's lock once.
         if self._stream is None or ready is None:
             torch._foreach_copy_(copies, tensors)
@@ -94,12 +96,12 @@ class BackgroundSaver:
         tensors = {name: _local(tensor) for name, tensor in state.items()}
         if self._shares:
             try:
-                self._writer = Writer(tensors)
+                self._writer = WriterProcess(tensors)
             except OSError as e:
                 self._shares = False
                 logger.warning(
-                    "checkpoint.async_mode: a thread of this process writes the checkpoints, because it can share no "
-                    "memory with another process (%s)",
+                    "checkpoint.async_mode: a thread of this process writes the checkpoints, because another process "
+                    "cannot (%s)",
                     e,
                 )
         if self._writer is not None:
@@ -141,6 +143,10 @@ class BackgroundSaver:
         if self._writer is not None:
             self._writer.close()
             self._writer = None
+
+
+def _layout(state: State) -> dict[str, tuple[torch.Size, torch.Size, torch.dtype]]:
+    return {name: (tensor.shape, _local(tensor).shape, tensor.dtype) for name, tensor in state.items()}
 
 
 def _local(tensor: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
-"""Files that are hashed during writing, and a process that writes such files.
+"""Files that are hashed during writing, and the program of the process that writes such files.
 
-A process writes one file after the other, of memory that it shares with its parent: see ``writer.py``. It is this file
-as a script, without the packages that take memory and time to import; so this file imports the standard library only.
+The process writes one file after the other, of memory that it shares with its parent (``writer_process.py``). It runs
+this file as a script, without packages, which would take memory and time. So only the standard library is imported.
 """
 
 from __future__ import annotations
@@ -63,8 +63,11 @@ class HashingFile(io.RawIOBase):
         self.digest = self._hash.hexdigest()
 
 
-# A request is messages, each of a kind and two numbers: PATH (the number of bytes that follow, and 0) once, BYTES (the
-# same) or MEMORY (begin and end in the shared memory) for each part of the file, and END. A reply is a line of JSON.
+# ---- the program
+#
+# A line says that it is ready. A request is messages, each of a kind and two numbers: PATH (the number of bytes that
+# follow, and 0) once, BYTES (the same) or MEMORY (begin and end in the shared memory) for each part of the file, and
+# END. The reply is a line of JSON.
 MESSAGE = struct.Struct("<cQQ")
 PATH, BYTES, MEMORY, END = b"P", b"B", b"M", b"E"
 
@@ -99,15 +102,19 @@ def _write_file(parts: Iterator[bytes | memoryview]) -> dict[str, Any]:
         return {"number": e.errno, "error": e.strerror or str(e)}
 
 
-def _end_with(parent: int) -> None:
+def _exit_without(parent: int) -> None:
+    """Wait until the process with the ID ``parent`` is dead, and exit. (The pipe may not tell: a process that it has
+    forked keeps it open.)"""
     while os.getppid() == parent:
         time.sleep(0.5)
     os._exit(1)
 
 
 def main(memory: memoryview, parent: int, requests: BinaryIO, replies: BinaryIO) -> None:
-    """Write one file for each request, until they end, or the process with the ID ``parent``."""
-    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+    """Write one file for each request, until the requests end or the process with the ID ``parent`` does."""
+    threading.Thread(target=_exit_without, args=(parent,), daemon=True).start()
+    replies.write(b"\n")
+    replies.flush()
     while True:
         try:
             reply = _write_file(_parts(requests, memory))

@@ -19,7 +19,7 @@ from torch.futures import Future
 from torch.utils.serialization import config
 
 from titanlite.checkpoint.hashing_file import HashingFile
-from titanlite.checkpoint.writer import SentFile
+from titanlite.checkpoint.writer_process import SentFile
 
 _COPY_AHEAD = 10_000_000  # bytes
 NewFile = Callable[[str | os.PathLike[str]], HashingFile | SentFile]
@@ -71,8 +71,8 @@ class HostTensorWriter(FileSystemWriter):
     """DCP's writer for tensors that are all in host memory.
 
     DCP calls ``torch.save`` for each tensor, which takes half a millisecond of Python and forty writes. Archives of one
-    shape and dtype differ in the elements alone. So ``torch.save`` makes one of them, and the others are what stands
-    before its elements, theirs, and what stands after. The bytes of the files are the same.
+    shape and dtype differ in the elements alone. So ``torch.save`` makes the first of them; the others are its head,
+    their elements, and its tail. The bytes of the files are the same.
     """
 
     def __init__(self, folder: Path, files: HashingFileSystem) -> None:
@@ -81,7 +81,7 @@ class HostTensorWriter(FileSystemWriter):
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         name = f"{plan.storage_data.prefix}0{DEFAULT_SUFFIX}"
-        frames: dict[tuple[torch.dtype, torch.Size], tuple[bytes, bytes]] = {}
+        ends: dict[tuple[torch.dtype, torch.Size], tuple[bytes, bytes]] = {}
         results = []
         with self.fs.create_stream(self.fs.concat_path(self.path, name), "wb") as stream:
             for item in plan.items:
@@ -89,11 +89,11 @@ class HostTensorWriter(FileSystemWriter):
                 assert isinstance(data, Tensor)
                 tensor = _with_storage_of_its_own(data.detach())
                 key = tensor.dtype, tensor.shape
-                if key not in frames:
-                    frames[key] = _around_elements(tensor)
-                before, after = frames[key]
+                if key not in ends:
+                    ends[key] = head_and_tail(tensor)
+                head, tail = ends[key]
                 begin = stream.tell()
-                for part in (before, _bytes_of(tensor), after):
+                for part in (head, bytes_of(tensor), tail):
                     stream.write(part)
                 length = stream.tell() - begin
                 results.append(WriteResult(item.index, length, _StorageInfo(name, begin, length)))
@@ -108,36 +108,49 @@ def _with_storage_of_its_own(tensor: Tensor) -> Tensor:
     return tensor.clone(memory_format=torch.contiguous_format)
 
 
-def _bytes_of(tensor: Tensor) -> memoryview:
+def bytes_of(tensor: Tensor) -> memoryview:
     return tensor.reshape(-1).view(torch.uint8).numpy().data
 
 
-class _Pieces(io.RawIOBase):
-    """Keeps what is written before and after the bytes at one address."""
+class _ArchiveWithoutElements(io.RawIOBase):
+    """Keeps what is written before and after the elements of a tensor.
 
-    def __init__(self, address: int, size: int) -> None:
-        self._address, self._size = address, size
-        self.before_and_after = [bytearray()]
+    Attributes:
+        pieces: the head and the tail.
+    """
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._begin, self._size = tensor.data_ptr(), tensor.nbytes
+        self.pieces = [bytearray()]
 
     def writable(self) -> bool:
         return True
 
     def write(self, data: Any) -> int:
         content = memoryview(data).cast("B")
-        if len(content) == self._size and np.frombuffer(content, np.uint8).ctypes.data == self._address:
-            self.before_and_after.append(bytearray())
+        if len(content) == self._size and np.frombuffer(content, np.uint8).ctypes.data == self._begin:
+            self.pieces.append(bytearray())
         else:
-            self.before_and_after[-1] += content
+            self.pieces[-1] += content
         return len(content)
 
 
-def _around_elements(tensor: Tensor) -> tuple[bytes, bytes]:
-    """Return what stands before and after the elements in the archive of ``tensor``, which has a storage of its own."""
-    pieces = _Pieces(tensor.data_ptr(), tensor.nbytes)
+def head_and_tail(tensor: Tensor) -> tuple[bytes, bytes]:
+    """Return what stands before and after the elements in the archive of a tensor.
+
+    Args:
+        tensor: contiguous, with a storage of its own.
+
+    Raises:
+        RuntimeError: ``torch.save`` does not write the elements from where they are, all at once.
+    """
+    archive = _ArchiveWithoutElements(tensor)
     with _without_crc():
-        torch.save(tensor, pieces)  # type: ignore[arg-type]
-    before, *after = pieces.before_and_after
-    return bytes(before), b"".join(after)
+        torch.save(tensor, archive)  # type: ignore[arg-type]
+    if len(archive.pieces) != 1 + (tensor.numel() > 0):
+        raise RuntimeError(f"torch {torch.__version__} writes archives of tensors in another way: report this")
+    head, *tail = archive.pieces
+    return bytes(head), b"".join(tail)
 
 
 def _without_crc() -> AbstractContextManager[None]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import tracemalloc
 from dataclasses import asdict
@@ -180,3 +181,15 @@ def test_rows_are_dropped_one_by_one(tmp_path: Path) -> None:
     tracemalloc.stop()
     assert peak < 6_000_000
     assert file.read_text() == "".join(rows[:98])
+
+
+def test_a_file_is_on_the_disk_when_it_is_closed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes, fsync = [], os.fsync
+
+    def recorded(handle: int) -> None:
+        sizes.append(os.fstat(handle).st_size)
+        fsync(handle)
+
+    monkeypatch.setattr(os, "fsync", recorded)
+    write_file(tmp_path / "a", "text")
+    assert sizes == [4]
