@@ -140,12 +140,13 @@ def main() -> int:
         }
         rows.append({"system": "titanlite", "config": how, **row, "bytes": bench.size})
     for row in rows:
-        for key in ("delay", "wait", "held"):
-            row[f"{key}_pct"] = 100 * row[f"{key}_s"] / rows[0][f"{key}_s"]
+        row["delay_pct"] = 100 * row["delay_s"] / rows[0]["delay_s"]
+        row["wait_pct"] = 100 * row["wait_s"] / rows[0]["delay_s"]
+        row["held_pct"] = 100 * row["held_s"] / rows[0]["held_s"]
         print(
             f"{row['config']}: training is delayed by {row['delay_s'] * 1e3:.0f} ms "
-            f"({row['delay_pct']:.1f}% of a save that it waits for), of which it waits {row['wait_s'] * 1e3:.0f} ms "
-            f"({row['wait_pct']:.1f}%) and is held up for {row['held_s'] * 1e3:.1f} ms ({row['held_pct']:.1f}%), "
+            f"({row['delay_pct']:.1f}% of a save that it waits for), {row['wait_s'] * 1e3:.0f} ms ({row['wait_pct']:.1f}%) "
+            f"of it in waits; a save holds it up for {row['held_s'] * 1e3:.1f} ms ({row['held_pct']:.1f}%); "
             f"{bench.size / 1e6:.0f} MB"
         )
     step = statistics.median(t for t, *_ in times["none"]) / args.block
