@@ -145,7 +145,8 @@ def main() -> int:
         row["held_pct"] = 100 * row["held_s"] / rows[0]["held_s"]
         print(
             f"{row['config']}: training is delayed by {row['delay_s'] * 1e3:.0f} ms "
-            f"({row['delay_pct']:.1f}% of a save that it waits for), {row['wait_s'] * 1e3:.0f} ms ({row['wait_pct']:.1f}%) "
+            f"({row['delay_pct']:.1f}% of a save that it waits for), "
+            f"{row['wait_s'] * 1e3:.0f} ms ({row['wait_pct']:.1f}%) "
             f"of it in waits; a save holds it up for {row['held_s'] * 1e3:.1f} ms ({row['held_pct']:.1f}%); "
             f"{bench.size / 1e6:.0f} MB"
         )
