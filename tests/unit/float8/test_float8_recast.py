@@ -85,6 +85,9 @@ def test_nothing_finite_is_made_of_nans_and_infinities(bad: float, layout: str, 
     x[7, 11] = bad
     data, scale = by_rows(x, torch.float8_e4m3fn, power_of_2)
     check(data, scale, torch.float8_e4m3fn, layout, power_of_2)
+    if not math.isfinite(bad):
+        transposed, _ = launch.recast(data.to(DEVICE), scale.to(DEVICE), torch.float8_e4m3fn, layout, power_of_2)
+        assert transposed.cpu().float()[11, 7].isnan()
 
 
 @each_layout
