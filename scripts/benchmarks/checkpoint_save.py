@@ -37,7 +37,9 @@ HOW = ("none", "waited for", "background", "another process")
 WRITING = """
 import hashlib, os, sys
 size, place = int(sys.argv[1]), sys.argv[2]
-state, copied = memoryview(bytearray(size)), memoryview(bytearray(size))
+random = os.urandom(1 << 20)  # memory that was never written is one page of zeros, which a cache holds
+state = memoryview(random * (size // len(random) + 1))[:size]
+copied = memoryview(bytearray(state))
 for _ in sys.stdin:
     copied[:] = state
     digest = hashlib.sha256()
