@@ -168,10 +168,10 @@ def plan_rankings(results: list[dict[str, Any]]) -> list[list[str]]:
 
 
 def checkpoint_save(results: list[dict[str, Any]]) -> list[list[str]]:
-    rows = [["", "training is delayed by", "", "and held up for", ""]]
+    rows = [["", "training is delayed by", "", "of it in waits", "", "held up for", ""]]
     for r in results:
         cells = []
-        for key in ("delay", "held"):
+        for key in ("delay", "wait", "held"):
             cells += [f"{r[f'{key}_s'] * 1e3:.0f} ms", f"{r[f'{key}_pct']:.1f}%"]
         rows.append([r["config"], *cells])
     return rows
