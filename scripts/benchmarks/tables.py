@@ -320,6 +320,7 @@ TABLES: dict[str, Callable[[list[dict[str, Any]]], list[list[str]]]] = {
     "moe_balance": moe_balance,
     "moe_memory": moe_memory,
     "compiled_block": counted_tables.compiled_block,
+    "compiled_block_kernels": counted_tables.compiled_block,
     "compiled_block_architectures": counted_tables.compiled_block_architectures,
     "int8_cpu/layers": int8_layers,
     "int8_cpu/steps": int8_steps,
