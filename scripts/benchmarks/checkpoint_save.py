@@ -33,7 +33,7 @@ from titanlite.train import Trainer
 
 # Tensors of 1 to 11 MB: what a save costs beyond its bytes, it costs for each tensor.
 FLAVORS["bench"] = DecoderArgs(dim=1024, n_layers=6, n_heads=16, n_kv_heads=8, ffn_dim=2816, vocab_size=0)
-HOW = ("none", "waited for", "background", "another process")
+KINDS = ("none", "waited for", "background", "another process")
 WRITING = """
 import hashlib, os, sys
 size, place = int(sys.argv[1]), sys.argv[2]
@@ -77,8 +77,8 @@ class Bench:
         timeout = given.comm.init_timeout_seconds
         self.checkpoints = TimedCheckpoints(given.checkpoint, root, trainer.runtime.device, timeout)
         trainer.checkpoints = self.checkpoints
-        for how in ("none", "waited for", "background"):  # moments, and the buffers of the copy, are made once
-            self.block(how)
+        for kind in ("none", "waited for", "background"):  # moments, and the buffers of the copy, are made once
+            self.block(kind)
         self.size = local_bytes(
             model_state(trainer.model_parts) | optimizer_state(trainer.optimizer, trainer.model_parts)
         )
@@ -86,16 +86,16 @@ class Bench:
         self.other = subprocess.Popen(command, stdin=subprocess.PIPE, text=True)
         self.block("another process")
 
-    def block(self, how: str) -> tuple[float, float, float]:
+    def block(self, kind: str) -> tuple[float, float, float]:
         """Seconds of the steps, the first of them followed by a save; for how long that held them up; and how much of
         the seconds the thread that trains was not on a processor."""
         harness.synchronize()
         start, started, self.checkpoints.held = time.perf_counter(), time.thread_time(), 0.0
         for i in range(self.steps):
             self.trainer.advance()
-            if i == 0 and how in ("waited for", "background"):
-                self.checkpoints.hold(lambda: self.trainer._save(ends=how == "waited for"))
-            elif i == 0 and how != "none":
+            if i == 0 and kind in ("waited for", "background"):
+                self.checkpoints.hold(lambda: self.trainer._save(ends=kind == "waited for"))
+            elif i == 0 and kind != "none":
                 print(file=self.other.stdin, flush=True)
         harness.synchronize()
         took = time.perf_counter() - start
@@ -127,20 +127,20 @@ def main() -> int:
     given += ["--checkpoint.interval=1000000", "--checkpoint.keep_latest_k=1", *options]
     with quiet_trainer(given, outputs()) as trainer:
         bench = Bench(trainer, args.block)
-        times: dict[str, list[tuple[float, float, float]]] = {how: [] for how in HOW}
+        times: dict[str, list[tuple[float, float, float]]] = {kind: [] for kind in KINDS}
         for i in range(args.rounds):
-            for how in HOW[i % len(HOW) :] + HOW[: i % len(HOW)]:
-                times[how].append(bench.block(how))
+            for kind in KINDS[i % len(KINDS) :] + KINDS[: i % len(KINDS)]:
+                times[kind].append(bench.block(kind))
         bench.close()
     rows: list[dict[str, Any]] = []
-    for how in HOW[1:]:
-        pairs = [*zip(times[how], times["none"], strict=True)]
+    for kind in KINDS[1:]:
+        pairs = [*zip(times[kind], times["none"], strict=True)]
         row = {
             "delay_s": statistics.median(block[0] - none[0] for block, none in pairs),
             "wait_s": statistics.median(block[2] - none[2] for block, none in pairs),
-            "held_s": statistics.median(held for _, held, _ in times[how]),
+            "held_s": statistics.median(held for _, held, _ in times[kind]),
         }
-        rows.append({"system": "titanlite", "config": how, **row, "bytes": bench.size})
+        rows.append({"system": "titanlite", "config": kind, **row, "bytes": bench.size})
     for row in rows:
         row["delay_pct"] = 100 * row["delay_s"] / rows[0]["delay_s"]
         row["wait_pct"] = 100 * row["wait_s"] / rows[0]["delay_s"]

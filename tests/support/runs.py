@@ -146,8 +146,8 @@ def forked_run(
 
 
 def run_command(folder: Path, *given: str, timeout: float = 300, **env: str) -> subprocess.CompletedProcess[str]:
-    """What ``titanlite`` with the arguments ``given``, the name of a subcommand first, does in ``folder``. ``train``
-    becomes other processes: :func:`forked_run` is that."""
+    """Run ``titanlite`` in ``folder`` with the arguments ``given``, a subcommand first. For ``train``, which becomes
+    other processes, there is :func:`forked_run`."""
     place, words = environment(**{"OMP_NUM_THREADS": "1", **env}), ["-m", "titanlite.commands", *given]
     if not FORKS:
         real = [sys.executable, *words]

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from titanlite.checkpoint.hashing_file import HashingFile
-from titanlite.checkpoint.state import State
+from titanlite.checkpoint.state import State, local_part
 from titanlite.checkpoint.writer_process import SentFile, WriterProcess
 
 logger = logging.getLogger()
@@ -41,7 +41,10 @@ class BackgroundSaver:
         # A new thread uses GPU 0 by default, so select the device of this process.
         initializer = (torch.cuda.set_device, (device,)) if device.type == "cuda" else (None, ())
         self._pool = ThreadPoolExecutor(1, "checkpoint", *initializer)
+        # Of the last copy: the tensors, their local parts, and the shapes and dtypes that they are for.
         self._buffers: State = {}
+        self._local_buffers: State = {}
+        self._layout: dict[str, tuple[torch.Size, torch.Size, torch.dtype]] = {}
         # Page-locked memory would have to be registered with CUDA, which no GPU has tried. Only Linux shares memory
         # that has no name, and so no limit of a file system.
         self._shares = not self._pin and hasattr(os, "memfd_create")
@@ -75,10 +78,14 @@ class BackgroundSaver:
         self._saving = self._pool.submit(save)
 
     def _copy(self, state: State, ready: torch.cuda.Event | None) -> State:
-        if _layout(self._buffers) != _layout(state):
-            self._allocate(state)
-        copies = [_local(self._buffers[name]) for name in state]
-        tensors = [_local(tensor) for tensor in state.values()]
+        parts = {name: local_part(tensor) for name, tensor in state.items()}
+        layout = {name: (state[name].shape, part.shape, part.dtype) for name, part in parts.items()}
+        if layout != self._layout:
+            self._layout = {}  # in case that the memory is not there
+            self._local_buffers = self._allocate(parts)
+            self._buffers = {name: _like(tensor, self._local_buffers[name]) for name, tensor in state.items()}
+            self._layout = layout
+        copies, tensors = [self._local_buffers[name] for name in parts], [*parts.values()]
         # One call for all tensors, which asks for the interpreter's lock once.
         if self._stream is None or ready is None:
             torch._foreach_copy_(copies, tensors)
@@ -89,14 +96,13 @@ class BackgroundSaver:
             self._stream.synchronize()
         return self._buffers
 
-    def _allocate(self, state: State) -> None:
-        """Replace the buffers on the host by uninitialized ones for the local parts of ``state``."""
+    def _allocate(self, parts: State) -> State:
+        """Return uninitialized memory on the host for ``parts``, in the place of that of earlier copies."""
         self._end_writer()
-        self._buffers = {}
-        tensors = {name: _local(tensor) for name, tensor in state.items()}
+        self._buffers, self._local_buffers = {}, {}
         if self._shares:
             try:
-                self._writer = WriterProcess(tensors)
+                self._writer = WriterProcess(parts)
             except OSError as e:
                 self._shares = False
                 logger.warning(
@@ -104,18 +110,11 @@ class BackgroundSaver:
                     "cannot (%s)",
                     e,
                 )
-        if self._writer is not None:
-            buffers = self._writer.tensors
-        else:
-            buffers = {
-                name: torch.empty(t.shape, dtype=t.dtype, pin_memory=self._pin and t.numel() > 0)
-                for name, t in tensors.items()
-            }
-        self._buffers = {
-            name: DTensor(buffers[name], tensor._spec, requires_grad=False)
-            if isinstance(tensor, DTensor)
-            else buffers[name]
-            for name, tensor in state.items()
+            else:
+                return self._writer.tensors
+        return {
+            name: torch.empty(part.shape, dtype=part.dtype, pin_memory=self._pin and part.numel() > 0)
+            for name, part in parts.items()
         }
 
     def new_file(self, path: str | os.PathLike[str]) -> HashingFile | SentFile:
@@ -145,10 +144,6 @@ class BackgroundSaver:
             self._writer = None
 
 
-def _layout(state: State) -> dict[str, tuple[torch.Size, torch.Size, torch.dtype]]:
-    return {name: (tensor.shape, _local(tensor).shape, tensor.dtype) for name, tensor in state.items()}
-
-
-def _local(tensor: Tensor) -> Tensor:
-    data = tensor.detach()
-    return data.to_local() if isinstance(data, DTensor) else data
+def _like(tensor: Tensor, local: Tensor) -> Tensor:
+    """Return ``local`` as the part that this process holds of a tensor like ``tensor``."""
+    return DTensor(local, tensor._spec, requires_grad=False) if isinstance(tensor, DTensor) else local

@@ -7,10 +7,9 @@ from math import prod
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from titanlite.checkpoint.metadata import SavedTensor
-from titanlite.checkpoint.state import State
+from titanlite.checkpoint.state import State, local_part
 from titanlite.optim.moments import from_blocks, has_blocks, to_blocks, zeros_of_blocks
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -47,24 +46,20 @@ def converted(local: State, saved: Mapping[str, SavedTensor]) -> tuple[State, li
 
 def _from_blocks(moment: Tensor, data: Tensor, scale: Tensor, squared: bool) -> Callable[[], None]:
     def convert() -> None:
-        values = from_blocks(_local(data), _local(scale))
-        _local(moment).copy_(values.square() if squared else values)
+        values = from_blocks(local_part(data), local_part(scale))
+        local_part(moment).copy_(values.square() if squared else values)
 
     return convert
 
 
 def _to_blocks(moment: Tensor, scale: Tensor, values: Tensor, squared: bool) -> Callable[[], None]:
     def convert() -> None:
-        exact = _local(values).sqrt() if squared else _local(values)
+        exact = local_part(values).sqrt() if squared else local_part(values)
         data, scales = to_blocks(exact, torch.full_like(exact, _HALF, dtype=torch.int32), keep_positive=squared)
-        _local(moment).view(torch.uint8).copy_(data.view(torch.uint8))
-        _local(scale).copy_(scales)
+        local_part(moment).view(torch.uint8).copy_(data.view(torch.uint8))
+        local_part(scale).copy_(scales)
 
     return convert
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def difference(local: State, saved: Mapping[str, SavedTensor]) -> str | None:

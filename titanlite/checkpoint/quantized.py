@@ -10,9 +10,9 @@ from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from titanlite.checkpoint.metadata import SavedTensor
+from titanlite.checkpoint.state import local_part
 from titanlite.quant.stored import SCALES, beside, stored_parts, stored_weight
 
 Copy = Callable[[Mapping[str, Tensor], Mapping[str, SavedTensor]], None]
@@ -39,7 +39,7 @@ def copy_any(state: Mapping[str, Tensor], saved: Mapping[str, SavedTensor], copy
     scales = {f"{name}{SCALES}": scale for name in saved if (scale := _scale(saved, name))}
     copy(as_plain({name: tensor for name, tensor in state.items() if name not in quantize}), {**saved, **scales})
     for name in dequantize:
-        target = _local(state[name])
+        target = local_part(state[name])
         factors = torch.empty(target.shape[0], 1, device=target.device)
         copy({f"{name}{SCALES}": beside(state[name], factors, 1)}, scales)
         target.copy_(target.float() * factors)
@@ -53,8 +53,3 @@ def copy_any(state: Mapping[str, Tensor], saved: Mapping[str, SavedTensor], copy
 
 def _scale(saved: Mapping[str, SavedTensor], name: str) -> SavedTensor | None:
     return saved[name].scale if name in saved else None
-
-
-def _local(tensor: Tensor) -> Tensor:
-    data = tensor.detach()
-    return data.to_local() if isinstance(data, DTensor) else data

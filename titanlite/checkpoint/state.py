@@ -174,8 +174,13 @@ def refuse_another_model(
 
 def local_bytes(state: Mapping[str, Tensor]) -> int:
     """Return the bytes of ``state`` that this process holds."""
-    tensors = (t.to_local() if isinstance(t, DTensor) else t for t in state.values())
-    return sum(t.numel() * t.element_size() for t in tensors)
+    return sum(local_part(tensor).nbytes for tensor in state.values())
+
+
+def local_part(tensor: Tensor) -> Tensor:
+    """Return the elements of ``tensor`` that this process holds, in the same memory, without gradients."""
+    data = tensor.detach()
+    return data.to_local() if isinstance(data, DTensor) else data
 
 
 def size_text(count: int) -> str:

@@ -93,7 +93,7 @@ def test_nothing_finite_is_made_of_nans_and_infinities(bad: float, layout: str, 
 @each_layout
 @pytest.mark.parametrize("arrived", FP8_DTYPES, ids=str)
 def test_every_byte(arrived: torch.dtype, layout: str) -> None:
-    """Of each dtype, with scales that no cast would have chosen, in a slice of a wider matrix."""
+    """All 256 bytes of each dtype, with scales that no cast would have chosen, in a slice of a wider matrix."""
     torch.manual_seed(0)
     data = torch.arange(256, dtype=torch.uint8).view(8, 32).repeat(2, 2)[:, :40].view(arrived)
     scale = torch.exp(40 * torch.randn(16, 1))

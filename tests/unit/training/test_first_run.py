@@ -27,7 +27,7 @@ def test_a_run_without_checkpoints_keeps_its_model_and_the_next_one_moves_it(tmp
 
 
 def typed(command: str, folder: Path) -> str:
-    """What a command line prints in a shell."""
+    """Return the output of a command line in a shell."""
     done = subprocess.run(command, shell=True, env=environment(), cwd=folder, capture_output=True, text=True)
     assert done.returncode == 0, (command, done.stdout, done.stderr)
     return done.stdout
