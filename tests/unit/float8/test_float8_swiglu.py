@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -67,6 +68,11 @@ def model(config: Float8LinearConfig, swiglu: Callable[..., Tensor] = swiglu_lin
     found = FeedForward(swiglu, **kwargs).bfloat16()
     convert_to_float8_training(found, config=config)
     return found
+
+
+def by_kernels(recipe: str) -> Float8LinearConfig:
+    """The recipe with titanlite's kernels in compiled code too."""
+    return dataclasses.replace(Float8LinearConfig.from_recipe_name(recipe), kernels="triton")
 
 
 def step(feed_forward: nn.Module, forward: Callable[[Tensor], Tensor] | None = None) -> list[Tensor]:
@@ -138,7 +144,7 @@ def test_in_triton(native: None, recipe: str) -> None:
     ],
 )
 def test_compiled(native: None, recipe: str, backend: str) -> None:
-    feed_forward = model(Float8LinearConfig.from_recipe_name(recipe))
+    feed_forward = model(by_kernels(recipe))
     expected = step(copy.deepcopy(feed_forward))
     compiled = torch.compile(feed_forward, fullgraph=True, backend=backend)
     for a, b in zip(step(feed_forward, compiled), expected, strict=True):
@@ -150,7 +156,7 @@ def test_compiled(native: None, recipe: str, backend: str) -> None:
 @pytest.mark.parametrize("compiled", [False, True])
 def test_backward_keeps_the_factors_alone(native: None, recipe: str, compiled: bool) -> None:
     torch.compiler.reset()
-    feed_forward = model(Float8LinearConfig.from_recipe_name(recipe))
+    feed_forward = model(by_kernels(recipe))
     forward: Callable[[Tensor], Tensor] = feed_forward
     if compiled:
         forward = torch.compile(feed_forward, fullgraph=True, backend="aot_eager_decomp_partition")
@@ -186,7 +192,7 @@ def test_checkpointed(native: None, recipe: str, per_op: bool) -> None:
 @each_recipe
 def test_compiled_and_checkpointed_per_operation_nothing_of_it_is_computed_again(native: None, recipe: str) -> None:
     torch.compiler.reset()
-    feed_forward = model(Float8LinearConfig.from_recipe_name(recipe))
+    feed_forward = model(by_kernels(recipe))
     made: list[str] = []
 
     def counted(name: str, way: Callable[..., Any]) -> Callable[..., Any]:
@@ -310,7 +316,7 @@ def test_calibration_sees_the_product(native: None) -> None:
 @on_cpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 def test_dtypes_and_changing_numbers_of_tokens(native: None, dtype: torch.dtype) -> None:
-    layer = model(Float8LinearConfig()).w2.to(dtype)
+    layer = model(by_kernels("tensorwise")).w2.to(dtype)
     compiled = torch.compile(swiglu_linear, fullgraph=True, dynamic=True, backend="aot_eager")
     for tokens in (16, 24, 7):
         _, gate, up = inputs(tokens, 96)

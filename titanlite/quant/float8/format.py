@@ -53,6 +53,10 @@ class Float8Format(GroupedFormat):
         # Created here because the compiler traces on(), and cannot create dataclasses.
         emulated = self if self.emulate else replace(self, emulate=True)
         object.__setattr__(self, "emulated", emulated)
+        # With one scale a tensor, the compiler's casts move fewer bytes than the kernels, which it cannot fuse. With
+        # scales of rows it writes columns byte by byte, and moves more (docs/benchmarks/compiled_block_kernels.json).
+        by_compiler = self.kernels == "auto" and not any(config.is_axiswise for config in self.casts)
+        object.__setattr__(self, "compiled", replace(self, kernels="inductor") if by_compiler else self)
 
     @property
     def casts(self) -> tuple[CastConfig, ...]:
@@ -64,8 +68,10 @@ class Float8Format(GroupedFormat):
         return tuple(dict.fromkeys(config.dtype for config in self.casts if config.is_cast))
 
     def on(self, device: torch.device) -> Float8Format:
-        emulate = must_emulate(device, self.target, self.dtypes, self.emulate, torch.compiler.is_compiling())
-        return self.emulated if emulate else self  # type: ignore[return-value]
+        compiling = torch.compiler.is_compiling()
+        if must_emulate(device, self.target, self.dtypes, self.emulate, compiling):
+            return self.emulated  # type: ignore[return-value]
+        return self.compiled if compiling else self  # type: ignore[attr-defined,no-any-return]
 
     def eager(self) -> Float8Format:
         return replace(self, kernels="triton") if self.kernels == "inductor" and kernels.AVAILABLE else self
