@@ -136,7 +136,9 @@ class Float8Format(GroupedFormat):
             return arrived
         if self._by_kernels(arrived.data, kernels.QUANTIZED):
             return kernels.recast(arrived, config.dtype, config.layout, self.power_of_2)
-        return self.cast(dequantize(*arrived), Use(operand, 0))  # type: ignore[arg-type]
+        assert arrived.scale is not None
+        values = dequantize(arrived.data, arrived.scale, self.power_of_2)
+        return self.cast(values, Use(operand, 0))
 
     def input_key(self) -> Hashable:
         return None if self.input[0].is_stateful else (self.input, self.power_of_2, self.emulate)

@@ -61,6 +61,10 @@ def quantize(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     return (x.detach().float() * scale).clamp(-largest, largest).to(dtype)
 
 
-def dequantize(data: Tensor, scale: Tensor) -> Tensor:
-    """Return ``data / scale`` in float32."""
-    return data.float() / scale
+def dequantize(data: Tensor, scale: Tensor, power_of_2: bool = False) -> Tensor:
+    """Return ``data / scale`` in float32.
+
+    Args:
+        power_of_2: the scales are powers of two. Their reciprocals are exact, so that no element is divided.
+    """
+    return data.float() * scale.reciprocal() if power_of_2 else data.float() / scale
