@@ -43,7 +43,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.testing._internal.distributed.fake_pg import FakeStore
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from triton.runtime import interpreter
 from whole_step import bytes_of
 
@@ -63,7 +63,6 @@ KERNELS: dict[str, Callable[..., Any]] = {
     "titanlite_mx::cast_rows": mx_kernels.cast_rows_by_kernel,
     "titanlite_mx::recast": mx_kernels.recast_by_kernel,
 }
-LAUNCHES = {launch.amaxes: 2, launch.recast: 3}  # of other kernels than casts: memory for amaxes is zeroed first
 # Bytes per element of what is written beside a byte for each: the scales.
 _SCALES = {"tensorwise": 0.0, "mxfp8": 1 / 32}
 
@@ -78,12 +77,8 @@ class Counter(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if kernel := KERNELS.get(func._schema.name):
-            before = self.moved
-            with counted_accesses(self):
-                out = kernel(*args, **kwargs)
-            if self.moved > before:  # else the cast computes its own largest magnitudes
-                self.launches += LAUNCHES.get(kernel, 1)
-            return out
+            with counted_accesses(self), self:  # it also zeroes memory for the largest magnitudes
+                return kernel(*args, **kwargs)
         out = func(*args, **kwargs)
         if not func.is_view and func.namespace != "c10d" and not func._opname.startswith(("empty", "new_empty")):
             self.launches += 1
@@ -93,26 +88,36 @@ class Counter(TorchDispatchMode):
 
 @contextmanager
 def counted_accesses(counter: Counter) -> Iterator[None]:
-    """Count the bytes that interpreted kernels load, store, and change by atomic operations."""
-    builder = interpreter.InterpreterBuilder
+    """Count interpreted kernels, and the bytes that they load, store, and change by atomic operations."""
+    builder, executor = interpreter.InterpreterBuilder, interpreter.GridExecutor
     places = {"create_masked_load": (0, 1), "create_masked_store": (0, 2), "create_atomic_rmw": (1, 3)}
-    before = {name: getattr(builder, name) for name in places}
 
     def counted(name: str, pointers: int, mask: int) -> Callable[..., Any]:
-        def access(this: Any, *args: Any) -> Any:
+        access = getattr(builder, name)
+
+        def counting(this: Any, *args: Any) -> Any:
             itemsize = args[pointers].get_element_ty().primitive_bitwidth // 8
             counter.moved += int(args[mask].data.sum()) * itemsize
-            return before[name](this, *args)
+            return access(this, *args)
 
-        return access
+        return counting
 
+    run = executor.__call__
+
+    def launched(this: Any, *args: Any, **kwargs: Any) -> None:
+        counter.launches += 1
+        with _disable_current_modes():  # of the copies that the interpreter makes
+            run(this, *args, **kwargs)
+
+    counting = [(builder, name, counted(name, *at)) for name, at in places.items()] + [(executor, "__call__", launched)]
+    before = [(owner, name, getattr(owner, name)) for owner, name, _ in counting]
     try:
-        for name, at in places.items():
-            setattr(builder, name, counted(name, *at))
+        for owner, name, function in counting:
+            setattr(owner, name, function)
         yield
     finally:
-        for name, access in before.items():
-            setattr(builder, name, access)
+        for owner, name, function in before:
+            setattr(owner, name, function)
 
 
 def formats() -> dict[str, Format]:

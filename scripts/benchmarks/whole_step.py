@@ -7,7 +7,7 @@ trainer's own step on tensors without data, as in an estimate (titanlite/plan/es
 devices, and each operator counts the bytes of its tensors. Parts, in MB of each device:
 
 - ``blocks``: all kernels of the blocks but matmuls and attention;
-- ``casts``: of shards to float8 before FSDP2 gathers them;
+- ``casts``: of shards to float8, before FSDP2 gathers them in float8;
 - ``fsdp``: FSDP2's casts to bfloat16, and its copies into and out of what it gathers and reduces; the messages
   themselves are not counted;
 - ``ends``: the embedding, the last norm, and the loss; without the matmuls of the output projection;
@@ -19,6 +19,7 @@ are in compiled blocks whose collectives this does not trace. It needs a C++ com
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 import tempfile
@@ -38,11 +39,11 @@ from titanlite.plan.estimate import build as build_model
 from titanlite.plan.estimate import dimensions, for_memory, lone_mesh, measure
 from titanlite.plan.lone_rank import in_a_process
 from titanlite.plan.memory import MemoryTracker, collective_of, copies_to_itself
+from titanlite.quant.kernels import AMAXES
 from titanlite.training.build import build_loss
 
 TOKENS, VOCAB_SIZE = 8192, 128256
 PARTS = ("blocks", "casts", "fsdp", "ends", "optimizer")
-_GATHERED = "tensorwise"  # the recipe whose shards are gathered in float8
 _FREE = ("empty", "_unsafe_view", "_record_function")
 _MATMULS = ("mm", "_scaled_mm")
 _FSDP = ("_to_copy", "copy_", "_foreach_copy_", "split_with_sizes_copy", "all_gather_copy_in", "chunk_cat")
@@ -58,9 +59,8 @@ class Eager(MemoryTracker):
         counts: launches and bytes of each part.
     """
 
-    def __init__(self, dimensions: dict[str, str], casts_shards: bool) -> None:
+    def __init__(self, dimensions: dict[str, str]) -> None:
         super().__init__(dimensions)
-        self._casts_shards = casts_shards
         self.counts: defaultdict[str, tuple[int, float]] = defaultdict(lambda: (0, 0.0))
 
     def restart_peak(self) -> None:
@@ -77,13 +77,15 @@ class Eager(MemoryTracker):
             return out
         if collective_of(func, args, out) is not None:
             return out
+        if func is AMAXES and not out.numel():  # those of rows: the cast finds them as it reads the rows
+            return out
         part = self._part(func.namespace, name)
         launches, moved = self.counts[part]
         self.counts[part] = launches + 1, moved + bytes_of(func, args, kwargs or {}, out)
         return out
 
     def _part(self, namespace: str, name: str) -> str:
-        if namespace == "titanlite_quant" or (name == "_to_copy" and self._casts_shards):
+        if namespace == "titanlite_quant":
             return "casts"
         return "fsdp" if name in _FSDP else "optimizer" if name in _OPTIMIZER else "ends"
 
@@ -114,36 +116,45 @@ def _size(tree: Any) -> int:
     return sum(leaf.numel() * leaf.element_size() for leaf in tree_leaves(tree) if isinstance(leaf, Tensor))
 
 
-def eager(config_name: str, gpus: int, layers: int) -> Counts:
-    """Return the counts outside compiled code of a step with ``layers`` blocks; in a process of its own."""
+def eager(config_name: str, gathered: str, gpus: int, layers: int) -> Counts:
+    """Return the counts outside compiled code of a step with ``layers`` blocks; in a process of its own.
+
+    Args:
+        gathered: "bf16" or "float8": what FSDP2 gathers the weights of linear layers in.
+    """
     options = ["--training.local_batch_size=1", f"--training.seq_len={TOKENS}", "--training.compile"]
     options += ["--activation_checkpoint.mode=none", f"--model.args.n_layers={layers}"]
     if config_name != "bf16":
         options += ["--model.converters=float8", f"--float8.recipe_name={config_name}", "--float8.filter_fqns=output"]
-    gathered = config_name == _GATHERED and gpus > 1
-    if gathered:
-        options += ["--float8.enable_fsdp_float8_all_gather"]
+        options += [f"--float8.enable_fsdp_float8_all_gather={str(gathered == 'float8').lower()}"]
     config = load_config(options, "llama3_8b")
     degrees = resolve_degrees(config.parallelism, gpus)
     with lone_mesh(config, degrees, 0, gpus) as mesh:
         config = for_memory(config)
         built, _ = build_model(config, mesh, VOCAB_SIZE)
-        tracker = Eager(dimensions(mesh), gathered)
+        tracker = Eager(dimensions(mesh))
         measure(built, build_loss(config, mesh), config, mesh, tracker)
         return dict(tracker.counts)
 
 
-def count(config_name: str, gpus: int, layers: int, env: dict[str, str], loss: Counts) -> dict[str, Any]:
-    one, two = (in_a_process(eager, config_name, gpus, depth) for depth in (1, 2))
-    case = {"architecture": "sm_90", "tokens": TOKENS, "ac": "none", "config": config_name}
-    block = compiled_block.count({**case, "system": "titanlite", "kernels": "inductor", "fusion": "block"}, env)
+def blocks(config_name: str, gathered: str, env: dict[str, str]) -> dict[str, Any]:
+    """Return the counts of one compiled block, whose weights were gathered so."""
+    case = {"architecture": "sm_90", "tokens": TOKENS, "ac": "none", "config": config_name, "gathered": gathered}
+    return compiled_block.count({**case, "system": "titanlite", "kernels": "inductor", "fusion": "block"}, env)
+
+
+def count(
+    config_name: str, gathered: str, gpus: int, layers: int, block: dict[str, Any], loss: tuple[int, float]
+) -> dict[str, Any]:
+    one, two = (in_a_process(eager, config_name, gathered, gpus, depth) for depth in (1, 2))
     counts: Counts = {"blocks": (layers * block["launches"], 1e6 * layers * max(block["mb"], block["sectors_mb"]))}
     for part in PARTS[1:]:
         first, second = one.get(part, (0, 0.0)), two.get(part, (0, 0.0))
         launches, moved = (a + (layers - 1) * (b - a) for a, b in zip(first, second, strict=True))
         counts[part] = int(launches), moved
-    counts["ends"] = counts["ends"][0] + loss["loss"][0], counts["ends"][1] + loss["loss"][1]
-    row: dict[str, Any] = {"system": "titanlite", "config": config_name, "gpus": gpus, "layers": layers}
+    counts["ends"] = counts["ends"][0] + loss[0], counts["ends"][1] + loss[1]
+    row: dict[str, Any] = {"system": "titanlite", "config": config_name, "gathered": gathered, "gpus": gpus}
+    row["layers"] = layers
     row |= {f"{part}_mb": round(moved / 1e6, 1) for part, (_, moved) in counts.items()}
     row["mb"] = round(sum(moved for _, moved in counts.values()) / 1e6, 1)
     return {**row, "launches": sum(launches for launches, _ in counts.values())}
@@ -162,9 +173,13 @@ def main() -> int:
         if child.status:
             raise SystemExit(child.why())
         loss = json.loads(child.output.splitlines()[-1])
-        for config_name in args.configs:
+        ends = loss["launches"], 1e6 * loss["mb"]
+        for config_name, gathered in itertools.product(args.configs, ("bf16", "float8")):
+            if config_name == "bf16" and gathered == "float8":
+                continue
+            block = blocks(config_name, gathered, env)
             for gpus in args.gpus:
-                rows.append(count(config_name, gpus, args.layers, env, {"loss": (loss["launches"], 1e6 * loss["mb"])}))
+                rows.append(count(config_name, gathered, gpus, args.layers, block, ends))
                 print(json.dumps(rows[-1]), flush=True)
     results.save("whole_step", rows, args, "cpu")
     return 0

@@ -21,7 +21,10 @@ from absent_gpu.recorder import Launch
 from titanlite.config.schema import ActivationCheckpoint
 from titanlite.distributed.activation_checkpoint import apply_activation_checkpoint
 from titanlite.distributed.fusion import use_block_fusion
+from titanlite.distributed.gathered_casts import use_cast_in_backward
 from titanlite.models.layers import Block, DecoderArgs
+from titanlite.quant.linear import quant_layers
+from titanlite.quant.tensor import QuantTensor
 
 # Operators whose bytes are counted apart: they are the same whatever the casts do.
 _HEAVY = ("mm", "_scaled_mm", "addmm", "bmm", "attention")
@@ -51,6 +54,8 @@ def build(options: argparse.Namespace) -> tuple[nn.Module, Callable[[Tensor], Te
         _convert(block, options)
     with recorder.MODE:
         block.to_empty(device="cuda")
+        if options.gathered == "float8":
+            _gather(block)
         if options.system == "torchtitan":
             table = torch.empty(options.tokens, 128 // 2, device="cuda", dtype=torch.complex64)
             return block, lambda x: block(x, table, None)
@@ -100,14 +105,29 @@ def _convert(block: Any, options: argparse.Namespace) -> None:
     from titanlite.quant.swiglu import swiglu_linear
 
     config = Float8LinearConfig.from_recipe_name(options.config)
-    config = dataclasses.replace(config, kernels=options.kernels, target=options.architecture)
+    config = dataclasses.replace(
+        config,
+        kernels=options.kernels,
+        target=options.architecture,
+        enable_fsdp_float8_all_gather=options.gathered == "float8",
+    )
     convert_to_float8_training(block, config=config)
     block.feed_forward.swiglu = swiglu_linear
 
 
+def _gather(block: nn.Module) -> None:
+    """Replace the weights of float8 layers by what FSDP2 has when it has gathered them in float8."""
+    for layer in quant_layers(block):
+        rows = layer.weight.shape[0]
+        scale = torch.ones(rows, 1) if layer.format.has_scales_of_rows("weight") else torch.ones(())
+        data = torch.empty(layer.weight.shape, device="cuda", dtype=torch.float8_e4m3fn)
+        layer.weight = nn.Parameter(QuantTensor(data, scale.to("cuda"), torch.bfloat16))
+
+
 def kept_bytes(out: Tensor, block: nn.Module) -> int:
     """Return the bytes that the compiled forward keeps for backward, without the parameters."""
-    parameters = {parameter.untyped_storage()._cdata for parameter in block.parameters()}
+    local = (p.qdata if isinstance(p, QuantTensor) else p for p in block.parameters())
+    parameters = {parameter.untyped_storage()._cdata for parameter in local}
     assert out.grad_fn is not None
     saved = (tensor.untyped_storage() for tensor in out.grad_fn.saved_tensors)  # type: ignore[attr-defined]
     return sum({s._cdata: s.nbytes() for s in saved if s._cdata not in parameters}.values())
@@ -156,6 +176,7 @@ def main() -> None:
     parser.add_argument("--config", default="bf16")
     parser.add_argument("--kernels", choices=("inductor", "triton"), default="inductor")
     parser.add_argument("--fusion", choices=("block", "compiler"), default="block")
+    parser.add_argument("--gathered", choices=("bf16", "float8"), default="bf16", help="in what FSDP2 gathers weights")
     parser.add_argument("--ac", choices=("none", "op", "full"), default="none")
     parser.add_argument("--architecture", choices=device.ARCHITECTURES, default="sm_90")
     for name, default in {"tokens": 8192, "dim": 4096, "kv-heads": 8, "ffn-dim": 14336}.items():
@@ -165,6 +186,8 @@ def main() -> None:
     recorder.install()
     if options.system == "titanlite" and options.fusion == "block":
         use_block_fusion()
+    if options.gathered == "float8":
+        use_cast_in_backward()
     print(json.dumps(measure(options)), flush=True)
     os._exit(0)  # the compiler's threads can abort an orderly end
 

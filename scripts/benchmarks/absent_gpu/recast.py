@@ -29,7 +29,7 @@ def count(format: Format, rows: int, columns: int) -> dict[str, float]:
         scale = torch.ones(rows, 1, device="cuda")
         record.launches.clear()
         torch.compile(recast, fullgraph=True)(data, scale)
-    totals = (sum(getattr(launch.traffic, bytes) for launch in record.launches) for bytes in ("total", "sectors"))
+    totals = (sum(getattr(launch.traffic, kind) for launch in record.launches) for kind in ("total", "sectors"))
     return {"launches": len(record.launches), "bytes": max(totals)}
 
 
