@@ -8,10 +8,15 @@ from titanlite.config.format_cost import FormatCost
 from titanlite.config.refuse import check_converter, refuse
 from titanlite.config.schema import JobConfig
 
-VARIANTS: tuple[dict[str, Any], ...] = (
-    {"float8.recipe_name": "tensorwise", "float8.enable_fsdp_float8_all_gather": True},
-    {"float8.recipe_name": "rowwise", "float8.enable_fsdp_float8_all_gather": False},
-    {"float8.recipe_name": "rowwise_with_gw_hp", "float8.enable_fsdp_float8_all_gather": False},
+_GATHER, _PRECOMPUTE = "float8.enable_fsdp_float8_all_gather", "float8.precompute_float8_dynamic_scale_for_fsdp"
+# Gathers of weights in float8 move fewer bytes with every recipe (docs/benchmarks/whole_step.json). Those with scales
+# of rows need shards of the same size.
+VARIANTS: tuple[tuple[dict[str, Any], ...], ...] = (
+    ({"float8.recipe_name": "tensorwise", _GATHER: True, _PRECOMPUTE: True},),
+    *(
+        tuple({"float8.recipe_name": recipe, _GATHER: gather, _PRECOMPUTE: False} for gather in (True, False))
+        for recipe in ("rowwise", "rowwise_with_gw_hp")
+    ),
 )
 _WEIGHT_BYTES = 10  # that casts of a weight in both layouts move for each element
 # The same of a weight that was gathered in float8. With one scale it is only copied, transposed. With scales of rows it
@@ -86,6 +91,7 @@ def cost(config: JobConfig) -> FormatCost:
     options = config.float8
     recipe = options.recipe_name or "tensorwise"
     tensorwise, gathers = recipe == "tensorwise", options.enable_fsdp_float8_all_gather
+    dynamic = options.scaling_type_input == options.scaling_type_grad_output == "dynamic"
     moved = _CAST_BYTES[recipe]
     return FormatCost(
         recipe=recipe,
@@ -96,7 +102,7 @@ def cost(config: JobConfig) -> FormatCost:
         weight_bytes=_WEIGHT_BYTES if not gathers else _COPY_BYTES if tensorwise else 0,
         recast_bytes=0 if tensorwise else _RECAST_BYTES,
         agrees=tensorwise,
-        casts_shards=tensorwise,
+        casts_shards=recipe != "rowwise_with_gw_hp" and dynamic,
         gathers_weights=gathers,
         filter_fqns=tuple(options.filter_fqns),
         moe_fqns=tuple(options.moe_fqns),

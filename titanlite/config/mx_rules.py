@@ -8,7 +8,7 @@ from titanlite.config.format_cost import FormatCost
 from titanlite.config.refuse import check_converter, refuse
 from titanlite.config.schema import JobConfig
 
-VARIANTS: tuple[dict[str, Any], ...] = ({"mx.recipe_name": "mxfp8"},)
+VARIANTS: tuple[tuple[dict[str, Any], ...], ...] = (({"mx.recipe_name": "mxfp8"},),)
 _NATIVE_ON = ("sm_100",)
 # Bytes that the casts of an element in both layouts move: each reads it in bfloat16 and writes a byte, and a scale for
 # 32 elements. A block of 32 has its own scale, so that no pass for the largest magnitude comes first.

@@ -20,7 +20,8 @@ class NumberFormat:
         check: refuses options of the section.
         gathers_quantized: whether FSDP2 gathers weights in the format, where the converter is used.
         cost: the work of its layers, for predictions of time; None: it is not modelled.
-        variants: the options of the recipes that a plan tries; none: it tries the converter as it is configured only.
+        variants: the options of the recipes that a plan tries, each with what it tries instead where that is refused;
+            none: it tries the converter as it is configured only.
         memory_savings: options of the section that would save memory and are not set.
         weight_bytes: the bytes of an element of a converted weight between steps.
         from_torchtitan: torchtitan has the section too, under two names, and with options for experts.
@@ -33,7 +34,7 @@ class NumberFormat:
     memory_savings: Callable[[JobConfig], dict[str, Any]] = lambda config: {}
     weight_bytes: Callable[[JobConfig], int] = lambda config: 4
     cost: Callable[[JobConfig], FormatCost] | None = None
-    variants: tuple[dict[str, Any], ...] = ()
+    variants: tuple[tuple[dict[str, Any], ...], ...] = ()
 
 
 NUMBER_FORMATS = (

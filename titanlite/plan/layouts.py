@@ -105,8 +105,12 @@ def make_plan(config: JobConfig, model: PlannedModel, device: Device, devices: i
             plan.tried += 1
             plan.refused += 1
             continue
-        for variant in itertools.starmap(_merged, itertools.product(batches(config, options), recipes(config, device))):
-            candidates += _variants(plan, scratch, {**options, **variant})
+        for batch, alternatives in itertools.product(batches(config, options), recipes(config, device)):
+            for recipe in alternatives:
+                possible = [*_variants(plan, scratch, {**options, **batch, **recipe})]
+                candidates += possible
+                if possible:
+                    break
     fitting = sorted((layout for layout in candidates if layout.fits), key=lambda layout: -layout.tps_per_device)
     plan.too_large = len(candidates) - len(fitting)
     ranked = fitting or sorted(candidates, key=lambda layout: layout.memory.total)
@@ -190,22 +194,20 @@ def batches(config: JobConfig, mesh: Options) -> Iterator[Options]:
         yield {"training.local_batch_size": rounds * pp, "parallelism.pipeline_parallel_schedule": schedule, **kept}
 
 
-def recipes(config: JobConfig, device: Device) -> Iterator[Options]:
+def recipes(config: JobConfig, device: Device) -> Iterator[list[Options]]:
     """Yield the converters: those that are configured; without a number format among them also each of those whose time
-    is modelled, where the device has units for it. Converters on the command line, and none, are kept."""
-    yield {"model.converters": config.model.converters}
+    is modelled, where the device has units for it. Converters on the command line, and none, are kept. Of several
+    alternatives, the first that is not refused is to be taken."""
+    yield [{"model.converters": config.model.converters}]
     kept = config.origin("model.converters").startswith("the argument")
     if not (kept or formats_of(config)) and device.fp8_tflops:
         for number_format in NUMBER_FORMATS:
             if number_format.cost is None or not number_format.cost(config).is_native(device.architecture):
                 continue
-            for variant in number_format.variants:
-                left_out = {f"{number_format.name}.filter_fqns": ["output"]}
-                yield {"model.converters": [*config.model.converters, number_format.name], **left_out, **variant}
-
-
-def _merged(*options: Options) -> Options:
-    return {name: value for part in options for name, value in part.items()}
+            converters = {"model.converters": [*config.model.converters, number_format.name]}
+            left_out = {f"{number_format.name}.filter_fqns": ["output"]}
+            for alternatives in number_format.variants:
+                yield [{**converters, **left_out, **options} for options in alternatives]
 
 
 def _checkpointing(mode: Mode) -> Options:

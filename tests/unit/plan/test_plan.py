@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import tomli
+from step_time import as_published
 
 from titanlite.commands import plan as command
 from titanlite.config import JobConfig, check_config, load_config, packaged
@@ -49,7 +50,7 @@ def work(flavor: str, gpus: int, *options: str, family: str = "llama3") -> Work:
 @pytest.mark.parametrize("run", RUNS, ids=lambda run: f"{run['table']}, {run['name']}")
 def test_the_result_file_is_what_the_model_predicts(run: dict[str, Any]) -> None:
     (row,) = [row for row in RESULT["results"] if (row["table"], row["name"]) == (run["table"], run["name"])]
-    it = work(run["flavor"], run["gpus"], *run["options"], family=run.get("model", "llama3"))
+    it = as_published(work(run["flavor"], run["gpus"], *run["options"], family=run.get("model", "llama3")))
     seconds = step_time(it, replace(find_device(run["device"]), **run.get("cluster", {}))).seconds
     assert it.tokens_per_device / seconds == pytest.approx(row["all_tps"], rel=2e-3, abs=0.06)  # rounded in the file
     if "memory_gib" in run:
@@ -457,6 +458,27 @@ def test_random_layouts_are_refused_if_and_only_if_the_trainer_refuses_them() ->
             assert refusal.value.key == reason.key
             refused += 1
     assert (fits, refused) == (200, 100)
+
+
+def test_rowwise_is_gathered_in_float8_where_shards_are_even() -> None:
+    """24 devices have no even shards of the 1,024 rows of wk, but 8 have, beside tensor or pipeline parallelism."""
+    config = load_config(["--model.name=llama3", "--model.flavor=8B", *_LONG])
+    model = planned_model(config)
+    gathers = {}
+    for layout in make_plan(config, model, DEVICES["h100"], 24, top=600).layouts:
+        chosen = layout.apply(config)
+        if chosen.float8.recipe_name == "rowwise" and chosen.model.converters:
+            degrees = layout.work.degrees
+            shards = degrees.data_parallel_shard * degrees.context_parallel
+            even = 1024 // degrees.tensor_parallel % shards == 0
+            assert chosen.float8.enable_fsdp_float8_all_gather == even
+            gathers[even] = chosen
+    assert gathers.keys() == {True, False}
+    uneven = gathers[False]
+    uneven.float8.enable_fsdp_float8_all_gather = True
+    with pytest.raises(ConfigError) as refusal:
+        fixed_plan(uneven, model, DEVICES["h100"], 24)
+    assert refusal.value.key == "parallelism.data_parallel_shard_degree"
 
 
 @pytest.mark.slow
