@@ -20,6 +20,25 @@ def compiled_block(results: list[dict[str, Any]]) -> list[list[str]]:
     return rows
 
 
+def block_rules(results: list[dict[str, Any]]) -> list[list[str]]:
+    """The blocks of the fewest tokens, without the block rules and with them. The shares of the peer's are the larger
+    of plain bytes and of sectors."""
+    rows = [["config", "recomputed", "peer", "its MB", "MB without block rules", "with", "share of the peer's"]]
+    rows[0] += ["launches", "the peer's", "MiB kept", "the peer's"]
+    cases = {(r["system"], r["fusion"], r["config"], r["ac"]): r for r in results if r["tokens"] == 8192}
+    for (system, fusion, config, ac), ours in cases.items():
+        peers = (cases.get((name, "compiler", config, ac)) for name in ("torchao", "torchtitan"))
+        peer = next((row for row in peers if row), None)
+        if (system, fusion) != ("titanlite", "block") or peer is None:
+            continue
+        without = cases["titanlite", "compiler", config, ac]
+        share = max(ours[key] / peer[key] for key in ("mb", "sectors_mb"))
+        moved = [f"{row['mb']:,.0f}" for row in (peer, without, ours)]
+        rest = [f"{row[key]:,.0f}" for key in ("launches", "kept_mib") for row in (ours, peer)]
+        rows.append([config, ac, peer["system"], *moved, f"{share:.2f}", *rest])
+    return rows
+
+
 def compiled_block_architectures(results: list[dict[str, Any]]) -> list[list[str]]:
     rows = [["GPU", "recomputed", "config", "launches", "MB", "in sectors", "of torchao's MB", "of its launches"]]
     peers = {(r["architecture"], r["ac"], r["config"]): r for r in results if r["system"] != "titanlite"}
@@ -54,10 +73,10 @@ def counted_step(results: list[dict[str, Any]]) -> list[list[str]]:
 
 def whole_step(results: list[dict[str, Any]]) -> list[list[str]]:
     parts = ("blocks", "casts", "fsdp", "ends", "optimizer")
-    rows = [["config", "GPUs", *(f"{part}, GB" for part in parts), "in all, GB", "launches"]]
+    rows = [["config", "gathered in", "GPUs", *(f"{part}, GB" for part in parts), "in all, GB", "launches"]]
     for r in results:
         moved = [f"{r[f'{part}_mb'] / 1e3:.1f}" for part in parts]
-        rows.append([r["config"], str(r["gpus"]), *moved, f"{r['mb'] / 1e3:.0f}", f"{r['launches']:,}"])
+        rows.append([r["config"], r["gathered"], str(r["gpus"]), *moved, f"{r['mb'] / 1e3:.0f}", f"{r['launches']:,}"])
     return rows
 
 

@@ -319,6 +319,7 @@ TABLES: dict[str, Callable[[list[dict[str, Any]]], list[list[str]]]] = {
     "moe_speed": cpu_step,
     "moe_balance": moe_balance,
     "moe_memory": moe_memory,
+    "compiled_block/rules": counted_tables.block_rules,
     "compiled_block": counted_tables.compiled_block,
     "compiled_block_kernels": counted_tables.compiled_block,
     "compiled_block_architectures": counted_tables.compiled_block_architectures,

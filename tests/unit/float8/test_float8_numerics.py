@@ -53,6 +53,16 @@ def test_rounding_down_keeps_what_is_no_finite_number() -> None:
     assert rounded[3].isnan()
 
 
+@pytest.mark.parametrize("dtype", FP8_DTYPES, ids=str)
+def test_powers_of_two_are_divided_by_exactly(dtype: torch.dtype) -> None:
+    """Every byte, with every scale that a finite amax can have, and with that of an amax that is none."""
+    data = torch.arange(256, dtype=torch.uint8).view(dtype)
+    amaxes = torch.cat([torch.ldexp(torch.ones(400), torch.arange(-272, 128)), torch.tensor([math.inf, math.nan, 0.0])])
+    scale = amax_to_scale(amaxes[:, None], dtype, power_of_2=True)
+    quotients = dequantize(data, scale)
+    torch.testing.assert_close(dequantize(data, scale, True), quotients, rtol=0, atol=0, equal_nan=True)
+
+
 @settings(max_examples=300, deadline=None)
 @given(st.floats(width=32, allow_nan=False, allow_infinity=False, min_value=0, exclude_min=True))
 def test_rounding_down_is_the_largest_power_below(value: float) -> None:

@@ -215,5 +215,7 @@ def test_fast_files_change_what_they_say_and_nothing_else(name: str) -> None:
         ("activation_checkpoint.mode", base.activation_checkpoint.mode, "auto"),
         ("model.converters", "[]", "['float8']"),
         ("float8.recipe_name", "None", "tensorwise"),
+        ("float8.enable_fsdp_float8_all_gather", "False", "True"),
+        ("float8.precompute_float8_dynamic_scale_for_fsdp", "False", "True"),
     }
     assert fast.float8.filter_fqns == ["output"]
