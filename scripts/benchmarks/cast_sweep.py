@@ -157,13 +157,13 @@ def sweep(args: argparse.Namespace) -> int:
     with contextlib.ExitStack() as settled:
         for done, constant in enumerate(CONSTANTS):
             share = None if args.seconds is None else budget.left() / (len(CONSTANTS) - done)
-            found = measure(constant, args, harness.Budget(share, budget.left_out))
-            whole = [row for row in found if "mean" in row]
+            trials = measure(constant, args, harness.Budget(share, budget.left_out))
+            whole = [row for row in trials if "mean" in row]
             if whole:
                 best = min(whole, key=lambda row: row["mean"])
                 best["best"] = True
                 settled.enter_context(given(constant.name, best["key"]))
-            rows += [{key: value for key, value in row.items() if key != "key"} for row in found]
+            rows += [{key: value for key, value in row.items() if key != "key"} for row in trials]
             results.save("cast_sweep", rows, args, left_out=budget.left_out)
         print(harness.show(rows, ("constant", "value", "mean", "best", "failed")))
         for constant in CONSTANTS:

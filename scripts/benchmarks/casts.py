@@ -164,8 +164,8 @@ def computed_by(module: Any, kernel: Kernel, i: Input) -> Outputs:
         return (module.rescale(i.x, i.row_scale, i.column_scale, kernel.dtype),)
     scales, power_of_2 = kernel.scales, kernel.scales == "vector"
     if kernel.kernel == SWIGLU_BACKWARD:
-        how = (i.amaxes[scales], kernel.dtype, scales, power_of_2)
-        grad_gate, *copy = module.swiglu_backward(i.grad, i.gate, i.x, *how)
+        arguments = (i.amaxes[scales], kernel.dtype, scales, power_of_2)
+        grad_gate, *copy = module.swiglu_backward(i.grad, i.gate, i.x, *arguments)
         return grad_gate, i.grad, *copy
     return module.cast(i.x, kernel.dtype, *kernel.layouts(), power_of_2)  # type: ignore[no-any-return]
 
@@ -196,24 +196,24 @@ def torchao_cast(kernel: Kernel, i: Input) -> Outputs:
 
 def systems(kernel: Kernel, against: bool) -> dict[str, Callable[[Input], Outputs]]:
     """With the peers if ``against``, which compile for seconds."""
-    found: dict[str, Callable[[Input], Outputs]] = {OURS: functools.partial(ours, kernel)}
+    functions: dict[str, Callable[[Input], Outputs]] = {OURS: functools.partial(ours, kernel)}
     if against:
         torch._dynamo.reset()  # whose limit of compilations per function is lower than there are kernels and shapes
         compile = functools.partial(torch.compile, fullgraph=True, dynamic=False)
-        found[COMPILED] = compile(functools.partial(plain, kernel))
+        functions[COMPILED] = compile(functools.partial(plain, kernel))
         if kernel in CASTS and find_spec("torchao"):
-            found[TORCHAO] = compile(functools.partial(torchao_cast, kernel))
-    return found
+            functions[TORCHAO] = compile(functools.partial(torchao_cast, kernel))
+    return functions
 
 
 def copy(i: Input, out: Tensor) -> Tensor:
     return out.copy_(i.x)
 
 
-def mismatch(found: Outputs, expected: Outputs) -> float:
+def mismatch(outputs: Outputs, expected: Outputs) -> float:
     """The share of numbers that are not the same to the bit; 1 where shape, dtype or memory layout is another."""
     different = total = 0
-    for a, b in zip(found, expected, strict=True):
+    for a, b in zip(outputs, expected, strict=True):
         if (a.shape, a.dtype, a.is_contiguous()) != (b.shape, b.dtype, b.is_contiguous()):
             return 1.0
         bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32}[a.itemsize]

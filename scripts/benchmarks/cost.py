@@ -70,12 +70,12 @@ def gemms(recipe: str, m: int, k: int, n: int) -> list[Gemm]:
             config.gemm_config_grad_weight,
         ),
     }
-    found = []
-    for name, (a, b, how) in uses.items():
-        precision = "bf16" if not a.is_cast else "fp8" if how.use_fast_accum else "fp8_full"
-        row_scales = (a.is_axiswise or b.is_axiswise) and not how.use_fast_accum
-        found.append(Gemm(name, *sizes[name], precision, row_scales))
-    return found
+    matmuls = []
+    for name, (a, b, gemm_config) in uses.items():
+        precision = "bf16" if not a.is_cast else "fp8" if gemm_config.use_fast_accum else "fp8_full"
+        row_scales = (a.is_axiswise or b.is_axiswise) and not gemm_config.use_fast_accum
+        matmuls.append(Gemm(name, *sizes[name], precision, row_scales))
+    return matmuls
 
 
 def _again(by_rows: str, by_columns: str, features: int) -> int:

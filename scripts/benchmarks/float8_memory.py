@@ -45,7 +45,7 @@ def peak(flavor: str, config: str, compiled: bool, checkpointing: str, seq_len: 
 
 
 def rows(layers: int, seq_len: int) -> list[dict[str, Any]]:
-    found = []
+    table = []
     for checkpointing, compiled in itertools.product(CHECKPOINTING, (False, True)):
         base: dict[str, Any] = {}
         for config in harness.CONFIGS:
@@ -61,8 +61,8 @@ def rows(layers: int, seq_len: int) -> list[dict[str, Any]]:
             if "kept_per_layer_mib" in row:
                 row["kept_over_bf16"] = round(row["kept_per_layer_mib"] / base["kept_per_layer_mib"], 3)
             print(*(f"{key} {value}" for key, value in row.items() if key not in ("system", "batch")), flush=True)
-            found.append(row)
-    return found
+            table.append(row)
+    return table
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -198,7 +198,7 @@ def time_in_pairs(
     begins changes from pair to pair."""
     repeat(ours, block)
     repeat(theirs, block)
-    found = []
+    timings = []
     for i in range(pairs):
         seconds = {}
         for step in (ours, theirs) if i % 2 == 0 else (theirs, ours):
@@ -207,8 +207,8 @@ def time_in_pairs(
             repeat(step, block)
             synchronize()
             seconds[step] = (time.perf_counter() - start) / block
-        found.append((seconds[ours], seconds[theirs]))
-    return found
+        timings.append((seconds[ours], seconds[theirs]))
+    return timings
 
 
 @dataclass

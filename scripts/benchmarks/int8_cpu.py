@@ -169,7 +169,7 @@ def measure_layers(args: argparse.Namespace) -> list[dict[str, Any]]:
         print(f"{shape:10} " + ", ".join(f"{name} {ms:.1f}" for name, ms in parts.items()), flush=True)
         for (system, config, compiled), times in seconds.items():
             base = seconds["titanlite", "bf16", compiled]
-            ratio = median(bf16 / own for bf16, own in zip(base, times, strict=True))
+            ratio = median(bf16 / duration for bf16, duration in zip(base, times, strict=True))
             rows.append(
                 {"part": "layers", "system": system, "config": config, "compile": compiled, "m": TOKENS, "k": k, "n": n}
                 | {"ms": median(times) * 1e3, "ratio_to_bf16": ratio, **parts}
@@ -195,7 +195,7 @@ def measure_steps(args: argparse.Namespace) -> list[dict[str, Any]]:
             tokens = first.global_batch_size * first.config.training.seq_len
             shape = {"part": "step", "model": model, "params": first.size.params, "compile": compiled}
         for system, times in seconds.items():
-            ratio = median(bf16 / own for bf16, own in zip(seconds["titanlite bf16"], times, strict=True))
+            ratio = median(bf16 / duration for bf16, duration in zip(seconds["titanlite bf16"], times, strict=True))
             name, config = system.split()
             speed = {"step_ms": median(times) * 1e3, "tps": tokens / median(times), "ratio_to_bf16": ratio}
             rows.append({"system": name, "config": config, **shape, **speed})

@@ -76,11 +76,13 @@ def systems(recipe: str, mode: str) -> list[System]:
     """Return the systems of one recipe, bfloat16 first."""
     compile = mode == "compile"
     kept = (False,) if compile else (False, True)
-    found = [System("torch", "bf16", None, compile, False)]
-    found += [System("titanlite", recipe, by, compile, k) for k, by in itertools.product(kept, ("triton", "inductor"))]
+    recipe_systems = [System("torch", "bf16", None, compile, False)]
+    recipe_systems += [
+        System("titanlite", recipe, by, compile, k) for k, by in itertools.product(kept, ("triton", "inductor"))
+    ]
     if find_spec("torchao"):
-        found.append(System("torchao", recipe, None, compile, False))
-    return found
+        recipe_systems.append(System("torchao", recipe, None, compile, False))
+    return recipe_systems
 
 
 def layer_of(system: System, w: Tensor, device: str, emulate: bool = False) -> nn.Module:
@@ -89,8 +91,8 @@ def layer_of(system: System, w: Tensor, device: str, emulate: bool = False) -> n
     linear.weight = nn.Parameter(w.clone())
     if system.system == "titanlite":
         config = Float8LinearConfig.from_recipe_name(system.config)
-        how: dict[str, Any] = {"emulate": True} if emulate else {"kernels": system.kernels}
-        convert_to_float8_training(linear, config=dataclasses.replace(config, **how))
+        options: dict[str, Any] = {"emulate": True} if emulate else {"kernels": system.kernels}
+        convert_to_float8_training(linear, config=dataclasses.replace(config, **options))
     if system.system == "torchao":
         return _torchao(linear, system.config, device)
     return linear
@@ -128,11 +130,11 @@ def step_of(layer: nn.Module, data: Data, compile: bool, kept: bool) -> Step:
     return step
 
 
-def sqnr(found: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> float:
+def sqnr(outputs: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> float:
     """The least signal-to-quantization-noise ratio of the pairs, 10 log10(‖b‖² / ‖a − b‖²), in dB; at most 200, for the
     same numbers, and NaN where there is one."""
     worst = 200.0
-    for a, b in zip(found, expected, strict=True):
+    for a, b in zip(outputs, expected, strict=True):
         signal, noise = (t.float().norm().item() for t in (b, a.float() - b.float()))
         if not math.isfinite(signal + noise):
             return math.nan
@@ -166,12 +168,12 @@ def measure(problem: Problem, args: argparse.Namespace) -> Iterator[dict[str, An
         row = rows[system] = {**system._asdict(), "m": m, "k": k, "n": n}
         try:
             step = step_of(layer_of(system, data.w, args.device), data, system.compile, system.kept)
-            found = step()
+            outputs = step()
         except Exception as e:  # whatever a compiler raises, and no memory left
             row["failed"] = harness.failure(e)
             continue
-        row["sqnr_db"] = sqnr(found, in_bf16 if system.config == "bf16" else emulated)
-        row["sqnr_bf16_db"] = sqnr(found, in_bf16)
+        row["sqnr_db"] = sqnr(outputs, in_bf16 if system.config == "bf16" else emulated)
+        row["sqnr_bf16_db"] = sqnr(outputs, in_bf16)
         least = -20 * math.log10(matmul.bound(k, fast_accum=system.config != "bf16"))
         if not row["sqnr_db"] >= least:
             row["failed"] = f"wrong: {row['sqnr_db']:.1f} dB from the reference, less than {least:.0f}"

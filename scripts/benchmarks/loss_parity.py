@@ -83,13 +83,13 @@ def draw(curves: dict[str, list[list[float]]], path: Path) -> None:
 
 def known(path: Path | None, options: list[str], parser: argparse.ArgumentParser) -> dict[str, list[list[float]]]:
     """The losses in an earlier result file, of runs with the same options."""
-    found: dict[str, list[list[float]]] = {config: [] for config in CONFIGS}
+    losses: dict[str, list[list[float]]] = {config: [] for config in CONFIGS}
     if path is None or not path.exists():
-        return found
+        return losses
     content = json.loads(path.read_text(encoding="utf-8"))
     if content["options"] != options:
         parser.error(f"--resume: {path} is of runs with {content['options']}, and these would be with {options}")
-    return found | {row["config"]: row["losses"] for row in content["results"]}
+    return losses | {row["config"]: row["losses"] for row in content["results"]}
 
 
 def rows_of(curves: dict[str, list[list[float]]], last: int) -> list[dict[str, Any]]:

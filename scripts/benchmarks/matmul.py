@@ -116,11 +116,11 @@ def error(out: Tensor, a: Tensor, b: Tensor) -> float:
         return float("nan")
     rows = torch.randperm(a.shape[0], device=a.device)[:SAMPLE]
     columns = torch.randperm(b.shape[1], device=b.device)[:SAMPLE]
-    found = []
+    errors = []
     for part, left, right in ((out[rows], a[rows], b), (out[:, columns], a, b[:, columns])):
         reference = left.double() @ right.double()
-        found.append(((part.double() - reference).norm() / reference.norm()).item())
-    return max(found)
+        errors.append(((part.double() - reference).norm() / reference.norm()).item())
+    return max(errors)
 
 
 def dequantized(operand: Operand) -> Tensor:

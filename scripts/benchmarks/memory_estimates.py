@@ -109,10 +109,10 @@ def run(case: Case) -> dict[str, Any]:
     config = load_config(options, str(harness.ROOT / "train_configs" / f"{case.file}.toml"))
     start = time.perf_counter()
     loss = dtensor_loss if case.loss == "eager, DTensor" else None
-    found = estimate(config, case.gpus, loss_builder=loss)
+    memory = estimate(config, case.gpus, loss_builder=loss)
     seconds = time.perf_counter() - start
     ac = config.activation_checkpoint
-    peak = found.peak / GIB
+    peak = memory.peak / GIB
     row = {
         "system": "titanlite",
         "config": "tensorwise" if config.model.converters else "bf16",
@@ -126,7 +126,7 @@ def run(case: Case) -> dict[str, Any]:
         "loss_chunks": case.chunks,
         "activation_checkpoint": ac.mode + (f" {ac.selective_ac_option}" if ac.mode == "selective" else ""),
         "estimated_gib": round(peak, 2),
-        "at_peak_gib": {kind: round(n / GIB, 2) for kind, n in max(found.ranks, key=lambda r: r.peak).at_peak.items()},
+        "at_peak_gib": {kind: round(n / GIB, 2) for kind, n in max(memory.ranks, key=lambda r: r.peak).at_peak.items()},
         "seconds": round(seconds),
     }
     keys = "model", "batch", "config", "loss", "loss_chunks", "activation_checkpoint"

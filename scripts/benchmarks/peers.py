@@ -82,8 +82,8 @@ def row_of(case: Case, runs: list[cases.Run], args: argparse.Namespace) -> dict[
 
 def difference(a: list[float], b: list[float]) -> float:
     """The largest relative difference; infinite where a value is not finite."""
-    found = [abs(x - y) / max(abs(y), 1e-12) for x, y in zip(a, b, strict=True)]
-    return max(found) if all(map(math.isfinite, found)) else math.inf
+    differences = [abs(x - y) / max(abs(y), 1e-12) for x, y in zip(a, b, strict=True)]
+    return max(differences) if all(map(math.isfinite, differences)) else math.inf
 
 
 def compare(rows: list[dict[str, Any]]) -> None:

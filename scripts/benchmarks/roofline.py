@@ -47,15 +47,15 @@ COPIED = 1 << 30  # bytes, read and written
 def measured(args: argparse.Namespace) -> Ceilings:
     """Return the ceilings: those that are given, and the others measured, on random data."""
     tera = {"bf16": args.bf16_tflops, "fp8": args.fp8_tflops, "fp8_full": args.fp8_full_tflops or args.fp8_tflops}
-    found = {name: rate * 1e12 for name, rate in tera.items() if rate}
+    rates = {name: rate * 1e12 for name, rate in tera.items() if rate}
     if args.bandwidth_gbs:
-        found["bandwidth"] = args.bandwidth_gbs * 1e9
-    missing = [name for name in RATES if name not in found]
+        rates["bandwidth"] = args.bandwidth_gbs * 1e9
+    missing = [name for name in RATES if name not in rates]
     if missing:
-        found |= {name: rate for name, rate in _measure(args.device, args.rounds).items() if name in missing}
+        rates |= {name: rate for name, rate in _measure(args.device, args.rounds).items() if name in missing}
     # Where all is given, it is for a Hopper GPU of now.
     follow = bool(missing) and args.device == "cuda" and not scales_rows_in_matmuls(torch.device("cuda"))
-    return Ceilings(**found, scales_follow=follow)
+    return Ceilings(**rates, scales_follow=follow)
 
 
 def _measure(device: str, rounds: int) -> dict[str, float]:
@@ -94,15 +94,15 @@ def prediction(config: str, m: int, k: int, n: int, at: Ceilings) -> dict[str, A
 
 def checked(linear: dict[str, Any], at: Ceilings) -> list[dict[str, Any]]:
     """The prediction for each of our compiled layers in a result of linear.py, and its error in percent."""
-    found = []
+    predictions = []
     for row in linear["results"]:
         if row["system"] != "titanlite" or not row["compile"] or not row.get("speedup_over_bf16"):
             continue
         predicted = prediction(row["config"], row["m"], row["k"], row["n"], at)
         measured = row["speedup_over_bf16"]
         error = 100 * (predicted["predicted_speedup"] / measured - 1)
-        found.append({**predicted, "kernels": row["kernels"], "measured_speedup": measured, "error_pct": error})
-    return found
+        predictions.append({**predicted, "kernels": row["kernels"], "measured_speedup": measured, "error_pct": error})
+    return predictions
 
 
 def write_csv(rows: Sequence[dict[str, Any]], path: Path) -> None:
@@ -205,12 +205,12 @@ def report(args: argparse.Namespace, linear: dict[str, Any] | None, steps: list[
     if table is not None:
         write_csv(sweep, table)
         draw(sweep, table.with_suffix(".png"))
-    found = checked(linear, at) if linear else []
+    predictions = checked(linear, at) if linear else []
     if linear:
         columns = ("config", "kernels", "m", "k", "n", "predicted_speedup", "measured_speedup", "error_pct")
-        print(harness.show(found, columns))
-    if found:
-        errors = [abs(row["error_pct"]) for row in found]
+        print(harness.show(predictions, columns))
+    if predictions:
+        errors = [abs(row["error_pct"]) for row in predictions]
         print(f"error of the prediction: median {statistics.median(errors):.1f}%, at most {max(errors):.1f}%")
     floors: list[dict[str, Any]] = []
     if args.attention_tflops:
@@ -220,7 +220,7 @@ def report(args: argparse.Namespace, linear: dict[str, Any] | None, steps: list[
         floors += step_floor.floors(steps, at, args, budget)
         print(harness.show(floors, step_floor.COLUMNS))
     budget.print_left_out()
-    results.save("roofline", [*floors, *found, *sweep], args, ceilings=shown, left_out=budget.left_out)
+    results.save("roofline", [*floors, *predictions, *sweep], args, ceilings=shown, left_out=budget.left_out)
     if not linear and not steps:
         shortest = [row for row in sweep if row["m"] == args.m[-1] and row["k"] == row["n"]]
         print(harness.show(shortest, ("config", "m", "k", "n", "casts_us", "rescales_us", "predicted_speedup")))

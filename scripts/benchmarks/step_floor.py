@@ -71,20 +71,20 @@ def step_gemms(args: DecoderArgs, recipe: str, tokens: int) -> tuple[list[Gemm],
 def cast_bytes(args: DecoderArgs, recipe: str, tokens: int, scales_follow: bool) -> int:
     """Return the bytes of the casts, but that of SwiGLU's product, and the passes that apply scales, of all layers."""
     linears = Linears(args)
-    found = sum(tokens * k * cost.input_bytes(recipe, k) for k in linears.inputs)
+    layer_bytes = sum(tokens * k * cost.input_bytes(recipe, k) for k in linears.inputs)
     for k, n in linears.all.values():
-        found += tokens * n * cost.grad_bytes(recipe, n) + k * n * cost.weight_bytes(recipe, k)
-        found += sum(gemm.rescale_bytes(scales_follow) for gemm in cost.gemms(recipe, tokens, k, n))
-    return found * args.n_layers
+        layer_bytes += tokens * n * cost.grad_bytes(recipe, n) + k * n * cost.weight_bytes(recipe, k)
+        layer_bytes += sum(gemm.rescale_bytes(scales_follow) for gemm in cost.gemms(recipe, tokens, k, n))
+    return layer_bytes * args.n_layers
 
 
 def cast_again_bytes(args: DecoderArgs, recipe: str, tokens: int) -> int:
     """Return the bytes of the casts that are computed again: largest magnitudes are kept, the casts themselves are
     not."""
     linears = Linears(args)
-    found = sum(tokens * k * cost.input_bytes(recipe, k, again=True) for k in linears.inputs)
-    found += sum(k * n * cost.weight_bytes_of_output(recipe, k, again=True) for k, n in linears.again)
-    return found * args.n_layers
+    layer_bytes = sum(tokens * k * cost.input_bytes(recipe, k, again=True) for k in linears.inputs)
+    layer_bytes += sum(k * n * cost.weight_bytes_of_output(recipe, k, again=True) for k, n in linears.again)
+    return layer_bytes * args.n_layers
 
 
 def memory_bytes(args: DecoderArgs, recipe: str, tokens: int) -> tuple[int, int]:
@@ -185,8 +185,8 @@ def predicted(at: Ceilings, attention_rate: float, layers: int, batches: list[in
     rows = []
     for batch in batches:
         about = {"system": "roofline", "compile": True, "batch": batch, "layers": layers, "seq_len": SEQ_LEN}
-        found = [floor({**about, "config": config}, args, at, clock) for config in harness.CONFIGS]
-        rows += [{**row, "speedup_over_bf16": found[0]["floor_s"] / row["floor_s"]} for row in found]
+        batch_floors = [floor({**about, "config": config}, args, at, clock) for config in harness.CONFIGS]
+        rows += [{**row, "speedup_over_bf16": batch_floors[0]["floor_s"] / row["floor_s"]} for row in batch_floors]
     return rows
 
 
@@ -212,11 +212,11 @@ def floor(row: dict[str, Any], args: DecoderArgs, at: Ceilings, clock: Clock | G
     }
     least, whole = sum(parts.values()), sum(parts.values()) + sum(repeated.values())
     about = {key: row[key] for key in ("system", "config", "compile", "batch", "layers", "seq_len")}
-    found = {**about, **parts, **repeated, "floor_s": whole, "floor_tps": tokens / whole}
+    floor_row = {**about, **parts, **repeated, "floor_s": whole, "floor_tps": tokens / whole}
     if step_time := row.get("step_time_s"):
-        found |= {"step_time_s": step_time, "step_of_floor": whole / step_time}
-        found["step_of_floor_without_recompute"] = least / step_time
-    return found
+        floor_row |= {"step_time_s": step_time, "step_of_floor": whole / step_time}
+        floor_row["step_of_floor_without_recompute"] = least / step_time
+    return floor_row
 
 
 def floors(
@@ -224,14 +224,14 @@ def floors(
 ) -> list[dict[str, Any]]:
     """Return the floors of every compiled step of titanlite, each case from the first file that has it."""
     clock = Clock(args.device, args.rounds)
-    found: dict[tuple[Any, ...], dict[str, Any]] = {}
+    by_case: dict[tuple[Any, ...], dict[str, Any]] = {}
     for file in files:
         for row in file["results"]:
             case = tuple(row.get(key) for key in ("config", "batch", "layers", "seq_len"))
-            if row["system"] != "titanlite" or not row["compile"] or not row["step_time_s"] or case in found:
+            if row["system"] != "titanlite" or not row["compile"] or not row["step_time_s"] or case in by_case:
                 continue
             if budget.left() <= 0:
                 budget.left_out.append(f"the step of {row['config']}, batch {row['batch']}")
                 continue
-            found[case] = floor(row, model_of(row, file["toy"]), at, clock)
-    return list(found.values())
+            by_case[case] = floor(row, model_of(row, file["toy"]), at, clock)
+    return list(by_case.values())

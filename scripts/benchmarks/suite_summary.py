@@ -94,7 +94,7 @@ def judged(target: Target, files: dict[str, list[Row]]) -> Row:
 
 def failures(files: dict[str, list[Row]]) -> list[str]:
     """Return the reasons of rows that failed, or were left out; each reason once, with the first case."""
-    found: dict[tuple[str, str], list[str]] = {}
+    by_reason: dict[tuple[str, str], list[str]] = {}
     for name, rows in files.items():
         for row in rows:
             said = row.get("failed") or []
@@ -103,9 +103,9 @@ def failures(files: dict[str, list[Row]]) -> list[str]:
                 reasons.append("the two systems did not compute the same: their ratio is void")
             for reason in reasons:
                 case = ", ".join(f"{key} {row[key]}" for key in _NAMES if key in row)
-                found.setdefault((name, reason), []).append(case)
-    others = {key: f" (and {len(cases) - 1} others)" if len(cases) > 1 else "" for key, cases in found.items()}
-    return [f"{name}: {cases[0]}{others[name, reason]}: {reason}" for (name, reason), cases in found.items()]
+                by_reason.setdefault((name, reason), []).append(case)
+    others = {key: f" (and {len(cases) - 1} others)" if len(cases) > 1 else "" for key, cases in by_reason.items()}
+    return [f"{name}: {cases[0]}{others[name, reason]}: {reason}" for (name, reason), cases in by_reason.items()]
 
 
 def summary(out: Path, ran: Path) -> str:

@@ -184,9 +184,9 @@ def cpu_step(results: list[dict[str, Any]]) -> list[list[str]]:
     for ours, theirs in zip(results[::2], results[1::2], strict=True):
         low, high = ours["ratio_quartiles"]
         cells = [f"{r['step_ms']:.0f} ms" for r in (ours, theirs)]
-        how = "compiled" if ours["compile"] else "eager"
+        mode = "compiled" if ours["compile"] else "eager"
         ratio = f"{ours['ratio_to_transformers']:.3f}"
-        rows.append([ours["config"], how, *cells, ratio, f"{low:.3f} to {high:.3f}"])
+        rows.append([ours["config"], mode, *cells, ratio, f"{low:.3f} to {high:.3f}"])
         rows[-1] += [theirs["weights"]] if several else []
     return rows
 

@@ -72,13 +72,13 @@ def own_times(events: list[dict[str, Any]]) -> Iterable[tuple[str, float]]:
     for event in sorted(events, key=lambda e: (e["ts"], -e["dur"])):
         stack = open_.setdefault(event["tid"], [])
         while stack and stack[-1][1] <= event["ts"]:
-            name, _, own = stack.pop()
-            yield name, own
+            name, _, microseconds = stack.pop()
+            yield name, microseconds
         if stack:
             stack[-1][2] -= event["dur"]
         stack.append([event["name"], event["ts"] + event["dur"], event["dur"]])
     for stack in open_.values():
-        yield from ((name, own) for name, _, own in stack)
+        yield from ((name, microseconds) for name, _, microseconds in stack)
 
 
 def budget(trace: dict[str, Any]) -> dict[str, Any]:
@@ -108,11 +108,11 @@ def budget(trace: dict[str, Any]) -> dict[str, Any]:
     else:
         whole = steps[0]["dur"]
         inside = [e for e in events if e.get("cat") == "cpu_op" and begin <= e["ts"] < begin + whole]
-        for name, own in own_times(inside):
-            parts[part_of(name, "cpu")] += own
+        for name, microseconds in own_times(inside):
+            parts[part_of(name, "cpu")] += microseconds
         rest = {"host": whole - sum(parts.values())}
-    found = {name: parts[name] / 1e3 for name in PARTS if parts[name]}
-    return {"step_ms": whole / 1e3, "parts_ms": {**found, **{name: us / 1e3 for name, us in rest.items()}}}
+    milliseconds = {name: parts[name] / 1e3 for name in PARTS if parts[name]}
+    return {"step_ms": whole / 1e3, "parts_ms": {**milliseconds, **{name: us / 1e3 for name, us in rest.items()}}}
 
 
 def traced(case: cases.Case, args: argparse.Namespace, limit: float) -> cases.Run:

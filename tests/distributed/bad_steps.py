@@ -56,7 +56,7 @@ class Messages(logging.Handler):
 
 class Run:
     def __init__(self, folder: Path, case: dict[str, Any]) -> None:
-        self.bad = {int(step): how for step, how in case["bad"].items()}
+        self.bad = {int(step): fault for step, fault in case["bad"].items()}
         self.only = case["rank"]
         train.build_loss = lambda *args: self.poisoned(build_loss(*args))
         options = {**case["options"], "job.dump_folder": folder}
@@ -96,12 +96,12 @@ class Run:
 
     def digest(self) -> str:
         """Of every bit of the parameters and of the optimizer's state."""
-        found = hashlib.sha256()
+        hasher = hashlib.sha256()
         state = self.trainer.optimizer.state
         for param in self.parameters:
             for tensor in (param, *(state[param][key] for key in sorted(state[param]))):
-                found.update(local(tensor.detach()).contiguous().numpy().tobytes())
-        return found.hexdigest()
+                hasher.update(local(tensor.detach()).contiguous().numpy().tobytes())
+        return hasher.hexdigest()
 
     def go(self) -> dict[str, Any]:
         error, digests, waited = None, [], []

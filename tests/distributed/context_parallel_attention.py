@@ -76,10 +76,10 @@ def forward_backward(attention: Any, inputs: list[Tensor], mode: Recorder | None
 def errors(got: list[Tensor], exact: list[Tensor], cp: ContextParallel | None = None) -> dict[str, float]:
     """The largest differences, as fractions of the largest numbers of the whole sequence; ``got`` is the whole or, with
     ``cp``, this rank's share."""
-    found = {}
+    differences = {}
     for name, a, b in zip(NAMES, got, exact, strict=True):
-        found[name] = ((a.double() - (cp.shard(b, 2) if cp else b)).abs().max() / b.abs().max()).item()
-    return found
+        differences[name] = ((a.double() - (cp.shard(b, 2) if cp else b)).abs().max() / b.abs().max()).item()
+    return differences
 
 
 def parity(cp: ContextParallel, dtype: torch.dtype, inputs: list[Tensor]) -> dict[str, Any]:
@@ -139,13 +139,13 @@ def equal(a: list[list[Tensor]], b: list[list[Tensor]]) -> bool:
 
 
 def checkpointed(cp: ContextParallel) -> dict[str, bool]:
-    found = {}
+    matches = {}
     for dtype in DTYPES:
         plain = layers(cp, DTYPES[dtype])
         for name, options in (("full", {}), ("op", {"context_fn": _op_contexts})):
             again = layers(cp, DTYPES[dtype], lambda f, o=options: partial(checkpoint, f, use_reentrant=False, **o))
-            found[f"{name}/{dtype}"] = equal(plain, again)
-    return found
+            matches[f"{name}/{dtype}"] = equal(plain, again)
+    return matches
 
 
 def compiled(cp: ContextParallel) -> dict[str, Any]:

@@ -381,19 +381,19 @@ def arrived(recipe: str, mesh: DeviceMesh) -> dict[str, Any]:
     forward_backward(model, case, mesh, torch.bfloat16)
     autograd.cast_grad_output = original
     x, grad = whole(seen["norm"].detach(), Shard(1), mesh), data(case, torch.bfloat16)[1]
-    found: dict[str, Any] = {}
-    for key, plain, how in (
+    arrivals: dict[str, Any] = {}
+    for key, plain, cast_config in (
         ("input", x, config.cast_config_input),
         ("grad", grad, config.cast_config_grad_output),
     ):
         got = seen[key].operand() if isinstance(seen[key], QuantTensor) else seen[key]
         if isinstance(got, Operand):
             rounded = config.round_scales_to_power_of_2
-            expected = cast_operand(plain.flatten(0, -2), how, contracted=1, power_of_2=rounded, emulate=True)
+            expected = cast_operand(plain.flatten(0, -2), cast_config, contracted=1, power_of_2=rounded, emulate=True)
             data8, scale = got
             assert scale is not None
             assert expected.scale is not None
-            found[key] = {
+            arrivals[key] = {
                 "dtype": str(data8.dtype).removeprefix("torch."),
                 "data": torch.equal(data8.view(torch.uint8), expected.data.view(torch.uint8)),
                 "scale": torch.equal(scale, expected.scale),
@@ -402,8 +402,8 @@ def arrived(recipe: str, mesh: DeviceMesh) -> dict[str, Any]:
             }
         else:
             local = got.to_local() if isinstance(got, DTensor) else got
-            found[key] = {"dtype": str(got.dtype).removeprefix("torch."), "data": torch.equal(local, plain)}
-    return found
+            arrivals[key] = {"dtype": str(got.dtype).removeprefix("torch."), "data": torch.equal(local, plain)}
+    return arrivals
 
 
 def same_bits(recipe: str, mesh: DeviceMesh) -> dict[str, bool]:

@@ -65,8 +65,8 @@ FLOAT32 = {
 
 
 def texts(decoder: TokenSampler) -> dict[str, list[int]]:
-    found = {name: generate(decoder, PROMPT, 12, sampling).ids for name, sampling in SAMPLINGS.items()}
-    return found | {"uncached": generate(decoder, PROMPT, 12, SAMPLINGS["drawn"], cached=False).ids}
+    token_ids = {name: generate(decoder, PROMPT, 12, sampling).ids for name, sampling in SAMPLINGS.items()}
+    return token_ids | {"uncached": generate(decoder, PROMPT, 12, SAMPLINGS["drawn"], cached=False).ids}
 
 
 def whole(device: torch.device) -> dict[str, list[int]]:
@@ -85,9 +85,9 @@ def spread(options: dict[str, Any], mesh: Mesh, here: runtime.Runtime) -> dict[s
     decoder = TokenSampler(model, here.device, 40, VOCAB_SIZE, mesh.tp, sharded_logits, here.control)
     before = step(model)
     compiled = counters["stats"]["unique_graphs"]
-    found = texts(decoder)
+    token_ids = texts(decoder)
     report = {
-        "texts": found,
+        "texts": token_ids,
         "sharded": all(isinstance(param, DTensor) for param in model.parameters()),
         "training": all(module.training for module in model.modules()),
         "same step": step(model) == before,

@@ -92,9 +92,9 @@ class Counting:
         return Counting(self.inner.get_slice(name))
 
     def __getitem__(self, index: Any) -> Tensor:
-        found: Tensor = self.inner[index]
-        Counting.taken += found.numel()
-        return found
+        part: Tensor = self.inner[index]
+        Counting.taken += part.numel()
+        return part
 
 
 def build(args: DecoderArgs, degrees: dict[str, int], float8: bool) -> Decoder:
@@ -127,16 +127,18 @@ def problems(out: Path, kind: str, degrees: dict[str, int]) -> list[str]:
     hugging_face._opened = lambda file: Counting(opened(file))
     source.load_into(state, weights_of(kind))
     hugging_face._opened = opened
-    found = []
-    own = sum(tensor.to_local().numel() for tensor in state.values())
-    if Counting.taken != own or (degrees.get("shard") == 4 and own > 0.3 * sum(p.numel() for p in whole.parameters())):
-        found.append(f"{Counting.taken} elements were read for {own} of its own")
+    faults = []
+    local_elements = sum(tensor.to_local().numel() for tensor in state.values())
+    if Counting.taken != local_elements or (
+        degrees.get("shard") == 4 and local_elements > 0.3 * sum(p.numel() for p in whole.parameters())
+    ):
+        faults.append(f"{Counting.taken} elements were read for {local_elements} of its own")
     assert (kind == "float8") == any(isinstance(tensor.to_local(), ShardedWeight) for tensor in state.values())
     for name, tensor in model.state_dict().items():
         assert isinstance(tensor, DTensor), name
         if not torch.equal(tensor.full_tensor(), whole.state_dict()[name]):
-            found.append(f"{name} {tensor.placements}")
-    return found if state else ["there was nothing to load"]
+            faults.append(f"{name} {tensor.placements}")
+    return faults if state else ["there was nothing to load"]
 
 
 def bytes_of_disk(folder: Path) -> int:

@@ -116,9 +116,9 @@ class Traffic(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
     def _other(self, group: dist.ProcessGroup, kind: str) -> str:
-        found = self.others.get(ranks_of(group), "")
-        if found and (kind != "all_reduce" or found == "dp_replicate"):
-            return found
+        dimension = self.others.get(ranks_of(group), "")
+        if dimension and (kind != "all_reduce" or dimension == "dp_replicate"):
+            return dimension
         return "world" if group.group_name == dist.group.WORLD.group_name else "control"  # type: ignore[union-attr]
 
 

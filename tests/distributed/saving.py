@@ -66,11 +66,11 @@ def unions(runtime: Runtime) -> dict[str, Any]:
         "each": {f"{runtime.rank}": runtime.rank},
         "none": {},
     }
-    found = {}
+    keys_and_sources = {}
     for name, part in parts.items():
         with Broadcasts() as sent:
-            found[name] = [sorted(union_on_all(runtime.control, part)), sent.sources]
-    return found
+            keys_and_sources[name] = [sorted(union_on_all(runtime.control, part)), sent.sources]
+    return keys_and_sources
 
 
 def sent_to_writer(root: Path, saver: BackgroundSaver, runtime: Runtime, mesh: DeviceMesh) -> dict[str, Any]:
@@ -101,7 +101,7 @@ def report(folder: str) -> dict[str, Any]:
     """What was planned and read back after each save, by its name."""
     runtime = start_runtime(Comm())
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    root, plans, found = Path(folder, "checkpoint"), PlanCache("test"), {}
+    root, plans, outcomes = Path(folder, "checkpoint"), PlanCache("test"), {}
 
     def state(value: float, extra: bool = False) -> dict[str, Tensor]:
         whole = torch.arange(64.0).reshape(16, 4) * value
@@ -126,7 +126,7 @@ def report(folder: str) -> dict[str, Any]:
             for a, b in zip(read.values(), tensors.values(), strict=True)
         ]
         same = all(torch.equal(a, b) for a, b in full)
-        found[f"step {step}"] = {"same": same, "planned": runtime.rank == 0 and metadata() != before}
+        outcomes[f"step {step}"] = {"same": same, "planned": runtime.rank == 0 and metadata() != before}
 
     attempt(1, state(1.0))
     attempt(2, state(2.0))
@@ -136,8 +136,8 @@ def report(folder: str) -> dict[str, Any]:
     try:
         attempt(5, strange)
     except SaveError as e:
-        found["failed"] = str(e)
-    found["kept after a failure"] = len(plans)
+        outcomes["failed"] = str(e)
+    outcomes["kept after a failure"] = len(plans)
     attempt(6, state(6.0))
     attempt(7, state(7.0))
     saver = BackgroundSaver(torch.device("cpu"), pin=False)
@@ -146,20 +146,20 @@ def report(folder: str) -> dict[str, Any]:
         new_file = saver.new_file if runtime.rank != 1 else lambda path: saver.new_file("/dev/full")
         save(root, copies, Info(8, MODEL), runtime.control, plans=plans, new_file=new_file)
     except SaveError as e:
-        found["full"] = str(e)
+        outcomes["full"] = str(e)
     attempt(8, copies, saver.new_file)
     plans.clear()
-    found["unions"] = unions(runtime)
+    outcomes["unions"] = unions(runtime)
 
-    found["sent"] = sent_to_writer(root, saver, runtime, mesh)
+    outcomes["sent"] = sent_to_writer(root, saver, runtime, mesh)
     tensors, copied = {k: t for k, t in state(1.0).items() if k.startswith("model")}, []
     for _ in range(2):
         with Copied() as mode:
             copies = saver._copy(tensors, None)
         copied.append(mode.nbytes)
-    found["copied"] = copied
-    found["local bytes"] = sum(t.to_local().numel() * 4 for t in tensors.values())  # type: ignore[attr-defined]
-    found["copies are equal"] = all(torch.equal(copies[k].to_local(), t.to_local()) for k, t in tensors.items())  # type: ignore[attr-defined]
+    outcomes["copied"] = copied
+    outcomes["local bytes"] = sum(t.to_local().numel() * 4 for t in tensors.values())  # type: ignore[attr-defined]
+    outcomes["copies are equal"] = all(torch.equal(copies[k].to_local(), t.to_local()) for k, t in tensors.items())  # type: ignore[attr-defined]
     saver.close()
     stop_runtime()
-    return found
+    return outcomes

@@ -69,14 +69,14 @@ def cases_of(way: str) -> dict[str, dict[str, Any]]:
 @pytest.fixture(scope="module")
 def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
     """What each rank reported, by case."""
-    found: dict[str, list[dict[str, Any]]] = {}
+    by_case: dict[str, list[dict[str, Any]]] = {}
     for processes in (1, 2, 4):
         folder = tmp_path_factory.mktemp(f"on-{processes}")
         cases = {name: c for way, (n, _) in WAYS.items() if n == processes for name, c in cases_of(way).items()}
         ranks = on_ranks(processes, folder, environment(), bad_steps.report, cases, folder)
-        found |= {name: [rank[name] for rank in ranks] for name in cases}
-        found |= {f"on {processes}": [{"output": (folder / "output.txt").read_text()}]}
-    return found
+        by_case |= {name: [rank[name] for rank in ranks] for name in cases}
+        by_case |= {f"on {processes}": [{"output": (folder / "output.txt").read_text()}]}
+    return by_case
 
 
 @pytest.mark.parametrize("way", [*WAYS, "waiting"])

@@ -88,14 +88,14 @@ def test_shards_are_those_positions(ranks: Any, size: int) -> None:
 @each_size
 def test_as_exact_as_one_process(ranks: Any, size: int, method: str, dtype: str, batch: int, kv_heads: int) -> None:
     for rank in ranks:
-        found = rank["parity"][f"{size}/{method}/{dtype}/{batch}/{kv_heads}"]
-        assert found["dtypes"] == [f"torch.{dtype}"] * 4
+        report = rank["parity"][f"{size}/{method}/{dtype}/{batch}/{kv_heads}"]
+        assert report["dtypes"] == [f"torch.{dtype}"] * 4
         for name in NAMES:
             if dtype == "float32":
-                assert found["ours"][name] < 2e-6, name
+                assert report["ours"][name] < 2e-6, name
             else:
                 # Each block is rounded, then what they are merged to.
-                assert found["ours"][name] < 1.5 * found["torch"][name] + 2e-3, name
+                assert report["ours"][name] < 1.5 * report["torch"][name] + 2e-3, name
 
 
 @pytest.mark.parametrize(("batch", "kv_heads"), SHAPES)
@@ -113,9 +113,9 @@ def test_methods_agree(ranks: Any, size: int, dtype: str, batch: int, kv_heads: 
 @each_size
 def test_large_scores(ranks: Any, size: int, method: str) -> None:
     for rank in ranks:
-        found = rank["large"][f"{size}/{method}"]
+        errors = rank["large"][f"{size}/{method}"]
         for name in NAMES:
-            assert found["ours"][name] < 2 * found["torch"][name] + 1e-5, name
+            assert errors["ours"][name] < 2 * errors["torch"][name] + 1e-5, name
 
 
 @each_method
@@ -144,8 +144,8 @@ def test_communication(ranks: Any, size: int, method: str, dtype: str, batch: in
         step, home = ["all_to_all_single", shard], ["all_to_all_single", grads]
         expected = [step] * (size - 1), [step, *[step, home] * (size - 2), home]
     for rank in ranks:
-        found = rank["parity"][f"{size}/{method}/{dtype}/{batch}/{kv_heads}"]
-        assert (found["forward"], found["backward"]) == expected
+        report = rank["parity"][f"{size}/{method}/{dtype}/{batch}/{kv_heads}"]
+        assert (report["forward"], report["backward"]) == expected
 
 
 # ---- compiled, checkpointed
@@ -155,8 +155,8 @@ def test_communication(ranks: Any, size: int, method: str, dtype: str, batch: in
 @each_size
 def test_checkpointed_to_the_bit(ranks: Any, size: int, method: str) -> None:
     for rank in ranks:
-        found = rank["checkpointed"][f"{size}/{method}"]
-        assert found == {f"{mode}/{dtype}": True for mode in ("full", "op") for dtype in DTYPES}
+        matches = rank["checkpointed"][f"{size}/{method}"]
+        assert matches == {f"{mode}/{dtype}": True for mode in ("full", "op") for dtype in DTYPES}
 
 
 @each_method

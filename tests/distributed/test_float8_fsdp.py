@@ -35,7 +35,7 @@ def variants(compiled_recipes: list[str]) -> list[dict[str, Any]]:
 @pytest.fixture(scope="module")
 def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[Any, Any]:
     """Of rank 0 and the last rank, by (processes, recipe, (gather, precompute), compiled)."""
-    found: dict[Any, Any] = {}
+    by_variant: dict[Any, Any] = {}
     items = [item for item in request.session.items if item.path == request.path]
     tests = [item.callspec.params for item in items if hasattr(item, "callspec")]
     worlds = {1, 2} | {test.get("world", 1) for test in tests}
@@ -48,8 +48,8 @@ def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
             for result in reports[rank]:
                 v = result["variant"]
                 key = (world, v["recipe"], (v["gather"], v["precompute"]), v["compiled"])
-                found.setdefault(key, []).append(result)
-    return found
+                by_variant.setdefault(key, []).append(result)
+    return by_variant
 
 
 CASES = {"1": (1, False), "2": (2, False), "2 compiled": (2, True), "4": (4, False)}

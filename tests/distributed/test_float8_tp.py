@@ -73,21 +73,21 @@ def test_as_exact_as_one_process(two: Any, case: str, recipe: str) -> None:
     for rank in two:
         results = rank["parity"][f"{case}/{recipe}"]
         assert {"output", "input", "norm.weight"} < results.keys()
-        for name, found in results.items():
+        for name, decibels in results.items():
             # 100 dB: what rounding leaves of quantities that are not quantized.
-            assert found["ours"] > min(found["one"], 100) - 1, (name, found)  # measured: at most 0.4 worse
+            assert decibels["ours"] > min(decibels["one"], 100) - 1, (name, decibels)  # measured: at most 0.4 worse
             if recipe == DELAYED:  # its first step takes the amax of the shard
-                assert found["to one"] > 20, (name, found)  # measured: from 22.9 on
+                assert decibels["to one"] > 20, (name, decibels)  # measured: from 22.9 on
             else:
-                assert found["to one"] > 115, (name, found)  # measured: from 124 on
+                assert decibels["to one"] > 115, (name, decibels)  # measured: from 124 on
 
 
 @each_recipe
 def test_under_autocast(two: Any, recipe: str) -> None:
     for rank in two:
-        found = rank["autocast"][recipe]
-        assert found["forward"] == expected_traffic("prepared", recipe)["forward"]
-        for name, decibels in found["to one"].items():
+        report = rank["autocast"][recipe]
+        assert report["forward"] == expected_traffic("prepared", recipe)["forward"]
+        for name, decibels in report["to one"].items():
             assert decibels > 45, name  # measured: from 48.6 on
 
 
@@ -163,8 +163,8 @@ def expected_traffic(case: str, recipe: str) -> dict[str, list[Any]]:
 @pytest.mark.parametrize(("case", "recipe"), [pair for pair in PAIRS if pair[0] not in STOCK])
 def test_communication(two: Any, case: str, recipe: str) -> None:
     for rank in two:
-        found = rank["traffic"][f"{case}/{recipe}"]
-        assert {phase: found[phase] for phase in ("forward", "backward")} == expected_traffic(case, recipe)
+        traffic = rank["traffic"][f"{case}/{recipe}"]
+        assert {phase: traffic[phase] for phase in ("forward", "backward")} == expected_traffic(case, recipe)
 
 
 @each_recipe
@@ -180,24 +180,24 @@ def test_what_arrives(two: Any, recipe: str) -> None:
     """To the bit the cast of the whole input, or gradient, by one process."""
     for rank in two:
         for key, dtype in (("input", "e4m3fn"), ("grad", "e4m3fn" if recipe == "rowwise" else "e5m2")):
-            found = rank["arrived"][recipe][key]
-            assert found["data"]
+            arrival = rank["arrived"][recipe][key]
+            assert arrival["data"]
             if recipe == "rowwise_with_gw_hp":
-                assert found["dtype"] == "bfloat16"
+                assert arrival["dtype"] == "bfloat16"
                 continue
-            assert found["dtype"] == f"float8_{dtype}"
-            assert found["scale"]
-            assert found["scales"] == ([BATCH * TOKENS, 1] if recipe == "rowwise" else [])
-            assert found["power of 2"] == (recipe != "tensorwise")
+            assert arrival["dtype"] == f"float8_{dtype}"
+            assert arrival["scale"]
+            assert arrival["scales"] == ([BATCH * TOKENS, 1] if recipe == "rowwise" else [])
+            assert arrival["power of 2"] == (recipe != "tensorwise")
 
 
 # ---- compiled
 
 
-def check_compiled(found: dict[str, Any], rel: float) -> None:
-    assert found["losses"] == pytest.approx(found["eager"], rel=rel)
-    assert found["losses"][-1] < found["losses"][0]  # it learns
-    assert found["frames"] == [1] * STEPS
+def check_compiled(report: dict[str, Any], rel: float) -> None:
+    assert report["losses"] == pytest.approx(report["eager"], rel=rel)
+    assert report["losses"][-1] < report["losses"][0]  # it learns
+    assert report["frames"] == [1] * STEPS
 
 
 def test_compiled(two: Any) -> None:
@@ -236,9 +236,9 @@ def test_float8_all_gather_changes_nothing(four: Any, recipe: str) -> None:
 @each_recipe
 def test_against_one_process(four: Any, recipe: str, mode: str) -> None:
     for rank in four:
-        one, found = rank[f"{recipe}/one"], rank[f"{recipe}/{mode}"]
-        assert found["losses"] == pytest.approx(one["losses"], rel=5e-3)  # measured: 1.4e-3
-        assert found["norms"] == pytest.approx(one["norms"], rel=1e-2)  # measured: 2e-3
+        one, report = rank[f"{recipe}/one"], rank[f"{recipe}/{mode}"]
+        assert report["losses"] == pytest.approx(one["losses"], rel=5e-3)  # measured: 1.4e-3
+        assert report["norms"] == pytest.approx(one["norms"], rel=1e-2)  # measured: 2e-3
         assert one["losses"][-1] < 0.8 * one["losses"][0]  # it learns
 
 
@@ -261,10 +261,10 @@ def test_one_byte_per_element(four: Any, recipe: str) -> None:
 def test_states_are_plain(four: Any, recipe: str) -> None:
     for rank in four:
         for mode in ("off", "on"):
-            found = rank[f"{recipe}/{mode}"]
-            assert found["loaded"]
-            assert found["plain_state"]
-            assert found["moments"] == 2 * len(found["weights"])
+            report = rank[f"{recipe}/{mode}"]
+            assert report["loaded"]
+            assert report["plain_state"]
+            assert report["moments"] == 2 * len(report["weights"])
 
 
 @pytest.mark.long  # test_parallel compiles rowwise under tensor parallelism, and test_float8_fsdp with its gathers

@@ -78,7 +78,7 @@ class Started:
 
     def workers(self) -> list[int]:
         """The processes of this run that are alive, beside the one started here."""
-        found = []
+        pids = []
         for entry in Path("/proc").glob("[0-9]*"):
             try:
                 words = (entry / "cmdline").read_bytes().decode().split("\0")
@@ -86,18 +86,18 @@ class Started:
             except OSError:
                 continue
             if f"--job.dump_folder={self.folder}" in words and state != "Z" and int(entry.name) != self.process.pid:
-                found.append(int(entry.name))
-        return found
+                pids.append(int(entry.name))
+        return pids
 
     def ranks(self) -> dict[int, int]:
         """The processes by rank, of those that were started from here."""
-        found = {}
+        pids = {}
         for pid in self.workers():
             variables = Path(f"/proc/{pid}/environ").read_bytes().decode().split("\0")
             parent = int(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[1])
             if parent == self.process.pid:
-                found[int(next(v for v in variables if v.startswith("RANK="))[5:])] = pid
-        return found
+                pids[int(next(v for v in variables if v.startswith("RANK="))[5:])] = pid
+        return pids
 
     def says_where(self, rank: int) -> bool:
         """Whether the log has this rank's traceback, or the stacks of its threads, under its name."""

@@ -75,14 +75,14 @@ def results(run: Run) -> list[list[Any]]:
     ],
 )
 def test_a_killed_run_ends_as_a_straight_one(tmp_path: Path, case: tuple[str, str, str, int]) -> None:
-    precision, how, mode, ngpu = case
+    precision, execution, mode, ngpu = case
     # Updates of moments are compiled even so; those of eager PyTorch are the same.
-    env = {"TORCH_COMPILE_DISABLE": "1"} if how == "eager" else {}
+    env = {"TORCH_COMPILE_DISABLE": "1"} if execution == "eager" else {}
     options = {
         **LITTLE,
         **PRECISIONS[precision],
         **checkpoints(3, async_mode=mode),
-        "training__compile": str(how == "compile").lower(),
+        "training__compile": str(execution == "compile").lower(),
         "compile__backend": "aot_eager",  # the graphs; their code for the machine has no part in this
         "training__steps": 6,
         "timeout": 600,
@@ -124,9 +124,9 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Run
 
     @cache
     def run(ngpu: int) -> Run:
-        found = run_trainer(tmp_path_factory.mktemp("undisturbed"), ngpu, **chain(ngpu))
-        assert found.status == 0, found.output
-        return found
+        finished_run = run_trainer(tmp_path_factory.mktemp("undisturbed"), ngpu, **chain(ngpu))
+        assert finished_run.status == 0, finished_run.output
+        return finished_run
 
     return run
 

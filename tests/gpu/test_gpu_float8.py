@@ -61,8 +61,8 @@ def compare_with_emulated(recipe: str, dtype: torch.dtype, tokens: tuple[int, ..
     x = torch.randn(*tokens, 256, device="cuda", dtype=dtype)
     grad = torch.randn(*tokens, 384, device="cuda", dtype=dtype)
     expected = step(emulated, x, grad)
-    found = step(torch.compile(native, fullgraph=True) if compiled else native, x, grad)
-    for a, b in zip(expected, found, strict=True):
+    results = step(torch.compile(native, fullgraph=True) if compiled else native, x, grad)
+    for a, b in zip(expected, results, strict=True):
         assert a.dtype == b.dtype
         assert sqnr(a, b) > 40  # fast accumulation keeps about 14 bits
 

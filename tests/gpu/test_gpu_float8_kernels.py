@@ -21,9 +21,9 @@ RECIPES = {  # the casts that the recipes make, as (by_rows, by_columns, power_o
 }
 
 
-def check(x: Tensor, dtype: torch.dtype, *how: Any) -> None:
-    found = kernels.cast(x, dtype, *how)
-    for a, b in zip(found, reference.cast(x, dtype, *how), strict=True):
+def check(x: Tensor, dtype: torch.dtype, *arguments: Any) -> None:
+    outputs = kernels.cast(x, dtype, *arguments)
+    for a, b in zip(outputs, reference.cast(x, dtype, *arguments), strict=True):
         assert (a.shape, a.dtype) == (b.shape, b.dtype)
         assert ((a.float() == b.float()) | (a.float().isnan() & b.float().isnan())).all()
 
@@ -37,12 +37,12 @@ def matrix(m: int, n: int) -> Tensor:
 def test_casts_are_the_reference(recipe: str) -> None:
     """Each kernel takes a second or so to compile for each kind of shape: those that recipes and layers have."""
     torch.manual_seed(0)
-    for how in RECIPES[recipe]:
+    for arguments in RECIPES[recipe]:
         for shape in [(8192, 4096), (1024, 14336), (336, 1008)]:
             x = matrix(*shape)
             for bad in (0.0, float("nan"), float("inf")):
                 x[shape[0] // 2, shape[1] // 2] = bad
-                check(x, torch.float8_e4m3fn, *how)
+                check(x, torch.float8_e4m3fn, *arguments)
     both = RECIPES[recipe][0]
     check(matrix(333, 1000), torch.float8_e4m3fn, *both)
     check(matrix(512, 512), torch.float8_e5m2, *both)
@@ -71,16 +71,16 @@ def test_swiglu(scales: Any, power_of_2: bool, shape: tuple[int, int]) -> None:
     gate, grad = (torch.randn(shape, device="cuda").bfloat16() for _ in range(2))
     up = matrix(*shape)
     product = reference.swiglu(gate, up)
-    how = (torch.float8_e4m3fn, scales, scales, power_of_2)
-    data, scale, amaxes = kernels.swiglu_cast(gate, up, *how)
-    by_rows, its_scale, by_columns, scale_of_columns = reference.cast(product, *how)
+    arguments = (torch.float8_e4m3fn, scales, scales, power_of_2)
+    data, scale, amaxes = kernels.swiglu_cast(gate, up, *arguments)
+    by_rows, its_scale, by_columns, scale_of_columns = reference.cast(product, *arguments)
     for a, b in ((data, by_rows), (scale, its_scale), (amaxes, reference.amaxes(product, "none", scales))):
         assert different(a, b) < 1e-3
-    how = (torch.float8_e4m3fn, scales, power_of_2)
+    arguments = (torch.float8_e4m3fn, scales, power_of_2)
     grad_up = grad.clone()
-    grad_gate, *_ = reference.swiglu_backward(grad_up, gate, up, amaxes, *how)
+    grad_gate, *_ = reference.swiglu_backward(grad_up, gate, up, amaxes, *arguments)
     expected = (grad_gate, grad_up, by_columns, scale_of_columns)
-    for a, b in zip(kernels.swiglu_backward(grad.clone(), gate, up, amaxes, *how), expected, strict=True):
+    for a, b in zip(kernels.swiglu_backward(grad.clone(), gate, up, amaxes, *arguments), expected, strict=True):
         assert different(a, b) < 1e-3
-    *_, again, _ = kernels.swiglu_backward(grad, gate, up, amaxes, how[0], "high_precision", power_of_2)
+    *_, again, _ = kernels.swiglu_backward(grad, gate, up, amaxes, arguments[0], "high_precision", power_of_2)
     assert different(again, product) < 1e-3

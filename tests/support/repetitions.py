@@ -90,9 +90,9 @@ def repetitions(sources: Mapping[str, str]) -> list[str]:
             same = by_shape[shape]
             if not same or same[-1].module != module or same[-1].end < run.start:
                 same.append(run)
-    found: list[list[Run]] = []
+    groups: list[list[Run]] = []
     for same in sorted(by_shape.values(), key=lambda runs: runs[0].start - runs[0].end):
-        longer = [run for runs in found for run in runs]
+        longer = [run for runs in groups for run in runs]
         if len(same) > 1 and not all(any(run.within(other) for other in longer) for run in same):
-            found.append(same)
-    return [" ~ ".join(map(str, runs)) for runs in found]
+            groups.append(same)
+    return [" ~ ".join(map(str, runs)) for runs in groups]

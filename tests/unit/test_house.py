@@ -50,9 +50,9 @@ def name_of(path: Path) -> str:
 
 def sources() -> dict[str, Path]:
     """The files of the package by module name; those of models/, which is a link there, once."""
-    own = {name_of(path): path for path in PACKAGE.rglob("*.py") if "models" not in path.parts}
+    package = {name_of(path): path for path in PACKAGE.rglob("*.py") if "models" not in path.parts}
     models = {f"titanlite.{name_of(path)}": path for path in (REPOSITORY / "models").rglob("*.py")}
-    return own | models
+    return package | models
 
 
 SOURCES = sources()
@@ -131,10 +131,10 @@ def f():
     from late import x
     importlib.import_module(f"models.{x}.spec")
 """
-    found = imports_in(ast.parse(source), "one.two.three", False, ["p.q", "one.two.sibling", "one.uncle"])
+    imports = imports_in(ast.parse(source), "one.two.three", False, ["p.q", "one.two.sibling", "one.uncle"])
     start = {"a.b", "c", "p.q", "p", "one.two.sibling", "one.uncle", "one.two.near"}
     later = {"for_types", "late", "models"}
-    assert found == {Import(name, True) for name in start} | {Import(name, False) for name in later}
+    assert imports == {Import(name, True) for name in start} | {Import(name, False) for name in later}
 
 
 def test_every_module_lies_in_a_room() -> None:
@@ -295,7 +295,12 @@ def test_no_product_code_imports_mock() -> None:
         for name, path in PRODUCT.items()
     }
     mocks = ("mock", "unittest", "pytest")
-    assert [f"{name}: {i.module}" for name, found in imports.items() for i in found if within(i.module, *mocks)] == []
+    assert [
+        f"{name}: {i.module}"
+        for name, module_imports in imports.items()
+        for i in module_imports
+        if within(i.module, *mocks)
+    ] == []
 
 
 MODULE_METHODS = {name for name, _ in inspect.getmembers(torch.nn.Module, inspect.isfunction)}
@@ -344,16 +349,16 @@ def swapped_methods(sources: Mapping[str, str]) -> list[str]:
     trees = {module: ast.parse(source) for module, source in sources.items()}
     classes = [(m, c) for m, tree in trees.items() for c in ast.walk(tree) if isinstance(c, ast.ClassDef)]
     by_name = {cls.name: cls for _, cls in classes}
-    found, methods, data = set(), set(MODULE_METHODS), set[str]()
+    swaps, methods, data = set(), set(MODULE_METHODS), set[str]()
     for module, cls in classes:
         its = Members(cls, by_name)
         methods, data = methods | its.methods, data | its.data
-        own = (place for place in assigned(cls) if place[0] == "self" and place[1] in its.methods)
-        found |= {f"{module}:{line}: self.{name}" for _, name, line in own}
+        self_places = (place for place in assigned(cls) if place[0] == "self" and place[1] in its.methods)
+        swaps |= {f"{module}:{line}: self.{name}" for _, name, line in self_places}
     for module, tree in trees.items():
         others = (place for place in assigned(tree) if place[0] != "self" and place[1] in methods - data)
-        found |= {f"{module}:{line}: {owner}.{name}" for owner, name, line in others}
-    return sorted(found)
+        swaps |= {f"{module}:{line}: {owner}.{name}" for owner, name, line in others}
+    return sorted(swaps)
 
 
 def test_swapped_methods_are_noticed() -> None:
@@ -378,8 +383,8 @@ def f(a, b):
     setattr(b, "run", a)
     b.slot = b.kind = b.unknown = a
 """
-    found = ["m:16: self.run", "m:18: a.forward", "m:19: b.run", "m:7: self.forward", "m:8: self.step"]
-    assert swapped_methods({"m": source}) == found
+    expected = ["m:16: self.run", "m:18: a.forward", "m:19: b.run", "m:7: self.forward", "m:8: self.step"]
+    assert swapped_methods({"m": source}) == expected
 
 
 def test_no_method_is_swapped() -> None:

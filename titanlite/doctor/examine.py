@@ -127,5 +127,5 @@ def _probe(argv: Sequence[str], seconds: float) -> tuple[list[Row], str]:
             return rows, f"{seconds:.0f} s were not enough for more; --seconds gives more time"
         errors.seek(0)
         last = errors.read().strip().splitlines()[-1:]
-        how = signal.Signals(-status).name if status < 0 else f"status {status}"
-        return rows, f"the measuring process ended early ({how}{f': {last[0]}' if last else ''})"
+        cause = signal.Signals(-status).name if status < 0 else f"status {status}"
+        return rows, f"the measuring process ended early ({cause}{f': {last[0]}' if last else ''})"

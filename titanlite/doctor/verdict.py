@@ -67,10 +67,10 @@ def _reason(name: str, rows: Sequence[Row], steps: dict[tuple[str, bool], Row]) 
     parts = []
     for compiled in (False, True):
         mode = "compiled" if compiled else "eager"
-        own = [row for row in layers if row["compiled"] == compiled]
-        if own:
-            gaining = [row["layer"] for row in own if row["speedup"] >= GAINS]
-            ratios = [row["speedup"] for row in own]
+        mode_layers = [row for row in layers if row["compiled"] == compiled]
+        if mode_layers:
+            gaining = [row["layer"] for row in mode_layers if row["speedup"] >= GAINS]
+            ratios = [row["speedup"] for row in mode_layers]
             span = f"layers {_times(min(ratios))} to {_times(max(ratios))}"
             parts.append(f"{mode}: {span}" + (f", faster are {', '.join(gaining)}" if gaining else ", none is faster"))
         if step := steps.get((name, compiled)):

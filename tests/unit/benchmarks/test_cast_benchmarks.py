@@ -92,8 +92,8 @@ def test_the_peers_compute_the_same(system: str, kernel: casts.Kernel) -> None:
 
 @pytest.mark.parametrize("fault", ["a number", "a scale", "the layout"])
 def test_a_wrong_kernel_is_noticed(fault: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    def wrong(x: Tensor, *how: Any) -> tuple[Tensor, ...]:
-        data, scale, transposed, its_scale = reference.cast(x, *how)
+    def wrong(x: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+        data, scale, transposed, its_scale = reference.cast(x, *arguments)
         if fault == "a number" and transposed.numel():
             transposed.view(torch.uint8)[-1, -1] ^= 1
         if fault == "a scale" and its_scale.numel():

@@ -48,14 +48,14 @@ class Command(NamedTuple):
 
 
 def commands() -> list[Command]:
-    found = []
+    bash_commands = []
     for block in in_language("bash"):
         for line in typed_in(block):
             words = shlex.split(line, comments=True)
             program = next(i for i, word in enumerate(words) if not re.match(r"\w+=", word))
             env = dict(word.split("=", 1) for word in words[:program])
-            found.append(Command(block.place, env, words[program:]))
-    return found
+            bash_commands.append(Command(block.place, env, words[program:]))
+    return bash_commands
 
 
 def trains(argv: list[str], env: dict[str, str]) -> None:

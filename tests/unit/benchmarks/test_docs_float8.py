@@ -230,8 +230,10 @@ def test_how_often_a_weight_is_cast(column: str, world_of_one: None, monkeypatch
     expected = {row[""]: counts[row[column]] for row in table_with(column, "row recipes")}
     assert expected.keys() == {*cases, "compiled, no float8 all-gather"}
     for recipe in ["tensorwise"] if column == "`tensorwise`" else ["rowwise", "rowwise_with_gw_hp"]:
-        found = {case: counted_casts(monkeypatch, recipe, *given[:1], **given[1]) for case, given in cases.items()}
-        assert found == {case: expected[case] for case in cases}
+        cast_counts = {
+            case: counted_casts(monkeypatch, recipe, *given[:1], **given[1]) for case, given in cases.items()
+        }
+        assert cast_counts == {case: expected[case] for case in cases}
 
 
 # ---- torchao's tutorials
@@ -332,9 +334,9 @@ def test_the_tutorials(tmp_path: Path, compiler: None, monkeypatch: pytest.Monke
     plain = nn.Sequential(nn.Linear(2048, 4096), nn.Linear(4096, 128), nn.Linear(128, 1)).bfloat16()
     plain.load_state_dict({name.removeprefix("_orig_mod."): value for name, value in state.items()})
 
-    found = run_program(INFERENCE, tmp_path, monkeypatch)
-    assert [type(layer) is Float8InferenceLinear for layer in found["model"]._orig_mod] == [True, True, False]
+    variables = run_program(INFERENCE, tmp_path, monkeypatch)
+    assert [type(layer) is Float8InferenceLinear for layer in variables["model"]._orig_mod] == [True, True, False]
     with torch.no_grad():
-        expected = plain(found["x"])
-    assert found["out"].shape == (1, 64, 1)
-    assert (found["out"] - expected).norm() < 0.1 * expected.norm()
+        expected = plain(variables["x"])
+    assert variables["out"].shape == (1, 64, 1)
+    assert (variables["out"] - expected).norm() < 0.1 * expected.norm()

@@ -154,8 +154,8 @@ def test_warm_up_is_no_part_of_the_medians() -> None:
         {"tps": tps, "mfu": tps / 10, "step_time_s": 1 / tps, "memory_gib": memory, "loss": loss}
         for tps, memory, loss in [(1, 9, 5), (2, 8, 4), (30, 7, 3), (50, 7, 2), (40, 7, 1)]
     ]
-    found = train_benchmark.measured(rows)
-    assert (found["tps"], found["mfu_pct"], found["peak_memory_gib"], found["loss"]) == (40, 4, 9, 1)
+    medians = train_benchmark.measured(rows)
+    assert (medians["tps"], medians["mfu_pct"], medians["peak_memory_gib"], medians["loss"]) == (40, 4, 9, 1)
 
 
 @pytest.mark.parametrize(
@@ -191,11 +191,11 @@ def test_without_the_peer_it_says_how_to_install_it(
 
 def test_our_side() -> None:
     args = peers.arguments(GIVEN)
-    found = peers.measure(peers.Case("titanlite", "tensorwise", False, 2), args, 120)
-    assert "failed" not in found, found
-    assert found["tps"] > 0
-    assert len(found["losses"]) == len(found["grad_norms"]) == 5
-    assert len(found["step_times_s"]) == 3
+    measurement = peers.measure(peers.Case("titanlite", "tensorwise", False, 2), args, 120)
+    assert "failed" not in measurement, measurement
+    assert measurement["tps"] > 0
+    assert len(measurement["losses"]) == len(measurement["grad_norms"]) == 5
+    assert len(measurement["step_times_s"]) == 3
 
 
 @pytest.mark.skipif(find_spec("torchtitan") is None or find_spec("torchao") is None, reason="needs torchtitan, torchao")

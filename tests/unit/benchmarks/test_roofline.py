@@ -35,19 +35,19 @@ AT = cost.Ceilings(700e12, 1400e12, 1400e12, 4000e9)
 @pytest.fixture
 def moved(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     """Bytes per cast and rescaling of a layer on its kernels' path, with the CPU as a device with float8 units."""
-    found: list[int] = []
+    byte_counts: list[int] = []
 
     def cast(
         x: Tensor, amaxes: Tensor, dtype: Any, by_rows: str, by_columns: str, power_of_2: bool
     ) -> tuple[Tensor, ...]:
         out = reference.cast_with(x, amaxes, dtype, by_rows, by_columns, power_of_2)
         data = sum(t.nbytes for t in out if t.dtype == dtype)
-        found.append(casts.reads(by_rows, by_columns, x.shape[1]) * x.nbytes + data)
+        byte_counts.append(casts.reads(by_rows, by_columns, x.shape[1]) * x.nbytes + data)
         return out
 
-    def rescale(product: Tensor, *how: Any) -> Tensor:
-        found.append(2 * product.nbytes)
-        return reference.rescale(product, *how)
+    def rescale(product: Tensor, *arguments: Any) -> Tensor:
+        byte_counts.append(2 * product.nbytes)
+        return reference.rescale(product, *arguments)
 
     def scaled_mm(a: Tensor, b: Tensor, *, scale_a: Tensor, scale_b: Tensor, out_dtype: Any, **_: Any) -> Tensor:
         return ((a.float() * scale_a) @ (b.float() * scale_b)).to(out_dtype)
@@ -59,7 +59,7 @@ def moved(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
         library.impl("rescale", rescale, "CPU", allow_override=True)
         monkeypatch.setattr(format, "must_emulate", lambda device, target, dtypes, emulate, compiled: emulate)
         monkeypatch.setattr(matmul.kernels, "AVAILABLE", True)
-        yield found
+        yield byte_counts
 
 
 @pytest.mark.parametrize("follow", [False, True])
@@ -84,10 +84,10 @@ def test_the_count_by_hand() -> None:
     assert cost.cast_bytes("rowwise_with_gw_hp", m, k, n) == 3 * m * (k + n) + 8 * k * n
     assert cost.cast_bytes("bf16", m, k, n) == 0
     assert cost.predict("rowwise", m, k, n, AT).rescales == 0
-    found = cost.predict("rowwise", m, k, n, AT._replace(scales_follow=True))
-    assert found.matmuls == pytest.approx(6 * m * k * n / 1400e12)
-    assert found.rescales == pytest.approx(4 * (m * k + k * n) / 4000e9)
-    assert found.casts == pytest.approx((6 * m * (k + n) + 8 * k * n) / 4000e9)
+    prediction = cost.predict("rowwise", m, k, n, AT._replace(scales_follow=True))
+    assert prediction.matmuls == pytest.approx(6 * m * k * n / 1400e12)
+    assert prediction.rescales == pytest.approx(4 * (m * k + k * n) / 4000e9)
+    assert prediction.casts == pytest.approx((6 * m * (k + n) + 8 * k * n) / 4000e9)
 
 
 def test_a_small_matmul_takes_the_time_of_its_bytes() -> None:
@@ -114,10 +114,10 @@ def test_without_a_gpu_from_given_ceilings(tmp_path: Path, capsys: pytest.Captur
 def test_ceilings_are_measured(tmp_path: Path) -> None:
     out = tmp_path / "roofline.json"
     assert roofline.main(["--device=cpu", "--fp8-tflops=3", "--k=64", "--n=64", "--rounds=1", f"--out={out}"]) == 0
-    found = json.loads(out.read_text())["ceilings"]
-    assert found["fp8_tflops"] == found["fp8_full_tflops"] == 3
-    assert 0 < found["bf16_tflops"] < 3
-    assert found["bandwidth_gbs"] > 0
+    ceilings = json.loads(out.read_text())["ceilings"]
+    assert ceilings["fp8_tflops"] == ceilings["fp8_full_tflops"] == 3
+    assert 0 < ceilings["bf16_tflops"] < 3
+    assert ceilings["bandwidth_gbs"] > 0
 
 
 def result(path: Path, name: str, rows: list[dict[str, Any]]) -> Path:

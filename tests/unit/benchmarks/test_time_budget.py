@@ -26,9 +26,9 @@ def test_on_a_gpu_kernels_count_and_what_runs_beside_each_other_counts_once() ->
         event("ncclDevKernel_AllGather", "kernel", 450, 100, tid=8),  # beside both
         event("Memcpy DtoD", "gpu_memcpy", 1000, 100, tid=7),  # after the host has left the step
     ]
-    found = time_budget.budget({"traceEvents": [STEP, *kernels, event("aten::mm", "cpu_op", 10, 5)]})
-    assert found["step_ms"] == pytest.approx(1.1)
-    assert found["parts_ms"] == pytest.approx(
+    budget = time_budget.budget({"traceEvents": [STEP, *kernels, event("aten::mm", "cpu_op", 10, 5)]})
+    assert budget["step_ms"] == pytest.approx(1.1)
+    assert budget["parts_ms"] == pytest.approx(
         {"matmuls": 0.4, "compiled": 0.1, "copies": 0.1, "communication": 0.1, "idle": 0.5, "beside": 0.1}
     )
 
@@ -40,9 +40,9 @@ def test_on_the_cpu_each_operator_counts_without_those_it_calls() -> None:
         event("aten::silu", "cpu_op", 400, 100),
         event("aten::mm", "cpu_op", 2000, 100),  # of another step
     ]
-    found = time_budget.budget({"traceEvents": [STEP, *operators]})
-    assert found["parts_ms"] == pytest.approx({"matmuls": 0.3, "other operators": 0.1, "host": 0.6})
-    assert sum(found["parts_ms"].values()) == pytest.approx(found["step_ms"])
+    budget = time_budget.budget({"traceEvents": [STEP, *operators]})
+    assert budget["parts_ms"] == pytest.approx({"matmuls": 0.3, "other operators": 0.1, "host": 0.6})
+    assert sum(budget["parts_ms"].values()) == pytest.approx(budget["step_ms"])
 
 
 @pytest.mark.parametrize("steps", [[], [STEP, STEP]])

@@ -324,8 +324,8 @@ class Unused:
     def post_optimizer_hook(self, model): pass
 """
     )
-    for name, own in (("unused", {"model__converters": "unused"}), ("stateless", STATELESS)):
-        options = {**checkpoints(2), **own, "experimental__custom_import": "own"}
+    for name, case_options in (("unused", {"model__converters": "unused"}), ("stateless", STATELESS)):
+        options = {**checkpoints(2), **case_options, "experimental__custom_import": "own"}
         first = run_trainer(tmp_path, name=name, **options, training__steps=2)
         assert first.status == 0, first.output
         run = run_trainer(tmp_path, name=name, **options, training__steps=4)

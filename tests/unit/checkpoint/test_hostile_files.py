@@ -31,7 +31,7 @@ from titanlite.errors import ConfigError
 
 def calls(tree: ast.AST) -> list[str]:
     """The calls in a file that could run code of another file, as they are written."""
-    found = []
+    risky_calls = []
     for node in ast.walk(tree):
         if isinstance(node, ast.Call):
             name = ast.unparse(node.func)
@@ -50,17 +50,17 @@ def calls(tree: ast.AST) -> list[str]:
                 or given.get("trust_remote_code", "False") != "False"
                 or (name.split(".")[-1] in ("DefaultLoadPlanner", "FileSystemReader", "load_state_dict_from_keys"))
             ):
-                found.append(ast.unparse(node))
+                risky_calls.append(ast.unparse(node))
         if isinstance(node, (ast.Import, ast.ImportFrom)):
             names = [alias.name for alias in node.names]
             module = getattr(node, "module", None) or ""
-            found += [
+            risky_calls += [
                 f"{module}.{name}"
                 for name in names
                 if f"{module}.{name}" in ("pickle.load", "pickle.loads", "torch.load", "os.system")
                 or (module.startswith("torch.distributed.checkpoint") and "load" in module)
             ]
-    return found
+    return risky_calls
 
 
 def test_the_product_has_no_call_that_runs_a_file() -> None:

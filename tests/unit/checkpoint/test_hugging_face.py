@@ -484,14 +484,14 @@ class Source:
 
     def get(self, names: list[str]) -> dict[str, Tensor]:
         self.asked.append(names)
-        found = {}
+        tensors = {}
         for name in names:
-            found[name] = torch.full(self.shapes[name], float(len(name)))
-            size = found[name].nbytes
+            tensors[name] = torch.full(self.shapes[name], float(len(name)))
+            size = tensors[name].nbytes
             self.alive += size
-            weakref.finalize(found[name], self.freed, size)
+            weakref.finalize(tensors[name], self.freed, size)
         self.most = max(self.most, self.alive)
-        return found
+        return tensors
 
     def freed(self, size: int) -> None:
         self.alive -= size

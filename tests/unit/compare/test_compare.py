@@ -176,10 +176,10 @@ ONE_CURVE = np.linspace(4, 3, 60)
 def validating(tmp_path: Path, percent: float = 0.0, above: float = 0.1, count: int = 60, **second: Any) -> Comparison:
     """Two runs, the second of which is ``above`` the first in validation."""
     first, other = losses(percent)
-    own = {"options": VALIDATION, "validation": ONE_CURVE[:count] + above} | second
+    arguments = {"options": VALIDATION, "validation": ONE_CURVE[:count] + above} | second
     paths = [
         write_run(tmp_path / "a", first, VALIDATION, validation=ONE_CURVE[:count]),
-        write_run(tmp_path / "b", other, **own),
+        write_run(tmp_path / "b", other, **arguments),
     ]
     return compare(paths)
 

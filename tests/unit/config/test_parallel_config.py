@@ -398,7 +398,7 @@ MODEL = DecoderArgs(dim=64, n_layers=2, n_heads=8, n_kv_heads=8, ffn_dim=128, vo
 
 
 @pytest.mark.parametrize(
-    ("args", "tp", "what"),
+    ("args", "tp", "size"),
     [
         (FLAVORS["8B"], 16, "n_kv_heads = 8"),
         (FLAVORS["405B"], 48, "n_heads = 128"),
@@ -408,10 +408,10 @@ MODEL = DecoderArgs(dim=64, n_layers=2, n_heads=8, n_kv_heads=8, ffn_dim=128, vo
         (replace(MODEL, n_heads=6), 4, "n_heads = 6"),
     ],
 )
-def test_a_tensor_parallel_degree_that_does_not_divide_the_model(args: DecoderArgs, tp: int, what: str) -> None:
+def test_a_tensor_parallel_degree_that_does_not_divide_the_model(args: DecoderArgs, tp: int, size: str) -> None:
     with mesh_of(Degrees(1, 2, 1, tp, 1)) as mesh, pytest.raises(ConfigError) as error:
         check(args, LAYOUT, mesh, JobConfig())
-    for part in (f"tensor_parallel_degree = {tp}: ", f"must divide the model's {what}", "another degree or flavor"):
+    for part in (f"tensor_parallel_degree = {tp}: ", f"must divide the model's {size}", "another degree or flavor"):
         assert part in str(error.value)
 
 

@@ -113,8 +113,8 @@ def test_the_shards_of_a_source_have_the_documents_that_they_had(tmp_path: Path)
         lines = "".join(f'{{"text": "{i} {row}"}}\n' for row in range(200))
         (tmp_path / f"{i}.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
     source = build_source("json", path=str(tmp_path), seed=0)
-    found: dict[int, list[Any]] = {shard: [*source.documents(shard, 6, 0, START)] for shard in range(6)}
-    for shard, documents in found.items():
+    by_shard: dict[int, list[Any]] = {shard: [*source.documents(shard, 6, 0, START)] for shard in range(6)}
+    for shard, documents in by_shard.items():
         assert [position for position, _ in documents] == [
             Position(shard % 2, row) for row in range(shard // 2, 200, 3)
         ]

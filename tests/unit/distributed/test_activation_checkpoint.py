@@ -74,7 +74,7 @@ def test_what_is_recomputed(mode: str, option: str, recomputed: int) -> None:
 
 
 def test_full_and_every_block_keep_least() -> None:
-    none, half, full = (saved_bytes(build(*how)) for how in (("none",), ("selective", "2"), ("full",)))
+    none, half, full = (saved_bytes(build(*arguments)) for arguments in (("none",), ("selective", "2"), ("full",)))
     assert full < half < none
     assert full < 0.2 * none
 

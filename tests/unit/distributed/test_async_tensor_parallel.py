@@ -22,7 +22,7 @@ def enabled(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     groups: list[str] = []
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(torch.cuda, "can_device_access_peer", lambda own, other: True)
+    monkeypatch.setattr(torch.cuda, "can_device_access_peer", lambda gpu, other: True)
     monkeypatch.setattr(torch.distributed._symmetric_memory, "enable_symm_mem_for_group", groups.append)
     with torch._inductor.config.patch(_micro_pipeline_tp=False):
         yield groups
@@ -56,7 +56,7 @@ def test_gpus_that_do_not_reach_each_other(
     unreachable: tuple[int, ...],
     words: str,
 ) -> None:
-    monkeypatch.setattr(torch.cuda, "can_device_access_peer", lambda own, other: other not in unreachable)
+    monkeypatch.setattr(torch.cuda, "can_device_access_peer", lambda gpu, other: other not in unreachable)
     with pytest.raises(ConfigError, match=words):
         enable_async_tensor_parallel(nn.Linear(2, 2), mesh(size, device))
     assert enabled == []

@@ -76,12 +76,12 @@ def test_balanced_is_the_best_of_all_cuts(costs: list[int], data: st.DataObject)
         parts = [sum(costs[a:b]) for a, b in itertools.pairwise((0, *cuts, len(costs)))]
         return max(parts), sum(part**2 for part in parts)
 
-    found = balanced(costs, stages)
-    assert [i for part in found for i in part] == [*range(len(costs))]
-    assert len(found) == stages
-    assert all(found)
+    ranges = balanced(costs, stages)
+    assert [i for part in ranges for i in part] == [*range(len(costs))]
+    assert len(ranges) == stages
+    assert all(ranges)
     every = itertools.combinations(range(1, len(costs)), stages - 1)
-    assert price(tuple(part.start for part in found[1:])) == min(map(price, every))
+    assert price(tuple(part.start for part in ranges[1:])) == min(map(price, every))
 
 
 def test_a_costly_end_does_not_decide_where_the_beginning_is_cut() -> None:
@@ -448,8 +448,8 @@ def test_parts_share_what_the_model_has_under_its_names(model: Decoder) -> None:
     parts = [part_of(model, names) for names in cut(model, 3)]
     shared = [dict(part.named_parameters()) for part in parts]
     assert sorted(name for part in shared for name in part) == sorted(whole)
-    for own in shared:
-        assert all(param is whole[name] for name, param in own.items())
+    for parameters in shared:
+        assert all(param is whole[name] for name, param in parameters.items())
     for part, names in zip(parts, cut(model, 3)):
         assert isinstance(part, Decoder)
         children = {*(f"layers.{i}" for i in part.layers), *(n for n, m in part.named_children() if n != "layers")}

@@ -16,18 +16,18 @@ TIMEOUT = timedelta(seconds=10)
 
 def meet(store: Store, world_size: int, late: float = 0.0) -> list[Store]:
     """Each rank in a thread; rank 1 comes late."""
-    found: dict[int, Store] = {}
+    stores: dict[int, Store] = {}
 
     def join(rank: int) -> None:
         time.sleep(late if rank == 1 else 0)
-        found[rank] = agree(store, rank, world_size, TIMEOUT)
+        stores[rank] = agree(store, rank, world_size, TIMEOUT)
 
     threads = [threading.Thread(target=join, args=(rank,)) for rank in range(world_size)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    return [found[rank] for rank in range(world_size)]
+    return [stores[rank] for rank in range(world_size)]
 
 
 @pytest.mark.parametrize("late", [0.0, 0.3])

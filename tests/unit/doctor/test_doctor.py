@@ -109,11 +109,11 @@ def test_ceilings_are_those_of_matmuls() -> None:
 
 def test_facts_alone_as_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert doctor.main(["llama3_8b", "--json", "--no-measure", "--training.compile=false"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert {"machine", "model", "features", "rows", "verdict", "attention", "all_reduce"} <= {*found}
-    assert found["model"] == "llama3 8B"
-    assert {feature["option"] for feature in found["features"]} >= {"training.compile", "model.converters=int8"}
-    assert found["rows"] == []
+    report = json.loads(capsys.readouterr().out)
+    assert {"machine", "model", "features", "rows", "verdict", "attention", "all_reduce"} <= {*report}
+    assert report["model"] == "llama3 8B"
+    assert {feature["option"] for feature in report["features"]} >= {"training.compile", "model.converters=int8"}
+    assert report["rows"] == []
 
 
 def test_bad_options_are_refused_without_a_traceback(capsys: pytest.CaptureFixture[str]) -> None:
@@ -184,11 +184,11 @@ def test_a_measuring_process_that_dies_leaves_a_report() -> None:
 
 @pytest.mark.slow
 def test_all_reduce_among_processes() -> None:
-    found = allreduce.measure(2, 60)
-    assert found["processes"] == 2
-    assert found["backend"] == "gloo"
-    assert found["bytes_per_s"] > 1e6
-    assert 0 < found["latency_s"] < 10
+    measurement = allreduce.measure(2, 60)
+    assert measurement["processes"] == 2
+    assert measurement["backend"] == "gloo"
+    assert measurement["bytes_per_s"] > 1e6
+    assert 0 < measurement["latency_s"] < 10
 
 
 @pytest.mark.slow
@@ -203,11 +203,11 @@ def test_a_small_model_is_measured_in_less_than_a_minute(tmp_path: Path) -> None
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr
     assert time.monotonic() - begin < 60
-    found = json.loads(done.stdout)
-    kinds = {row["kind"] for row in found["rows"]}
-    assert {"copy", "matmul", "layer"} <= kinds or found["unfinished"]
-    assert [row for row in found["rows"] if row["kind"] in ("failed", "refused")] == []
-    int8 = [row for row in found["rows"] if row["kind"] == "layer" and row["format"] == "int8" and not row["compiled"]]
+    report = json.loads(done.stdout)
+    kinds = {row["kind"] for row in report["rows"]}
+    assert {"copy", "matmul", "layer"} <= kinds or report["unfinished"]
+    assert [row for row in report["rows"] if row["kind"] in ("failed", "refused")] == []
+    int8 = [row for row in report["rows"] if row["kind"] == "layer" and row["format"] == "int8" and not row["compiled"]]
     if int8:
         assert all(row["speedup"] < 1.03 for row in int8)
-    assert found["verdict"]["options"].get("model.converters") in (None, "int8")
+    assert report["verdict"]["options"].get("model.converters") in (None, "int8")

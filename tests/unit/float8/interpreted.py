@@ -25,7 +25,7 @@ DTYPES = {
 def exact_conversions() -> Iterator[None]:
     """The interpreter's own conversions to narrow floats lose carries, subnormals and NaNs (triton 3.6, 3.9), and those
     from float8 and bfloat16 lose subnormals, which GPUs' instructions do not: PyTorch's instead."""
-    own = interpreter._convert_float
+    original = interpreter._convert_float
 
     def convert(values: Any, source: Any, target: Any, rounding: Any) -> Any:
         if source == tl.bfloat16 and target == tl.float32:  # the same bits, and zeros
@@ -34,7 +34,7 @@ def exact_conversions() -> Iterator[None]:
             narrow = torch.from_numpy(np.ascontiguousarray(values).view(np.uint8)).view(DTYPES[source])
             return narrow.float().numpy().view(np.uint32)
         if source != tl.float32 or target not in DTYPES:
-            return own(values, source, target, rounding)
+            return original(values, source, target, rounding)
         narrow = torch.from_numpy(np.ascontiguousarray(values)).to(DTYPES[target])
         return narrow.view(torch.uint8 if narrow.itemsize == 1 else torch.uint16).numpy()
 

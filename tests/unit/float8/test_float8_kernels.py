@@ -36,10 +36,10 @@ def as_on_a_gpu() -> Iterator[None]:
 
 
 def check(x: Tensor, dtype: torch.dtype, by_rows: str, by_columns: str, power_of_2: bool) -> None:
-    found = [t.cpu() for t in launch.cast(x.to(DEVICE), dtype, by_rows, by_columns, power_of_2)]
-    meaningless = [found[1].isnan(), None, found[3].t().isnan(), None] if dtype is torch.int8 else 4 * [None]
+    results = [t.cpu() for t in launch.cast(x.to(DEVICE), dtype, by_rows, by_columns, power_of_2)]
+    meaningless = [results[1].isnan(), None, results[3].t().isnan(), None] if dtype is torch.int8 else 4 * [None]
     expected = reference.cast(x, dtype, by_rows, by_columns, power_of_2)
-    for a, b, without in zip(found, expected, meaningless, strict=True):
+    for a, b, without in zip(results, expected, meaningless, strict=True):
         assert (a.shape, a.dtype, a.is_contiguous()) == (b.shape, b.dtype, True)
         bits = torch.uint8 if a.itemsize == 1 else torch.int32
         same = (a.view(bits) == b.view(bits)) | (a.float().isnan() & b.float().isnan())
@@ -108,9 +108,9 @@ def test_rescaling(dtype: torch.dtype, row_shape: tuple[int, ...], column_shape:
     torch.manual_seed(0)
     product = torch.randn(70, 300).to(dtype)
     rows, columns = torch.rand(row_shape) * 1000, torch.rand(column_shape) * 1e-3
-    found = launch.rescale(product.to(DEVICE), rows.to(DEVICE), columns.to(DEVICE), dtype).cpu()
-    assert found.dtype == dtype
-    assert torch.equal(found, reference.rescale(product, rows, columns, dtype))
+    output = launch.rescale(product.to(DEVICE), rows.to(DEVICE), columns.to(DEVICE), dtype).cpu()
+    assert output.dtype == dtype
+    assert torch.equal(output, reference.rescale(product, rows, columns, dtype))
 
 
 # ---- bytes moved

@@ -33,9 +33,9 @@ def native(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[Any, ...]]]:
     """The CPU as a device with float8 units; yields the casts that kernels make."""
     made: list[tuple[Any, ...]] = []
 
-    def cast(x: Tensor, amaxes: Tensor, *how: Any) -> tuple[Tensor, ...]:
-        made.append((tuple(x.shape), *how[1:3]))
-        return reference.cast_with(x, amaxes, *how)
+    def cast(x: Tensor, amaxes: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+        made.append((tuple(x.shape), *arguments[1:3]))
+        return reference.cast_with(x, amaxes, *arguments)
 
     with torch.library._scoped_library("titanlite_quant", "IMPL") as library:
         library.impl("cast", cast, "CPU", allow_override=True)
@@ -58,15 +58,15 @@ def step(config: Float8LinearConfig, tokens: int, **options: Any) -> list[Tensor
 @pytest.mark.parametrize("tokens", [32, 19])
 def test_same_as_plain_operations(recipe: str, tokens: int, native: list[tuple[Any, ...]]) -> None:
     config = Float8LinearConfig.from_recipe_name(recipe)
-    found = step(config, tokens)
+    results = step(config, tokens)
     assert native
     native.clear()
     expected = step(config, tokens, kernels="inductor")
     assert not native
-    assert len(found) == 4
-    for a, b in zip(found, expected, strict=True):
+    assert len(results) == 4
+    for a, b in zip(results, expected, strict=True):
         assert torch.equal(a, b)
-    for a, b in zip(found, step(config, tokens, emulate=True), strict=True):
+    for a, b in zip(results, step(config, tokens, emulate=True), strict=True):
         torch.testing.assert_close(a, b, rtol=2e-2, atol=1e-2)
 
 
@@ -186,9 +186,9 @@ def test_what_a_compiled_layer_keeps_for_backward(recipe: str, kernels: Kernels)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
         compiled(torch.randn(16, 64, dtype=torch.bfloat16, requires_grad=True)).sum().backward()
     dtype = torch.bfloat16 if recipe == "rowwise_with_gw_hp" else torch.float8_e4m3fn
-    found = [(tuple(t.shape), t.dtype) for t in kept if min(t.shape, default=1) > 1]
+    shapes_and_dtypes = [(tuple(t.shape), t.dtype) for t in kept if min(t.shape, default=1) > 1]
     inputs = [((16, 64), dtype), ((16, 48), dtype)]
-    assert sorted(found, key=str) == sorted(
+    assert sorted(shapes_and_dtypes, key=str) == sorted(
         [*inputs, *((tuple(p.shape), p.dtype) for p in model.parameters())], key=str
     )
 
@@ -211,5 +211,5 @@ def test_compiled_layers_share_the_cast_of_their_input(native: list[tuple[Any, .
         native.clear()
         compiled(x)
     inputs, weights = ("vector", "vector"), ("vector", "none")
-    found = [(32, 64, *inputs), (32, 96, *inputs), (64, 96, *weights), (96, 64, *weights), (96, 64, *weights)]
-    assert sorted((*shape, *how) for shape, *how in native) == found
+    expected = [(32, 64, *inputs), (32, 96, *inputs), (64, 96, *weights), (96, 64, *weights), (96, 64, *weights)]
+    assert sorted((*shape, *scales) for shape, *scales in native) == expected

@@ -264,10 +264,10 @@ def test_the_native_path(recipe: str, tokens: tuple[int, ...], dtype: torch.dtyp
         out = layer(leaf)
         out.backward(torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(dtype))
         grads.append((out, leaf.grad, layer.weight.grad, layer.bias.grad))
-    for found, expected in zip(*grads, strict=True):
-        assert found is not None
+    for result, expected in zip(*grads, strict=True):
+        assert result is not None
         assert expected is not None
-        assert sqnr(expected, found) > (100 if dtype is torch.float32 else 45)
+        assert sqnr(expected, result) > (100 if dtype is torch.float32 else 45)
 
 
 # ---- what is saved and what is reused
@@ -627,11 +627,11 @@ def test_compiled_blocks(recipe: str, backend: str) -> None:
     frames = []
     for layer in compiled.layers.values():
         layer.forward = torch.compile(layer.forward, fullgraph=True, backend=counter)
-    found = run_model(compiled, 1)
+    losses = run_model(compiled, 1)
     frames.append(counter.frame_count)
-    found += run_model(compiled, 1)
+    losses += run_model(compiled, 1)
     frames.append(counter.frame_count)
-    assert found == pytest.approx(run_model(eager, 1) + run_model(eager, 1), rel=3e-3)
+    assert losses == pytest.approx(run_model(eager, 1) + run_model(eager, 1), rel=3e-3)
     assert frames == [1, 1]
 
 

@@ -166,8 +166,8 @@ def test_what_is_not_finite_becomes_nan(
 def test_a_given_scale_does_not_hide_what_is_not_finite(bad: float) -> None:
     x = torch.ones(16, 16)
     x[3, 4] = bad
-    how = CastConfig(scaling_type=ScalingType.STATIC, static_scale=2.0, target_dtype=E4M3)
-    data, scale = cast(x, how, contracted=1, power_of_2=False, scale=torch.tensor(2.0), emulate=True)
+    config = CastConfig(scaling_type=ScalingType.STATIC, static_scale=2.0, target_dtype=E4M3)
+    data, scale = cast(x, config, contracted=1, power_of_2=False, scale=torch.tensor(2.0), emulate=True)
     values = dequantize(data, scale)  # type: ignore[arg-type]
     assert values[3, 4].isnan()
     assert values.isnan().sum() == 1
@@ -183,9 +183,9 @@ def test_zeros_are_finite(dim: int | None) -> None:
 
 def operands(granularity: ScalingGranularity, dtype: Any, power_of_2: bool, emulate: bool) -> tuple[Operand, Operand]:
     torch.manual_seed(0)
-    how = CastConfig(scaling_granularity=granularity, target_dtype=dtype)
-    a = cast(torch.randn(20, 64), how, contracted=1, power_of_2=power_of_2, emulate=emulate)
-    b = cast(torch.randn(64, 48), how, contracted=0, power_of_2=power_of_2, emulate=emulate)
+    config = CastConfig(scaling_granularity=granularity, target_dtype=dtype)
+    a = cast(torch.randn(20, 64), config, contracted=1, power_of_2=power_of_2, emulate=emulate)
+    b = cast(torch.randn(64, 48), config, contracted=0, power_of_2=power_of_2, emulate=emulate)
     return a, b
 
 
@@ -198,11 +198,11 @@ def test_native_matmul_is_the_emulated_one(
     """``torch._scaled_mm`` has a kernel for the CPU too: the native path runs here, layouts, scales and all."""
     a, b = operands(granularity, E4M3, power_of_2=True, emulate=False)
     expected = scaled_mm(a, b, out_dtype=out_dtype, fast_accum=fast_accum, emulate=True)
-    found = scaled_mm(a, b, out_dtype=out_dtype, fast_accum=fast_accum, emulate=False)
-    assert found.dtype == out_dtype
+    product = scaled_mm(a, b, out_dtype=out_dtype, fast_accum=fast_accum, emulate=False)
+    assert product.dtype == out_dtype
     tolerance = 2 * torch.finfo(out_dtype).eps
     assert torch.allclose(
-        found.double(), expected.double(), rtol=tolerance, atol=tolerance * expected.abs().max().item()
+        product.double(), expected.double(), rtol=tolerance, atol=tolerance * expected.abs().max().item()
     )
 
 
@@ -212,17 +212,17 @@ def test_one_side_may_have_one_scale_and_the_other_many() -> None:
     for left, right in ((a, b), (b.t(), a.t())):
         for fast in (False, True):
             expected = scaled_mm(left, right, out_dtype=torch.bfloat16, fast_accum=fast, emulate=True)
-            found = scaled_mm(left, right, out_dtype=torch.bfloat16, fast_accum=fast, emulate=False)
-            assert torch.allclose(found.float(), expected.float(), rtol=0.02, atol=0.1)
+            product = scaled_mm(left, right, out_dtype=torch.bfloat16, fast_accum=fast, emulate=False)
+            assert torch.allclose(product.float(), expected.float(), rtol=0.02, atol=0.1)
 
 
 @pytest.mark.parametrize("tokens", [1, 15, 16, 17, 31])
 def test_token_counts_are_padded(tokens: int) -> None:
     torch.manual_seed(0)
-    how = CastConfig(target_dtype=E4M3)
+    config = CastConfig(target_dtype=E4M3)
     g, x = torch.randn(tokens, 32), torch.randn(tokens, 16)
-    a = cast(g, how, contracted=0, power_of_2=False, emulate=False).t()
-    b = cast(x, how, contracted=0, power_of_2=False, emulate=False)
-    found = scaled_mm(a, b, out_dtype=torch.float32, fast_accum=False, emulate=False)
+    a = cast(g, config, contracted=0, power_of_2=False, emulate=False).t()
+    b = cast(x, config, contracted=0, power_of_2=False, emulate=False)
+    product = scaled_mm(a, b, out_dtype=torch.float32, fast_accum=False, emulate=False)
     expected = scaled_mm(a, b, out_dtype=torch.float32, fast_accum=False, emulate=True)
-    assert torch.allclose(found, expected, rtol=1e-5, atol=1e-4)
+    assert torch.allclose(product, expected, rtol=1e-5, atol=1e-4)

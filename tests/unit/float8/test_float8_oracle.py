@@ -108,8 +108,8 @@ def test_bytes_and_scales(
         axiswise_dim=None if contracted is None else -contracted,
         round_scales_to_power_of_2=power_of_2,
     )
-    how = CastConfig(scaling_granularity=ScalingGranularity(granularity.value), target_dtype=target)
-    data, scale = cast(x, how, contracted=contracted or 0, power_of_2=power_of_2, emulate=True)
+    config = CastConfig(scaling_granularity=ScalingGranularity(granularity.value), target_dtype=target)
+    data, scale = cast(x, config, contracted=contracted or 0, power_of_2=power_of_2, emulate=True)
     assert scale is not None
     # torchao rounds by exp2(floor(log2(scale))), which is wrong where log2 rounds up to a whole number. There its
     # scale is above ours, and ours is the exact one.
@@ -146,18 +146,18 @@ def test_layers(recipe: str, leading: tuple[int, ...], bias: bool, dtype: torch.
     torch.manual_seed(0)
     linear = nn.Linear(IN, OUT, bias=bias).to(dtype)
     x, grad = values(kind, *leading, IN).to(dtype), values("random", *leading, OUT).to(dtype)
-    expected, found = step(theirs(linear, recipe), x, grad), step(ours(linear, recipe), x, grad)
-    assert found.keys() == expected.keys()
+    expected, results = step(theirs(linear, recipe), x, grad), step(ours(linear, recipe), x, grad)
+    assert results.keys() == expected.keys()
     for name in expected:
-        assert found[name].shape == expected[name].shape
-        assert found[name].dtype == expected[name].dtype
-        assert torch.isfinite(found[name]).all()
-        assert sqnr(expected[name], found[name]) >= 40, name
+        assert results[name].shape == expected[name].shape
+        assert results[name].dtype == expected[name].dtype
+        assert torch.isfinite(results[name]).all()
+        assert sqnr(expected[name], results[name]) >= 40, name
     if kind == "random":
         high = step(nn.Sequential(linear), x, grad)
-        assert sqnr(high["output"], found["output"]) >= 18
-        assert sqnr(high["grad_input"], found["grad_input"]) >= 17
-        assert sqnr(high["grad_0.weight"], found["grad_0.weight"]) >= 17
+        assert sqnr(high["output"], results["output"]) >= 18
+        assert sqnr(high["grad_input"], results["grad_input"]) >= 17
+        assert sqnr(high["grad_0.weight"], results["grad_0.weight"]) >= 17
 
 
 # ---- models: all gradients
@@ -223,14 +223,14 @@ def test_gradients_of_models(recipe: str, build: Any) -> None:
     assert sum(isinstance(m, Float8Linear) for m in converted.modules()) == sum(
         isinstance(m, nn.Linear) for m in model.modules()
     )
-    found = gradients(converted, loss)
-    assert found.keys() == high.keys()
+    converted_gradients = gradients(converted, loss)
+    assert converted_gradients.keys() == high.keys()
 
     def together(grads: dict[str, Tensor]) -> Tensor:
         return torch.cat([grads[name].double().flatten() for name in sorted(high)])
 
-    assert sqnr(together(high), together(found)) >= 20
+    assert sqnr(together(high), together(converted_gradients)) >= 20
     for name, reference in high.items():
-        mine, their = sqnr(reference, found[name]), sqnr(reference, expected[name])
+        mine, their = sqnr(reference, converted_gradients[name]), sqnr(reference, expected[name])
         assert mine >= 14, f"{name}: {mine:.1f} dB"
         assert mine >= their - 1, f"{name}: {mine:.1f} dB, torchao {their:.1f} dB"

@@ -65,9 +65,9 @@ class FeedForward(nn.Module):
 
 def model(config: Float8LinearConfig, swiglu: Callable[..., Tensor] = swiglu_linear, **kwargs: Any) -> FeedForward:
     torch.manual_seed(0)
-    found = FeedForward(swiglu, **kwargs).bfloat16()
-    convert_to_float8_training(found, config=config)
-    return found
+    feed_forward = FeedForward(swiglu, **kwargs).bfloat16()
+    convert_to_float8_training(feed_forward, config=config)
+    return feed_forward
 
 
 def by_kernels(recipe: str) -> Float8LinearConfig:
@@ -113,11 +113,11 @@ def in_two_roundings(layer: nn.Module, gate: Tensor, up: Tensor) -> Tensor:
 @pytest.mark.parametrize("bias", [False, True])
 def test_same_as_a_product_that_is_written(native: None, recipe: str, bias: bool) -> None:
     config = Float8LinearConfig.from_recipe_name(recipe)
-    found, expected = (step(model(config, swiglu, bias=bias)) for swiglu in (swiglu_linear, written))
-    assert len(found) == 5 + bias
-    for a, b in zip(found, expected, strict=True):
+    results, expected = (step(model(config, swiglu, bias=bias)) for swiglu in (swiglu_linear, written))
+    assert len(results) == 5 + bias
+    for a, b in zip(results, expected, strict=True):
         assert torch.equal(a, b)
-    for a, b in zip(found, step(model(config, in_two_roundings, bias=bias)), strict=True):
+    for a, b in zip(results, step(model(config, in_two_roundings, bias=bias)), strict=True):
         assert (a - b).norm() < 0.03 * b.norm()  # other roundings, in float8 too
 
 
@@ -130,8 +130,8 @@ def test_in_triton(native: None, recipe: str) -> None:
         for name in ("amaxes", "swiglu_backward", "rescale"):
             library.impl(name, getattr(launch, name), "CPU", allow_override=True)
         library.impl("cast", launch.cast_with, "CPU", allow_override=True)
-        found = step(model(config))
-    for a, b in zip(found, expected, strict=True):
+        results = step(model(config))
+    for a, b in zip(results, expected, strict=True):
         assert (a - b).norm() < 0.01 * b.norm()
 
 
@@ -228,13 +228,13 @@ def test_what_needs_no_gradient(native: None, frozen: str, monkeypatch: pytest.M
         if frozen == "factors":
             without.delattr(autograd, "_grad_input")  # one matmul less
         swiglu_linear(layer, gate, up).sum().backward()
-    found = [gate.grad, up.grad, layer.weight.grad]
-    assert [g is not None for g in found] == [gate.requires_grad, up.requires_grad, layer.weight.requires_grad]
+    gradients = [gate.grad, up.grad, layer.weight.grad]
+    assert [g is not None for g in gradients] == [gate.requires_grad, up.requires_grad, layer.weight.requires_grad]
     all_of_them = [gate.detach().requires_grad_(), up.detach().requires_grad_()]
     layer.weight.grad = None
     layer.weight.requires_grad_()
     swiglu_linear(layer, *all_of_them).sum().backward()
-    for a, b in zip(found, [*(t.grad for t in all_of_them), layer.weight.grad], strict=True):
+    for a, b in zip(gradients, [*(t.grad for t in all_of_them), layer.weight.grad], strict=True):
         assert a is None or (b is not None and torch.equal(a, b))
 
 
@@ -292,12 +292,12 @@ WATCHED: dict[str, Callable[[nn.Module], Any]] = {
 
 
 @on_cpu
-@pytest.mark.parametrize("how", WATCHED)
-def test_who_watches_the_layer_sees_the_product(native: None, how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("watcher", WATCHED)
+def test_who_watches_the_layer_sees_the_product(native: None, watcher: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(autograd.QuantSwiGLUMatmul, "forward")
     config = Float8LinearConfig.from_recipe_name("rowwise")
     watched, expected = model(config), model(config, in_two_roundings)
-    WATCHED[how](watched.w2)
+    WATCHED[watcher](watched.w2)
     for a, b in zip(step(watched), step(expected), strict=True):
         assert torch.equal(a, b)
 
@@ -306,11 +306,11 @@ def test_who_watches_the_layer_sees_the_product(native: None, how: str, monkeypa
 def test_calibration_sees_the_product(native: None) -> None:
     feed_forward = model(Float8LinearConfig())
     x = torch.randn(16, 64, dtype=torch.bfloat16)
-    with torch.no_grad(), calibrate(feed_forward) as found:
+    with torch.no_grad(), calibrate(feed_forward) as amaxes:
         feed_forward(x)
     with torch.no_grad():
         product = F.silu(feed_forward.w1(x)) * feed_forward.w3(x)
-    assert found["w2"] == product.abs().max()
+    assert amaxes["w2"] == product.abs().max()
 
 
 @on_cpu

@@ -46,9 +46,9 @@ def test_casts_are_those_of_the_product(by_rows: str, by_columns: str, bad: floa
     if bad is not None:
         up[3, 5] = bad
     amaxes = launch.amaxes(up.to(DEVICE), by_rows, by_columns, gate.to(DEVICE))
-    found = launch.cast_with(up.to(DEVICE), amaxes, E4M3, by_rows, by_columns, power_of_2, gate.to(DEVICE))
+    outputs = launch.cast_with(up.to(DEVICE), amaxes, E4M3, by_rows, by_columns, power_of_2, gate.to(DEVICE))
     product = (gate.double() * up.double()).bfloat16()
-    for a, b in zip(found, reference.cast(product, E4M3, by_rows, by_columns, power_of_2), strict=True):
+    for a, b in zip(outputs, reference.cast(product, E4M3, by_rows, by_columns, power_of_2), strict=True):
         assert torch.equal(a.cpu().float().nan_to_num(1e9), b.float().nan_to_num(1e9))
 
 
@@ -122,8 +122,8 @@ def test_extreme_gates(way: Any) -> None:
     up, grad_up = torch.ones_like(gate), torch.ones_like(gate)
     empty = torch.empty(0, dtype=torch.int32, device=device)
     grad_gate, product, _ = way.swiglu_backward(grad_up, gate, up, empty, E4M3, "high_precision", True)
-    for found in (grad_up, product):
-        torch.testing.assert_close(found, gate.clamp(min=0), rtol=0, atol=1e-30)
+    for tensor in (grad_up, product):
+        torch.testing.assert_close(tensor, gate.clamp(min=0), rtol=0, atol=1e-30)
     torch.testing.assert_close(grad_gate, (gate > 0).to(gate.dtype), rtol=0, atol=1e-30)
 
 

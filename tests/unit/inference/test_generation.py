@@ -60,9 +60,9 @@ def test_cached_logits_are_those_of_one_forward(args: DecoderArgs, chunks: list[
     with torch.no_grad():
         expected = model(x)
     with KVCache(model, capacity=12, multiple=multiple) as cache:
-        found = torch.cat([cache(chunk) for chunk in x.split(chunks, 1)], 1)
+        logits = torch.cat([cache(chunk) for chunk in x.split(chunks, 1)], 1)
     assert cache.length == 12
-    assert (found - expected).abs().max() < 1e-5
+    assert (logits - expected).abs().max() < 1e-5
     assert expected.abs().max() > 0.1
 
 
@@ -108,17 +108,17 @@ def test_latents_become_keys_in_a_layer_that_has_a_number_format() -> None:
     with torch.no_grad():
         expected = model(x)
     with KVCache(model, capacity=12) as cache:
-        found = torch.cat([cache(chunk) for chunk in x.split([7, 1, 4], 1)], 1)
-    assert (found - expected).abs().max() < 1e-5
+        logits = torch.cat([cache(chunk) for chunk in x.split([7, 1, 4], 1)], 1)
+    assert (logits - expected).abs().max() < 1e-5
 
 
 def test_memory_is_allocated_as_it_is_needed() -> None:
     model = build(replace(GQA, max_seq_len=2000))
     x = tokens(1, 1200)
     with KVCache(model, capacity=100_000_000) as cache:
-        found = torch.cat([cache(chunk) for chunk in x.split([10, 250, 1, 600, 339], 1)], 1)
+        logits = torch.cat([cache(chunk) for chunk in x.split([10, 250, 1, 600, 339], 1)], 1)
     with torch.no_grad():
-        assert (found - model(x)).abs().max() < 1e-5
+        assert (logits - model(x)).abs().max() < 1e-5
 
 
 def test_what_fills_up_a_sequence_is_the_last_token_again() -> None:
@@ -181,10 +181,10 @@ def test_greedy_is_the_argmax_of_each_forward(cached: bool) -> None:
     with torch.no_grad():
         for _ in range(20):
             ids.append(int(model(torch.tensor([ids]))[0, -1].argmax()))
-    found = generate(decoder(model), PROMPT, 20, GREEDY, cached=cached)
-    assert found.ids == ids[len(PROMPT) :]
-    assert (found.prompt_tokens, found.decoded_tokens) == (5, 19)
-    assert len(set(found.ids)) > 3  # it is not one word over and over
+    generated = generate(decoder(model), PROMPT, 20, GREEDY, cached=cached)
+    assert generated.ids == ids[len(PROMPT) :]
+    assert (generated.prompt_tokens, generated.decoded_tokens) == (5, 19)
+    assert len(set(generated.ids)) > 3  # it is not one word over and over
 
 
 def test_the_seed_alone_decides() -> None:
@@ -199,8 +199,8 @@ def test_the_seed_alone_decides() -> None:
 def test_it_stops_at_the_end_token() -> None:
     model = build(SMALL)
     whole = generate(decoder(model), PROMPT, 30, Sampling()).ids
-    found = generate(decoder(model), PROMPT, 30, Sampling(), {whole[7], 1000})
-    assert found.ids == whole[: whole.index(whole[7])]
+    generated = generate(decoder(model), PROMPT, 30, Sampling(), {whole[7], 1000})
+    assert generated.ids == whole[: whole.index(whole[7])]
     assert generate(decoder(model), PROMPT, 1, Sampling(), {whole[0]}).ids == []
 
 
@@ -277,11 +277,11 @@ def test_logits_that_are_not_finite() -> None:
 
 
 def test_speeds() -> None:
-    found = generate(decoder(build(SMALL)), PROMPT, 3, GREEDY)
-    found.prefill_s, found.decode_s = 0.5, 0.25
-    assert found.speed() == "prefill 5 tokens, 10.0 tokens/s; decode 2 tokens, 8.0 tokens/s"
-    found.decoded_tokens = 0
-    assert found.speed() == "prefill 5 tokens, 10.0 tokens/s; decode 0 tokens"
+    generated = generate(decoder(build(SMALL)), PROMPT, 3, GREEDY)
+    generated.prefill_s, generated.decode_s = 0.5, 0.25
+    assert generated.speed() == "prefill 5 tokens, 10.0 tokens/s; decode 2 tokens, 8.0 tokens/s"
+    generated.decoded_tokens = 0
+    assert generated.speed() == "prefill 5 tokens, 10.0 tokens/s; decode 0 tokens"
 
 
 def test_compiled_blocks_run_eagerly_and_are_not_compiled_again() -> None:
@@ -325,10 +325,10 @@ def reference(logits: list[float], temperature: float, top_k: int, top_p: float)
     while kept < len(ranked) and total < top_p:
         total += probabilities[kept]
         kept += 1
-    found = [0.0] * len(logits)
+    distribution = [0.0] * len(logits)
     for i, p in zip(ranked[:kept], probabilities):
-        found[i] = p / sum(probabilities[:kept])
-    return found
+        distribution[i] = p / sum(probabilities[:kept])
+    return distribution
 
 
 @settings(deadline=None, max_examples=100)
@@ -340,10 +340,10 @@ def reference(logits: list[float], temperature: float, top_k: int, top_p: float)
 )
 def test_probabilities_are_the_explained_ones(logits: list[int], temperature: float, top_k: int, top_p: float) -> None:
     given = [value / 10 for value in logits]
-    found = Sampling(temperature, top_k, top_p).probabilities(torch.tensor([given, given[::-1]]))
-    assert found.dtype == torch.float32
-    assert found[0].tolist() == pytest.approx(reference(given, temperature, top_k, top_p), abs=1e-5)
-    assert found[1].tolist() == pytest.approx(reference(given[::-1], temperature, top_k, top_p), abs=1e-5)
+    probabilities = Sampling(temperature, top_k, top_p).probabilities(torch.tensor([given, given[::-1]]))
+    assert probabilities.dtype == torch.float32
+    assert probabilities[0].tolist() == pytest.approx(reference(given, temperature, top_k, top_p), abs=1e-5)
+    assert probabilities[1].tolist() == pytest.approx(reference(given[::-1], temperature, top_k, top_p), abs=1e-5)
 
 
 def test_the_nucleus_is_the_smallest_set_that_reaches_p() -> None:

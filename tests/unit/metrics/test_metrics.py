@@ -101,9 +101,9 @@ def test_peaks(name: str, tera: float | None) -> None:
 def test_memory_of_the_cpu_is_the_process_in_the_machine() -> None:
     held = b"x" * (64 * 2**20)
     resident = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    found = peak_memory(CPU)
-    assert len(held) < 0.98 * resident <= found.active <= found.total == total_memory(CPU)
-    assert (found.reserved, found.alloc_retries, found.ooms) == (None, None, None)
+    memory = peak_memory(CPU)
+    assert len(held) < 0.98 * resident <= memory.active <= memory.total == total_memory(CPU)
+    assert (memory.reserved, memory.alloc_retries, memory.ooms) == (None, None, None)
 
 
 # ---- the console
@@ -478,16 +478,16 @@ def test_a_window_holds_its_own_steps_alone() -> None:
     for _ in range(4):
         made.step_done(64, 256, data_loading_s=0.01)
         time.sleep(0.02)
-    found = log(made, 5)
+    entry = log(made, 5)
     elapsed = time.perf_counter() - start
     assert [entry["step"] for entry in kept] == [1, 5]
-    assert found["tokens_seen"] == 1000 + 5 * 256
-    assert 0.08 <= 4 * found["step_time_s"] <= elapsed * 1.5
-    assert found["tps"] * found["step_time_s"] == pytest.approx(64)
-    assert found["tflops"] == pytest.approx(found["tps"] * 1e6 / 1e12)
-    assert found["data_loading_s"] == pytest.approx(0.01)
-    assert found["data_loading_pct"] == pytest.approx(100 * 0.01 / found["step_time_s"])
-    assert (found["step"], found["loss"], found["max_loss"], found["grad_norm"], found["lr"]) == (5, 1.0, 2.0, 3.0, 4.0)
+    assert entry["tokens_seen"] == 1000 + 5 * 256
+    assert 0.08 <= 4 * entry["step_time_s"] <= elapsed * 1.5
+    assert entry["tps"] * entry["step_time_s"] == pytest.approx(64)
+    assert entry["tflops"] == pytest.approx(entry["tps"] * 1e6 / 1e12)
+    assert entry["data_loading_s"] == pytest.approx(0.01)
+    assert entry["data_loading_pct"] == pytest.approx(100 * 0.01 / entry["step_time_s"])
+    assert (entry["step"], entry["loss"], entry["max_loss"], entry["grad_norm"], entry["lr"]) == (5, 1.0, 2.0, 3.0, 4.0)
     made.close()
     assert not kept
 
@@ -498,20 +498,20 @@ def test_a_row_has_the_keys_that_are_promised() -> None:
     promised = (
         "step loss max_loss grad_norm lr tps tflops mfu memory_gib memory_pct step_time_s data_loading_s tokens_seen"
     )
-    found = json.loads(json.dumps(log(made, 1)))
-    assert set(promised.split()) <= found.keys()
-    assert set(TAGS.values()) <= found.keys()
-    assert [key for key in promised.split() if found[key] is None] == ["mfu"]
-    assert found["memory_gib"] == pytest.approx(peak_memory(CPU).active / 2**30, rel=0.1)
-    assert found["memory_pct"] == pytest.approx(100 * found["memory_gib"] * 2**30 / total_memory(CPU))
+    entry = json.loads(json.dumps(log(made, 1)))
+    assert set(promised.split()) <= entry.keys()
+    assert set(TAGS.values()) <= entry.keys()
+    assert [key for key in promised.split() if entry[key] is None] == ["mfu"]
+    assert entry["memory_gib"] == pytest.approx(peak_memory(CPU).active / 2**30, rel=0.1)
+    assert entry["memory_pct"] == pytest.approx(100 * entry["memory_gib"] * 2**30 / total_memory(CPU))
 
 
 def test_mfu_is_over_the_bf16_peak(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("titanlite.metrics.recorder.device_name", lambda device: "NVIDIA H100 80GB HBM3")
     made = recorder()
     made.step_done(64, 64, 0.0)
-    found = log(made, 1)
-    assert found["mfu"] == pytest.approx(100 * found["tflops"] / 989.5)
+    entry = log(made, 1)
+    assert entry["mfu"] == pytest.approx(100 * entry["tflops"] / 989.5)
 
 
 def test_medians_leave_out_the_first_window() -> None:

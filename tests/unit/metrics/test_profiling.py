@@ -30,8 +30,8 @@ def operators(path: Path) -> list[str]:
 
 def traces(folder: Path) -> dict[str, int]:
     """How many matmuls there are in each trace."""
-    found = sorted(folder.glob("profile_traces/*/rank0_trace.json"))
-    return {path.parent.name: operators(path).count("aten::mm") for path in found}
+    paths = sorted(folder.glob("profile_traces/*/rank0_trace.json"))
+    return {path.parent.name: operators(path).count("aten::mm") for path in paths}
 
 
 def matmuls(number: int) -> None:

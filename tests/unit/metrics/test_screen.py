@@ -48,7 +48,7 @@ class Watched:
         shown = [line for line in screen.visible() if STATUS.search(line) and not LOGGED.fullmatch(line)]
         self.most = max(self.most, len(shown))
         self.statuses |= {*shown}
-        steps = [int(found[1]) for line in screen.visible() if (found := LOGGED.match(line))]
+        steps = [int(match[1]) for line in screen.visible() if (match := LOGGED.match(line))]
         for step in [step for step in self.resized if steps and steps[-1] >= step]:
             return self.resized.pop(step)
         return None
@@ -67,7 +67,7 @@ def check(screen: Screen, watched: Watched) -> None:
     lines = screen.lines()
     assert watched.most == 1
     assert [line for line in lines if STATUS.search(line) and not line.startswith(("step", "writing"))] == []
-    steps = [int(found[1]) for line in lines if (found := LOGGED.fullmatch(line))]
+    steps = [int(match[1]) for line in lines if (match := LOGGED.fullmatch(line))]
     assert steps == [1, 5, 10, 15, 20, 25, 30]
     assert len([line for line in lines if line.startswith("step ")]) == len(steps)
     assert screen.cursor[1] == 0

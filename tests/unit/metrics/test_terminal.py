@@ -57,11 +57,11 @@ def status(width: int, steps: int = 30, **options: bool) -> str:
 
 
 def test_the_status() -> None:
-    found = re.fullmatch(
+    match = re.fullmatch(
         r"(━+)(─+)  step 30/200  0s left  mean loss 4\.0000  [\d,]+ tok/s  checkpoint at 50", status(119)
     )  # the mean of 20 steps
-    assert found is not None
-    assert len(found[1]) / len(found[1] + found[2]) == pytest.approx(30 / 200, abs=0.03)
+    assert match is not None
+    assert len(match[1]) / len(match[1] + match[2]) == pytest.approx(30 / 200, abs=0.03)
     assert "compiling" in status(80, steps=0)
     assert "tok/s" not in status(80, steps=1)  # one step has no duration yet
 

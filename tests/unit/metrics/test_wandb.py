@@ -75,8 +75,8 @@ def test_the_offline_store_has_the_values_of_metrics_jsonl(train: Any, tmp_path:
     for row in logged:
         expected = {tag: row[key] for key, tag in TAGS.items() if row.get(key) is not None}
         assert all(math.isfinite(value) for value in expected.values())
-        found = rows[row["step"]]
-        assert {tag: value for tag, value in found.items() if not tag.startswith("validation")} == {
+        stored_row = rows[row["step"]]
+        assert {tag: value for tag, value in stored_row.items() if not tag.startswith("validation")} == {
             **expected,
             "tokens_seen": row["tokens_seen"],
         }

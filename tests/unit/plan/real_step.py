@@ -30,7 +30,7 @@ def report(argv: list[str]) -> dict[str, Any]:
         trainer.runner.forward_backward(batch)
     gradients = _bytes(p.grad for p in parameters)
     trainer.optimizer.step()
-    found = {
+    measurements = {
         "parameters": _bytes([*parameters, *buffers]),
         "gradients": gradients,
         "optimizer": _bytes(trainer.optimizer.state.values()),
@@ -39,4 +39,4 @@ def report(argv: list[str]) -> dict[str, Any]:
     }
     trainer.close()
     dist.destroy_process_group()
-    return found
+    return measurements

@@ -48,8 +48,8 @@ def really(folder: Path, devices: int, **options: str) -> list[dict[str, Any]]:
     return on_ranks(devices, folder / "ranks", environment(), real_step.report, shown)
 
 
-def assert_same(found: Estimate, real: list[dict[str, Any]]) -> None:
-    for rank in found.ranks:
+def assert_same(prediction: Estimate, real: list[dict[str, Any]]) -> None:
+    for rank in prediction.ranks:
         other = real[rank.rank]
         for key in ("parameters", "gradients", "optimizer"):
             assert getattr(rank, key) == other[key], key
@@ -90,13 +90,13 @@ def test_a_real_run_holds_and_sends_as_much(tmp_path: Path, devices: int, option
 @pytest.mark.slow
 def test_a_real_run_with_shards_that_are_uneven_holds_and_sends_as_much(tmp_path: Path) -> None:
     """3 shards of 256 rows: 86, 86 and 84, of which FSDP2 allocates 86."""
-    found, real = estimated(3), really(tmp_path, 3)
-    assert_same(found, real)
-    (rank,) = found.ranks
+    prediction, real = estimated(3), really(tmp_path, 3)
+    assert_same(prediction, real)
+    (rank,) = prediction.ranks
     assert [r["parameters"] for r in real] == [rank.parameters] * 3
     assert [r["gradients"] for r in real] == [rank.gradients] * 3
     assert real[2]["optimizer"] < rank.optimizer
-    assert any("do not divide into shards" in note for note in found.notes)
+    assert any("do not divide into shards" in note for note in prediction.notes)
     assert not any("do not divide" in note for note in estimated(2).notes)
 
 
@@ -104,9 +104,9 @@ def test_a_real_run_with_shards_that_are_uneven_holds_and_sends_as_much(tmp_path
 def test_one_process_in_float32_holds_as_much_as_a_real_run(tmp_path: Path) -> None:
     """Its weights and gradients are not copied: the peak is that of the real run, to the byte. In bfloat16 they are."""
     options = {"training__mixed_precision_param": "float32"}
-    found, real = estimated(1, **options), really(tmp_path, 1, **options)
-    assert_same(found, real)
-    (rank,) = found.ranks
+    prediction, real = estimated(1, **options), really(tmp_path, 1, **options)
+    assert_same(prediction, real)
+    (rank,) = prediction.ranks
     assert rank.peak == real[0]["peak"] + real[0]["optimizer"]
     assert rank.gathered == 0
     assert rank.movable == rank.optimizer  # with CPU offload the weights are copied to the device
@@ -136,11 +136,11 @@ def test_activations_are_those_that_autograd_saves(mode: str) -> None:
 
     model = build()
     tokens = torch.zeros(2, 32, dtype=torch.int64)
-    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers(), tokens)}
+    pointers = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers(), tokens)}
     saved: dict[int, int] = {}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
-        if tensor.untyped_storage().data_ptr() not in own:
+        if tensor.untyped_storage().data_ptr() not in pointers:
             saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return tensor
 
@@ -151,10 +151,10 @@ def test_activations_are_those_that_autograd_saves(mode: str) -> None:
         tokens = torch.zeros(2, 32, dtype=torch.int64)
         before = tracker.live
         out = model(tokens)
-        found, result = tracker.live - before, out.untyped_storage().nbytes()
+        growth, result = tracker.live - before, out.untyped_storage().nbytes()
         if mode != "selective op":  # whose cache is not of saved tensors
-            assert found == sum(saved.values()) + result
-        assert found > result
+            assert growth == sum(saved.values()) + result
+        assert growth > result
         del out
         assert tracker.live == before
     del kept
@@ -172,9 +172,9 @@ def test_less_is_kept_the_more_is_recomputed() -> None:
 
 
 def test_pipeline_ranks_have_a_row_each() -> None:
-    found = estimated(4, parallelism__pipeline_parallel_degree="2")
-    assert [rank.rank for rank in found.ranks] == [0, 2]
-    assert {c.name for rank in found.ranks for c in rank.traffic if c.dimension == "pipeline parallel"} == {
+    prediction = estimated(4, parallelism__pipeline_parallel_degree="2")
+    assert [rank.rank for rank in prediction.ranks] == [0, 2]
+    assert {c.name for rank in prediction.ranks for c in rank.traffic if c.dimension == "pipeline parallel"} == {
         "send",
         "receive",
     }
@@ -274,11 +274,11 @@ def test_the_assumed_vocabulary_is_the_shipped_one() -> None:
 @pytest.mark.slow
 def test_8b_takes_less_than_a_minute_and_no_memory_to_speak_of() -> None:
     start = time.perf_counter()
-    found = estimated(
+    prediction = estimated(
         8, "llama3_8b", training__compile="true", training__seq_len="8192", model__tokenizer_path="not/there"
     )
     assert time.perf_counter() - start < 60
-    assert found.ranks[0].parameters > 3 << 30
+    assert prediction.ranks[0].parameters > 3 << 30
     assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss < 3 << 20  # KiB
 
 
@@ -300,10 +300,10 @@ def test_float8_of_gpus_is_estimated_without_one(recipe: str, compile: str) -> N
 
 def test_the_ways_of_the_cpu_are_not_those_of_gpus() -> None:
     """Attention in float32, and gradients reduced where they lie: this process would do both if it trained."""
-    found = estimated(1, training__mixed_precision_param="bfloat16")
-    assert "attention" not in found.about
-    from_one_device = found.ranks[0].at_peak.get("unsharded gradients", 0)
-    assert from_one_device < found.ranks[0].gradients / 2
+    prediction = estimated(1, training__mixed_precision_param="bfloat16")
+    assert "attention" not in prediction.about
+    from_one_device = prediction.ranks[0].at_peak.get("unsharded gradients", 0)
+    assert from_one_device < prediction.ranks[0].gradients / 2
 
 
 def test_its_processes_end_with_it() -> None:
@@ -313,12 +313,12 @@ def test_its_processes_end_with_it() -> None:
     run = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, env=environment())
     children = Path(f"/proc/{run.pid}/task/{run.pid}/children")
     give_up = time.monotonic() + 60
-    while not (found := children.read_text().split()) and time.monotonic() < give_up:
+    while not (pids := children.read_text().split()) and time.monotonic() < give_up:
         time.sleep(0.05)
     run.kill()
     run.wait()
-    assert found
+    assert pids
     give_up = time.monotonic() + 10
-    while any(Path(f"/proc/{pid}").exists() for pid in found) and time.monotonic() < give_up:
+    while any(Path(f"/proc/{pid}").exists() for pid in pids) and time.monotonic() < give_up:
         time.sleep(0.05)
-    assert not [pid for pid in found if Path(f"/proc/{pid}").exists()]
+    assert not [pid for pid in pids if Path(f"/proc/{pid}").exists()]

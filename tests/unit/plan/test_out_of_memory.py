@@ -234,9 +234,9 @@ class Broken:
 
 def advising(folder: Path) -> list[str]:
     """The processes whose arguments name a shortage in this folder."""
-    found = []
+    command_lines = []
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         with contextlib.suppress(OSError):  # it has just ended
             arguments = path.read_bytes().decode(errors="replace")
-            found += [arguments] if "titanlite.plan.advice" in arguments and str(folder) in arguments else []
-    return found
+            command_lines += [arguments] if "titanlite.plan.advice" in arguments and str(folder) in arguments else []
+    return command_lines

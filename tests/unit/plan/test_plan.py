@@ -340,16 +340,16 @@ def test_what_is_chosen_for_8_and_for_256_devices() -> None:
 
 def test_the_parts_are_the_whole(capsys: pytest.CaptureFixture[str]) -> None:
     assert command.main(["llama3_8b", "--devices=8", "--top=3", "--json", "--price=2", "--tokens=1T"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    first = found["layouts"][0]
+    plan = json.loads(capsys.readouterr().out)
+    first = plan["layouts"][0]
     assert {"options", "fits", "tps_per_device", "mfu_pct", "memory_gib", "step_time_s", "days", "cost"} <= {*first}
     assert sum(first["step_parts_s"].values()) == pytest.approx(first["step_time_s"])
     assert sum(first["memory_parts_gib"].values()) == pytest.approx(first["memory_gib"])
     assert first["days"] == pytest.approx(1e12 / first["tps_per_device"] / 8 / 86400)
     assert first["cost"] == pytest.approx(first["days"] * 24 * 8 * 2)
-    speeds = [layout["tps_per_device"] for layout in found["layouts"]]
+    speeds = [layout["tps_per_device"] for layout in plan["layouts"]]
     assert speeds == sorted(speeds, reverse=True)
-    assert all(layout["fits"] and layout["memory_gib"] < 80 for layout in found["layouts"])
+    assert all(layout["fits"] and layout["memory_gib"] < 80 for layout in plan["layouts"])
 
 
 def test_written_files_load(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -385,9 +385,9 @@ def test_numbers_that_mean_nothing_are_refused(capsys: pytest.CaptureFixture[str
 def test_meshes_use_all_devices() -> None:
     config = load_config(["--model.name=llama3", "--model.flavor=70B"])
     for devices, n_experts in itertools.product((1, 6, 8, 24, 256), (1, 128)):
-        found = list(meshes(config, DEVICES["h100"], devices, n_experts))
-        assert len({tuple(options.values()) for options in found}) == len(found)
-        for options in found:
+        layouts = list(meshes(config, DEVICES["h100"], devices, n_experts))
+        assert len({tuple(options.values()) for options in layouts}) == len(layouts)
+        for options in layouts:
             changed(config, options)
             resolve_degrees(config.parallelism, devices)
 

@@ -26,8 +26,8 @@ NAN, INF = math.nan, math.inf
 
 
 def judged(guard: StepGuard, loss: float, grad_norm: float = 1.0, own_loss: float | None = None) -> StepRecord:
-    own = loss if own_loss is None else own_loss
-    return StepRecord.of(guard.judge(*(torch.tensor(x, dtype=torch.float64) for x in (own, loss, grad_norm))))
+    local_loss = loss if own_loss is None else own_loss
+    return StepRecord.of(guard.judge(*(torch.tensor(x, dtype=torch.float64) for x in (local_loss, loss, grad_norm))))
 
 
 def noisy(count: int = WINDOW, mean: float = 3.0, deviation: float = 0.1, seed: int = 0) -> list[float]:
@@ -238,9 +238,13 @@ def waits(name: str, implementation: str, policy: Any) -> list[int]:
 
 @pytest.mark.parametrize(("name", "implementation"), OPTIMIZERS)
 def test_only_optimizers_that_cannot_skip_by_themselves_wait(name: str, implementation: str) -> None:
-    own = waits(name, implementation, "stop")  # torch's own, which on the CPU read their step counts
-    assert own[0] == 0 or implementation != "fused"
-    expected = own if (name, implementation) in (("AdamW", "fused"), ("Adam", "fused")) else [own[0] + 1, own[1] + 1, 1]
+    counts = waits(name, implementation, "stop")  # torch's own, which on the CPU read their step counts
+    assert counts[0] == 0 or implementation != "fused"
+    expected = (
+        counts
+        if (name, implementation) in (("AdamW", "fused"), ("Adam", "fused"))
+        else [counts[0] + 1, counts[1] + 1, 1]
+    )
     assert waits(name, implementation, "skip") == expected
 
 
@@ -266,8 +270,8 @@ class Watched:
         self.guard, self.watch = StepGuard(self.training, CPU), LossWatch(self.training, rank)
 
     def add(self, step: int, loss: float, grad_norm: float = 1.0, own_loss: float | None = None) -> None:
-        own = loss if own_loss is None else own_loss
-        self.watch.add(step, self.guard.judge(*(torch.tensor(x) for x in (own, loss, grad_norm))))
+        local_loss = loss if own_loss is None else own_loss
+        self.watch.add(step, self.guard.judge(*(torch.tensor(x) for x in (local_loss, loss, grad_norm))))
 
 
 @pytest.mark.parametrize("bad", [NAN, INF, -INF])
