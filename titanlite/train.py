@@ -55,6 +55,7 @@ from titanlite.distributed.init import WeightInit
 from titanlite.distributed.mesh import build_mesh
 from titanlite.distributed.one_shard import gather_in_place
 from titanlite.distributed.waiting import MessageWatch
+from titanlite.doctor import timed_choice
 from titanlite.errors import TrainingError, counted
 from titanlite.launch.stacks import keep_stacks
 from titanlite.metrics.console import ConsoleSink, TerminalSink, init_logging
@@ -185,6 +186,7 @@ class Trainer:
         earlier = section_in(self.run_folder.earlier, "activation_checkpoint") if goes_on else {}
         vocab_size = self.tokenizer.vocab_size
         self.about |= auto_checkpoint.resolve(self.config, self.runtime, vocab_size, dict(earlier))
+        self.about |= timed_choice.choose(self.config, self.runtime, self.run_folder.earlier if goes_on else {})
         check_memory(self.config, self.spec, self.model_args, self.degrees, self.runtime.device)
         self.global_batch_size = global_batch_size(self.config, self.degrees.data_parallel)
         self.encoder = build_encoder(training.dataset, self.tokenizer, self.config)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import re
 from typing import Any
 
 import pytest
@@ -133,6 +134,8 @@ def test_debugmodel(train: Any, recipe: str, compile: str) -> None:
     run = train(name="float8", model__converters="float8", float8__recipe_name=recipe, **common)
     assert run.status == 0, run.output
     assert "emulated" not in run.output
+    if compile == "true":
+        assert re.search("float8.kernels +(inductor|triton): forward and backward of", run.output), run.output
     assert run.losses() == pytest.approx(bf16.losses(), rel=2e-2)
 
 

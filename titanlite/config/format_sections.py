@@ -27,8 +27,10 @@ class Float8:
     emulate: bool = False
     """Multiply the quantized values in float32. Without float8 units this is always done."""
     kernels: Literal["auto", "triton", "inductor"] = "auto"
-    """The kernels of float8 casts: titanlite's (triton), the compiler's (inductor), or auto: the compiler's in compiled
-    blocks, where they move fewer bytes, and titanlite's elsewhere."""
+    """The kernels of float8 casts: titanlite's (triton), the compiler's (inductor), or auto: in compiled blocks the
+    kind that is faster, timed as a run begins, or moves fewer bytes if it cannot be timed; elsewhere titanlite's."""
+    kernels_chosen: str = ""
+    """Informative: what auto has timed and chosen, as config.toml of the run folder says it."""
     scaling_type_input: ScalingTypeName = "dynamic"
     """Scale of the inputs: from the tensor itself (dynamic), from earlier steps (delayed), or constant (static)."""
     scaling_type_weight: ScalingTypeName = "dynamic"

@@ -5,8 +5,9 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from typing import Any
+from typing import Any, cast
 
+import torch
 from torch import nn
 
 from titanlite.config import JobConfig
@@ -20,7 +21,7 @@ from titanlite.converters.linears import (
     target_or_device,
     warn_of_emulation,
 )
-from titanlite.converters.registry import register_converter
+from titanlite.converters.registry import TimedOption, register_converter
 from titanlite.distributed.mesh import Mesh
 from titanlite.errors import ConfigError
 from titanlite.float8 import (
@@ -33,6 +34,7 @@ from titanlite.float8 import (
 )
 from titanlite.float8.float8_linear_utils import too_small
 from titanlite.quant import kernels
+from titanlite.quant.devices import architecture
 from titanlite.quant.float8.devices import has_native_float8, native_dtypes, why_not
 from titanlite.quant.float8.format import Kernels
 
@@ -58,6 +60,33 @@ def library_config(config: JobConfig, emulate: bool) -> Float8LinearConfig:
     )
 
 
+KINDS = {"inductor": "the compiler's kernels", "triton": "titanlite's"}
+
+
+def counted_kernels(config: Float8LinearConfig, compiled: bool, block_fusion: bool) -> tuple[Kernels, str]:
+    """Return the kernels that move fewer bytes by count (docs/performance.md), and the reason in words.
+
+    Args:
+        compiled: the model is, by inductor.
+        block_fusion: with the rules for blocks.
+    """
+    if not kernels.AVAILABLE:
+        return "inductor", "triton is not installed"
+    if not compiled:
+        return "triton", "without the compiler, plain operations are not fused"
+    if not has_dynamic_scales(config):
+        return "inductor", "the scales are not dynamic"
+    if block_fusion:
+        return "inductor", "compile.block_fusion fuses casts with what is computed before them"
+    if any(each.is_axiswise for each in config.casts.values()):
+        return "triton", "without compile.block_fusion, the compiler writes scaled columns byte by byte"
+    return "inductor", "the compiler fuses casts with what is computed before them"
+
+
+def has_dynamic_scales(config: Float8LinearConfig) -> bool:
+    return all(each.is_dynamic for each in config.casts.values() if each.is_cast)
+
+
 @register_converter("float8")
 class Float8Converter:
     is_native = staticmethod(has_native_float8)
@@ -65,6 +94,19 @@ class Float8Converter:
     @staticmethod
     def has_units(architecture: str) -> bool:
         return bool(native_dtypes(architecture))
+
+    @staticmethod
+    def option_to_time(config: JobConfig, device: torch.device) -> TimedOption | None:
+        options, compiling = config.float8, config.compile_options("model")
+        if options.kernels != "auto" or options.emulate or not kernels.AVAILABLE or device.type != "cuda":
+            return None
+        if compiling is None or compiling.backend != "inductor" or not native_dtypes(architecture(device)):
+            return None
+        library = library_config(config, emulate=False)
+        if not has_dynamic_scales(library):
+            return None
+        by_count, _ = counted_kernels(library, True, compiling.fuses_blocks)
+        return TimedOption("float8.kernels", KINDS, by_count)
 
     def __init__(self, config: JobConfig, mesh: Mesh) -> None:
         options = config.float8
@@ -97,6 +139,8 @@ class Float8Converter:
         self.mesh = mesh
         self.filter_fqns, self.moe_fqns = options.filter_fqns, options.moe_fqns
         self.precompute = options.precompute_float8_dynamic_scale_for_fsdp
+        timed, _, why = options.kernels_chosen.partition(": ")
+        self.timed_kernels = (cast(Kernels, timed), why) if timed in KINDS and self.compiled else None
         self.delayed = any(c.scaling_type is ScalingType.DELAYED for c in self.config.casts.values())
 
     def convert(self, model: nn.Module) -> str:
@@ -123,20 +167,7 @@ class Float8Converter:
 
     def _choose_kernels(self) -> Kernels:
         """Return the kernels that ``kernels = "auto"`` selects, and log the reason."""
-        casts = self.config.casts.values()
-        chosen: Kernels
-        if not kernels.AVAILABLE:
-            chosen, why = "inductor", "triton is not installed"
-        elif not self.compiled:
-            chosen, why = "triton", "without the compiler, plain operations are not fused"
-        elif not all(cast.is_dynamic for cast in casts if cast.is_cast):
-            chosen, why = "inductor", "the scales are not dynamic"
-        elif self.block_fusion:
-            chosen, why = "inductor", "compile.block_fusion fuses casts with what is computed before them"
-        elif any(cast.is_axiswise for cast in casts):
-            chosen, why = "triton", "without compile.block_fusion, the compiler writes scaled columns byte by byte"
-        else:
-            chosen, why = "inductor", "the compiler fuses casts with what is computed before them"
+        chosen, why = self.timed_kernels or counted_kernels(self.config, self.compiled, self.block_fusion)
         logger.info('float8.kernels = "auto": %s; %s', chosen, why)
         return chosen
 

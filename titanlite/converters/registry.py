@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -14,12 +15,28 @@ from titanlite.errors import ConfigError
 from titanlite.registry import Registry
 
 
+@dataclass(frozen=True)
+class TimedOption:
+    """An option of a converter that a run decides by the time of a block.
+
+    Attributes:
+        name: ``section.key``. The option ``section.key_chosen`` takes the decision.
+        kinds: the values to try, with what they are in words.
+        by_count: the one that moves fewer bytes by count.
+    """
+
+    name: str
+    kinds: Mapping[str, str]
+    by_count: str
+
+
 class ModelConverter(Protocol):
     """A transformation of a model, after it is built on the meta device and before it is sharded.
 
     One to a number format has a static method ``has_units(architecture) -> bool``: whether GPUs of that architecture,
     or this CPU, have units for it. One that the advice on memory may name, where the device has units for it, also has
-    a static method ``is_native(device) -> bool``.
+    a static method ``is_native(device) -> bool``. One with an option that a run times has a static method
+    ``option_to_time(config, device) -> TimedOption | None``; None: there is nothing to decide.
     """
 
     def convert(self, model: nn.Module) -> str:
@@ -46,6 +63,13 @@ def formats_with_units(architecture: str) -> list[str]:
     return [
         name for name in _registry.names() if getattr(_registry.get(name), "has_units", lambda _: False)(architecture)
     ]
+
+
+def options_to_time(config: JobConfig, device: torch.device) -> list[TimedOption]:
+    """Return the options that a run on ``device`` decides by the time of a block."""
+    functions = (getattr(_registry.get(name), "option_to_time", None) for name in config.model.converters)
+    options = (function(config, device) for function in functions if function is not None)
+    return [option for option in options if option is not None]
 
 
 def build_converters(config: JobConfig, mesh: Mesh) -> dict[str, ModelConverter]:

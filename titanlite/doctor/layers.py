@@ -23,7 +23,7 @@ from titanlite.optim import build_optimizer, update_parameters
 from titanlite.plan.estimate import ASSUMED_VOCAB_SIZE, build
 from titanlite.quant.format import Format
 from titanlite.quant.linear import QuantLinear
-from titanlite.training.build import build_loss
+from titanlite.training.build import BuiltModel, build_loss
 from titanlite.training.model_shape import choose_shape
 from titanlite.training.step import StepRunner
 
@@ -105,16 +105,25 @@ def layer_step(layer: nn.Linear, tokens: int, dtype: torch.dtype, device: torch.
 def model_step(config: JobConfig, mesh: Mesh, device: torch.device, sequences: int) -> Callable[[], object]:
     """Return a function that makes a whole training step of ``config`` on random tokens: forward, backward, clipping,
     and the optimizer."""
+    built, runner, batch = built_step(config, mesh, device, sequences)
+    optimizer = build_optimizer(built.named_parameters(), copy.deepcopy(config.optimizer))
+    return partial(_train, built.parameters(), config, mesh, runner, optimizer, batch)
+
+
+def built_step(
+    config: JobConfig, mesh: Mesh, device: torch.device, sequences: int
+) -> tuple[BuiltModel, StepRunner, Batch]:
+    """Return the model of ``config`` with weights on ``device``, what runs its forward and backward, and random
+    tokens. Weights are those of the seed 0."""
     built, _ = build(config, mesh, None)
     loss_fn = build_loss(config, mesh)
     for part in built.parts:
         allocate(part, device, False)
         part.init_weights(WeightInit(part, 0))  # type: ignore[operator]
         part.train()
-    optimizer = build_optimizer(built.named_parameters(), copy.deepcopy(config.optimizer))
     runner = StepRunner(built.parts, loss_fn, None, None, device)
     tokens = torch.randint(0, built.size.vocab_size, (2, 1, sequences, config.training.seq_len))
-    return partial(_train, built.parameters(), config, mesh, runner, optimizer, Batch(*tokens))
+    return built, runner, Batch(*tokens)
 
 
 def _train(

@@ -40,19 +40,29 @@ def shallow(config: JobConfig, rate: float, device: torch.device) -> JobConfig |
         tokens = training.local_batch_size * training.seq_len
         return flops_per_token(size_of(config, depth), training.seq_len) * tokens / rate
 
-    depth, least = flavor.n_layers, 1 + (flavor.mixture.n_dense_layers if flavor.mixture else 0)
-    checkpointing = config.activation_checkpoint
-    if checkpointing.mode == "selective" and checkpointing.selective_ac_option.isdigit():
-        least = max(least, min(depth, int(checkpointing.selective_ac_option)))  # it checkpoints every N-th block
+    depth, least = flavor.n_layers, least_depth(config, flavor)
     while seconds(least) > _SECONDS[device.type] and training.local_batch_size > 1:
         training.local_batch_size //= 2
     while depth > least and seconds(depth) > _SECONDS[device.type]:
         depth = max(least, depth // 2)
-    needed = _PER_PARAMETER * size_of(config, depth).params
-    if seconds(depth) > _LONGEST or needed > free_memory(device) / _SHARE:
+    if seconds(depth) > _LONGEST or not has_room(config, depth, device):
         return None
     config.model.args.n_layers = depth
     return config
+
+
+def least_depth(config: JobConfig, flavor: DecoderArgs) -> int:
+    """Return the fewest blocks that have one of each kind: with experts, and computed again."""
+    least = 1 + (flavor.mixture.n_dense_layers if flavor.mixture else 0)
+    checkpointing = config.activation_checkpoint
+    if checkpointing.mode == "selective" and checkpointing.selective_ac_option.isdigit():
+        least = max(least, min(flavor.n_layers, int(checkpointing.selective_ac_option)))  # every N-th block is
+    return least
+
+
+def has_room(config: JobConfig, depth: int, device: torch.device) -> bool:
+    """Return whether the device has free memory for several models of ``depth`` blocks."""
+    return _PER_PARAMETER * size_of(config, depth).params <= free_memory(device) / _SHARE
 
 
 def size_of(config: JobConfig, depth: int) -> ModelSize:

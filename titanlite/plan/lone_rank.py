@@ -28,7 +28,7 @@ def in_a_process(function: Callable[..., Any], *args: Any, method: str = START_M
     no longer exist."""
     context = multiprocessing.get_context(method)
     try:
-        with ProcessPoolExecutor(1, context, initializer=_end_with, initargs=(os.getpid(),)) as process:
+        with ProcessPoolExecutor(1, context, initializer=end_with, initargs=(os.getpid(),)) as process:
             return process.submit(function, *args).result()
     except (BrokenProcessPool, RuntimeError) as e:
         if method != "fork" or not (isinstance(e, BrokenProcessPool) or _NO_FORK in str(e)):
@@ -38,7 +38,7 @@ def in_a_process(function: Callable[..., Any], *args: Any, method: str = START_M
         return in_a_process(function, *args, method="spawn")
 
 
-def _end_with(parent: int) -> None:
+def end_with(parent: int) -> None:
     """End this process when ``parent`` ends, also by a signal. Else it would wait for work forever and keep its
     parent's pipes open, so that their readers would wait too."""
 
