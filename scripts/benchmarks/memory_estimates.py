@@ -23,12 +23,11 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor.parallel import loss_parallel
 
 from titanlite.config import Degrees, JobConfig, load_config
-from titanlite.config.schema import Compile
+from titanlite.config.schema import MEMORY_BACKEND, Compile
 from titanlite.distributed.chunked_loss import ChunkedCrossEntropy
 from titanlite.distributed.mesh import Mesh, build_mesh
 from titanlite.metrics.device import GIB
 from titanlite.optim import cross_entropy_loss
-from titanlite.plan.compiled_memory import MEMORY_BACKEND
 from titanlite.plan.estimate import estimate
 from titanlite.plan.lone_rank import lone_process_group
 from titanlite.plan.memory import MemoryTracker

@@ -20,8 +20,8 @@ class NumberFormat:
         check: refuses options of the section.
         gathers_quantized: whether FSDP2 gathers weights in the format, where the converter is used.
         cost: the work of its layers, for predictions of time; None: it is not modelled.
-        variants: the options of the recipes that a plan tries, each with what it tries instead where that is refused;
-            none: it tries the converter as it is configured only.
+        variants: the options of the recipes that a plan tries, some with others for shards with different numbers of
+            rows; none: it tries the converter as it is configured only.
         memory_savings: options of the section that would save memory and are not set.
         weight_bytes: the bytes of an element of a converted weight between steps.
         from_torchtitan: torchtitan has the section too, under two names, and with options for experts.

@@ -324,6 +324,9 @@ class Experimental:
     """A Python module whose dataclass JobConfig adds sections and keys to this one."""
 
 
+MEMORY_BACKEND = "titanlite_memory"  # stands for inductor in estimates (titanlite.plan.compiled_memory)
+
+
 @dataclass
 class Compile:
     """Options that torchtitan of June 2025 does not have."""
@@ -345,7 +348,12 @@ class Compile:
     @property
     def fuses_blocks(self) -> bool:
         """True if the code for GPUs is fused by rules for transformer blocks."""
-        return self.block_fusion and self.backend == "inductor"
+        return self.block_fusion and self.by_inductor
+
+    @property
+    def by_inductor(self) -> bool:
+        """True if PyTorch's own compiler generates code, or an estimate counts the memory of that."""
+        return self.backend in ("inductor", MEMORY_BACKEND)
 
 
 @dataclass

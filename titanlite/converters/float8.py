@@ -100,7 +100,7 @@ class Float8Converter:
         options, compiling = config.float8, config.compile_options("model")
         if options.kernels != "auto" or options.emulate or not kernels.AVAILABLE or device.type != "cuda":
             return None
-        if compiling is None or compiling.backend != "inductor" or not native_dtypes(architecture(device)):
+        if compiling is None or not compiling.by_inductor or not native_dtypes(architecture(device)):
             return None
         library = library_config(config, emulate=False)
         if not has_dynamic_scales(library):
@@ -124,7 +124,7 @@ class Float8Converter:
             library_config(config, emulate=options.emulate or not native), target=mesh.target.architecture
         )
         compiling = config.compile_options("model")
-        self.compiled = compiling is not None and compiling.backend == "inductor"
+        self.compiled = compiling is not None and compiling.by_inductor
         self.block_fusion = compiling is not None and compiling.fuses_blocks
         reason = why_not(
             self.architecture,

@@ -14,6 +14,7 @@ from torch import Tensor, fx
 from torch._dynamo import register_backend
 from torch._higher_order_ops.auto_functionalize import auto_functionalized_v2, auto_functionalized_v2_dense
 
+from titanlite.config.schema import MEMORY_BACKEND
 from titanlite.distributed.gathered_casts import cast_in_backward
 from titanlite.plan.memory import active_tracker
 
@@ -146,9 +147,6 @@ class _CountedGraph:
         for ended in self.ends[node]:
             if ended is not node and ended not in kept:
                 values.pop(ended, None)
-
-
-MEMORY_BACKEND = "titanlite_memory"
 
 
 @register_backend(name=MEMORY_BACKEND)  # type: ignore[untyped-decorator]

@@ -32,6 +32,7 @@ from titanlite.config import (
 )
 from titanlite.config.number_formats import formats_of
 from titanlite.config.refuse import refuse
+from titanlite.config.schema import MEMORY_BACKEND
 from titanlite.data import Batch
 from titanlite.distributed.data_parallel import DTYPES, allocate
 from titanlite.distributed.expert_parallel import ExpertParallel
@@ -44,7 +45,7 @@ from titanlite.metrics.device import GIB
 from titanlite.metrics.flops import flops_per_token
 from titanlite.models.layers import Mixture, ModelSize
 from titanlite.optim import build_optimizer, update_parameters
-from titanlite.plan.compiled_memory import MEMORY_BACKEND
+from titanlite.plan import compiled_memory as compiled_memory  # it registers its backend
 from titanlite.plan.lone_rank import LoneStage, fused_norm, in_a_process, lone_process_group
 from titanlite.plan.memory import (
     ACTIVATIONS,

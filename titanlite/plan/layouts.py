@@ -99,18 +99,17 @@ def make_plan(config: JobConfig, model: PlannedModel, device: Device, devices: i
     candidates: list[Layout] = []
     n_experts = model.args.mixture.n_experts if model.args.mixture else 1
     for options in meshes(config, device, devices, n_experts):
+        smallest = {**options, **_smallest(options)}
         try:
-            model.check(changed(scratch, {**options, **_smallest(options)}), devices)
+            model.check(changed(scratch, smallest), devices)
         except ConfigError:
             plan.tried += 1
             plan.refused += 1
             continue
+        even = work_of(changed(scratch, smallest), model.args, devices).has_even_rows
         for batch, alternatives in itertools.product(batches(config, options), recipes(config, device)):
-            for recipe in alternatives:
-                possible = [*_variants(plan, scratch, {**options, **batch, **recipe})]
-                candidates += possible
-                if possible:
-                    break
+            recipe = alternatives[0] if even else alternatives[-1]
+            candidates += _variants(plan, scratch, {**options, **batch, **recipe})
     fitting = sorted((layout for layout in candidates if layout.fits), key=lambda layout: -layout.tps_per_device)
     plan.too_large = len(candidates) - len(fitting)
     ranked = fitting or sorted(candidates, key=lambda layout: layout.memory.total)
@@ -196,8 +195,8 @@ def batches(config: JobConfig, mesh: Options) -> Iterator[Options]:
 
 def recipes(config: JobConfig, device: Device) -> Iterator[list[Options]]:
     """Yield the converters: those that are configured; without a number format among them also each of those whose time
-    is modelled, where the device has units for it. Converters on the command line, and none, are kept. Of several
-    alternatives, the first that is not refused is to be taken."""
+    is modelled, where the device has units for it. Converters on the command line, and none, are kept. Of two
+    alternatives, the second one is for shards with different numbers of rows."""
     yield [{"model.converters": config.model.converters}]
     kept = config.origin("model.converters").startswith("the argument")
     if not (kept or formats_of(config)) and device.fp8_tflops:

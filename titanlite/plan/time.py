@@ -17,6 +17,7 @@ from titanlite.plan.constants import FITTED, Constants
 from titanlite.plan.devices import Device
 from titanlite.plan.linear import Linear
 from titanlite.plan.work import Group, Part, Work
+from titanlite.quant.convertible import name_matches
 
 BF16, FP32 = 2, 4  # bytes
 LINK_SHARE, NETWORK_SHARE = 0.8, 0.85  # of the data sheet's speed that NCCL's large rings reach (nccl-tests)
@@ -168,8 +169,8 @@ class Clock:
         """Return the seconds of the output projection, on the stage that has it; chunks compute it twice."""
         work = self.work
         linear = Linear(work.args.dim, work.args.vocab_size // self.tp)
-        converted = work.cost is not None and "output" not in work.cost.filter_fqns
-        forward, backward = self.linear(linear, converted)
+        left_out = work.cost is None or any(name_matches(entry, "output") for entry in work.cost.filter_fqns)
+        forward, backward = self.linear(linear, not left_out)
         return forward * (2 if work.loss_chunks > 1 else 1) + backward
 
     # ---- attention

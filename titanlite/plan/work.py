@@ -10,7 +10,6 @@ from titanlite.config import Degrees, JobConfig, global_batch_size, resolve_degr
 from titanlite.config.format_cost import FormatCost
 from titanlite.config.number_formats import formats_of
 from titanlite.config.parallelism import SINGLE_STAGE_SCHEDULES, V_SCHEDULES
-from titanlite.config.refuse import refuse
 from titanlite.distributed.activation_checkpoint import checkpointed_blocks
 from titanlite.distributed.data_parallel import reduces_each_microbatch
 from titanlite.distributed.pipeline_plan import balanced
@@ -197,6 +196,12 @@ class Work:
         return attention + shared + experts
 
     @property
+    def has_even_rows(self) -> bool:
+        """Whether the shards of each linear layer of a block have the same number of rows."""
+        shards = self.degrees.data_parallel_shard * self.degrees.context_parallel
+        return all(linear.n % shards == 0 for linear in self.linears if not linear.experts)
+
+    @property
     def mixed(self) -> float:
         """The share of blocks that have experts."""
         m = self.args.mixture
@@ -271,8 +276,7 @@ def work_of(config: JobConfig, args: DecoderArgs, world_size: int) -> Work:
     must be resolved.
 
     Raises:
-        ConfigError: the global batch does not divide; or weights are gathered with scales of rows, and the shards of a
-            layer have not all the same number of them.
+        ConfigError: the global batch does not divide.
     """
     degrees, training = resolve_degrees(config.parallelism, world_size), config.training
     p, ac = config.parallelism, config.activation_checkpoint
@@ -284,7 +288,7 @@ def work_of(config: JobConfig, args: DecoderArgs, world_size: int) -> Work:
     if ac.mode != "none":
         share = len(checkpointed_blocks(map(str, range(args.n_layers)), ac)) / args.n_layers
     per_op = ac.mode == "selective" and ac.selective_ac_option == "op"
-    work = Work(
+    return Work(
         args=args,
         degrees=degrees,
         seq_len=training.seq_len,
@@ -304,21 +308,3 @@ def work_of(config: JobConfig, args: DecoderArgs, world_size: int) -> Work:
         reshards=p.fsdp_reshard_after_forward == "always"
         or (p.fsdp_reshard_after_forward == "default" and not pipeline and degrees.model_shards > 1),
     )
-    _check_gathered_rows(config, work)
-    return work
-
-
-def _check_gathered_rows(config: JobConfig, work: Work) -> None:
-    cost, shards = work.cost, work.degrees.data_parallel_shard * work.degrees.context_parallel
-    if cost is None or not (cost.gathers_weights and cost.row_scales):
-        return
-    rows = {linear.n for linear in work.linears if not linear.experts}
-    if not any(name_matches(entry, "output") for entry in cost.filter_fqns):
-        rows.add(work.args.vocab_size // work.degrees.tensor_parallel)
-    if uneven := [number for number in sorted(rows) if number % shards]:
-        refuse(
-            config,
-            "parallelism.data_parallel_shard_degree",
-            f"a layer with {uneven[0]} rows on each rank of tensor parallelism has no {shards} shards of the same "
-            "size, and scales of rows are gathered with the rows; choose another degree, or gather weights in bfloat16",
-        )

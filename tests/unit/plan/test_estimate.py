@@ -298,6 +298,15 @@ def test_float8_of_gpus_is_estimated_without_one(recipe: str, compile: str) -> N
     assert kept < 0.95  # also with gw_hp, whose inputs stay as they are: SwiGLU's product is not among them
 
 
+@pytest.mark.slow
+def test_the_kernels_of_an_estimate_are_those_of_a_compiled_run() -> None:
+    """Those that auto takes by count. Own kernels would keep less here."""
+    options = {"training__compile": "true", "training__seq_len": "512", "model__args__n_layers": "2"}
+    options |= {"model__converters": "float8", "float8__recipe_name": "rowwise_with_gw_hp"}
+    kept = {kernels: estimated(1, float8__kernels=kernels, **options).peak for kernels in ("auto", "inductor")}
+    assert kept["auto"] == kept["inductor"]
+
+
 def test_the_ways_of_the_cpu_are_not_those_of_gpus() -> None:
     """Attention in float32, and gradients reduced where they lie: this process would do both if it trained."""
     prediction = estimated(1, training__mixed_precision_param="bfloat16")
