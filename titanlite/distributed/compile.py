@@ -97,9 +97,6 @@ def compile_blocks(blocks: nn.ModuleDict, options: Compile) -> None:
         from titanlite.distributed.fusion import use_block_fusion  # loads the compiler
 
         use_block_fusion(fuses)
-    from titanlite.distributed.gathered_casts import use_cast_in_backward  # loads the compiler
-
-    use_cast_in_backward()
     if any(isinstance(module, Mixture) and module.spread is not None for module in blocks.modules()):
         # How many rows come to the experts of a process is known only when the graph runs. It must not break for that.
         torch._dynamo.config.capture_dynamic_output_shape_ops = True

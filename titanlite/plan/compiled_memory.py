@@ -15,8 +15,8 @@ from torch._dynamo import register_backend
 from torch._higher_order_ops.auto_functionalize import auto_functionalized_v2, auto_functionalized_v2_dense
 
 from titanlite.config.schema import MEMORY_BACKEND
-from titanlite.distributed.gathered_casts import cast_in_backward
 from titanlite.plan.memory import active_tracker
+from titanlite.quant.gathered_casts import cast_in_backward
 
 _aten = torch.ops.aten
 # Operations that generated kernels do not compute: vendors' matmuls, attention, and all outside the namespace aten.

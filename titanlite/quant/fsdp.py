@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_map_only
 
 from titanlite.quant.format import WEIGHT, Format, Operand
 from titanlite.quant.gather import GathersQuantized
+from titanlite.quant.gathered_casts import use_cast_in_backward
 from titanlite.quant.reuse import optimizer_steps
 from titanlite.quant.stored import StoredWeight, stored_weight
 from titanlite.quant.tensor import QuantTensor
@@ -213,6 +214,7 @@ def wrapped_for_gather(param: nn.Parameter, format: Format, *, tensor_parallel: 
     local = _local(param)
     sharded = tensor_parallel and isinstance(param, DTensor) and isinstance(param.placements[0], Shard)
     if not isinstance(local, (ShardedWeight, StoredWeight, QuantTensor)):
+        use_cast_in_backward()  # for what may be compiled later
         if format.stores_weights:
             split = sharded and param.placements[0] == Shard(1)  # type: ignore[attr-defined]
             local = StoredWeight.of(local, format, param.device_mesh if split else None)  # type: ignore[attr-defined]

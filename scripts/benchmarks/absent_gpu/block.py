@@ -21,8 +21,8 @@ from absent_gpu.recorder import Launch
 from titanlite.config.schema import ActivationCheckpoint
 from titanlite.distributed.activation_checkpoint import apply_activation_checkpoint
 from titanlite.distributed.fusion import use_block_fusion
-from titanlite.distributed.gathered_casts import use_cast_in_backward
 from titanlite.models.layers import Block, DecoderArgs
+from titanlite.quant.gathered_casts import use_cast_in_backward
 from titanlite.quant.linear import quant_layers
 from titanlite.quant.tensor import QuantTensor
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 import torch._inductor.config as inductor
 from torch import Tensor, nn
+from torch._inductor.custom_graph_pass import CustomGraphPass
 
-from titanlite.distributed.gathered_casts import use_cast_in_backward
+from titanlite.quant.fsdp import wrapped_for_gather
+from titanlite.quant.gathered_casts import use_cast_in_backward
 from titanlite.quant.int8.format import Int8Format, is_native
 from titanlite.quant.linear import QuantLinear
 from titanlite.quant.tensor import QuantTensor
@@ -44,6 +48,21 @@ def kept(uses_pass: bool) -> tuple[int, list[Tensor]]:
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
             out = torch.compile(layers)(x)
         return len(copies), list(torch.autograd.grad(out.square().sum(), (x, *layers.parameters())))
+
+
+def test_wrapping_a_weight_sets_the_pass() -> None:
+    """In a loop of one's own too. A pass that somebody has set stays, and a warning says what follows."""
+    weight = nn.Parameter(torch.randn(64, 64))
+    with inductor.patch(joint_custom_post_pass=None):
+        wrapped_for_gather(weight, FORMAT)
+        ours = inductor.joint_custom_post_pass
+        assert ours is not None
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            wrapped_for_gather(weight, FORMAT)
+        inductor.joint_custom_post_pass = type("Other", (CustomGraphPass,), dict(vars(type(ours))))()
+        with pytest.warns(UserWarning, match="joint_custom_post_pass is set"):
+            wrapped_for_gather(weight, FORMAT)
 
 
 @pytest.mark.slow

@@ -9,6 +9,7 @@ to keep. But if some are wrapped, it looks for them at the wrong places: it coun
 
 from __future__ import annotations
 
+import warnings
 from itertools import pairwise
 
 import torch
@@ -71,6 +72,14 @@ class _CastInBackward(CustomGraphPass):
 
 
 def use_cast_in_backward() -> None:
-    """Let the compiler run the pass for all that it compiles from now on, unless it has another one."""
+    """Let the compiler run the pass for all that it compiles from now on. Another pass that is set there stays, with a
+    warning."""
     if inductor.joint_custom_post_pass is None:
         inductor.joint_custom_post_pass = _CastInBackward()
+    elif not isinstance(inductor.joint_custom_post_pass, _CastInBackward):
+        warnings.warn(
+            "torch._inductor.config.joint_custom_post_pass is set. So compiled code may keep the casts of weights that "
+            "FSDP2 gathers in a number format from forward to backward: a byte for each parameter of the model. Call "
+            "titanlite.quant.gathered_casts.cast_in_backward(graph) in your pass",
+            stacklevel=2,
+        )
