@@ -24,7 +24,7 @@ def block_rules(results: list[dict[str, Any]]) -> list[list[str]]:
     """The blocks of the fewest tokens, without the block rules and with them. The shares of the peer's are the larger
     of plain bytes and of sectors."""
     rows = [["config", "recomputed", "peer", "its MB", "MB without block rules", "with", "share of the peer's"]]
-    rows[0] += ["launches", "the peer's", "MiB kept", "the peer's"]
+    rows[0] += ["share with matmuls", "launches", "the peer's", "MiB kept", "the peer's"]
     cases = {(r["system"], r["fusion"], r["config"], r["ac"]): r for r in results if r["tokens"] == 8192}
     for (system, fusion, config, ac), ours in cases.items():
         peers = (cases.get((name, "compiler", config, ac)) for name in ("torchao", "torchtitan"))
@@ -33,9 +33,10 @@ def block_rules(results: list[dict[str, Any]]) -> list[list[str]]:
             continue
         without = cases["titanlite", "compiler", config, ac]
         share = max(ours[key] / peer[key] for key in ("mb", "sectors_mb"))
+        whole = (ours["mb"] + ours["matmuls_mb"]) / (peer["mb"] + peer["matmuls_mb"])
         moved = [f"{row['mb']:,.0f}" for row in (peer, without, ours)]
         rest = [f"{row[key]:,.0f}" for key in ("launches", "kept_mib") for row in (ours, peer)]
-        rows.append([config, ac, peer["system"], *moved, f"{share:.2f}", *rest])
+        rows.append([config, ac, peer["system"], *moved, f"{share:.2f}", f"{whole:.2f}", *rest])
     return rows
 
 

@@ -115,7 +115,7 @@ class Float8LinearConfig:
         kernels: the casts with dynamic scales on float8 units: "triton", titanlite's own kernels; "inductor", plain
             operations that the compiler makes kernels of; "auto", Triton where it is installed, but plain operations in
             compiled code if every scale is that of a whole tensor: the compiler's casts move fewer bytes there. The
-            results have the same bits, except where the compiler divides less exactly than IEEE.
+            results have the same bits, but for the last bit of the reciprocal of a scale that is no power of two.
         target: the architecture to compute for, such as "sm_90", in an estimate without that device; None: the
             device's own.
         enable_amax_init, enable_pre_and_post_forward: options of old versions of torchao, accepted without effect.
