@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from titanlite.compare.rows import Columns
+from titanlite.config.job_name import without_reason
 from titanlite.config.options import options_of
 from titanlite.config.run_config import DATA_IDENTITY, HUB, TOKENIZER, located
 from titanlite.config.schema import JobConfig
@@ -49,7 +50,7 @@ def value_of(options: dict[str, Any], name: str) -> Any:
     """Return an option of a run, its default where it is unset; None if the schema does not have it."""
     section, _, key = name.rpartition(".")
     option = options_of(JobConfig).get(section, {}).get(key)
-    return options.get(name, option.default if option else None)
+    return without_reason(name, options.get(name, option.default if option else None))
 
 
 def facts_of(folder: Path, options: dict[str, Any], metrics: Columns) -> dict[str, Any]:

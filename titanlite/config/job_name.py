@@ -66,6 +66,11 @@ def _numbered(name: str, number: int) -> str:
     return name if number == 1 else f"{name[: _LONGEST - 4]}-{number}"
 
 
+def without_reason(name: str, value: Any) -> Any:
+    """Return the value of an option; of one that says what "auto" has chosen and why, only what."""
+    return value.partition(": ")[0] if name.endswith("chosen") and isinstance(value, str) else value
+
+
 def _of_results(config: JobConfig) -> list[Option]:
     """Return the options that can change what a run computes, or how fast."""
     options = options_of(type(config))  # type: ignore[arg-type]
@@ -73,7 +78,8 @@ def _of_results(config: JobConfig) -> list[Option]:
         option
         for section, keys in options.items()
         for option in keys.values()
-        if section not in OUTSIDE | {"validation"} or option.name == "checkpoint.initial_load_path"
+        if (section not in OUTSIDE | {"validation"} and not option.key.endswith("chosen"))
+        or option.name == "checkpoint.initial_load_path"
     ]
 
 
@@ -135,7 +141,7 @@ def distinguishing_options(config: JobConfig) -> dict[str, Any]:
     """Return the options that tell runs apart, by ``section.key``: those without their default, and a few others."""
     options = options_of(type(config))  # type: ignore[arg-type]
     values = {
-        option.name: config.value(option.name)
+        option.name: without_reason(option.name, config.value(option.name))
         for section, keys in options.items()
         for option in keys.values()
         if section not in OUTSIDE and (option.name in _ALWAYS or config.value(option.name) != option.default)

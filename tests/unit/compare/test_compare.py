@@ -102,6 +102,18 @@ def test_other_options_do_compare(options: dict[str, Any], tmp_path: Path) -> No
     assert two_runs(tmp_path, options=options).reasons == {}
 
 
+def test_runs_that_chose_the_same_do_not_differ_by_its_reason(tmp_path: Path) -> None:
+    """Such as the times of the kernels that a run has chosen from."""
+    first, second = losses(0)
+    chosen = ("triton: took 1.5 ms", "triton: took 1.6 ms", "inductor: took 1.4 ms")
+    paths = [
+        write_run(tmp_path / str(i), loss, {"float8": {"kernels_chosen": choice}})
+        for i, (loss, choice) in enumerate(zip((first, second, second), chosen, strict=True))
+    ]
+    assert "float8.kernels_chosen" not in compare(paths[:2]).options
+    assert compare(paths).options["float8.kernels_chosen"] == ["triton", "triton", "inductor"]
+
+
 def test_too_few_rows_get_no_verdict(tmp_path: Path) -> None:
     comparison = compare([write_run(tmp_path / name, np.full(6, 3.0 + i)) for i, name in enumerate("ab")])
     assert comparison.verdicts["b"].startswith("No verdict")

@@ -77,6 +77,7 @@ def test_runs_of_an_edited_file_are_told_apart(texts: list[str], names: list[str
         config = load_config([f"--job.dump_folder={tmp_path}"], str(file))
         config.job.name = job_name(config, earlier=runs)
         config.training.seed = len(runs)  # a run has chosen one
+        config.float8.kernels_chosen = f"triton: took {len(runs)} ms"
         runs.append(run_config_of(config, tmp_path))
     assert [run["job"]["name"] for run in runs] == names
 
@@ -94,3 +95,9 @@ def test_distinguishing_options() -> None:
     assert options["optimizer.lr"] == 8e-4  # though it is the default
     assert "job.dump_folder" not in options
     assert "optimizer.beta2" not in options
+
+
+def test_a_choice_is_told_apart_by_what_was_chosen() -> None:
+    config = load_config([])
+    config.float8.kernels_chosen = "triton: took 1.5 ms with titanlite's, 1.6 with the compiler's"
+    assert distinguishing_options(config)["float8.kernels_chosen"] == "triton"
