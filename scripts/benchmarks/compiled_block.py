@@ -4,6 +4,7 @@
 
 Forward and backward of a block are compiled as for a GPU (:mod:`absent_gpu`), and for each case these are counted:
 
+- ``recompilations``: graphs that a second step compiles.
 - ``launches``: kernels, those of libraries included.
 - ``mb``: megabytes that all kernels but matmuls and attention read and write. What a program reads again, such as a row
   in a second pass, counts again; what several programs read counts once. ``once_mb``: without the second passes.

@@ -138,8 +138,11 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     block, compute = build(options)
     with recorder.recording() as record:
         x = torch.randn(1, options.tokens, options.dim, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+        compiled = torch.compile(compute, fullgraph=True)  # one graph, or an error
+        compiled(x).sum().backward()
+        graphs = _compiled_graphs()
         record.launches.clear()
-        out = torch.compile(compute, fullgraph=True)(x)  # one graph, or an error
+        out = compiled(x)
         kept, forward = kept_bytes(out, block), len(record.launches)
         ones = torch.ones_like(out)
         out.backward(ones)
@@ -149,6 +152,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         **{key: getattr(options, key) for key in ("system", "config", "ac", "tokens", "architecture")},
         "kernels": options.kernels if options.system == "titanlite" and options.config != "bf16" else None,
         "fusion": options.fusion if options.system == "titanlite" else "compiler",
+        "recompilations": _compiled_graphs() - graphs,
         "launches": len(record.launches),
         "once_mb": sum(launch.traffic.once for launch in casts) / 1e6,
         "mb": sum(launch.traffic.total for launch in casts) / 1e6,
@@ -159,6 +163,10 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         "seconds": round(time.perf_counter() - began, 1),
         "list": [_row(launch) for launch in record.launches],
     }
+
+
+def _compiled_graphs() -> int:
+    return int(torch._dynamo.utils.counters["stats"]["unique_graphs"])
 
 
 def _is_heavy(launch: Launch) -> bool:

@@ -65,6 +65,7 @@ def test_budget_of_the_default(tmp_path: Path) -> None:
         reached = (row[key] for key in ("launches", "mb", "sectors_mb", "kept_mib"))
         assert all(n <= limit for n, limit in zip(reached, budgets[row["config"]], strict=True)), row
         assert row["mb"] == pytest.approx(row["once_mb"], rel=1e-3)
+        assert row["recompilations"] == 0
 
 
 def test_the_result_file_reaches_the_targets() -> None:
