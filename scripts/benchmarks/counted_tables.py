@@ -125,8 +125,9 @@ def float8_memory(results: list[dict[str, Any]]) -> list[list[str]]:
 
 def fast_files(results: list[dict[str, Any]]) -> list[list[str]]:
     """Return the packaged files, each with the fast one after it."""
-    rows = [["file", "GPUs", "config", "checkpointing", "estimate, GiB"]]
+    rows = [["file", "GPUs", "config", "checkpointing", "planned, GiB", "estimated, GiB"]]
     for r in results:
         mode = r["activation_checkpoint"] + (" (auto)" if r["auto"] else "")
-        rows.append([f"`{r['file']}`", str(r["gpus"]), r["config"], mode, f"{r['estimated_gib']:.2f}"])
+        memory = [f"{r[key]:.2f}" for key in ("planned_gib", "estimated_gib")]
+        rows.append([f"`{r['file']}`", str(r["gpus"]), r["config"], mode, *memory])
     return rows
