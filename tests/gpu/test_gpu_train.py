@@ -40,6 +40,7 @@ def test_compile_and_activation_checkpointing(train: Any, mode: str, compile: st
 def test_float8_with_compile_and_activation_checkpointing(train: Any, recipe: str, mode: str) -> None:
     options = {"activation_checkpoint__mode": mode, "activation_checkpoint__selective_ac_option": "op"}
     float8 = {"model__converters": "float8", "float8__recipe_name": recipe, "training__compile": "true"}
+    float8["float8__kernels"] = "inductor"  # tests/gpu/test_gpu_float8.py has the choice by time
     plain = train(name="plain", training__steps=20)
     run = train(name="run", training__steps=20, timeout=600, **options, **float8)
     assert run.status == 0, run.output

@@ -28,7 +28,7 @@ class Float8:
     """Multiply the quantized values in float32. Without float8 units this is always done."""
     kernels: Literal["auto", "triton", "inductor"] = "auto"
     """The kernels of float8 casts: titanlite's (triton), the compiler's (inductor), or auto: in compiled blocks the
-    kind that is faster, timed as a run begins, or moves fewer bytes if it cannot be timed; elsewhere titanlite's."""
+    kind that is faster, timed as a run begins on a GPU, or else the better one by count; elsewhere titanlite's."""
     kernels_chosen: str = ""
     """Informative: what auto has timed and chosen, as config.toml of the run folder says it."""
     scaling_type_input: ScalingTypeName = "dynamic"

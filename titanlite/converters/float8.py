@@ -64,7 +64,7 @@ KINDS = {"inductor": "the compiler's kernels", "triton": "titanlite's"}
 
 
 def counted_kernels(config: Float8LinearConfig, compiled: bool, block_fusion: bool) -> tuple[Kernels, str]:
-    """Return the kernels that move fewer bytes by count (docs/performance.md), and the reason in words.
+    """Return the kernels that are better by count, of bytes and launches (docs/performance.md), and why in words.
 
     Args:
         compiled: the model is, by inductor.

@@ -22,7 +22,7 @@ class TimedOption:
     Attributes:
         name: ``section.key``. The option ``section.key_chosen`` takes the decision.
         kinds: the values to try, with what they are in words.
-        by_count: the one that moves fewer bytes by count.
+        by_count: the one that is better by count, of bytes and launches.
     """
 
     name: str

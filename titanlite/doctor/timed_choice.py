@@ -120,7 +120,7 @@ def _ask(config: JobConfig, option: TimedOption, seconds: float) -> str:
     try:
         decision = decide(option, time_in_child(config, option, seconds))
     except Exception as e:  # of a compiler or a driver, for example
-        taken = f"{option.kinds[option.by_count]} are taken, which move fewer bytes by count"
+        taken = f"{option.kinds[option.by_count]} are taken, the better ones by count"
         decision = Decision(option.by_count, "by count", f"no block could be timed ({e}); {taken}")
     if decision.warning:
         logger.warning('%s = "auto": %s', option.name, decision.warning)
