@@ -185,8 +185,8 @@ class Trainer:
         goes_on = self.runtime.rank == 0 and self.start.continues
         earlier = section_in(self.run_folder.earlier, "activation_checkpoint") if goes_on else {}
         vocab_size = self.tokenizer.vocab_size
-        self.about |= auto_checkpoint.resolve(self.config, self.runtime, vocab_size, dict(earlier))
         self.about |= timed_choice.choose(self.config, self.runtime, self.run_folder.earlier if goes_on else {})
+        self.about |= auto_checkpoint.resolve(self.config, self.runtime, vocab_size, dict(earlier))
         check_memory(self.config, self.spec, self.model_args, self.degrees, self.runtime.device)
         self.global_batch_size = global_batch_size(self.config, self.degrees.data_parallel)
         self.encoder = build_encoder(training.dataset, self.tokenizer, self.config)

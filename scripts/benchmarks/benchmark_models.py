@@ -32,7 +32,7 @@ def options(flavor: str, config: str, *, seq_len: int, batch: int, compile: bool
     ]
     if config != "bf16":
         given += ["--model.converters=float8", f"--float8.recipe_name={config}", "--float8.filter_fqns=output"]
-        # The choice by count: each run would compile and time a block with both kinds first.
+        # The choice by count with block rules: each run would compile and time a block with both kinds first.
         given += ["--float8.kernels=inductor"] if compile else []
     return given
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from titanlite.config.job_name import without_reason
 from titanlite.config.load import load_config
 from titanlite.config.options import options_of
 from titanlite.config.schema import JobConfig
@@ -32,6 +33,6 @@ def _names(config: JobConfig) -> list[str]:
 def _value(config: JobConfig, name: str) -> Any:
     """Return an option; None if the configuration does not have it, as with options of a user's own module."""
     try:
-        return config.value(name)
+        return without_reason(name, config.value(name))
     except AttributeError:
         return None

@@ -66,9 +66,14 @@ def _numbered(name: str, number: int) -> str:
     return name if number == 1 else f"{name[: _LONGEST - 4]}-{number}"
 
 
+def is_choice(name: str) -> bool:
+    """Return whether an option says what "auto" has chosen, and why."""
+    return name == "activation_checkpoint.chosen" or name.endswith("_chosen")
+
+
 def without_reason(name: str, value: Any) -> Any:
     """Return the value of an option; of one that says what "auto" has chosen and why, only what."""
-    return value.partition(": ")[0] if name.endswith("chosen") and isinstance(value, str) else value
+    return value.partition(": ")[0] if is_choice(name) and isinstance(value, str) else value
 
 
 def _of_results(config: JobConfig) -> list[Option]:
@@ -78,7 +83,7 @@ def _of_results(config: JobConfig) -> list[Option]:
         option
         for section, keys in options.items()
         for option in keys.values()
-        if (section not in OUTSIDE | {"validation"} and not option.key.endswith("chosen"))
+        if (section not in OUTSIDE | {"validation"} and not is_choice(option.name))
         or option.name == "checkpoint.initial_load_path"
     ]
 

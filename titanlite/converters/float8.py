@@ -63,8 +63,9 @@ def library_config(config: JobConfig, emulate: bool) -> Float8LinearConfig:
 KINDS = {"inductor": "the compiler's kernels", "triton": "titanlite's"}
 
 
-def counted_kernels(config: Float8LinearConfig, compiled: bool, block_fusion: bool) -> tuple[Kernels, str]:
-    """Return the kernels that are better by count, of bytes and launches (docs/performance.md), and why in words.
+def kernels_by_count(config: Float8LinearConfig, compiled: bool, block_fusion: bool) -> tuple[Kernels, str]:
+    """Return the kernels that are better by count (docs/performance.md), and why in words. Where bytes are about equal,
+    launches decide.
 
     Args:
         compiled: the model is, by inductor.
@@ -105,7 +106,7 @@ class Float8Converter:
         library = library_config(config, emulate=False)
         if not has_dynamic_scales(library):
             return None
-        by_count, _ = counted_kernels(library, True, compiling.fuses_blocks)
+        by_count, _ = kernels_by_count(library, True, compiling.fuses_blocks)
         return TimedOption("float8.kernels", KINDS, by_count)
 
     def __init__(self, config: JobConfig, mesh: Mesh) -> None:
@@ -167,7 +168,7 @@ class Float8Converter:
 
     def _choose_kernels(self) -> Kernels:
         """Return the kernels that ``kernels = "auto"`` selects, and log the reason."""
-        chosen, why = self.timed_kernels or counted_kernels(self.config, self.compiled, self.block_fusion)
+        chosen, why = self.timed_kernels or kernels_by_count(self.config, self.compiled, self.block_fusion)
         logger.info('float8.kernels = "auto": %s; %s', chosen, why)
         return chosen
 

@@ -22,7 +22,7 @@ class TimedOption:
     Attributes:
         name: ``section.key``. The option ``section.key_chosen`` takes the decision.
         kinds: the values to try, with what they are in words.
-        by_count: the one that is better by count, of bytes and launches.
+        by_count: the one that is better by the counts of bytes and launches.
     """
 
     name: str

@@ -52,7 +52,8 @@ def shallow(config: JobConfig, rate: float, device: torch.device) -> JobConfig |
 
 
 def least_depth(config: JobConfig, flavor: DecoderArgs) -> int:
-    """Return the fewest blocks that have one of each kind: with experts, and computed again."""
+    """Return the fewest blocks with which a model has all kinds of blocks: without and with experts, and with a block
+    that activation checkpointing computes again."""
     least = 1 + (flavor.mixture.n_dense_layers if flavor.mixture else 0)
     checkpointing = config.activation_checkpoint
     if checkpointing.mode == "selective" and checkpointing.selective_ac_option.isdigit():

@@ -1,22 +1,25 @@
 """Time a block of a model with each value of an option.
 
-``python -m titanlite.doctor.time_blocks FILE OPTION VALUE...``: the file has the options of a run, and the option
-belongs to the section of a number format. It prints one JSON object, a
-:class:`~titanlite.doctor.timed_choice.Timing`. It is a process of its own, so that neither a crash nor memory that it
-takes reaches the run that asks.
+``python -m titanlite.doctor.time_blocks PARENT FILE OPTION VALUE...``: the file has the options of a run, the option
+belongs to the section of a number format, and the process ends with the process ``PARENT``. It is a process of its own,
+so that neither a crash nor memory that it takes reaches the run that asks.
+
+It prints one JSON object: a :class:`~titanlite.doctor.timed_choice.Timing`; or why there is none, as "skipped" where
+there is nothing to time, and as "error" where something failed.
 """
 
 from __future__ import annotations
 
 import copy
 import json
-import os
+import math
 import sys
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from titanlite.config import JobConfig, import_custom, load_config, resolve_degrees
@@ -34,6 +37,7 @@ from titanlite.models.layers import DecoderArgs
 from titanlite.plan.estimate import ASSUMED_VOCAB_SIZE
 from titanlite.plan.lone_rank import end_with
 from titanlite.quant.convertible import name_matches
+from titanlite.quant.linear import quant_layers_by_name
 from titanlite.training.model_shape import choose_shape
 
 _SECONDS = 1.0  # of all rounds
@@ -48,11 +52,11 @@ def measure(config: JobConfig, device: torch.device, option: str, kinds: Sequenc
         kinds: the values of the option.
 
     Raises:
-        ValueError: the model is no decoder, or does not fit beside two others like it.
+        ValueError: there is nothing to time: the model is no decoder, does not fit, or has no layer in the format.
     """
     mesh = build_mesh(resolve_degrees(Parallelism(), 1), device.type)
     section, _, key = option.rpartition(".")
-    config = _of_few_blocks(config, section, mesh, device)
+    config = _of_few_blocks(config, mesh, device)
     exact = _gradients(_step(_in_high_precision(config, section), mesh, device))
     errors: dict[str, float] = {}
     steps: dict[str, Callable[[], list[Tensor]]] = {}
@@ -64,26 +68,42 @@ def measure(config: JobConfig, device: torch.device, option: str, kinds: Sequenc
     return Timing(config.model.args.n_layers or 0, time_in_turn(steps, device, _SECONDS), errors)
 
 
-def _of_few_blocks(config: JobConfig, name: str, mesh: Mesh, device: torch.device) -> JobConfig:
-    changed, section = for_one_process(config), copy.deepcopy(config.section(name))
+def _of_few_blocks(config: JobConfig, mesh: Mesh, device: torch.device) -> JobConfig:
+    """Return ``config`` for one process and the fewest blocks, with the tokens of a microbatch."""
+    changed = for_one_process(config)
     changed.model.converters = config.model.converters
-    setattr(changed, name, section)
-    changed.compile.components = ["model"]
+    changed.compile.components, changed.compile.mode = ["model"], "default"  # tuning matmuls takes minutes
     changed.training.loss_chunks = 1
+    changed.training.seq_len = config.training.seq_len // max(1, config.parallelism.context_parallel_degree)
+    if config.parallelism.pipeline_parallel_degree > 1:
+        changed.training.local_batch_size = config.parallelism.pipeline_parallel_microbatch_size
     flavor = choose_shape(changed).flavor
     if not isinstance(flavor, DecoderArgs):
-        raise ValueError(f"model.name = {config.model.name} is no decoder, whose blocks could be timed")
+        raise ValueError(f"model.name = {config.model.name} is no decoder")
     changed.model.args.n_layers = least_depth(changed, flavor)
     changed.model.args.vocab_size = ASSUMED_VOCAB_SIZE  # the output projection is not of interest
     if not has_room(changed, changed.model.args.n_layers, device):
-        raise ValueError("a block takes too much of the device's memory to be timed")
+        raise ValueError("a block takes too much of the device's memory")
     names = [kind.name.replace("*", "0") for kind in linear_kinds(changed, mesh, None)]
-    section.filter_fqns = [  # those that name layers of other blocks would match none, which is an error
-        entry
-        for entry in section.filter_fqns
-        if entry == AUTO_FILTER or any(name_matches(entry, name) for name in names)
-    ]
+    for converter in changed.model.converters:
+        section: Any = copy.deepcopy(getattr(config, converter, None))
+        if section is None:
+            continue
+        setattr(changed, converter, section)
+        section.filter_fqns = [
+            entry
+            for entry in section.filter_fqns
+            if entry == AUTO_FILTER or (not _names_a_block(entry) and any(name_matches(entry, n) for n in names))
+        ]
+        if getattr(section, "moe_fqns", None):
+            section.moe_fqns = [entry for entry in section.moe_fqns if not _names_a_block(entry)]
     return changed
+
+
+def _names_a_block(entry: str) -> bool:
+    """Return whether a filter names a block by its number. Such a filter is left out: often the first and the last
+    block are left in high precision, and the others are of interest."""
+    return any(part.isdigit() for part in entry.split("."))
 
 
 def _in_high_precision(config: JobConfig, converter: str) -> JobConfig:
@@ -95,16 +115,19 @@ def _in_high_precision(config: JobConfig, converter: str) -> JobConfig:
 
 
 def _step(config: JobConfig, mesh: Mesh, device: torch.device) -> Callable[[], list[Tensor]]:
-    """Return a function that runs forward and backward, and returns the gradients; the same weights and tokens for each
-    configuration."""
+    """Return a function that runs forward and backward, and returns the gradients of the blocks' matrices. Weights and
+    tokens are the same for each configuration."""
     torch.manual_seed(0)
     built, runner, batch = built_step(config, mesh, device, config.training.local_batch_size)
-    parameters: list[nn.Parameter] = built.parameters()
+    (model,) = built.parts
+    if config.training.compile and not any("layers." in name for name in quant_layers_by_name(model)):
+        raise ValueError("no linear layer of a block is in the format")
+    matrices = [p for name, p in built.named_parameters() if "layers." in name and p.ndim > 1]
 
     def step() -> list[Tensor]:
         runner.forward_backward(batch)
-        gradients = [p.grad for p in parameters if p.grad is not None]
-        for parameter in parameters:
+        gradients = [p.grad for p in matrices if p.grad is not None]
+        for parameter in built.parameters():
             parameter.grad = None
         return gradients
 
@@ -116,26 +139,37 @@ def _gradients(step: Callable[[], list[Tensor]]) -> list[Tensor]:
 
 
 def _distance(gradients: list[Tensor], exact: list[Tensor]) -> float:
-    """Return the largest distance of a gradient, over the norm of the exact one; those of zeros, of experts without
-    tokens, are left out."""
+    """Return the distance of each gradient over the norm of the exact one, as the root of the mean of the squares.
+    Gradients of zeros, such as those of experts without tokens, are left out."""
     norms = [(float((a.double() - b).norm()), float(b.double().norm())) for a, b in zip(gradients, exact, strict=True)]
-    return float(torch.tensor([distance / norm for distance, norm in norms if norm]).max())
+    ratios = [distance / norm for distance, norm in norms if norm]
+    return math.sqrt(sum(ratio**2 for ratio in ratios) / len(ratios))
 
 
-def main() -> int:
-    end_with(os.getppid())
-    config = load_config([], sys.argv[1])
-    import_custom(config)
-    device, _ = find_device()
-    store = dist.HashStore()  # type: ignore[attr-defined]
-    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, store=store, rank=0, world_size=1)
-    with preferred_kernels(device):
-        timing = measure(config, device, sys.argv[2], sys.argv[3:])
-    dist.destroy_process_group()
-    print(json.dumps(timing._asdict()), flush=True)
+def main(argv: Sequence[str]) -> int:
+    parent, file, option, *kinds = argv
+    end_with(int(parent))
+    try:
+        print(json.dumps(_timing(load_config([], file), option, kinds)._asdict()), flush=True)
+    except ValueError as e:
+        print(json.dumps({"skipped": str(e)}), flush=True)
+    except Exception as e:  # of a compiler or a driver, for example
+        print(json.dumps({"error": f"{type(e).__name__}: {' '.join(str(e).split())[:300]}"}), flush=True)
     return 0
 
 
+def _timing(config: JobConfig, option: str, kinds: Sequence[str]) -> Timing:
+    import_custom(config)
+    device, remark = find_device()
+    if device.type != "cuda":
+        raise RuntimeError(remark or "there is no GPU")
+    dist.init_process_group("cpu:gloo,cuda:nccl", store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
+    try:
+        with preferred_kernels(device):
+            return measure(config, device, option, kinds)
+    finally:
+        dist.destroy_process_group()
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

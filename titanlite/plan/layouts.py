@@ -15,7 +15,7 @@ from titanlite.metrics.flops import flops_per_token
 from titanlite.plan.auto_checkpoint import MODES, Mode
 from titanlite.plan.devices import Device
 from titanlite.plan.layout_memory import ROOM, LayoutMemory, reserved_gib
-from titanlite.plan.refusals import PlannedModel
+from titanlite.plan.refusals import PlannedModel, check_by_building
 from titanlite.plan.time import Parts, mfu, step_time
 from titanlite.plan.work import Work, work_of
 
@@ -102,11 +102,11 @@ def make_plan(config: JobConfig, model: PlannedModel, device: Device, devices: i
         smallest = {**options, **_smallest(options)}
         try:
             model.check(changed(scratch, smallest), devices)
+            even = work_of(scratch, model.args, devices).has_even_rows
         except ConfigError:
             plan.tried += 1
             plan.refused += 1
             continue
-        even = work_of(changed(scratch, smallest), model.args, devices).has_even_rows
         for batch, alternatives in itertools.product(batches(config, options), recipes(config, device)):
             recipe = alternatives[0] if even else alternatives[-1]
             candidates += _variants(plan, scratch, {**options, **batch, **recipe})
@@ -118,6 +118,8 @@ def make_plan(config: JobConfig, model: PlannedModel, device: Device, devices: i
             break
         try:
             model.check(changed(copy.deepcopy(config), layout.options), devices)
+            if layout.work.gathers_uneven_rows:
+                check_by_building(layout.apply(config), devices)
         except ConfigError:
             plan.refused += 1
             continue
@@ -227,6 +229,9 @@ def _variants(plan: Plan, scratch: JobConfig, options: Options) -> Iterator[Layo
                 layout = Layout(every, work, reserved_gib(work), plan.device)
             except ConfigError:  # a global batch that does not divide, or more stages than blocks
                 plan.refused += 1
+                continue
+            if work.gathers_uneven_rows and work.cost is not None and set(work.cost.filter_fqns) <= {"output"}:
+                plan.refused += 1  # as when it is built, which takes seconds
                 continue
             yield layout
             if layout.fits:

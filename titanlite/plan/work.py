@@ -202,6 +202,12 @@ class Work:
         return all(linear.n % shards == 0 for linear in self.linears if not linear.experts)
 
     @property
+    def gathers_uneven_rows(self) -> bool:
+        """Whether shards with different numbers of rows are gathered with scales of rows, which the trainer refuses,
+        unless ``filter_fqns`` leaves out the layers that have them."""
+        return self.cost is not None and self.cost.gathers_weights and self.cost.row_scales and not self.has_even_rows
+
+    @property
     def mixed(self) -> float:
         """The share of blocks that have experts."""
         m = self.args.mixture

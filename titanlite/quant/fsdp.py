@@ -21,7 +21,6 @@ from torch.utils._pytree import tree_map_only
 
 from titanlite.quant.format import WEIGHT, Format, Operand
 from titanlite.quant.gather import GathersQuantized
-from titanlite.quant.gathered_casts import use_cast_in_backward
 from titanlite.quant.reuse import optimizer_steps
 from titanlite.quant.stored import StoredWeight, stored_weight
 from titanlite.quant.tensor import QuantTensor
@@ -214,6 +213,8 @@ def wrapped_for_gather(param: nn.Parameter, format: Format, *, tensor_parallel: 
     local = _local(param)
     sharded = tensor_parallel and isinstance(param, DTensor) and isinstance(param.placements[0], Shard)
     if not isinstance(local, (ShardedWeight, StoredWeight, QuantTensor)):
+        from titanlite.quant.gathered_casts import use_cast_in_backward  # loads the compiler
+
         use_cast_in_backward()  # for what may be compiled later
         if format.stores_weights:
             split = sharded and param.placements[0] == Shard(1)  # type: ignore[attr-defined]

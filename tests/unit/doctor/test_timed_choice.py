@@ -131,12 +131,18 @@ def test_a_kernel_that_is_wrong_is_noticed(native: None) -> None:
 
 
 @pytest.mark.slow
-def test_a_failure_is_a_warning(caplog: pytest.LogCaptureFixture) -> None:
-    """On a machine without float8 units the child process is refused."""
+def test_a_failure_is_a_warning(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the child process, which has no GPU here."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     with caplog.at_level(logging.WARNING):
         assert timed_choice._ask(config_of(), BY_COUNT["triton"], 100.0) == "triton: by count"
-    assert "no block could be timed (status" in caplog.text
-    assert "has no float8 units" in caplog.text
+    assert "no block could be timed (RuntimeError: there is no GPU)" in caplog.text
+
+
+def test_where_no_layer_of_a_block_is_converted_there_is_nothing_to_time(native: None) -> None:
+    config = config_of("--float8.filter_fqns=attention,feed_forward")
+    with pytest.raises(ValueError, match="no linear layer of a block"):
+        time_blocks.measure(config, torch.device("cpu"), KERNELS, [*KINDS])
 
 
 def test_too_little_time_is_a_warning(caplog: pytest.LogCaptureFixture) -> None:
@@ -145,9 +151,11 @@ def test_too_little_time_is_a_warning(caplog: pytest.LogCaptureFixture) -> None:
     assert "no block could be timed (0 s were not enough)" in caplog.text
 
 
-def choose_on_ranks(earlier: dict[str, Any]) -> tuple[str, str]:
-    """What a rank takes, and shows. Rank 0 alone times anything."""
-    runtime, config = start_runtime(Comm()), config_of()
+def choose_on_ranks(earlier: dict[str, Any], *options: str) -> tuple[str, str]:
+    """What a rank takes, and shows. Rank 0 alone knows an earlier run, and times anything."""
+    runtime, config = start_runtime(Comm()), config_of(*options)
+    config.float8.kernels_chosen = "inductor: in another start"
+    earlier = earlier if runtime.rank == 0 else {}
     timed_choice.options_to_time = lambda config, device: [BY_COUNT["inductor"]]  # type: ignore[assignment]
     seconds = {"inductor": [1.2] * 3, "triton": [1.0] * 3}
 
@@ -158,7 +166,7 @@ def choose_on_ranks(earlier: dict[str, Any]) -> tuple[str, str]:
     timed_choice.time_in_child = timing
     header = choose(config, runtime, earlier)
     dist.destroy_process_group()
-    return config.float8.kernels_chosen, header[KERNELS]
+    return config.float8.kernels_chosen, header.get(KERNELS, "")
 
 
 def test_all_ranks_take_the_choice_of_the_first(tmp_path: Path) -> None:
@@ -166,6 +174,31 @@ def test_all_ranks_take_the_choice_of_the_first(tmp_path: Path) -> None:
     assert ranks[0] == ranks[1]
     assert ranks[0][0] == ranks[0][1]
     assert ranks[0][0].startswith("triton: forward and backward of 1 block took 1200.00 ms with the compiler's kernels")
+
+
+@pytest.mark.parametrize("options", [[], ["--training.deterministic"]])
+def test_all_ranks_keep_the_choice_of_the_run(tmp_path: Path, options: list[str]) -> None:
+    before = {"float8": {"recipe_name": "rowwise", "kernels_chosen": "triton: then"}, "compile": {"block_fusion": True}}
+    ranks = on_ranks(2, tmp_path / "two", environment(), choose_on_ranks, before, *options)
+    assert ranks == [["triton: then", "triton: then"]] * 2
+
+
+def test_deterministic_runs_go_by_count(tmp_path: Path) -> None:
+    assert on_ranks(1, tmp_path / "one", environment(), choose_on_ranks, {}, "--training.deterministic") == [["", ""]]
+
+
+def test_a_compiled_run_on_a_gpu_has_a_choice(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(converter, "architecture", lambda device: "sm_90")
+    gpu = torch.device("cuda")
+
+    def kind(*options: str) -> str | None:
+        choices = options_to_time(config_of("--compile.backend=inductor", *options), gpu)
+        return choices[0].by_count if choices else None
+
+    assert kind() == "inductor"
+    assert kind("--compile.no-block_fusion") == "triton"
+    for option in ("--float8.kernels=triton", "--float8.emulate", "--training.no-compile", "--compile.backend=eager"):
+        assert kind(option) is None
 
 
 @pytest.mark.parametrize(
@@ -177,6 +210,11 @@ def test_a_run_that_goes_on_keeps_its_choice(recipe: str, fusion: bool, kept: bo
         "compile": {"block_fusion": fusion},
     }
     assert timed_choice._kept(config_of(), BY_COUNT["triton"], before) == ("inductor: as before" if kept else "")
+
+
+def test_a_run_of_an_older_titanlite_stays_with_the_count() -> None:
+    before = {"float8": {"recipe_name": "rowwise"}, "compile": {"block_fusion": True}}
+    assert timed_choice._kept(config_of(), BY_COUNT["inductor"], before) == "inductor: by count, as before"
 
 
 def test_the_converter_takes_what_was_chosen(native: None) -> None:

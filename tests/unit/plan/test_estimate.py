@@ -303,8 +303,10 @@ def test_the_kernels_of_an_estimate_are_those_of_a_compiled_run() -> None:
     """Those that auto takes by count. Own kernels would keep less here."""
     options = {"training__compile": "true", "training__seq_len": "512", "model__args__n_layers": "2"}
     options |= {"model__converters": "float8", "float8__recipe_name": "rowwise_with_gw_hp"}
-    kept = {kernels: estimated(1, float8__kernels=kernels, **options).peak for kernels in ("auto", "inductor")}
-    assert kept["auto"] == kept["inductor"]
+    peak = {
+        kernels: estimated(1, float8__kernels=kernels, **options).peak for kernels in ("auto", "inductor", "triton")
+    }
+    assert peak["auto"] == peak["inductor"] > peak["triton"]
 
 
 def test_the_ways_of_the_cpu_are_not_those_of_gpus() -> None:

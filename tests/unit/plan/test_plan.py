@@ -476,6 +476,14 @@ def test_rowwise_is_gathered_in_float8_where_shards_are_even() -> None:
     assert gathers.keys() == {True, False}
 
 
+def test_uneven_shards_are_not_planned_to_be_gathered_with_scales_of_rows() -> None:
+    options = ["--model.converters=float8", "--float8.recipe_name=rowwise", "--float8.enable_fsdp_float8_all_gather"]
+    config = load_config([*options, "--float8.filter_fqns=output", *_LONG], "llama3_8b")
+    plan = plan_for(config, "h100", 24, fixed=False, top=50)
+    assert plan.layouts
+    assert all(layout.work.has_even_rows for layout in plan.layouts)
+
+
 def test_a_layer_that_is_left_out_may_have_uneven_shards() -> None:
     """As the trainer has it, whose refusal names the layers to leave out: 12 shards of wk and wv are uneven here."""
     sizes = ["dim=6144", "n_heads=48", "n_kv_heads=8", "ffn_dim=18432"]
