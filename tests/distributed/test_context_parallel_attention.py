@@ -56,6 +56,7 @@ SHAPES = [(batch, kv_heads) for batch in BATCHES for kv_heads in KV_HEADS]
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 8])
+@pytest.mark.slow
 def test_each_position_once_and_equal_work(size: int) -> None:
     positions = [load_balanced_positions(48, rank, size) for rank in range(size)]
     assert torch.cat(positions).sort().values.tolist() == list(range(48))
@@ -66,11 +67,13 @@ def test_each_position_once_and_equal_work(size: int) -> None:
         assert p.tolist() == sorted(p.tolist())  # causal attention within a shard needs no mask of its own
 
 
+@pytest.mark.slow
 def test_which_positions() -> None:
     assert [load_balanced_positions(8, rank, 2).tolist() for rank in (0, 1)] == [[0, 1, 6, 7], [2, 3, 4, 5]]
 
 
 @each_size
+@pytest.mark.slow
 def test_shards_are_those_positions(ranks: Any, size: int) -> None:
     for number, rank in enumerate(ranks):
         place, positions, tokens = rank["shards"][str(size)]
@@ -86,6 +89,7 @@ def test_shards_are_those_positions(ranks: Any, size: int) -> None:
 @each_dtype
 @each_method
 @each_size
+@pytest.mark.slow
 def test_as_exact_as_one_process(ranks: Any, size: int, method: str, dtype: str, batch: int, kv_heads: int) -> None:
     for rank in ranks:
         report = rank["parity"][f"{size}/{method}/{dtype}/{batch}/{kv_heads}"]
@@ -101,6 +105,7 @@ def test_as_exact_as_one_process(ranks: Any, size: int, method: str, dtype: str,
 @pytest.mark.parametrize(("batch", "kv_heads"), SHAPES)
 @each_dtype
 @each_size
+@pytest.mark.slow
 def test_methods_agree(ranks: Any, size: int, dtype: str, batch: int, kv_heads: int) -> None:
     for rank in ranks:
         one, other = (rank["parity"][f"{size}/{method}/{dtype}/{batch}/{kv_heads}"] for method in METHODS)
@@ -111,6 +116,7 @@ def test_methods_agree(ranks: Any, size: int, dtype: str, batch: int, kv_heads: 
 
 @each_method
 @each_size
+@pytest.mark.slow
 def test_large_scores(ranks: Any, size: int, method: str) -> None:
     for rank in ranks:
         errors = rank["large"][f"{size}/{method}"]
@@ -120,6 +126,7 @@ def test_large_scores(ranks: Any, size: int, method: str) -> None:
 
 @each_method
 @each_size
+@pytest.mark.slow
 def test_without_some_gradients(ranks: Any, size: int, method: str) -> None:
     for rank in ranks:
         assert rank["partly"][f"{size}/{method}"]
@@ -132,6 +139,7 @@ def test_without_some_gradients(ranks: Any, size: int, method: str) -> None:
 @each_dtype
 @each_method
 @each_size
+@pytest.mark.slow
 def test_communication(ranks: Any, size: int, method: str, dtype: str, batch: int, kv_heads: int) -> None:
     elements = 2 * batch * kv_heads * SEQ_LEN // size * HEAD_DIM  # of a shard, K and V
     shard, grads = elements * DTYPES[dtype].itemsize, elements * 4
@@ -153,6 +161,7 @@ def test_communication(ranks: Any, size: int, method: str, dtype: str, batch: in
 
 @each_method
 @each_size
+@pytest.mark.slow
 def test_checkpointed_to_the_bit(ranks: Any, size: int, method: str) -> None:
     for rank in ranks:
         matches = rank["checkpointed"][f"{size}/{method}"]
@@ -160,6 +169,7 @@ def test_checkpointed_to_the_bit(ranks: Any, size: int, method: str) -> None:
 
 
 @each_method
+@pytest.mark.slow
 def test_compiled(ranks: Any, method: str) -> None:
     for number, rank in enumerate(ranks):
         frames = 1 if number in (1, 2) else 0  # layers and steps share their code
@@ -175,6 +185,7 @@ def mesh() -> Iterator[DeviceMesh]:
 
 
 @pytest.mark.parametrize("size", [8, 24])
+@pytest.mark.slow
 def test_heads_of_values_have_a_size_of_their_own(size: int) -> None:
     """As in latent attention, smaller or larger than those of keys; on one process, which has the whole sequence."""
     dist.init_process_group("fake", rank=0, world_size=1, store=FakeStore())
@@ -196,6 +207,7 @@ def shard(dtype: torch.dtype = torch.float32, heads: int = HEADS, head_dim: int 
 
 
 @each_method
+@pytest.mark.slow
 def test_compiled_code_keeps_its_own_shard_only(mesh: DeviceMesh, method: str) -> None:
     """Inductor's way to divide the graph must not keep for backward what other ranks sent in forward."""
     graphs: list[torch.fx.GraphModule] = []
@@ -227,6 +239,7 @@ def test_compiled_code_keeps_its_own_shard_only(mesh: DeviceMesh, method: str) -
 
 
 @pytest.mark.parametrize(("queries", "keys", "causal"), [(8, 8, True), (8, 4, False), (4, 8, False)])
+@pytest.mark.slow
 def test_cuda_kernels_are_called_rightly(queries: int, keys: int, causal: bool) -> None:
     # On the meta device, which takes the same path, and torch's own description of the kernels.
     given = []
@@ -262,6 +275,7 @@ def test_cuda_kernels_are_called_rightly(queries: int, keys: int, causal: bool) 
         (torch.bfloat16, 264, "head_dim 264 on cuda"),
     ],
 )
+@pytest.mark.slow
 def test_cuda_refuses(mesh: DeviceMesh, dtype: torch.dtype, head_dim: int, message: str) -> None:
     with FakeTensorMode(), pytest.raises(ValueError, match=message):
         ContextParallel(mesh).attention(*(shard(dtype, head_dim=head_dim, device="cuda") for _ in range(3)))
@@ -281,21 +295,25 @@ def test_cuda_refuses(mesh: DeviceMesh, dtype: torch.dtype, head_dim: int, messa
         ((1, 4, 8, 16), (1, 4, 8, 8), (1, 4, 8, 8)),
     ],
 )
+@pytest.mark.slow
 def test_refuses_shapes(q: Any, k: Any, v: Any) -> None:
     with pytest.raises(ValueError, match=r"q \(\d, 4, .*: must be \[batch, heads, local_seq, head_dim\]"):
         ring_attention(*(torch.zeros(shape) for shape in (q, k, v)), group_name="", rank=0, size=1)
 
 
+@pytest.mark.slow
 def test_refuses_other_devices() -> None:
     with pytest.raises(ValueError, match="on meta: there are kernels for cpu and cuda only"):
         ring_attention(*[torch.zeros(1, 1, 2, 8, device="meta")] * 3, group_name="", rank=0, size=1)
 
 
+@pytest.mark.slow
 def test_refuses_lengths() -> None:
     with pytest.raises(ValueError, match="a sequence of 36 tokens cannot be cut into 8 chunks for 4 ranks: must be a "):
         load_balanced_positions(36, 0, 4)
 
 
+@pytest.mark.slow
 def test_refuses_methods_and_meshes(mesh: DeviceMesh) -> None:
     with pytest.raises(ValueError, match='by "ring": must be one of allgather, alltoall'):
         ContextParallel(mesh, "ring")

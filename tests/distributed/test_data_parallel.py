@@ -66,6 +66,7 @@ def test_two_processes_train_as_one_with_double_the_batch(train: Any) -> None:
     assert two.losses() == pytest.approx(one.losses(), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_two_replicas_of_one_shard_sum_the_gradients_of_their_microbatches(train: Any) -> None:
     """Each reduction has one shard, and nothing to copy."""
     common = {
@@ -102,6 +103,7 @@ def test_accumulated_microbatches_train_as_one_batch(train: Any) -> None:
 
 
 @pytest.mark.parametrize("reshard", ["always", "never"])
+@pytest.mark.slow
 def test_resharding_after_forward_changes_no_loss(train: Any, reshard: str) -> None:
     default = train(2, name="default", **LITTLE)
     other = train(2, name=reshard, **LITTLE, parallelism__fsdp_reshard_after_forward=reshard)

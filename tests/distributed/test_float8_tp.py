@@ -67,6 +67,7 @@ each_recipe = pytest.mark.parametrize("recipe", RECIPES)
 
 
 @each_pair
+@pytest.mark.slow
 def test_as_exact_as_one_process(two: Any, case: str, recipe: str) -> None:
     """Signal to quantization noise, in decibels, of the output and all gradients against float32. A gradient or bias
     that is summed twice, or not at all, is at 6 dB or below."""
@@ -83,6 +84,7 @@ def test_as_exact_as_one_process(two: Any, case: str, recipe: str) -> None:
 
 
 @each_recipe
+@pytest.mark.slow
 def test_under_autocast(two: Any, recipe: str) -> None:
     for rank in two:
         report = rank["autocast"][recipe]
@@ -91,6 +93,7 @@ def test_under_autocast(two: Any, recipe: str) -> None:
             assert decibels > 45, name  # measured: from 48.6 on
 
 
+@pytest.mark.slow
 def test_layers_that_follow_another(two: Any) -> None:
     """Of layers that cast their input differently, all take it as the named one does: here by rows."""
     for rank in two:
@@ -102,18 +105,21 @@ def test_layers_that_follow_another(two: Any) -> None:
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @each_recipe
+@pytest.mark.slow
 def test_what_is_not_finite_stays_so(two: Any, recipe: str, value: float) -> None:
     for rank in two:
         assert rank["poisoned"][f"{recipe}/{value}"] == {"forward": True, "backward": True}
 
 
 @each_recipe
+@pytest.mark.slow
 def test_same_bits(two: Any, recipe: str) -> None:
     """With activation checkpointing, full and per operator, all that is computed; in inference the output."""
     for rank in two:
         assert rank["same"][recipe] == {"full": True, "op": True, "inference": True}
 
 
+@pytest.mark.slow
 def test_weights_are_those_of_the_first_rank(two: Any) -> None:
     for rank in two:
         assert rank["broadcast"] == {"false": True, "true": True}
@@ -161,6 +167,7 @@ def expected_traffic(case: str, recipe: str) -> dict[str, list[Any]]:
 
 
 @pytest.mark.parametrize(("case", "recipe"), [pair for pair in PAIRS if pair[0] not in STOCK])
+@pytest.mark.slow
 def test_communication(two: Any, case: str, recipe: str) -> None:
     for rank in two:
         traffic = rank["traffic"][f"{case}/{recipe}"]
@@ -168,6 +175,7 @@ def test_communication(two: Any, case: str, recipe: str) -> None:
 
 
 @each_recipe
+@pytest.mark.slow
 def test_what_is_gathered_together_is_cast_together(two: Any, recipe: str) -> None:
     """Casts to float8 in the forward, weights not counted: of the input by each rank before it is gathered and, with
     scales of rows, for grad_weight after it; of the input of w2 likewise."""
@@ -176,6 +184,7 @@ def test_what_is_gathered_together_is_cast_together(two: Any, recipe: str) -> No
 
 
 @pytest.mark.parametrize("recipe", [*RECIPES, POWER_OF_2])
+@pytest.mark.slow
 def test_what_arrives(two: Any, recipe: str) -> None:
     """To the bit the cast of the whole input, or gradient, by one process."""
     for rank in two:
@@ -200,6 +209,7 @@ def check_compiled(report: dict[str, Any], rel: float) -> None:
     assert report["frames"] == [1] * STEPS
 
 
+@pytest.mark.slow
 def test_compiled(two: Any) -> None:
     for rank in two:
         check_compiled(rank["compiled"]["tensorwise"], rel=1e-5)  # measured: the same
@@ -310,6 +320,7 @@ WHOLE, ROWS = CastConfig(), CastConfig(scaling_granularity=ScalingGranularity.AX
     ids=lambda casts: "-".join(cast.short_str() for cast in casts),
 )
 @pytest.mark.parametrize("style", [Float8ColwiseParallel(), Float8RowwiseParallel()], ids=["column", "row"])
+@pytest.mark.slow
 def test_each_cast_of_a_weight_has_scales_of_its_own(
     mesh: DeviceMesh, style: ParallelStyle, casts: tuple[CastConfig, CastConfig], power_of_2: bool
 ) -> None:
@@ -345,6 +356,7 @@ def test_each_cast_of_a_weight_has_scales_of_its_own(
 
 
 @pytest.mark.parametrize("style", [Float8ColwiseParallel(), Float8RowwiseParallel()], ids=["column", "row"])
+@pytest.mark.slow
 def test_refuses_other_layers(mesh: DeviceMesh, style: ParallelStyle) -> None:
     name = type(style).__name__
     message = f"{name} on a Linear: is for quantized layers; convert the layer, or use the style of torch"
@@ -360,6 +372,7 @@ def test_refuses_other_layers(mesh: DeviceMesh, style: ParallelStyle) -> None:
     ],
     ids=["column", "row"],
 )
+@pytest.mark.slow
 def test_refuses_small_shards(mesh: DeviceMesh, style: ParallelStyle, layer: Any, shape: str) -> None:
     with pytest.raises(ValueError, match=f"weight of shape {shape}: float8 matmuls need a multiple of 16 on each"):
         parallelize_module(linear(*layer), mesh, style)
@@ -379,6 +392,7 @@ def test_refuses_small_shards(mesh: DeviceMesh, style: ParallelStyle, layer: Any
         ),
     ],
 )
+@pytest.mark.slow
 def test_refuses_layouts(make: Any, layouts: Any, message: str) -> None:
     with pytest.raises(ValueError, match=f"{make.__name__}.*{message}"):
         make(**layouts)
@@ -389,12 +403,14 @@ def test_refuses_layouts(make: Any, layouts: Any, message: str) -> None:
     [(Float8ColwiseParallel(input_layouts=Shard(-1)), DIM), (Float8RowwiseParallel(output_layouts=Shard(2)), DIM // 2)],
     ids=["column", "row"],
 )
+@pytest.mark.slow
 def test_refuses_to_share_features(mesh: DeviceMesh, style: ParallelStyle, features: int) -> None:
     layer = parallelize_module(linear(), mesh, style)
     with pytest.raises(ValueError, match=r"of a tensor of shape \(2, 32, 64\) shards its features; must be another"):
         layer(data(features=features))
 
 
+@pytest.mark.slow
 def test_refuses_uneven_shares(mesh: DeviceMesh) -> None:
     column = parallelize_module(linear(), mesh, Float8ColwiseParallel())
     with pytest.raises(ValueError, match=r"dimension 1 of \(2, 3, 64\) is not sharded evenly"):
@@ -404,12 +420,14 @@ def test_refuses_uneven_shares(mesh: DeviceMesh) -> None:
         row(data(tokens=3, features=DIM // 2))
 
 
+@pytest.mark.slow
 def test_refuses_other_arguments(mesh: DeviceMesh) -> None:
     module = prepare(nn.Sequential(linear()), mesh)
     with pytest.raises(ValueError, match="was given 2 positional arguments, input_layouts has 1"):
         module(data(), data())
 
 
+@pytest.mark.slow
 def test_refuses_modules_to_prepare(mesh: DeviceMesh) -> None:
     with pytest.raises(ValueError, match="the module has no quantized layer; use PrepareModuleInput"):
         prepare(FeedForward(), mesh)
@@ -423,6 +441,7 @@ def test_refuses_modules_to_prepare(mesh: DeviceMesh) -> None:
 
 
 @pytest.mark.parametrize("style", [None, ColwiseParallel()], ids=["plain", "stock style"])
+@pytest.mark.slow
 def test_what_arrives_in_float8_is_for_float8_layers(mesh: DeviceMesh, style: ParallelStyle | None) -> None:
     module = FeedForward()
     convert_to_float8_training(module, config=recipe_config("tensorwise"), module_filter_fn=lambda _, n: n != "w1")
@@ -433,6 +452,7 @@ def test_what_arrives_in_float8_is_for_float8_layers(mesh: DeviceMesh, style: Pa
         module(data())
 
 
+@pytest.mark.slow
 def test_a_weight_and_its_input_are_both_dtensors(mesh: DeviceMesh) -> None:
     sharded = linear()
     sharded.register_parameter("weight", nn.Parameter(distribute_tensor(sharded.weight.detach(), mesh, (Shard(0),))))
@@ -443,6 +463,7 @@ def test_a_weight_and_its_input_are_both_dtensors(mesh: DeviceMesh) -> None:
 
 
 @pytest.mark.parametrize("style", [ColwiseParallel(), RowwiseParallel()], ids=["column", "row"])
+@pytest.mark.slow
 def test_small_shards_of_torchs_styles_are_refused(mesh: DeviceMesh, style: ParallelStyle) -> None:
     layer = parallelize_module(linear(48, 48), mesh, style)
     features = 48 if isinstance(style, ColwiseParallel) else 24

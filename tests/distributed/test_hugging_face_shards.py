@@ -48,10 +48,12 @@ def ranks(folders: Path) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("name", CASES)
+@pytest.mark.slow
 def test_each_process_reads_its_own_slices(ranks: list[dict[str, Any]], name: str) -> None:
     assert [rank[name] for rank in ranks] == [[]] * PROCESSES
 
 
+@pytest.mark.slow
 def test_the_disk_delivers_each_file_once_to_all_processes(ranks: list[dict[str, Any]], folders: Path) -> None:
     """Where a file system is in memory, it delivers nothing."""
     page = os.sysconf("SC_PAGE_SIZE")

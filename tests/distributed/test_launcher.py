@@ -149,6 +149,7 @@ def test_a_signal_during_start_up_ends_the_run_in_order(started: Any, ngpu: int,
 @pytest.mark.parametrize(
     ("ngpu", "number"), [(1, signal.SIGINT), pytest.param(2, signal.SIGTERM, marks=pytest.mark.long)]
 )
+@pytest.mark.slow
 def test_a_run_survives_the_terminal_keeps_its_folder_and_ends_in_order(
     started: Any, ngpu: int, number: signal.Signals
 ) -> None:

@@ -180,6 +180,7 @@ def masked(tmp_path_factory: pytest.TempPathFactory) -> Reports:
 
 
 @pytest.mark.parametrize("way", MASKED)
+@pytest.mark.slow
 def test_the_loss_is_the_mean_over_the_labels_that_are_scored(masked: Reports, way: str) -> None:
     one = masked[ONE]
     assert column(one, "loss")[0] == pytest.approx(one[0]["by hand"], rel=1e-6)

@@ -19,6 +19,7 @@ def raised(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
 
 
 @pytest.mark.parametrize("name", CHECKS)
+@pytest.mark.slow
 def test_it_holds_on_all_processes(raised: list[dict[str, str]], name: str) -> None:
     said = [rank.get(name, "did not end, or never began") for rank in raised]
     failures = [f"rank {i}: {failure}" for i, failure in enumerate(said) if failure]

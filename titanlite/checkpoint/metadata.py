@@ -33,7 +33,7 @@ _KINDS = {
     *(f"{_DCP}.{name}" for name in ("Metadata", "MetadataIndex", "StorageMeta", "TensorProperties")),
     *(f"{_DCP}.{name}" for name in ("TensorStorageMetadata", "BytesStorageMetadata", "ChunkStorageMetadata")),
     f"{_DCP}._MEM_FORMAT_ENCODING",
-    # The first releases of Python 3.11 (Debian 12 has 3.11.2) name members of an Enum so; before protocol 3 as Python 2.
+    # Early releases of Python 3.11 (Debian 12 has 3.11.2) name members of an Enum so; the second in protocol 2.
     *("builtins.getattr", "__builtin__.getattr"),
     _STORAGE,
     *("torch.Size", "torch.serialization._get_layout"),

@@ -10,6 +10,7 @@ import pytest
 import results
 
 
+@pytest.mark.slow
 def test_results_of_other_benchmarks_are_no_change_of_what_is_measured(tmp_path: Path) -> None:
     script = tmp_path / "scripts" / "benchmarks" / "results.py"
     table = tmp_path / "docs" / "benchmarks" / "table.json"

@@ -395,6 +395,7 @@ def test_a_signal_during_a_save_ends_with_that_one(started: Any, tmp_path: Path,
     assert run.output().count("saved in") == len(saved_) <= 2
 
 
+@pytest.mark.slow
 def test_a_signal_during_a_validation_ends_it(started: Any, tmp_path: Path) -> None:
     run = started(1, **checkpoints(100000), validation__enable="true", validation__interval=2, validation__steps=2000)
     run.wait_for("step:  2")
@@ -405,6 +406,7 @@ def test_a_signal_during_a_validation_ends_it(started: Any, tmp_path: Path) -> N
     assert [path.name for path in (run.folder / "checkpoint").iterdir()] == ["step-2"]
 
 
+@pytest.mark.slow
 def test_the_run_goes_on_when_a_save_fails(started: Any, tmp_path: Path) -> None:
     run = started(1, **checkpoints(3), metrics__log_freq=1)
     run.wait_for("/checkpoint/step-3 saved in")

@@ -80,6 +80,7 @@ def weights(trained: Run) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("flat", [True, False])
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+@pytest.mark.slow
 def test_a_run_begins_with_its_weights(trained: Run, weights: dict[str, Tensor], tmp_path: Path, flat: bool) -> None:
     marker = tmp_path / "marker"
     write(tmp_path / "theirs" / "step-7", weights, flat, marker)

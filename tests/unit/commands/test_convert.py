@@ -72,6 +72,7 @@ def test_back_and_forth_changes_nothing(step: Path, exported: Path, tmp_path: Pa
 
 
 @pytest.mark.parametrize("way", [{}, {"ngpu": 2, "training__local_batch_size": 2}], ids=["1", "FSDP 2"])
+@pytest.mark.slow
 def test_a_run_begins_with_their_weights(exported: Path, step: Path, tmp_path: Path, way: dict[str, Any]) -> None:
     common = {"training__mixed_precision_param": "float32", **way}
     runs = [

@@ -285,6 +285,7 @@ def test_command_lines_of_torchtitan_and_torchao(line: str, tmp_path: Path, monk
     assert config.training.local_batch_size == 1
 
 
+@pytest.mark.slow
 def test_a_tutorial_line_trains_and_torchaos_parser_reads_its_log(train: Any) -> None:
     """The parser's expression takes the step, the memory and the speed of each line, and nothing else in the log."""
     run = train(

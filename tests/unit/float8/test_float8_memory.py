@@ -9,6 +9,7 @@ from benchmark_models import FLAVORS
 TOKENS = 8192
 
 
+@pytest.mark.slow
 def test_what_a_layer_keeps_is_what_its_backward_needs() -> None:
     """In eager mode, in units of a tensor of (tokens, dim) in bfloat16."""
     args = FLAVORS["8B-2"]

@@ -88,6 +88,7 @@ def test_a_file_that_cannot_be_written_does_not_end_the_run(train: Any, tmp_path
     assert "the profiler trace of step 2 CANNOT BE WRITTEN" in run.output
 
 
+@pytest.mark.slow
 def test_each_rank_has_files_of_its_own(train: Any) -> None:
     run = train(2, profiling__enable_profiling="true", profiling__profile_freq=2, training__steps=4)
     assert run.status == 0, run.output

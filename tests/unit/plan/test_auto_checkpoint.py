@@ -54,6 +54,7 @@ def test_the_reserve() -> None:
     assert usable(GIB // 2) == 0
 
 
+@pytest.mark.slow
 def test_of_the_modes_that_fit_the_one_that_recomputes_least_is_chosen(peaks: dict[Mode, int]) -> None:
     assert peaks[FULL] < peaks[OP] < peaks[NONE]
     for mode in (NONE, OP, FULL):
@@ -119,6 +120,7 @@ def test_what_a_plan_does_not_cover_is_estimated_on_a_known_device(peaks: dict[M
     assert choose(config, 1, None, 80 * GIB, known=True).mode == NONE
 
 
+@pytest.mark.slow
 def test_the_worst_stage_decides() -> None:
     config = NONE.set_in(read("--parallelism.pipeline_parallel_degree=2"))
     assert peak_memory(config, 2, None) == max(rank.peak for rank in estimate(config, 2).ranks)
@@ -127,6 +129,7 @@ def test_the_worst_stage_decides() -> None:
 @pytest.mark.parametrize(
     "mode", [m if m in (NONE, FULL) else pytest.param(m, marks=pytest.mark.long) for m in MODES], ids=str
 )
+@pytest.mark.slow
 def test_two_depths_give_the_estimate_of_a_deep_model(mode: Mode) -> None:
     """At this size, the peak of "full" is in the loss at few layers, and in the optimizer at many."""
     for depth in (9, 12) if mode == FULL else (9,):
@@ -172,6 +175,7 @@ def chosen(folder: Path) -> dict[str, Any]:
     return tomli.loads((folder / "config.toml").read_text())["activation_checkpoint"]
 
 
+@pytest.mark.slow
 def test_a_run_chooses_once_says_so_and_keeps_it(tmp_path: Path) -> None:
     common = {**LITTLE, "activation_checkpoint__mode": "auto", "checkpoint__enable_checkpoint": "true"}
     run = run_trainer(tmp_path, 2, training__steps=1, **common)

@@ -230,6 +230,7 @@ PACKAGED = {"debug_model": 1, "llama3_8b": 8, "llama3_70b": 256, "llama3_405b": 
         if not n.endswith("_fast")
     ],
 )
+@pytest.mark.slow
 def test_every_packaged_file_is_estimated_for_its_devices(name: str) -> None:
     """With a small model: the parallelism is what the file has, and asynchronous where the file is torchtitan's."""
     argv = ["--model.flavor=debugmodel", "--training.seq_len=64", "--training.local_batch_size=1"]
@@ -248,6 +249,7 @@ def test_renamed_options_are_among_the_notes() -> None:
     assert any(note.endswith("is called training.compile here") for note in estimate(config, 1).notes)
 
 
+@pytest.mark.slow
 def test_the_key_does_what_the_variable_does(tmp_path: Path) -> None:
     """Once with the real command."""
     command = [sys.executable, "-m", "titanlite.commands", "--memory_estimation.enabled", "--training.seq_len=64"]
@@ -258,6 +260,7 @@ def test_the_key_does_what_the_variable_does(tmp_path: Path) -> None:
     assert f"{ASSUMED_VOCAB_SIZE} tokens are assumed" in by_key.stdout
 
 
+@pytest.mark.slow
 def test_it_does_not_import_what_reads_data() -> None:
     """Which takes a second. (That no tokenizer is opened is shown below, with one that is not there.)"""
     code = "import sys, titanlite.plan.estimate; print({'datasets', 'tensorboard'} & {*sys.modules})"
@@ -317,6 +320,7 @@ def test_the_ways_of_the_cpu_are_not_those_of_gpus() -> None:
     assert from_one_device < prediction.ranks[0].gradients / 2
 
 
+@pytest.mark.slow
 def test_its_processes_end_with_it() -> None:
     """Also when a signal ends it, as it ends those of the advice after an out-of-memory error."""
     code = "from titanlite.config import load_config; from titanlite.plan.estimate import estimate\n"

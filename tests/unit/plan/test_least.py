@@ -69,6 +69,7 @@ FLOAT8 = "--model.converters=float8"
         slow(2, [NONE, "--model.name=llama", "--model.args.tie_embeddings=true"], 0.3),
     ],
 )
+@pytest.mark.slow
 def test_it_is_below_what_a_step_holds_and_not_far(devices: int, options: list[str], share: float) -> None:
     config = configured(*options)
     peak, least = estimate(config, devices).peak, least_of(config, devices).peak

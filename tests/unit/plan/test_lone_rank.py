@@ -16,6 +16,7 @@ def _fails_first(file: Path, message: str) -> str:
     return "done"
 
 
+@pytest.mark.slow
 def test_what_a_fork_cannot_do_a_new_process_does(tmp_path: Path) -> None:
     """As torch for CUDA says it, after gradients were computed in the process that forks."""
     message = "Unable to handle autograd's threading in combination with fork-based multiprocessing."

@@ -181,6 +181,7 @@ def assert_advised(output: str, *options: str) -> None:
     assert float(most) >= max(by_option.values())
 
 
+@pytest.mark.slow
 def test_without_memory_for_the_model_there_is_an_answer_too(train: Any, tmp_path: Path) -> None:
     (tmp_path / "greedy.py").write_text(
         """

@@ -125,6 +125,7 @@ def test_data_shorter_than_a_sequence(train: Any, tmp_path: Path) -> None:
     assert "Traceback" not in run.output
 
 
+@pytest.mark.slow
 def test_a_corrupt_document_is_named_or_skipped(train: Any, tmp_path: Path) -> None:
     lines = ['{"text": "' + "good text " * 8 + '"}'] * 40
     lines[17] = '{"text": "broken'

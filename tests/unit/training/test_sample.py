@@ -151,6 +151,7 @@ def test_what_a_console_cannot_show_is_escaped(monkeypatch: pytest.MonkeyPatch) 
     assert printable("é�") == "    \\xe9\\ufffd"
 
 
+@pytest.mark.slow
 def test_a_finished_run_ends_with_one_and_trains_alike_without(train: Any) -> None:
     common = {"training__deterministic": "true", "training__steps": 4}
     shown = train(name="shown", sample__enable="true", **common)

@@ -66,6 +66,7 @@ def test_run_checkpoint_and_export_carry_it(run: Run, exported: Path, other: Pat
 
 
 @pytest.mark.parametrize("kind", ["checkpoint", "export"])
+@pytest.mark.slow
 def test_a_run_that_begins_with_weights_takes_theirs(
     kind: str, run: Run, exported: Path, other: Path, tmp_path: Path
 ) -> None:

@@ -240,6 +240,7 @@ def test_header_and_summary_say_what_matters(train: Any) -> None:
         assert part in rest, part
 
 
+@pytest.mark.slow
 def test_a_run_that_unlearns_says_so_also_when_it_is_continued(train: Any) -> None:
     options = {
         **checkpoints(4),

@@ -148,6 +148,7 @@ def test_when_and_where_it_is_written(trainer: Any, caplog: pytest.LogCaptureFix
     assert f"validate step:  4  loss:  {validated[1]['loss']:.4f}  bits per byte: " in caplog.text
 
 
+@pytest.mark.slow
 def test_its_time_is_not_training_s(trainer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     run = trainer(**{"training.steps": 4, "validation.interval": 1, "metrics.log_freq": 4, "validation.steps": 1})
     loss = run.validator.loss
@@ -251,6 +252,7 @@ def test_the_training_data_by_name_are_the_training_data(trainer: Any, tmp_path:
     assert torch.equal(by_name.validator.data.batches[0].inputs, plain.validator.data.batches[0].inputs)
 
 
+@pytest.mark.slow
 def test_the_run_folder_tells_which_text_is_read(trainer: Any, text: Path, tmp_path: Path) -> None:
     """By its content: a copy elsewhere is the same data, and an edited file under the same path is another one."""
     corpus, copy = json_lines(tmp_path / "corpus.jsonl", documents(40)), tmp_path / "copy.jsonl"
