@@ -21,7 +21,7 @@ class TimedOption:
 
     Attributes:
         name: ``section.key``. The option ``section.key_chosen`` takes the decision.
-        kinds: the values to try, with what they are in words.
+        kinds: the two values to try, each with its name in messages.
         by_count: the one that is better by the counts of bytes and launches.
     """
 

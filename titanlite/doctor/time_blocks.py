@@ -32,7 +32,7 @@ from titanlite.doctor.layers import built_step, linear_kinds
 from titanlite.doctor.machine import find_device
 from titanlite.doctor.probe import for_one_process
 from titanlite.doctor.shallow import has_room, least_depth
-from titanlite.doctor.timed_choice import Timing
+from titanlite.doctor.timed_choice import NothingToTime, Timing
 from titanlite.models.layers import DecoderArgs
 from titanlite.plan.estimate import ASSUMED_VOCAB_SIZE
 from titanlite.plan.lone_rank import end_with
@@ -52,7 +52,7 @@ def measure(config: JobConfig, device: torch.device, option: str, kinds: Sequenc
         kinds: the values of the option.
 
     Raises:
-        ValueError: there is nothing to time: the model is no decoder, does not fit, or has no layer in the format.
+        NothingToTime: the model is no decoder, does not fit, or has no layer in the format.
     """
     mesh = build_mesh(resolve_degrees(Parallelism(), 1), device.type)
     section, _, key = option.rpartition(".")
@@ -79,11 +79,11 @@ def _of_few_blocks(config: JobConfig, mesh: Mesh, device: torch.device) -> JobCo
         changed.training.local_batch_size = config.parallelism.pipeline_parallel_microbatch_size
     flavor = choose_shape(changed).flavor
     if not isinstance(flavor, DecoderArgs):
-        raise ValueError(f"model.name = {config.model.name} is no decoder")
+        raise NothingToTime(f"model.name = {config.model.name} is no decoder")
     changed.model.args.n_layers = least_depth(changed, flavor)
     changed.model.args.vocab_size = ASSUMED_VOCAB_SIZE  # the output projection is not of interest
     if not has_room(changed, changed.model.args.n_layers, device):
-        raise ValueError("a block takes too much of the device's memory")
+        raise NothingToTime("a block takes too much of the device's memory")
     names = [kind.name.replace("*", "0") for kind in linear_kinds(changed, mesh, None)]
     for converter in changed.model.converters:
         section: Any = copy.deepcopy(getattr(config, converter, None))
@@ -121,7 +121,7 @@ def _step(config: JobConfig, mesh: Mesh, device: torch.device) -> Callable[[], l
     built, runner, batch = built_step(config, mesh, device, config.training.local_batch_size)
     (model,) = built.parts
     if config.training.compile and not any("layers." in name for name in quant_layers_by_name(model)):
-        raise ValueError("no linear layer of a block is in the format")
+        raise NothingToTime("no linear layer of a block is in the format")
     matrices = [p for name, p in built.named_parameters() if "layers." in name and p.ndim > 1]
 
     def step() -> list[Tensor]:
@@ -151,7 +151,7 @@ def main(argv: Sequence[str]) -> int:
     end_with(int(parent))
     try:
         print(json.dumps(_timing(load_config([], file), option, kinds)._asdict()), flush=True)
-    except ValueError as e:
+    except NothingToTime as e:
         print(json.dumps({"skipped": str(e)}), flush=True)
     except Exception as e:  # of a compiler or a driver, for example
         print(json.dumps({"error": f"{type(e).__name__}: {' '.join(str(e).split())[:300]}"}), flush=True)

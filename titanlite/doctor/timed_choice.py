@@ -39,6 +39,10 @@ LIMIT = 150.0  # seconds for all options; a child process compiles a block for e
 _REPORT = "Please report it: both should compute the same, to about 0.1."
 
 
+class NothingToTime(Exception):
+    """There is no block that could be timed."""
+
+
 class Timing(NamedTuple):
     """A comparison of kinds.
 
@@ -63,7 +67,7 @@ class Decision(NamedTuple):
 
 
 def decide(option: TimedOption, timing: Timing) -> Decision:
-    """Return the fastest of two kinds; that of the count if neither is. If the gradients of one kind are much further
+    """Return the faster of two kinds; that of the count if neither is. If the gradients of one kind are much further
     from those of high precision, the other one is taken, with a warning; if those of both are far, that of the count.
     """
     seconds, errors, names = timing.seconds, timing.errors, option.kinds
@@ -139,10 +143,6 @@ def _ask(config: JobConfig, option: TimedOption, seconds: float) -> str:
     if decision.warning:
         logger.warning('%s = "auto": %s', option.name, decision.warning)
     return f"{decision.kind}: {decision.why}"
-
-
-class NothingToTime(Exception):
-    """There is no block that could be timed."""
 
 
 def time_in_child(config: JobConfig, option: TimedOption, seconds: float) -> Timing:

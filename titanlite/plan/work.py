@@ -197,14 +197,14 @@ class Work:
 
     @property
     def has_even_rows(self) -> bool:
-        """Whether the shards of each linear layer of a block have the same number of rows."""
+        """True if the shards of each linear layer of a block have the same number of rows."""
         shards = self.degrees.data_parallel_shard * self.degrees.context_parallel
         return all(linear.n % shards == 0 for linear in self.linears if not linear.experts)
 
     @property
     def gathers_uneven_rows(self) -> bool:
-        """Whether shards with different numbers of rows are gathered with scales of rows, which the trainer refuses,
-        unless ``filter_fqns`` leaves out the layers that have them."""
+        """True if shards with different numbers of rows are gathered with scales of rows. The trainer refuses that,
+        unless ``filter_fqns`` leaves out these layers."""
         return self.cost is not None and self.cost.gathers_weights and self.cost.row_scales and not self.has_even_rows
 
     @property

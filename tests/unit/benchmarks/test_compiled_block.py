@@ -69,7 +69,7 @@ def test_budget_of_the_default(tmp_path: Path) -> None:
 
 
 def test_the_result_file_reaches_the_targets() -> None:
-    """Of torchao's bytes in the same run, the worse of plain bytes and sectors, with twice the tokens too."""
+    """A block moves at most this share of torchao's bytes, plain and in sectors, with twice the tokens too."""
     results = json.loads((ROOT / "docs/benchmarks/compiled_block.json").read_text())["results"]
     rows = {(r["system"], r["fusion"], r["config"], r["ac"], r["tokens"]): r for r in results}
     targets = {

@@ -94,7 +94,7 @@ def test_what_casts_of_experts_take_is_calculated(way: str, family: str, flavor:
 
 
 def test_estimates_of_a_layer_are_close_to_the_counted_ones() -> None:
-    """What a compiled layer keeps for backward, in two results that are made in different ways."""
+    """Two results, made in different ways, agree on the bytes that a compiled layer keeps for backward."""
     estimated, counted = (
         json.loads((tables.RESULTS / f"{name}.json").read_text())["results"]
         for name in ("float8_memory", "compiled_block")

@@ -25,7 +25,7 @@ from titanlite.converters.registry import TimedOption, options_to_time
 from titanlite.distributed.mesh import build_mesh
 from titanlite.distributed.runtime import start_runtime
 from titanlite.doctor import time_blocks, timed_choice
-from titanlite.doctor.timed_choice import Timing, choose, decide
+from titanlite.doctor.timed_choice import NothingToTime, Timing, choose, decide
 from titanlite.quant.float8 import format
 from titanlite.quant.kernels import reference
 
@@ -141,7 +141,7 @@ def test_a_failure_is_a_warning(caplog: pytest.LogCaptureFixture, monkeypatch: p
 
 def test_where_no_layer_of_a_block_is_converted_there_is_nothing_to_time(native: None) -> None:
     config = config_of("--float8.filter_fqns=attention,feed_forward")
-    with pytest.raises(ValueError, match="no linear layer of a block"):
+    with pytest.raises(NothingToTime, match="no linear layer of a block"):
         time_blocks.measure(config, torch.device("cpu"), KERNELS, [*KINDS])
 
 
@@ -152,7 +152,7 @@ def test_too_little_time_is_a_warning(caplog: pytest.LogCaptureFixture) -> None:
 
 
 def choose_on_ranks(earlier: dict[str, Any], *options: str) -> tuple[str, str]:
-    """What a rank takes, and shows. Rank 0 alone knows an earlier run, and times anything."""
+    """Return the choice of a rank, from its configuration and its header. Only rank 0 knows an earlier run."""
     runtime, config = start_runtime(Comm()), config_of(*options)
     config.float8.kernels_chosen = "inductor: in another start"
     earlier = earlier if runtime.rank == 0 else {}
